@@ -1,0 +1,303 @@
+"""Every configuration of bytelm: frozen, keyword-only, standard library only, JSON both ways.
+
+`bytelm_torch/config.py` is the same text but for this docstring; a test holds that. Defaults live
+here and nowhere else. A value that cannot work raises `ValueError` with one line that names the
+field, the value and the mend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of the named fields that is not at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{name}={value}: must be at least 1")
+
+
+def require_fraction(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of the named fields that lies outside [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{name}={value}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteVocab:
+    """The id map: byte b has id b + offset; the other ids are specials or unused."""
+
+    size: int = 512
+    offset: int = 0
+    pad_id: int = 257
+    bos_id: int = 256
+    eos_id: int = 258
+
+    def __post_init__(self) -> None:
+        require(self.offset >= 0, f"vocab.offset={self.offset}: must be at least 0")
+        least = self.offset + 256
+        require(self.size >= least, f"vocab.size={self.size}: 256 bytes need at least {least}")
+        specials = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        for name, value in specials.items():
+            inside = 0 <= value < self.size and not self.offset <= value < least
+            free = f"0 to {self.size - 1} except the bytes' {self.offset} to {least - 1}"
+            require(inside, f"vocab.{name}={value}: choose an id from {free}")
+        distinct = len(set(specials.values())) == len(specials)
+        require(distinct, f"vocab: pad_id, bos_id and eos_id must differ, got {specials}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegabyteConfig:
+    """MEGABYTE (Yu et al. 2023, arXiv 2305.07185). The global width is patch_size * global_dim.
+
+    `patch_size=1, local_layers=0` makes it a plain byte transformer, the yardstick of comparisons.
+    `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
+    ignores it.
+    """
+
+    architecture: ClassVar[str] = "megabyte"
+    variant: Literal["paper", "in_action"] = "paper"
+    vocab: ByteVocab = field(default_factory=ByteVocab)
+    patch_size: int = 8
+    global_dim: int = 128
+    local_dim: int = 256
+    max_length: int = 2048
+    global_layers: int = 12
+    global_heads: int = 16
+    local_layers: int = 6
+    local_heads: int = 4
+    init_std: float = 0.02
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")
+        require_positive(self, "global_layers", "global_heads", "local_heads")
+        require(self.local_layers >= 0, f"local_layers={self.local_layers}: must be at least 0")
+        require_fraction(self, "dropout")
+        require(self.init_std > 0, f"init_std={self.init_std}: must be above 0")
+        for name, width in (("global_heads", self.global_width), ("local_heads", self.local_dim)):
+            heads = getattr(self, name)
+            require(heads <= width, f"{name}={heads}: must be at most the width {width}")
+        require(
+            self.variant != "paper" or self.max_length % self.patch_size == 0,
+            f"max_length={self.max_length}: must be a multiple of patch_size={self.patch_size}",
+        )
+
+    @property
+    def global_width(self) -> int:
+        """Width of the global transformer: one patch of concatenated byte embeddings."""
+        return self.patch_size * self.global_dim
+
+    def parameter_count(self) -> int:
+        """Number of parameters, in closed form."""
+        vocab, narrow, local = self.vocab.size, self.global_dim, self.local_dim
+        count = self.global_layers * _block_parameters(self.global_width, self.global_heads)
+        count += self.local_layers * _block_parameters(local, self.local_heads)
+        count += vocab * narrow + (narrow * local + local) + (local * vocab + vocab)
+        if self.variant == "paper":
+            return count + self.max_length * narrow + vocab * local
+        return count + narrow * local + local
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward floating-point operations a byte at `length` bytes; causal attention half."""
+        patches = -(-length // self.patch_size)
+        wide, heads = self.global_width, self.global_heads
+        work = self.global_layers * _block_flops(wide, heads, patches) / self.patch_size
+        work += self.local_layers * _block_flops(self.local_dim, self.local_heads, self.patch_size)
+        work += 2 * self.local_dim * (self.global_dim + self.vocab.size)
+        return work + (2 * self.global_dim * self.local_dim if self.variant == "in_action" else 0)
+
+
+def _block_parameters(width: int, heads: int) -> int:
+    """Parameters of one multi-query attention block and its feed-forward of four widths."""
+    head = width // heads
+    attention = 2 * width + width * heads * head + width * 2 * head + heads * head * width
+    return attention + 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)
+
+
+def _block_flops(width: int, heads: int, keys: int) -> float:
+    """Forward floating-point operations of that block for one position out of `keys`."""
+    head = width // heads
+    products = 2 * width * heads * head + width * 2 * head + 8 * width * width
+    return 2 * products + 2 * heads * head * keys  # scores and values, each half of 2 * keys
+
+
+ModelConfig = MegabyteConfig
+MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (MegabyteConfig,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """The optimizer: linear warm-up, then cosine decay to `learning_rate * final_fraction`.
+
+    `beta1`, `beta2` and `epsilon` belong to `adamw`, `momentum` to `sgd`. `max_grad_norm=0` turns
+    clipping off. Weight decay is decoupled and leaves norms and biases alone.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    momentum: float = 0.9
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0"
+        )
+        require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
+        require(
+            0 <= self.final_fraction <= 1,
+            f"final_fraction={self.final_fraction}: must be between 0 and 1",
+        )
+        require_fraction(self, "beta1", "beta2", "momentum")
+        for name in ("weight_decay", "epsilon", "max_grad_norm"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value}: must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where bytes come from and how they become windows of `sequence_length` ids.
+
+    `paths` empty means the source of the running interpreter's standard library. Documents are
+    split into training and validation by a hash of `split_seed` and the document's index, so that
+    about `validation_fraction` of them are held out; `append_eos` closes each document with the
+    end-of-sequence id.
+    """
+
+    paths: tuple[str, ...] = ()
+    sequence_length: int = 512
+    validation_fraction: float = 0.02
+    split_seed: int = 0
+    shuffle_seed: int = 0
+    append_eos: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sequence_length")
+        require_fraction(self, "validation_fraction")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run. `batch_size` is global and counts windows; 0 for `devices` means all local ones.
+
+    `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
+    float32. `*_every=0` turns that periodic action off. `eval_windows` bounds the validation
+    windows of each evaluation during training.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    seed: int = 0
+    devices: int = 0
+    parallel: Literal["jit", "shard_map"] = "jit"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False
+    log_every: int = 10
+    eval_every: int = 250
+    eval_windows: int = 64
+    checkpoint_every: int = 250
+    keep_last: int = 2
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
+        require_positive(self, "keep_last", "eval_windows")
+        for name in ("devices", "eval_every", "checkpoint_every", "keep_best", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value}: must be at least 0")
+        require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"batch_size={self.batch_size}: must be a multiple of "
+            f"accumulation_steps={self.accumulation_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named run: everything that `bytelm train NAME` needs."""
+
+    name: str
+    model: ModelConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def to_dict(config: Any) -> Any:
+    """JSON-ready form of a config; a model config carries its `architecture`."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        tag = getattr(config, "architecture", None)
+        return fields if tag is None else {"architecture": tag, **fields}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
+    """Builds `kind` from what `to_dict` gave. Unknown, missing or ill-typed fields raise."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union) or kind in MODEL_CONFIGS:
+        return _model_from_dict(value, where)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_dict(kind, value, where)
+    if origin is Literal:
+        require(value in arguments, f"{where}={value!r}: choose one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{where}={value!r}: must be a list")
+        return tuple(from_dict(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    require(type(value) is kind, f"{where}={value!r}: must be of type {kind.__name__}")
+    return value
+
+
+def model_from_dict(value: Any, where: str = "model") -> ModelConfig:
+    """The model config whose `architecture` the dictionary names."""
+    return _model_from_dict(value, where)
+
+
+def _model_from_dict(value: Any, where: str) -> Any:
+    require(isinstance(value, dict), f"{where}={value!r}: must be an object")
+    fields = dict(value)
+    tag = fields.pop("architecture", None)
+    known = {kind.architecture: kind for kind in MODEL_CONFIGS}
+    require(
+        isinstance(tag, str) and tag in known,
+        f"{where}.architecture={tag!r}: choose one of {', '.join(known)}",
+    )
+    return _dataclass_from_dict(known[tag], fields, where)
+
+
+def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
+    require(isinstance(value, dict), f"{where}={value!r}: must be an object")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - names)
+    require(
+        not unknown, f"{where}.{unknown[0] if unknown else ''}: unknown field of {kind.__name__}"
+    )
+    values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without default is missing
+        raise ValueError(f"{where}: {error}") from None

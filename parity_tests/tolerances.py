@@ -1,0 +1,29 @@
+"""The one tolerance table. No test holds a number of its own.
+
+A bound is relative, ‖a − b‖ / ‖b‖, unless its name says otherwise. `EXACT` things are compared with
+equality. float64 is the verdict; float32 runs at the highest matmul precision.
+"""
+
+LOGITS = {"float64": 1e-12, "float32": 1e-5}
+"""Layers, logits and loss, JAX against torch."""
+
+GRADIENTS = {"float64": 1e-10, "float32": 5e-5}
+"""Every gradient leaf, JAX against torch."""
+
+OTHER_SHAPE = {"float64": 1e-12, "float32": 1e-5}
+"""The same logits under another batch size, bucket or length: XLA tiles differently."""
+
+AFTER_200_STEPS = 1e-8
+"""Parameters after 200 optimizer steps in float64, same bytes."""
+
+BF16_MEAN_KL = 1e-3
+"""Mean KL divergence (nats a byte) of bfloat16 logits from float32 logits."""
+
+BF16_TOP1 = 0.99
+"""Least share of positions at which bfloat16 and float32 agree on the likeliest byte."""
+
+DEVICES_AFTER_5_STEPS = 1e-5
+"""One device against eight, and jit against shard_map, in float32."""
+
+GOLDEN_LOSS = 1e-5
+"""The recorded list of 20 losses, relative, at the pinned versions."""
