@@ -157,9 +157,7 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(
-            self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0"
-        )
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
         require(
             0 <= self.final_fraction <= 1,

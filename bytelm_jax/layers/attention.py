@@ -1,0 +1,105 @@
+"""Multi-query causal attention (Shazeer 2019, arXiv 1911.02150) with optional ALiBi.
+
+Axes: B batch, T query positions, S key positions, H heads, K head width, D width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm_jax.layers.norm import LayerNorm
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of one layer's past positions, each [B, S, K]; unwritten rows are zeros."""
+
+    keys: Array
+    values: Array
+
+
+def alibi_bias(heads: int, length: int) -> np.ndarray:
+    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
+
+    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
+    whatever the model's dtype: published MEGABYTE checkpoints were made so. Adding slope · j equals
+    the usual slope · (j − i), since softmax ignores what is constant over the keys.
+    """
+    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
+    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
+
+
+def multi_query_attention(
+    q: Float[Array, "*batch T H K"],
+    k: Float[Array, "*batch S K"],
+    v: Float[Array, "*batch S K"],
+    mask: Bool[Array | np.ndarray, "T S"],
+    bias: Float[Array | np.ndarray, "H S"] | None = None,
+) -> Float[Array, "*batch T H K"]:
+    """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
+
+    Scores and softmax are in at least float32. A masked key has weight exactly 0, so a changed
+    future changes nothing. Every query must see at least one key.
+    """
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("...thk,...sk->...hts", q, k, preferred_element_type=wide)
+    scores = scores * q.shape[-1] ** -0.5
+    lead = (1,) * (scores.ndim - 3)
+    if bias is not None:
+        heads, length = bias.shape
+        scores = scores + jnp.asarray(bias).astype(wide).reshape(*lead, heads, 1, length)
+    visible = jnp.asarray(mask).reshape(*lead, 1, *mask.shape)
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("...hts,...sk->...thk", weights.astype(v.dtype), v)
+
+
+class MultiQueryAttention(nnx.Module):
+    """LayerNorm → causal multi-query attention → Linear, all linears without bias."""
+
+    def __init__(self, dim: int, heads: int, init_std: float, alibi: bool, *, rngs: nnx.Rngs):
+        self.heads, self.head_dim, self.alibi = heads, dim // heads, alibi
+        init = nnx.initializers.normal(init_std)
+        inner = self.heads * self.head_dim
+
+        def linear(inputs: int, outputs: int) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+
+        self.norm = LayerNorm(dim)
+        self.to_q = linear(dim, inner)
+        self.to_kv = linear(dim, 2 * self.head_dim)
+        self.to_out = linear(inner, dim)
+
+    def __call__(self, x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T D"]:
+        q, k, v = self._project(x)
+        length = x.shape[-2]
+        return self._attend(q, k, v, np.tri(length, dtype=bool))
+
+    def extend(
+        self, x: Float[Array, "B T D"], cache: KeyValueCache, index: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """The same for T positions that start at `index`, with the past taken from `cache`."""
+        q, k, v = self._project(x)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
+        here = index + jnp.arange(x.shape[1])[:, None]
+        mask = jnp.arange(keys.shape[1])[None, :] <= here
+        return self._attend(q, keys, values, mask), KeyValueCache(keys, values)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
+        """A cache for `length` positions."""
+        empty = jnp.zeros((batch, length, self.head_dim), dtype)
+        return KeyValueCache(empty, empty)
+
+    def _project(self, x: Array) -> tuple[Array, Array, Array]:
+        x = self.norm(x)
+        q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        k, v = jnp.split(self.to_kv(x), 2, axis=-1)
+        return q, k, v
+
+    def _attend(self, q: Array, k: Array, v: Array, mask: Array | np.ndarray) -> Array:
+        bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
+        out = multi_query_attention(q, k, v, mask, bias)
+        return self.to_out(out.reshape(*out.shape[:-2], -1))

@@ -1,0 +1,58 @@
+"""Byte and position embeddings."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(table: Array, ids: Array, rows: int) -> Array:
+    # An id outside the table gives NaN, which every check downstream notices; clamping would not.
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+def _lookup_forward(table: Array, ids: Array, rows: int) -> tuple[Array, Array]:
+    return _lookup(table, ids, rows), ids
+
+
+def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, None]:
+    # As a matrix product: the transpose of a gather is a scatter-add, and the pads that start
+    # every patch all hit one row, where colliding atomics make a GPU step six times slower.
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    hot = jax.nn.one_hot(ids.reshape(-1), rows, dtype=flat.dtype)
+    accumulate = jnp.promote_types(flat.dtype, jnp.float32)
+    table = jnp.einsum("bv,bd->vd", hot, flat, preferred_element_type=accumulate)
+    return table.astype(flat.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class ByteEmbedding(nnx.Module):
+    """A table [V, D] looked up by id: gather forward (exact), one-hot product backward."""
+
+    def __init__(self, size: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (size, dim)))
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        table = self.embedding[...]
+        # Inside shard_map the ids vary over devices and the table does not; the cast makes the
+        # custom gradient's cotangent type match, and its transpose sums over the devices.
+        axes = [jax.typeof(x).manual_axis_type.varying for x in (ids, table)]
+        varying = tuple(sorted(axes[0] - axes[1]))
+        if varying:
+            table = jax.lax.pcast(table, varying, to="varying")
+        return _lookup(table, ids, table.shape[0])
+
+
+class PositionEmbedding(nnx.Module):
+    """A learned table [T_MAX, D] whose first rows are read in order: a slice, not a gather."""
+
+    def __init__(self, length: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (length, dim)))
+
+    def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
+        return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)

@@ -1,0 +1,25 @@
+"""Normalisation, computed in at least float32 whatever the compute dtype (float64 stays)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5.
+
+    The variance is the two-pass one: the fast E[x²] − E[x]² form loses digits at large means.
+    """
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones((dim,)))
+        self.bias = nnx.Param(jnp.zeros((dim,)))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        per_channel = (1,) * (x.ndim - 1) + (-1,)
+        scale, bias = self.scale[...].reshape(per_channel), self.bias[...].reshape(per_channel)
+        return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)

@@ -1,0 +1,60 @@
+"""What training and generation ask of every architecture, and the check of ids that all share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+Choose = Callable[[Array, int], Array]
+"""`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
+
+
+class ModelOutput(NamedTuple):
+    """What `model.outputs(ids, dropout_keys, remat)` gives; `model(...)` gives its logits alone.
+
+    Everything but the logits is one value a row, so that data parallelism averages it exactly.
+    """
+
+    logits: Float[Array, "B T V"]
+    extra_loss: Float[Array, " B"]
+    """Added, averaged over the rows, to the mean cross-entropy: nats, coefficient included."""
+    metrics: dict[str, Float[Array, " B"]]
+    """Statistics for the training log, averaged over the rows."""
+
+
+class Decoder(Protocol):
+    """Cached decoding. A round appends `round_length` bytes; caches are passed in and returned."""
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        ...
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty cache for sequences of up to `length` bytes."""
+        ...
+
+    def prefill(self, ids: Int[Array, "B T"], cache: Any) -> Any:
+        """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass."""
+        ...
+
+    def decode_round(
+        self, cache: Any, previous: Int[Array, "B P"], index: Any, choose: Choose
+    ) -> tuple[Any, Int[Array, "B P"]]:
+        """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        ...
+
+
+def check_ids(ids: Array, size: int) -> None:
+    """Raises `ValueError` for an id outside [0, size); traced ids, whose values are unknown, pass.
+
+    A traced id out of range gives NaN logits through the embedding instead.
+    """
+    if ids.size == 0 or isinstance(ids, jax.core.Tracer):
+        return
+    values = np.asarray(ids)
+    bad = values[(values < 0) | (values >= size)]
+    if bad.size:
+        raise ValueError(f"ids: {bad[0]} is outside the vocabulary; give ids from 0 to {size - 1}")

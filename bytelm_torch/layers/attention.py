@@ -1,0 +1,103 @@
+"""Multi-query causal attention (Shazeer 2019, arXiv 1911.02150) with optional ALiBi.
+
+Axes: B batch, T query positions, S key positions, H heads, K head width, D width.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from bytelm_torch.layers.norm import LayerNorm
+
+
+class KeyValueCache(NamedTuple):
+    """Keys and values of one layer's past positions, each [B, S, K]; unwritten rows are zeros."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def alibi_bias(heads: int, length: int) -> np.ndarray:
+    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
+
+    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
+    whatever the model's dtype: published MEGABYTE checkpoints were made so. Adding slope · j equals
+    the usual slope · (j − i), since softmax ignores what is constant over the keys.
+    """
+    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
+    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
+
+
+def multi_query_attention(
+    q: Float[Tensor, "*batch T H K"],
+    k: Float[Tensor, "*batch S K"],
+    v: Float[Tensor, "*batch S K"],
+    mask: Bool[Tensor, "T S"],
+    bias: Float[Tensor, "H S"] | None = None,
+) -> Float[Tensor, "*batch T H K"]:
+    """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
+
+    Scores and softmax are in at least float32. Every query must see at least one key.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("...thk,...sk->...hts", q, k).to(wide) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[:, None, :].to(wide)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    return torch.einsum("...hts,...sk->...thk", weights.to(v.dtype), v)
+
+
+class MultiQueryAttention(nn.Module):
+    """LayerNorm → causal multi-query attention → Linear, all linears without bias."""
+
+    def __init__(self, dim: int, heads: int, init_std: float, alibi: bool):
+        super().__init__()
+        self.heads, self.head_dim, self.alibi = heads, dim // heads, alibi
+        inner = self.heads * self.head_dim
+        self.norm = LayerNorm(dim)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * self.head_dim, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+        for linear in (self.to_q, self.to_kv, self.to_out):
+            nn.init.normal_(linear.weight, std=init_std)
+
+    def forward(self, x: Float[Tensor, "*batch T D"]) -> Float[Tensor, "*batch T D"]:
+        q, k, v = self._project(x)
+        length = x.shape[-2]
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        return self._attend(q, k, v, mask)
+
+    def extend(
+        self, x: Float[Tensor, "B T D"], cache: KeyValueCache, index: int
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """The same for T positions that start at `index`, with the past taken from `cache`.
+
+        The cache's tensors are written in place, and returned.
+        """
+        q, k, v = self._project(x)
+        stop = index + x.shape[1]
+        cache.keys[:, index:stop], cache.values[:, index:stop] = k, v
+        here = torch.arange(index, stop, device=x.device)[:, None]
+        mask = torch.arange(stop, device=x.device)[None, :] <= here
+        return self._attend(q, cache.keys[:, :stop], cache.values[:, :stop], mask), cache
+
+    def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
+        """A cache for `length` positions."""
+        shape = (batch, length, self.head_dim)
+        device = self.to_kv.weight.device
+        return KeyValueCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.norm(x)
+        q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        k, v = self.to_kv(x).chunk(2, dim=-1)
+        return q, k, v
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        bias = None
+        if self.alibi:
+            bias = torch.from_numpy(alibi_bias(self.heads, k.shape[-2])).to(q.device)
+        return self.to_out(multi_query_attention(q, k, v, mask, bias).flatten(-2))

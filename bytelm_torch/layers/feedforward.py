@@ -1,0 +1,23 @@
+"""Position-wise feed-forward layers."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bytelm_torch.layers.norm import LayerNorm
+
+
+class FeedForward(nn.Module):
+    """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linears with bias."""
+
+    def __init__(self, dim: int, init_std: float):
+        super().__init__()
+        self.norm = LayerNorm(dim)
+        self.up = nn.Linear(dim, 4 * dim)
+        self.down = nn.Linear(4 * dim, dim)
+        for linear in (self.up, self.down):
+            nn.init.normal_(linear.weight, std=init_std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.down(F.gelu(self.up(self.norm(x))))

@@ -1,0 +1,61 @@
+"""What training and generation ask of every architecture, and the check of ids that all share."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Choose = Callable[[Tensor, int], Tensor]
+"""`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
+
+
+class ModelOutput(NamedTuple):
+    """What `model.outputs(ids, remat)` gives; `model(...)` gives its logits alone.
+
+    Everything but the logits is one value a row, so that data parallelism averages it exactly.
+    """
+
+    logits: Float[Tensor, "B T V"]
+    extra_loss: Float[Tensor, " B"]
+    """Added, averaged over the rows, to the mean cross-entropy: nats, coefficient included."""
+    metrics: dict[str, Float[Tensor, " B"]]
+    """Statistics for the training log, averaged over the rows."""
+
+
+class Decoder(Protocol):
+    """Cached decoding. A round appends `round_length` bytes; caches are passed in and returned."""
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        ...
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty cache for sequences of up to `length` bytes."""
+        ...
+
+    def prefill(self, ids: Int[Tensor, "B T"], cache: Any) -> Any:
+        """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass."""
+        ...
+
+    def decode_round(
+        self, cache: Any, previous: Int[Tensor, "B P"], index: int, choose: Choose
+    ) -> tuple[Any, Int[Tensor, "B P"]]:
+        """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        ...
+
+
+def check_ids(ids: Tensor, size: int) -> None:
+    """Raises `ValueError` for an id outside [0, size).
+
+    On an accelerator the look would stall the device at every call; there the embedding's own
+    device assertion catches the same fault.
+    """
+    if ids.numel() == 0 or ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= size:
+        bad = low if low < 0 else high
+        raise ValueError(f"ids: {bad} is outside the vocabulary; give ids from 0 to {size - 1}")

@@ -1,0 +1,28 @@
+"""Strict numerics for every test: set before JAX makes its first array."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import jax
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Shapes in annotations are enforced here and nowhere else. Modules imported before the hook would
+# escape it, so it comes before any test imports bytelm.
+install_import_hook(["bytelm_jax", "bytelm_torch"], "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def x64():
+    """float64 in JAX, for the tests whose verdict is in float64."""
+    with jax.enable_x64(True):
+        yield
