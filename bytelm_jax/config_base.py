@@ -1,0 +1,52 @@
+"""What every configuration is built from: checks of fields, and the vocabulary.
+
+`bytelm_torch/config_base.py` is the same text but for this docstring; a test holds that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises `ValueError(message)` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of the named fields that is not at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 1, f"{name}={value}: must be at least 1")
+
+
+def require_fraction(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of the named fields that lies outside [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{name}={value}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByteVocab:
+    """The id map: byte b has id b + offset; the other ids are specials or unused."""
+
+    size: int = 512
+    offset: int = 0
+    pad_id: int = 257
+    bos_id: int = 256
+    eos_id: int = 258
+
+    def __post_init__(self) -> None:
+        require(self.offset >= 0, f"vocab.offset={self.offset}: must be at least 0")
+        least = self.offset + 256
+        require(self.size >= least, f"vocab.size={self.size}: 256 bytes need at least {least}")
+        specials = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
+        for name, value in specials.items():
+            inside = 0 <= value < self.size and not self.offset <= value < least
+            free = f"0 to {self.size - 1} except the bytes' {self.offset} to {least - 1}"
+            require(inside, f"vocab.{name}={value}: choose an id from {free}")
+        distinct = len(set(specials.values())) == len(specials)
+        require(distinct, f"vocab: pad_id, bos_id and eos_id must differ, got {specials}")

@@ -1,0 +1,256 @@
+"""The configurations of the Byte Latent Transformer and of its entropy model.
+
+`bytelm_torch/config_blt.py` is the same text but for this docstring; a test holds that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from .config_base import ByteVocab, require, require_fraction, require_positive
+
+HASH_PRIMES = (
+    1000000007,
+    5915587277,
+    1500450271,
+    3267000013,
+    5754853343,
+    4093082899,
+    9576890767,
+    3628273133,
+    2860486313,
+    5463458053,
+    3367900313,
+)
+"""The base of hash function f is HASH_PRIMES[f]."""
+
+
+def _blt_vocab() -> ByteVocab:
+    """The ids of the public weights: BOE 0, BOS 1, EOS 2, pad 3, then the bytes."""
+    return ByteVocab(size=260, offset=4, pad_id=3, bos_id=1, eos_id=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyConfig:
+    """A plain causal byte transformer; in BLT its entropies set the patch boundaries.
+
+    `kv_heads=0` means as many as `heads`; a byte attends to itself and the `window - 1` before it,
+    to everything before it with `window=0`.
+    """
+
+    architecture: ClassVar[str] = "entropy"
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
+    vocab: ByteVocab = field(default_factory=_blt_vocab)
+    dim: int = 768
+    layers: int = 14
+    heads: int = 12
+    kv_heads: int = 0
+    hidden_dim: int = 2048
+    window: int = 512
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "dim", "layers", "heads", "hidden_dim")
+        require_heads("heads", self.dim, self.heads, self.kv_heads)
+        require(self.window >= 0, f"window={self.window}: must be at least 0")
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
+        require_fraction(self, "dropout")
+
+    def parameter_count(self) -> int:
+        """Number of parameters, in closed form."""
+        layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
+        return self.layers * layer + 2 * self.vocab.size * self.dim + self.dim
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward floating-point operations a byte at `length` bytes; causal attention half."""
+        layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
+        keys = _mean_keys(length, self.window)
+        return 2 * (self.layers * (layer + 2 * self.dim * keys) + self.dim * self.vocab.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLTConfig:
+    """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults of its 1B model.
+
+    - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is unsure by more
+      than `threshold` nats, `space` after separators, `fixed` every `patch_size` bytes, `byte`
+      before every byte. `whole_characters` forbids boundaries inside a UTF-8 character (`byte`
+      excepted); the public weights were trained without that rule.
+    - Shapes are static: the global transformer has room for `patch_budget` patches a byte of input;
+      patches past it merge into the last one. 1 never overflows; 0 stands for 1.5 divided by
+      `bytes_per_patch`, the mean patch length that is expected.
+    - n-gram embeddings: one table of `ngram_rows` rows for each of `ngram_functions` hash functions
+      and each size in `ngram_sizes`, in that order.
+    - `patch_queries` is the number k of vectors by which a patch is pooled and read back.
+    - `*_kv_heads=0` means as many as heads; `local_window=0` lets bytes attend without a window.
+    """
+
+    architecture: ClassVar[str] = "blt"
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
+    vocab: ByteVocab = field(default_factory=_blt_vocab)
+    patcher: Literal["entropy", "space", "fixed", "byte"] = "entropy"
+    threshold: float = 1.335442066192627
+    patch_size: int = 4
+    whole_characters: bool = True
+    bytes_per_patch: float = 4.5
+    patch_budget: float = 0.0
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    ngram_functions: int = 1
+    ngram_rows: int = 500_002
+    patch_queries: int = 2
+    local_dim: int = 1024
+    local_window: int = 512
+    encoder_layers: int = 1
+    encoder_heads: int = 16
+    encoder_kv_heads: int = 0
+    encoder_hidden_dim: int = 2730
+    decoder_layers: int = 9
+    decoder_heads: int = 16
+    decoder_kv_heads: int = 0
+    decoder_hidden_dim: int = 2816
+    global_dim: int = 2048
+    global_layers: int = 25
+    global_heads: int = 16
+    global_kv_heads: int = 0
+    global_hidden_dim: int = 5632
+    rope_theta: float = 500_000.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")
+        heads = ("encoder_heads", "decoder_heads", "global_heads")
+        hidden = ("encoder_hidden_dim", "decoder_hidden_dim", "global_hidden_dim")
+        require_positive(self, "patch_size", "patch_queries", "ngram_functions", "ngram_rows")
+        require_positive(self, *sizes, *heads, *hidden)
+        require_heads("encoder_heads", self.local_dim, self.encoder_heads, self.encoder_kv_heads)
+        require_heads("decoder_heads", self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+        require_heads("global_heads", self.global_dim, self.global_heads, self.global_kv_heads)
+        require(self.local_window >= 0, f"local_window={self.local_window}: must be at least 0")
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
+        require_fraction(self, "dropout")
+        require(math.isfinite(self.threshold), f"threshold={self.threshold}: must be finite")
+        rate = self.bytes_per_patch
+        require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
+        budget = self.patch_budget
+        require(0 <= budget <= 1, f"patch_budget={budget}: must be between 0 and 1")
+        require(
+            isinstance(self.entropy, EntropyConfig),
+            f"entropy={type(self.entropy).__name__}: must be an EntropyConfig",
+        )
+        require(
+            self.patcher != "entropy" or self.entropy.vocab == self.vocab,
+            f"entropy.vocab={self.entropy.vocab}: must be the model's own, {self.vocab}",
+        )
+        self._check_ngrams()
+
+    def _check_ngrams(self) -> None:
+        least, most = min(self.ngram_sizes, default=1), len(HASH_PRIMES)
+        require(least >= 1, f"ngram_sizes={self.ngram_sizes}: sizes must be at least 1")
+        functions, rows = self.ngram_functions, self.ngram_rows
+        require(functions <= most, f"ngram_functions={functions}: must be at most {most}")
+        tables = self.ngram_tables
+        require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
+
+    @property
+    def ngram_tables(self) -> int:
+        """Number of n-gram tables."""
+        return self.ngram_functions * len(self.ngram_sizes)
+
+    def budget(self, length: int) -> int:
+        """Patches for which the global transformer has room at `length` bytes.
+
+        It counts the patches that end before the byte to be predicted; the open one is not run.
+        Never more than one a byte, and exact for the patchers that count bytes.
+        """
+        if self.patcher == "byte":
+            return length
+        if self.patcher == "fixed":
+            return min(length, 1 + (length - 1) // self.patch_size)
+        rate = self.patch_budget or min(1.0, 1.5 / self.bytes_per_patch)
+        # Eight more, because short texts stray further from the mean than long ones.
+        return min(length, math.ceil(length * rate) + 8)
+
+    def parameter_count(self) -> int:
+        """Number of parameters, the frozen entropy model included, in closed form."""
+        local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
+        count = self.entropy.parameter_count() if self.patcher == "entropy" else 0
+        count += (self.vocab.size + self.ngram_tables * self.ngram_rows) * local
+        count += self.encoder_layers * self._encoder_layer() + self._encoder_cross()
+        count += self.decoder_layers * (self._decoder_layer() + self._decoder_cross())
+        count += self.global_layers * self._global_layer()
+        count += queries * local * (local + wide)  # into queries, back into keys
+        if queries * local != wide:
+            count += queries * local * wide
+        return count + local + local * self.vocab.size
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward floating-point operations a byte at `length` bytes, `bytes_per_patch` a patch.
+
+        Causal attention counts half; the entropy model, which is not trained here, counts once.
+        """
+        local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
+        keys, patches = _mean_keys(length, self.local_window), length / self.bytes_per_patch
+        byte = self.encoder_layers * (self._encoder_layer() + 2 * local * keys)
+        byte += self.decoder_layers * (self._decoder_layer() + 2 * local * keys)
+        byte += 2 * local * queries * (1 + self.decoder_layers)  # scores and values of both reads
+        square = local * local  # the query or output projection of a cross-attention
+        byte += self._encoder_cross() - 2 * square + self.decoder_layers * 2 * square
+        patch = 2 * square * queries + queries * local * (local + wide)
+        patch += self.decoder_layers * queries * (self._decoder_cross() - 2 * square)
+        patch += self.global_layers * (self._global_layer() + wide * patches)
+        if queries * local != wide:
+            patch += queries * local * wide
+        work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
+        return work + (self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0)
+
+    def _encoder_layer(self) -> int:
+        heads = (self.encoder_heads, self.encoder_kv_heads)
+        return _layer_parameters(self.local_dim, *heads, self.encoder_hidden_dim)
+
+    def _decoder_layer(self) -> int:
+        heads = (self.decoder_heads, self.decoder_kv_heads)
+        return _layer_parameters(self.local_dim, *heads, self.decoder_hidden_dim)
+
+    def _global_layer(self) -> int:
+        heads = (self.global_heads, self.global_kv_heads)
+        return _layer_parameters(self.global_dim, *heads, self.global_hidden_dim)
+
+    def _encoder_cross(self) -> int:
+        return _cross_parameters(self.local_dim, self.encoder_heads, self.encoder_kv_heads)
+
+    def _decoder_cross(self) -> int:
+        return _cross_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+
+
+def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
+    """Raises `ValueError` unless the heads are equal parts of even width and the groups whole."""
+    require(
+        width % heads == 0 and width // heads % 2 == 0,
+        f"{name}={heads}: must divide the width {width} into heads of even width",
+    )
+    grouped = name.replace("heads", "kv_heads")
+    require(
+        kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0),
+        f"{grouped}={kv_heads}: must be 0 or divide {name}={heads}",
+    )
+
+
+def _cross_parameters(width: int, heads: int, kv_heads: int) -> int:
+    """Parameters of a cross-attention: two norms, then q, k, v and o."""
+    grouped = width // heads * (kv_heads or heads)
+    return 2 * width + 2 * width * width + 2 * width * grouped
+
+
+def _layer_parameters(width: int, heads: int, kv_heads: int, hidden: int) -> int:
+    """Parameters of a self-attention and a gated feed-forward, each with its norm."""
+    return _cross_parameters(width, heads, kv_heads) + 3 * width * hidden
+
+
+def _mean_keys(length: int, window: int) -> float:
+    """Keys that the mean byte of a text of `length` bytes attends to; the causal half as T / 2."""
+    window = min(window or length, length)
+    return window - window * window / (2 * length) if length else 0.0
