@@ -35,7 +35,7 @@ class ByteEmbedding(nnx.Module):
     """A table [V, D] looked up by id: gather forward (exact), one-hot product backward."""
 
     def __init__(self, size: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (size, dim)))
+        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         table = self.embedding[...]
@@ -52,7 +52,7 @@ class PositionEmbedding(nnx.Module):
     """A learned table [T_MAX, D] whose first rows are read in order: a slice, not a gather."""
 
     def __init__(self, length: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (length, dim)))
+        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (length, dim), jnp.float32))
 
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)

@@ -1,0 +1,228 @@
+"""Run folders: `config.json`, and Orbax checkpoints of everything a run needs to go on.
+
+A checkpoint holds the parameters, the optimizer state, the step (which is also the position in the
+data), the recipe with its vocabulary, the identity of the data, and a fingerprint of every array:
+an integer sum that is the same under any sharding, compared after every restore, because the
+array files themselves carry no checksum.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from bytelm_jax.config import Recipe, TrainConfig, from_dict, to_dict
+from bytelm_jax.models import Params, abstract_params
+from bytelm_jax.optim import build_optimizer
+
+METRIC = "validation_bits_per_byte"
+"""What "best" means: the lowest of this."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that the old or the new content stands there at any moment."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_config(run_dir: Path, recipe: Recipe) -> None:
+    """Writes `config.json`."""
+    write_text(run_dir / "config.json", json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def load_config(run_dir: Path) -> Recipe:
+    """Reads `config.json`; raises `ValueError` when the folder is no run folder."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: no config.json there; give a folder that `train` made")
+    try:
+        return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore it from a backup") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+@jax.jit
+def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
+    """One number a leaf: Σ bits_i · (2 i + 1) mod 2³². Any changed bit changes it."""
+
+    def one(leaf: Array) -> Array:
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
+        index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+        for axis in reversed(range(leaf.ndim)):
+            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+            stride = stride * leaf.shape[axis] % 2**32
+        total = jnp.zeros((), jnp.uint32)
+        for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
+            word = (bits >> shift).astype(jnp.uint32)
+            total = total * 31 + jnp.sum(word * (2 * index + 1), dtype=jnp.uint32)
+        return total
+
+    return [one(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
+    """The run's checkpoints; `train` says how many to keep, None opens them for reading."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of its work
+    if train is None:
+        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    else:
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC],
+            reverse=True,
+            n=train.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(n=train.keep_last), best]),
+            cleanup_tmp_directories=True,
+        )
+    return ocp.CheckpointManager(run_dir.absolute() / "checkpoints", options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Params,
+    opt_state: Any,
+    recipe: Recipe,
+    data: str,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Starts an asynchronous save; the arrays may be donated as soon as it returns."""
+    if jax.default_backend() == "cpu":
+        # On a CPU the "host copy" is a view of the very buffers that the next step overwrites.
+        params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
+    marks = {"params": fingerprints(params), "optimizer": fingerprints(opt_state)}
+    metadata = {
+        "step": step,
+        "recipe": to_dict(recipe),
+        "data": data,
+        "metrics": metrics,
+        "fingerprints": {name: [int(m) for m in jax.device_get(ms)] for name, ms in marks.items()},
+    }
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params),
+        optimizer=ocp.args.StandardSave(opt_state),
+        metadata=ocp.args.JsonSave(metadata),
+    )
+    manager.save(step, args=items, metrics=metrics, force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None = None
+) -> tuple[Params, Any, dict[str, Any]]:
+    """Arrays shaped and sharded as the abstract `params` and `opt_state`, and the metadata.
+
+    Raises `ValueError` when the checkpoint is damaged or holds other arrays.
+    """
+    wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
+    with _readable(manager, step):
+        arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+        items = ocp.args.Composite(metadata=ocp.args.JsonRestore(), **arguments)
+        found = manager.restore(step, args=items)
+        metadata = found["metadata"]
+        for name in wanted:
+            marks = [int(m) for m in jax.device_get(fingerprints(found[name]))]
+            if marks != metadata["fingerprints"][name]:
+                raise ValueError(f"the stored {name} are not those that were saved")
+    return found["params"], found.get("optimizer"), metadata
+
+
+def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
+    """The step that `which` names: "latest", "best" or a number that is there."""
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise ValueError(f"{manager.directory}: no checkpoint there; train first")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        scores = {}
+        for step in steps:
+            metrics = read_metadata(manager, step)["metrics"]
+            if metrics:
+                scores[step] = metrics[METRIC]
+        if not scores:
+            raise ValueError("checkpoint=best: no checkpoint was evaluated; choose latest")
+        return min(scores, key=lambda step: scores[step])
+    if which.isdigit() and int(which) in steps:
+        return int(which)
+    raise ValueError(f"checkpoint={which}: choose latest, best or one of {steps}")
+
+
+def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What the checkpoint says of itself."""
+    with _readable(manager, step):
+        items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return manager.restore(step, args=items)["metadata"]
+
+
+def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
+    """Recipe, parameters (on the default device) and step of a run folder's checkpoint."""
+    recipe = load_config(run_dir)
+    if not (run_dir / "checkpoints").is_dir():
+        raise ValueError(f"{run_dir}: no checkpoints there; train first")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in abstract_params(recipe.model).items()
+    }
+    with open_checkpoints(run_dir) as manager:
+        step = choose_step(manager, which)
+        params, _, metadata = restore(manager, step, abstract)
+    if metadata["recipe"]["model"] != to_dict(recipe.model):
+        raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
+    return recipe, params, step
+
+
+def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
+    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir}: exists and is not an empty folder; name another")
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
+    try:
+        optimizer = build_optimizer(recipe.optimizer, recipe.train.steps)
+        with open_checkpoints(beside, recipe.train) as manager:
+            save(manager, 0, params, optimizer.init(params), recipe, "", None)
+            manager.wait_until_finished()
+        save_config(beside, recipe)
+        beside.chmod(0o755)
+        os.replace(beside, run_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint raises into one line."""
+    try:
+        yield
+    except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"checkpoint {step} in {manager.directory}: damaged or not of this model ({first}); "
+            "delete that folder to go on from the one before"
+        ) from error

@@ -1,0 +1,252 @@
+"""The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
+
+import sys
+from dataclasses import replace
+from json import dumps as dump_json
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from bytelm_jax import checkpoint as checkpoints
+from bytelm_jax import convert, parallel, parity, recipes
+from bytelm_jax import data as corpora
+from bytelm_jax.arguments import UsageError, parse_recipe
+from bytelm_jax.config import MegabyteConfig, Recipe
+from bytelm_jax.evaluate import evaluate, make_row_nats
+from bytelm_jax.generate import SamplerConfig, stream
+from bytelm_jax.models import define_model
+from bytelm_jax.tokenizer import StreamingDecoder
+from bytelm_jax.train import DivergedError, train
+
+
+def train_command(argv: list[str]) -> int:
+    """`bytelm train RECIPE …`: the options depend on the recipe, so the name comes first."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_train_help())
+        return 0 if argv else 2
+    if argv[0].startswith("-"):
+        raise UsageError(f"{argv[0]}: name the recipe first: {', '.join(recipes.names())}")
+    recipe = recipes.get(argv[0])
+    run_dir, rest = _take_run_dir(argv[1:], Path("runs") / recipe.name)
+    recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
+    try:
+        outcome = train(recipe, run_dir)
+    except DivergedError as error:
+        print(f"bytelm train: {error}", file=sys.stderr)
+        return 1
+    if outcome.interrupted:
+        print(f"stopped: step {outcome.step} is saved in {run_dir}; the same command goes on")
+    else:
+        print(f"done: step {outcome.step} is saved in {run_dir}")
+    return 0
+
+
+def _train_help() -> str:
+    return "\n".join(
+        [
+            "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]",
+            "",
+            "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
+            "Without --data it trains on the source of Python's standard library. Any field is",
+            "overridden by its name, with or without its section (--train.batch-size 8,",
+            "--batch-size 8); `bytelm train RECIPE --help` lists them all.",
+            "",
+            "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
+            "",
+            "recipes: " + ", ".join(recipes.names()),
+        ]
+    )
+
+
+def _take_run_dir(argv: list[str], default: Path) -> tuple[Path, list[str]]:
+    rest, run_dir, take = [], default, False
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if take:
+            run_dir, take = Path(argument), False
+        elif name in ("--run-dir", "--run_dir"):
+            run_dir, take = Path(value), not equals
+        else:
+            rest.append(argument)
+    if take or not str(run_dir):
+        raise UsageError("--run-dir: name a folder")
+    return run_dir, rest
+
+
+def eval_command(
+    run: Path,
+    /,
+    data: tuple[Path, ...],
+    checkpoint: str = "latest",
+    batch_size: int = 16,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    json: bool = False,
+) -> int:
+    """Exact bits per byte: total nats and total bytes, every byte counted once.
+
+    Example: bytelm eval runs/megabyte_tiny --data README.md
+
+    Args:
+        run: the run folder.
+        data: files, folders or a prepared file; their bytes are cut into windows as long as those
+            of the training.
+        checkpoint: latest, best or a step.
+        batch_size: windows a step; a multiple of the number of devices.
+        dtype: of the arithmetic.
+        json: print one JSON object instead of a sentence.
+    """
+    if not data:
+        raise UsageError("--data: name at least one file or folder")
+    corpus = corpora.open_corpus(data)
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    vocab, mesh = recipe.model.vocab, parallel.make_mesh()
+    windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=False)
+    rows = -(-batch_size // mesh.size) * mesh.size
+    batches = corpora.evaluation_batches(windows, rows)
+    bind, _ = define_model(recipe.model)
+    with jax.enable_x64(dtype == "float64"):
+        wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
+        row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype))
+        found = evaluate(row_nats, wide, batches, vocab.pad_id, mesh)
+    record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
+    if json:
+        print(dump_json(record | {"step": step, "dtype": dtype}))
+    else:
+        print(
+            f"{found.bits_per_byte:.6f} bits per byte: {found.nats:.6f} nats over "
+            f"{found.count} bytes (step {step}, {dtype})"
+        )
+    return 0
+
+
+_PARAMETERS = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
+"""The dtype of the parameters under each dtype of the arithmetic."""
+
+
+def generate_command(
+    run: Path,
+    /,
+    prompt: str = "",
+    max_new_bytes: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sampler: Literal["greedy", "categorical", "entropy"] = "categorical",
+    seed: int = 0,
+    checkpoint: str = "latest",
+) -> int:
+    """Streams text that goes on from the prompt; never splits a UTF-8 character.
+
+    Example: bytelm generate runs/megabyte_tiny --prompt "def " --max-new-bytes 64
+
+    Args:
+        run: the run folder.
+        prompt: what the text starts with; it is printed first.
+        max_new_bytes: how many bytes at most; the model may end earlier.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep only the k likeliest bytes; 0 keeps all.
+        top_p: keep the likeliest bytes that together reach this probability.
+        sampler: greedy, categorical, or by the entropy of each distribution.
+        seed: of the random choices.
+        checkpoint: latest, best or a step.
+    """
+    config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
+    recipe, params, _ = checkpoints.load_run(run, checkpoint)
+    bind, _ = define_model(recipe.model)
+    decoder = StreamingDecoder(recipe.model.vocab)
+    offset = recipe.model.vocab.offset
+    start = prompt.encode("utf-8", "surrogateescape")
+    print(prompt, end="", flush=True)
+    for piece in stream(bind(params), start, max_new_bytes, sampler=config, seed=seed):
+        print(decoder.push([byte + offset for byte in piece]), end="", flush=True)
+    print(decoder.finish())
+    return 0
+
+
+def export_command(run: Path, /, out: Path, checkpoint: str = "latest") -> int:
+    """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
+
+    Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        out: the folder to write.
+        checkpoint: latest, best or a step.
+    """
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    convert.export_model(recipe.model, params, out, {"recipe": recipe.name, "step": step})
+    print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
+    return 0
+
+
+def import_command(
+    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte"] = "auto"
+) -> int:
+    """Makes a run folder of an export, or of a checkpoint of the PyTorch MEGABYTE code.
+
+    Example: bytelm import exports/megabyte_tiny --out runs/imported
+
+    Args:
+        source: an export folder, or a .pt or .safetensors file with a state dict.
+        out: the run folder to make; it must not hold a run yet.
+        format: what SOURCE is; auto looks at it.
+    """
+    if (out / "config.json").exists() or (out / "checkpoints").exists():
+        raise UsageError(f"--out {out}: holds a run already; name another folder")
+    config, params = convert.import_any(source, format)
+    recipe = Recipe(name="imported", model=config)
+    if isinstance(config, MegabyteConfig) and config.variant == "paper":
+        length = min(recipe.data.sequence_length, config.max_length)
+        recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
+    checkpoints.create_run(out, recipe, params)
+    print(
+        f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
+    )
+    return 0
+
+
+def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
+    """Packs files and folders into one memory-mapped byte file with document bounds.
+
+    Example: bytelm prepare README.md bytelm_jax --out corpus.bytes
+
+    Args:
+        paths: files and folders; each file is a document.
+        out: the file to write.
+    """
+    if not paths:
+        raise UsageError("PATH: name at least one file or folder")
+    made = corpora.prepare(paths, out)
+    print(f"wrote {out}: {made.documents} documents, {made.bytes} bytes")
+    return 0
+
+
+def parity_command(
+    path: Path,
+    /,
+    dtype: Literal["float64", "float32"] = "float64",
+    data: tuple[Path, ...] = (),
+    rows: int = 2,
+    length: int = 0,
+    checkpoint: str = "latest",
+) -> int:
+    """Runs the JAX and torch twins in lock-step on real bytes and reports where they part.
+
+    Prints one line a layer, then logits, loss, gradients and generation; the first tensor past its
+    tolerance is named. Exit code 1 when one is.
+
+    Example: bytelm parity runs/megabyte_tiny
+
+    Args:
+        path: a run folder or an export.
+        dtype: float64 is the verdict.
+        data: real bytes to compare on; empty takes Python's standard library.
+        rows: windows to compare on.
+        length: bytes a window; 0 takes a little more than four patches, an odd number.
+        checkpoint: of a run folder: latest, best or a step.
+    """
+    report = parity.compare(path, dtype, data, rows, length, checkpoint)
+    print(report.text)
+    return 0 if report.passed else 1

@@ -1,0 +1,66 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_LINE_SECONDS = 10.0
+"""Without a terminal, at most one progress line in this many seconds."""
+
+
+class Display:
+    """A context manager around the training loop; writes to standard error."""
+
+    def __init__(self, name: str, start: int, steps: int):
+        self._console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[rates]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=steps, completed=start, rates="compiling …")
+        self._steps, self._last = steps, float("-inf")
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """Prints one line above the bar."""
+        self._console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Brings bar and rates up to a finished step's metrics."""
+        rates = (
+            f"{record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second'] / 1e3:,.1f} kB/s"
+        )
+        if "mfu" in record:
+            rates += f"  MFU {record['mfu']:.1%}"
+        self._bar.update(self._task, completed=step, rates=rates)
+        now = time.monotonic()
+        if not self._console.is_terminal and now - self._last > _LINE_SECONDS:
+            self._last = now
+            self.say(f"step {step}/{self._steps}  {rates}")

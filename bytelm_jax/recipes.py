@@ -1,0 +1,106 @@
+"""Named runs as functions. `bytelm train NAME` looks a recipe up here; any field can be overridden.
+
+Each docstring says what it is and the command; measured figures stand in the README's tables.
+"""
+
+import inspect
+import sys
+from dataclasses import replace
+from difflib import get_close_matches
+
+from bytelm_jax.config import DataConfig, MegabyteConfig, OptimizerConfig, Recipe, TrainConfig
+
+_TINY_DATA = DataConfig(sequence_length=256)
+_TINY_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
+_TINY_TRAIN = TrainConfig(steps=600, batch_size=16, eval_every=200, checkpoint_every=200)
+
+_LARGE_DATA = DataConfig(sequence_length=2048)
+_LARGE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=500)
+_LARGE_TRAIN = TrainConfig(
+    steps=20_000, batch_size=32, eval_every=1000, checkpoint_every=1000, eval_windows=512
+)
+
+
+def megabyte_tiny() -> Recipe:
+    """MEGABYTE that learns on two CPU cores in minutes: `bytelm train megabyte_tiny`."""
+    model = MegabyteConfig(
+        patch_size=4,
+        global_dim=64,
+        local_dim=96,
+        max_length=1024,
+        global_layers=3,
+        global_heads=4,
+        local_layers=2,
+        local_heads=4,
+    )
+    return Recipe(
+        name="megabyte_tiny",
+        model=model,
+        data=_TINY_DATA,
+        optimizer=_TINY_OPTIMIZER,
+        train=_TINY_TRAIN,
+    )
+
+
+def transformer_tiny() -> Recipe:
+    """The yardstick for tiny models, a plain byte transformer: patch size 1, no local stack."""
+    model = MegabyteConfig(
+        patch_size=1,
+        global_dim=160,
+        local_dim=160,
+        max_length=1024,
+        global_layers=6,
+        global_heads=4,
+        local_layers=0,
+        local_heads=1,
+    )
+    return replace(megabyte_tiny(), name="transformer_tiny", model=model)
+
+
+def megabyte_132m() -> Recipe:
+    """MEGABYTE of 132,278,528 parameters, for one GPU or more: `bytelm train megabyte_132m`."""
+    return Recipe(
+        name="megabyte_132m",
+        model=MegabyteConfig(),
+        data=_LARGE_DATA,
+        optimizer=_LARGE_OPTIMIZER,
+        train=_LARGE_TRAIN,
+    )
+
+
+def megabyte_in_action_132m() -> Recipe:
+    """The "in action" variant of 131,918,336 parameters: ALiBi, local input across patches."""
+    model = MegabyteConfig(variant="in_action")
+    return replace(megabyte_132m(), name="megabyte_in_action_132m", model=model)
+
+
+def transformer_132m() -> Recipe:
+    """The yardstick for large models: a plain byte transformer of 132 million parameters."""
+    model = MegabyteConfig(
+        patch_size=1,
+        global_dim=1024,
+        local_dim=1024,
+        global_layers=12,
+        global_heads=16,
+        local_layers=0,
+        local_heads=1,
+    )
+    return replace(megabyte_132m(), name="transformer_132m", model=model)
+
+
+def names() -> list[str]:
+    """The names of all recipes, in the order of this file."""
+    functions = inspect.getmembers(sys.modules[__name__], inspect.isfunction)
+    ours = [(n, f) for n, f in functions if f.__module__ == __name__ and not n.startswith("_")]
+    recipes = [(f.__code__.co_firstlineno, n) for n, f in ours if n not in ("names", "get")]
+    return [name for _, name in sorted(recipes)]
+
+
+def get(name: str) -> Recipe:
+    """The recipe called `name`; hyphens count as underscores. Raises `ValueError`."""
+    known, wanted = names(), name.replace("-", "_")
+    if wanted not in known:
+        near = get_close_matches(wanted, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
+        raise ValueError(f"recipe={name}: unknown; {hint}")
+    return globals()[wanted]()

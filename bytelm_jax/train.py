@@ -1,0 +1,207 @@
+"""The whole training story, top to bottom: setup, data, model, state, restore, step, loop."""
+
+import math
+import os
+import signal
+import sys
+from collections import deque
+from dataclasses import fields
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bytelm_jax import checkpoint, data, parallel
+from bytelm_jax.config import Recipe, TrainConfig
+from bytelm_jax.display import Display
+from bytelm_jax.evaluate import evaluate, make_row_nats
+from bytelm_jax.loss import bits_per_byte
+from bytelm_jax.metrics import MetricsLog, Throughput
+from bytelm_jax.models import define_model
+from bytelm_jax.optim import build_optimizer, learning_rate_schedule
+
+_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
+"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
+
+_IN_FLIGHT = 4
+"""Steps queued on the devices: simulated CPU devices deadlock when many are left un-awaited."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: at which step, and whether a signal stopped it before the last one."""
+
+    step: int
+    interrupted: bool
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+
+
+class StopSignal:
+    """True once SIGINT or SIGTERM arrived; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __bool__(self) -> bool:
+        return self._seen
+
+    def __enter__(self) -> "StopSignal":
+        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Makes the folder, or makes sure that it holds this recipe; raises `ValueError` otherwise."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
+    if (run_dir / "config.json").exists():
+        check_same_run(checkpoint.load_config(run_dir), recipe, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
+    """Raises `ValueError` for the first field whose change would make this another run."""
+    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
+    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
+    for part, old, new in pairs:
+        names = [f.name for f in fields(old)] if type(old) is type(new) else []
+        if not names:
+            raise ValueError(
+                f"{part}: {run_dir} holds another architecture; choose another run_dir"
+            )
+        for name in names:
+            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after and not free:
+                raise ValueError(
+                    f"{part}.{name}={after}: {run_dir} was started with {before}; "
+                    "keep that value or choose another run_dir"
+                )
+
+
+def train(recipe: Recipe, run_dir: Path) -> Outcome:
+    """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
+
+    Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
+    overwritten, and `DivergedError` when the loss stops being finite.
+    """
+    run, vocab = recipe.train, recipe.model.vocab
+
+    # ---- setup ----
+    mesh = parallel.make_mesh(run.devices)
+    parallel.check_batch(mesh, run)
+
+    # ---- data ----
+    corpus = data.open_corpus(recipe.data.paths)
+    parts = data.split(corpus, recipe.data.validation_fraction, recipe.data.split_seed)
+    length, eos = recipe.data.sequence_length, recipe.data.append_eos
+    windows, held_out = (data.Windows(part, vocab, length, eos) for part in parts)
+    identity = corpus.fingerprint()
+
+    # ---- model and state, born sharded ----
+    prepare_run_dir(run_dir, recipe)
+    bind, init = define_model(recipe.model)
+    optimizer = build_optimizer(recipe.optimizer, run.steps)
+    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+
+    # ---- restore ----
+    manager = checkpoint.open_checkpoints(run_dir, run)
+    start = manager.latest_step() or 0
+    if start:
+        like = parallel.abstract_state(state)
+        params, opt_state, found = checkpoint.restore(manager, start, like.params, like.opt_state)
+        if found["data"] != identity:
+            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+        step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
+        state = parallel.TrainState(step_number, params, opt_state)
+    checkpoint.save_config(run_dir, recipe)
+
+    # ---- step ----
+    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh)
+    row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
+    schedule = learning_rate_schedule(recipe.optimizer, run.steps)
+    log = MetricsLog(run_dir / "metrics.jsonl", start)
+    rates = Throughput(recipe.model.flops_per_byte(length), mesh.size)
+    pending: deque[tuple[int, dict[str, Any]]] = deque()
+    saved = start
+
+    def settle(keep: int, display: Display) -> None:
+        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        while len(pending) > keep:
+            step, report = pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(report).items()}
+            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+                raise DivergedError(
+                    f"step {step}: the loss is {values['loss']} and the gradient norm "
+                    f"{values['grad_norm']}; the checkpoint of step {saved} is kept; lower "
+                    f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
+                )
+            rates.add(run.batch_size * length)
+            if step % run.log_every == 0 or step == run.steps:
+                values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+                values["learning_rate"] = float(schedule(jnp.asarray(step - 1)))
+                values |= rates.read()
+                log.write({"step": step, **values})
+                display.show(step, values)
+
+    def validate(step: int, display: Display) -> dict[str, float] | None:
+        if not len(held_out):
+            return None
+        batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows)
+        found = evaluate(row_nats, state.params, batches, vocab.pad_id, mesh)
+        record = {
+            "validation_loss": found.nats / found.count,
+            checkpoint.METRIC: found.bits_per_byte,
+        }
+        log.write({"step": step, **record})
+        display.say(f"step {step}: validation {found.bits_per_byte:.4f} bits per byte")
+        return record
+
+    # ---- loop ----
+    batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start)
+    step = start
+    with StopSignal() as stop, Display(recipe.name, start, run.steps) as display, manager:
+        display.say(
+            f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
+        )
+        while step < run.steps and not stop:
+            state, report = step_function(state, parallel.put_batch(mesh, next(batches)))
+            step += 1
+            pending.append((step, report))
+            if step == start + 1:  # compilation belongs to no rate
+                settle(0, display)
+                rates.restart()
+            settle(_IN_FLIGHT, display)
+
+            last = step == run.steps
+            evaluates = last or (run.eval_every and step % run.eval_every == 0)
+            saves = last or (run.checkpoint_every and step % run.checkpoint_every == 0)
+            if evaluates or saves:
+                settle(0, display)
+                record = validate(step, display) if evaluates else None
+                if saves:
+                    checkpoint.save(
+                        manager, step, state.params, state.opt_state, recipe, identity, record
+                    )
+                    saved = step
+                rates.restart()
+        settle(0, display)
+        if stop and step > saved:
+            checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, None)
+        manager.wait_until_finished()
+        log.close()
+    return Outcome(step, bool(stop) and step < run.steps)
