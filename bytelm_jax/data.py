@@ -11,7 +11,9 @@ integer, the step: its batch depends on nothing but the seed, the step and the g
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import operator
 import os
 import stat
 import sysconfig
@@ -20,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
@@ -33,9 +36,7 @@ _OPEN_MAPS = 256  # each holds a file descriptor, of which a process often has 1
 _SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and wraps larger ones silently
 _READ_THREADS = 4
 _READY_BATCHES = 8
-_NOT_LIBRARY = frozenset(
-    ("__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test")
-)
+_NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"]
 
 
 # ---- corpus ---------------------------------------------------------------------------------
@@ -179,22 +180,18 @@ def _path_list(paths: Sequence[str | Path]) -> Sequence[str | Path]:
 def _list_files(path: str | Path) -> list[tuple[str, str]]:
     """(name, path) of the file at `path` or of every file in that folder."""
     if os.path.isdir(path):
-        return _walk(str(path), frozenset())
+        return _walk(str(path), ())
     require(os.path.lexists(path), f"{path}: does not exist; check the spelling")
     return [(os.path.basename(path), str(path))]
 
 
 def _library_files(library: str) -> list[tuple[str, str]]:
-    found = _walk(library, _NOT_LIBRARY)
     made_on_installation = ("_sysconfigdata", "config-")  # differs from machine to machine
-    return [
-        (name, path)
-        for name, path in found
-        if name.endswith(".py") and not name.startswith(made_on_installation)
-    ]
+    found = [each for each in _walk(library, _NOT_LIBRARY) if each[0].endswith(".py")]
+    return [each for each in found if not each[0].startswith(made_on_installation)]
 
 
-def _walk(root: str, left_out: frozenset[str]) -> list[tuple[str, str]]:
+def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
     """(path relative to `root`, path) of every visible file below, sorted by the former."""
     seen = {os.path.realpath(root)}
 
@@ -342,12 +339,11 @@ def _bodies(corpus: Corpus) -> Iterator[bytes]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself survive a power cut."""
+    """Makes the rename survive a power cut, where the file system can."""
     handle = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 # ---- training and validation ------------------------------------------------------------------
@@ -408,22 +404,23 @@ class Windows:
         total = int(self._ends[-1]) if len(self._ends) else 0
         return -(-total // self.length)
 
-    def __getitem__(self, index: int) -> Int32[np.ndarray, " T"]:
+    def __getitem__(self, index: SupportsIndex) -> Int32[np.ndarray, " T"]:
         """Row `index`, int32 [length]. Raises `IndexError` outside the sequence."""
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        begin = index % len(self) * self.length
+        number, count = operator.index(index), len(self)
+        if not -count <= number < count:
+            raise IndexError(f"window {number} of {count}")
+        begin = number % count * self.length
         ids = np.full(self.length, self.vocab.pad_id, np.int32)
         document = int(np.searchsorted(self._ends, begin, side="right"))
         at = begin - (int(self._ends[document - 1]) if document else 0)
         filled = 0
         while filled < self.length and document < self.corpus.documents:
             size = int(self.corpus.lengths[document])
-            count = min(size - at, self.length - filled)
-            part = ids[filled : filled + count]
-            part[:] = self.corpus.read(document, at, at + count)
+            taken = min(size - at, self.length - filled)
+            part = ids[filled : filled + taken]
+            part[:] = self.corpus.read(document, at, at + taken)
             part += np.int32(self.vocab.offset)
-            filled += count
+            filled += taken
             if self.append_eos and filled < self.length:
                 ids[filled] = self.vocab.eos_id
                 filled += 1
