@@ -1,0 +1,154 @@
+"""Patch boundaries: pure functions of static shape, in a whole-text form and one byte at a time.
+
+The mirror of `bytelm_jax/patching.py`, which explains the rules.
+Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bytelm_torch.config import BLTConfig, ByteVocab
+
+NO_BYTE = -1
+"""Stands for an id that is no byte, and for what lies before the first one."""
+
+CONTEXT = 3
+"""Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+
+
+class PatchPlan(NamedTuple):
+    """Which byte belongs to which patch, for a budget of N patches.
+
+    Patches past the budget merge into one open last patch, number N, which is neither pooled nor
+    read, since it never ends.
+    """
+
+    patch_of: Int[Tensor, "B T"]
+    """Patch of each byte, at most N; N also for padding."""
+    read_of: Int[Tensor, "B T"]
+    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t."""
+    lengths: Int[Tensor, "B N+1"]
+    """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
+    overflow: Int[Tensor, " B"]
+    """Boundaries that the budget made disappear."""
+
+
+def to_bytes(ids: Int[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
+    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
+    values = ids - vocab.offset
+    return torch.where((values >= 0) & (values < 256), values, NO_BYTE)
+
+
+def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
+    """Whether a text that ends in these bytes, oldest first, ends inside a UTF-8 character.
+
+    So it does when the end is the beginning of a valid character (Unicode 15, table 3-7): an
+    overlong form, a surrogate or a stray continuation byte is no character and holds nothing up.
+    """
+    third, second, last = recent[..., 0], recent[..., 1], recent[..., 2]
+    after_one = (last >= 0xC2) & (last <= 0xF4)
+    after_two = (second >= 0xE0) & (second <= 0xF4) & _valid_second(second, last)
+    after_three = (third >= 0xF0) & (third <= 0xF4) & _valid_second(third, second)
+    return after_one | after_two | (after_three & _continues(last))
+
+
+def boundary_after(
+    config: BLTConfig,
+    recent: Int[Tensor, "*batch 3"],
+    position: Int[Tensor, "*batch"],
+    entropies: Float[Tensor, "*batch"] | None,
+) -> Bool[Tensor, "*batch"]:
+    """Whether a patch starts behind a byte, by the patcher of `config`.
+
+    `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
+    them in s, and `entropies`, which only the patcher `entropy` needs, that of the prediction after
+    it, in nats.
+    """
+    match config.patcher:
+        case "entropy":
+            if entropies is None:
+                raise ValueError("entropies=None: the patcher 'entropy' needs them; pass them")
+            boundary = entropies > config.threshold
+        case "space":
+            # A run's end shows only in the byte behind it, so its first byte draws the boundary.
+            boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
+        case "fixed":
+            boundary = position % config.patch_size == 0
+        case "byte":
+            return torch.ones_like(position, dtype=torch.bool)
+    return boundary & ~inside_character(recent) if config.whole_characters else boundary
+
+
+def patch_starts(
+    config: BLTConfig, ids: Int[Tensor, "B T"], entropies: Float[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B S"]:
+    """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
+
+    `ids` is s; `entropies` as in `boundary_after`.
+    """
+    values = to_bytes(ids, config.vocab)
+    recent = torch.stack([shifted(values, n, NO_BYTE) for n in range(CONTEXT - 1, -1, -1)], dim=-1)
+    position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
+    after = boundary_after(config, recent, position, entropies)
+    after = (after | (position == 0)) & present(ids, config.vocab)
+    return F.pad(after, (1, 0), value=True)
+
+
+def present(ids: Int[Tensor, "B T"], vocab: ByteVocab) -> Bool[Tensor, "B T"]:
+    """Whether each position comes before the row's first pad."""
+    return torch.cumsum(ids == vocab.pad_id, dim=1) == 0
+
+
+def shifted(ids: Int[Tensor, "B T"], count: int, fill: int) -> Int[Tensor, "B T"]:
+    """`ids` moved right by `count`; `fill` comes in."""
+    return F.pad(ids, (count, 0), value=fill)[:, : ids.shape[1]]
+
+
+def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor, "B {length}+1"]:
+    """Starts from the lengths of patches that cover `length` bytes.
+
+    A length of 0 behind the last patch says that the byte still to come starts a patch.
+    """
+    begins = torch.cumsum(lengths, dim=1) - lengths
+    starts = lengths.new_zeros((lengths.shape[0], max(length, int(begins.max())) + 1))
+    return starts.scatter(1, begins, 1)[:, : length + 1].bool()
+
+
+def plan_patches(
+    starts: Bool[Tensor, "B S"], counted: Bool[Tensor, "B T"], budget: int
+) -> PatchPlan:
+    """Patches of a text from its starts; `counted` leaves out the padding.
+
+    Starts at 0 and 1 are added where they are missing: without a complete patch before every
+    prediction there would be nothing to read.
+    """
+    starts = starts | (torch.arange(starts.shape[1], device=starts.device) < 2)[None, :]
+    number = torch.cumsum(starts, dim=1) - 1
+    capped = number.clamp(max=budget)
+    lengths = number.new_zeros((starts.shape[0], budget + 1))
+    lengths = lengths.scatter_add(1, capped[:, :-1], counted.to(lengths.dtype))
+    patch_of = capped[:, :-1].where(counted, budget)
+    return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, number[:, -1] - capped[:, -1])
+
+
+def _separates(value: Tensor) -> Tensor:
+    """Whether a byte is neither letter, digit nor part of a character beyond ASCII."""
+    lower = value | 0x20
+    letter = (lower >= ord("a")) & (lower <= ord("z"))
+    digit = (value >= ord("0")) & (value <= ord("9"))
+    return (value >= 0) & (value < 0x80) & ~letter & ~digit
+
+
+def _continues(value: Tensor) -> Tensor:
+    return (value >= 0x80) & (value <= 0xBF)
+
+
+def _valid_second(lead: Tensor, value: Tensor) -> Tensor:
+    """Whether `value` may follow `lead`, the first byte of a character of three or four bytes."""
+    least = torch.where(lead == 0xE0, 0xA0, torch.where(lead == 0xF0, 0x90, 0x80))
+    most = torch.where(lead == 0xED, 0x9F, torch.where(lead == 0xF4, 0x8F, 0xBF))
+    return (value >= least) & (value <= most)
