@@ -17,9 +17,10 @@ from flax import nnx
 
 from bytelm_jax import checkpoint, convert, data
 from bytelm_jax.config import ModelConfig, to_dict
-from bytelm_jax.generate import generate
+from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, define_model
+from bytelm_jax.tokenizer import ByteTokenizer
 
 LOGITS = {"float64": 1e-12, "float32": 1e-5}
 """Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss."""
@@ -103,14 +104,20 @@ def compare_twins(
         params = {name: value.astype(dtype) for name, value in params.items()}
         bind, _ = define_model(config)
         theirs, their_logits, their_loss, their_gradients = _run_torch(twin, config, ids)
-        model = bind(params)
-        with _record_jax(model) as ours:
-            logits = model(jnp.asarray(ids))
+        inputs = jnp.asarray(ids)
+
+        @jax.jit
+        def run(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
+            model = bind(params)
+            with _record_jax(model) as seen:
+                return model(inputs), seen
+
+        logits, ours = jax.device_get(run(params))
         _compare_layers(report, ours, theirs, LOGITS[dtype])
-        report.compare("logits", np.asarray(logits), their_logits, LOGITS[dtype])
+        report.compare("logits", logits, their_logits, LOGITS[dtype])
 
         def mean_loss(params: Params) -> jax.Array:
-            nats, count = cross_entropy(bind(params)(jnp.asarray(ids)), ids, config.vocab.pad_id)
+            nats, count = cross_entropy(bind(params)(inputs), inputs, config.vocab.pad_id)
             return nats / count
 
         loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
@@ -118,7 +125,7 @@ def compare_twins(
         for name, gradient in sorted(convert.to_torch(gradients).items()):
             found = their_gradients.get(name, np.zeros_like(gradient))
             report.compare(f"gradient of {name}", gradient, found, GRADIENTS[dtype])
-        _compare_generation(report, model, twin, ids, config)
+        _compare_generation(report, bind(params), twin, ids, config)
     return report
 
 
@@ -189,15 +196,15 @@ def _label(name: str, call: int) -> str:
 
 
 @contextlib.contextmanager
-def _record_jax(model: nnx.Module) -> Iterator[dict[str, np.ndarray]]:
-    """Collects the outputs of the model's layers, by dotted name, while it runs outside jit."""
+def _record_jax(model: nnx.Module) -> Iterator[dict[str, jax.Array]]:
+    """Collects the outputs of the model's layers, by dotted name, while it runs or is traced."""
     names = {
         id(node): ".".join(map(str, path))
         for path, node in nnx.iter_graph(model)
         if isinstance(node, nnx.Module) and path
     }
     kinds = {type(node) for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)}
-    seen: dict[str, np.ndarray] = {}
+    seen: dict[str, jax.Array] = {}
     calls: Counter[str] = Counter()
     originals = {kind: kind.__call__ for kind in kinds if "__call__" in vars(kind)}
 
@@ -207,7 +214,7 @@ def _record_jax(model: nnx.Module) -> Iterator[dict[str, np.ndarray]]:
             name = names.get(id(self))
             if name is not None and isinstance(output, jax.Array):
                 calls[name] += 1
-                seen[_label(name, calls[name])] = np.asarray(output)
+                seen[_label(name, calls[name])] = output
             return output
 
         return call
@@ -236,18 +243,14 @@ def _compare_layers(
 def _compare_generation(
     report: Report, model: Any, twin: Any, ids: np.ndarray, config: ModelConfig
 ) -> None:
+    from bytelm_torch.generate import SamplerConfig as TorchSamplerConfig
     from bytelm_torch.generate import generate as torch_generate
 
-    offset = config.vocab.offset
     half = max(1, ids.shape[1] // 2)
-    room = getattr(config, "max_length", half + _NEW_BYTES) - half
-    prompts = [
-        bytes((row[:half] - offset).astype(np.uint8))
-        for row in ids
-        if (row[:half] - offset < 256).all()
-    ]
-    ours = generate(model, prompts, min(_NEW_BYTES, room))
-    theirs = torch_generate(twin, prompts, min(_NEW_BYTES, room))
+    room = min(_NEW_BYTES, getattr(config, "max_length", half + _NEW_BYTES) - half)
+    prompts = [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids]
+    ours = generate(model, prompts, room, SamplerConfig(sampler="greedy"))
+    theirs = torch_generate(twin, prompts, room, TorchSamplerConfig(sampler="greedy"))
     count = sum(len(text) for text in theirs)
     report.add(
         f"greedy generation, {count} bytes", "same" if ours == theirs else "differ", ours == theirs

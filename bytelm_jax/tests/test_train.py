@@ -1,0 +1,209 @@
+"""Runs that are killed, stopped, resumed and refused, through the real command."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bytelm_jax import checkpoint
+from bytelm_jax.metrics import WALL_CLOCK, read_metrics
+
+TINY = [
+    *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),
+    *("--model.global-layers", "1", "--model.local-layers", "1", "--model.global-heads", "2"),
+    *("--model.local-heads", "2", "--model.max-length", "64", "--model.dropout", "0.1"),
+    *("--sequence-length", "64", "--batch-size", "8", "--warmup-steps", "5"),
+]
+DEADLINE = 240
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    source = random.Random(5)
+    words = ["".join(source.choices("abcdefgh", k=source.randint(2, 7))) for _ in range(50)]
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(source.choices(words, k=400)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """One device, and one compilation cache for all processes of this file."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": cache,
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+
+
+class Run:
+    """`bytelm train` as a process that cannot outlive its deadline."""
+
+    def __init__(self, run_dir, text, environment, *options):
+        command = [sys.executable, "-m", "bytelm_jax.cli", "train", "megabyte_tiny", *TINY]
+        command += ["--data", str(text), "--run-dir", str(run_dir), *map(str, options)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.run_dir = Path(run_dir)
+
+    def finish(self):
+        try:
+            out, err = self.process.communicate(timeout=DEADLINE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, err = self.process.communicate()
+            pytest.fail(f"past its deadline: {out}{err}")
+        return self.process.returncode, out, err
+
+    def wait_for_step(self, step):
+        """Until the metrics show `step`; the run itself is the clock, not the machine's speed."""
+        path, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + DEADLINE
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if path.exists() and any(r["step"] >= step for r in read_metrics(path)):
+                return
+            time.sleep(0.002)
+        assert self.process.poll() is None or self.process.returncode == 0, self.finish()
+
+
+def result(run_dir):
+    """Parameters and metrics of a finished run, wall-clock fields left out."""
+    _, params, step = checkpoint.load_run(Path(run_dir))
+    records = read_metrics(Path(run_dir) / "metrics.jsonl")
+    kept = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
+    return step, {k: np.asarray(v) for k, v in params.items()}, kept
+
+
+def assert_same(ours, theirs):
+    assert ours[0] == theirs[0]
+    assert ours[2] == theirs[2]
+    assert ours[1].keys() == theirs[1].keys()
+    for name in ours[1]:
+        assert ours[1][name].tobytes() == theirs[1][name].tobytes(), name
+
+
+OPTIONS = ("--steps", 120, "--log-every", 1, "--eval-every", 30, "--checkpoint-every", 10)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text, environment):
+    run = Run(tmp_path_factory.mktemp("run") / "whole", text, environment, *OPTIONS)
+    code, out, err = run.finish()
+    assert code == 0, err
+    assert "done: step 120 is saved" in out
+    return run.run_dir
+
+
+def test_metrics_hold_every_step_and_the_loss_falls(undisturbed):
+    step, _, records = result(undisturbed)
+    assert step == 120
+    training = [r for r in records if "loss" in r]
+    assert [r["step"] for r in training] == list(range(1, 121))
+    assert training[-1]["loss"] < training[0]["loss"] - 1
+    for record in training:
+        assert {"bits_per_byte", "learning_rate", "grad_norm"} < record.keys()
+        assert record["bits_per_byte"] == pytest.approx(record["loss"] / np.log(2))
+    validation = [r["step"] for r in records if "validation_bits_per_byte" in r]
+    assert validation == [30, 60, 90, 120]
+    with checkpoint.open_checkpoints(undisturbed) as manager:
+        steps = sorted(manager.all_steps())
+        assert steps[-1] == 120
+        assert 2 <= len(steps) <= 3  # the last two, and the best if it is another
+        scores = {
+            r["step"]: r["validation_bits_per_byte"]
+            for r in records
+            if r["step"] in steps and "validation_bits_per_byte" in r
+        }
+        assert checkpoint.choose_step(manager, "best") == min(scores, key=lambda s: scores[s])
+
+
+def test_killed_five_times_ends_bit_for_bit_the_same(undisturbed, tmp_path, text, environment):
+    chance = random.Random(time.time_ns())
+    marks = sorted(chance.sample(range(1, 115), 5))
+    print(f"kills after steps {marks}")
+    for mark in marks:
+        run = Run(tmp_path / "killed", text, environment, *OPTIONS)
+        run.wait_for_step(mark)
+        time.sleep(chance.random() * 0.05)
+        run.process.send_signal(signal.SIGKILL)
+        run.finish()
+    code, _, err = Run(tmp_path / "killed", text, environment, *OPTIONS).finish()
+    assert code == 0, err
+    assert_same(result(tmp_path / "killed"), result(undisturbed))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number, undisturbed, tmp_path, text, environment
+):
+    run = Run(tmp_path / "run", text, environment, *OPTIONS)
+    run.wait_for_step(13)
+    run.process.send_signal(number)
+    code, out, err = run.finish()
+    assert code == 0, err
+    step = int(out.split("step ")[1].split()[0])
+    assert out.startswith(f"stopped: step {step} is saved in") and 13 <= step < 120
+    assert checkpoint.load_run(run.run_dir)[2] == step
+    code, _, err = Run(tmp_path / "run", text, environment, *OPTIONS).finish()
+    assert code == 0, err
+    assert_same(result(run.run_dir), result(undisturbed))
+
+
+def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, text, environment):
+    options = (
+        "--steps",
+        60,
+        "--checkpoint-every",
+        2,
+        "--optimizer.name",
+        "sgd",
+        "--warmup-steps",
+        40,
+    )
+    run = Run(tmp_path / "run", text, environment, *options, "--lr", "1e30", "--max-grad-norm", 0)
+    code, _, err = run.finish()
+    assert code == 2 and "--lr: no such field" in err
+    rate = ("--learning-rate", "1e4", "--max-grad-norm", 0)
+    code, _, err = Run(tmp_path / "run", text, environment, *options, *rate).finish()
+    assert code == 1, err
+    last = err.strip().splitlines()[-1]
+    assert "lower optimizer.learning_rate=10000.0" in last
+    step = checkpoint.load_run(tmp_path / "run")[2]
+    assert f"the checkpoint of step {step} is kept" in last
+    _, params, records = result(tmp_path / "run")
+    assert all(np.isfinite(value).all() for value in params.values())
+    assert all(np.isfinite(r.get("loss", 0.0)) for r in records)
+
+
+def test_another_run_in_the_same_folder_is_refused(undisturbed, tmp_path, text, environment):
+    before = {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
+    for change, line in {
+        ("--model.patch-size", "8"): "model.patch_size=8: {} was started with 4",
+        ("--learning-rate", "0.5"): "optimizer.learning_rate=0.5: {} was started with 0.003",
+        ("--train.seed", "3"): "train.seed=3: {} was started with 0",
+    }.items():
+        code, _, err = Run(undisturbed, text, environment, *OPTIONS, *change).finish()
+        assert code == 2
+        assert line.format(undisturbed) in err and len(err.strip().splitlines()) == 1
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("quite other bytes " * 500)
+    code, _, err = Run(undisturbed, other, environment, *OPTIONS).finish()
+    assert code == 2 and "data: not the bytes that" in err
+    assert before == {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
+
+
+def test_config_json_rebuilds_the_recipe(undisturbed):
+    recipe = checkpoint.load_config(undisturbed)
+    assert recipe.train.steps == 120 and recipe.model.patch_size == 4
+    raw = json.loads((undisturbed / "config.json").read_text())
+    assert raw["model"]["architecture"] == "megabyte" and raw["name"] == "megabyte_tiny"

@@ -1,0 +1,179 @@
+"""Training: 200 optimizer steps in both frameworks, devices, step forms, a recorded loss list."""
+
+import importlib.metadata
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from bytelm_jax import parallel
+from bytelm_jax.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from bytelm_jax.convert import to_torch
+from bytelm_jax.models import define_model
+from bytelm_jax.optim import build_optimizer
+from bytelm_jax.parity import relative_error
+from bytelm_torch.config import OptimizerConfig as TorchOptimizerConfig
+from bytelm_torch.config import from_dict as torch_from_dict
+from bytelm_torch.loss import cross_entropy as torch_cross_entropy
+from bytelm_torch.optim import build_optimizer as build_torch_optimizer
+from bytelm_torch.optim import clip_by_global_norm, learning_rate_schedule
+from parity_tests import tolerances
+from parity_tests.twins import MEGABYTES, random_ids, twins
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def run_jax(config, optimizer, train, batches, params=None):
+    """Losses and final state of a few steps on int32[S, B, T] batches."""
+    mesh = parallel.make_mesh(train.devices)
+    bind, init = define_model(config)
+    transformation = build_optimizer(optimizer, train.steps)
+    start = (lambda: init(train.seed)) if params is None else (lambda: params)
+    state = parallel.init_state(mesh, transformation, start)
+    step = parallel.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh)
+    reports = []
+    for ids in batches:
+        state, report = step(state, parallel.put_batch(mesh, ids))
+        reports.append({name: float(value) for name, value in report.items()})
+    return reports, state
+
+
+def ragged_batches(config, steps, rows, length):
+    """int32[steps, rows, length]; the last ids of some rows are pads, so counts differ."""
+    batches = np.stack([random_ids(config, rows, length, seed=s) for s in range(steps)])
+    batches[:, ::3, length // 2 :] = config.vocab.pad_id
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"), [("paper", "adamw"), ("in_action", "adamw"), ("paper", "sgd")]
+)
+def test_200_steps_end_at_the_same_parameters(variant, name, x64):
+    config, params, twin = twins(variant, "float64")
+    before = {k: v.clone() for k, v in twin.state_dict().items()}
+    rate = {"adamw": 3e-3, "sgd": 1e-2}[name]
+    optimizer = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=20)
+    train = TrainConfig(steps=200, batch_size=4, devices=1, compute_dtype="float32")
+    batches = ragged_batches(config, 200, 4, 11)
+    # float64 all the way: cast_params would make the products float32.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "compute_dtype", lambda train: jnp.dtype("float64"))
+        reports, state = run_jax(config, optimizer, train, batches, params)
+
+    torch_config = torch_from_dict(TorchOptimizerConfig, to_dict(optimizer))
+    stepper = build_torch_optimizer(torch_config, twin)
+    schedule = learning_rate_schedule(torch_config, 200)
+    try:
+        for count, ids in enumerate(batches):
+            for group in stepper.param_groups:
+                group["lr"] = schedule(count)
+            tensor = torch.from_numpy(ids)
+            nats, counted = torch_cross_entropy(twin(tensor), tensor, config.vocab.pad_id)
+            stepper.zero_grad()
+            (nats / counted).backward()
+            clip_by_global_norm(twin.parameters(), optimizer.max_grad_norm)
+            stepper.step()
+        theirs = {k: v.clone().numpy() for k, v in twin.state_dict().items()}
+    finally:
+        twin.load_state_dict(before)
+    ours = to_torch(state.params)
+    assert ours.keys() == theirs.keys()
+    worst = max(relative_error(ours[key], theirs[key]) for key in ours)
+    assert worst <= tolerances.AFTER_200_STEPS
+    assert reports[-1]["loss"] < reports[0]["loss"]
+    moved = relative_error(theirs["to_logits.weight"], before["to_logits.weight"].numpy())
+    assert moved > 0.01
+
+
+SMALL = replace(MEGABYTES["in_action"], init_std=0.05, dropout=0.1, global_layers=1, local_layers=1)
+FIVE = ragged_batches(SMALL, 5, 16, 11)
+# Plain SGD: it shows a gradient that is N times too large, which AdamW would hide.
+PLAIN = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=0.3, max_grad_norm=0.0)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    train = TrainConfig(steps=5, batch_size=16, devices=1)
+    return run_jax(SMALL, PLAIN, train, FIVE)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"devices": 8},
+        {"devices": 8, "parallel": "shard_map"},
+        {"devices": 2, "parallel": "shard_map", "accumulation_steps": 4},
+        {"devices": 1, "accumulation_steps": 4},
+        {"devices": 1, "remat": True},
+    ],
+    ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_device):
+    expected, state = one_device
+    train = TrainConfig(**({"steps": 5, "batch_size": 16} | change))
+    reports, other = run_jax(SMALL, PLAIN, train, FIVE)
+    for ours, theirs in zip(reports, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            error = abs(ours[name] - theirs[name]) / abs(theirs[name])
+            assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, ours, theirs)
+    for name, value in state.params.items():
+        error = relative_error(np.asarray(other.params[name]), np.asarray(value))
+        assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+
+
+def test_dropout_is_on_in_training_and_differs_between_steps_and_seeds(one_device):
+    reports, _ = one_device
+    repeated = np.repeat(FIVE[:1], 2, axis=0)
+    still = replace(PLAIN, learning_rate=1e-12)
+    first, _ = run_jax(SMALL, still, TrainConfig(steps=5, batch_size=16, devices=1), repeated)
+    assert first[0]["loss"] == reports[0]["loss"]
+    assert first[0]["loss"] != first[1]["loss"]
+    other = TrainConfig(steps=5, batch_size=16, devices=1, seed=1)
+    assert run_jax(SMALL, still, other, repeated)[0][0]["loss"] != first[0]["loss"]
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    mesh = parallel.make_mesh(8)
+    with pytest.raises(ValueError, match="batch_size=12: must be a multiple of 8"):
+        parallel.check_batch(mesh, TrainConfig(batch_size=12))
+    with pytest.raises(ValueError, match="devices=9: this machine has 8"):
+        parallel.make_mesh(9)
+
+
+def golden_run():
+    """20 losses of a tiny run whose bytes and seeds are written out here."""
+    source = np.random.default_rng(7)
+    words = [bytes(source.integers(97, 123, size)) for size in source.integers(2, 8, 40)]
+    text = b" ".join(words[i] for i in source.integers(0, 40, 4000))
+    ids = np.frombuffer(text[: 20 * 8 * 32], np.uint8).astype(np.int32).reshape(20, 8, 32)
+    config = replace(MEGABYTES["paper"], init_std=0.02)
+    train = TrainConfig(steps=20, batch_size=8, devices=1)
+    reports, _ = run_jax(config, OptimizerConfig(learning_rate=1e-2, warmup_steps=5), train, ids)
+    return [report["loss"] for report in reports]
+
+
+def test_golden_losses():
+    recorded = json.loads(GOLDEN.read_text())
+    for package, version in recorded["versions"].items():
+        if importlib.metadata.version(package) != version:
+            pytest.skip(f"recorded with {package} {version}")
+    losses = np.array(golden_run())
+    np.testing.assert_allclose(losses, recorded["losses"], rtol=tolerances.GOLDEN_LOSS)
+    assert losses[-1] < losses[0] - 1
+
+
+def test_configs_survive_json():
+    for config in (*MEGABYTES.values(), PLAIN):
+        assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
+
+
+if __name__ == "__main__":  # python -m parity_tests.test_training records the list anew
+    versions = {
+        name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
+    }
+    GOLDEN.write_text(json.dumps({"versions": versions, "losses": golden_run()}, indent=1) + "\n")

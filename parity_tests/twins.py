@@ -1,0 +1,58 @@
+"""Tiny twins for the cross-checks, made once a session."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bytelm_jax.config import MegabyteConfig, ModelConfig
+from bytelm_jax.models import Params, define_model
+from bytelm_jax.parity import make_twin
+
+# Heads that do not divide the width (5 · 6 = 30 of 32), a square kernel in the local stack, and
+# weights large enough that every term of the model shows in the logits.
+MEGABYTES = {
+    variant: MegabyteConfig(
+        variant=variant,  # pyright: ignore[reportArgumentType]
+        patch_size=4,
+        global_dim=8,
+        local_dim=16,
+        max_length=32,
+        global_layers=2,
+        global_heads=5,
+        local_layers=2,
+        local_heads=2,
+        init_std=0.3,
+    )
+    for variant in ("paper", "in_action")
+}
+
+
+def random_params(config: ModelConfig, dtype: str) -> Params:
+    """Random parameters, biases and norms included, so that none of them can hide."""
+    _, init = define_model(config)
+    source = np.random.default_rng(0)
+    return {
+        name: jnp.asarray(
+            np.asarray(value) + 0.1 * source.standard_normal(value.shape) * (value.ndim == 1), dtype
+        )
+        for name, value in sorted(jax.jit(init, static_argnums=0)(0).items())
+    }
+
+
+def random_ids(config: ModelConfig, rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """int32[rows, length] ids of random bytes."""
+    source = np.random.default_rng(seed)
+    offset = config.vocab.offset
+    return source.integers(offset, offset + 256, (rows, length)).astype(np.int32)
+
+
+@functools.cache
+def twins(name: str, dtype: str) -> tuple[ModelConfig, Params, Any]:
+    """Config, parameters and the torch twin of the tiny model called `name`, in `dtype`."""
+    config = MEGABYTES[name]
+    with jax.enable_x64(dtype == "float64"):
+        params = random_params(config, dtype)
+        return config, params, make_twin(config, params)
