@@ -1,0 +1,470 @@
+"""Conversion and exports: every bit, every name, and files that are damaged or cut short."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import resource
+import stat
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from bytelm_jax import convert
+from bytelm_jax.config import MegabyteConfig, to_dict
+from bytelm_jax.models import abstract_params as trace_params
+
+CONFIGS = {
+    variant: MegabyteConfig(
+        variant=variant,  # pyright: ignore[reportArgumentType]
+        patch_size=2,
+        global_dim=4,
+        local_dim=8,
+        max_length=8,
+        global_layers=2,
+        global_heads=3,
+        local_layers=1,
+        local_heads=2,
+    )
+    for variant in ("paper", "in_action")
+}
+PAPER = CONFIGS["paper"]
+abstract_params = functools.cache(trace_params)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are the same every time, and tracing a model costs more than all the rest here."""
+    monkeypatch.setattr(convert, "abstract_params", abstract_params)
+
+
+def any_bits(config: MegabyteConfig, dtype: Any, seed: int = 0) -> dict[str, Any]:
+    """Parameters of random bits: NaN payloads, infinities, subnormals and −0.0 among them."""
+    source = np.random.default_rng(seed)
+    dtype, params = np.dtype(dtype), {}
+    for name, leaf in abstract_params(config).items():
+        bits = source.bytes(leaf.size * dtype.itemsize)
+        params[name] = np.frombuffer(bits, dtype).reshape(leaf.shape).copy()
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    first = params["to_logits.kernel"].reshape(-1).view(unsigned)
+    top = 8 * dtype.itemsize - 1
+    nan = int(np.array(np.inf, dtype).view(unsigned)) + 5  # a signalling NaN with a payload
+    first[:4] = [1 << top, 1, (1 << top) + 3, nan]  # −0.0, two subnormals, the NaN
+    return {name: jnp.array(value) for name, value in params.items()}
+
+
+def bits(params: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """What two sets of parameters must share to be the same bit for bit."""
+    return {
+        name: (value.dtype.name, value.shape, np.asarray(value).tobytes())
+        for name, value in params.items()
+    }
+
+
+def tensors(config: MegabyteConfig = PAPER) -> dict[str, np.ndarray]:
+    return convert.to_torch(any_bits(config, np.float32))
+
+
+def message(call: Callable[..., Any], *arguments: Any) -> str:
+    """The one line of the `ValueError` that the call must raise."""
+    with pytest.raises(ValueError) as caught:
+        call(*arguments)
+    text = str(caught.value)
+    assert text and "\n" not in text, text
+    return text
+
+
+def export(folder: Path, seed: int = 0, config: MegabyteConfig = PAPER) -> Path:
+    convert.export_model(config, any_bits(config, np.float32, seed), folder, {"step": seed})
+    return folder
+
+
+# ---- names and layouts ----------------------------------------------------------------------
+
+
+def test_each_kind_of_leaf_has_its_name_and_layout() -> None:
+    matrix = jnp.arange(6.0).reshape(2, 3)
+    params = {
+        "a.kernel": matrix,
+        "b.0.embedding": matrix,
+        "n.scale": matrix[0],
+        "n.bias": matrix[1],
+    }
+    made = convert.to_torch(params)
+    assert {name: value.tolist() for name, value in made.items()} == {
+        "a.weight": [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]],
+        "b.0.weight": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
+        "n.weight": [0.0, 1.0, 2.0],
+        "n.bias": [3.0, 4.0, 5.0],
+    }
+    stacked = jnp.arange(24.0).reshape(2, 3, 4)  # experts and filters: alike in both packages
+    alike = convert.to_torch({"e.kernels": stacked, "c.taps": matrix})
+    assert {name: value.tolist() for name, value in alike.items()} == {
+        "e.kernels": stacked.tolist(),
+        "c.taps": matrix.tolist(),
+    }
+    assert message(convert.to_torch, {"a.gain": matrix}).startswith("a.gain: a leaf must be one of")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, jnp.bfloat16])
+@pytest.mark.parametrize("variant", CONFIGS)
+def test_round_trip_keeps_every_bit(variant: str, dtype: Any, x64: None, tmp_path: Path) -> None:
+    config = CONFIGS[variant]
+    params = any_bits(config, dtype)
+    assert bits(convert.from_torch(convert.to_torch(params), config)) == bits(params)
+    convert.export_model(config, params, tmp_path)
+    again, loaded = convert.load_export(tmp_path)
+    assert (again, bits(loaded)) == (config, bits(params))
+
+
+def test_results_share_no_memory_with_what_they_came_from() -> None:
+    params = any_bits(PAPER, np.float32)
+    before = bits(params)
+    made = convert.to_torch(params)
+    back = convert.from_torch(made, PAPER)
+    for value in made.values():
+        assert value.flags.c_contiguous and value.flags.writeable
+        value[...] = 7.0
+    assert bits(params) == before
+    assert bits(back) == before
+
+
+# ---- strict ---------------------------------------------------------------------------------
+
+
+def without(found: dict[str, np.ndarray]) -> None:
+    del found["local_embed.weight"]
+
+
+def extra(found: dict[str, np.ndarray]) -> None:
+    found["local_transformer.layers.1.attention.to_q.weight"] = np.zeros((8, 8), np.float32)
+
+
+def turned(found: dict[str, np.ndarray]) -> None:
+    found["to_logits.weight"] = found["to_logits.weight"].T
+
+
+def flat(found: dict[str, np.ndarray]) -> None:
+    found["to_logits.bias"] = found["to_logits.bias"][None]
+
+
+def integers(found: dict[str, np.ndarray]) -> None:
+    found["to_logits.bias"] = np.zeros(512, np.int32)
+
+
+def complexes(found: dict[str, np.ndarray]) -> None:
+    found["to_logits.bias"] = np.zeros(512, np.complex64)
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (without, "local_embed.weight: missing; expected shape (512, 8), floating point"),
+        (extra, "local_transformer.layers.1.attention.to_q.weight: unexpected; "),
+        (turned, "to_logits.weight: shape (8, 512); expected (512, 8)"),
+        (flat, "to_logits.bias: shape (1, 512); expected (512,)"),
+        (integers, "to_logits.bias: dtype int32; expected float16, "),
+        (complexes, "to_logits.bias: dtype complex64; expected float16, "),
+    ],
+)
+def test_a_wrong_tensor_is_named(damage: Callable[..., None], expected: str) -> None:
+    found = tensors()
+    damage(found)
+    assert message(convert.from_torch, found, PAPER).startswith(expected)
+
+
+def test_float64_is_never_silently_rounded() -> None:
+    found = tensors()
+    found["to_logits.bias"] = np.full(512, 0.1)
+    text = message(convert.from_torch, found, PAPER)
+    assert text.startswith("to_logits.bias: dtype float64, and JAX's 64-bit mode is off; ")
+
+
+def test_parameters_of_another_config_are_not_exported(tmp_path: Path) -> None:
+    params = any_bits(PAPER, np.float32)
+    text = message(convert.export_model, CONFIGS["in_action"], params, tmp_path / "out")
+    assert text == "embed.embedding: missing; expected shape (512, 4), floating point"
+    params["to_logits.bias"] = jnp.zeros(512, jnp.int32)
+    text = message(convert.export_model, PAPER, params, tmp_path / "out")
+    assert text.startswith("to_logits.bias: dtype int32; expected float16")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- export ---------------------------------------------------------------------------------
+
+
+def test_config_json_and_safetensors_are_what_the_contract_says(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "folder"
+    params = any_bits(PAPER, np.float32)
+    convert.export_model(PAPER, params, out, {"step": 3})
+    fields = json.loads((out / "config.json").read_text())
+    head = {"library": "bytelm", "format_version": 1}
+    assert fields == {**head, **to_dict(PAPER), "extra": {"step": 3}}
+    with safe_open(out / "model.safetensors", framework="np") as opened:
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        assert opened.metadata() == {"format": "pt"}
+    assert bits(stored) == bits(convert.to_torch(params))
+    usual = 0o666 & ~current_umask()
+    assert {file.name for file in out.iterdir()} == {"model.safetensors", "config.json"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in out.iterdir()} == {usual}
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_mixed_dtypes_lie_aligned(x64: None, tmp_path: Path) -> None:
+    params = any_bits(PAPER, np.float32)
+    for name, dtype in (("to_logits.bias", jnp.bfloat16), ("local_embed.embedding", jnp.float64)):
+        params[name] = params[name].astype(dtype)
+    convert.export_model(PAPER, params, tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    del header["__metadata__"]
+    widths = {"BF16": 2, "F32": 4, "F64": 8}
+    starts = {(8 + size + t["data_offsets"][0]) % widths[t["dtype"]] for t in header.values()}
+    assert starts == {0}
+    assert bits(convert.load_export(tmp_path)[1]) == bits(params)
+
+
+def test_export_and_load_hold_no_second_copy(tmp_path: Path) -> None:
+    config = MegabyteConfig(
+        patch_size=4, global_dim=64, global_layers=6, local_layers=0, max_length=8
+    )
+    leaves = abstract_params(config)
+    params = {name: jnp.zeros(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    total = 4 * config.parameter_count()
+    largest = 4 * max(leaf.size for leaf in leaves.values())
+    allowed = 3 * largest + 2**20
+    assert allowed < total / 2
+    for call in (
+        lambda: convert.export_model(config, params, tmp_path),
+        lambda: convert.load_export(tmp_path),
+    ):
+        call()  # caches of JAX and of the file's headers
+        tracemalloc.start()
+        call()
+        peak = tracemalloc.get_traced_memory()[1]  # numpy and bytes, not JAX's own buffers
+        tracemalloc.stop()
+        assert peak < allowed
+
+
+@pytest.mark.parametrize(
+    ("value", "why"), [({1, 2}, "not JSON serializable"), (float("nan"), "not JSON compliant")]
+)
+def test_extra_must_be_json(value: Any, why: str, tmp_path: Path) -> None:
+    arguments = (PAPER, any_bits(PAPER, np.float32), tmp_path / "out", {"it": value})
+    text = message(convert.export_model, *arguments)
+    assert text.startswith("extra: cannot be stored as JSON (") and why in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    params = any_bits(PAPER, np.float32)
+    text = message(convert.export_model, PAPER, params, tmp_path / "file")
+    assert text.endswith("file: is a file; name a folder")
+    text = message(convert.export_model, PAPER, params, tmp_path / "file" / "below")
+    assert "below: cannot be written (Not a directory)" in text
+    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "out" / "config.json").mkdir(parents=True)
+    text = message(convert.export_model, PAPER, params, tmp_path / "out")
+    assert "config.json: is a folder; " in text
+    assert os.listdir(tmp_path / "out") == ["config.json"]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_old_export(tmp_path: Path) -> None:
+    export(tmp_path)
+    before = contents(tmp_path)
+    arguments = (PAPER, any_bits(PAPER, np.float32, seed=1), tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        text = message(convert.export_model, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot be written (File too large); choose another place or free space" in text
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("previous", [True, False])
+def test_an_export_that_fails_anywhere_changes_nothing(
+    previous: bool, failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails at every call that touches the disk in turn, until the export comes through."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if previous:
+        export(out)
+    before = contents(out)
+    calls = failing = 0
+
+    def breaking(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == failing:
+                raise failure
+            return real(*arguments)
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(convert.os, name, breaking(getattr(os, name)))
+    params = any_bits(PAPER, np.float32, seed=1)
+    after = 5 if previous else 4  # syncs and renames until both files stand in their places
+    for each in range(1, after + 1):
+        calls, failing = 0, each
+        with pytest.raises((ValueError, KeyboardInterrupt)) as caught:
+            convert.export_model(PAPER, params, out)
+        if isinstance(failure, OSError):
+            assert "cannot be written (No space left on device)" in str(caught.value)
+        assert contents(out) == before
+    calls, failing = 0, 0
+    convert.export_model(PAPER, params, out)
+    assert calls == after + 1, "the last call syncs the folder"
+    assert bits(convert.load_export(out)[1]) == bits(params)
+    assert len(os.listdir(out)) == 2
+
+
+def test_a_kill_at_any_moment_leaves_a_loadable_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands on the disk around every sync and rename is the old export or the new one."""
+    export(tmp_path)
+    old, new = (bits(any_bits(PAPER, np.float32, seed)) for seed in (0, 1))
+    seen = []
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> None:
+            seen.append(bits(convert.load_export(tmp_path)[1]))
+            real(*arguments)
+            seen.append(bits(convert.load_export(tmp_path)[1]))
+
+        return call
+
+    for name in ("fsync", "replace"):
+        monkeypatch.setattr(convert.os, name, watched(getattr(os, name)))
+    export(tmp_path, seed=1)
+    kinds = [state == new for state in seen]
+    assert all(state in (old, new) for state in seen)
+    assert kinds == sorted(kinds) and not kinds[0] and kinds[-1]
+
+
+# ---- hostile files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 4, 8, 100, 9_000, -1])
+def test_truncated_safetensors(kept: int, tmp_path: Path) -> None:
+    file = export(tmp_path) / "model.safetensors"
+    os.truncate(file, kept % file.stat().st_size)
+    assert message(convert.load_export, tmp_path).startswith(f"{file}: cannot be read (")
+
+
+def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path: Path) -> None:
+    file = export(tmp_path) / "model.safetensors"
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    expected, free = bits(convert.load_export(tmp_path)[1]), whole.index(b'},"')
+    for place in (*range(9), *range(9, free, 5), *range(free, header, 11)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            found = bits(convert.load_export(tmp_path)[1])
+        except ValueError as error:
+            assert "\n" not in str(error)
+            assert str(error).startswith(str(file))
+        else:  # the free text of the metadata says nothing about the tensors
+            assert place < free and found == expected
+
+
+def test_a_missing_or_alien_model_file(tmp_path: Path) -> None:
+    text = message(convert.load_export, tmp_path / "none")
+    assert text.endswith(
+        "config.json: cannot be read (No such file or directory); "
+        "give a folder that `bytelm export` wrote"
+    )
+    file = export(tmp_path) / "model.safetensors"
+    file.write_bytes(b"\x80\x04 a pickle, say" * 20)
+    assert message(convert.load_export, tmp_path).startswith(f"{file}: cannot be read (")
+    file.unlink()
+    assert message(convert.load_export, tmp_path).startswith(f"{file}: cannot be read (")
+    file.mkdir()
+    assert message(convert.load_export, tmp_path).startswith(f"{file}: cannot be read (")
+
+
+def test_tensors_in_the_file_are_checked_like_those_in_memory(tmp_path: Path) -> None:
+    export(tmp_path)
+    config = MegabyteConfig(**{**vars(PAPER), "local_layers": 2})
+    (tmp_path / "config.json").write_bytes(convert._config_text(config, None))
+    text = message(convert.load_export, tmp_path)
+    assert "model.safetensors: local_transformer.layers.1.attention.norm.bias: missing; " in text
+
+
+def changed(**fields: Any) -> str:
+    return json.dumps({**json.loads(convert._config_text(PAPER, None)), **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "Expecting value"),
+        ('{"library": "bytelm"', "Expecting ',' delimiter"),
+        ("[" * 200_000, "recursion"),
+        ("[]", "must hold a JSON object"),
+        ("{}", "library=None: must be 'bytelm'"),
+        (changed(library=["bytelm"]), "library=['bytelm']: must be 'bytelm'"),
+        (changed(format_version=2), "format_version=2: this release reads 1; update bytelm"),
+        (changed(surprise=1), "config.surprise: unknown field of MegabyteConfig"),
+        (changed(vocab={"sise": 1}), "config.vocab.sise: unknown field of ByteVocab"),
+        (changed(architecture="gpt"), "config.architecture='gpt': choose one of"),
+        (changed(patch_size="2"), "config.patch_size='2': must be of type int"),
+        (changed(patch_size=0), "patch_size=0: must be at least 1"),
+        (changed(init_std=float("nan")), "init_std=nan: must be above 0"),
+        (changed(extra=3), "extra=3: must be an object"),
+    ],
+)
+def test_a_config_that_is_damaged_or_foreign(text: str, expected: str, tmp_path: Path) -> None:
+    file = export(tmp_path) / "config.json"
+    file.write_text(text)
+    found = message(convert.load_export, tmp_path)
+    assert found.startswith(f"{file}: ") and expected in found
+    file.write_bytes(b"\xff\xfe{}")
+    assert message(convert.load_export, tmp_path).startswith(f"{file}: 'utf-8' codec can't decode")
+
+
+def test_a_config_of_a_million_layers_is_refused_before_it_is_built(tmp_path: Path) -> None:
+    file = export(tmp_path) / "config.json"
+    file.write_text(changed(global_layers=10**6))
+    assert "parameters, config.json describes " in message(convert.load_export, tmp_path)
+
+
+def test_import_any_tells_the_formats_apart(tmp_path: Path) -> None:
+    export(tmp_path / "out", seed=3)
+    for kind in ("auto", "bytelm"):
+        config, params = convert.import_any(tmp_path / "out", kind)
+        assert (config, bits(params)) == (PAPER, bits(any_bits(PAPER, np.float32, 3)))
+    text = message(convert.import_any, tmp_path / "out", "hf")
+    assert text == "format='hf': choose one of auto, bytelm, megabyte"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"name": "megabyte_tiny"}')
+    text = message(convert.import_any, tmp_path / "run")
+    assert text.endswith("run/config.json: library=None: must be 'bytelm'")
+    own = message(convert.import_any, tmp_path / "out" / "model.safetensors")
+    assert own.endswith("g_embedder.weight: missing; expected in a MEGABYTE state dict")

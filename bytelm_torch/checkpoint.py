@@ -1,0 +1,252 @@
+"""A model as a folder of two files: the contract with `bytelm_jax`, which needs no JAX to read.
+
+    model.safetensors   the state dict
+    config.json         the model configuration as `to_dict` gives it, and beside its fields
+                        `library` ("bytelm"), `format_version` (1) and, where there is something
+                        to say, `extra`, an object that loading ignores
+
+Both ways are strict: a tensor that is missing, unexpected, of another shape or not floating point
+raises `ValueError`. Nothing here ever unpickles. `bytelm_jax/convert.py` is the other side.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .config import MODEL_CONFIGS, ModelConfig, model_from_dict, require, to_dict
+from .models import build_model
+
+LIBRARY, FORMAT_VERSION = "bytelm", 1
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+_FLOATS = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""The dtypes that a parameter may have: dtype → code in a safetensors file."""
+
+
+class _Tensor(NamedTuple):
+    """A tensor in a file or in memory, looked at before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], Tensor]
+
+
+# ---- load -----------------------------------------------------------------------------------
+
+
+def from_pretrained(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """The model of an export, in eval mode, whichever of the two packages wrote it.
+
+    `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
+    least float32, stay at least float32. `device` is the CPU by default. Leaves torch's random
+    generator alone. Raises `ValueError` when a file is missing or damaged, config.json holds a
+    field or version that is not known, or the tensors are not those of the configuration.
+    """
+    require(
+        dtype is None or dtype in _FLOATS,
+        f"dtype={dtype}: choose one of {', '.join(map(str, _FLOATS))}",
+    )
+    target = _usable_device(device)
+    config = _read_config(Path(path) / CONFIG_FILE)
+    with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
+        # Before anything is built: a configuration of a million layers would take hours.
+        held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+        described = config.parameter_count()
+        require(
+            described <= 2 * held,
+            f"holds {held} parameters, {CONFIG_FILE} describes {described}; export again",
+        )
+        with torch.device("meta"):
+            model = build_model(config)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        _check(tensors, shapes)
+        # A copy even where nothing is cast: what `read` gives is backed by the file.
+        state = {
+            name: tensor.read().to(target, _dtype_of(name, dtype), copy=True)
+            for name, tensor in tensors.items()
+        }
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval()
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    try:
+        return torch.empty(0, device="cpu" if device is None else device).device
+    except (RuntimeError, AssertionError) as error:  # an assertion where torch lacks CUDA
+        raise ValueError(f"device={device}: cannot be used ({_one_line(error)})") from None
+
+
+def _dtype_of(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    norm = name.rpartition(".")[0].endswith("norm")
+    return torch.promote_types(dtype, torch.float32) if dtype is not None and norm else dtype
+
+
+def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ValueError` for the first tensor that differs from what is expected."""
+    for name, shape in shapes.items():
+        require(name in tensors, f"{name}: missing; expected shape {shape}, floating point")
+    for name, tensor in tensors.items():
+        require(name in shapes, f"{name}: unexpected; the configuration has no such tensor")
+        expected = f"expected {shapes[name]}"
+        require(tensor.shape == shapes[name], f"{name}: shape {tensor.shape}; {expected}")
+        expected = f"expected {', '.join(_FLOATS.values())}"
+        require(tensor.dtype in _FLOATS.values(), f"{name}: dtype {tensor.dtype}; {expected}")
+
+
+def _read_config(file: Path) -> ModelConfig:
+    with _about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
+        fields = json.loads(file.read_text("utf-8"))
+        require(isinstance(fields, dict), "must hold a JSON object")
+        library = fields.pop("library", None)
+        require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
+        version = fields.pop("format_version", None)
+        why = f"this release reads {FORMAT_VERSION}; update bytelm or export again"
+        require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
+        extra = fields.pop("extra", {})
+        require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
+        return model_from_dict(fields, "config")
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[dict[str, _Tensor]]:
+    with _about(file, "give a whole safetensors file"), safe_open(file, framework="pt") as opened:
+        found = {}
+        for name in opened.keys():  # noqa: SIM118, it is no dictionary
+            view = opened.get_slice(name)
+            read = lambda name=name: opened.get_tensor(name)  # noqa: E731
+            found[name] = _Tensor(tuple(view.get_shape()), str(view.get_dtype()), read)
+        yield found
+
+
+@contextmanager
+def _about(path: Path, mend: str) -> Iterator[None]:
+    """Turns what reading `path` can raise into a `ValueError` of one line that names it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or _one_line(error)
+        raise ValueError(f"{path}: cannot be read ({why}); {mend}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {_one_line(error)}") from None
+
+
+def _one_line(error: object, limit: int = 300) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+# ---- save -----------------------------------------------------------------------------------
+
+
+def save_pretrained(model: nn.Module, path: str | Path) -> None:
+    """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
+
+    Both files are written beside their targets, synced and renamed: a failure leaves a previous
+    export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, when
+    `path` is a file and when it cannot be written.
+    """
+    config = getattr(model, "config", None)
+    why = "must be a model of build_model, without wrappers"
+    if not isinstance(config, MODEL_CONFIGS):
+        raise ValueError(f"model={type(model).__name__}: {why}")
+    state = model.state_dict()
+    with torch.device("meta"):
+        shapes = {
+            name: tuple(value.shape) for name, value in build_model(config).state_dict().items()
+        }
+    _check({name: _in_memory(value) for name, value in state.items()}, shapes)
+    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
+    text = (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
+    _replace_export(Path(path), lambda sink: _write_tensors(sink, state), text)
+
+
+def _in_memory(value: Tensor) -> _Tensor:
+    return _Tensor(tuple(value.shape), _FLOATS.get(value.dtype, str(value.dtype)), lambda: value)
+
+
+def _write_tensors(sink: BinaryIO, state: Mapping[str, Tensor]) -> None:
+    """The safetensors format: length of the header, header, data. Wide dtypes first: aligned.
+
+    The library's writer refuses tied tensors, and gives the file mode 0600 whatever the umask says.
+    """
+    ordered = sorted(state, key=lambda name: (-state[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name in ordered:
+        value = state[name]
+        header[name] = {
+            "dtype": _FLOATS[value.dtype],
+            "shape": tuple(value.shape),
+            "data_offsets": [offset, offset + value.numel() * value.element_size()],
+        }
+        offset += value.numel() * value.element_size()
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        flat = state[name].detach().cpu().contiguous().reshape(-1)
+        sink.write(flat.view(torch.uint8).numpy().data)
+
+
+def _replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: bytes) -> None:
+    """Puts both files in place, or neither."""
+    targets = {name: out / name for name in (MODEL_FILE, CONFIG_FILE)}
+    new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}
+    old = out / f".{CONFIG_FILE}.{os.getpid()}.old"
+    try:
+        require(not out.exists() or out.is_dir(), f"{out}: is a file; name a folder")
+        for target in targets.values():
+            require(not target.is_dir(), f"{target}: is a folder; remove it or save elsewhere")
+        out.mkdir(parents=True, exist_ok=True)
+        _write_synced(new[MODEL_FILE], write_model)
+        _write_synced(new[CONFIG_FILE], lambda sink: sink.write(config))
+        if targets[CONFIG_FILE].exists():
+            previous = targets[CONFIG_FILE].read_bytes()
+            _write_synced(old, lambda sink: sink.write(previous))
+        try:
+            os.replace(new[CONFIG_FILE], targets[CONFIG_FILE])
+            os.replace(new[MODEL_FILE], targets[MODEL_FILE])
+        except BaseException:
+            if old.exists():
+                os.replace(old, targets[CONFIG_FILE])
+            else:
+                targets[CONFIG_FILE].unlink(missing_ok=True)
+            raise
+        handle = os.open(out, os.O_RDONLY)  # the renames themselves must survive a power cut
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or _one_line(error)})"
+        raise ValueError(f"{out}: {why}; choose another place or free space") from None
+    finally:
+        for leftover in (*new.values(), old):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def _write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    with open(path, "wb") as sink:
+        write(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
