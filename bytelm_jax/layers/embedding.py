@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
 
@@ -31,20 +32,30 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-class ByteEmbedding(nnx.Module):
-    """A table [V, D] looked up by id: gather forward (exact), one-hot product backward."""
+def vary_like(table: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
+    """`table`, varying over the devices over which `ids` vary; nothing outside `shard_map`.
 
-    def __init__(self, size: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (size, dim), jnp.float32))
+    Inside it the ids vary over devices and the table does not; the cast makes the cotangent type of
+    a custom gradient match, and its transpose sums over the devices.
+    """
+    axes = [jax.typeof(x).manual_axis_type.varying for x in (ids, table)]
+    varying = tuple(sorted(axes[0] - axes[1]))
+    return jax.lax.pcast(table, varying, to="varying") if varying else table
+
+
+class ByteEmbedding(nnx.Module):
+    """A table [V, D] looked up by id: gather forward (exact), one-hot product backward.
+
+    `init_std` is the deviation of a normal initialisation; an initializer may stand in its place.
+    """
+
+    def __init__(self, size: int, dim: int, init_std: float | Initializer, *, rngs: nnx.Rngs):
+        normal = nnx.initializers.normal
+        init = normal(init_std) if isinstance(init_std, float) else init_std
+        self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        table = self.embedding[...]
-        # Inside shard_map the ids vary over devices and the table does not; the cast makes the
-        # custom gradient's cotangent type match, and its transpose sums over the devices.
-        axes = [jax.typeof(x).manual_axis_type.varying for x in (ids, table)]
-        varying = tuple(sorted(axes[0] - axes[1]))
-        if varying:
-            table = jax.lax.pcast(table, varying, to="varying")
+        table = vary_like(self.embedding[...], ids)
         return _lookup(table, ids, table.shape[0])
 
 
@@ -52,7 +63,9 @@ class PositionEmbedding(nnx.Module):
     """A learned table [T_MAX, D] whose first rows are read in order: a slice, not a gather."""
 
     def __init__(self, length: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(nnx.initializers.normal(init_std)(rngs.params(), (length, dim), jnp.float32))
+        self.embedding = nnx.Param(
+            nnx.initializers.normal(init_std)(rngs.params(), (length, dim), jnp.float32)
+        )
 
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)

@@ -23,3 +23,16 @@ class LayerNorm(nnx.Module):
         per_channel = (1,) * (x.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(per_channel), self.bias[...].reshape(per_channel)
         return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), eps 1e-5."""
+
+    def __init__(self, dim: int):
+        self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        power = jnp.square(wide).mean(axis=-1, keepdims=True)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(power + 1e-5) * scale).astype(x.dtype)

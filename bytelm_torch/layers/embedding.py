@@ -1,15 +1,24 @@
 """Byte and position embeddings."""
 
+from collections.abc import Callable
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
 class ByteEmbedding(nn.Embedding):
-    """A table [V, D] looked up by id."""
+    """A table [V, D] looked up by id.
 
-    def __init__(self, size: int, dim: int, init_std: float):
+    `init_std` is the deviation of a normal initialisation; a function that fills the weight may
+    stand in its place.
+    """
+
+    def __init__(self, size: int, dim: int, init_std: float | Callable[[Tensor], Tensor]):
         super().__init__(size, dim)
-        nn.init.normal_(self.weight, std=init_std)
+        if isinstance(init_std, float):
+            nn.init.normal_(self.weight, std=init_std)
+        else:
+            init_std(self.weight)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(ids)

@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm_torch.layers.norm import LayerNorm
+from bytelm_torch.layers.initializers import fan_in_normal
+from bytelm_torch.layers.norm import LayerNorm, RMSNorm
 
 
 class FeedForward(nn.Module):
@@ -21,3 +22,20 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class GatedFeedForward(nn.Module):
+    """RMSNorm → down(SiLU(gate(x)) · up(x)), width F inside, no bias (Shazeer 2020, SwiGLU)."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.gate = nn.Linear(dim, hidden_dim, bias=False)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        for linear in (self.gate, self.up, self.down):
+            fan_in_normal(linear.in_features)(linear.weight)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        x = self.norm(x)
+        return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -16,3 +16,16 @@ class LayerNorm(nn.LayerNorm):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         return F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), eps 1e-5."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        power = wide.square().mean(dim=-1, keepdim=True)
+        return (wide * torch.rsqrt(power + 1e-5) * self.weight.to(wide.dtype)).to(x.dtype)

@@ -1,0 +1,117 @@
+"""Cross-attention between bytes and patches, in time and memory linear in the bytes.
+
+Pagnoni et al. 2024 (arXiv 2412.09871), section 3.2.2, in the form of the published weights. A byte
+belongs to one patch, so pooling is a softmax over segments and reading back a gather: the [N, T]
+matrix of the dense form is never made.
+
+Axes: B batch, T bytes, N patches, M vectors a patch (`patch_queries`), H heads in G groups of R,
+K head width, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.grouped_attention import grouped_attention
+from bytelm_jax.layers.initializers import fan_in_normal
+from bytelm_jax.layers.norm import RMSNorm
+from bytelm_jax.layers.segments import segment_max, segment_sum, take_segments
+
+
+class CrossAttention(nnx.Module):
+    """Queries x → 2x + attention(norm(x), norm(states)); no rotation, no bias, scale K^-0.5.
+
+    The published layer adds its input and its caller adds it once more; both are done here. Values
+    are projected from the normed states, too.
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, *, rngs: nnx.Rngs):
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, dim // heads
+        grouped, init = self.kv_heads * self.head_dim, fan_in_normal(dim)
+
+        def linear(outputs: int) -> nnx.Linear:
+            return nnx.Linear(dim, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+
+        self.q_norm = RMSNorm(dim)
+        self.k_norm = RMSNorm(dim)
+        self.to_q = linear(dim)
+        self.to_k = linear(grouped)
+        self.to_v = linear(grouped)
+        self.to_out = linear(dim)
+
+    def pool(
+        self,
+        queries: Float[Array, "B N M D"],
+        states: Float[Array, "B T D"],
+        patch_of: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B N M D"], KeyValueCache]:
+        """The M queries of each patch attend to exactly the bytes of that patch.
+
+        `patch_of` is N or more for a byte of no patch. Also gives keys and values, [B, T, G, K].
+        """
+        count, cache = queries.shape[1], self.keys_values(states)
+        keys, values = cache
+        wide = jnp.promote_types(states.dtype, jnp.float32)
+        q = self._queries(queries)
+        near = take_segments(q.reshape(*q.shape[:2], -1), patch_of)
+        near = near.reshape(*keys.shape[:2], q.shape[2], self.kv_heads, -1, self.head_dim)
+        scores = jnp.einsum("btmgrk,btgk->btmgr", near, keys, preferred_element_type=wide)
+        scores = scores * self.head_dim**-0.5
+        flat = scores.reshape(*keys.shape[:2], -1)
+        most = segment_max(jax.lax.stop_gradient(flat), patch_of, count)
+        inside = (patch_of < count)[..., None]
+        # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
+        shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
+        weights = jnp.exp(shifted)
+        total = segment_sum(weights, patch_of, count)
+        share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
+        mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count)
+        mixed = mixed.reshape(*total.shape, self.head_dim)
+        mixed = mixed / jnp.where(total == 0, 1, total)[..., None]  # 0 / 0 in a patch of no bytes
+        return self._add(queries, mixed.reshape(q.shape).astype(q.dtype)), cache
+
+    def pool_one(
+        self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]
+    ) -> Float[Array, "B M D"]:
+        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
+        return self._add(queries, mixed)
+
+    def read(
+        self,
+        x: Float[Array, "B T D"],
+        memory: Float[Array, "B N M D"],
+        read_of: Int[Array, "B T"],
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Each byte attends to the M vectors of one patch, number `read_of`.
+
+        Also gives the patches' keys and values, [B, N, M, G, K].
+        """
+        cache = self.keys_values(memory)
+        batch, count = memory.shape[:2]
+        # One gather for both: its backward pass, a segment sum, is what costs.
+        both = jnp.concatenate([part.reshape(batch, count, -1) for part in cache], axis=-1)
+        near = take_segments(both, read_of).reshape(*x.shape[:2], 2, *cache.keys.shape[2:])
+        q = self._queries(x)[:, :, None]
+        mask = jnp.ones((1, memory.shape[2]), bool)
+        mixed = grouped_attention(q, near[:, :, 0], near[:, :, 1], mask)[:, :, 0]
+        return self._add(x, mixed), cache
+
+    def read_one(self, x: Float[Array, "B 1 D"], cache: KeyValueCache) -> Float[Array, "B 1 D"]:
+        """The same for one byte a row and the keys and values [B, M, G, K] of its patch."""
+        mask = jnp.ones((1, cache.keys.shape[1]), bool)
+        return self._add(x, grouped_attention(self._queries(x), *cache, mask))
+
+    def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
+        """Keys and values [..., G, K] of bytes or of a patch's vectors."""
+        states = self.k_norm(states)
+        shape = (*states.shape[:-1], self.kv_heads, self.head_dim)
+        return KeyValueCache(self.to_k(states).reshape(shape), self.to_v(states).reshape(shape))
+
+    def _queries(self, x: Array) -> Array:
+        return self.to_q(self.q_norm(x)).reshape(*x.shape[:-1], self.heads, self.head_dim)
+
+    def _add(self, x: Array, mixed: Array) -> Array:
+        return x + (x + self.to_out(mixed.reshape(x.shape)))

@@ -1,0 +1,143 @@
+"""Causal self-attention with grouped heads, rotary positions and an optional window.
+
+Axes: B batch, T query positions, S key positions, C chunks, H heads in G groups of R, K head
+width, D width. Groups share a key and value head (Ainslie et al. 2023, arXiv 2305.13245).
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.initializers import fan_in_normal
+from bytelm_jax.layers.norm import RMSNorm
+from bytelm_jax.layers.rotary import Rotation, rotate
+
+
+def grouped_attention(
+    q: Float[Array, "*batch T H K"],
+    k: Float[Array, "*batch S G K"],
+    v: Float[Array, "*batch S G K"],
+    mask: Bool[Array | np.ndarray, "*lead T S"],
+) -> Float[Array, "*batch T H K"]:
+    """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
+
+    Heads gR … gR + R − 1 use key head g. The axes before T of `mask` are those of q, or 1, or none.
+    A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
+    least one key.
+    """
+    groups, wide = k.shape[-2], jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(*q.shape[:-2], groups, q.shape[-2] // groups, q.shape[-1])
+    scores = jnp.einsum("...tgrk,...sgk->...grts", grouped, k, preferred_element_type=wide)
+    lead = (1,) * (q.ndim - 1 - mask.ndim) + mask.shape[:-2]
+    visible = jnp.asarray(mask).reshape(*lead, 1, 1, *mask.shape[-2:])
+    scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("...grts,...sgk->...tgrk", weights, v).reshape(q.shape)
+
+
+def causal_attention(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], window: int
+) -> Float[Array, "B T H K"]:
+    """Each position sees itself and the `window` − 1 before it, everything before it with 0.
+
+    Past the window, memory is linear in T: the text is cut into chunks of `window` positions, and
+    a chunk sees the chunk before it and itself.
+    """
+    length = q.shape[1]
+    if window == 0 or length <= window:
+        return grouped_attention(q, k, v, np.tri(length, dtype=bool))
+    count = -(-length // window)
+    q, k, v = (_chunks(x, count, window) for x in (q, k, v))
+    keys, values = (jnp.concatenate([_chunk_before(x), x], axis=2) for x in (k, v))
+    ahead = np.arange(2 * window)[None, :] - np.arange(window)[:, None]
+    band = (ahead > 0) & (ahead <= window)
+    real = (np.arange(count) > 0)[:, None] | (np.arange(2 * window) >= window)[None, :]
+    out = grouped_attention(q, keys, values, (band[None] & real[:, None])[None])
+    return out.reshape(out.shape[0], count * window, *out.shape[3:])[:, :length]
+
+
+def _chunks(x: Array, count: int, window: int) -> Array:
+    """[B, T, H, K] → [B, C, window, H, K], zeros behind the end."""
+    padded = jnp.pad(x, ((0, 0), (0, count * window - x.shape[1]), (0, 0), (0, 0)))
+    return padded.reshape(x.shape[0], count, window, *x.shape[2:])
+
+
+def _chunk_before(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :-1]
+
+
+class GroupedAttention(nnx.Module):
+    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, window: int, *, rngs: nnx.Rngs):
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim, self.window = dim // heads, window
+        grouped, init = self.kv_heads * self.head_dim, fan_in_normal(dim)
+
+        def linear(outputs: int) -> nnx.Linear:
+            return nnx.Linear(dim, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+
+        self.norm = RMSNorm(dim)
+        self.to_q = linear(dim)
+        self.to_k = linear(grouped)
+        self.to_v = linear(grouped)
+        self.to_out = linear(dim)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Also gives the (turned) keys and the values, [B, T, G, K]."""
+        q, k, v = self._project(x, turn)
+        return self._out(causal_attention(q, k, v, self.window)), KeyValueCache(k, v)
+
+    def extend(
+        self, x: Float[Array, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """The same for the position `index` of all rows, with the past taken from `cache`."""
+        q, k, v = self._project(x, turn)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
+        seen = min(self.window or keys.shape[1], keys.shape[1])
+        first = jnp.maximum(index + 1 - seen, 0)
+        near = [jax.lax.dynamic_slice_in_dim(x, first, seen, axis=1) for x in (keys, values)]
+        mask = (first + jnp.arange(seen) <= index)[None, :]
+        return self._out(grouped_attention(q, *near, mask)), KeyValueCache(keys, values)
+
+    def extend_rows(
+        self,
+        x: Float[Array, "B 1 D"],
+        turn: Rotation,
+        cache: KeyValueCache,
+        index: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """The same for another position in each row, without a window.
+
+        Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
+        row is the caller's to decide.
+        """
+        q, k, v = self._project(x, turn)
+        slots = jnp.arange(cache.keys.shape[1])[None, :]
+        here = (slots == index[:, None])[:, :, None, None]
+        keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
+        mask = (slots <= index[:, None])[:, None, :]
+        return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
+        """A cache for `length` positions."""
+        empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
+        return KeyValueCache(empty, empty)
+
+    def _project(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+        x = self.norm(x)
+        q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        k, v = (
+            to(x).reshape(*x.shape[:-1], self.kv_heads, self.head_dim)
+            for to in (self.to_k, self.to_v)
+        )
+        return rotate(q, turn), rotate(k, turn), v
+
+    def _out(self, x: Array) -> Array:
+        return self.to_out(x.reshape(*x.shape[:-2], -1))

@@ -1,0 +1,107 @@
+"""Embeddings of hashed byte n-grams (Pagnoni et al. 2024, arXiv 2412.09871, section 3.2.1).
+
+Axes: B batch, T bytes, E tables, D width. A hash is Σ_j id_j · prime^j, j = 0 the oldest id, in
+wrapping signed 64-bit arithmetic, then the remainder (never negative) by the rows of a table.
+Wrapping is part of the definition from three ids on, and JAX without its 64-bit mode would make
+int64 int32 in silence; so the sum is carried in two uint32 limbs, exact on every device.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32
+
+from bytelm_jax.config import BLTConfig
+from bytelm_jax.config_blt import HASH_PRIMES
+from bytelm_jax.layers.embedding import vary_like
+from bytelm_jax.layers.initializers import fan_in_normal
+
+_LIMB = 32
+
+
+def polynomial_hash(grams: Int[Array, "*batch n"], prime: int, rows: int) -> Int32[Array, "*batch"]:
+    """Hash of the last axis, oldest id first: ids from 0 to 65535, result from 0 to rows − 1.
+
+    `rows` is below 2^31.
+    """
+    high, low = jnp.uint32(0), jnp.uint32(0)
+    for j in range(grams.shape[-1]):
+        factor = pow(prime, j, 2**64)
+        more_high, more_low = _product(grams[..., j].astype(jnp.uint32), factor)
+        low = low + more_low
+        high = high + more_high + (low < more_low).astype(jnp.uint32)
+    return _floor_mod(high, low, rows).astype(jnp.int32)
+
+
+def _product(small: Array, factor: int) -> tuple[Array, Array]:
+    """(high, low) of small · factor mod 2^64, for 0 ≤ small < 2^16."""
+    parts = [jnp.uint32(factor >> shift & 0xFFFF) for shift in (0, 16)]
+    bottom, middle = small * parts[0], small * parts[1]
+    low = bottom + (middle << 16)
+    carry = (low < bottom).astype(jnp.uint32)
+    return small * jnp.uint32(factor >> _LIMB) + (middle >> 16) + carry, low
+
+
+def _floor_mod(high: Array, low: Array, rows: int) -> Array:
+    """The signed 64-bit number (high, low) modulo `rows`, by long division that stays in uint32."""
+    step, divisor = _LIMB - rows.bit_length(), jnp.uint32(rows)
+    remainder = jnp.zeros_like(high)
+    for limb in (high, low):
+        left = _LIMB
+        while left:
+            taken = min(step, left)
+            left -= taken
+            digit = (limb >> left) & jnp.uint32((1 << taken) - 1)
+            remainder = ((remainder << taken) | digit) % divisor
+    # Read as signed, a number with its top bit set is smaller by 2^64.
+    negative = (remainder + jnp.uint32(rows - 2**64 % rows)) % divisor
+    return jnp.where(high >> (_LIMB - 1) == 1, negative, remainder)
+
+
+def ngram_rows(grams: Int[Array, "*batch n"], config: BLTConfig) -> Int32[Array, "*batch E"]:
+    """Row of the fused table for each table, function-major, then by size in the config's order.
+
+    `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with
+    id 0 before the first one.
+    """
+    found, rows = [], config.ngram_rows
+    for prime in HASH_PRIMES[: config.ngram_functions]:
+        for size in config.ngram_sizes:
+            hashed = polynomial_hash(grams[..., grams.shape[-1] - size :], prime, rows)
+            found.append(hashed + len(found) * rows)
+    return jnp.stack(found, axis=-1)
+
+
+@jax.custom_vjp
+def _lookup(table: Array, rows: Array) -> Array:
+    return table.at[rows].get(mode="fill", fill_value=0).sum(axis=-2)
+
+
+def _lookup_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup(table, rows), (table, rows)
+
+
+def _lookup_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    # A scatter-add is right here, other than for bytes: the tables are large and rows seldom meet.
+    # It adds in float32, in which frequent n-grams lose no digits; rows outside are dropped.
+    table, rows = residual
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    shape = (*rows.shape, gradient.shape[-1])
+    updates = jnp.broadcast_to(gradient[..., None, :].astype(wide), shape)
+    total = jnp.zeros(table.shape, wide).at[rows].add(updates, mode="drop")
+    return total.astype(table.dtype), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+class NgramEmbedding(nnx.Module):
+    """One fused table [tables · rows, D]; the looked-up rows of a byte are summed."""
+
+    def __init__(self, count: int, dim: int, *, rngs: nnx.Rngs):
+        init = fan_in_normal(dim)
+        self.embedding = nnx.Param(init(rngs.params(), (count, dim), jnp.float32))
+
+    def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
+        """`rows` as `ngram_rows` gives them; a row behind the table, for padding, adds nothing."""
+        return _lookup(vary_like(self.embedding[...], rows), rows)

@@ -1,0 +1,70 @@
+"""Sums, maxima and reads over the patches of a text, in time linear in its bytes.
+
+Axes: B batch, T bytes, N patches, F features. `patch_of` [B, T] holds the patch of each byte; a
+byte whose patch is N or more belongs to none: it adds nothing and reads zeros.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def segment_sum(
+    x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int
+) -> Float[Array, "B {count} F"]:
+    """Sum over the bytes of each patch; 0 for a patch without bytes."""
+    return jax.vmap(partial(jax.ops.segment_sum, num_segments=count))(x, patch_of)
+
+
+@jax.custom_vjp
+def take_segments(x: Float[Array, "B N F"], patch_of: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    """The row of `x` that belongs to the patch of each byte."""
+    read = lambda row, i: row.at[i].get(mode="fill", fill_value=0)  # noqa: E731
+    return jax.vmap(read)(x, patch_of)
+
+
+def _take_forward(x: Array, patch_of: Array) -> tuple[Array, tuple[Array, Array]]:
+    return take_segments(x, patch_of), (x, patch_of)
+
+
+def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    # All bytes of a patch add to one row: in bfloat16 a long patch would lose its digits.
+    x, patch_of = residual
+    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+    return segment_sum(wide, patch_of, x.shape[1]).astype(gradient.dtype), None
+
+
+take_segments.defvjp(_take_forward, _take_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def segment_max(
+    x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int
+) -> Float[Array, "B {count} F"]:
+    """Maximum over the bytes of each patch; 0 for a patch without bytes.
+
+    Bytes that share a maximum share its gradient in equal parts, as in PyTorch.
+    """
+    most = jax.vmap(partial(jax.ops.segment_max, num_segments=count))(x, patch_of)
+    return jnp.where(jnp.isneginf(most), jnp.zeros_like(most), most)
+
+
+def _max_forward(x: Array, patch_of: Array, count: int) -> tuple[Array, tuple[Array, Array, Array]]:
+    most = segment_max(x, patch_of, count)
+    return most, (x, patch_of, most)
+
+
+def _max_backward(
+    count: int, residual: tuple[Array, Array, Array], gradient: Array
+) -> tuple[Array, None]:
+    x, patch_of, most = residual
+    inside = (patch_of < count)[..., None]
+    hit = inside & (x == take_segments(most, patch_of))
+    ties = segment_sum(hit.astype(jnp.float32), patch_of, count)
+    share = gradient / jnp.maximum(ties, 1).astype(gradient.dtype)
+    return jnp.where(hit, take_segments(share, patch_of), jnp.zeros_like(x)), None
+
+
+segment_max.defvjp(_max_forward, _max_backward)

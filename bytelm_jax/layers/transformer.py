@@ -1,0 +1,128 @@
+"""The stack that the Byte Latent Transformer is made of: pre-norm, RMSNorm, rotary, gated.
+
+Axes: B batch, T positions, D width.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.dropout import dropout, fold_rows
+from bytelm_jax.layers.feedforward import GatedFeedForward
+from bytelm_jax.layers.grouped_attention import GroupedAttention
+from bytelm_jax.layers.rotary import Rotation, rotation
+
+Caches = tuple[KeyValueCache, ...]
+"""Keys and values, one pair a layer."""
+
+
+class TransformerLayer(nnx.Module):
+    """Pre-norm residual layer: x += attention(x); x += feedforward(x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        hidden_dim: int,
+        window: int,
+        rate: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.rate = rate
+        self.attention = GroupedAttention(dim, heads, kv_heads, window, rngs=rngs)
+        self.feedforward = GatedFeedForward(dim, hidden_dim, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Rotation, keys: Key[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Also gives the attention's keys and values."""
+        attended, cache = self.attention(x, turn)
+        x = x + dropout(attended, self.rate, fold_rows(keys, 0))
+        return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
+
+    def extend(
+        self, x: Float[Array, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """The same for the position `index`, with the past taken from `cache`."""
+        attended, cache = self.attention.extend(x, turn, cache, index)
+        x = x + attended
+        return x + self.feedforward(x), cache
+
+    def extend_rows(
+        self,
+        x: Float[Array, "B 1 D"],
+        turn: Rotation,
+        cache: KeyValueCache,
+        index: Int[Array, " B"],
+    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
+        """The same for another position in each row; gives the new key and value [B, G, K]."""
+        attended, new = self.attention.extend_rows(x, turn, cache, index)
+        x = x + attended
+        return x + self.feedforward(x), new
+
+
+class Transformer(nnx.Module):
+    """A stack of layers without a final norm; `theta` is the base of the rotary frequencies."""
+
+    def __init__(
+        self,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        hidden_dim: int,
+        window: int,
+        theta: float,
+        rate: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.head_dim, self.theta = dim // heads, theta
+        sizes = (dim, heads, kv_heads, hidden_dim, window, rate)
+        self.layers = nnx.List([TransformerLayer(*sizes, rngs=rngs) for _ in range(layers)])
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        keys: Key[Array, " B"] | None = None,
+        remat: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
+        turn, written = self.turn(jnp.arange(x.shape[1])[None, :], x.dtype), []
+        for i, layer in enumerate(self.layers):
+            run = jax.checkpoint(layer) if remat else layer
+            x, cache = run(x, turn, fold_rows(keys, i))
+            written.append(cache)
+        return x, tuple(written)
+
+    def extend(
+        self, x: Float[Array, "B 1 D"], caches: Caches, index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], Caches]:
+        """The same for the position `index`, with the past taken from `caches`."""
+        turn, written = self.turn(index[None, None], x.dtype), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.extend(x, turn, cache, index)
+            written.append(cache)
+        return x, tuple(written)
+
+    def extend_rows(
+        self, x: Float[Array, "B 1 D"], caches: Caches, index: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B 1 D"], Caches]:
+        """The same for another position in each row; gives the new keys and values [B, G, K]."""
+        turn, made = self.turn(index[:, None], x.dtype), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, new = layer.extend_rows(x, turn, cache, index)
+            made.append(new)
+        return x, tuple(made)
+
+    def turn(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation:
+        """The rotation of keys and queries at these positions."""
+        return rotation(positions, self.head_dim, self.theta, dtype)
+
+    def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> Caches:
+        """One cache a layer for `length` positions."""
+        return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)

@@ -1,0 +1,143 @@
+"""Causal self-attention with grouped heads, rotary positions and an optional window.
+
+Axes: B batch, T query positions, S key positions, C chunks, H heads in G groups of R, K head
+width, D width. Groups share a key and value head (Ainslie et al. 2023, arXiv 2305.13245).
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.initializers import fan_in_normal
+from bytelm_torch.layers.norm import RMSNorm
+from bytelm_torch.layers.rotary import Rotation, rotate
+
+
+def grouped_attention(
+    q: Float[Tensor, "*batch T H K"],
+    k: Float[Tensor, "*batch S G K"],
+    v: Float[Tensor, "*batch S G K"],
+    mask: Bool[Tensor, "*lead T S"],
+) -> Float[Tensor, "*batch T H K"]:
+    """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
+
+    Heads gR … gR + R − 1 use key head g. The axes before T of `mask` are those of q, or 1, or none.
+    Every query must see at least one key.
+    """
+    groups, wide = k.shape[-2], torch.promote_types(q.dtype, torch.float32)
+    grouped = q.unflatten(-2, (groups, -1))
+    scores = torch.einsum("...tgrk,...sgk->...grts", grouped, k).to(wide) * q.shape[-1] ** -0.5
+    visible = mask[..., None, None, :, :]
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(v.dtype)
+    return torch.einsum("...grts,...sgk->...tgrk", weights, v).reshape(q.shape)
+
+
+def causal_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G K"],
+    window: int,
+) -> Float[Tensor, "B T H K"]:
+    """Each position sees itself and the `window` − 1 before it, everything before it with 0.
+
+    Past the window, memory is linear in T: the text is cut into chunks of `window` positions, and
+    a chunk sees the chunk before it and itself.
+    """
+    length, device = q.shape[1], q.device
+    if window == 0 or length <= window:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return grouped_attention(q, k, v, mask)
+    count = -(-length // window)
+    q, k, v = (_chunks(x, count, window) for x in (q, k, v))
+    keys, values = (torch.cat([_chunk_before(x), x], dim=2) for x in (k, v))
+    slots = torch.arange(2 * window, device=device)
+    ahead = slots[None, :] - slots[:window, None]
+    band = (ahead > 0) & (ahead <= window)
+    real = (torch.arange(count, device=device) > 0)[:, None] | (slots >= window)[None, :]
+    out = grouped_attention(q, keys, values, band[None] & real[:, None])
+    return out.flatten(1, 2)[:, :length]
+
+
+def _chunks(x: Tensor, count: int, window: int) -> Tensor:
+    """[B, T, H, K] → [B, C, window, H, K], zeros behind the end."""
+    padded = F.pad(x, (0, 0, 0, 0, 0, count * window - x.shape[1]))
+    return padded.unflatten(1, (count, window))
+
+
+def _chunk_before(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+
+
+class GroupedAttention(nn.Module):
+    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, window: int):
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_dim, self.window = dim // heads, window
+        grouped = self.kv_heads * self.head_dim
+        self.norm = RMSNorm(dim)
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(dim, grouped, bias=False)
+        self.to_v = nn.Linear(dim, grouped, bias=False)
+        self.to_out = nn.Linear(dim, dim, bias=False)
+        for linear in (self.to_q, self.to_k, self.to_v, self.to_out):
+            fan_in_normal(dim)(linear.weight)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], turn: Rotation
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """Also gives the (turned) keys and the values, [B, T, G, K]."""
+        q, k, v = self._project(x, turn)
+        return self._out(causal_attention(q, k, v, self.window)), KeyValueCache(k, v)
+
+    def extend(
+        self, x: Float[Tensor, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: int
+    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
+        """The same for the position `index` of all rows, with the past taken from `cache`.
+
+        The cache's tensors are written in place, and returned.
+        """
+        q, k, v = self._project(x, turn)
+        cache.keys[:, index], cache.values[:, index] = k[:, 0], v[:, 0]
+        first = max(index + 1 - (self.window or index + 1), 0)
+        keys, values = cache.keys[:, first : index + 1], cache.values[:, first : index + 1]
+        mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=x.device)
+        return self._out(grouped_attention(q, keys, values, mask)), cache
+
+    def extend_rows(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        turn: Rotation,
+        cache: KeyValueCache,
+        index: Int[Tensor, " B"],
+    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
+        """The same for another position in each row, without a window.
+
+        Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
+        row is the caller's to decide.
+        """
+        q, k, v = self._project(x, turn)
+        slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
+        here = (slots == index[:, None])[:, :, None, None]
+        keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
+        mask = (slots <= index[:, None])[:, None, :]
+        return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
+
+    def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
+        """A cache for `length` positions."""
+        shape, device = (batch, length, self.kv_heads, self.head_dim), self.to_q.weight.device
+        return KeyValueCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
+
+    def _project(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.norm(x)
+        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
+        k, v = (
+            to(x).unflatten(-1, (self.kv_heads, self.head_dim)) for to in (self.to_k, self.to_v)
+        )
+        return rotate(q, turn), rotate(k, turn), v
+
+    def _out(self, x: Tensor) -> Tensor:
+        return self.to_out(x.flatten(-2))

@@ -1,0 +1,11 @@
+"""Initialisation by fan-in, as the Byte Latent Transformer does it."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+def fan_in_normal(fan_in: int) -> Callable[[Tensor], Tensor]:
+    """Fills with normal numbers, σ = fan_in^-0.5, cut at ±3σ (σ being that before the cut)."""
+    std = fan_in**-0.5
+    return lambda weight: nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

@@ -1,0 +1,401 @@
+"""Byte Latent Transformer: a latent transformer over patches of bytes whose length varies.
+
+Pagnoni et al. 2024 (arXiv 2412.09871). Axes: B batch, T bytes, N patches, M vectors a patch (W
+together), G key heads, K head width, D width, V vocabulary.
+The mirror of `bytelm_jax/models/blt.py`, which says where this differs from the published form.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bytelm_torch import patching
+from bytelm_torch.config import BLTConfig
+from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.cross_attention import CrossAttention
+from bytelm_torch.layers.embedding import ByteEmbedding
+from bytelm_torch.layers.initializers import fan_in_normal
+from bytelm_torch.layers.ngram import NgramEmbedding, ngram_rows
+from bytelm_torch.layers.norm import RMSNorm
+from bytelm_torch.layers.segments import segment_max
+from bytelm_torch.layers.transformer import Caches, Transformer
+from bytelm_torch.models.entropy import (
+    EntropyModel,
+    begin_with,
+    entropy,
+    shift_right,
+    write_prefix,
+)
+from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+
+
+class BLTCache(NamedTuple):
+    """What cached decoding keeps, by position in s or by patch, so that a round may be run again.
+
+    L positions, N patches. Whatever a prefill wrote past the true prompt is written once more by
+    the round of its position, or of its patch, before anything reads it. The tensors are written
+    in place.
+    """
+
+    ids: Int[Tensor, "B L"]
+    """s behind as many −1 as the longest look back needs."""
+    patches: Int[Tensor, "B L+1"]
+    """The patch of each position, known before its byte is."""
+    patcher: Caches
+    encoder: Caches
+    states: Float[Tensor, "B L D"]
+    """The encoder's byte states, of which a complete patch takes the maximum."""
+    pooled: KeyValueCache
+    """Keys and values of those states for pooling, [B, L, G, K]."""
+    global_layers: Caches
+    memory: Caches
+    """Keys and values of each patch's vectors for every layer of the decoder, [B, N, M, G, K]."""
+    decoder: Caches
+    global_calls: Int[Tensor, ""]
+    """Rounds in which the global transformer ran."""
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    made = nn.Linear(inputs, outputs, bias=False)
+    fan_in_normal(inputs)(made.weight)
+    return made
+
+
+class Encoder(nn.Module):
+    """Bytes → byte states, and the pooling of a patch's states into M vectors."""
+
+    def __init__(self, config: BLTConfig):
+        super().__init__()
+        c, dim = config, config.local_dim
+        self.queries = c.patch_queries
+        self.embed = ByteEmbedding(c.vocab.size, dim, fan_in_normal(dim))
+        if c.ngram_tables:
+            self.ngrams = NgramEmbedding(c.ngram_tables * c.ngram_rows, dim)
+        heads = (c.encoder_heads, c.encoder_kv_heads)
+        sizes = (dim, c.encoder_layers, *heads, c.encoder_hidden_dim, c.local_window)
+        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout)
+        self.to_queries = _linear(dim, c.patch_queries * dim)
+        self.cross_attention = CrossAttention(dim, *heads)
+
+    def pool(
+        self, states: Float[Tensor, "B T D"], patch_of: Int[Tensor, "B T"], count: int
+    ) -> tuple[Float[Tensor, "B {count} W"], KeyValueCache]:
+        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
+        queries = self._split(self.to_queries(segment_max(states, patch_of, count)))
+        pooled, cache = self.cross_attention.pool(queries, states, patch_of)
+        return pooled.flatten(2), cache
+
+    def pool_one(
+        self, states: Float[Tensor, "B L D"], cache: KeyValueCache, mask: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B 1 W"]:
+        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        top = states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
+        pooled = self.cross_attention.pool_one(self._split(self.to_queries(top)), cache, mask)
+        return pooled.flatten(1)[:, None]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.queries, -1))
+
+
+class Decoder(nn.Module):
+    """Byte states and patches → byte states that know the newest complete patch."""
+
+    def __init__(self, config: BLTConfig):
+        super().__init__()
+        c, dim = config, config.local_dim
+        self.queries = c.patch_queries
+        heads = (c.decoder_heads, c.decoder_kv_heads)
+        sizes = (dim, c.decoder_layers, *heads, c.decoder_hidden_dim, c.local_window)
+        self.to_memory = _linear(c.global_dim, c.patch_queries * dim)
+        self.cross_attentions = nn.ModuleList(
+            [CrossAttention(dim, *heads) for _ in range(c.decoder_layers)]
+        )
+        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout)
+        self.norm = RMSNorm(dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        patches: Float[Tensor, "B N W"],
+        read_of: Int[Tensor, "B T"],
+        remat: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
+        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
+        positions = torch.arange(x.shape[1], device=x.device)[None, :]
+        turn = self.transformer.turn(positions, x.dtype)
+        memory, read, written = self.split(patches), [], []
+        for cross, layer in self._layers():
+            if remat:
+                x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
+                x, cache = checkpoint(layer, x, turn, use_reentrant=False)  # pyright: ignore
+            else:
+                x, vectors = cross.read(x, memory, read_of)
+                x, cache = layer(x, turn)
+            read.append(vectors)
+            written.append(cache)
+        return self.norm(x), tuple(read), tuple(written)
+
+    def extend(
+        self, x: Float[Tensor, "B 1 D"], memory: Caches, caches: Caches, index: int
+    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
+        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
+        turn = self.transformer.turn(torch.full((1, 1), index, device=x.device), x.dtype)
+        written = []
+        for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
+            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
+            written.append(cache)
+        return self.norm(x), tuple(written)
+
+    def split(self, patches: Float[Tensor, "B N W"]) -> Float[Tensor, "B N M D"]:
+        """The M vectors of each patch."""
+        return self.to_memory(patches).unflatten(-1, (self.queries, -1))
+
+    def _layers(self) -> zip:
+        return zip(self.cross_attentions, self.transformer.layers, strict=True)
+
+
+class BLT(nn.Module):
+    """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
+
+    def __init__(self, config: BLTConfig):
+        super().__init__()
+        c = self.config = config
+        if c.patcher == "entropy":
+            self.patcher = EntropyModel(c.entropy).requires_grad_(False)
+        self.encoder = Encoder(c)
+        pooled = c.patch_queries * c.local_dim
+        if pooled != c.global_dim:
+            self.to_global = _linear(pooled, c.global_dim)
+        heads = (c.global_heads, c.global_kv_heads)
+        sizes = (c.global_dim, c.global_layers, *heads, c.global_hidden_dim, 0)
+        self.global_transformer = Transformer(*sizes, c.rope_theta, c.dropout)
+        self.decoder = Decoder(c)
+        self.to_logits = _linear(c.local_dim, c.vocab.size)
+
+    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+        """Logits in the compute dtype, which is that of the parameters.
+
+        `remat` recomputes the layers in the backward pass. Ids outside the vocabulary raise
+        `ValueError`.
+        """
+        return self.outputs(ids, remat).logits
+
+    def outputs(
+        self,
+        ids: Int[Tensor, "B T"],
+        remat: bool = False,
+        starts: Bool[Tensor, "B S"] | None = None,
+    ) -> ModelOutput:
+        """As `forward`, with the metrics `patch_length` (mean, bytes) and `patch_overflow`.
+
+        `starts`, S = T + 1, takes the place of the patcher: whether a patch starts at each position
+        of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
+        """
+        c = self.config
+        check_ids(ids, c.vocab.size)
+        batch, length = ids.shape
+        if length == 0:
+            empty = self.to_logits.weight.new_zeros(batch)
+            logits = self.to_logits.weight.new_zeros((batch, 0, c.vocab.size))
+            return ModelOutput(logits, empty, {"patch_length": empty, "patch_overflow": empty})
+        shifted = shift_right(ids, c.vocab.bos_id)
+        if starts is None:
+            starts = patching.patch_starts(c, shifted, self.entropies(shifted))
+        counted = patching.present(shifted, c.vocab)
+        plan = patching.plan_patches(starts, counted, c.budget(length))
+
+        states, _ = self.encoder.transformer(self._embed(shifted), remat)
+        patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
+        patches, _ = self.global_transformer(self._widen(patches), remat)
+        x, _, _ = self.decoder(states, patches, plan.read_of, remat)
+        used = (plan.lengths > 0).sum(dim=1)
+        metrics = {
+            "patch_length": plan.lengths.sum(dim=1) / used.float(),
+            "patch_overflow": plan.overflow.float(),
+        }
+        return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
+
+    def entropies(self, shifted: Int[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+        """Entropy in nats of the entropy model's prediction after each position of s.
+
+        No gradient reaches that model. None under the other patchers.
+        """
+        if self.config.patcher != "entropy":
+            return None
+        with torch.no_grad():
+            return entropy(self.patcher.predict(shifted))
+
+    def train(self, mode: bool = True) -> "BLT":
+        """As in torch, but the frozen entropy model stays in evaluation."""
+        super().train(mode)
+        if self.config.patcher == "entropy":
+            self.patcher.eval()
+        return self
+
+    # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        return 1
+
+    def init_cache(self, batch: int, length: int) -> BLTCache:
+        """An empty cache for sequences of up to `length` bytes."""
+        c, weight = self.config, self.to_logits.weight
+        local, patches = self.encoder.transformer, c.budget(length)
+        head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
+        read = (c.decoder_kv_heads or c.decoder_heads, c.local_dim // c.decoder_heads)
+
+        def empty(*shape: int) -> KeyValueCache:
+            return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape))
+
+        def integers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=weight.device)
+
+        memory = (empty(batch, patches, c.patch_queries, *read) for _ in range(c.decoder_layers))
+        return BLTCache(
+            ids=integers(batch, self._look_back() - 1 + length).fill_(patching.NO_BYTE),
+            patches=integers(batch, length + 1),
+            patcher=self.patcher.init_cache(batch, length) if c.patcher == "entropy" else (),
+            encoder=local.empty_caches(batch, length, weight.dtype),
+            states=weight.new_zeros((batch, length, c.local_dim)),
+            pooled=empty(batch, length, *head),
+            global_layers=self.global_transformer.empty_caches(batch, patches, weight.dtype),
+            memory=tuple(memory),
+            decoder=self.decoder.transformer.empty_caches(batch, length, weight.dtype),
+            global_calls=integers(),
+        )
+
+    def prefill(self, ids: Int[Tensor, "B T"], cache: BLTCache) -> BLTCache:
+        """Writes a prompt into an empty cache in one pass.
+
+        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        """
+        c, length = self.config, ids.shape[1]
+        if length == 0:
+            return cache
+        shifted, entropies = shift_right(ids, c.vocab.bos_id), None
+        if c.patcher == "entropy":
+            logits, written = self.patcher.predict_cached(shifted)
+            entropies = entropy(logits)
+            write_prefix(cache.patcher, written)
+        starts = patching.patch_starts(c, shifted, entropies)
+        room = cache.memory[0].keys.shape[1]
+        counted = patching.present(shifted, c.vocab)
+        plan = patching.plan_patches(starts, counted, min(room, length))
+
+        states, encoder = self.encoder.transformer(self._embed(shifted))
+        patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
+        patches, global_layers = self.global_transformer(self._widen(patches))
+        _, memory, decoder = self.decoder(states, patches, plan.read_of)
+        first = self._look_back() - 1
+        cache.ids[:, first : first + length] = shifted
+        cache.patches[:, 1 : length + 1] = plan.read_of + 1
+        cache.states[:, :length] = states
+        write_prefix((cache.pooled,), (pooled,))
+        write_prefix(cache.encoder, encoder)
+        write_prefix(cache.global_layers, global_layers)
+        write_prefix(cache.memory, memory)
+        write_prefix(cache.decoder, decoder)
+        return cache
+
+    def decode_round(
+        self, cache: BLTCache, previous: Int[Tensor, "B 1"], index: int, choose: Choose
+    ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
+        """Appends byte number `index`; `previous` is the byte before it (anything at first).
+
+        `choose(logits [B, V], 0)` gives its ids [B].
+        """
+        byte = begin_with(previous, index, self.config.vocab.bos_id)
+        recent = self._remember(cache, byte, index)
+        ends, number = self._mark(cache, byte, recent, index)
+
+        x, _ = self.encoder.transformer.extend(
+            self._embed_recent(byte, recent), cache.encoder, index
+        )
+        new = self.encoder.cross_attention.keys_values(x)
+        cache.states[:, index] = x[:, 0]
+        cache.pooled.keys[:, index], cache.pooled.values[:, index] = (part[:, 0] for part in new)
+        self._finish_patches(cache, ends, number, index)
+
+        rows = torch.arange(byte.shape[0], device=byte.device)
+        newest = torch.where(ends, number, number - 1)
+        memory = tuple(
+            KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory
+        )
+        x, _ = self.decoder.extend(x, memory, cache.decoder, index)
+        chosen = choose(self.to_logits(x)[:, 0], 0)
+        return cache, chosen[:, None]
+
+    def _remember(self, cache: BLTCache, byte: Tensor, index: int) -> Tensor:
+        """Writes s_index; gives the ids that end there."""
+        span = self._look_back()
+        cache.ids[:, index + span - 1] = byte[:, 0]
+        return cache.ids[:, index : index + span]
+
+    def _mark(
+        self, cache: BLTCache, byte: Tensor, recent: Tensor, index: int
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the patch of the byte to come; whether a patch ends here, and its number."""
+        c, room, entropies = self.config, cache.memory[0].keys.shape[1], None
+        if c.patcher == "entropy":
+            logits, _ = self.patcher.extend(byte, cache.patcher, index)
+            entropies = entropy(logits)
+        number = cache.patches[:, index]
+        values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
+        position = torch.full_like(number, index)
+        starts = patching.boundary_after(c, values, position, entropies) | (index == 0)
+        ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
+        cache.patches[:, index + 1] = number + ends
+        return ends, number
+
+    def _finish_patches(self, cache: BLTCache, ends: Tensor, number: Tensor, index: int) -> None:
+        """Runs the patches that end here through the global transformer, if any does."""
+        if not ends.any():
+            return
+        positions = torch.arange(cache.states.shape[1], device=ends.device)[None, :]
+        mask = (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+        patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
+        patch, layers = self.global_transformer.extend_rows(patch, cache.global_layers, number)
+        vectors = self.decoder.split(patch)[:, 0]
+        memory = [cross.keys_values(vectors) for cross in self.decoder.cross_attentions]  # pyright: ignore
+        rows = ends.nonzero()[:, 0]
+        slot = number[rows]
+        pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
+        for room, made in pairs:
+            for old, new in zip(room, made, strict=True):
+                old[rows, slot] = new[rows]
+        cache.global_calls.add_(1)
+
+    def _look_back(self) -> int:
+        """Ids that patcher and hashes need up to a byte, itself included."""
+        return max((patching.CONTEXT, *self.config.ngram_sizes))
+
+    def _embed(self, shifted: Tensor) -> Tensor:
+        """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
+        x, c = self.encoder.embed(shifted), self.config
+        if not c.ngram_tables:
+            return x
+        back = range(max(c.ngram_sizes) - 1, -1, -1)
+        grams = torch.stack([patching.shifted(shifted, n, 0) for n in back], dim=-1)
+        inside = patching.present(shifted, c.vocab)[..., None]
+        rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
+        return x + self.encoder.ngrams(rows)
+
+    def _embed_recent(self, byte: Tensor, recent: Tensor) -> Tensor:
+        """The same for one position, given the ids that end there, −1 before the first."""
+        x, c = self.encoder.embed(byte), self.config
+        if not c.ngram_tables:
+            return x
+        grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]
+        inside = (byte != c.vocab.pad_id)[..., None]
+        rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
+        return x + self.encoder.ngrams(rows)
+
+    def _widen(self, patches: Tensor) -> Tensor:
+        """Pooled patches → the global width."""
+        wide = self.config.patch_queries * self.config.local_dim
+        return patches if wide == self.config.global_dim else self.to_global(patches)
