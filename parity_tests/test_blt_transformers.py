@@ -1,0 +1,242 @@
+"""The Byte Latent Transformer against an independent implementation, transformers' own.
+
+Its cache raises, batches mix their rows, and given lengths must say whether the next byte starts a
+patch; so rows go one by one, without cache, with lengths that its patcher made.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from bytelm_jax.config import BLTConfig
+from bytelm_jax.convert import to_torch
+from bytelm_jax.convert_blt import (
+    blt_config_from_hf,
+    blt_config_to_hf,
+    export_hf_blt,
+    hf_blt_names,
+    import_hf_blt,
+)
+from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.parity import make_twin
+from bytelm_torch import patching
+from bytelm_torch.models.entropy import shift_right
+from parity_tests.tolerances import LOGITS
+
+transformers = pytest.importorskip(
+    "transformers", reason="the reference, transformers 5.23, is not installed"
+)
+
+LENGTH = 40
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no window": {"local_attention_window_len": None, "window": None},
+    "k = 1, one table": {
+        "cross_attn_k": 1,
+        "encoder_hash_byte_group_size": [8],
+        "wide": 16,
+    },
+    "k = 4, odd order": {
+        "cross_attn_k": 4,
+        "encoder_hash_byte_group_size": [6, 3, 5],
+        "encoder_hash_byte_group_nb_functions": 3,
+        "wide": 64,
+    },
+    "grouped heads": {"heads": 4, "kv_heads": 2, "decoder_layers": 1},
+    "all primes": {"encoder_hash_byte_group_nb_functions": 11, "encoder_layers": 2},
+}
+
+
+def reference_config(
+    wide: int = 24,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    window: int | None = 7,
+    encoder_layers: int = 1,
+    decoder_layers: int = 3,
+    **top: Any,
+) -> Any:
+    """A small configuration of transformers; `top` holds fields of its own."""
+    top = {"local_attention_window_len": 9, "cross_attn_k": 2, **top}
+    stack = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    local = {**stack, "hidden_size": 16, "cross_attn_k": top["cross_attn_k"]}
+    local |= {"hidden_size_global": wide}
+    return transformers.BltConfig(
+        encoder_hash_byte_group_vocab=211,
+        encoder_config={**local, "num_hidden_layers": encoder_layers},
+        decoder_config={**local, "num_hidden_layers": decoder_layers, "intermediate_size": 20},
+        global_config={
+            **stack,
+            "hidden_size": wide,
+            "num_hidden_layers": 2,
+            "intermediate_size": 28,
+        },
+        patcher_config={
+            **stack,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "intermediate_size": 20,
+            "sliding_window": window,
+        },
+        **top,
+    )
+
+
+@functools.cache
+def reference(name: str) -> Any:
+    """A transformers model with random weights, norms included, and a threshold that splits."""
+    torch.manual_seed(0)
+    model = transformers.BltForCausalLM(reference_config(**CONFIGS[name])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        entropies, _, _ = model.model.patcher(shifted(), use_cache=False)
+    ranked = entropies[0].sort().values
+    # Between two neighbours, so that rounding moves no boundary.
+    model.config.patching_threshold = float(ranked[LENGTH // 2 : LENGTH // 2 + 2].mean())
+    return model
+
+
+def ids() -> torch.Tensor:
+    text = "In Xanadü, 1797 — did Kubla Khan A stately pleasure-dome decree".encode()
+    return torch.tensor([list(text[:LENGTH])]) + 4
+
+
+def shifted(row: torch.Tensor | None = None) -> torch.Tensor:
+    return shift_right(ids() if row is None else row, 1)
+
+
+def relative(ours: Any, theirs: Any) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def run_reference(model: Any, row: torch.Tensor) -> tuple[Any, list[int], Any]:
+    """Entropies, patch lengths and logits of one row."""
+    with torch.no_grad():
+        entropies, lengths, _ = model.model.patcher(
+            shifted(row),
+            use_cache=False,
+            patch_size=model.config.patch_size,
+            threshold=model.config.patching_threshold,
+        )
+        logits = model(shifted(row), patch_lengths=lengths, use_cache=False).logits
+    return entropies, lengths[0].tolist(), logits
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_entropies_lengths_and_logits(name, tmp_path):
+    model = reference(name)
+    config, params = import_hf_blt(save(model, tmp_path))
+    twin = make_twin(config, params)
+    seen = set()
+    for length in (1, 2, 3, LENGTH - 1, LENGTH):
+        row = ids()[:, :length]
+        entropies, lengths, logits = run_reference(model, row)
+        with torch.no_grad():
+            ours = twin.entropies(shifted(row))
+            starts = patching.patch_starts(twin.config, shifted(row), ours)
+            found = twin(row)
+        edges = np.flatnonzero(starts[0]).tolist()
+        assert np.diff([*edges, max(length, edges[-1])]).tolist() == lengths
+        assert relative(ours, entropies) <= LOGITS["float32"]
+        assert relative(found, logits) <= LOGITS["float32"]
+        seen.update(lengths)
+    assert len(seen) > 3, "patches of several lengths were compared"
+
+
+@pytest.mark.parametrize("name", ["plain", "k = 4, odd order"])
+def test_the_jax_model_too(name, tmp_path):
+    model = reference(name)
+    config, params = import_hf_blt(save(model, tmp_path))
+    bind, _ = define_model(config)
+    _, _, logits = run_reference(model, ids())
+    ours = jax.jit(lambda params, ids: bind(params)(ids))(params, ids().numpy().astype(np.int32))
+    assert relative(ours, logits) <= LOGITS["float32"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_there_and_back_bit_for_bit(dtype, tmp_path):
+    model = transformers.BltForCausalLM(reference("grouped heads").config).to(dtype)
+    source = save(model, tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list(source.glob("*.safetensors"))) > 3
+    config, params = import_hf_blt(source)
+    export_hf_blt(config, params, tmp_path / "ours")
+    back = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    again_config, again = import_hf_blt(tmp_path / "ours")
+    assert again_config == config
+    for key, tensor in model.state_dict().items():
+        other = back.state_dict()[key]
+        assert other.dtype is dtype and torch.equal(other, tensor), key
+    for key, value in to_torch(params).items():
+        assert value.tobytes() == to_torch(again)[key].tobytes(), key
+    assert blt_config_from_hf(model.config.to_dict()) == config
+
+
+def test_the_1b_shape_name_by_name():
+    config = BLTConfig(whole_characters=False, patch_budget=1.0)
+    fields = blt_config_to_hf(config)
+    with torch.device("meta"):
+        model = transformers.BltForCausalLM(transformers.BltConfig(**fields))
+    theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    names, shapes = hf_blt_names(config), abstract_params(config)
+    turned = {
+        names[key]: leaf.shape[::-1] if key.endswith("kernel") else leaf.shape
+        for key, leaf in shapes.items()
+    }
+    assert turned == theirs
+    assert sum(leaf.size for leaf in shapes.values()) == config.parameter_count() == 4_633_127_680
+    assert BLTConfig(encoder_hidden_dim=2816).parameter_count() == 4_633_391_872
+    assert blt_config_from_hf(fields) == config
+    assert blt_config_from_hf({"model_type": "blt"}) == config, "defaults, where left out"
+
+
+def test_what_cannot_be_the_same_is_refused_by_name(tmp_path):
+    fields = json.loads((save(reference("plain"), tmp_path) / "config.json").read_text())
+    wrong: list[tuple[str, Any]] = [
+        ("encoder_config.cross_attn_all_layers", True),
+        ("decoder_config.cross_attn_all_layers", False),
+        ("decoder_config.hidden_act", "gelu"),
+        ("global_config.rms_norm_eps", 1e-6),
+        ("global_config.head_dim", 6),
+        ("patcher_config.dropout", 0.1),
+        ("max_patch_length", 8),
+        ("patching_mode", "space"),
+        ("tie_word_embeddings", True),
+    ]
+    for field, value in wrong:
+        changed = json.loads(json.dumps(fields))
+        part, _, leaf = field.rpartition(".")
+        (changed[part] if part else changed)[leaf] = value
+        with pytest.raises(ValueError, match=f"^{field}="):
+            blt_config_from_hf(changed)
+    for change in ({"patcher": "space"}, {"whole_characters": True}, {"ngram_sizes": ()}):
+        with pytest.raises(ValueError, match=f"^{next(iter(change))}="):
+            blt_config_to_hf(BLTConfig(**{"whole_characters": False, **change}))
+
+
+def test_a_damaged_folder_is_refused_in_one_line(tmp_path):
+    folder = save(reference("plain"), tmp_path, max_shard_size="20KB")
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=shard.name):
+        import_hf_blt(folder)
+    shard.unlink()
+    with pytest.raises(ValueError, match=shard.name):
+        import_hf_blt(folder)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        import_hf_blt(tmp_path / "nowhere")
