@@ -83,7 +83,9 @@ def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
     """The run's checkpoints; `train` says how many to keep, None opens them for reading."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every step of its work
+    # Orbax reports every step of its work, and tells of errors that it also raises.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     if train is None:
         options = ocp.CheckpointManagerOptions(read_only=True, create=False)
     else:
@@ -128,7 +130,14 @@ def save(
         optimizer=ocp.args.StandardSave(opt_state),
         metadata=ocp.args.JsonSave(metadata),
     )
-    manager.save(step, args=items, metrics=metrics, force=True)
+    with _writable(manager):
+        manager.save(step, args=items, metrics=metrics, force=True)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until every save is on disk; raises `ValueError` when one failed."""
+    with _writable(manager):
+        manager.wait_until_finished()
 
 
 def restore(
@@ -197,17 +206,22 @@ def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]
     return recipe, params, step
 
 
-def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
-    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all."""
+def check_unused(run_dir: Path) -> None:
+    """Raises `ValueError` unless a new run folder can be made at `run_dir`."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"{run_dir}: exists and is not an empty folder; name another")
+
+
+def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
+    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all."""
+    check_unused(run_dir)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:
         optimizer = build_optimizer(recipe.optimizer, recipe.train.steps)
         with open_checkpoints(beside, recipe.train) as manager:
             save(manager, 0, params, optimizer.init(params), recipe, "", None)
-            manager.wait_until_finished()
+            finish(manager)
         save_config(beside, recipe)
         beside.chmod(0o755)
         os.replace(beside, run_dir)
@@ -221,8 +235,24 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
-            f"checkpoint {step} in {manager.directory}: damaged or not of this model ({first}); "
+            f"checkpoint {step} in {manager.directory}: damaged or not of this model "
+            f"({_first_line(error)}); "
             "delete that folder to go on from the one before"
         ) from error
+
+
+@contextlib.contextmanager
+def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns whatever a failed save raises into one line."""
+    try:
+        yield
+    except Exception as error:  # from tensorstore's and Orbax's threads, of many kinds
+        raise ValueError(
+            f"{manager.directory}: a checkpoint could not be written ({_first_line(error)}); "
+            "earlier ones are whole; free some space and run the same command again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

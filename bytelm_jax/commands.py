@@ -1,6 +1,7 @@
 """The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
 
 import sys
+import threading
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
@@ -31,6 +32,8 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.get(argv[0])
     run_dir, rest = _take_run_dir(argv[1:], Path("runs") / recipe.name)
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
+    # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
+    threading.excepthook = sys.unraisablehook = lambda _: None
     try:
         outcome = train(recipe, run_dir)
     except DivergedError as error:
@@ -193,8 +196,7 @@ def import_command(
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto looks at it.
     """
-    if (out / "config.json").exists() or (out / "checkpoints").exists():
-        raise UsageError(f"--out {out}: holds a run already; name another folder")
+    checkpoints.check_unused(out)
     config, params = convert.import_any(source, format)
     recipe = Recipe(name="imported", model=config)
     if isinstance(config, MegabyteConfig) and config.variant == "paper":

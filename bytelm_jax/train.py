@@ -202,6 +202,6 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
         settle(0, display)
         if stop and step > saved:
             checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, None)
-        manager.wait_until_finished()
+        checkpoint.finish(manager)
         log.close()
     return Outcome(step, bool(stop) and step < run.steps)

@@ -1,0 +1,312 @@
+"""The command line: every command on a real run, and every kind of bad input."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bytelm_torch
+from bytelm_jax import cli, commands, recipes
+from bytelm_jax.arguments import UsageError, expand_names
+from bytelm_torch.loss import token_nats
+from parity_tests import tolerances
+
+TINY = [
+    *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),
+    *("--model.global-layers", "1", "--model.local-layers", "1", "--model.global-heads", "2"),
+    *("--model.local-heads", "2", "--model.max-length", "64", "--sequence-length", "64"),
+    *("--batch-size", "8", "--warmup-steps", "5", "--devices", "1"),
+]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    source = random.Random(5)
+    words = ["".join(source.choices("abcdefghéß", k=source.randint(2, 7))) for _ in range(50)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(source.choices(words, k=4000)), "utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, text):
+    """A finished run folder."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    steps = ["--steps", "30", "--checkpoint-every", "20", "--eval-every", "10"]
+    argv = ["train", "megabyte_tiny", *TINY, *steps, "--data", str(text), "--run-dir", str(folder)]
+    assert cli.main(argv) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exports") / "tiny"
+    assert cli.main(["export", str(run), "--out", str(out)]) == 0
+    return out
+
+
+def refused(capsys, *argv):
+    """The one line on standard error with which the command refuses."""
+    assert cli.main([str(a) for a in argv]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.strip().splitlines()
+    assert len(lines) == 1, said.err
+    assert lines[0].startswith("bytelm")
+    return lines[0]
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def evaluated(capsys, *argv):
+    assert cli.main(["eval", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("size", [1, 7, 200_003])
+def test_eval_counts_every_byte_once_and_agrees_with_torch(size, run, export, tmp_path, capsys):
+    file = tmp_path / "bytes.bin"
+    file.write_bytes(np.random.default_rng(size).bytes(size))
+    capsys.readouterr()
+    found = evaluated(capsys, run, "--data", file, "--batch-size", "64")
+    assert found["bytes"] == size
+    assert found["bits_per_byte"] == pytest.approx(found["nats"] / size / np.log(2))
+    twin = bytelm_torch.from_pretrained(export)
+    raw = np.frombuffer(file.read_bytes(), np.uint8).astype(np.int64)
+    nats = 0.0
+    with torch.no_grad():
+        whole = raw[: size // 64 * 64].reshape(-1, 64)
+        for rows in (*np.array_split(whole, 20), raw[size // 64 * 64 :][None]):
+            if rows.size:
+                ids = torch.from_numpy(rows.copy())
+                nats += token_nats(twin(ids), ids).double().sum().item()
+    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_SHAPE["float32"]
+
+
+def test_eval_in_float64_agrees_with_torch_in_float64(run, export, text, capsys):
+    capsys.readouterr()
+    found = evaluated(capsys, run, "--data", text, "--dtype", "float64")
+    twin = bytelm_torch.from_pretrained(export, dtype=torch.float64)
+    raw = torch.from_numpy(np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64))
+    with torch.no_grad():
+        nats = sum(token_nats(twin(r[None]), r[None]).sum().item() for r in raw.split(64))
+    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_SHAPE["float64"]
+
+
+def test_bfloat16_stays_close(run, text, capsys):
+    capsys.readouterr()
+    exact = evaluated(capsys, run, "--data", text)
+    rough = evaluated(capsys, run, "--data", text, "--dtype", "bfloat16")
+    assert rough["nats"] != exact["nats"]
+    assert abs(rough["nats"] - exact["nats"]) / exact["bytes"] <= tolerances.BF16_MEAN_KL
+
+
+def test_generate_streams_whole_characters_and_repeats_with_a_seed(run, capsys):
+    argv = ["generate", str(run), "--prompt", "é", "--max-new-bytes", "40", "--seed", "3"]
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("é") and len(first) > 10
+    assert cli.main(argv) == 0
+    assert capsys.readouterr().out == first
+    assert cli.main([*argv[:-1], "4"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_export_import_there_and_back(run, export, tmp_path, text, capsys):
+    again = tmp_path / "again"
+    assert cli.main(["import", str(export), "--out", str(again)]) == 0
+    second = tmp_path / "second"
+    assert cli.main(["export", str(again), "--out", str(second)]) == 0
+    for name in ("model.safetensors",):
+        assert (second / name).read_bytes() == (export / name).read_bytes()
+    capsys.readouterr()
+    assert evaluated(capsys, again, "--data", text) | {"step": 30} == evaluated(
+        capsys, run, "--data", text
+    )
+    assert "not an empty folder" in refused(capsys, "import", export, "--out", again)
+
+
+def test_parity_passes_and_names_the_first_difference(run, export, tmp_path, text, capsys):
+    argv = ["--data", str(text), "--length", "11"]
+    assert cli.main(["parity", str(export), *argv]) == 0
+    assert "equal: every tensor within tolerance" in capsys.readouterr().out
+    # An export whose torch side is not what JAX reads: one tensor of the twin is disturbed.
+    with pytest.MonkeyPatch.context() as patch:
+        original = bytelm_torch.from_pretrained
+
+        def disturbed(path, **options):
+            twin = original(path, **options)
+            with torch.no_grad():
+                twin.local_transformer.layers[0].feedforward.up.bias[3] += 1e-5
+            return twin
+
+        patch.setattr(bytelm_torch, "from_pretrained", disturbed)
+        assert cli.main(["parity", str(export), *argv]) == 1
+    said = capsys.readouterr().out
+    assert "DIFFERENT from local_transformer.layers.0.feedforward.up on" in said
+
+
+def test_prepared_file_evaluates_like_its_source(run, text, tmp_path, capsys):
+    out = tmp_path / "packed.bytes"
+    assert cli.main(["prepare", str(text), "--out", str(out)]) == 0
+    assert f"1 documents, {text.stat().st_size} bytes" in capsys.readouterr().out
+    packed = evaluated(capsys, run, "--data", out)
+    assert packed == evaluated(capsys, run, "--data", text)
+
+
+def test_bad_data(run, text, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "nothing.txt").touch()
+    before = contents(run)
+    capsys.readouterr()
+    for argv in (["eval", run], ["train", "megabyte_tiny", *TINY, "--run-dir", tmp_path / "new"]):
+        assert "missing.txt" in refused(capsys, *argv, "--data", tmp_path / "missing.txt")
+        assert "empty" in refused(capsys, *argv, "--data", tmp_path / "empty")
+        assert "nothing.txt" in refused(capsys, *argv, "--data", tmp_path / "nothing.txt")
+    assert not (tmp_path / "new" / "config.json").exists()
+    assert "--data" in refused(capsys, "eval", run, "--data")
+    assert "nothing.txt" in refused(
+        capsys, "prepare", tmp_path / "nothing.txt", "--out", tmp_path / "out"
+    )
+    assert "empty" in refused(capsys, "prepare", text, "--out", tmp_path / "empty")
+    assert contents(run) == before
+
+
+def test_bad_names_and_values(run, capsys):
+    train = ("train", "megabyte_tiny")
+    assert "did you mean megabyte_tiny?" in refused(capsys, "train", "megabyte_tini")
+    assert "unknown command" in refused(capsys, "trane")
+    assert "did you mean --model.patch-size?" in refused(capsys, *train, "--model.patch-sizes", "4")
+    assert "--model.patch-size" in refused(capsys, *train, "--patch-size", "x")
+    assert "max_length=1024: must be a multiple of patch_size=3" in refused(
+        capsys, *train, "--patch-size", "3"
+    )
+    assert "steps=0: must be at least 1" in refused(capsys, *train, "--steps", "0")
+    assert "variant" in refused(capsys, *train, "--variant", "paperback")
+    assert "batch_size=9" in refused(capsys, *train, "--batch-size", "9", "--run-dir", run / "x")
+    assert "devices=99" in refused(capsys, *train, "--devices", "99", "--run-dir", run / "x")
+    assert "--run-dir: name a folder" in refused(capsys, *train, "--run-dir")
+    assert "top_p" in refused(capsys, "generate", run, "--top-p", "0")
+    assert "checkpoint=7: choose latest, best or one of" in refused(
+        capsys, "eval", run, "--data", __file__, "--checkpoint", "7"
+    )
+    assert "no config.json" in refused(capsys, "eval", run / "nowhere", "--data", __file__)
+    assert "max_length=64" in refused(capsys, "generate", run, "--max-new-bytes", "100")
+
+
+def test_a_file_where_a_folder_should_be(run, export, text, tmp_path, capsys):
+    before = text.read_bytes()
+    assert "is a file" in refused(
+        capsys, "train", "megabyte_tiny", *TINY, "--data", text, "--run-dir", text
+    )
+    assert str(text) in refused(capsys, "export", run, "--out", text)
+    assert str(text) in refused(capsys, "import", export, "--out", text)
+    assert str(text) in refused(capsys, "eval", text, "--data", text)
+    assert text.read_bytes() == before
+
+
+def test_damaged_checkpoints(run, text, tmp_path, capsys):
+    capsys.readouterr()
+    whole = contents(run / "checkpoints" / "30" / "params")
+    biggest = max(whole, key=lambda p: len(whole[p]))
+
+    def with_damage(name, damage):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        victim = copy / biggest.relative_to(run)
+        victim.write_bytes(damage(victim.read_bytes()))
+        before = contents(copy)
+        for argv in (["eval", copy, "--data", text], ["export", copy, "--out", tmp_path / "out"]):
+            line = refused(capsys, *argv)
+            assert "checkpoint 30" in line and "damaged" in line
+        train = ["train", "megabyte_tiny", *TINY, "--steps", "40", "--data", text]
+        line = refused(capsys, *train, "--checkpoint-every", "20", "--run-dir", copy)
+        assert "checkpoint 30" in line and "damaged" in line
+        assert contents(copy) == before
+        assert not (tmp_path / "out").exists()
+
+    middle = len(whole[biggest]) // 2
+    with_damage("truncated", lambda b: b[:middle])
+    with_damage("flipped", lambda b: b[:middle] + bytes([b[middle] ^ 1]) + b[middle + 1 :])
+    broken = tmp_path / "config"
+    shutil.copytree(run, broken)
+    (broken / "config.json").write_text('{"name": "x", "modle": 1}')
+    assert "modle" in refused(capsys, "eval", broken, "--data", text)
+    (broken / "config.json").write_text("{")
+    assert "not JSON" in refused(capsys, "eval", broken, "--data", text)
+
+
+def test_checkpoint_of_another_model(run, text, tmp_path, capsys):
+    copy = tmp_path / "other"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["local_dim"] = 32
+    (copy / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert "checkpoint 30" in refused(capsys, "eval", copy, "--data", text)
+
+
+def test_read_only_and_full_places(run, text, tmp_path, capsys):
+    # Root may write anywhere but to /proc, so /proc stands for a read-only place.
+    train = ["train", "megabyte_tiny", *TINY, "--data", text]
+    assert "/proc/bytelm" in refused(capsys, *train, "--run-dir", "/proc/bytelm")
+    assert "/proc/bytelm" in refused(capsys, "export", run, "--out", "/proc/bytelm")
+
+    # A full disk, as the limit on a file's size: nothing larger than 4 kB can be written.
+    before = contents(run)
+    command = [sys.executable, "-m", "bytelm_jax.cli", *train, "--run-dir", run, "--steps", "40"]
+    command += ["--checkpoint-every", "20", "--eval-every", "10"]
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *map(str, command)],
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("bytelm train: ")
+    after = contents(run)
+    kept = {p for p in before if p.name not in ("metrics.jsonl", "config.json")}
+    assert all(after[p] == before[p] for p in kept)
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) if name != "train" else _nothing():
+            assert cli.main([name, "--help"]) == 0
+        said = capsys.readouterr().out
+        assert f"Example: bytelm {name}" in said
+    assert cli.main(["--help"]) == 0
+    assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
+    functions = {n.removesuffix("_command") for n in vars(commands) if n.endswith("_command")}
+    assert functions == set(cli.COMMANDS)
+
+
+class _nothing:
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return None
+
+
+def test_fields_are_found_by_their_bare_names():
+    recipe = recipes.get("megabyte_tiny")
+    assert expand_names(recipe, ["--steps", "3", "--lr-x=1"][:2]) == ["--train.steps", "3"]
+    assert expand_names(recipe, ["--checkpoint_every=5"]) == ["--train.checkpoint-every=5"]
+    assert expand_names(recipe, ["--no-remat"]) == ["--train.no-remat"]
+    assert expand_names(recipe, ["--data", "a", "b"]) == ["--data.paths", "a", "b"]
+    assert expand_names(recipe, ["--vocab.size", "9"]) == ["--model.vocab.size", "9"]
+    with pytest.raises(UsageError, match="--nam: no such field"):
+        expand_names(recipe, ["--nam", "x"])
