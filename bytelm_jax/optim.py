@@ -6,7 +6,8 @@ norm; either alone moves 200 steps of float64 training apart by 3e-6.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config import OptimizerConfig
-from bytelm_jax.models import Params, is_norm
+from bytelm_jax.models import is_norm
 
 
 def learning_rate_schedule(
@@ -63,7 +64,7 @@ def decays(name: str) -> bool:
     return not is_norm(name) and not name.endswith("bias")
 
 
-def decay_mask(params: Params) -> dict[str, bool]:
+def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     """For each parameter whether weight decay applies."""
     return {name: decays(name) for name in params}
 

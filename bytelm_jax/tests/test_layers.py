@@ -1,0 +1,116 @@
+"""Layers against literal formulas: exact lookups, masks written out, dropout drawn by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
+from bytelm_jax.layers.dropout import dropout
+from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.loss import cross_entropy, token_nats
+from bytelm_jax.models.megabyte import Megabyte
+from bytelm_jax.parity import relative_error
+from parity_tests import tolerances
+from parity_tests.twins import MEGABYTES
+
+
+def test_embedding_looks_up_exactly_and_its_gradient_is_the_scatter(x64):
+    layer = ByteEmbedding(300, 7, 0.5, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    ids = jnp.array([[3, 3, 257], [0, 299, 3]])
+    weight = jax.random.normal(jax.random.key(1), (2, 3, 7))
+    out, gradient = jax.value_and_grad(lambda s: (nnx.merge(graph, s)(ids) * weight).sum())(state)
+    table = np.asarray(layer.embedding[...])
+    np.testing.assert_array_equal(np.asarray(layer(ids)), table[np.asarray(ids)])
+    expected = np.zeros((300, 7))
+    np.add.at(expected, np.asarray(ids), np.asarray(weight))
+    found = np.asarray(jax.tree.leaves(gradient)[0])
+    assert relative_error(found, expected) <= tolerances.GRADIENTS["float32"]
+    assert np.isfinite(out)
+
+
+def test_alibi_is_the_paper_s_slopes_rounded_to_float32():
+    bias = alibi_bias(4, 3)
+    assert bias.dtype == np.float32
+    expected = [[0, 0.25, 0.5], [0, 0.0625, 0.125], [0, 2**-6, 2**-5], [0, 2**-8, 2**-7]]
+    np.testing.assert_array_equal(bias, np.array(expected, np.float32))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_attention_equals_the_literal_formula(with_bias, x64):
+    source = np.random.default_rng(0)
+    q, k, v = (source.standard_normal(s) for s in ((2, 3, 4, 5), (2, 3, 5), (2, 3, 5)))
+    mask = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]], bool)
+    bias = source.standard_normal((4, 3)) if with_bias else None
+    found = multi_query_attention(*map(jnp.asarray, (q, k, v)), mask, bias)
+    for b in range(2):
+        for t in range(3):
+            for h in range(4):
+                seen = [s for s in range(3) if mask[t, s]]
+                scores = np.array([q[b, t, h] @ k[b, s] / np.sqrt(5) for s in seen])
+                if bias is not None:
+                    scores += bias[h, seen]
+                weights = np.exp(scores - scores.max())
+                expected = (weights / weights.sum()) @ v[b, seen]
+                error = relative_error(np.asarray(found[b, t, h]), expected)
+                assert error <= tolerances.LOGITS["float64"]
+
+
+def test_norm_survives_a_large_mean():
+    # The one-pass variance E[x²] − E[x]² loses every digit here.
+    x = jnp.array([[4096.0, 4096.25, 4096.5, 4096.75]])
+    found = np.asarray(LayerNorm(4)(x))[0]
+    centred = np.array([-0.375, -0.125, 0.125, 0.375])
+    expected = centred / np.sqrt((centred**2).mean() + 1e-5)
+    assert relative_error(found, expected) <= tolerances.LOGITS["float32"]
+
+
+def test_dropout_depends_on_the_row_alone():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jnp.ones((4, 50, 3))
+    whole = np.asarray(dropout(x, 0.25, keys))
+    assert set(np.unique(whole)) == {0.0, np.float32(1 / 0.75)}
+    assert abs((whole == 0).mean() - 0.25) < 0.1
+    np.testing.assert_array_equal(np.asarray(dropout(x[2:3], 0.25, keys[2:3])), whole[2:3])
+    assert not (whole[0] == whole[1]).all()
+    assert dropout(x, 0.25, None) is x and dropout(x, 0.0, keys) is x
+
+
+def test_loss_leaves_pads_out_and_sums_nats():
+    logits = jnp.zeros((2, 3, 8)).at[0, 0, 5].set(np.log(9.0))
+    ids = jnp.array([[5, 2, 7], [1, 7, 7]])
+    nats, count = cross_entropy(logits, ids, pad_id=7)
+    expected = [-np.log(9 / 16), np.log(8), np.log(8)]
+    assert int(count) == 3
+    assert float(nats) == pytest.approx(sum(expected), rel=tolerances.LOGITS["float32"])
+    rows = np.asarray(token_nats(logits, ids))
+    assert rows.shape == (2, 3) and rows[0, 0] == pytest.approx(expected[0])
+
+
+def test_bfloat16_logits_keep_float32_norms_and_softmax():
+    model = Megabyte(MEGABYTES["paper"], rngs=nnx.Rngs(0))
+    rough = LayerNorm(8)(jnp.full((1, 8), 3.0, jnp.bfloat16))
+    assert rough.dtype == jnp.bfloat16
+    nats = token_nats(jnp.zeros((1, 8), jnp.bfloat16), jnp.array([3]))
+    assert nats.dtype == jnp.float32
+    scale = model.global_transformer.layers[0].attention.norm.scale[...]
+    assert scale.dtype == jnp.float32
+
+
+def test_patches_shift_as_written_out():
+    """Two patches of four: what the global and the local transformer see, as literal ids."""
+    model = Megabyte(MEGABYTES["paper"], rngs=nnx.Rngs(0))
+    pad = model.config.vocab.pad_id
+    patches = jnp.array([[[1, 2, 3, 4], [5, 6, 7, 8]]])
+    np.testing.assert_array_equal(
+        np.asarray(model._shift(patches, axis=1)), [[[pad] * 4, [1, 2, 3, 4]]]
+    )
+    np.testing.assert_array_equal(
+        np.asarray(model._shift(patches, axis=2)), [[[pad, 1, 2, 3], [pad, 5, 6, 7]]]
+    )
+    np.testing.assert_array_equal(
+        np.asarray(model._shift(patches.reshape(1, 8), axis=1)), [[pad, 1, 2, 3, 4, 5, 6, 7]]
+    )
