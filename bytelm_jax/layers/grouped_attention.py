@@ -20,11 +20,12 @@ def grouped_attention(
     q: Float[Array, "*batch T H K"],
     k: Float[Array, "*batch S G K"],
     v: Float[Array, "*batch S G K"],
-    mask: Bool[Array | np.ndarray, "*lead T S"],
+    mask: Bool[Array | np.ndarray, "*lead #T S"],
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. The axes before T of `mask` are those of q, or 1, or none.
+    Heads gR … gR + R − 1 use key head g. The axes of `mask` before S are those of q, or 1; leading
+    ones may be missing.
     A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
     least one key.
     """

@@ -10,7 +10,7 @@ row never see another row; boundaries inside a UTF-8 character are left out unle
 `whole_characters` is off.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -440,7 +440,7 @@ class BLT(nnx.Module):
         return patches if wide == self.config.global_dim else self.to_global(patches)
 
 
-def write_at(room: Array, made: Array, index: Array) -> Array:
+def write_at(room: Any, made: Any, index: Int[Array, ""]) -> Any:
     """`room`, an array or a tree of them, with position `index` of axis 1 overwritten."""
     return jax.tree.map(
         lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1), room, made

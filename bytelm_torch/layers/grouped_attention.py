@@ -19,11 +19,12 @@ def grouped_attention(
     q: Float[Tensor, "*batch T H K"],
     k: Float[Tensor, "*batch S G K"],
     v: Float[Tensor, "*batch S G K"],
-    mask: Bool[Tensor, "*lead T S"],
+    mask: Bool[Tensor, "*lead #T S"],
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. The axes before T of `mask` are those of q, or 1, or none.
+    Heads gR … gR + R − 1 use key head g. The axes of `mask` before S are those of q, or 1; leading
+    ones may be missing.
     Every query must see at least one key.
     """
     groups, wide = k.shape[-2], torch.promote_types(q.dtype, torch.float32)

@@ -1,0 +1,98 @@
+"""Cached decoding of the Byte Latent Transformer: the same logits, one global call a patch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from bytelm_torch import patching
+from bytelm_torch.config import BLTConfig, EntropyConfig
+from bytelm_torch.models import build_model
+from bytelm_torch.models.entropy import shift_right
+from parity_tests.tolerances import LOGITS
+
+LENGTH = 60
+
+CONFIG = BLTConfig(
+    entropy=EntropyConfig(dim=16, layers=1, heads=2, hidden_dim=24, window=8),
+    patch_budget=1.0,
+    ngram_rows=101,
+    local_dim=16,
+    local_window=8,
+    encoder_heads=2,
+    encoder_hidden_dim=20,
+    decoder_layers=2,
+    decoder_heads=4,
+    decoder_kv_heads=2,
+    decoder_hidden_dim=24,
+    global_dim=24,
+    global_layers=2,
+    global_heads=2,
+    global_hidden_dim=20,
+)
+CONFIGS = {
+    "entropy": CONFIG,
+    "entropy, small budget": dataclasses.replace(CONFIG, patch_budget=0.05),
+    "space": dataclasses.replace(CONFIG, patcher="space", global_dim=32, ngram_sizes=()),
+    "fixed": dataclasses.replace(CONFIG, patcher="fixed", patch_size=5, local_window=0),
+}
+
+
+def text_ids() -> torch.Tensor:
+    text = "Aé b: 🙂x, 日本 — the end.\n\n  ünd so we go on, and (on) and on … ".encode() * 3
+    rows = [text[begin : begin + LENGTH] for begin in (0, 7, 31)]
+    return torch.tensor([list(row) for row in rows]) + CONFIG.vocab.offset
+
+
+def model_of(name: str):
+    """A random model whose threshold splits the text in patches of several lengths."""
+    torch.manual_seed(0)
+    model = build_model(CONFIGS[name]).eval()
+    if name.startswith("entropy"):
+        entropies = model.entropies(shift_right(text_ids(), CONFIG.vocab.bos_id))
+        ranked = entropies.flatten().sort().values
+        # Between two neighbours, so that rounding moves no boundary.
+        middle = float(ranked[len(ranked) // 2 : len(ranked) // 2 + 2].mean())
+        model.config = dataclasses.replace(model.config, threshold=middle)
+    return model
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
+    model, ids = model_of(name), text_ids()[:rows]
+    config, expected = model.config, model(ids)
+    shifted = shift_right(ids, config.vocab.bos_id)
+    starts = patching.patch_starts(config, shifted, model.entropies(shifted))
+    numbers = (starts.cumsum(dim=1) - 1).clamp(max=config.budget(LENGTH))
+    for first, filled in ((0, 0), (17, 40), (40, 40)):
+        # What a prefill wrote from `first` on is junk that the rounds must write once more.
+        given = torch.where(torch.arange(LENGTH) < first, ids, ids.flip(1))[:, :filled]
+        cache = model.prefill(given, model.init_cache(rows, LENGTH))
+        found = []
+        for index in range(first, LENGTH):
+
+            def choose(logits, i, index=index, found=found):
+                found.append(logits)
+                return ids[:, index]
+
+            before = ids[:, max(index - 1, 0), None]
+            cache, chosen = model.decode_round(cache, before, index, choose)
+            assert torch.equal(chosen, ids[:, index : index + 1])
+        error = (torch.stack(found, dim=1) - expected[:, first:]).norm()
+        assert error <= LOGITS["float32"] * expected[:, first:].norm()
+        assert torch.equal(cache.patches, numbers)
+        ends = (numbers[:, first:].diff(dim=1) > 0).any(dim=0)
+        assert cache.global_calls == ends.sum()
+    assert len(set(np.bincount(numbers[0]).tolist())) > 1
+
+
+def test_the_entropy_model_is_frozen():
+    model = model_of("entropy").train()
+    assert not model.patcher.training and model.encoder.training
+    model(text_ids()).sum().backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(CONFIG.frozen_prefixes)
+        assert (parameter.grad is None) == frozen, name
