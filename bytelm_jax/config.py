@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 from .config_base import ByteVocab, require, require_fraction, require_positive
 from .config_blt import BLTConfig, EntropyConfig
+from .config_lfbyte import LFByteConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +88,20 @@ def _block_parameters(width: int, heads: int) -> int:
     return attention + 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)
 
 
-def _block_flops(width: int, heads: int, keys: int) -> float:
+def _block_flops(width: int, heads: int, keys: int) -> int:
     """Forward floating-point operations of that block for one position out of `keys`."""
     head = width // heads
     products = 2 * width * heads * head + width * 2 * head + 8 * width * width
     return 2 * products + 2 * heads * head * keys  # scores and values, each half of 2 * keys
 
 
-ModelConfig = MegabyteConfig | EntropyConfig | BLTConfig
-MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (MegabyteConfig, EntropyConfig, BLTConfig)
+ModelConfig = MegabyteConfig | EntropyConfig | BLTConfig | LFByteConfig
+MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (
+    MegabyteConfig,
+    EntropyConfig,
+    BLTConfig,
+    LFByteConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,19 +8,37 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm_jax.config import MegabyteConfig, ModelConfig
+from bytelm_jax.config import (
+    BLTConfig,
+    EntropyConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    ModelConfig,
+)
+from bytelm_jax.models.blt import BLT
+from bytelm_jax.models.entropy import EntropyModel
+from bytelm_jax.models.lfbyte import LFByteTransformer
 from bytelm_jax.models.megabyte import Megabyte
 
 Params = dict[str, Array]
 """Parameters outside the model: dotted name → array, such as `to_logits.kernel`."""
 
 
-def build_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> Megabyte:
+Model = Megabyte | LFByteTransformer | EntropyModel | BLT
+
+
+def build_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> Model:
     """The model that `config` describes, float32, initialised from `rngs` (default seed 0)."""
     rngs = nnx.Rngs(0) if rngs is None else rngs
     match config:
         case MegabyteConfig():
             return Megabyte(config, rngs=rngs)
+        case LFByteConfig():
+            return LFByteTransformer(config, rngs=rngs)
+        case EntropyConfig():
+            return EntropyModel(config, rngs=rngs)
+        case BLTConfig():
+            return BLT(config, rngs=rngs)
         case _:
             raise ValueError(f"config={type(config).__name__}: not a model configuration of bytelm")
 
@@ -31,18 +49,25 @@ def split_model(model: nnx.Module) -> tuple[Callable[[Params], Any], Params]:
     `params` is a flat dictionary, a plain pytree for `jax.jit`, `jax.grad`, optax and Orbax.
     """
     graphdef, state = nnx.split(model, nnx.Param)
+    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
+    return _binder(graphdef), flat
 
-    def bind(params: Params) -> Any:
-        leaves = {_path(name): nnx.Param(value) for name, value in params.items()}
-        return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
 
-    flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
-    return bind, flat
+def define_model(
+    config: ModelConfig,
+) -> tuple[Callable[[Params], Any], Callable[[int], Params]]:
+    """`(bind, init)` without allocating anything: `init(seed)` makes the parameters, jit or not."""
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config)), nnx.Param)
+
+    def init(seed: int) -> Params:
+        return split_model(build_model(config, nnx.Rngs(seed)))[1]
+
+    return _binder(graphdef), init
 
 
 def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of the parameters without allocating any."""
-    return jax.eval_shape(lambda: split_model(build_model(config))[1])
+    return jax.eval_shape(lambda: define_model(config)[1](0))
 
 
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
@@ -53,6 +78,14 @@ def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
 def is_norm(name: str) -> bool:
     """Whether the parameter called `name` belongs to a normalisation layer."""
     return name.split(".")[-2].endswith("norm")
+
+
+def _binder(graphdef: nnx.GraphDef) -> Callable[[Params], Any]:
+    def bind(params: Params) -> Any:
+        leaves = {_path(name): nnx.Param(value) for name, value in params.items()}
+        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+    return bind
 
 
 def _path(name: str) -> tuple[str | int, ...]:

@@ -1,0 +1,215 @@
+"""Linear layers whose weights adapt to the input, and the mixing layers made of them.
+
+y = (W + ΔW(a)) x + b with an adaptation vector a for each position. `full`: ΔW is a linear function
+of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, in the manner of LoRA
+(Hu et al. 2021, arXiv 2106.09685) with a middle that depends on the input.
+
+Axes: B batch, T positions, D width, A adaptation width, R rank, I inputs and O outputs of a linear.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bytelm_jax.layers.long_convolution import LongConvolution
+from bytelm_jax.layers.norm import LayerNorm
+
+Product = Callable[[Array, Array], Array]
+"""`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
+
+
+class AdaptiveWeights(NamedTuple):
+    """The arrays of one adaptive linear; `down` and `up` are None in the full form.
+
+    In the full form `adapt` is [A, O·I] and `adapt_bias` [O·I], in the low-rank form [A, R], [R].
+    """
+
+    base: Array
+    bias: Array
+    adapt: Array
+    adapt_bias: Array
+    down: Array | None
+    up: Array | None
+
+
+def adaptive_linear(
+    weights: AdaptiveWeights, x: Float[Array, "B T I"], a: Float[Array, "B S A"]
+) -> Float[Array, "B T O"]:
+    """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
+    bias = weights.bias.reshape(1, 1, -1)
+    if weights.down is not None and weights.up is not None:
+        narrow = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)) * (x @ weights.down)
+        return x @ weights.base + narrow @ weights.up + bias
+    if a.shape[1] == 1:
+        change = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)).reshape(
+            a.shape[0], *weights.base.shape[::-1]
+        )
+        return jnp.einsum("bti,boi->bto", x, weights.base.T[None] + change) + bias
+    return full_adaptation(weights, x, a, jnp.matmul) + bias
+
+
+def full_adaptation(
+    weights: AdaptiveWeights, x: Float[Array, "*n I"], a: Float[Array, "*n A"], product: Product
+) -> Float[Array, "*n O"]:
+    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix ever exists.
+
+    The sum is kept in at least float32. With a grouped `product` every array of `weights` has a
+    leading axis of experts.
+    """
+    width, wide = a.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
+    *lead, inputs, outputs = weights.base.shape
+
+    def kernel(flat: Array) -> Array:
+        return flat.reshape(*lead, outputs, inputs).swapaxes(-1, -2)
+
+    @jax.checkpoint  # or the backward pass would keep A results
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        share, matrix = part
+        more = share[..., None] * product(x, kernel(matrix))
+        return total + more.astype(wide), None
+
+    first = product(x, weights.base + kernel(weights.adapt_bias)).astype(wide)
+    matrices = jnp.moveaxis(weights.adapt, -2, 0)
+    total, _ = jax.lax.scan(add, first, (jnp.moveaxis(a, -1, 0), matrices), length=width)
+    return total.astype(x.dtype)
+
+
+class AdaptiveLinear(nnx.Module):
+    """An adaptive linear I → O; `rank=0` is the full form. Starts as a plain linear: ΔW = 0."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        adapt_dim: int,
+        rank: int,
+        init_std: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.rank = rank
+        normal, zeros = nnx.initializers.normal(init_std), nnx.initializers.zeros
+        self.base = nnx.Linear(inputs, outputs, kernel_init=normal, rngs=rngs)
+        if rank:
+            ones = nnx.initializers.ones
+            self.adapt = nnx.Linear(adapt_dim, rank, kernel_init=normal, bias_init=ones, rngs=rngs)
+            self.down = nnx.Linear(inputs, rank, use_bias=False, kernel_init=normal, rngs=rngs)
+            self.up = nnx.Linear(rank, outputs, use_bias=False, kernel_init=zeros, rngs=rngs)
+        else:
+            self.adapt = nnx.Linear(adapt_dim, outputs * inputs, kernel_init=zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T I"], a: Float[Array, "B S A"]) -> Float[Array, "B T O"]:
+        return adaptive_linear(self._weights(), x, a)
+
+    def _weights(self) -> AdaptiveWeights:
+        base, adapt = self.base, self.adapt
+        assert base.bias is not None and adapt.bias is not None
+        return AdaptiveWeights(
+            base.kernel[...],
+            base.bias[...],
+            adapt.kernel[...],
+            adapt.bias[...],
+            self.down.kernel[...] if self.rank else None,
+            self.up.kernel[...] if self.rank else None,
+        )
+
+
+def running_mean(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Mean over the positions up to each, summed in at least float32."""
+    sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
+    return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
+
+
+def extend_running_mean(
+    x: Float[Array, "B T D"], sums: Float[Array, "B S D"], index: int | Int[Array, ""]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
+    """The same for T positions that start at `index`, and `sums` with theirs written.
+
+    `sums[:, t]` holds the sum over the first t positions, in at least float32; S is one more than
+    the positions there is room for. Being stored by position, entries past `index` may hold
+    anything.
+    """
+    before = jax.lax.dynamic_slice_in_dim(sums, index, 1, axis=1)
+    more = before + jnp.cumsum(x.astype(sums.dtype), axis=1)
+    sums = jax.lax.dynamic_update_slice_in_dim(sums, more, index + 1, axis=1)
+    # Read back what was written: a use of `more` would let the compiler read `before` once more,
+    # after the write, for which it would copy the whole buffer in every step.
+    written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
+    return (written / _counts(index, x.shape[1], sums.dtype)).astype(x.dtype), sums
+
+
+def _counts(start: int | Array, count: int, dtype: jnp.dtype) -> Array:
+    """[1, T, 1]: how many positions each mean is over."""
+    return (start + 1 + jnp.arange(count)).astype(dtype).reshape(1, -1, 1)
+
+
+class TokenMixing(nnx.Module):
+    """Norm → long convolution → adaptive linear; `norm` and `kernel_length=0` leave parts out."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_length: int,
+        chunk: int,
+        adapt_dim: int,
+        rank: int,
+        norm: bool,
+        init_std: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = LayerNorm(dim) if norm else None
+        self.convolution = (
+            LongConvolution(dim, kernel_length, chunk, rngs=rngs) if kernel_length else None
+        )
+        self.linear = AdaptiveLinear(dim, dim, adapt_dim, rank, init_std, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
+        x = x if self.norm is None else self.norm(x)
+        return self.linear(x if self.convolution is None else self.convolution(x), a)
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        a: Float[Array, "B T A"],
+        past: Float[Array, "B S D"] | None,
+        index: int | Int[Array, ""],
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
+        """The same for one position at `index`, or for T positions from 0, and the new past."""
+        x = x if self.norm is None else self.norm(x)
+        if self.convolution is not None and past is not None:
+            x, past = self.convolution.extend(x, past, index)
+        return self.linear(x, a), past
+
+
+class ChannelMixing(nnx.Module):
+    """Norm → adaptive linear → GELU (erf) → adaptive linear; `hidden=0`: one linear, no GELU."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        adapt_dim: int,
+        rank: int,
+        norm: bool,
+        init_std: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = LayerNorm(dim) if norm else None
+
+        def linear(inputs: int, outputs: int) -> AdaptiveLinear:
+            return AdaptiveLinear(inputs, outputs, adapt_dim, rank, init_std, rngs=rngs)
+
+        self.to_hidden = linear(dim, hidden) if hidden else None
+        self.linear = linear(hidden or dim, dim)
+
+    def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
+        x = x if self.norm is None else self.norm(x)
+        if self.to_hidden is not None:
+            x = jax.nn.gelu(self.to_hidden(x, a), approximate=False)
+        return self.linear(x, a)

@@ -1,0 +1,220 @@
+"""Mixture of adaptive-linear experts: all of them, weighted, or the best few for each position.
+
+Sparse dispatch sorts (position, expert) pairs by expert and multiplies each run by its expert's
+matrix with `jax.lax.ragged_dot`: no capacity, so no position is ever dropped. A row of a ragged
+product depends on its own values and its expert alone, so neither later bytes nor other rows change
+it through the routing.
+
+Axes: B batch, T positions, N = B·T, M = N·k pairs, D width, A adaptation width, R rank, E experts.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
+from bytelm_jax.layers.norm import LayerNorm
+
+
+class Routing(NamedTuple):
+    """How one layer spread each row over its experts."""
+
+    balance: Float[Array, " B"]
+    """E Σ_e load_e · mean gate_e (Fedus et al. 2021, arXiv 2101.03961, section 2.2): 1 if even."""
+    load: Float[Array, "B E"]
+    """Each expert's share of the row's pairs; adds up to 1."""
+
+
+class ExpertLinear(nnx.Module):
+    """E linears side by side: `kernels` [E, I, O] and `bias` [E, O], in both packages alike."""
+
+    def __init__(
+        self,
+        experts: int,
+        inputs: int,
+        outputs: int,
+        kernel_init: jax.nn.initializers.Initializer,
+        bias: float | None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.kernels = nnx.Param(
+            kernel_init(rngs.params(), (experts, inputs, outputs), jnp.float32)
+        )
+        filled = None if bias is None else jnp.full((experts, outputs), bias, jnp.float32)
+        self.bias = None if filled is None else nnx.Param(filled)
+
+
+class AdaptiveExperts(nnx.Module):
+    """E adaptive linears D → D, stacked; `rank=0` is the full form."""
+
+    def __init__(
+        self,
+        experts: int,
+        dim: int,
+        adapt_dim: int,
+        rank: int,
+        init_std: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.rank = rank
+        normal, zeros = nnx.initializers.normal(init_std), nnx.initializers.zeros
+        self.base = ExpertLinear(experts, dim, dim, normal, 0.0, rngs=rngs)
+        if rank:
+            self.adapt = ExpertLinear(experts, adapt_dim, rank, normal, 1.0, rngs=rngs)
+            self.down = ExpertLinear(experts, dim, rank, normal, None, rngs=rngs)
+            self.up = ExpertLinear(experts, rank, dim, zeros, None, rngs=rngs)
+        else:
+            self.adapt = ExpertLinear(experts, adapt_dim, dim * dim, zeros, 0.0, rngs=rngs)
+
+    def dense(
+        self,
+        x: Float[Array, "B T D"],
+        a: Float[Array, "B S A"],
+        gates: Float[Array, "B T E"],
+    ) -> Float[Array, "B T D"]:
+        """Σ_e gates_e · expert_e(x): every expert sees every position. S is T or 1."""
+        outputs = jax.vmap(adaptive_linear, in_axes=(0, None, None))(self._weights(), x, a)
+        weighted = jnp.moveaxis(gates, -1, 0)[..., None] * outputs
+        return weighted.sum(axis=0).astype(x.dtype)
+
+    def sparse(
+        self,
+        x: Float[Array, "N D"],
+        a: Float[Array, "N A"],
+        chosen: Int[Array, "N k"],
+        gates: Float[Array, "N k"],
+    ) -> Float[Array, "N D"]:
+        """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
+        weights, count = self._weights(), self.base.kernels.shape[0]
+        expert = chosen.reshape(-1)
+        order = jnp.argsort(expert)
+        inverse = jnp.argsort(order)
+        sizes = jnp.sum(expert[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+
+        def sorted_pairs(values: Array) -> Array:
+            return permute(jnp.repeat(values, chosen.shape[1], axis=0), order, inverse)
+
+        def product(values: Array, kernels: Array) -> Array:
+            return jax.lax.ragged_dot(values, kernels, sizes)
+
+        pairs, contexts = sorted_pairs(x), sorted_pairs(a)
+        if weights.down is not None and weights.up is not None:
+            # One-hot products instead of reads by index: their transposes are products, too.
+            hot = jax.nn.one_hot(expert[order], count, dtype=x.dtype)
+            scale = product(contexts, weights.adapt) + hot @ weights.adapt_bias
+            narrow = scale * product(pairs, weights.down)
+            outputs = product(pairs, weights.base) + product(narrow, weights.up)
+        else:
+            outputs = full_adaptation(weights, pairs, contexts, product)
+        outputs = permute(outputs, inverse, order).reshape(*chosen.shape, x.shape[1])
+        spread = jnp.sum(
+            jax.nn.one_hot(chosen, count, dtype=gates.dtype) * gates[..., None], axis=1
+        )
+        biases = spread @ weights.bias.astype(gates.dtype)
+        return ((gates[..., None] * outputs).sum(axis=1) + biases).astype(x.dtype)
+
+    def _weights(self) -> AdaptiveWeights:
+        base, adapt = self.base, self.adapt
+        assert base.bias is not None and adapt.bias is not None
+        return AdaptiveWeights(
+            base.kernels[...],
+            base.bias[...],
+            adapt.kernels[...],
+            adapt.bias[...],
+            self.down.kernels[...] if self.rank else None,
+            self.up.kernels[...] if self.rank else None,
+        )
+
+
+@jax.custom_vjp
+def permute(
+    x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
+) -> Float[Array, "M D"]:
+    """`x[order]`; the gradient is read back through `inverse`, where JAX would scatter."""
+    return x[order]
+
+
+def _permute_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, Array]:
+    return x[order], inverse
+
+
+def _permute_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
+    return gradient[inverse], None, None
+
+
+permute.defvjp(_permute_forward, _permute_backward)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Norm → experts, mixed by gate = softmax(Linear(a)) in at least float32.
+
+    `top_k=0`: all experts, weighted by the gate. Otherwise the `top_k` experts with the greatest
+    gates (equal ones by number), weighted by these gates divided by their sum.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        experts: int,
+        top_k: int,
+        adapt_dim: int,
+        rank: int,
+        norm: bool,
+        init_std: float,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.top_k = top_k
+        self.norm = LayerNorm(dim) if norm else None
+        normal = nnx.initializers.normal(init_std)
+        self.gate = nnx.Linear(adapt_dim, experts, kernel_init=normal, rngs=rngs)
+        self.experts = AdaptiveExperts(experts, dim, adapt_dim, rank, init_std, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        x = x if self.norm is None else self.norm(x)
+        probabilities = self.probabilities(a, x.shape[1])
+        if not self.top_k:
+            return self.experts.dense(x, a, probabilities), _routing(probabilities, probabilities)
+        chosen, gates, share = choose_experts(probabilities, self.top_k)
+        a = jnp.broadcast_to(a, (*x.shape[:2], a.shape[-1]))
+        mixed = self.experts.sparse(*(_positions(values) for values in (x, a, chosen, gates)))
+        return mixed.reshape(x.shape), _routing(probabilities, share)
+
+    def probabilities(self, a: Float[Array, "B S A"], length: int) -> Float[Array, "B T E"]:
+        """The gate of each of `length` positions."""
+        wide = jnp.promote_types(a.dtype, jnp.float32)
+        kernel, bias = self.gate.kernel[...].astype(wide), self.gate.bias
+        assert bias is not None
+        gate = jax.nn.softmax(
+            a.astype(wide) @ kernel + bias[...].astype(wide).reshape(1, 1, -1), axis=-1
+        )
+        return jnp.broadcast_to(gate, (a.shape[0], length, gate.shape[-1]))
+
+
+def _positions(values: Array) -> Array:
+    """[B, T, F] → [N, F]; a −1 could not be solved for when T = 0."""
+    return values.reshape(values.shape[0] * values.shape[1], values.shape[2])
+
+
+def choose_experts(
+    probabilities: Float[Array, "B T E"], top_k: int
+) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T E"]]:
+    """(experts by falling gate, their gates over the sum, each expert's share of the pairs)."""
+    _, chosen = jax.lax.top_k(probabilities, top_k)
+    hot = jax.nn.one_hot(chosen, probabilities.shape[-1], dtype=probabilities.dtype)
+    gates = jnp.sum(hot * probabilities[:, :, None], axis=-1)
+    return chosen, gates / gates.sum(axis=-1, keepdims=True), hot.mean(axis=2)
+
+
+def _routing(probabilities: Array, share: Array) -> Routing:
+    length = max(probabilities.shape[1], 1)
+    load = jax.lax.stop_gradient(share).sum(axis=1) / length
+    gate = probabilities.sum(axis=1) / length
+    return Routing(probabilities.shape[-1] * (load * gate).sum(axis=-1), load)

@@ -1,0 +1,239 @@
+"""LFByteTransformer: byte embedding and sinusoidal positions, then layers of token mixing, channel
+mixing and a mixture of experts, all built from linears that adapt their weights to the input.
+
+The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean over the whole
+sequence, which shows each byte its future, mixes no information between positions, and composes
+linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
+adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
+
+Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from bytelm_jax.config import LFByteConfig
+from bytelm_jax.layers.adaptive import (
+    ChannelMixing,
+    TokenMixing,
+    extend_running_mean,
+    running_mean,
+)
+from bytelm_jax.layers.dropout import dropout, fold_rows
+from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.experts import MixtureOfExperts, Routing
+from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+
+
+class LayerCache(NamedTuple):
+    """What a layer keeps of the past, by position: running sums, and the convolution's inputs."""
+
+    sums: Array
+    past: Array | None
+
+
+class LFByteCache(NamedTuple):
+    """What cached decoding keeps."""
+
+    layers: tuple[LayerCache, ...]
+
+
+def sinusoidal_positions(
+    start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
+) -> Float[Array, "{count} {dim}"]:
+    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
+
+    The frequencies come from float64 and the angles are rounded to at least float32, so that both
+    packages and every length give a position the same angles.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    pair = np.arange(dim) // 2
+    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide)
+    angles = (start + jnp.arange(count)).astype(wide)[:, None] * frequencies[None]
+    even = (np.arange(dim) % 2 == 0)[None]
+    return jnp.where(even, jnp.sin(angles), jnp.cos(angles)).astype(dtype)
+
+
+class LFByteLayer(nnx.Module):
+    """Token mixing, channel mixing, experts; the three share one adaptation vector a position."""
+
+    def __init__(self, config: LFByteConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        dim, residual = c.embed_dim, c.block == "residual"
+        init = nnx.initializers.normal(c.init_std)
+        rank = c.rank if c.adaptation == "low_rank" else 0
+        taps = c.kernel_length if c.token_mixing == "long_conv" else 0
+        rest = (c.adapt_dim, rank, residual, c.init_std)
+        self.featurizer = nnx.Linear(dim, c.adapt_dim, kernel_init=init, rngs=rngs)
+        self.token_mixing = TokenMixing(dim, taps, c.convolution_chunk, *rest, rngs=rngs)
+        self.channel_mixing = ChannelMixing(dim, c.hidden_dim, *rest, rngs=rngs)
+        self.mixture = MixtureOfExperts(
+            dim, c.num_experts, c.top_k if c.sparse else 0, *rest, rngs=rngs
+        )
+        self.output = None if residual else nnx.Linear(dim, dim, kernel_init=init, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        if self.config.context == "causal":
+            context = running_mean(x)
+        else:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            context = x.mean(axis=1, keepdims=True, dtype=wide).astype(x.dtype)
+        a = self.featurizer(context)
+        x = self._join(x, self.token_mixing(x, a), fold_rows(keys, 0))
+        return self._at_each_position(x, a, keys)
+
+    def extend(
+        self, x: Float[Array, "B T D"], cache: LayerCache, index: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The same for one position at `index`, or for T positions from 0, with the past cached."""
+        context, sums = extend_running_mean(x, cache.sums, index)
+        a = self.featurizer(context)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index)
+        x, _ = self._at_each_position(self._join(x, mixed, None), a, None)
+        return x, LayerCache(sums, past)
+
+    def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
+        """A cache for `length` positions."""
+        wide = jnp.promote_types(dtype, jnp.float32)
+        sums = jnp.zeros((batch, length + 1, self.config.embed_dim), wide)
+        convolution = self.token_mixing.convolution
+        past = None if convolution is None else convolution.empty_past(batch, length, dtype)
+        return LayerCache(sums, past)
+
+    def _at_each_position(self, x: Array, a: Array, keys: Array | None) -> tuple[Array, Routing]:
+        """What follows token mixing and looks at no other position."""
+        x = self._join(x, self.channel_mixing(x, a), fold_rows(keys, 1))
+        mixed, routing = self.mixture(x, a)
+        x = self._join(x, mixed, fold_rows(keys, 2))
+        return (x if self.output is None else self.output(x)), routing
+
+    def _join(self, x: Array, branch: Array, keys: Array | None) -> Array:
+        branch = dropout(branch, self.config.dropout, keys)
+        return x + branch if self.config.block == "residual" else branch
+
+
+class LFByteTransformer(nnx.Module):
+    """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
+
+    With `causal=False` there is no shift, and every output may see every id.
+    """
+
+    def __init__(self, config: LFByteConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        # Embeddings as large as the positions that are added to them.
+        self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0, rngs=rngs)
+        self.layers = nnx.List([LFByteLayer(c, rngs=rngs) for _ in range(c.num_layers)])
+        self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
+        init = nnx.initializers.normal(c.init_std)
+        self.to_logits = nnx.Linear(c.embed_dim, c.logit_width, kernel_init=init, rngs=rngs)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        dropout_keys: Key[Array, " B"] | None = None,
+        remat: bool = False,
+    ) -> Float[Array, "B T V"]:
+        """Logits in the compute dtype, which is that of the parameters.
+
+        `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
+        the backward pass instead of keeping their activations. Ids outside the vocabulary raise
+        `ValueError` (under `jit`, where values are unknown, they give NaN).
+        """
+        return self.outputs(ids, dropout_keys, remat).logits
+
+    def outputs(
+        self,
+        ids: Int[Array, "B T"],
+        dropout_keys: Key[Array, " B"] | None = None,
+        remat: bool = False,
+    ) -> ModelOutput:
+        """As `__call__`; with sparse experts also the balance loss and the load of the experts.
+
+        The extra loss is `balance_coefficient` times the sum of the layers' balance. Metrics:
+        `expert_balance`, the mean over the layers (1 if even); `expert_load_<e>`, expert e's share,
+        likewise; `expert_load_max`, the greatest share in any layer.
+        """
+        c = self.config
+        check_ids(ids, c.vocab.size)
+        x = self._embed(self._shift(ids) if c.causal else ids, 0)
+        routings = []
+        for i, layer in enumerate(self.layers):
+            run = jax.checkpoint(layer) if remat else layer
+            x, routing = run(x, fold_rows(dropout_keys, i))
+            routings.append(routing)
+        logits = self._to_logits(x)
+        if not c.sparse:
+            return ModelOutput(logits, jnp.zeros((ids.shape[0],)), {})
+        balance = jnp.stack([routing.balance for routing in routings])
+        load = jnp.stack([routing.load for routing in routings])
+        metrics = {"expert_balance": balance.mean(axis=0), "expert_load_max": load.max(axis=(0, 2))}
+        metrics |= {f"expert_load_{e}": load[:, :, e].mean(axis=0) for e in range(c.num_experts)}
+        return ModelOutput(logits, c.balance_coefficient * balance.sum(axis=0), metrics)
+
+    # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        return 1
+
+    def init_cache(self, batch: int, length: int) -> LFByteCache:
+        """An empty cache for sequences of up to `length` bytes."""
+        if not self.config.causal:
+            raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
+        dtype = self.to_logits.kernel[...].dtype
+        return LFByteCache(tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers))
+
+    def prefill(self, ids: Int[Array, "B T"], cache: LFByteCache) -> LFByteCache:
+        """Writes a prompt into an empty cache in one pass.
+
+        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        """
+        _, cache = self._extend(self._shift(ids), cache, 0)
+        return cache
+
+    def decode_round(
+        self,
+        cache: LFByteCache,
+        previous: Int[Array, "B P"],
+        index: int | Int[Array, ""],
+        choose: Choose,
+    ) -> tuple[LFByteCache, Int[Array, "B P"]]:
+        """Appends byte number `index`; `previous` is the byte before it (pad for the first).
+
+        `choose(logits [B, V], 0)` gives its ids [B].
+        """
+        x, cache = self._extend(previous, cache, index)
+        return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
+
+    def _extend(
+        self, ids: Array, cache: LFByteCache, index: int | Array
+    ) -> tuple[Array, LFByteCache]:
+        x, written = self._embed(ids, index), []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x, past = layer.extend(x, past, index)
+            written.append(past)
+        return x, LFByteCache(tuple(written))
+
+    def _shift(self, ids: Array) -> Array:
+        """Moves ids one step right; a pad comes in, the last step drops out."""
+        padded = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.config.vocab.pad_id)
+        return padded[:, : ids.shape[1]]
+
+    def _embed(self, ids: Array, start: int | Array) -> Array:
+        embedded = self.embed(ids)
+        positions = sinusoidal_positions(start, ids.shape[1], self.config.embed_dim, embedded.dtype)
+        return embedded + positions[None]
+
+    def _to_logits(self, x: Array) -> Array:
+        """[B, T, D] → [B, T, V]; the columns that only round up the product are cut off."""
+        x = x if self.norm is None else self.norm(x)
+        return self.to_logits(x)[..., : self.config.vocab.size]

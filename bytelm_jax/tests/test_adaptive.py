@@ -1,0 +1,187 @@
+"""Adaptive linears against literal matrices; contexts; experts: sparse against dense, routing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bytelm_jax.layers.adaptive import AdaptiveLinear, extend_running_mean, running_mean
+from bytelm_jax.layers.experts import AdaptiveExperts, MixtureOfExperts, choose_experts
+from bytelm_jax.parity import relative_error
+from parity_tests import tolerances
+
+INPUTS, OUTPUTS, ADAPT, EXPERTS = 6, 5, 4, 4
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def randomised(module, dtype="float64"):
+    """The module with random parameters, zeros included, so that none of them can hide."""
+    graphdef, state = nnx.split(module)
+    leaves, tree = jax.tree.flatten(state)
+    leaves = [jnp.asarray(normal(*x.shape, seed=i), dtype) for i, x in enumerate(leaves)]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
+
+
+def literal_matrix(layer, a):
+    """W + ΔW(a), [I, O], for one adaptation vector."""
+    base, adapt = layer.base.kernel[...], layer.adapt
+    middle = a @ adapt.kernel[...] + adapt.bias[...]
+    if layer.rank:
+        return base + layer.down.kernel[...] @ jnp.diag(middle) @ layer.up.kernel[...]
+    return base + middle.reshape(OUTPUTS, INPUTS).T
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_adaptive_linear_is_what_its_matrices_say(rank, x64):
+    layer = randomised(AdaptiveLinear(INPUTS, OUTPUTS, ADAPT, rank, 0.02, rngs=nnx.Rngs(0)))
+    x, a = normal(2, 3, INPUTS), normal(2, 3, ADAPT, seed=1)
+    expected = np.stack(
+        [
+            [x[b, t] @ literal_matrix(layer, a[b, t]) + layer.base.bias[...] for t in range(3)]
+            for b in range(2)
+        ]
+    )
+    call = jax.jit(lambda x, a: layer(x, a))
+    assert relative_error(np.asarray(call(x, a)), expected) <= tolerances.LOGITS["float64"]
+    # One vector for the row is the same vector at each position.
+    shared = np.broadcast_to(a[:, :1], a.shape)
+    found = relative_error(np.asarray(call(x, a[:, :1])), np.asarray(call(x, shared)))
+    assert found <= tolerances.LOGITS["float64"]
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_adaptive_linear_starts_as_a_plain_one(rank):
+    layer = AdaptiveLinear(INPUTS, OUTPUTS, ADAPT, rank, 0.02, rngs=nnx.Rngs(0))
+    x, a = jnp.asarray(normal(1, 3, INPUTS), "float32"), jnp.ones((1, 3, ADAPT))
+    np.testing.assert_array_equal(layer(x, a), layer.base(x))
+
+
+def test_full_form_never_holds_a_matrix_for_each_position():
+    dim, length = 32, 256
+    layer = AdaptiveLinear(dim, dim, ADAPT, 0, 0.02, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(layer)
+    x, a = jnp.ones((1, length, dim)), jnp.ones((1, length, ADAPT))
+
+    def total(params, x, a):
+        return jnp.square(nnx.merge(graphdef, params)(x, a)).sum()
+
+    compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(params, x, a).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < length * dim * dim * 4
+
+
+def test_running_mean_by_position_and_in_bfloat16(x64):
+    x = normal(2, 9, 3)
+    expected = np.stack([x[:, : t + 1].mean(axis=1) for t in range(9)], axis=1)
+    found = np.asarray(jax.jit(running_mean)(x))
+    assert relative_error(found, expected) <= tolerances.LOGITS["float64"]
+    sums = np.full((2, 10, 3), 1e9)  # what was never written must not count
+    sums[:, 0] = 0
+    extend = jax.jit(extend_running_mean)
+    first, sums = extend(x[:, :4], sums, 0)
+    rest = []
+    for t in range(4, 9):
+        mean, sums = extend(x[:, t : t + 1], sums, t)
+        rest.append(mean)
+    found = np.concatenate([first, *rest], axis=1)
+    assert relative_error(found, expected) <= tolerances.LOGITS["float64"]
+    # A bfloat16 sum of ones stalls at 256, and the mean would fall.
+    ones = jnp.ones((1, 2000, 1), jnp.bfloat16)
+    assert (running_mean(ones) == 1).all() and running_mean(ones).dtype == jnp.bfloat16
+
+
+CHOICES = {
+    "spread": [[0, 1], [3, 2], [1, 3], [2, 0], [0, 3]],
+    "all on one pair": [[2, 1]] * 5,
+    "one expert idle": [[0, 3], [3, 0], [0, 1], [1, 0], [3, 1]],
+}
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_sparse_dispatch_is_the_dense_sum_with_the_same_gates(rank, x64):
+    experts = randomised(AdaptiveExperts(EXPERTS, INPUTS, ADAPT, rank, 0.02, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(experts)
+    weights = normal(5, INPUTS, seed=3)
+
+    def sparse(params, x, a, gates, chosen):
+        y = nnx.merge(graphdef, params).sparse(x, a, chosen, gates)
+        return (weights * y).sum(), y
+
+    def dense(params, x, a, gates, chosen):
+        full = jnp.zeros((5, EXPERTS)).at[jnp.arange(5)[:, None], chosen].set(gates)
+        y = nnx.merge(graphdef, params).dense(x[None], a[None], full[None])[0]
+        return (weights * y).sum(), y
+
+    forms = [jax.jit(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True)) for f in (sparse, dense)]
+    gates = np.random.default_rng(2).dirichlet(np.ones(2), 5)
+    for choice in CHOICES.values():
+        values = (params, normal(5, INPUTS), normal(5, ADAPT, seed=1), gates, np.array(choice))
+        results = [form(*values) for form in forms]
+        ((_, ours), our_gradients), ((_, theirs), their_gradients) = results
+        assert relative_error(np.asarray(ours), np.asarray(theirs)) <= tolerances.LOGITS["float64"]
+        pairs = zip(jax.tree.leaves(our_gradients), jax.tree.leaves(their_gradients), strict=True)
+        for one, other in pairs:
+            found = relative_error(np.asarray(one), np.asarray(other))
+            assert found <= tolerances.GRADIENTS["float64"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_position_does_not_depend_on_where_others_are_sent(dtype):
+    module = AdaptiveExperts(EXPERTS, INPUTS, ADAPT, 3, 0.02, rngs=nnx.Rngs(0))
+    experts, source = randomised(module, dtype), np.random.default_rng(0)
+    run = jax.jit(experts.sparse)
+    x, a = (normal(33, width).astype(jnp.dtype(dtype)) for width in (INPUTS, ADAPT))
+    gates = np.full((33, 2), 0.5, "float32")
+    before = None
+    for _ in range(20):
+        chosen = source.permuted(np.tile(np.arange(EXPERTS), (33, 1)), axis=1)[:, :2]
+        chosen[7] = [3, 1]
+        others = source.standard_normal(x.shape).astype(x.dtype)
+        others[7] = x[7]
+        after = np.asarray(run(others, a, chosen, gates)).astype("float32")[7]
+        before = after if before is None else before
+        np.testing.assert_array_equal(after, before)
+
+
+def test_choice_gates_and_load_by_hand():
+    probabilities = jnp.array([[[0.1, 0.4, 0.2, 0.3], [0.25, 0.25, 0.25, 0.25]]])
+    chosen, gates, share = choose_experts(probabilities, 2)
+    np.testing.assert_array_equal(chosen, [[[1, 3], [0, 1]]])  # equal gates by number
+    expected = np.array([[[0.4, 0.3], [0.35, 0.35]]]) / 0.7
+    assert relative_error(np.asarray(gates), expected) <= tolerances.LOGITS["float32"]
+    np.testing.assert_array_equal(share, [[[0, 0.5, 0, 0.5], [0.5, 0.5, 0, 0]]])
+
+
+def test_balance_loss_and_float32_gates():
+    mixture = MixtureOfExperts(INPUTS, EXPERTS, 2, ADAPT, 3, True, 0.02, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(mixture)
+    x, a = (normal(3, 8, width, seed=width).astype("float32") for width in (INPUTS, ADAPT))
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def balance(params, x, a):
+        _, routing = nnx.merge(graphdef, params)(x, a)
+        return routing.balance.sum(), routing
+
+    (_, routing), gradients = balance(params, x, a)
+    gate = np.asarray(mixture.probabilities(jnp.asarray(a), 8))
+    order = np.argsort(-gate, axis=-1)[..., :2]
+    load = (order[..., None] == np.arange(EXPERTS)).sum(axis=(1, 2)) / 16
+    expected = EXPERTS * (load * gate.mean(axis=1)).sum(axis=-1)
+    assert relative_error(np.asarray(routing.load), load) == 0
+    assert relative_error(np.asarray(routing.balance), expected) <= tolerances.LOGITS["float32"]
+    # A row's loss is its own, so that devices average it exactly.
+    (_, turned), _ = balance(params, x[::-1], a[::-1])
+    np.testing.assert_array_equal(turned.balance[::-1], routing.balance)
+    # It pulls at the gate alone.
+    assert np.any(gradients["gate"]["kernel"][...])
+    assert not np.any(gradients["experts"]["base"]["kernels"][...])
+
+    (_, routing), _ = balance(jax.tree.map(np.zeros_like, params), x, a)
+    np.testing.assert_array_equal(routing.balance, 1)
+    assert mixture.probabilities(jnp.asarray(a, "bfloat16"), 8).dtype == jnp.float32

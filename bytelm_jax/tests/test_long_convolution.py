@@ -1,0 +1,120 @@
+"""The long convolution: equal to the plain sum, exactly causal, wide sums, the same by position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bytelm_jax.layers.long_convolution import LongConvolution, long_convolution, toeplitz
+from bytelm_jax.parity import relative_error
+from parity_tests import tolerances
+
+CHUNK = 64
+convolve = jax.jit(long_convolution, static_argnums=2)
+
+
+def plain_sum(x, taps):
+    """y[t] = Σ_j taps[j] x[t − j], term by term in float64."""
+    x, taps = np.asarray(x, np.float64), np.asarray(taps, np.float64)
+    total, length = np.zeros_like(x), x.shape[1]
+    for j in range(min(len(taps), length)):
+        total[:, j:] += taps[j] * x[:, : length - j]
+    return total
+
+
+def random(rows, length, taps, dim=2):
+    source = np.random.default_rng(length + taps)
+    return source.standard_normal((rows, length, dim)), source.standard_normal((taps, dim))
+
+
+@pytest.mark.parametrize(
+    ("length", "taps"),
+    [
+        *((length, length) for length in (1, 7, 64, 65, 129, 1000, 8191, 8192)),
+        *((300, taps) for taps in (1, 65, 66, 500)),
+        (8000, 257),
+    ],
+)
+def test_equals_the_plain_sum(length, taps, x64):
+    x, filters = random(1, length, taps)
+    found = relative_error(np.asarray(convolve(x, filters, CHUNK)), plain_sum(x, filters))
+    assert found <= tolerances.LOGITS["float64"]
+
+
+def test_gradients_equal_those_of_the_plain_sum(x64):
+    x, taps = random(2, 150, 100)
+    weights = np.random.default_rng(1).standard_normal(x.shape)
+
+    def weighed(x, taps):
+        return (weights * long_convolution(x, taps, 16)).sum()
+
+    to_x, to_taps = jax.jit(jax.grad(weighed, (0, 1)))(x, taps)
+    # Both gradients are correlations: with the filter turned round, and with the input.
+    turned = plain_sum(weights[:, ::-1], taps)[:, ::-1]
+    lags = [(weights[:, j:] * x[:, : x.shape[1] - j]).sum((0, 1)) for j in range(len(taps))]
+    assert relative_error(np.asarray(to_x), turned) <= tolerances.GRADIENTS["float64"]
+    assert relative_error(np.asarray(to_taps), np.stack(lags)) <= tolerances.GRADIENTS["float64"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_exactly_causal_and_by_row(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x, taps = (values.astype(jnp.dtype(dtype)) for values in random(3, 150, 100))
+
+        def run(x):
+            return np.asarray(convolve(x, taps, 16)).astype("float32")
+
+        before = run(x)
+        for position in (0, 1, 15, 16, 17, 32, 77, 128, 149):
+            changed = x.copy()
+            changed[:, position:] = 1000 * x[:, ::-1][:, position:]
+            after = run(changed)
+            np.testing.assert_array_equal(after[:, :position], before[:, :position])
+            assert (after[:, position] != before[:, position]).all()
+        np.testing.assert_array_equal(run(x[::-1])[::-1], before)
+
+
+def test_bfloat16_sums_in_float32():
+    # Sums of ones: bfloat16 holds no odd number past 256, so a narrow sum would stall there.
+    length = 3000
+    ones = jnp.ones((1, length, 1), jnp.bfloat16)
+    exact = np.arange(1, length + 1)
+    found = np.asarray(convolve(ones, ones[0], CHUNK).astype("float32"))[0, :, 0]
+    assert (np.abs(found - exact) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * exact).all()
+
+    layer = LongConvolution(1, length, CHUNK, rngs=nnx.Rngs(0))
+    layer.taps = nnx.Param(ones[0])
+    last, _ = layer.extend(ones[:, :1], jnp.ones_like(layer.empty_past(1, length, ones.dtype)), 0)
+    assert abs(float(last[0, 0, 0]) - length) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * length
+
+
+@pytest.mark.parametrize("taps", [5, 40])
+def test_position_by_position(taps, x64):
+    length, prefilled, true = 23, 16, 9
+    layer = LongConvolution(3, taps, 4, rngs=nnx.Rngs(1))
+    layer.taps = nnx.Param(layer.taps[...].astype("float64"))
+    x = np.random.default_rng(2).standard_normal((2, length, 3))
+    whole = plain_sum(x, layer.taps[...])
+    past = layer.empty_past(2, length, x.dtype)
+    assert past.shape == (2, length + min(length, taps) - 1, 3)
+    # The prefill runs past the true prompt; what it leaves there must not count.
+    prompt = x[:, :prefilled].copy()
+    prompt[:, true:] = 1e3
+    extend = jax.jit(layer.extend)
+    prefix, past = extend(prompt, past, 0)
+    steps = [np.asarray(prefix)[:, :true]]
+    for t in range(true, length):
+        y, past = extend(x[:, t : t + 1], past, t)
+        steps.append(np.asarray(y))
+    found = relative_error(np.concatenate(steps, axis=1), whole)
+    assert found <= tolerances.LOGITS["float64"]
+
+
+def test_toeplitz_matrix():
+    found = toeplitz(jnp.array([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 0]]), 4)
+    np.testing.assert_array_equal(
+        found[0], [[1, 2, 3, 4], [0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 1]]
+    )
+    short = toeplitz(jnp.array([[1.0, 2]]), 3)
+    np.testing.assert_array_equal(short[0], [[1, 2, 0], [0, 1, 2], [0, 0, 1]])

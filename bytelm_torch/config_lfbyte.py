@@ -1,0 +1,177 @@
+"""The configuration of the LFByteTransformer, word for word that of `bytelm_jax`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from .config_base import ByteVocab, require, require_fraction, require_positive
+
+
+def _lfbyte_vocab() -> ByteVocab:
+    """256 bytes and three specials, without unused ids."""
+    return ByteVocab(size=259)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LFByteConfig:
+    """LFByteTransformer: token mixing, channel mixing and experts out of input-adaptive linears.
+
+    - `adaptation`: `low_rank` adds U diag(S a + s) V, of rank `rank`, to each weight matrix; `full`
+      adds a whole matrix, linear in the adaptation vector a of width `adapt_dim`.
+    - `context`: a is made of the mean of a layer's inputs up to each position (`causal`), or over
+      the `sequence`, which needs `causal=False`.
+    - `causal=False` feeds the ids unshifted: an encoder, whose output at a position sees that
+      position's own byte. It cannot be trained on the next byte, nor generate.
+    - `token_mixing`: a causal convolution with `kernel_length` taps a channel, or `none`.
+    - `hidden_mult` sets the hidden width of channel mixing in units of `embed_dim`; 0 leaves one
+      adaptive linear without nonlinearity.
+    - `top_k` of `num_experts` serve a position; 0, or as many as there are, means all, weighted.
+      `balance_coefficient` weighs the loss that spreads a row's positions over the experts.
+    - `block`: `residual` with a norm before and dropout after each branch, or `plain`, the bare
+      composition, closed by a linear.
+    """
+
+    architecture: ClassVar[str] = "lfbyte"
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
+    convolution_chunk: ClassVar[int] = 64
+    vocab: ByteVocab = field(default_factory=_lfbyte_vocab)
+    embed_dim: int = 512
+    num_layers: int = 8
+    adapt_dim: int = 512
+    num_experts: int = 4
+    dropout: float = 0.1
+    adaptation: Literal["low_rank", "full"] = "low_rank"
+    rank: int = 16
+    context: Literal["causal", "sequence"] = "causal"
+    causal: bool = True
+    token_mixing: Literal["long_conv", "none"] = "long_conv"
+    kernel_length: int = 256
+    hidden_mult: int = 4
+    top_k: int = 2
+    balance_coefficient: float = 0.01
+    block: Literal["residual", "plain"] = "residual"
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        require_positive(self, "embed_dim", "num_layers", "adapt_dim", "num_experts")
+        require_positive(self, "rank", "kernel_length")
+        require_fraction(self, "dropout")
+        for name in ("hidden_mult", "top_k", "balance_coefficient"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value}: must be at least 0")
+        require(self.init_std > 0, f"init_std={self.init_std}: must be above 0")
+        require(
+            self.context == "causal" or not self.causal,
+            'context="sequence": with causal=True the mean over the sequence would show later '
+            'bytes; choose context="causal" or causal=False',
+        )
+
+    @classmethod
+    def original(
+        cls,
+        *,
+        embed_dim: int = 512,
+        num_layers: int = 1,
+        adapt_dim: int = 256,
+        num_experts: int = 4,
+    ) -> LFByteConfig:
+        """The layers of the family that the model builds on (lfm-torch 0.0.2), for comparison."""
+        return cls(
+            embed_dim=embed_dim,
+            num_layers=num_layers,
+            adapt_dim=adapt_dim,
+            num_experts=num_experts,
+            dropout=0.0,
+            adaptation="full",
+            context="sequence",
+            causal=False,
+            token_mixing="none",
+            hidden_mult=0,
+            top_k=0,
+            block="plain",
+        )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether each position is served by fewer experts than there are."""
+        return 0 < self.top_k < self.num_experts
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of channel mixing, 0 for none."""
+        return self.hidden_mult * self.embed_dim
+
+    @property
+    def logit_width(self) -> int:
+        """Columns of the last product: the vocabulary rounded up to a multiple of 8."""
+        return -(-self.vocab.size // 8) * 8
+
+    def parameter_count(self) -> int:
+        """Number of parameters, in closed form."""
+        dim, width = self.embed_dim, self.logit_width
+        ends = self.vocab.size * dim + dim * width + width
+        final_norm = 2 * dim if self.block == "residual" else 0
+        return ends + final_norm + self.num_layers * self.layer_parameters()
+
+    def layer_parameters(self) -> int:
+        """Number of parameters of one layer, in closed form."""
+        dim, adapt, experts = self.embed_dim, self.adapt_dim, self.num_experts
+        count = dim * adapt + adapt + (adapt * experts + experts)
+        count += (1 + experts) * self._linear_parameters(dim, dim)
+        if self.hidden_dim:
+            count += self._linear_parameters(dim, self.hidden_dim)
+            count += self._linear_parameters(self.hidden_dim, dim)
+        else:
+            count += self._linear_parameters(dim, dim)
+        if self.token_mixing == "long_conv":
+            count += self.kernel_length * dim
+        return count + (6 * dim if self.block == "residual" else dim * dim + dim)
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward floating-point operations a byte at `length` bytes.
+
+        Products of matrices alone; the convolution's is counted half, being triangular, and its
+        Fourier transforms not at all.
+        """
+        dim, experts = self.embed_dim, self.num_experts
+        once = 1 / length if self.context == "sequence" else 1.0  # products of a alone
+        work = once * self.adapt_dim * (dim + experts)
+        used = self.top_k if self.sparse else experts
+        work += used * self._linear_products(dim, dim, 1.0 if self.sparse else once)
+        work += self._linear_products(dim, dim, once)
+        if self.sparse:  # biases, spread over the positions by products with one-hot rows
+            work += experts * dim + (used * experts * self.rank if self._low_rank else 0)
+        if self.hidden_dim:
+            work += self._linear_products(dim, self.hidden_dim, once)
+            work += self._linear_products(self.hidden_dim, dim, once)
+        else:
+            work += self._linear_products(dim, dim, once)
+        if self.token_mixing == "long_conv":
+            work += dim * min(length, self.convolution_chunk) / 2
+        if self.block == "plain":
+            work += dim * dim
+        return 2 * (self.num_layers * work + dim * self.logit_width)
+
+    def cache_bytes(self, length: int, itemsize: int) -> int:
+        """Bytes a row of a decoding cache for `length` positions, `itemsize` a parameter."""
+        sums = (length + 1) * max(itemsize, 4)
+        past = (length + min(length, self.kernel_length) - 1) * itemsize
+        past = past if self.token_mixing == "long_conv" else 0
+        return self.num_layers * self.embed_dim * (sums + past)
+
+    @property
+    def _low_rank(self) -> bool:
+        return self.adaptation == "low_rank"
+
+    def _linear_parameters(self, inputs: int, outputs: int) -> int:
+        count = inputs * outputs + outputs
+        if self._low_rank:
+            return count + self.rank * (inputs + outputs + self.adapt_dim + 1)
+        return count + (self.adapt_dim + 1) * inputs * outputs
+
+    def _linear_products(self, inputs: int, outputs: int, once: float) -> float:
+        if self._low_rank:
+            narrow = self.rank * (inputs + outputs + once * self.adapt_dim)
+            return inputs * outputs + narrow
+        return inputs * outputs * (1 + once * self.adapt_dim)

@@ -1,0 +1,196 @@
+"""Linear layers whose weights adapt to the input, and the mixing layers made of them.
+
+y = (W + ΔW(a)) x + b with an adaptation vector a for each position. `full`: ΔW is a linear function
+of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, in the manner of LoRA
+(Hu et al. 2021, arXiv 2106.09685) with a middle that depends on the input.
+
+Axes: B batch, T positions, D width, A adaptation width, R rank, I inputs and O outputs of a linear.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bytelm_torch.layers.long_convolution import LongConvolution
+from bytelm_torch.layers.norm import LayerNorm
+
+
+class AdaptiveWeights(NamedTuple):
+    """The tensors of one adaptive linear, matrices as [in, out]; `down` and `up` None if full.
+
+    In the full form `adapt` is [A, O·I] and `adapt_bias` [O·I], in the low-rank form [A, R], [R].
+    """
+
+    base: Tensor
+    bias: Tensor
+    adapt: Tensor
+    adapt_bias: Tensor
+    down: Tensor | None
+    up: Tensor | None
+
+
+def adaptive_linear(
+    weights: AdaptiveWeights, x: Float[Tensor, "B T I"], a: Float[Tensor, "B S A"]
+) -> Float[Tensor, "B T O"]:
+    """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
+    if weights.down is not None and weights.up is not None:
+        narrow = (a @ weights.adapt + weights.adapt_bias) * (x @ weights.down)
+        return x @ weights.base + narrow @ weights.up + weights.bias
+    if a.shape[1] == 1:
+        change = (a @ weights.adapt + weights.adapt_bias).reshape(a.shape[0], *weights.base.T.shape)
+        return torch.einsum("bti,boi->bto", x, weights.base.T + change) + weights.bias
+    return full_adaptation(weights, x, a) + weights.bias
+
+
+def full_adaptation(
+    weights: AdaptiveWeights, x: Float[Tensor, "*n I"], a: Float[Tensor, "*n A"]
+) -> Float[Tensor, "*n O"]:
+    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix ever exists.
+
+    The sum is kept in at least float32.
+    """
+    inputs, outputs = weights.base.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+
+    def kernel(flat: Tensor) -> Tensor:
+        return flat.reshape(outputs, inputs).T
+
+    def add(total: Tensor, share: Tensor, matrix: Tensor) -> Tensor:
+        return total + (share[..., None] * (x @ kernel(matrix))).to(wide)
+
+    total = (x @ (weights.base + kernel(weights.adapt_bias))).to(wide)
+    for share, matrix in zip(a.unbind(-1), weights.adapt.unbind(0), strict=True):
+        # Or the backward pass would keep A results.
+        total = checkpoint(add, total, share, matrix, use_reentrant=False)
+        assert total is not None
+    return total.to(x.dtype)
+
+
+class AdaptiveLinear(nn.Module):
+    """An adaptive linear I → O; `rank=0` is the full form. Starts as a plain linear: ΔW = 0."""
+
+    def __init__(self, inputs: int, outputs: int, adapt_dim: int, rank: int, init_std: float):
+        super().__init__()
+        self.rank = rank
+        self.base = nn.Linear(inputs, outputs)
+        nn.init.normal_(self.base.weight, std=init_std)
+        nn.init.zeros_(self.base.bias)
+        if rank:
+            self.adapt = nn.Linear(adapt_dim, rank)
+            self.down = nn.Linear(inputs, rank, bias=False)
+            self.up = nn.Linear(rank, outputs, bias=False)
+            nn.init.normal_(self.adapt.weight, std=init_std)
+            nn.init.ones_(self.adapt.bias)
+            nn.init.normal_(self.down.weight, std=init_std)
+            nn.init.zeros_(self.up.weight)
+        else:
+            self.adapt = nn.Linear(adapt_dim, outputs * inputs)
+            nn.init.zeros_(self.adapt.weight)
+            nn.init.zeros_(self.adapt.bias)
+
+    def forward(
+        self, x: Float[Tensor, "B T I"], a: Float[Tensor, "B S A"]
+    ) -> Float[Tensor, "B T O"]:
+        return adaptive_linear(self._weights(), x, a)
+
+    def _weights(self) -> AdaptiveWeights:
+        return AdaptiveWeights(
+            self.base.weight.T,
+            self.base.bias,
+            self.adapt.weight.T,
+            self.adapt.bias,
+            self.down.weight.T if self.rank else None,
+            self.up.weight.T if self.rank else None,
+        )
+
+
+def running_mean(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """Mean over the positions up to each, summed in at least float32."""
+    sums = torch.cumsum(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    return (sums / _counts(0, sums)).to(x.dtype)
+
+
+def extend_running_mean(
+    x: Float[Tensor, "B T D"], sums: Float[Tensor, "B S D"], index: int
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
+    """The same for T positions that start at `index`, and `sums` with theirs written, in place.
+
+    `sums[:, t]` holds the sum over the first t positions, in at least float32; S is one more than
+    the positions there is room for. Being stored by position, entries past `index` may hold
+    anything.
+    """
+    more = sums[:, index : index + 1] + torch.cumsum(x.to(sums.dtype), dim=1)
+    sums[:, index + 1 : index + 1 + x.shape[1]] = more
+    return (more / _counts(index, more)).to(x.dtype), sums
+
+
+def _counts(start: int, sums: Tensor) -> Tensor:
+    """[T, 1]: how many positions each mean is over."""
+    stop = start + 1 + sums.shape[1]
+    return torch.arange(start + 1, stop, dtype=sums.dtype, device=sums.device)[:, None]
+
+
+class TokenMixing(nn.Module):
+    """Norm → long convolution → adaptive linear; `norm` and `kernel_length=0` leave parts out."""
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_length: int,
+        chunk: int,
+        adapt_dim: int,
+        rank: int,
+        norm: bool,
+        init_std: float,
+    ):
+        super().__init__()
+        self.norm = LayerNorm(dim) if norm else None
+        self.convolution = LongConvolution(dim, kernel_length, chunk) if kernel_length else None
+        self.linear = AdaptiveLinear(dim, dim, adapt_dim, rank, init_std)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], a: Float[Tensor, "B S A"]
+    ) -> Float[Tensor, "B T D"]:
+        x = x if self.norm is None else self.norm(x)
+        return self.linear(x if self.convolution is None else self.convolution(x), a)
+
+    def extend(
+        self,
+        x: Float[Tensor, "B T D"],
+        a: Float[Tensor, "B T A"],
+        past: Float[Tensor, "B S D"] | None,
+        index: int,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"] | None]:
+        """The same for one position at `index`, or for T positions from 0, and the new past."""
+        x = x if self.norm is None else self.norm(x)
+        if self.convolution is not None and past is not None:
+            x, past = self.convolution.extend(x, past, index)
+        return self.linear(x, a), past
+
+
+class ChannelMixing(nn.Module):
+    """Norm → adaptive linear → GELU (erf) → adaptive linear; `hidden=0`: one linear, no GELU."""
+
+    def __init__(
+        self, dim: int, hidden: int, adapt_dim: int, rank: int, norm: bool, init_std: float
+    ):
+        super().__init__()
+        self.norm = LayerNorm(dim) if norm else None
+
+        def linear(inputs: int, outputs: int) -> AdaptiveLinear:
+            return AdaptiveLinear(inputs, outputs, adapt_dim, rank, init_std)
+
+        self.to_hidden = linear(dim, hidden) if hidden else None
+        self.linear = linear(hidden or dim, dim)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], a: Float[Tensor, "B S A"]
+    ) -> Float[Tensor, "B T D"]:
+        x = x if self.norm is None else self.norm(x)
+        if self.to_hidden is not None:
+            x = F.gelu(self.to_hidden(x, a))
+        return self.linear(x, a)

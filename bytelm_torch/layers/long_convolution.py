@@ -1,0 +1,128 @@
+"""Depthwise causal convolution with long filters: y[t] = Σ_j taps[j] · x[t − j] in each channel.
+
+Axes: B batch, T positions, K taps, D channels, C positions per chunk, M blocks.
+
+Exactly causal: one Fourier transform over the sequence would be causal in exact arithmetic only,
+its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
+whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
+them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
+sums to the block that follows, until a block is longer than the filter.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def long_convolution(
+    x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], chunk: int
+) -> Float[Tensor, "B T D"]:
+    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result as `x`.
+
+    `chunk` moves work between the triangular product (2 · chunk operations a value) and the
+    transforms, and changes the result by rounding alone.
+    """
+    length = x.shape[1]
+    if length == 0:
+        return x
+    # Cast first: a product of bfloat16 matrices would round its sums to bfloat16 here.
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, kernel = x.to(wide).movedim(-1, 0), taps[:length].to(wide).T
+    size = min(chunk, length)
+    total = _within_chunks(rows, kernel, size)
+    reach = kernel.shape[1] - 1
+    while size < length and reach > 0:
+        covers = size >= reach
+        total = total + _from_block_before(rows, kernel, size, every=covers)
+        if covers:
+            break
+        size *= 2
+    return total.movedim(0, -1).to(x.dtype)
+
+
+def _within_chunks(rows: Tensor, kernel: Tensor, chunk: int) -> Tensor:
+    """[D, B, T] → [D, B, T]: the sums over sources in the output's own chunk."""
+    dim, batch, length = rows.shape
+    count = -(-length // chunk)
+    padded = F.pad(rows, (0, count * chunk - length))
+    summed = torch.einsum(
+        "dbns,dst->dbnt", padded.reshape(dim, batch, count, chunk), toeplitz(kernel, chunk)
+    )
+    return summed.reshape(dim, batch, count * chunk)[:, :, :length]
+
+
+def toeplitz(kernel: Float[Tensor, "D K"], chunk: int) -> Float[Tensor, "D {chunk} {chunk}"]:
+    """[d, s, t] = kernel[d, t − s], and 0 where t < s or the filter has ended.
+
+    By tiling and cutting, which a row of odd length shifts by one step a row.
+    """
+    dim, period = kernel.shape[0], 2 * chunk
+    kept = kernel[:, :chunk]
+    line = F.pad(kept, (0, period - kept.shape[1]))
+    tiled = line.tile(1, chunk)[:, : chunk * (period - 1)]
+    return tiled.reshape(dim, chunk, period - 1)[:, :, :chunk]
+
+
+def _from_block_before(rows: Tensor, kernel: Tensor, size: int, every: bool) -> Tensor:
+    """[D, B, T] → [D, B, T]: what blocks of `size` positions add to the block after them.
+
+    `every` block hands on, or the even ones only: an odd one's successor belongs to another block
+    of twice the size, whose turn comes later.
+    """
+    dim, batch, length = rows.shape
+    step = size if every else 2 * size
+    count = -(-(length - size) // step)  # blocks that have a successor
+    padded = F.pad(rows, (0, max(0, count * step - length)))
+    blocks = padded[:, :, : count * step].reshape(dim, batch, count, step)[..., :size]
+    # A circular transform of 2 · size wraps only onto its first half, which is dropped.
+    spectrum = torch.fft.rfft(blocks, 2 * size) * torch.fft.rfft(kernel, 2 * size)[:, None, None]
+    after = torch.fft.irfft(spectrum, 2 * size)[..., size:]
+    after = F.pad(after, (0, step - size)).reshape(dim, batch, count * step)
+    return F.pad(after, (size, 0))[:, :, :length]
+
+
+class LongConvolution(nn.Module):
+    """`long_convolution` with learned taps [K, D]; the layout is the same in both packages."""
+
+    def __init__(self, dim: int, kernel_length: int, chunk: int):
+        super().__init__()
+        self.chunk = chunk
+        taps = torch.randn(kernel_length, dim) * decays(kernel_length, dim)
+        self.taps = nn.Parameter(taps / torch.linalg.norm(taps, dim=0, keepdim=True))
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return long_convolution(x, self.taps, self.chunk)
+
+    def extend(
+        self, x: Float[Tensor, "B T D"], past: Float[Tensor, "B S D"], index: int
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
+        """The same for one position at `index`, or for T positions from 0, and the new past.
+
+        One position is the plain sum over the filter's length, whatever the context. `past` is
+        written in place, and returned.
+        """
+        reach = self._reach(past)
+        past[:, index + reach - 1 : index + reach - 1 + x.shape[1]] = x
+        if x.shape[1] != 1:
+            return self(x), past
+        wide = torch.promote_types(x.dtype, torch.float32)
+        window = past[:, index : index + reach].to(wide)
+        newest_last = self.taps[:reach].flip(0).to(wide)
+        return (window * newest_last).sum(dim=1, keepdim=True).to(x.dtype), past
+
+    def empty_past(self, batch: int, length: int, dtype: torch.dtype) -> Float[Tensor, "B S D"]:
+        """Room for the inputs of `length` positions, after zeros for what lies before the first."""
+        kernel_length, dim = self.taps.shape
+        shape = (batch, length + min(length, kernel_length) - 1, dim)
+        return torch.zeros(shape, dtype=dtype, device=self.taps.device)
+
+    def _reach(self, past: Tensor) -> int:
+        """Taps that can meet an input: S = length + min(length, K) − 1, solved for the minimum."""
+        return min(self.taps.shape[0], (past.shape[1] + 1) // 2)
+
+
+def decays(kernel_length: int, dim: int) -> Float[Tensor, "K D"]:
+    """exp(−j / τ_d), τ from 1 to K in equal ratios over the channels: filters of every length."""
+    scale = kernel_length ** (torch.arange(dim) / max(dim - 1, 1))
+    return torch.exp(-torch.arange(kernel_length)[:, None] / scale)

@@ -1,0 +1,227 @@
+"""LFByteTransformer: byte embedding and sinusoidal positions, then layers of token mixing, channel
+mixing and a mixture of experts, all built from linears that adapt their weights to the input.
+
+The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean over the whole
+sequence, which shows each byte its future, mixes no information between positions, and composes
+linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
+adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
+
+Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bytelm_torch.config import LFByteConfig
+from bytelm_torch.layers.adaptive import (
+    ChannelMixing,
+    TokenMixing,
+    extend_running_mean,
+    running_mean,
+)
+from bytelm_torch.layers.dropout import dropout
+from bytelm_torch.layers.embedding import ByteEmbedding
+from bytelm_torch.layers.experts import MixtureOfExperts, Routing
+from bytelm_torch.layers.norm import LayerNorm
+from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+
+
+class LayerCache(NamedTuple):
+    """What a layer keeps of the past, by position: running sums, and the convolution's inputs."""
+
+    sums: Tensor
+    past: Tensor | None
+
+
+class LFByteCache(NamedTuple):
+    """What cached decoding keeps."""
+
+    layers: tuple[LayerCache, ...]
+
+
+def sinusoidal_positions(
+    start: int, count: int, dim: int, dtype: torch.dtype, device: torch.device | None = None
+) -> Float[Tensor, "{count} {dim}"]:
+    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
+
+    The frequencies come from float64 and the angles are rounded to at least float32, so that both
+    packages and every length give a position the same angles.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    pair = np.arange(dim) // 2
+    frequencies = torch.from_numpy(10_000.0 ** (-2 * pair / dim)).to(device, wide)
+    positions = torch.arange(start, start + count, device=device).to(wide)
+    angles = positions[:, None] * frequencies
+    even = torch.arange(dim, device=device) % 2 == 0
+    return torch.where(even, angles.sin(), angles.cos()).to(dtype)
+
+
+class LFByteLayer(nn.Module):
+    """Token mixing, channel mixing, experts; the three share one adaptation vector a position."""
+
+    def __init__(self, config: LFByteConfig):
+        super().__init__()
+        c = self.config = config
+        dim, residual = c.embed_dim, c.block == "residual"
+        rank = c.rank if c.adaptation == "low_rank" else 0
+        taps = c.kernel_length if c.token_mixing == "long_conv" else 0
+        rest = (c.adapt_dim, rank, residual, c.init_std)
+        self.featurizer = _linear(dim, c.adapt_dim, c.init_std)
+        self.token_mixing = TokenMixing(dim, taps, c.convolution_chunk, *rest)
+        self.channel_mixing = ChannelMixing(dim, c.hidden_dim, *rest)
+        self.mixture = MixtureOfExperts(dim, c.num_experts, c.top_k if c.sparse else 0, *rest)
+        self.output = None if residual else _linear(dim, dim, c.init_std)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
+        if self.config.context == "causal":
+            context = running_mean(x)
+        else:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            context = x.mean(dim=1, keepdim=True, dtype=wide).to(x.dtype)
+        a = self.featurizer(context)
+        x = self._join(x, self.token_mixing(x, a))
+        return self._at_each_position(x, a)
+
+    def extend(
+        self, x: Float[Tensor, "B T D"], cache: LayerCache, index: int
+    ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
+        """The same for one position at `index`, or for T positions from 0, with the past cached."""
+        context, sums = extend_running_mean(x, cache.sums, index)
+        a = self.featurizer(context)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index)
+        x, _ = self._at_each_position(self._join(x, mixed), a)
+        return x, LayerCache(sums, past)
+
+    def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> LayerCache:
+        """A cache for `length` positions."""
+        wide = torch.promote_types(dtype, torch.float32)
+        device = self.featurizer.weight.device
+        shape = (batch, length + 1, self.config.embed_dim)
+        convolution = self.token_mixing.convolution
+        past = None if convolution is None else convolution.empty_past(batch, length, dtype)
+        return LayerCache(torch.zeros(shape, dtype=wide, device=device), past)
+
+    def _at_each_position(self, x: Tensor, a: Tensor) -> tuple[Tensor, Routing]:
+        """What follows token mixing and looks at no other position."""
+        x = self._join(x, self.channel_mixing(x, a))
+        mixed, routing = self.mixture(x, a)
+        x = self._join(x, mixed)
+        return (x if self.output is None else self.output(x)), routing
+
+    def _join(self, x: Tensor, branch: Tensor) -> Tensor:
+        branch = dropout(branch, self.config.dropout, self.training)
+        return x + branch if self.config.block == "residual" else branch
+
+
+class LFByteTransformer(nn.Module):
+    """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
+
+    With `causal=False` there is no shift, and every output may see every id.
+    """
+
+    def __init__(self, config: LFByteConfig):
+        super().__init__()
+        c = self.config = config
+        # Embeddings as large as the positions that are added to them.
+        self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0)
+        self.layers = nn.ModuleList([LFByteLayer(c) for _ in range(c.num_layers)])
+        self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
+        self.to_logits = _linear(c.embed_dim, c.logit_width, c.init_std)
+
+    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+        """Logits in the compute dtype, which is that of the parameters.
+
+        `remat` recomputes the layers in the backward pass instead of keeping their activations.
+        Ids outside the vocabulary raise `ValueError`.
+        """
+        return self.outputs(ids, remat).logits
+
+    def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
+        """As `forward`; with sparse experts also the balance loss and the load of the experts.
+
+        The extra loss is `balance_coefficient` times the sum of the layers' balance. Metrics:
+        `expert_balance`, the mean over the layers (1 if even); `expert_load_<e>`, expert e's share,
+        likewise; `expert_load_max`, the greatest share in any layer.
+        """
+        c = self.config
+        check_ids(ids, c.vocab.size)
+        x = self._embed(self._shift(ids) if c.causal else ids, 0)
+        routings = []
+        for layer in self.layers:
+            x, routing = checkpoint(layer, x, use_reentrant=False) if remat else layer(x)  # pyright: ignore
+            routings.append(routing)
+        logits = self._to_logits(x)
+        if not c.sparse:
+            return ModelOutput(logits, logits.new_zeros(len(ids), dtype=torch.float32), {})
+        balance = torch.stack([routing.balance for routing in routings])
+        load = torch.stack([routing.load for routing in routings])
+        metrics = {"expert_balance": balance.mean(dim=0), "expert_load_max": load.amax(dim=(0, 2))}
+        metrics |= {f"expert_load_{e}": load[:, :, e].mean(dim=0) for e in range(c.num_experts)}
+        return ModelOutput(logits, c.balance_coefficient * balance.sum(dim=0), metrics)
+
+    # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        return 1
+
+    def init_cache(self, batch: int, length: int) -> LFByteCache:
+        """An empty cache for sequences of up to `length` bytes."""
+        if not self.config.causal:
+            raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
+        dtype = self.to_logits.weight.dtype
+        return LFByteCache(tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers))  # pyright: ignore
+
+    def prefill(self, ids: Int[Tensor, "B T"], cache: LFByteCache) -> LFByteCache:
+        """Writes a prompt into an empty cache in one pass.
+
+        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        """
+        _, cache = self._extend(self._shift(ids), cache, 0)
+        return cache
+
+    def decode_round(
+        self, cache: LFByteCache, previous: Int[Tensor, "B P"], index: int, choose: Choose
+    ) -> tuple[LFByteCache, Int[Tensor, "B P"]]:
+        """Appends byte number `index`; `previous` is the byte before it (pad for the first).
+
+        `choose(logits [B, V], 0)` gives its ids [B].
+        """
+        x, cache = self._extend(previous, cache, index)
+        return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
+
+    def _extend(self, ids: Tensor, cache: LFByteCache, index: int) -> tuple[Tensor, LFByteCache]:
+        x, written = self._embed(ids, index), []
+        for layer, past in zip(self.layers, cache.layers, strict=True):
+            x, past = layer.extend(x, past, index)  # pyright: ignore[reportCallIssue]
+            written.append(past)
+        return x, LFByteCache(tuple(written))
+
+    def _shift(self, ids: Tensor) -> Tensor:
+        """Moves ids one step right; a pad comes in, the last step drops out."""
+        return F.pad(ids, (1, 0), value=self.config.vocab.pad_id)[:, : ids.shape[1]]
+
+    def _embed(self, ids: Tensor, start: int) -> Tensor:
+        embedded = self.embed(ids)
+        return embedded + sinusoidal_positions(
+            start, ids.shape[1], self.config.embed_dim, embedded.dtype, embedded.device
+        )
+
+    def _to_logits(self, x: Tensor) -> Tensor:
+        """[B, T, D] → [B, T, V]; the columns that only round up the product are cut off."""
+        x = x if self.norm is None else self.norm(x)
+        return self.to_logits(x)[..., : self.config.vocab.size]
+
+
+def _linear(inputs: int, outputs: int, init_std: float) -> nn.Linear:
+    made = nn.Linear(inputs, outputs)
+    nn.init.normal_(made.weight, std=init_std)
+    nn.init.zeros_(made.bias)
+    return made
