@@ -15,6 +15,12 @@ _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12
 """Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
 
 
+def peak_flops() -> float | None:
+    """Operations a second of one device of this machine, None where the data sheet is unknown."""
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+
+
 class MetricsLog:
     """Appends one JSON object a line, each line whole on disk before the next begins."""
 
@@ -61,8 +67,7 @@ class Throughput:
     def __init__(self, flops_per_byte: float, devices: int):
         """`flops_per_byte` is the model's forward cost; training costs three times that."""
         self._flops, self._devices = 3 * flops_per_byte, devices
-        kind = jax.devices()[0].device_kind
-        self._peak = next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+        self._peak = peak_flops()
         self.restart()
 
     def add(self, count: int) -> None:
