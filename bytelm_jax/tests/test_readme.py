@@ -1,0 +1,87 @@
+"""The README tells the truth: its file map, its commands, its recipes and its Python."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from bytelm_jax import cli, recipes
+from bytelm_jax.arguments import expand_names
+
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+FILE_MAP = README.split("## File map")[1]
+
+
+def test_the_file_map_names_every_file_and_nothing_else():
+    named = {
+        path
+        for row in FILE_MAP.splitlines()
+        if row.startswith("| `")
+        for path in re.findall(r"`([^`]+)`", row.split("|")[1])
+    }
+    assert named and all((ROOT / path).exists() for path in named), [
+        path for path in named if not (ROOT / path).exists()
+    ]
+    ours = [ROOT / "pyproject.toml", *ROOT.glob("scripts/*")]
+    ours += [p for p in ROOT.glob("bytelm_jax/**/*.py") if "tests" not in p.parts]
+    there = {str(p.relative_to(ROOT)) for p in ours if p.name != "__init__.py" and p.is_file()}
+    assert there <= named, there - named
+
+
+def test_the_torch_package_mirrors_what_the_map_says():
+    mirrored = {"config", "tokenizer", "patching", "loss", "q_learning", "generate", "optim"}
+    for name in mirrored:
+        assert (ROOT / "bytelm_torch" / f"{name}.py").exists()
+    for folder in ("layers", "models"):
+        ours, theirs = (
+            {p.name for p in (ROOT / package / folder).glob("*.py")}
+            for package in ("bytelm_jax", "bytelm_torch")
+        )
+        assert ours == theirs
+
+
+def commands():
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["bytelm"]:
+                yield words[1:]
+
+
+def test_every_command_and_option_in_the_readme_exists(capsys):
+    seen = set()
+    for name, *arguments in commands():
+        seen.add(name)
+        if name == "train":
+            recipe = recipes.get(arguments[0])
+            rest = [a for a in arguments[1:] if a not in ("--run-dir", "runs/tiny")]
+            expand_names(recipe, rest)
+            continue
+        with pytest.raises(SystemExit):
+            cli.main([name, "--help"])
+        said = capsys.readouterr().out
+        for option in (a for a in arguments if a.startswith("--")):
+            assert option in said, (name, option)
+    assert seen == set(cli.COMMANDS)
+
+
+def test_the_recipe_table_is_complete_and_right():
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", README, re.MULTILINE))
+    assert rows.keys() == set(recipes.names())
+    for name, count in rows.items():
+        assert f"{recipes.get(name).model.parameter_count():,}" == count
+
+
+def test_the_python_in_the_readme_runs():
+    first = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    names: dict = {}
+    exec(first, names)
+    assert names["logits"].shape == (1, 9, 512)
+
+
+def test_files_and_functions_keep_to_the_house_s_size():
+    for package in ("bytelm_jax", "bytelm_torch", "parity_tests"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert len(path.read_text("utf-8").splitlines()) <= 500, path
