@@ -90,6 +90,23 @@ def abstract_state(state: TrainState) -> TrainState:
     )
 
 
+def _over_micro_batches(function: Callable, rows: Any, parts: int) -> Any:
+    """The sum of `function` over `parts` micro-batches, one after another.
+
+    Micro-batch i takes rows i, i + parts, …: each device cuts its own rows, nothing moves.
+    """
+    cut = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows
+    )
+    total = function(*jax.tree.map(lambda x: x[0], cut))
+    if parts > 1:
+        rest = jax.tree.map(lambda x: x[1:], cut)
+        total, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, function(*part)), None), total, rest
+        )
+    return total
+
+
 def make_train_step(
     bind: Callable[[Params], Any],
     optimizer: optax.GradientTransformationExtraArgs,
@@ -129,18 +146,9 @@ def make_train_step(
         count = jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
 
-        # Micro-batch i takes rows i, i + A, …: each device cuts its own rows, nothing moves.
-        parts = jax.tree.map(
-            lambda x: x.reshape(rows // micro, micro, *x.shape[1:]).swapaxes(0, 1), (ids, keys)
+        total = _over_micro_batches(
+            lambda *part: gradient(state.params, *part, count), (ids, keys), micro
         )
-
-        def add(total: Any, part: tuple[Array, Array]) -> tuple[Any, None]:
-            more = gradient(state.params, *part, count)
-            return jax.tree.map(jnp.add, total, more), None
-
-        total = gradient(state.params, parts[0][0], parts[1][0], count)
-        if micro > 1:
-            total, _ = jax.lax.scan(add, total, jax.tree.map(lambda x: x[1:], parts))
         (loss, (nats, metrics)), gradients = total
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, value=loss)
         params = jax.tree.map(jnp.add, state.params, updates)
