@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from . import convert
 from .config import BLTConfig, ByteVocab, EntropyConfig, require
@@ -308,11 +310,18 @@ def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
     tensors: dict[str, convert._Tensor] = {}
     for shard in _shards(folder):
         tensors |= _listed(shard)
-    foreign = {
-        convert._torch_name(name): _foreign_module(name) + ".weight"
-        for name in hf_blt_names(config)
-    }
-    return config, convert._assemble(tensors, config, foreign.__getitem__)
+    leaves, names = abstract_params(config), hf_blt_names(config)
+    shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
+    convert._check(tensors, shapes)
+    return config, {name: _placed(name, tensors[names[name]]) for name in leaves}
+
+
+def _placed(name: str, tensor: convert._Tensor) -> Array:
+    """A tensor as a JAX array, without another copy of it in between."""
+    wide = tensor.dtype == "float64" and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    mend = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
+    require(not wide, f"{name}: dtype float64, and {mend}")
+    return jax.device_put(convert._turned(name, tensor.read()))  # the buffer is nobody else's
 
 
 def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:

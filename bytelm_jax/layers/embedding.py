@@ -50,8 +50,7 @@ class ByteEmbedding(nnx.Module):
     """
 
     def __init__(self, size: int, dim: int, init_std: float | Initializer, *, rngs: nnx.Rngs):
-        normal = nnx.initializers.normal
-        init = normal(init_std) if isinstance(init_std, float) else init_std
+        init = init_std if callable(init_std) else nnx.initializers.normal(init_std)
         self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

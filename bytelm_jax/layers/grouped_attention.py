@@ -103,9 +103,11 @@ class GroupedAttention(nnx.Module):
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
         seen = min(self.window or keys.shape[1], keys.shape[1])
         first = jnp.maximum(index + 1 - seen, 0)
-        near = [jax.lax.dynamic_slice_in_dim(x, first, seen, axis=1) for x in (keys, values)]
+        near_keys = jax.lax.dynamic_slice_in_dim(keys, first, seen, axis=1)
+        near_values = jax.lax.dynamic_slice_in_dim(values, first, seen, axis=1)
         mask = (first + jnp.arange(seen) <= index)[None, :]
-        return self._out(grouped_attention(q, *near, mask)), KeyValueCache(keys, values)
+        mixed = grouped_attention(q, near_keys, near_values, mask)
+        return self._out(mixed), KeyValueCache(keys, values)
 
     def extend_rows(
         self,

@@ -39,7 +39,6 @@ def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Arra
 take_segments.defvjp(_take_forward, _take_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def segment_max(
     x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int
 ) -> Float[Array, "B {count} F"]:
@@ -47,6 +46,11 @@ def segment_max(
 
     Bytes that share a maximum share its gradient in equal parts, as in PyTorch.
     """
+    return _segment_max(x, patch_of, count)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _segment_max(x: Array, patch_of: Array, count: int) -> Array:
     most = jax.vmap(partial(jax.ops.segment_max, num_segments=count))(x, patch_of)
     return jnp.where(jnp.isneginf(most), jnp.zeros_like(most), most)
 
@@ -67,4 +71,4 @@ def _max_backward(
     return jnp.where(hit, take_segments(share, patch_of), jnp.zeros_like(x)), None
 
 
-segment_max.defvjp(_max_forward, _max_backward)
+_segment_max.defvjp(_max_forward, _max_backward)

@@ -15,10 +15,10 @@ class ByteEmbedding(nn.Embedding):
 
     def __init__(self, size: int, dim: int, init_std: float | Callable[[Tensor], Tensor]):
         super().__init__(size, dim)
-        if isinstance(init_std, float):
-            nn.init.normal_(self.weight, std=init_std)
-        else:
+        if callable(init_std):
             init_std(self.weight)
+        else:
+            nn.init.normal_(self.weight, std=init_std)
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return super().forward(ids)
