@@ -70,7 +70,7 @@ def twins(form, dtype):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [*((form, "float64") for form in FORMS), ("default", "float32"), ("full", "float32")],
+    [*((form, "float64") for form in FORMS), ("dense", "float32")],
 )
 def test_logits_extra_loss_metrics_and_gradients(form, dtype):
     bind, params, _, twin = twins(form, dtype)
@@ -113,7 +113,7 @@ def test_every_length(x64):
 
 @pytest.mark.parametrize(
     ("form", "dtype"),
-    [("default", "float64"), ("default", "float32"), ("default", "bfloat16"), ("full", "float32")],
+    [("default", "float32"), ("default", "bfloat16"), ("full", "float64")],
 )
 def test_no_logit_sees_its_own_byte_or_a_later_one_nor_another_row(form, dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -144,13 +144,11 @@ def test_no_logit_sees_its_own_byte_or_a_later_one_nor_another_row(form, dtype):
 
 def test_context_over_the_sequence_sees_later_bytes():
     # What the refusal below is for: without it every logit would know the bytes it predicts.
-    _, params, forward, _ = twins("whole", "float32")
-    ids = random_ids(1, 9)
-    changed = ids.copy()
+    _, _, _, twin = twins("whole", "float32")
+    ids = torch.from_numpy(random_ids(1, 9))
+    changed = ids.clone()
     changed[:, -1] = 0
-    assert (
-        np.asarray(forward(params, ids))[:, 0] != np.asarray(forward(params, changed))[:, 0]
-    ).any()
+    assert (twin(ids)[:, 0] != twin(changed)[:, 0]).any()
 
 
 @pytest.mark.parametrize(
@@ -247,20 +245,17 @@ def torch_greedy(twin, prompt, count):
 
 
 def test_cached_generation_is_uncached_generation():
-    # A filter shorter than the text, and a longer one; rows of different lengths, one of them cut
-    # out of a prefill that ran past it.
+    # The filter is shorter than the text; the shorter prompt is cut out of a prefill past its end.
     greedy, prompts = SamplerConfig(sampler="greedy"), [b"to be, or not", b"bytes"]
-    for taps in (7, 100):
-        config = LFByteConfig(**SMALL | {"kernel_length": taps})
-        bind, _ = define_model(config)
-        params = random_params(config, "float32")
-        model = bind(params)
-        cached = generate(model, prompts, 17, greedy, stop_at_eos=False)
-        assert cached == generate_uncached(model, prompts, 17, greedy, stop_at_eos=False)
-        assert all(len(text) == 17 for text in cached) and len(set(cached[0])) > 1
-        twin = build_torch(model_from_dict(to_dict(config))).eval()
-        twin.load_state_dict(to_torch(params))
-        assert [torch_greedy(twin, prompt, 17) for prompt in prompts] == cached
+    config = LFByteConfig(**SMALL | {"kernel_length": 7})
+    params = random_params(config, "float32")
+    model = define_model(config)[0](params)
+    cached = generate(model, prompts, 17, greedy, stop_at_eos=False)
+    assert cached == generate_uncached(model, prompts, 17, greedy, stop_at_eos=False)
+    assert all(len(text) == 17 for text in cached) and len(set(cached[0])) > 1
+    twin = build_torch(model_from_dict(to_dict(config))).eval()
+    twin.load_state_dict(to_torch(params))
+    assert [torch_greedy(twin, prompt, 17) for prompt in prompts] == cached
 
 
 def test_dropout_is_by_row_and_remat_and_devices_change_nothing():
@@ -274,31 +269,30 @@ def test_dropout_is_by_row_and_remat_and_devices_change_nothing():
         rows = jnp.square(output.logits).mean(axis=(1, 2)) + output.extra_loss
         return rows.sum() if axis is None else jax.lax.psum(rows.sum(), axis)
 
-    plain, remade = (
-        jax.jit(jax.value_and_grad(functools.partial(loss, remat=remat))) for remat in (False, True)
-    )
+    plain = jax.jit(jax.value_and_grad(loss))
     wanted, gradients = plain(params, ids, keys)
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.P("rows")
     spread = jax.shard_map(
-        jax.value_and_grad(functools.partial(loss, axis="rows")),
+        jax.value_and_grad(functools.partial(loss, remat=True, axis="rows")),
         mesh=mesh,
         in_specs=(jax.P(), split, split),
         out_specs=jax.P(),
     )
-    for run in (remade, jax.jit(spread)):
-        found, again = run(params, ids, keys)
-        assert relative_error(np.asarray(found), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
-        for name, gradient in gradients.items():
-            error = relative_error(np.asarray(again[name]), np.asarray(gradient))
-            assert error <= tolerances.GRADIENTS["float32"], name
+    found, again = jax.jit(spread)(params, ids, keys)
+    assert relative_error(np.asarray(found), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
+    for name, gradient in gradients.items():
+        error = relative_error(np.asarray(again[name]), np.asarray(gradient))
+        assert error <= tolerances.GRADIENTS["float32"], name
     assert plain(params, ids, keys[::-1])[0] != wanted  # dropout was on
     turned, _ = plain(params, ids[::-1], keys[::-1])
     assert relative_error(np.asarray(turned), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
 
 
 def test_starts_with_the_declared_scales():
-    config = LFByteConfig(embed_dim=64, num_layers=1, adapt_dim=32, kernel_length=48)
+    config = LFByteConfig(
+        embed_dim=64, num_layers=1, adapt_dim=64, kernel_length=64, rank=64, hidden_mult=1
+    )
     _, params = split_model(build_model(config))
     twin = build_torch(model_from_dict(to_dict(config)))
     tensors = to_torch(params)
