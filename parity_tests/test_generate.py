@@ -1,0 +1,138 @@
+"""Generation, JAX against torch: samplers on the same numbers, greedy bytes of the same model."""
+
+import dataclasses
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import bytelm_jax.generate as ours
+import bytelm_torch.generate as theirs
+from bytelm_jax.config import ByteVocab, MegabyteConfig
+from bytelm_jax.models import define_model
+from bytelm_jax.parity import make_twin
+from bytelm_torch.config import ByteVocab as TorchVocab
+from parity_tests.tolerances import LOGITS
+from parity_tests.twins import random_params
+
+TEXT = b"Patches of 4: \xc3\xa9!"
+# No share here is met exactly by a number of equal probabilities: there rounding would decide.
+SAMPLERS = [
+    {"sampler": "greedy"},
+    {"temperature": 0.0},
+    {},
+    {"temperature": 0.7},
+    {"top_k": 10},
+    {"top_p": 0.83, "temperature": 1.3},
+    {"top_k": 40, "top_p": 0.96},
+    {"sampler": "entropy"},
+    {"sampler": "entropy", "temperature": 0.6, "top_k": 30, "top_p": 0.87},
+    {"sampler": "entropy", "entropy_low": 1.0, "entropy_medium": 3.0, "entropy_high": 6.0},
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The programs here run for milliseconds and compile for seconds."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def public(module):
+    """Names and signatures of what a module defines, in its order."""
+    defined = [
+        (name, thing)
+        for name, thing in vars(module).items()
+        if not name.startswith("_") and getattr(thing, "__module__", "") == module.__name__
+    ]
+    return [(name, list(inspect.signature(thing).parameters)) for name, thing in defined]
+
+
+def test_public_names_and_fields_are_the_same_in_order():
+    assert public(ours) == public(theirs)
+    assert len(public(ours)) == 7
+    for kind in (ours.SamplerConfig, theirs.SamplerConfig):
+        assert dataclasses.asdict(kind()) == {
+            "sampler": "categorical",
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "entropy_low": 0.3,
+            "entropy_medium": 1.2,
+            "entropy_high": 2.5,
+        }
+    source = inspect.getsource(ours.SamplerConfig)
+    assert inspect.getsource(theirs.SamplerConfig) == source
+
+
+def logits_of_every_entropy(rows, size):
+    """Peaked and flat rows, with equal logits among them and an id ruled out."""
+    source = np.random.default_rng(0)
+    logits = source.normal(size=(rows, size)) * np.geomspace(0.01, 30, rows)[:, None]
+    logits[::3] = np.round(logits[::3])
+    logits[:, 5] = -np.inf
+    return logits
+
+
+@pytest.mark.parametrize("fields", SAMPLERS)
+def test_samplers_agree(fields, x64):
+    logits = logits_of_every_entropy(48, 259)
+    uniform = np.random.default_rng(1).random(48)
+    left = ours.probabilities(jnp.asarray(logits), ours.SamplerConfig(**fields))
+    right = theirs.probabilities(torch.from_numpy(logits), theirs.SamplerConfig(**fields))
+    assert left.dtype == jnp.float64 and right.dtype == torch.float64
+    np.testing.assert_array_equal(np.asarray(left) > 0, right.numpy() > 0)
+    np.testing.assert_allclose(left, right.numpy(), rtol=LOGITS["float64"])
+    np.testing.assert_array_equal(
+        ours.draw(left, jnp.asarray(uniform)), theirs.draw(right, torch.from_numpy(uniform)).numpy()
+    )
+    for special in ({}, {"size": 264, "offset": 4, "pad_id": 3, "bos_id": 2, "eos_id": 1}):
+        wide = logits_of_every_entropy(48, special.get("size", 512))
+        for allow_eos in (True, False):
+            np.testing.assert_array_equal(
+                ours.next_ids(
+                    jnp.asarray(wide),
+                    jnp.asarray(uniform),
+                    ours.SamplerConfig(**fields),
+                    ByteVocab(**special),
+                    allow_eos,
+                ),
+                theirs.next_ids(
+                    torch.from_numpy(wide),
+                    torch.from_numpy(uniform),
+                    theirs.SamplerConfig(**fields),
+                    TorchVocab(**special),
+                    allow_eos,
+                ).numpy(),
+            )
+
+
+@pytest.mark.parametrize("variant", ["paper", "in_action"])
+def test_greedy_bytes_of_the_same_model_are_the_same(variant):
+    config = MegabyteConfig(
+        variant=variant,
+        patch_size=4,
+        global_dim=8,
+        local_dim=16,
+        max_length=40,
+        global_layers=2,
+        global_heads=2,
+        local_layers=1,
+        local_heads=2,
+        init_std=0.3,
+    )
+    params = random_params(config, "float32")
+    model, twin = define_model(config)[0](params), make_twin(config, params)
+    options = {"max_new_bytes": 24, "stop_at_eos": False}
+    left, right = ours.SamplerConfig(sampler="greedy"), theirs.SamplerConfig(sampler="greedy")
+    for lengths in ((0, 3, 16, 7, 5, 1), (4, 16, 9, 8, 11, 5)):  # without and with a prefill
+        prompts = [TEXT[:length] for length in lengths]
+        made = ours.generate(model, prompts, sampler=left, **options)
+        assert made == theirs.generate(twin, prompts, sampler=right, **options)
+        assert made == theirs.generate_uncached(twin, prompts, sampler=right, **options)
+        assert len(set(b"".join(made))) > 20
