@@ -20,7 +20,7 @@ from bytelm_jax.models import is_norm
 
 def learning_rate_schedule(
     config: OptimizerConfig, steps: int
-) -> Callable[[Int[Array, ""]], Float[Array, ""]]:
+) -> Callable[[Any], Float[Array, ""]]:
     """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
 
     The first step has learning_rate / warmup_steps and the last step of warm-up the full rate;

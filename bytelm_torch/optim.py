@@ -27,9 +27,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int
         if count < warmup:
             return config.learning_rate * ((count + 1) / warmup)
         done = min((count - warmup) / decay_steps, 1.0)
-        return config.learning_rate * (
-            floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-        )
+        return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
     return schedule
 

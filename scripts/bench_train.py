@@ -69,7 +69,7 @@ def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]
 
 def main() -> None:
     """Prints a line a row."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="RECIPE:BATCH")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a row")
     parser.add_argument("--remat", action="store_true")

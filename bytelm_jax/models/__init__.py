@@ -82,7 +82,7 @@ def is_norm(name: str) -> bool:
 
 def _binder(graphdef: nnx.GraphDef) -> Callable[[Params], Any]:
     def bind(params: Params) -> Any:
-        leaves = {_path(name): nnx.Param(value) for name, value in params.items()}
+        leaves: dict[Any, Any] = {_path(name): nnx.Param(value) for name, value in params.items()}
         return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
     return bind

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 Choose = Callable[[Array, int], Array]
@@ -52,7 +52,7 @@ def check_ids(ids: Array, size: int) -> None:
 
     A traced id out of range gives NaN logits through the embedding instead.
     """
-    if ids.size == 0 or isinstance(ids, jax.core.Tracer):
+    if ids.size == 0 or isinstance(ids, Tracer):
         return
     values = np.asarray(ids)
     bad = values[(values < 0) | (values >= size)]
