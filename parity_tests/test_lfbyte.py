@@ -26,6 +26,7 @@ FORMS = {
     "whole": LFByteConfig(**SMALL, **WHOLE, hidden_mult=0),
     "original": LFByteConfig.original(embed_dim=12, num_layers=2, adapt_dim=6, num_experts=3),
 }
+FAST = {"xla_backend_optimization_level": 0}  # compiling takes the time, running none
 LENGTH = 140  # past the convolution's chunk and its double: both kinds of transform take part
 
 
@@ -82,7 +83,7 @@ def test_logits_extra_loss_metrics_and_gradients(form, dtype):
         return (weights * output.logits).mean() + output.extra_loss.mean(), output
 
     with jax.enable_x64(dtype == "float64"):
-        run = jax.jit(jax.value_and_grad(weighed, has_aux=True))
+        run = jax.jit(jax.value_and_grad(weighed, has_aux=True), compiler_options=FAST)
         (_, ours), gradients = jax.device_get(run(params))
     theirs = twin.outputs(torch.from_numpy(ids))
     twin.zero_grad()
@@ -101,9 +102,9 @@ def test_logits_extra_loss_metrics_and_gradients(form, dtype):
         assert error <= tolerances.GRADIENTS[dtype], name
 
 
-def test_every_length(x64):
+def test_nothing_and_one_byte(x64):
     _, params, forward, twin = twins("default", "float64")
-    for length in (0, 1, 65):
+    for length in (0, 1):
         ids = random_ids(1, length)
         ours = np.asarray(forward(params, ids))
         theirs = twin(torch.from_numpy(ids)).detach().numpy()
@@ -269,7 +270,7 @@ def test_dropout_is_by_row_and_remat_and_devices_change_nothing():
         rows = jnp.square(output.logits).mean(axis=(1, 2)) + output.extra_loss
         return rows.sum() if axis is None else jax.lax.psum(rows.sum(), axis)
 
-    plain = jax.jit(jax.value_and_grad(loss))
+    plain = jax.jit(jax.value_and_grad(loss), compiler_options=FAST)
     wanted, gradients = plain(params, ids, keys)
     mesh = jax.make_mesh((2,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.P("rows")
@@ -279,7 +280,7 @@ def test_dropout_is_by_row_and_remat_and_devices_change_nothing():
         in_specs=(jax.P(), split, split),
         out_specs=jax.P(),
     )
-    found, again = jax.jit(spread)(params, ids, keys)
+    found, again = jax.jit(spread, compiler_options=FAST)(params, ids, keys)
     assert relative_error(np.asarray(found), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
     for name, gradient in gradients.items():
         error = relative_error(np.asarray(again[name]), np.asarray(gradient))

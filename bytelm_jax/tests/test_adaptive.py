@@ -117,7 +117,11 @@ def test_sparse_dispatch_is_the_dense_sum_with_the_same_gates(rank, x64):
         y = nnx.merge(graphdef, params).dense(x[None], a[None], full[None])[0]
         return (weights * y).sum(), y
 
-    forms = [jax.jit(jax.value_and_grad(f, (0, 1, 2, 3), has_aux=True)) for f in (sparse, dense)]
+    fast = {"xla_backend_optimization_level": 0}  # compiling takes the time, running none
+    forms = [
+        jax.jit(jax.value_and_grad(form, (0, 1, 2, 3), has_aux=True), compiler_options=fast)
+        for form in (sparse, dense)
+    ]
     gates = np.random.default_rng(2).dirichlet(np.ones(2), 5)
     for choice in CHOICES.values():
         values = (params, normal(5, INPUTS), normal(5, ADAPT, seed=1), gates, np.array(choice))

@@ -31,8 +31,8 @@ def random(rows, length, taps, dim=2):
 @pytest.mark.parametrize(
     ("length", "taps"),
     [
-        *((length, length) for length in (1, 7, 64, 65, 129, 1000, 8191, 8192)),
-        *((300, taps) for taps in (1, 65, 66, 500)),
+        *((length, length) for length in (1, 7, 65, 1000, 8191, 8192)),
+        *((300, taps) for taps in (65, 66, 500)),
         (8000, 257),
     ],
 )
