@@ -1,7 +1,15 @@
 """bytelm: byte-level language models, trained in JAX and proven equal in PyTorch."""
 
 from bytelm_jax import recipes
-from bytelm_jax.config import ByteVocab, MegabyteConfig, Recipe
+from bytelm_jax.config import BLTConfig, ByteVocab, LFByteConfig, MegabyteConfig, Recipe
 from bytelm_jax.models import build_model
 
-__all__ = ["ByteVocab", "MegabyteConfig", "Recipe", "build_model", "recipes"]
+__all__ = [
+    "BLTConfig",
+    "ByteVocab",
+    "LFByteConfig",
+    "MegabyteConfig",
+    "Recipe",
+    "build_model",
+    "recipes",
+]
