@@ -118,7 +118,7 @@ def _probabilities(logits: Array, mode: str, numbers: _Numbers) -> Array:
     limit = jnp.where(bits < numbers.low, 1, jnp.where(bits < numbers.medium, 10, numbers.top_k))
     cooling = jnp.where(bits > numbers.high, 0.8 * numbers.temperature, numbers.temperature)
     # All pairs and no sort or scan, here and in `draw`: these are compiled once for every byte of a
-    # round and dominate its compile time, while 257² comparisons fuse into one reduction.
+    # round and dominate its compile time, while S² comparisons fuse into one reduction.
     mine, other = logits[:, :, None], logits[:, None, :]
     ahead = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool)[None])
     kept = ahead.sum(axis=-1) < jnp.minimum(limit, numbers.top_k)

@@ -83,6 +83,7 @@ def logits_of_every_entropy(rows, size):
 def test_samplers_agree(fields, x64):
     logits = logits_of_every_entropy(48, 259)
     uniform = np.random.default_rng(1).random(48)
+    uniform[::6] = 1  # which a number below 1 may round to
     left = ours.probabilities(jnp.asarray(logits), ours.SamplerConfig(**fields))
     right = theirs.probabilities(torch.from_numpy(logits), theirs.SamplerConfig(**fields))
     assert left.dtype == jnp.float64 and right.dtype == torch.float64
@@ -130,9 +131,9 @@ def test_greedy_bytes_of_the_same_model_are_the_same(variant):
     model, twin = define_model(config)[0](params), make_twin(config, params)
     options = {"max_new_bytes": 24, "stop_at_eos": False}
     left, right = ours.SamplerConfig(sampler="greedy"), theirs.SamplerConfig(sampler="greedy")
-    for lengths in ((0, 3, 16, 7, 5, 1), (4, 16, 9, 8, 11, 5)):  # without and with a prefill
-        prompts = [TEXT[:length] for length in lengths]
-        made = ours.generate(model, prompts, sampler=left, **options)
-        assert made == theirs.generate(twin, prompts, sampler=right, **options)
-        assert made == theirs.generate_uncached(twin, prompts, sampler=right, **options)
-        assert len(set(b"".join(made))) > 20
+    prompts = [TEXT[:length] for length in (0, 3, 4, 16, 7, 5, 11)]
+    # One by one here, as a ragged batch there.
+    made = [ours.generate(model, [prompt], sampler=left, **options)[0] for prompt in prompts]
+    assert made == theirs.generate(twin, prompts, sampler=right, **options)
+    assert made == theirs.generate_uncached(twin, prompts, sampler=right, **options)
+    assert len(set(b"".join(made))) > 20
