@@ -79,8 +79,8 @@ class EnhancedSGD(torch.optim.Optimizer):
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = EnhancedSGD(model.named_parameters(), lr=0.1, weight_decay=0.0)
-    >>> for _ in range(100):
+    >>> optimizer = EnhancedSGD(model.named_parameters(), lr=0.2, weight_decay=0.0)
+    >>> for _ in range(50):
     ...     optimizer.zero_grad()
     ...     loss = model(torch.eye(3)).square().sum()
     ...     loss.backward()

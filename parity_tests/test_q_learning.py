@@ -180,9 +180,8 @@ def test_normals_are_the_same(x64, dtype):
     assert np.linalg.norm(a - b) / np.linalg.norm(b) <= LOGITS[dtype]
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_200_steps_end_at_the_same_parameters(x64, name):
-    run, twin = both(name)
+def test_200_steps_with_noise_end_at_the_same_parameters(x64):
+    run, twin = both("noise")
     batches = inputs(200)
     told, same = run.train(*batches), twin.train(*batches)
     assert differs(run, twin) <= AFTER_200_STEPS
@@ -194,12 +193,18 @@ def test_200_steps_end_at_the_same_parameters(x64, name):
 
 
 def test_actions_are_the_same_for_2000_steps(x64):
+    """And the parameters after 200 of them and after all."""
     run, twin = both("plain")
     batches = inputs(2000)
-    told, same = run.train(*batches), twin.train(*batches)
+    rows = []
+    for part in (slice(0, 200), slice(200, 2000)):
+        chunk = [column[part] for column in batches]
+        rows.append((run.train(*chunk), twin.train(*chunk)))
+        assert differs(run, twin) <= AFTER_200_STEPS
     for what in TOLD:
-        np.testing.assert_array_equal(told[what], same[what])
-    assert differs(run, twin) <= AFTER_200_STEPS
+        for told, same in rows:
+            np.testing.assert_array_equal(told[what], same[what])
+    same = rows[-1][1]
     assert len(np.unique(same["actions"][:, 0])) == len(bytelm_jax.q_agent.LEARNING_RATE_ACTIONS)
     assert len(np.unique(same["actions"][:, 1])) == len(bytelm_jax.q_agent.MOMENTUM_ACTIONS)
     assert same["judged"][-1] == 1999
@@ -207,12 +212,12 @@ def test_actions_are_the_same_for_2000_steps(x64):
 
 @pytest.mark.parametrize(("dtype", "interval"), [("float32", 1), ("float64", 10)])
 def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
-    """2,000 steps of a falling loss with 1 % of noise, a tenth of the steps not finite."""
+    """1,000 steps of a falling loss with 1 % of noise, a tenth of the steps not finite."""
     source = np.random.default_rng(interval)
-    losses = (np.exp(-np.arange(2000) / 700) + 1) * (1 + 0.01 * source.standard_normal(2000))
-    norms = source.lognormal(0, 0.3, 2000)
-    losses[source.random(2000) < 0.05] = np.nan
-    norms[source.random(2000) < 0.05] = np.inf
+    losses = (np.exp(-np.arange(1000) / 400) + 1) * (1 + 0.01 * source.standard_normal(1000))
+    norms = source.lognormal(0, 0.3, 1000)
+    losses[source.random(1000) < 0.05] = np.nan
+    norms[source.random(1000) < 0.05] = np.inf
     signals = losses.astype(dtype), norms.astype(dtype)
 
     config = bytelm_jax.q_agent.QLearningConfig(interval=interval)
@@ -233,7 +238,7 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
         same.append((other.actions, other.cell, other.skipped, other.explored))
     for a, b in zip(told, zip(*same, strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(a), torch.stack(b).numpy())
-    assert 150 < int(other.skipped) == int(np.sum(~np.isfinite(losses) | ~np.isfinite(norms)))
+    assert 70 < int(other.skipped) == int(np.sum(~np.isfinite(losses) | ~np.isfinite(norms)))
     tables = np.asarray(agent.q_learning_rate), other.q_learning_rate.numpy()
     assert np.linalg.norm(tables[0] - tables[1]) / np.linalg.norm(tables[1]) <= LOGITS["float32"]
 

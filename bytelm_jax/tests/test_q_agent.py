@@ -165,18 +165,20 @@ def test_a_finite_loss_however_large_poisons_nothing():
 # ---- what it learns -----------------------------------------------------------------------------
 
 
+BEST = (0, 1, 4, 5, 8)  # no change, times 1.025, over 1.05, times 1.1, over 1.15
+
+
 @functools.cache
 def worlds():
     """5,000 decisions through `update()` of runs whose loss answers to the scale just chosen.
 
-    Three kinds, a row each: in the first nine worlds the loss falls 1.5 times as fast after one
-    scale as after any other, 20 seeds each; then it falls the same whatever is done, in 20 runs
-    without and in 100 runs with 1 % of noise, the gradient norm scattering by a tenth in all.
+    First 20 seeds for each scale of BEST, after which the loss falls 1.5 times as fast as after
+    any other; then 20 runs in which it falls the same whatever is done, and 80 of the same with
+    1 % of noise. The gradient norm scatters by a tenth in all.
     """
-    scales = np.repeat(np.arange(9), 20)
-    best = np.concatenate([scales, np.full(120, -1)])
-    noise = np.concatenate([np.zeros(200), np.full(100, 0.01)])
-    seeds = np.concatenate([np.tile(np.arange(20), 10), np.arange(100)])
+    best = np.concatenate([np.repeat(BEST, 20), np.full(100, -1)])
+    noise = np.where(np.arange(200) < 120, 0.0, 0.01)
+    seeds = np.concatenate([np.tile(np.arange(20), 6), np.arange(80)])
 
     def run(best, noise, seed):
         optimizer = q_learning_sgd(1.0, controller=EVERY_STEP, seed=seed)
@@ -201,16 +203,16 @@ def worlds():
     return tuple(np.asarray(rows) for rows in jax.jit(jax.vmap(run))(*inputs))
 
 
-@pytest.mark.parametrize("best", range(9))
-def test_the_scale_to_which_the_loss_responds_best_is_learned(best):
+@pytest.mark.parametrize("which", range(len(BEST)))
+def test_the_scale_to_which_the_loss_responds_best_is_learned(which):
     actions, greedy, _ = worlds()
-    rows = slice(20 * best, 20 * best + 20)
-    chosen = np.mean(actions[rows, -500:] == best, axis=1)
+    rows = slice(20 * which, 20 * which + 20)
+    chosen = np.mean(actions[rows, -500:] == BEST[which], axis=1)
     assert np.sum(chosen > 0.5) == 20
-    assert np.mean(greedy[rows, -500:] == best) > 0.9
+    assert np.mean(greedy[rows, -500:] == BEST[which]) > 0.9
 
 
-@pytest.mark.parametrize("rows", [slice(180, 200), slice(200, 300)], ids=["clean", "noisy"])
+@pytest.mark.parametrize("rows", [slice(100, 120), slice(120, 200)], ids=["clean", "noisy"])
 def test_a_loss_that_falls_the_same_whatever_is_done_causes_no_drift(rows):
     _, _, scales = worlds()
     mean = np.mean(scales[rows], axis=0)
@@ -274,8 +276,8 @@ def test_eight_devices_act_as_one(x64):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     optimizer = q_learning_sgd(0.05, noise_scale=0.1, controller=EVERY_STEP)
     source = np.random.default_rng(0)
-    inputs = jnp.asarray(source.standard_normal((100, 16, 4)))
-    targets = inputs.sum(-1) + jnp.asarray(source.standard_normal((100, 16)))
+    inputs = jnp.asarray(source.standard_normal((60, 16, 4)))
+    targets = inputs.sum(-1) + jnp.asarray(source.standard_normal((60, 16)))
     params = {"a.kernel": jnp.zeros((4, 1)), "a.bias": jnp.zeros(1)}
     start = params, optimizer.init(params)
 
@@ -307,7 +309,7 @@ def test_eight_devices_act_as_one(x64):
     )
     one, actions = jax.jit(run)(inputs, targets, True)
     ends, eight = on_devices(inputs, targets, True)
-    assert eight.shape == (8, 100, 2)
+    assert eight.shape == (8, 60, 2)
     np.testing.assert_array_equal(eight, np.broadcast_to(actions, eight.shape))
     for name, end in ends.items():
         distances = np.linalg.norm(end - one[name], axis=tuple(range(1, end.ndim)))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import bytelm_torch.q_learning
+from bytelm_torch import threefry
 from bytelm_torch.q_agent import QLearningConfig
 from bytelm_torch.q_learning import EnhancedSGD, _layout, q_learning_metrics
 
@@ -34,7 +35,7 @@ def train(network, optimizer, steps):
         loss = loss_of(network)
         loss.backward()
         optimizer.step(loss=loss)
-    return loss
+    return loss.detach()
 
 
 def equal(one, other):
@@ -72,10 +73,10 @@ def test_closure_and_loss_are_the_same_and_one_of_them_is_needed():
 def test_it_learns_from_a_closure_with_plain_parameters():
     network = model(torch.float32)
     optimizer = EnhancedSGD(network.parameters(), lr=0.1, controller=EVERY_STEP)
-    before = float(loss_of(network))
-    assert float(train(network, optimizer, 200)) < before / 4
+    before = float(loss_of(network).detach())
+    assert float(train(network, optimizer, 80)) < before / 2
     metrics = q_learning_metrics(optimizer)
-    assert int(metrics["decisions"]) == 199
+    assert int(metrics["decisions"]) == 79
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
@@ -137,10 +138,10 @@ def test_a_state_dict_keeps_float32_momenta_of_bfloat16_weights():
 def test_a_saved_state_is_not_touched_by_later_steps():
     network = model()
     optimizer = EnhancedSGD(network.parameters(), lr=0.1, controller=EVERY_STEP)
-    train(network, optimizer, 300)
+    train(network, optimizer, 40)
     saved = optimizer.state_dict()["q_learning"]["agent"]
     table = saved["q_learning_rate"].clone()
-    train(network, optimizer, 50)
+    train(network, optimizer, 20)
     assert torch.equal(saved["q_learning_rate"], table)
     assert not torch.equal(optimizer.agent.q_learning_rate, table)
 
@@ -215,6 +216,12 @@ def test_a_step_that_is_not_finite_changes_nothing(broken):
     assert int(metrics["skipped_steps"]) == 1
     assert float(metrics["reward"]) == -1.0
     assert float(metrics["learning_rate_scale"]) == pytest.approx(scale / 2)
+
+
+def test_noise_drawn_in_pieces_is_the_same(monkeypatch):
+    whole = threefry.normals((1, 2), (7, 300), torch.float32)
+    monkeypatch.setattr(threefry, "_CHUNK", 1000)
+    assert torch.equal(threefry.normals((1, 2), (7, 300), torch.float32), whole)
 
 
 def parameter(*shape, path=None):
