@@ -78,9 +78,10 @@ class EnhancedSGD(torch.optim.Optimizer):
     Every replica must be given the same loss and gradient.
 
     >>> import torch
+    >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
-    >>> optimizer = EnhancedSGD(model.named_parameters(), lr=0.2, weight_decay=0.0)
-    >>> for _ in range(50):
+    >>> optimizer = EnhancedSGD(model.named_parameters(), lr=0.1, weight_decay=0.0)
+    >>> for _ in range(100):
     ...     optimizer.zero_grad()
     ...     loss = model(torch.eye(3)).square().sum()
     ...     loss.backward()
