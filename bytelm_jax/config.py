@@ -163,8 +163,8 @@ class TrainConfig:
     """The run. `batch_size` is global and counts windows; 0 for `devices` means all local ones.
 
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
-    float32. `*_every=0` turns that periodic action off. `eval_windows` bounds the validation
-    windows of each evaluation during training.
+    float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
+    `eval_windows` bounds the validation windows of each evaluation during training.
     """
 
     steps: int = 1000
@@ -221,7 +221,7 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
     """Builds `kind` from what `to_dict` gave. Unknown, missing or ill-typed fields raise."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union) or kind in MODEL_CONFIGS:
-        return _model_from_dict(value, where)
+        return model_from_dict(value, where)
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_dict(kind, value, where)
     if origin is Literal:
@@ -236,12 +236,8 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
     return value
 
 
-def model_from_dict(value: Any, where: str = "model") -> ModelConfig:
+def model_from_dict(value: Any, where: str = "model") -> Any:
     """The model config whose `architecture` the dictionary names."""
-    return _model_from_dict(value, where)
-
-
-def _model_from_dict(value: Any, where: str) -> Any:
     require(isinstance(value, dict), f"{where}={value!r}: must be an object")
     fields = dict(value)
     tag = fields.pop("architecture", None)
