@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from bytelm_jax.arguments import UsageError, parse_call
@@ -34,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
+        # A failed Orbax write leaves coroutines that speak of themselves as the process ends, after
+        # the one line that says what to do.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         prefix = f"bytelm {name}: " if name in COMMANDS else "bytelm: "
         print(prefix + _one_line(error), file=sys.stderr)
         return 2
