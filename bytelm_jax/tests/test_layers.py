@@ -11,6 +11,7 @@ from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.loss import cross_entropy, token_nats
+from bytelm_jax.models import build_model, define_model, split_model
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.parity import relative_error
 from parity_tests import tolerances
@@ -114,3 +115,11 @@ def test_patches_shift_as_written_out():
     np.testing.assert_array_equal(
         np.asarray(model._shift(patches.reshape(1, 8), axis=1)), [[pad, 1, 2, 3, 4, 5, 6, 7]]
     )
+
+
+def test_traced_init_draws_what_nnx_rngs_would():
+    config = MEGABYTES["paper"]
+    _, built = split_model(build_model(config, nnx.Rngs(3)))
+    for name, value in define_model(config)[1](3).items():
+        np.testing.assert_array_equal(value, built.pop(name))
+    assert not built
