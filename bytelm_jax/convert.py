@@ -39,9 +39,9 @@ _LEAVES = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
     "scale": ("weight", False),
-    "bias": ("bias", False),
-    "kernels": ("kernels", False),
-    "taps": ("taps", False),
+} | {
+    name: (name, False)
+    for name in ("bias", "kernels", "taps", "gain", "coefficients", "gamma", "beta")
 }
 """Kind of leaf in JAX → its name in torch, and whether its last two axes change places."""
 

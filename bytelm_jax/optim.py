@@ -60,8 +60,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter called `name`: not to norms and biases."""
-    return not is_norm(name) and not name.endswith("bias")
+    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
+
+    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    """
+    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:

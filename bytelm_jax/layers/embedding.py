@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
@@ -68,3 +69,19 @@ class PositionEmbedding(nnx.Module):
 
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)
+
+
+def sinusoidal_positions(
+    start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
+) -> Float[Array, "{count} {dim}"]:
+    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
+
+    The frequencies come from float64 and the angles are rounded to at least float32, so that both
+    packages and every length give a position the same angles.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    pair = np.arange(dim) // 2
+    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide)
+    angles = (start + jnp.arange(count)).astype(wide)[:, None] * frequencies[None]
+    even = (np.arange(dim) % 2 == 0)[None]
+    return jnp.where(even, jnp.sin(angles), jnp.cos(angles)).astype(dtype)

@@ -14,7 +14,7 @@ from bytelm_jax.tokenizer import ByteTokenizer
 
 CONFIG = BLTConfig(patcher="space")
 VOCAB = CONFIG.vocab
-PATCHERS = ("entropy", "space", "fixed", "byte")
+PATCHERS = ("entropy", "histogram", "space", "fixed", "byte")
 
 
 def shifted_ids(data: bytes) -> np.ndarray:
