@@ -51,7 +51,7 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
     """The rules again, one byte after the other, characters by CPython's incremental decoder."""
     found, decoder = [0, 1], codecs.getincrementaldecoder("utf-8")("replace")
     alphabet = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-    in_run = False
+    in_run, summed = False, 0.0
     for j, byte in enumerate(data, start=1):
         decoder.decode(bytes([byte]))
         held = decoder.getstate()[0]
@@ -59,15 +59,24 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
         surrogate = held[:1] == b"\xed" and held[1:2] >= b"\xa0"
         pending = held != b"" and not surrogate and config.whole_characters
         separator = byte < 0x80 and byte not in alphabet
+        summed += np.mean([shannon(data[max(0, j - n) : j]) for n in (3, 5, 7)])
         wanted = {
             "entropy": entropies[j] > config.threshold and not pending,
+            "histogram": summed > config.threshold and not pending,
             "space": separator and not in_run and not pending,
             "fixed": j % config.patch_size == 0 and not pending,
             "byte": True,
         }[config.patcher]
         in_run = separator
         found += [j + 1] if wanted else []
+        summed = 0.0 if wanted else summed
     return found
+
+
+def shannon(data: bytes) -> float:
+    """Entropy in bits of the histogram of some bytes."""
+    shares = np.unique(list(data), return_counts=True)[1] / len(data)
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def bytes_of(digits: str) -> np.ndarray:
