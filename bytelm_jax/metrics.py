@@ -65,8 +65,8 @@ class Throughput:
     """Bytes a second and model FLOP utilisation since the last reading."""
 
     def __init__(self, flops_per_byte: float, devices: int):
-        """`flops_per_byte` is the model's forward cost; training costs three times that."""
-        self._flops, self._devices = 3 * flops_per_byte, devices
+        """`flops_per_byte` is the cost of training on a byte."""
+        self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops()
         self.restart()
 

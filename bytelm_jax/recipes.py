@@ -6,7 +6,15 @@ Each docstring says what it is and the command; measured figures stand in the RE
 from dataclasses import replace
 from difflib import get_close_matches
 
-from bytelm_jax.config import DataConfig, MegabyteConfig, OptimizerConfig, Recipe, TrainConfig
+from bytelm_jax.config import (
+    BLTConfig,
+    DataConfig,
+    EntropyConfig,
+    MegabyteConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainConfig,
+)
 
 _RECIPE = {"return": Recipe}
 """The annotations by which `names` tells a recipe from other functions."""
@@ -14,6 +22,8 @@ _RECIPE = {"return": Recipe}
 _TINY_DATA = DataConfig(sequence_length=256)
 _TINY_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
 _TINY_TRAIN = TrainConfig(steps=600, batch_size=16, eval_every=200, checkpoint_every=200)
+
+_ENTROPY_TINY = EntropyConfig(dim=96, layers=2, heads=4, hidden_dim=256, window=128)
 
 _LARGE_DATA = DataConfig(sequence_length=2048)
 _LARGE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=500)
@@ -87,6 +97,71 @@ def transformer_132m() -> Recipe:
         local_heads=1,
     )
     return replace(megabyte_132m(), name="transformer_132m", model=model)
+
+
+def entropy_tiny() -> Recipe:
+    """The entropy model of `blt_tiny`: `bytelm train entropy_tiny`, then `bytelm calibrate`."""
+    train = replace(_TINY_TRAIN, steps=300, eval_every=150, checkpoint_every=150)
+    return replace(megabyte_tiny(), name="entropy_tiny", model=_ENTROPY_TINY, train=train)
+
+
+def entropy_100m() -> Recipe:
+    """The entropy model of the public weights, 99,512,064 parameters: `bytelm train entropy_100m`.
+
+    `--dim 512 --layers 4 --heads 8 --hidden-dim 1408` makes it the one of `blt_767m`.
+    """
+    return replace(megabyte_132m(), name="entropy_100m", model=EntropyConfig())
+
+
+def blt_tiny() -> Recipe:
+    """BLT for two CPU cores: `bytelm train blt_tiny --entropy-from runs/entropy_tiny`.
+
+    Of these parameters 271,584 are the entropy model's.
+    """
+    model = BLTConfig(
+        entropy=_ENTROPY_TINY,
+        ngram_rows=2003,
+        local_dim=64,
+        local_window=128,
+        encoder_heads=4,
+        encoder_hidden_dim=176,
+        decoder_layers=3,
+        decoder_heads=4,
+        decoder_hidden_dim=176,
+        global_dim=192,
+        global_layers=3,
+        global_heads=4,
+        global_hidden_dim=512,
+    )
+    return replace(megabyte_tiny(), name="blt_tiny", model=model)
+
+
+def blt_767m() -> Recipe:
+    """BLT of 766,579,968 parameters, 230,409,216 of them n-gram tables, for one GPU or more.
+
+    `bytelm train blt_767m --entropy-from DIR`, DIR a calibrated run of `entropy_100m` or smaller.
+    """
+    entropy = EntropyConfig(dim=512, layers=4, heads=8, hidden_dim=1408)
+    model = BLTConfig(
+        entropy=entropy,
+        ngram_rows=50_002,
+        local_dim=768,
+        encoder_heads=12,
+        encoder_hidden_dim=2048,
+        decoder_layers=6,
+        decoder_heads=12,
+        decoder_hidden_dim=2048,
+        global_dim=1536,
+        global_layers=16,
+        global_heads=16,
+        global_hidden_dim=4096,
+    )
+    return replace(megabyte_132m(), name="blt_767m", model=model)
+
+
+def blt_1b() -> Recipe:
+    """BLT in the shape of the public 1B weights, 4,633,127,680 parameters, most of them tables."""
+    return replace(megabyte_132m(), name="blt_1b", model=BLTConfig())
 
 
 def names() -> list[str]:

@@ -217,7 +217,7 @@ class BLTConfig:
     def flops_per_byte(self, length: int) -> float:
         """Forward floating-point operations a byte at `length` bytes, `bytes_per_patch` a patch.
 
-        Causal attention counts half; the entropy model, which is not trained here, counts once.
+        Causal attention counts half.
         """
         local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
         keys, patches = _mean_keys(length, self.local_window), length / self.bytes_per_patch
@@ -232,7 +232,11 @@ class BLTConfig:
         if queries * local != wide:
             patch += queries * local * wide
         work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
-        return work + (self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0)
+        return work + self.frozen_flops_per_byte(length)
+
+    def frozen_flops_per_byte(self, length: int) -> float:
+        """The part of `flops_per_byte` that training runs forward alone: the entropy model."""
+        return self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0.0
 
     def _encoder_layer(self) -> int:
         heads = (self.encoder_heads, self.encoder_kv_heads)
@@ -258,6 +262,32 @@ class BLTConfig:
 
     def _decoder_cross(self) -> int:
         return _cross_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchingContract:
+    """How a run's text was cut into patches: data that is cut otherwise is not what it knows.
+
+    `entropy_model` is the SHA-256 of the entropy model's parameters, empty under other patchers.
+    `histogram` counts the patches of 1, 2, … bytes, the last entry those of that length or longer,
+    on a sample of `sampled_bytes` bytes.
+    """
+
+    patcher: Literal["entropy", "space", "fixed", "byte"]
+    threshold: float
+    entropy_model: str
+    sampled_bytes: int
+    histogram: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sampled_bytes")
+        usable = min(self.histogram, default=-1) >= 0 and sum(self.histogram) > 0
+        require(usable, f"histogram={self.histogram}: must hold counts, one of them above 0")
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of a patch in bytes."""
+        return self.sampled_bytes / sum(self.histogram)
 
 
 def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
