@@ -21,6 +21,7 @@ from jaxtyping import Float32
 
 from bytelm_jax import checkpoint, patching
 from bytelm_jax.config import BLTConfig, EntropyConfig, PatchingContract, Recipe, require
+from bytelm_jax.config_blt import HISTOGRAM_LIMIT
 from bytelm_jax.data import Windows, evaluation_batches
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.models.entropy import entropy, shift_right
@@ -53,10 +54,12 @@ def boundary_scores(
     """For every byte the least threshold under which no patch starts at it.
 
     That is the entropy of its prediction where the patcher `entropy` is free to choose, plus
-    infinity where a patch starts in any case and minus infinity where none may. `params` are those
-    of the whole model.
+    infinity where a patch starts in any case (under another patcher, wherever one starts) and minus
+    infinity where none may. `params` are those of the whole model.
     """
-    look = _looker(replace(config, threshold=0.0, bytes_per_patch=1.0))  # which it ignores
+    if config.patcher == "entropy":
+        config = replace(config, threshold=0.0)  # which does not matter: one program for all
+    look = _looker(replace(config, bytes_per_patch=1.0))
     own = patcher_params(params)
     found = []
     for ids in evaluation_batches(windows, _ROWS, limit):
@@ -122,7 +125,7 @@ def outside(contract: PatchingContract, found: PatchingContract) -> str | None:
     ratio = found.mean_length / contract.mean_length
     if 1 / BAND <= ratio <= BAND:
         return None
-    cut = f", threshold={found.threshold:.6g}" if found.patcher == "entropy" else ""
+    cut = f", threshold={found.threshold:.6g}" if found.patcher in ("entropy", "histogram") else ""
     return (
         f"mean patch length {found.mean_length:.2f} bytes where {contract.mean_length:.2f} are "
         f"expected (patcher={found.patcher}{cut}); expect worse predictions on this data"
@@ -143,8 +146,13 @@ def calibrate(
     """
     config, params = as_blt(recipe, params)
     require(bytes_per_patch >= 1, f"bytes_per_patch={bytes_per_patch}: must be at least 1")
-    scores = boundary_scores(config, params, windows, limit)
-    config = replace(config, threshold=_threshold(scores, bytes_per_patch))
+    if config.patcher == "histogram":
+        threshold = _histogram_threshold(config, windows, bytes_per_patch, limit)
+        config = replace(config, threshold=threshold)
+        scores = boundary_scores(config, params, windows, limit)
+    else:
+        scores = boundary_scores(config, params, windows, limit)
+        config = replace(config, threshold=_threshold(scores, bytes_per_patch))
     contract = _contract(config, params, scores)
     error = abs(contract.mean_length / bytes_per_patch - 1)
     require(
@@ -164,10 +172,10 @@ def as_blt(recipe: Recipe, params: Params) -> tuple[BLTConfig, Params]:
         case EntropyConfig() as model:
             named = {_PREFIX + name: value for name, value in params.items()}
             return BLTConfig(vocab=model.vocab, entropy=model), named
-        case BLTConfig(patcher="entropy") as model:
+        case BLTConfig(patcher="entropy" | "histogram") as model:
             return model, params
         case BLTConfig(patcher=patcher):
-            why = "has no threshold; only 'entropy' has one"
+            why = "has no threshold; only 'entropy' and 'histogram' have one"
             raise ValueError(f"patcher={patcher!r}: {why}")
         case model:
             why = "cuts no patches by entropy; give a run of an entropy model or of BLT"
@@ -187,6 +195,38 @@ def _threshold(scores: np.ndarray, bytes_per_patch: float) -> float:
         return float(np.nextafter(finite.min(), np.float32(-np.inf)))
     middle = np.float32((float(above) + float(below)) / 2)
     return float(middle if middle < above else below)
+
+
+def _histogram_threshold(
+    config: BLTConfig, windows: Windows, bytes_per_patch: float, limit: int | None
+) -> float:
+    """The threshold in bits whose mean is nearest, by halving: a higher one cuts no more often."""
+    batches = []
+    for ids in evaluation_batches(windows, _ROWS, limit):
+        shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id)
+        found = patching.histogram_entropy(
+            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1])
+        )
+        held = patching.held_back(config, shifted)
+        batches.append((found, held, patching.present(shifted, config.vocab)))
+
+    @jax.jit
+    def count(found: Any, held: Any, counted: Any, cut: Any) -> tuple[Any, Any]:
+        after = (patching.sums_since_start(found, held, cut) > cut) & ~held
+        after = after | (jnp.arange(after.shape[1]) == 0)[None, :]
+        starts = patching.shifted(after.astype(jnp.int32), 1, 1)
+        return counted.sum(), (starts * counted).sum()
+
+    def mean_length(cut: int) -> float:
+        total = np.sum([jax.device_get(count(*batch, cut)) for batch in batches], axis=0)
+        return float(total[0] / total[1])
+
+    low, high = 0, int(HISTOGRAM_LIMIT * patching.BIT)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if mean_length(middle) <= bytes_per_patch else (low, middle)
+    best = min((low, high), key=lambda cut: abs(mean_length(cut) - bytes_per_patch))
+    return best / patching.BIT
 
 
 # ---- the entropy model of a new run -------------------------------------------------------------

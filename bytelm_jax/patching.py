@@ -146,15 +146,21 @@ def patch_starts(
     summed = None
     if config.patcher == "histogram":
         found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
-        held = inside_character(recent) if config.whole_characters else jnp.zeros_like(position > 0)
-        summed = sums_since_start(found, held, math.floor(config.threshold * BIT))
+        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
     after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab)
     return jnp.concatenate([jnp.ones_like(after[:, :1]), after], axis=1)
 
 
+def held_back(config: BLTConfig, ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether no patch may start behind each position, a character being unfinished there."""
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    inside = inside_character(recent)
+    return inside if config.whole_characters else jnp.zeros_like(inside)
+
+
 def sums_since_start(
-    found: Int[Array, "B T"], held: Bool[Array, "B T"], limit: int
+    found: Int[Array, "B T"], held: Bool[Array, "B T"], limit: int | Int[Array, ""]
 ) -> Int[Array, "B T"]:
     """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
 

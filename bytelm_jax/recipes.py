@@ -32,6 +32,31 @@ _LARGE_TRAIN = TrainConfig(
 )
 
 
+_BYTROPIX = BLTConfig(
+    patcher="histogram",
+    threshold=11.0,
+    bytes_per_patch=6.0,
+    ngram_sizes=(3, 4, 5),
+    ngram_rows=30_000,
+    ngram_combine="mean",
+    patch_queries=1,
+    local_dim=256,
+    encoder_heads=8,
+    encoder_hidden_dim=1024,
+    decoder_layers=1,
+    decoder_heads=8,
+    decoder_hidden_dim=1024,
+    global_dim=256,
+    global_layers=4,
+    global_heads=8,
+    global_hidden_dim=1024,
+    feedforward="spline",
+    entropy_attention=True,
+    positions="sinusoidal",
+    dropout=0.1,
+)
+
+
 def megabyte_tiny() -> Recipe:
     """MEGABYTE that learns on two CPU cores in minutes: `bytelm train megabyte_tiny`."""
     model = MegabyteConfig(
@@ -162,6 +187,36 @@ def blt_767m() -> Recipe:
 def blt_1b() -> Recipe:
     """BLT in the shape of the public 1B weights, 4,633,127,680 parameters, most of them tables."""
     return replace(megabyte_132m(), name="blt_1b", model=BLTConfig())
+
+
+def bytropix_tiny() -> Recipe:
+    """Bytropix for two CPU cores: `bytelm train bytropix_tiny`.
+
+    Patches by the entropy of byte histograms, six bytes on average, so it needs no entropy model.
+    """
+    model = replace(
+        _BYTROPIX,
+        dropout=0.0,
+        patch_queries=2,
+        ngram_rows=2003,
+        local_dim=64,
+        local_window=128,
+        encoder_heads=4,
+        encoder_hidden_dim=256,
+        decoder_layers=3,
+        decoder_heads=4,
+        decoder_hidden_dim=256,
+        global_dim=192,
+        global_layers=3,
+        global_heads=4,
+        global_hidden_dim=768,
+    )
+    return replace(megabyte_tiny(), name="bytropix_tiny", model=model)
+
+
+def bytropix() -> Recipe:
+    """Bytropix in the sizes of its first publication: width 256, 4 layers, 8 heads, dropout 0.1."""
+    return replace(megabyte_132m(), name="bytropix", model=_BYTROPIX)
 
 
 def names() -> list[str]:

@@ -142,11 +142,17 @@ def patch_starts(
     summed = None
     if config.patcher == "histogram":
         found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
-        held = inside_character(recent) if config.whole_characters else position < 0
-        summed = sums_since_start(found, held, math.floor(config.threshold * BIT))
+        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
     after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab)
     return F.pad(after, (1, 0), value=True)
+
+
+def held_back(config: BLTConfig, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Whether no patch may start behind each position, a character being unfinished there."""
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    inside = inside_character(recent)
+    return inside if config.whole_characters else torch.zeros_like(inside)
 
 
 def sums_since_start(

@@ -33,13 +33,13 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def vary_like(table: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """`table`, varying over the devices over which `ids` vary; nothing outside `shard_map`.
+def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
+    """`table`, varying over the devices over which `data` vary; nothing outside `shard_map`.
 
-    Inside it the ids vary over devices and the table does not; the cast makes the cotangent type of
-    a custom gradient match, and its transpose sums over the devices.
+    Inside it the data vary over devices and the table does not; the cast makes the cotangent type
+    of a custom gradient match, and its transpose sums over the devices.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in (ids, table)]
+    axes = [jax.typeof(x).manual_axis_type.varying for x in (data, table)]
     varying = tuple(sorted(axes[0] - axes[1]))
     return jax.lax.pcast(table, varying, to="varying") if varying else table
 
