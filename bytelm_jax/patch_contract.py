@@ -79,7 +79,7 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
         never = jnp.full(shifted.shape, -jnp.inf)
         scores = never
         if bind is not None:
-            scores = patching.shifted(entropy(bind(params).predict(shifted)), 1, 0)
+            scores = jnp.roll(entropy(bind(params).predict(shifted)), 1, axis=1)
         free = patching.patch_starts(config, shifted, -never)[:, :-1]
         forced = patching.patch_starts(config, shifted, never)[:, :-1]
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))
