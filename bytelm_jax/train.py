@@ -198,12 +198,17 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
         while step < run.steps and not stop:
-            state, report = step_function(state, parallel.put_batch(mesh, next(batches)))
+            piece = recipe.data.length_at(step)
+            compiles = step == start or piece != recipe.data.length_at(step - 1)
+            if compiles:
+                settle(0, display)
+            rows = next(batches).reshape(-1, piece)
+            state, report = step_function(state, parallel.put_batch(mesh, rows))
             step += 1
             pending.append((step, report))
-            if step == start + 1:  # compilation belongs to no rate
+            if compiles:  # which belongs to no rate
                 settle(0, display)
-                rates.restart()
+                rates.restart(training_flops_per_byte(recipe.model, piece))
             settle(_IN_FLIGHT, display)
 
             last = step == run.steps

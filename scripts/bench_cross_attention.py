@@ -4,8 +4,9 @@
 
 Pooling bytes into patches and reading patches back, forward and backward, one row of text, patches
 of four bytes, one head, float32 random numbers. `linear` is what the model runs: a softmax over
-segments and a gather. `dense` is the masked form with an [N, T] matrix. Times are medians of five after
-warm-up, each waited for; memory is what the compiler sets aside beside inputs and outputs.
+segments and a gather. `dense` is the masked form with an [N, T] matrix. Times are medians after
+warm-up, each waited for, beside the processor time of this process, which other processes disturb
+less; memory is what the compiler sets aside beside inputs and outputs.
 """
 
 import argparse
@@ -52,19 +53,24 @@ def measure(name: str, form: Any, length: int, repeats: int) -> dict[str, object
     states = source.standard_normal((1, length, DIM), np.float32)
     queries = source.standard_normal((1, length // PATCH, QUERIES, DIM), np.float32)
     patch_of = (np.arange(length, dtype=np.int32) // PATCH)[None]
-    loss = lambda *given: jnp.square(form(bind(given[0]), *given[1:], patch_of)).mean()  # noqa: E731
+
+    def loss(params: Any, states: Any, queries: Any) -> Any:
+        return jnp.square(form(bind(params), states, queries, patch_of)).mean()
+
     inputs = jax.device_put((params, states, queries))
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*inputs).compile()
-    times = []
+    times, work = [], []
     for _ in range(repeats + 2):
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.process_time()
         jax.block_until_ready(compiled(*inputs))
         times.append(time.perf_counter() - start)
+        work.append(time.process_time() - began)
     memory = compiled.memory_analysis()
     return {
         "form": name,
         "bytes": length,
         "ms": round(1e3 * statistics.median(times[2:]), 2),
+        "cpu_ms": round(1e3 * statistics.median(work[2:]), 2),
         "temporary_mib": memory and round(memory.temp_size_in_bytes / 2**20, 1),
         "device": jax.devices()[0].device_kind,
     }

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import checkpoint, cli, data, patch_contract, recipes
+from bytelm_jax import checkpoint, cli, data, parallel, patch_contract, recipes
 from bytelm_jax.config import (
     BLTConfig,
     EntropyConfig,
@@ -99,6 +99,24 @@ def test_the_same_command_goes_on_without_its_source(blt_run, text):
     argv = [*BLT, "--warmup-steps", "1", "--data", str(text), "--run-dir", str(blt_run)]
     assert cli.main([*argv, "--steps", "3"]) == 0
     assert checkpoint.load_config(blt_run) == before
+
+
+def test_three_lengths_compile_three_times(tmp_path, text, monkeypatch):
+    """A bucket is a length of rows: the windows' own, and those of the warm-up."""
+    shapes, original = [], parallel.cross_entropy
+
+    def counted(logits, ids, pad_id):
+        shapes.append(ids.shape)
+        return original(logits, ids, pad_id)
+
+    monkeypatch.setattr(parallel, "cross_entropy", counted)
+    lengths = ["--patcher", "space", "--warmup-lengths", "16", "32", "--warmup-length-steps", "2"]
+    argv = [*BLT, *lengths, "--data", str(text), "--run-dir", str(tmp_path / "run")]
+    assert cli.main([*argv, "--steps", "7", "--log-every", "1", "--warmup-steps", "1"]) == 0
+    assert shapes == [(32, 16), (16, 32), (8, 64)], "traced, and so compiled, once each"
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [r["step"] for r in records if "loss" in r] == [*range(1, 8)]
+    assert all(1 < r["patch_length"] < 16 for r in records if "loss" in r)
 
 
 def test_other_data_is_told_by_name(blt_run, text, capsys):
