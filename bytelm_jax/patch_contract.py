@@ -61,7 +61,8 @@ def boundary_scores(
     found = []
     for ids in evaluation_batches(windows, _ROWS, limit):
         scores, counted = look(own, ids)
-        found.append(np.asarray(scores)[np.asarray(counted)])
+        filled = ids[:, :1] != config.vocab.pad_id  # the last batch ends in empty rows
+        found.append(np.asarray(scores)[np.asarray(counted) & filled])
     scores = np.concatenate(found)
     sane = not np.isnan(scores).any()
     require(sane, "entropies: not a number; this entropy model has diverged, train another")
