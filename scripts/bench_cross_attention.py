@@ -40,7 +40,8 @@ def dense(layer: Any, states: Any, queries: Any, patch_of: Any) -> Any:
     own = vectors[None, :, None] == patch_of[:, None, :]
 
     def attend(x: Any, seen: Any, mask: Any) -> Any:
-        return layer._add(x, grouped_attention(layer._queries(x), *layer.keys_values(seen), mask))
+        keys, values = layer.keys_values(seen)
+        return layer._add(x, grouped_attention(layer._queries(x), keys, values, mask))
 
     pooled = attend(queries.reshape(rows, -1, DIM), states, own)
     return attend(states, pooled, jnp.swapaxes(own, 1, 2))

@@ -250,7 +250,7 @@ class BLT(nnx.Module):
         """
         if self.config.patcher != "entropy":
             return None
-        return entropy(self._frozen_patcher().predict(shifted))
+        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted)))
 
     # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
 
@@ -404,10 +404,6 @@ class BLT(nnx.Module):
             memory=put(cache.memory, memory),
             global_calls=cache.global_calls + some,
         )
-
-    def _frozen_patcher(self) -> EntropyModel:
-        graphdef, state = nnx.split(self.patcher)
-        return nnx.merge(graphdef, jax.lax.stop_gradient(state))
 
     def _look_back(self) -> int:
         """Ids that patcher and hashes need up to a byte, itself included."""
