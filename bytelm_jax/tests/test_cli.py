@@ -195,7 +195,7 @@ def test_bad_names_and_values(run, capsys):
     assert "variant" in refused(capsys, *train, "--variant", "paperback")
     assert "batch_size=9" in refused(capsys, *train, "--batch-size", "9", "--run-dir", run / "x")
     assert "devices=99" in refused(capsys, *train, "--devices", "99", "--run-dir", run / "x")
-    assert "--run-dir: name a folder" in refused(capsys, *train, "--run-dir")
+    assert "--run-dir: needs a value" in refused(capsys, *train, "--run-dir")
     assert "top_p" in refused(capsys, "generate", run, "--top-p", "0")
     assert "checkpoint=7: choose latest, best or one of" in refused(
         capsys, "eval", run, "--data", __file__, "--checkpoint", "7"
