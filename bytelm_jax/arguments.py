@@ -55,15 +55,15 @@ def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]
     seen, value, waits = "", None, False
     for argument in argv:
         name, equals, behind = argument.partition("=")
-        if waits and not argument.startswith("--"):
-            value, waits = argument, False
+        if waits:
+            value, waits = "" if argument.startswith("--") else argument, False
         elif name.startswith("--") and name[2:].replace("-", "_") in names:
             if seen and seen.replace("-", "_") != name.replace("-", "_"):
                 raise UsageError(f"{seen} and {name}: mean the same; give one of them")
             seen, value, waits = name, behind, not equals
         else:
             rest.append(argument)
-    if waits or value == "":  # nothing, or another option, where the value should stand
+    if seen and not value:
         raise UsageError(f"{seen}: needs a value")
     return value, rest
 
