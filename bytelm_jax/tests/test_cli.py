@@ -420,5 +420,4 @@ def test_bytes_that_are_no_text_train_and_evaluate(tmp_path, capsys):
     capsys.readouterr()
     found = evaluated(capsys, run, "--data", files)
     assert found["bytes"] == size
-    print(found)
-    assert found["bits_per_byte"] < 6.5  # of 8 for noise
+    assert found["bits_per_byte"] < 5  # of 8 for noise
