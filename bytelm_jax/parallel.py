@@ -80,7 +80,9 @@ def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callab
         params = init()
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(make, out_shardings=replicated(mesh))()
+    # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, out_shardings=replicated(mesh), compiler_options=options)()
 
 
 def abstract_state(state: TrainState) -> TrainState:
@@ -129,7 +131,9 @@ def make_train_step(
     def over_devices(x: Any) -> Any:
         return jax.lax.psum(x, DATA) if manual else x
 
-    def micro_loss(params: Params, fixed: Params, ids: Array, keys: Array, count: Array):
+    def micro_loss(
+        params: Params, fixed: Params, ids: Array, keys: Array, count: Array, total_rows: int
+    ):
         output = bind(cast_params(params | fixed, dtype)).outputs(ids, keys, train.remat)
         nats, _ = cross_entropy(output.logits, ids, pad_id)
         # The sum over devices belongs inside the differentiated function: the gradient of a
@@ -138,11 +142,12 @@ def make_train_step(
         nats, extra, metrics = over_devices(
             (nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()})
         )
-        return nats / count + extra / train.batch_size, (nats, metrics)
+        return nats / count + extra / total_rows, (nats, metrics)
 
     def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
         rows, micro = ids.shape[0], train.accumulation_steps
         first = jax.lax.axis_index(DATA) * rows if manual else 0
+        total_rows = rows * mesh.size if manual else rows
         step_key = jax.random.fold_in(seed, state.step)
         keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(first + jnp.arange(rows))
         count = jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)
@@ -151,12 +156,12 @@ def make_train_step(
         fixed = {k: v for k, v in state.params.items() if k not in moving}
 
         total = _over_micro_batches(
-            lambda *part: gradient(moving, fixed, *part, count), (ids, keys), micro
+            lambda *part: gradient(moving, fixed, *part, count, total_rows), (ids, keys), micro
         )
         (loss, (nats, metrics)), gradients = total
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed
-        report = {k: v / train.batch_size for k, v in metrics.items()}
+        report = {k: v / total_rows for k, v in metrics.items()}
         report |= {"loss": nats / count, "grad_norm": global_norm(gradients)}
         return TrainState(state.step + 1, params, opt_state), report
 

@@ -64,7 +64,8 @@ def boundary_scores(
     found = []
     for ids in evaluation_batches(windows, _ROWS, limit):
         scores, counted = look(own, ids)
-        found.append(np.asarray(scores)[np.asarray(counted)])
+        filled = ids[:, :1] != config.vocab.pad_id  # the last batch ends in empty rows
+        found.append(np.asarray(scores)[np.asarray(counted) & filled])
     scores = np.concatenate(found)
     sane = not np.isnan(scores).any()
     require(sane, "entropies: not a number; this entropy model has diverged, train another")
@@ -82,7 +83,7 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
         never = jnp.full(shifted.shape, -jnp.inf)
         scores = never
         if bind is not None:
-            scores = patching.shifted(entropy(bind(params).predict(shifted)), 1, 0)
+            scores = jnp.roll(entropy(bind(params).predict(shifted)), 1, axis=1)
         free = patching.patch_starts(config, shifted, -never)[:, :-1]
         forced = patching.patch_starts(config, shifted, never)[:, :-1]
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bytelm_jax import checkpoint, data, parallel, patch_contract
 from bytelm_jax.config import BLTConfig, Recipe, TrainConfig, training_flops_per_byte
+from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.loss import bits_per_byte
@@ -105,12 +106,26 @@ def agree_on_patches(recipe: Recipe, params: Any, windows: data.Windows, resumed
     return recipe if resumed and known else replace(recipe, patching=found)
 
 
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    kept = recipe.data
+    corpus = data.open_corpus(kept.paths)
+    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()
+
+
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
     overwritten, and `DivergedError` when the loss stops being finite.
     """
+    require_prediction(recipe.model)
+
     # ---- setup ----
     recipe = patch_contract.adopt(recipe, run_dir)
     run, vocab = recipe.train, recipe.model.vocab
@@ -119,11 +134,8 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     parallel.check_batch(mesh, run)
 
     # ---- data ----
-    corpus = data.open_corpus(recipe.data.paths)
-    parts = data.split(corpus, recipe.data.validation_fraction, recipe.data.split_seed)
-    length, eos = recipe.data.sequence_length, recipe.data.append_eos
-    windows, held_out = (data.Windows(part, vocab, length, eos) for part in parts)
-    identity = corpus.fingerprint()
+    length = recipe.data.sequence_length
+    windows, held_out, identity = open_windows(recipe)
 
     # ---- model and state, born sharded ----
     prepare_run_dir(run_dir, recipe)
@@ -198,12 +210,17 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
         while step < run.steps and not stop:
-            state, report = step_function(state, parallel.put_batch(mesh, next(batches)))
+            piece = recipe.data.length_at(step)
+            compiles = step == start or piece != recipe.data.length_at(step - 1)
+            if compiles:
+                settle(0, display)
+            rows = next(batches).reshape(-1, piece)
+            state, report = step_function(state, parallel.put_batch(mesh, rows))
             step += 1
             pending.append((step, report))
-            if step == start + 1:  # compilation belongs to no rate
+            if compiles:  # which belongs to no rate
                 settle(0, display)
-                rates.restart()
+                rates.restart(training_flops_per_byte(recipe.model, piece))
             settle(_IN_FLIGHT, display)
 
             last = step == run.steps

@@ -151,6 +151,9 @@ class DataConfig:
     split into training and validation by a hash of `split_seed` and the document's index, so that
     about `validation_fraction` of them are held out; `append_eos` closes each document with the
     end-of-sequence id.
+
+    `warmup_lengths`: the first steps train on pieces of that many ids, into which the windows of a
+    batch are cut, `warmup_length_steps` steps on each length in turn; a step's bytes stay the same.
     """
 
     paths: tuple[str, ...] = ()
@@ -159,10 +162,23 @@ class DataConfig:
     split_seed: int = 0
     shuffle_seed: int = 0
     append_eos: bool = True
+    warmup_lengths: tuple[int, ...] = ()
+    warmup_length_steps: int = 100
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequence_length")
+        require_positive(self, "sequence_length", "warmup_length_steps")
         require_fraction(self, "validation_fraction")
+        for piece in self.warmup_lengths:
+            require(
+                piece >= 1 and self.sequence_length % piece == 0,
+                f"warmup_lengths={self.warmup_lengths}: each must divide "
+                f"sequence_length={self.sequence_length}",
+            )
+
+    def length_at(self, step: int) -> int:
+        """Ids in each row that the step numbered `step`, from 0, trains on."""
+        stage = step // self.warmup_length_steps
+        return (*self.warmup_lengths, self.sequence_length)[min(stage, len(self.warmup_lengths))]
 
 
 @dataclass(frozen=True, kw_only=True)

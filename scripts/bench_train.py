@@ -4,8 +4,8 @@
 
 A row is RECIPE:BATCH; windows are as long as the recipe's, bytes are random, the compute dtype is
 bfloat16 on an accelerator. Times are medians of single steps, each waited for, after warm-up. MFU
-counts the model's own operations (3 × forward, causal attention half) against the chip's data
-sheet. Needs neither grain nor tyro.
+counts the model's own operations (3 × forward, what is frozen once, causal attention half) against
+the chip's data sheet. Needs neither grain nor tyro.
 """
 
 import argparse

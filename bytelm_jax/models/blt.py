@@ -165,7 +165,7 @@ class BLT(nnx.Module):
         """
         if self.config.patcher != "entropy":
             return None
-        return entropy(self._frozen_patcher().predict(shifted))
+        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted)))
 
     # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
 
@@ -369,10 +369,6 @@ class BLT(nnx.Module):
         total = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
         count = jnp.maximum(real.sum(axis=1, keepdims=True), 1).astype(wide)
         return total / (patching.MOST * count)
-
-    def _frozen_patcher(self) -> EntropyModel:
-        graphdef, state = nnx.split(self.patcher)
-        return nnx.merge(graphdef, jax.lax.stop_gradient(state))
 
     def _look_back(self) -> int:
         """Ids that patcher and hashes need up to a byte, itself included."""

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import unicodedata
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +84,19 @@ def bytes_of(digits: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digits), np.uint8)
 
 
+# Thirty-four scripts; those beyond the basic plane have characters of four bytes.
+SCRIPTS = (
+    "naïve русский ελληνικά հայերեն עברית العربية ܣܘܪܝܝܐ ދިވެހި हिन्दी বাংলা ਪੰਜਾਬੀ ગુજરાતી "
+    "ଓଡ଼ିଆ தமிழ் తెలుగు ಕನ್ನಡ മലയാളം සිංහල ไทย ລາວ བོད་ཡིག မြန်မာ ქართული 한국어 አማርኛ ᏣᎳᎩ "
+    "ᐃᓄᒃᑎᑐᑦ ភាសាខ្មែរ ᠮᠣᠩᠭᠣᠯ 日本 ひらがな カタカナ ⴰⵎⴰⵣⵉⵖ 𐌲𐌿𐍄"
+)
+
 TEXTS = {
     "empty": b"",
     "one byte": b"a",
     "newlines": b"\n" * 50,
     "repetitive": b"ab " * 40,
-    "scripts": "naïve 日本語 русский हिन्दी 🙂👩‍👩‍👧 עברית ไทย 𝔘𝔫𝔦 \u00a0é".encode() * 3,
+    "scripts": (SCRIPTS + " 🙂👩‍👩‍👧 𝔘𝔫𝔦 \u00a0é").encode() * 3,
     "broken": 3 * bytes.fromhex("e08080eda080f0808080f4908080c080f5ffe28228f09f9820c3c3a980"),
     "random": np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8).tobytes(),
     "leads": bytes(
@@ -214,6 +222,11 @@ def test_starts_from_lengths_as_literals():
     found = patching.starts_from_lengths(jnp.asarray([[1, 2, 2, 3], [1, 4, 3, 0]]), 8)
     assert np.flatnonzero(found[0]).tolist() == [0, 1, 3, 5]
     assert np.flatnonzero(found[1]).tolist() == [0, 1, 5, 8]
+
+
+def test_the_scripts_are_thirty_four():
+    first = {unicodedata.name(word[0]).split(" ")[0] for word in SCRIPTS.split()}
+    assert len(SCRIPTS.split()) == len(first) == 34, sorted(first)
 
 
 def test_space_splits_no_character():
