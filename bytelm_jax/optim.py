@@ -12,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config import OptimizerConfig
 from bytelm_jax.models import is_norm
+from bytelm_jax.q_learning import q_learning, q_learning_metrics, q_learning_sgd
 
 
 def learning_rate_schedule(
@@ -69,23 +71,46 @@ def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     return {name: decays(name) for name in params}
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config` names, for a run of `steps` steps.
+def build_optimizer(
+    config: OptimizerConfig, steps: int, seed: ArrayLike = 0
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config` names, for a run of `steps` steps; `update` wants `value=loss`.
 
     `adamw`: Loshchilov & Hutter 2019. `sgd`: heavy-ball momentum, the decay added to the gradient,
-    as torch.optim.SGD does.
+    as torch.optim.SGD does. `q_learning_sgd`, `q_learning_adamw`: see `q_learning.py`; `seed` is
+    that of the agent's choices. The agent sees the gradient norm from before the clip.
     """
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "q_learning_sgd":
+        return q_learning_sgd(
+            schedule,
+            config.momentum,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.entropy_threshold,
+            config.noise_scale,
+            config.centralize,
+            config.controller,
+            seed,
+        )
+    clip = clip_by_global_norm(config.max_grad_norm)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    if config.name == "q_learning_adamw":
+        betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b2", "eps"))(**betas)
+        rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule)
+        return q_learning(optax.chain(clip, adam, decay, rate), config.controller, seed)
     match config.name:
         case "adamw":
             adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
             inner = optax.chain(adam, decay)
         case "sgd":
             inner = optax.chain(decay, optax.trace(config.momentum))
-    return optax.with_extra_args_support(
-        optax.chain(
-            clip_by_global_norm(config.max_grad_norm),
-            inner,
-            optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-        )
-    )
+    rate = optax.scale_by_learning_rate(schedule)
+    return optax.with_extra_args_support(optax.chain(clip, inner, rate))
+
+
+def optimizer_metrics(config: OptimizerConfig, state: optax.OptState) -> dict[str, Array]:
+    """What the optimizer says of its last step, as scalars on the device: see
+    `q_learning_metrics`; nothing of an optimizer without an agent."""
+    return q_learning_metrics(state) if config.name.startswith("q_learning") else {}

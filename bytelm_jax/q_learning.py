@@ -18,10 +18,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config_base import require
+from bytelm_jax.config_q_learning import QLearningConfig
 from bytelm_jax.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
-    QLearningConfig,
     QLearningState,
     Scalar,
     init_agent,
@@ -168,7 +168,7 @@ def q_learning(
         mu, scale = -jnp.expm1(-agent.position[1]), jnp.exp(agent.position[0])
         inner_state = _expose(state.inner_state, "b1", "momentum", value=mu)
         steps, inner_state = wrapped.update(updates, inner_state, params, value=value, **extra_args)
-        base = jnp.asarray(_exposed(inner_state, "learning_rate", default=1.0), dtype)
+        base = jnp.asarray(_rate(inner_state), dtype)
         agent = agent._replace(learning_rate=base * scale)
         if _exposed(inner_state, "momentum") is not None:
             scale = scale * (1 - mu) / (1 - state.initial_momentum)
@@ -415,6 +415,13 @@ def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
         if name in node.hyperparams and name not in node.hyperparams_states
     ]
     return found[0] if len(found) == 1 else default
+
+
+def _rate(state: optax.OptState) -> Any:
+    """The learning rate, scheduled or not, that one injected state holds; 1 without one."""
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
+    found = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
+    return found[0] if len(found) == 1 else 1.0
 
 
 def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState:

@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bytelm_torch.config_base import require
+from bytelm_torch.config_q_learning import QLearningConfig
 from bytelm_torch.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
-    QLearningConfig,
     QLearningState,
     Scalar,
     init_agent,
