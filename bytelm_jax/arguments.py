@@ -42,7 +42,7 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     """Writes out `--steps` as `--train.steps` and so on; unknown names raise `UsageError`."""
     full = {f"{section}.{name}" for section in _SECTIONS for name in _leaves(recipe, section)}
-    short: dict[str, list[str]] = {"data": ["data.paths"]}
+    short: dict[str, list[str]] = {"data": ["data.paths"], "optimizer": ["optimizer.name"]}
     for name in sorted(full):
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)

@@ -168,16 +168,20 @@ class OptimizerConfig:
             )
 
     def _check_that_every_field_counts(self) -> None:
-        for field_ in dataclasses.fields(self):
-            takers = _ONLY_FOR.get(field_.name, (self.name,))
-            made = field_.default_factory
-            default = field_.default if made is dataclasses.MISSING else made()
-            value = getattr(self, field_.name)
-            require(
-                self.name in takers or value == default,
-                f"{field_.name}={value}: has no effect on {self.name}; leave it at {default} or "
-                f"choose optimizer.name {' or '.join(takers)}",
-            )
+        for name, takers in _ONLY_FOR.items():
+            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            changed = [(name, given, default)] if given != default else []
+            if name == "controller":
+                own = [
+                    (f.name, getattr(given, f.name), f.default) for f in dataclasses.fields(given)
+                ]
+                changed = [(f"{name}.{key}", *pair) for key, *pair in own if pair[0] != pair[1]]
+            for where, value, usual in changed:
+                require(
+                    self.name in takers,
+                    f"{where}={value}: has no effect on {self.name}; leave it at {usual} or "
+                    f"choose optimizer.name {' or '.join(takers)}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

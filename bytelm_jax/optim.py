@@ -17,7 +17,13 @@ from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config import OptimizerConfig
 from bytelm_jax.models import is_norm
-from bytelm_jax.q_learning import q_learning, q_learning_metrics, q_learning_sgd
+from bytelm_jax.q_learning import (
+    QLearningSGDState,
+    QLearningWrapperState,
+    q_learning,
+    q_learning_metrics,
+    q_learning_sgd,
+)
 
 
 def learning_rate_schedule(
@@ -110,7 +116,8 @@ def build_optimizer(
     return optax.with_extra_args_support(optax.chain(clip, inner, rate))
 
 
-def optimizer_metrics(config: OptimizerConfig, state: optax.OptState) -> dict[str, Array]:
-    """What the optimizer says of its last step, as scalars on the device: see
-    `q_learning_metrics`; nothing of an optimizer without an agent."""
-    return q_learning_metrics(state) if config.name.startswith("q_learning") else {}
+def optimizer_metrics(state: optax.OptState) -> dict[str, Array]:
+    """What the optimizer with this state says of its last step, as scalars on the device: see
+    `q_learning_metrics`; nothing without an agent."""
+    wrapped = isinstance(state, QLearningSGDState | QLearningWrapperState)
+    return q_learning_metrics(state) if wrapped else {}

@@ -142,7 +142,11 @@ def init_agent(
 
 
 def step_agent(
-    state: QLearningState, loss: Scalar, norm: Scalar, config: QLearningConfig
+    state: QLearningState,
+    loss: Scalar,
+    norm: Scalar,
+    config: QLearningConfig,
+    steers_momentum: bool,
 ) -> tuple[QLearningState, Flag]:
     """The agent after seeing `loss` and gradient `norm`, and whether both are finite.
 
@@ -155,7 +159,7 @@ def step_agent(
     state, alpha = _judge(state, due, finite, config)
     cell = _cell(state)
     _learn(state, cell, learns, alpha, config)
-    state = _choose(state, cell, due, config)
+    state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
         count=state.count + 1,
         skipped=state.skipped + ~finite,
@@ -278,7 +282,11 @@ def _learn(
 
 
 def _choose(
-    state: QLearningState, cell: Int[Tensor, ""], due: Flag, config: QLearningConfig
+    state: QLearningState,
+    cell: Int[Tensor, ""],
+    due: Flag,
+    config: QLearningConfig,
+    steers_momentum: bool,
 ) -> QLearningState:
     """Picks both actions, ε-greedily, and moves the position by them."""
     step = state.count + 1  # 0 is the counter of fold_in
@@ -289,6 +297,10 @@ def _choose(
     moves = [_constant(m, position.dtype, position.device) for m in MOVES]
     moves = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(moves)]
     moved = (position + torch.cat(moves)).clamp(low, high)
+    if not steers_momentum:
+        actions = torch.stack([actions[0], torch.zeros_like(actions[1])])
+        explored = torch.stack([explored[0], torch.zeros_like(explored[1])])
+        moved = torch.stack([moved[0], position[1]])
     epsilon = (state.epsilon * config.epsilon_decay).clamp(min=config.epsilon_floor)
     return state._replace(
         position=torch.where(due, moved, position),
