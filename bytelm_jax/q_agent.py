@@ -68,6 +68,8 @@ class QLearningState(NamedTuple):
 
     count: Int[Array, ""]
     skipped: Int[Array, ""]
+    surges: Int[Array, ""]
+    last_surge: Int[Array, ""]
     judged: Int[Array, ""]
     key: UInt32[Array, "2"]
     q_learning_rate: Float[Array, "cells 9"]
@@ -79,6 +81,7 @@ class QLearningState(NamedTuple):
     cell: Int[Array, ""]
     pending: Flag
     epsilon: Scalar
+    first: Scalar
     smoothed: Scalar
     reference: Scalar
     fall: Scalar
@@ -102,6 +105,8 @@ def init_agent(
     return QLearningState(
         count=integer,
         skipped=integer,
+        surges=integer,
+        last_surge=jnp.int32(-config.window),
         judged=integer,
         key=seed_key(seed),
         q_learning_rate=jnp.zeros((CELLS, len(LEARNING_RATE_ACTIONS)), jnp.float32),
@@ -113,6 +118,7 @@ def init_agent(
         cell=integer,
         pending=jnp.zeros((), bool),
         epsilon=jnp.asarray(config.epsilon, dtype),
+        first=real,
         smoothed=real,
         reference=real,
         fall=real,
@@ -140,17 +146,29 @@ def step_agent(
     The position that it returns is that of this very step.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    due = finite & (state.count % config.interval == 0)
-    learns = state.pending & (due | ~finite)
+    first = jnp.where(finite & (state.count == state.skipped), loss, state.first)
+    if config.surge == 0:
+        surges = jnp.zeros_like(finite)
+    else:
+        calm = state.count - state.last_surge >= config.window
+        surges = finite & calm & (first > 0) & (loss > config.surge * first)
+        # What exceeds a surge would stay in the running deviations and hide all that follows.
+        loss = jnp.where(first > 0, jnp.minimum(loss, config.surge * first), loss)
+    sound = finite & ~surges
+    due = sound & (state.count % config.interval == 0)
+    learns = state.pending & (due | ~sound)
     state = _observe(state, loss, norm, finite, config)
-    state, alpha = _judge(state, due, finite, config)
+    state, alpha = _judge(state, due, sound, config)
     cell = _cell(state)
     state = _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
         count=state.count + 1,
         skipped=state.skipped + ~finite,
-        pending=due | (state.pending & finite),
+        surges=state.surges + surges,
+        last_surge=jnp.where(surges, state.count, state.last_surge),
+        pending=due | (state.pending & sound),
+        first=first,
         reference=jnp.where(due, state.smoothed, state.reference),
         fall=jnp.where(due, 0.0, state.fall),
     )
@@ -183,7 +201,7 @@ def _observe(
 
 
 def _judge(
-    state: QLearningState, due: Flag, finite: Flag, config: QLearningConfig
+    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
     """Rewards the last decision, takes back an exploration that did not pay, and says how large
     a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
@@ -215,12 +233,12 @@ def _judge(
     position = jnp.where(undone, state.before, state.position)
     state = state._replace(
         judged=judged,
-        position=jnp.where(finite, position, _halved(state.position, config)),
+        position=jnp.where(sound, position, _halved(state.position, config)),
         means=jnp.where(settled, means, state.means),
         variances=jnp.where(settled, variances, state.variances),
         baselines=jnp.where(settled, baselines, state.baselines),
         trend=jnp.where(settled, trend, state.trend),
-        reward=jnp.where(settled, reward, jnp.where(finite, state.reward, -1.0)),
+        reward=jnp.where(settled, reward, jnp.where(sound, state.reward, -1.0)),
         last_fall=jnp.where(due, fall, state.last_fall),
     )
     return state, alpha

@@ -186,10 +186,10 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
 
     `learning_rate` (of a wrapped transformation that does not expose its own: the scale alone) and
     `momentum` (0 where it is not steered) as the last step used them, `learning_rate_scale` over
-    the base, `epsilon`, `reward` (−1 at a skipped step), the factors that the last decision chose
-    (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)), `smoothed_loss`, `trend`
-    (the fall of the loss over its deviation), `stability` (deviation over mean of the gradient
-    norm), and the counts `decisions` and `skipped_steps`.
+    the base, `epsilon`, `reward` (−1 at a skipped step and at a surge), the factors that the last
+    decision chose (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)),
+    `smoothed_loss`, `trend` (the fall of the loss over its deviation), `stability` (deviation over
+    mean of the gradient norm), and the counts `decisions`, `skipped_steps` and `surges`.
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, QLearningState))
     agents = [leaf for leaf in leaves if isinstance(leaf, QLearningState)]
@@ -215,6 +215,7 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
         "stability": agent.stability,
         "decisions": agent.judged,
         "skipped_steps": agent.skipped,
+        "surges": agent.surges,
     }
 
 

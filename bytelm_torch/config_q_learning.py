@@ -17,8 +17,9 @@ class QLearningConfig:
     choices whose values lie within `indifference` of the best count as equal, and the one nearest
     to no change wins; an explored change whose reward does not exceed `undo_margin` is taken back.
     Smaller values of these two let noise move the learning rate. Running means and deviations
-    reach back over about `memory` decisions. The learning rate stays within its base times
-    [`min_scale`, `max_scale`].
+    reach back over about `memory` decisions. A loss above `surge` times the first one counts as a
+    failure: the last decision earns −1 and the learning rate is halved, at most once in `window`
+    steps (0: never). The learning rate stays within its base times [`min_scale`, `max_scale`].
     """
 
     interval: int = 10
@@ -30,6 +31,7 @@ class QLearningConfig:
     indifference: float = 0.25
     undo_margin: float = 0.9
     memory: int = 1000
+    surge: float = 1.5
     min_scale: float = 0.1
     max_scale: float = 10.0
     min_momentum: float = 0.5
@@ -47,6 +49,10 @@ class QLearningConfig:
         for name in ("indifference", "undo_margin"):
             value = getattr(self, name)
             require(value >= 0, f"{name}={value}: must be at least 0")
+        require(
+            self.surge == 0 or self.surge > 1,
+            f"surge={self.surge}: must be above 1, or 0 for never",
+        )
         require(0 < self.min_scale < 1, f"min_scale={self.min_scale}: must be between 0 and 1")
         require(self.max_scale > 1, f"max_scale={self.max_scale}: must be above 1")
         require(

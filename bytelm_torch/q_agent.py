@@ -70,6 +70,8 @@ class QLearningState(NamedTuple):
 
     count: int
     skipped: Int[Tensor, ""]
+    surges: Int[Tensor, ""]
+    last_surge: Int[Tensor, ""]
     judged: Int[Tensor, ""]
     key: tuple[int, int]
     q_learning_rate: Float[Tensor, "cells 9"]
@@ -81,6 +83,7 @@ class QLearningState(NamedTuple):
     cell: Int[Tensor, ""]
     pending: Flag
     epsilon: Scalar
+    first: Scalar
     smoothed: Scalar
     reference: Scalar
     fall: Scalar
@@ -115,6 +118,8 @@ def init_agent(
     return QLearningState(
         count=0,
         skipped=zeros(kind=torch.int64),
+        surges=zeros(kind=torch.int64),
+        last_surge=zeros(kind=torch.int64) - config.window,
         judged=zeros(kind=torch.int64),
         key=seed_key(seed),
         q_learning_rate=zeros(CELLS, len(LEARNING_RATE_ACTIONS), kind=torch.float32),
@@ -126,6 +131,7 @@ def init_agent(
         cell=zeros(kind=torch.int64),
         pending=zeros(kind=torch.bool),
         epsilon=zeros() + config.epsilon,
+        first=zeros(),
         smoothed=zeros(),
         reference=zeros(),
         fall=zeros(),
@@ -153,17 +159,29 @@ def step_agent(
     The position that it returns is that of this very step.
     """
     finite = torch.isfinite(loss) & torch.isfinite(norm)
-    due = finite & (state.count % config.interval == 0)
-    learns = state.pending & (due | ~finite)
+    first = torch.where(finite & (state.count == state.skipped), loss, state.first)
+    if config.surge == 0:
+        surges = torch.zeros_like(finite)
+    else:
+        calm = state.count - state.last_surge >= config.window
+        surges = finite & calm & (first > 0) & (loss > config.surge * first)
+        # What exceeds a surge would stay in the running deviations and hide all that follows.
+        loss = torch.where(first > 0, torch.minimum(loss, config.surge * first), loss)
+    sound = finite & ~surges
+    due = sound & (state.count % config.interval == 0)
+    learns = state.pending & (due | ~sound)
     state = _observe(state, loss, norm, finite, config)
-    state, alpha = _judge(state, due, finite, config)
+    state, alpha = _judge(state, due, sound, config)
     cell = _cell(state)
     _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
         count=state.count + 1,
         skipped=state.skipped + ~finite,
-        pending=due | (state.pending & finite),
+        surges=state.surges + surges,
+        last_surge=torch.where(surges, state.count, state.last_surge),
+        pending=due | (state.pending & sound),
+        first=first,
         reference=torch.where(due, state.smoothed, state.reference),
         fall=torch.where(due, 0.0, state.fall),
     )
@@ -196,7 +214,7 @@ def _observe(
 
 
 def _judge(
-    state: QLearningState, due: Flag, finite: Flag, config: QLearningConfig
+    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
     """Rewards the last decision, takes back an exploration that did not pay, and says how large
     a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
@@ -228,12 +246,12 @@ def _judge(
     position = torch.where(undone, state.before, state.position)
     state = state._replace(
         judged=judged,
-        position=torch.where(finite, position, _halved(state.position, config)),
+        position=torch.where(sound, position, _halved(state.position, config)),
         means=torch.where(settled, means, state.means),
         variances=torch.where(settled, variances, state.variances),
         baselines=baselines,
         trend=torch.where(settled, trend, state.trend),
-        reward=torch.where(settled, reward, torch.where(finite, state.reward, -1.0)),
+        reward=torch.where(settled, reward, torch.where(sound, state.reward, -1.0)),
         last_fall=torch.where(due, fall, state.last_fall),
     )
     return state, alpha

@@ -327,11 +327,11 @@ def q_learning_metrics(optimizer: EnhancedSGD | QLearning) -> dict[str, Tensor]:
     """What the agent of an optimizer did last, as scalar tensors on its device.
 
     `learning_rate` (of the first group) and `momentum` as the last step used them,
-    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step), the factors
-    that the last decision chose (`learning_rate_action`, and `momentum_action` of
+    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step and at a surge),
+    the factors that the last decision chose (`learning_rate_action`, and `momentum_action` of
     1 / (1 − momentum)), `smoothed_loss`, `trend` (the fall of the loss over its deviation),
-    `stability` (deviation over mean of the gradient norm), and the counts `decisions` and
-    `skipped_steps`.
+    `stability` (deviation over mean of the gradient norm), and the counts `decisions`,
+    `skipped_steps` and `surges`.
     """
     agent = optimizer.agent
     factors = [
@@ -351,6 +351,7 @@ def q_learning_metrics(optimizer: EnhancedSGD | QLearning) -> dict[str, Tensor]:
         "stability": agent.stability,
         "decisions": agent.judged,
         "skipped_steps": agent.skipped,
+        "surges": agent.surges,
     }
 
 
