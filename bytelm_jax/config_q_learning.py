@@ -20,9 +20,9 @@ class QLearningConfig:
     choices whose values lie within `indifference` of the best count as equal, and the one nearest
     to no change wins; an explored change whose reward does not exceed `undo_margin` is taken back.
     Smaller values of these two let noise move the learning rate. Running means and deviations
-    reach back over about `memory` decisions. A loss above `surge` times the first one counts as a
-    failure: the last decision earns −1 and the learning rate is halved, at most once in `window`
-    steps (0: never). The learning rate stays within its base times [`min_scale`, `max_scale`].
+    reach back over about `memory` decisions. When the loss, and the smoothed loss, stand above
+    `surge` times the first one, that is a failure: the last decision earns −1 and the learning rate
+    is halved, at most once in `window` steps (0: never). The learning rate stays within its base times [`min_scale`, `max_scale`].
     """
 
     interval: int = 10
@@ -34,7 +34,7 @@ class QLearningConfig:
     indifference: float = 0.25
     undo_margin: float = 0.9
     memory: int = 1000
-    surge: float = 1.5
+    surge: float = 2.0
     min_scale: float = 0.1
     max_scale: float = 10.0
     min_momentum: float = 0.5

@@ -164,9 +164,10 @@ def step_agent(
         surges = torch.zeros_like(finite)
     else:
         calm = state.count - state.last_surge >= config.window
-        surges = finite & calm & (first > 0) & (loss > config.surge * first)
-        # What exceeds a surge would stay in the running deviations and hide all that follows.
-        loss = torch.where(first > 0, torch.minimum(loss, config.surge * first), loss)
+        high = config.surge * first
+        surges = finite & calm & (first > 0) & (loss > high) & (state.smoothed > high)
+        # What stands far above would stay in the running deviations and hide all that follows.
+        loss = torch.where(first > 0, torch.minimum(loss, 2 * high), loss)
     sound = finite & ~surges
     due = sound & (state.count % config.interval == 0)
     learns = state.pending & (due | ~sound)
