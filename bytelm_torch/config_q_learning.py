@@ -19,7 +19,8 @@ class QLearningConfig:
     Smaller values of these two let noise move the learning rate. Running means and deviations
     reach back over about `memory` decisions. When the loss, and the smoothed loss, stand above
     `surge` times the first one, that is a failure: the last decision earns −1 and the learning rate
-    is halved, at most once in `window` steps (0: never). The learning rate stays within its base times [`min_scale`, `max_scale`].
+    is halved, at most once in `window` steps (0: never). The learning rate stays within its base
+    times [`min_scale`, `max_scale`].
     """
 
     interval: int = 10
