@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 from types import FrameType
@@ -185,7 +186,12 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     # ---- loop ----
     batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start)
     step = start
-    with StopSignal() as stop, Display(recipe.name, start, run.steps) as display, manager:
+    with (
+        StopSignal() as stop,
+        Display(recipe.name, start, run.steps) as display,
+        manager,
+        closing(log),
+    ):
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
@@ -214,5 +220,4 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
         if stop and step > saved:
             checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, None)
         checkpoint.finish(manager)
-        log.close()
     return Outcome(step, bool(stop) and step < run.steps)

@@ -27,11 +27,11 @@ from bytelm_jax.optim import build_optimizer
 
 ROWS = {
     "sgd": OptimizerConfig(name="sgd"),
+    "q_learning_sgd": OptimizerConfig(name="q_learning_sgd"),
+    "q_learning_sgd, noise": OptimizerConfig(name="q_learning_sgd", noise_scale=1e-3),
+    "q_learning_sgd, not centred": OptimizerConfig(name="q_learning_sgd", centralize=False),
     "adamw": OptimizerConfig(),
     "q_learning_adamw": OptimizerConfig(name="q_learning_adamw"),
-    "q_learning_sgd": OptimizerConfig(name="q_learning_sgd"),
-    "q_learning_sgd, not centred": OptimizerConfig(name="q_learning_sgd", centralize=False),
-    "q_learning_sgd, noise": OptimizerConfig(name="q_learning_sgd", noise_scale=1e-3),
 }
 
 

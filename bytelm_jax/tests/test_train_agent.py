@@ -54,7 +54,14 @@ def records(run_dir):
     return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in found]
 
 
-def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path):
+def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
+    make, made = parallel.make_train_step, []  # both runs share the compiled step
+
+    def make_once(*arguments):
+        made.extend([] if made else [make(*arguments)])
+        return made[0]
+
+    monkeypatch.setattr(parallel, "make_train_step", make_once)
     train(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "8")
