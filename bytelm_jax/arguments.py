@@ -74,7 +74,7 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     Unknown names, and a field given under its own name and an alias, raise `UsageError`.
     """
     full = {f"{section}.{name}" for section in _SECTIONS for name in _leaves(recipe, section)}
-    short: dict[str, list[str]] = {"data": ["data.paths"]}
+    short: dict[str, list[str]] = {"data": ["data.paths"], "optimizer": ["optimizer.name"]}
     for name in sorted(full):
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)

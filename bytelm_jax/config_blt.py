@@ -276,7 +276,7 @@ class PatchingContract:
     on a sample of `sampled_bytes` bytes.
     """
 
-    patcher: Literal["entropy", "space", "fixed", "byte"]
+    patcher: Literal["entropy", "histogram", "space", "fixed", "byte"]
     threshold: float
     entropy_model: str
     sampled_bytes: int

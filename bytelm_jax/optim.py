@@ -12,10 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config import OptimizerConfig
 from bytelm_jax.models import is_norm
+from bytelm_jax.q_learning import (
+    QLearningSGDState,
+    QLearningWrapperState,
+    q_learning,
+    q_learning_metrics,
+    q_learning_sgd,
+)
 
 
 def learning_rate_schedule(
@@ -98,24 +106,53 @@ def without(params: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, A
 
 
 def build_optimizer(
-    config: OptimizerConfig, steps: int, frozen: tuple[str, ...] = ()
+    config: OptimizerConfig, steps: int, seed: ArrayLike = 0, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config` names, for a run of `steps` steps.
+    """The optimizer that `config` names, for a run of `steps` steps; `update` wants `value=loss`.
 
     It leaves alone the parameters whose names begin with one of `frozen`.
     `adamw`: Loshchilov & Hutter 2019. `sgd`: heavy-ball momentum, the decay added to the gradient,
-    as torch.optim.SGD does.
+    as torch.optim.SGD does. `q_learning_sgd`, `q_learning_adamw`: see `q_learning.py`; `seed` is
+    that of the agent's choices. The agent sees the gradient norm from before the clip.
     """
+    return freeze(_optimizer(config, steps, seed), frozen)
+
+
+def _optimizer(
+    config: OptimizerConfig, steps: int, seed: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "q_learning_sgd":
+        return q_learning_sgd(
+            schedule,
+            config.momentum,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.entropy_threshold,
+            config.noise_scale,
+            config.centralize,
+            config.controller,
+            seed,
+        )
+    clip = clip_by_global_norm(config.max_grad_norm)
     decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    if config.name == "q_learning_adamw":
+        betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b2", "eps"))(**betas)
+        rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule)
+        return q_learning(optax.chain(clip, adam, decay, rate), config.controller, seed)
     match config.name:
         case "adamw":
             adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
             inner = optax.chain(adam, decay)
         case "sgd":
             inner = optax.chain(decay, optax.trace(config.momentum))
-    chain = optax.chain(
-        clip_by_global_norm(config.max_grad_norm),
-        inner,
-        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-    )
-    return freeze(optax.with_extra_args_support(chain), frozen)
+    rate = optax.scale_by_learning_rate(schedule)
+    return optax.with_extra_args_support(optax.chain(clip, inner, rate))
+
+
+def optimizer_metrics(state: optax.OptState) -> dict[str, Array]:
+    """What the optimizer with this state says of its last step, as scalars on the device: see
+    `q_learning_metrics`; nothing without an agent."""
+    wrapped = isinstance(state, QLearningSGDState | QLearningWrapperState)
+    return q_learning_metrics(state) if wrapped else {}

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from bytelm_jax.config import TrainConfig
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, cast_params
-from bytelm_jax.optim import global_norm, without
+from bytelm_jax.optim import global_norm, optimizer_metrics, without
 
 DATA = "data"
 """The mesh axis along which the rows of a batch are spread."""
@@ -119,10 +119,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
 
-    Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, and what
-    the model reports, averaged over rows. Gradients of micro-batches are added before they are
-    used, so `accumulation_steps` changes memory and nothing else. Parameters whose names begin with
-    one of `frozen` have no gradient and leave the step as they came, bit for bit.
+    Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, what the
+    model reports, averaged over rows, and what the optimizer reports. Gradients of micro-batches
+    are added before they are used, so `accumulation_steps` changes memory and nothing else.
+    Parameters whose names begin with one of `frozen` have no gradient and leave the step as they
+    came, bit for bit.
     """
     check_batch(mesh, train)
     manual = train.parallel == "shard_map"
@@ -163,6 +164,7 @@ def make_train_step(
         params = jax.tree.map(jnp.add, moving, updates) | fixed
         report = {k: v / total_rows for k, v in metrics.items()}
         report |= {"loss": nats / count, "grad_norm": global_norm(gradients)}
+        report |= optimizer_metrics(opt_state)
         return TrainState(state.step + 1, params, opt_state), report
 
     whole, split = replicated(mesh), by_row(mesh)

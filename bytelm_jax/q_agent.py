@@ -7,71 +7,17 @@ All of it is arrays of fixed shape, and a step has no branch: on a GPU one waits
 """
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from bytelm_jax.config_base import require, require_fraction, require_positive
+from bytelm_jax.config_q_learning import QLearningConfig
 from bytelm_jax.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]
 Flag = Bool[Array, ""]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QLearningConfig:
-    """The agent that steers learning rate and momentum.
-
-    It decides every `interval` steps; loss and gradient norm are smoothed over `window` steps.
-    `alpha` is the least step size of the table, `gamma` the discount. Each decision explores with
-    probability `epsilon`, which is multiplied by `epsilon_decay` down to `epsilon_floor`. Greedy
-    choices whose values lie within `indifference` of the best count as equal, and the one nearest
-    to no change wins; an explored change whose reward does not exceed `undo_margin` is taken back.
-    Smaller values of these two let noise move the learning rate. Running means and deviations
-    reach back over about `memory` decisions. The learning rate stays within its base times
-    [`min_scale`, `max_scale`].
-    """
-
-    interval: int = 10
-    alpha: float = 0.1
-    gamma: float = 0.5
-    epsilon: float = 0.15
-    epsilon_decay: float = 0.999
-    epsilon_floor: float = 0.05
-    indifference: float = 0.25
-    undo_margin: float = 0.9
-    memory: int = 1000
-    min_scale: float = 0.1
-    max_scale: float = 10.0
-    min_momentum: float = 0.5
-    max_momentum: float = 0.995
-
-    def __post_init__(self) -> None:
-        require_positive(self, "interval", "memory")
-        require_fraction(self, "gamma", "min_momentum", "max_momentum")
-        for name in ("alpha", "epsilon_decay"):
-            value = getattr(self, name)
-            require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")
-        for name in ("epsilon", "epsilon_floor"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name}={value}: must be between 0 and 1")
-        for name in ("indifference", "undo_margin"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}: must be at least 0")
-        require(0 < self.min_scale < 1, f"min_scale={self.min_scale}: must be between 0 and 1")
-        require(self.max_scale > 1, f"max_scale={self.max_scale}: must be above 1")
-        require(
-            self.min_momentum < self.max_momentum,
-            f"min_momentum={self.min_momentum}: must be below max_momentum={self.max_momentum}",
-        )
-
-    @property
-    def window(self) -> int:
-        """Half-life of the smoothed loss and reach of the gradient norms, in steps."""
-        return max(8, self.interval)
 
 
 # ---- the table: its cells and actions -------------------------------------------------------
@@ -122,6 +68,8 @@ class QLearningState(NamedTuple):
 
     count: Int[Array, ""]
     skipped: Int[Array, ""]
+    surges: Int[Array, ""]
+    last_surge: Int[Array, ""]
     judged: Int[Array, ""]
     key: UInt32[Array, "2"]
     q_learning_rate: Float[Array, "cells 9"]
@@ -133,6 +81,7 @@ class QLearningState(NamedTuple):
     cell: Int[Array, ""]
     pending: Flag
     epsilon: Scalar
+    first: Scalar
     smoothed: Scalar
     reference: Scalar
     fall: Scalar
@@ -156,6 +105,8 @@ def init_agent(
     return QLearningState(
         count=integer,
         skipped=integer,
+        surges=integer,
+        last_surge=jnp.int32(-config.window),
         judged=integer,
         key=seed_key(seed),
         q_learning_rate=jnp.zeros((CELLS, len(LEARNING_RATE_ACTIONS)), jnp.float32),
@@ -167,6 +118,7 @@ def init_agent(
         cell=integer,
         pending=jnp.zeros((), bool),
         epsilon=jnp.asarray(config.epsilon, dtype),
+        first=real,
         smoothed=real,
         reference=real,
         fall=real,
@@ -194,17 +146,30 @@ def step_agent(
     The position that it returns is that of this very step.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    due = finite & (state.count % config.interval == 0)
-    learns = state.pending & (due | ~finite)
+    first = jnp.where(finite & (state.count == state.skipped), loss, state.first)
+    if config.surge == 0:
+        surges = jnp.zeros_like(finite)
+    else:
+        calm = state.count - state.last_surge >= config.window
+        high = config.surge * first
+        surges = finite & calm & (first > 0) & (loss > high) & (state.smoothed > high)
+        # What stands far above would stay in the running deviations and hide all that follows.
+        loss = jnp.where(first > 0, jnp.minimum(loss, 2 * high), loss)
+    sound = finite & ~surges
+    due = sound & (state.count % config.interval == 0)
+    learns = state.pending & (due | ~sound)
     state = _observe(state, loss, norm, finite, config)
-    state, alpha = _judge(state, due, finite, config)
+    state, alpha = _judge(state, due, sound, config)
     cell = _cell(state)
     state = _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
         count=state.count + 1,
         skipped=state.skipped + ~finite,
-        pending=due | (state.pending & finite),
+        surges=state.surges + surges,
+        last_surge=jnp.where(surges, state.count, state.last_surge),
+        pending=due | (state.pending & sound),
+        first=first,
         reference=jnp.where(due, state.smoothed, state.reference),
         fall=jnp.where(due, 0.0, state.fall),
     )
@@ -237,7 +202,7 @@ def _observe(
 
 
 def _judge(
-    state: QLearningState, due: Flag, finite: Flag, config: QLearningConfig
+    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
     """Rewards the last decision, takes back an exploration that did not pay, and says how large
     a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
@@ -269,12 +234,12 @@ def _judge(
     position = jnp.where(undone, state.before, state.position)
     state = state._replace(
         judged=judged,
-        position=jnp.where(finite, position, _halved(state.position, config)),
+        position=jnp.where(sound, position, _halved(state.position, config)),
         means=jnp.where(settled, means, state.means),
         variances=jnp.where(settled, variances, state.variances),
         baselines=jnp.where(settled, baselines, state.baselines),
         trend=jnp.where(settled, trend, state.trend),
-        reward=jnp.where(settled, reward, jnp.where(finite, state.reward, -1.0)),
+        reward=jnp.where(settled, reward, jnp.where(sound, state.reward, -1.0)),
         last_fall=jnp.where(due, fall, state.last_fall),
     )
     return state, alpha

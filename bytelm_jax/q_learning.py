@@ -18,10 +18,10 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.config_base import require
+from bytelm_jax.config_q_learning import QLearningConfig
 from bytelm_jax.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
-    QLearningConfig,
     QLearningState,
     Scalar,
     init_agent,
@@ -168,7 +168,7 @@ def q_learning(
         mu, scale = -jnp.expm1(-agent.position[1]), jnp.exp(agent.position[0])
         inner_state = _expose(state.inner_state, "b1", "momentum", value=mu)
         steps, inner_state = wrapped.update(updates, inner_state, params, value=value, **extra_args)
-        base = jnp.asarray(_exposed(inner_state, "learning_rate", default=1.0), dtype)
+        base = jnp.asarray(_rate(inner_state), dtype)
         agent = agent._replace(learning_rate=base * scale)
         if _exposed(inner_state, "momentum") is not None:
             scale = scale * (1 - mu) / (1 - state.initial_momentum)
@@ -186,10 +186,10 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
 
     `learning_rate` (of a wrapped transformation that does not expose its own: the scale alone) and
     `momentum` (0 where it is not steered) as the last step used them, `learning_rate_scale` over
-    the base, `epsilon`, `reward` (−1 at a skipped step), the factors that the last decision chose
-    (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)), `smoothed_loss`, `trend`
-    (the fall of the loss over its deviation), `stability` (deviation over mean of the gradient
-    norm), and the counts `decisions` and `skipped_steps`.
+    the base, `epsilon`, `reward` (−1 at a skipped step and at a surge), the factors that the last
+    decision chose (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)),
+    `smoothed_loss`, `trend` (the fall of the loss over its deviation), `stability` (deviation over
+    mean of the gradient norm), and the counts `decisions`, `skipped_steps` and `surges`.
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, QLearningState))
     agents = [leaf for leaf in leaves if isinstance(leaf, QLearningState)]
@@ -215,6 +215,7 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
         "stability": agent.stability,
         "decisions": agent.judged,
         "skipped_steps": agent.skipped,
+        "surges": agent.surges,
     }
 
 
@@ -415,6 +416,13 @@ def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
         if name in node.hyperparams and name not in node.hyperparams_states
     ]
     return found[0] if len(found) == 1 else default
+
+
+def _rate(state: optax.OptState) -> Any:
+    """The learning rate, scheduled or not, that one injected state holds; 1 without one."""
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
+    found = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
+    return found[0] if len(found) == 1 else 1.0
 
 
 def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState:

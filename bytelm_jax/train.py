@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
+from contextlib import closing
 from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
@@ -26,6 +27,9 @@ from bytelm_jax.optim import build_optimizer, learning_rate_schedule
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
+
+_MOST_SKIPPED = 20
+"""Steps in a row that an optimizer may skip for a loss or gradient that is no number."""
 
 _IN_FLIGHT = 4
 """Steps queued on the devices: simulated CPU devices deadlock when many are left un-awaited."""
@@ -122,7 +126,8 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
-    overwritten, and `DivergedError` when the loss stops being finite.
+    overwritten, and `DivergedError` when the loss stops being finite: at once, or after
+    `_MOST_SKIPPED` steps in a row with an optimizer that skips such steps.
     """
     require_prediction(recipe.model)
 
@@ -140,7 +145,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     # ---- model and state, born sharded ----
     prepare_run_dir(run_dir, recipe)
     bind, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
 
     # ---- restore ----
@@ -169,22 +174,29 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     saved = start
+    in_a_row = 0
 
     def settle(keep: int, display: Display) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        nonlocal in_a_row
         while len(pending) > keep:
             step, report = pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(report).items()}
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            in_a_row = 0 if finite else in_a_row + 1
+            if in_a_row > (_MOST_SKIPPED if "skipped_steps" in values else 0):
                 raise DivergedError(
                     f"step {step}: the loss is {values['loss']} and the gradient norm "
                     f"{values['grad_norm']}; the checkpoint of step {saved} is kept; lower "
                     f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
                 )
             rates.add(run.batch_size * length)
-            if step % run.log_every == 0 or step == run.steps:
+            if not finite:
+                display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
+                log.write({"step": step} | {k: v for k, v in values.items() if math.isfinite(v)})
+            elif step % run.log_every == 0 or step == run.steps:
                 values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
-                values["learning_rate"] = float(schedule(jnp.asarray(step - 1)))
+                values.setdefault("learning_rate", float(schedule(jnp.asarray(step - 1))))
                 values |= rates.read()
                 log.write({"step": step, **values})
                 display.show(step, values)
@@ -205,7 +217,12 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     # ---- loop ----
     batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start)
     step = start
-    with StopSignal() as stop, Display(recipe.name, start, run.steps) as display, manager:
+    with (
+        StopSignal() as stop,
+        Display(recipe.name, start, run.steps) as display,
+        manager,
+        closing(log),
+    ):
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
@@ -239,5 +256,4 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
         if stop and step > saved:
             checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, None)
         checkpoint.finish(manager)
-        log.close()
     return Outcome(step, bool(stop) and step < run.steps)

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import MODEL_CONFIGS, ModelConfig, model_from_dict, require, to_dict
-from .models import build_model
+from .models import build_model, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -85,6 +85,7 @@ def from_pretrained(
             for name, tensor in tensors.items()
         }
     model.load_state_dict(state, strict=True, assign=True)
+    name_parameters(model)
     return model.eval()
 
 

@@ -11,7 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bytelm_torch.config import MODEL_CONFIGS, OptimizerConfig
+from bytelm_torch.config_base import require
 from bytelm_torch.models import is_norm
+from bytelm_torch.q_learning import EnhancedSGD, q_learning
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
@@ -50,14 +52,22 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter called `name`: not to norms and biases."""
-    return not is_norm(name) and not name.endswith("bias")
+    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
+
+    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    """
+    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, model: nn.Module, seed: int = 0
+) -> torch.optim.Optimizer:
     """The optimizer that `config` names; the caller sets each group's `lr` from the schedule.
 
-    What the model's configuration freezes is in no group.
+    Those of Q-learning clip by themselves and want `step(loss=...)`; `seed` is that of the agent's
+    choices. For the others the caller clips. `q_learning_sgd` raises `ValueError` for parameters
+    without the names that `build_model` and `from_pretrained` give them. What the model's
+    configuration freezes is left out.
     """
     config_of = getattr(model, "config", None)
     frozen = config_of.frozen_prefixes if isinstance(config_of, MODEL_CONFIGS) else ()
@@ -66,11 +76,29 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
         {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
     ]
+    rate, betas = config.learning_rate, (config.beta1, config.beta2)
     match config.name:
         case "adamw":
-            betas = (config.beta1, config.beta2)
-            return torch.optim.AdamW(
-                groups, lr=config.learning_rate, betas=betas, eps=config.epsilon
-            )
+            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon)
+        case "q_learning_adamw":
+            inner = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon)
+            return q_learning(inner, config.controller, seed, config.max_grad_norm)
         case "sgd":
-            return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+            return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
+        case "q_learning_sgd":
+            unnamed = [n for n, p in named if not hasattr(p, "bytelm_path")]
+            require(
+                not unnamed, f"model: {unnamed[:1]} has no bytelm_path; call name_parameters(model)"
+            )
+            return EnhancedSGD(
+                [p for _, p in named],
+                rate,
+                config.momentum,
+                config.weight_decay,
+                config.max_grad_norm,
+                config.entropy_threshold,
+                config.noise_scale,
+                config.centralize,
+                config.controller,
+                seed,
+            )

@@ -8,71 +8,17 @@ It works on tensors of the parameters' device and never asks for their values: n
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bytelm_torch.config_base import require, require_fraction, require_positive
+from bytelm_torch.config_q_learning import QLearningConfig
 from bytelm_torch.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]
 Flag = Bool[Tensor, ""]
-
-
-@dataclass(frozen=True, kw_only=True)
-class QLearningConfig:
-    """The agent that steers learning rate and momentum.
-
-    It decides every `interval` steps; loss and gradient norm are smoothed over `window` steps.
-    `alpha` is the least step size of the table, `gamma` the discount. Each decision explores with
-    probability `epsilon`, which is multiplied by `epsilon_decay` down to `epsilon_floor`. Greedy
-    choices whose values lie within `indifference` of the best count as equal, and the one nearest
-    to no change wins; an explored change whose reward does not exceed `undo_margin` is taken back.
-    Smaller values of these two let noise move the learning rate. Running means and deviations
-    reach back over about `memory` decisions. The learning rate stays within its base times
-    [`min_scale`, `max_scale`].
-    """
-
-    interval: int = 10
-    alpha: float = 0.1
-    gamma: float = 0.5
-    epsilon: float = 0.15
-    epsilon_decay: float = 0.999
-    epsilon_floor: float = 0.05
-    indifference: float = 0.25
-    undo_margin: float = 0.9
-    memory: int = 1000
-    min_scale: float = 0.1
-    max_scale: float = 10.0
-    min_momentum: float = 0.5
-    max_momentum: float = 0.995
-
-    def __post_init__(self) -> None:
-        require_positive(self, "interval", "memory")
-        require_fraction(self, "gamma", "min_momentum", "max_momentum")
-        for name in ("alpha", "epsilon_decay"):
-            value = getattr(self, name)
-            require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")
-        for name in ("epsilon", "epsilon_floor"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"{name}={value}: must be between 0 and 1")
-        for name in ("indifference", "undo_margin"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}: must be at least 0")
-        require(0 < self.min_scale < 1, f"min_scale={self.min_scale}: must be between 0 and 1")
-        require(self.max_scale > 1, f"max_scale={self.max_scale}: must be above 1")
-        require(
-            self.min_momentum < self.max_momentum,
-            f"min_momentum={self.min_momentum}: must be below max_momentum={self.max_momentum}",
-        )
-
-    @property
-    def window(self) -> int:
-        """Half-life of the smoothed loss and reach of the gradient norms, in steps."""
-        return max(8, self.interval)
 
 
 # ---- the table: its cells and actions -------------------------------------------------------
@@ -124,6 +70,8 @@ class QLearningState(NamedTuple):
 
     count: int
     skipped: Int[Tensor, ""]
+    surges: Int[Tensor, ""]
+    last_surge: Int[Tensor, ""]
     judged: Int[Tensor, ""]
     key: tuple[int, int]
     q_learning_rate: Float[Tensor, "cells 9"]
@@ -135,6 +83,7 @@ class QLearningState(NamedTuple):
     cell: Int[Tensor, ""]
     pending: Flag
     epsilon: Scalar
+    first: Scalar
     smoothed: Scalar
     reference: Scalar
     fall: Scalar
@@ -169,6 +118,8 @@ def init_agent(
     return QLearningState(
         count=0,
         skipped=zeros(kind=torch.int64),
+        surges=zeros(kind=torch.int64),
+        last_surge=zeros(kind=torch.int64) - config.window,
         judged=zeros(kind=torch.int64),
         key=seed_key(seed),
         q_learning_rate=zeros(CELLS, len(LEARNING_RATE_ACTIONS), kind=torch.float32),
@@ -180,6 +131,7 @@ def init_agent(
         cell=zeros(kind=torch.int64),
         pending=zeros(kind=torch.bool),
         epsilon=zeros() + config.epsilon,
+        first=zeros(),
         smoothed=zeros(),
         reference=zeros(),
         fall=zeros(),
@@ -196,24 +148,41 @@ def init_agent(
 
 
 def step_agent(
-    state: QLearningState, loss: Scalar, norm: Scalar, config: QLearningConfig
+    state: QLearningState,
+    loss: Scalar,
+    norm: Scalar,
+    config: QLearningConfig,
+    steers_momentum: bool,
 ) -> tuple[QLearningState, Flag]:
     """The agent after seeing `loss` and gradient `norm`, and whether both are finite.
 
     The position that it returns is that of this very step.
     """
     finite = torch.isfinite(loss) & torch.isfinite(norm)
-    due = finite & (state.count % config.interval == 0)
-    learns = state.pending & (due | ~finite)
+    first = torch.where(finite & (state.count == state.skipped), loss, state.first)
+    if config.surge == 0:
+        surges = torch.zeros_like(finite)
+    else:
+        calm = state.count - state.last_surge >= config.window
+        high = config.surge * first
+        surges = finite & calm & (first > 0) & (loss > high) & (state.smoothed > high)
+        # What stands far above would stay in the running deviations and hide all that follows.
+        loss = torch.where(first > 0, torch.minimum(loss, 2 * high), loss)
+    sound = finite & ~surges
+    due = sound & (state.count % config.interval == 0)
+    learns = state.pending & (due | ~sound)
     state = _observe(state, loss, norm, finite, config)
-    state, alpha = _judge(state, due, finite, config)
+    state, alpha = _judge(state, due, sound, config)
     cell = _cell(state)
     _learn(state, cell, learns, alpha, config)
-    state = _choose(state, cell, due, config)
+    state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
         count=state.count + 1,
         skipped=state.skipped + ~finite,
-        pending=due | (state.pending & finite),
+        surges=state.surges + surges,
+        last_surge=torch.where(surges, state.count, state.last_surge),
+        pending=due | (state.pending & sound),
+        first=first,
         reference=torch.where(due, state.smoothed, state.reference),
         fall=torch.where(due, 0.0, state.fall),
     )
@@ -246,7 +215,7 @@ def _observe(
 
 
 def _judge(
-    state: QLearningState, due: Flag, finite: Flag, config: QLearningConfig
+    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
     """Rewards the last decision, takes back an exploration that did not pay, and says how large
     a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
@@ -278,12 +247,12 @@ def _judge(
     position = torch.where(undone, state.before, state.position)
     state = state._replace(
         judged=judged,
-        position=torch.where(finite, position, _halved(state.position, config)),
+        position=torch.where(sound, position, _halved(state.position, config)),
         means=torch.where(settled, means, state.means),
         variances=torch.where(settled, variances, state.variances),
         baselines=baselines,
         trend=torch.where(settled, trend, state.trend),
-        reward=torch.where(settled, reward, torch.where(finite, state.reward, -1.0)),
+        reward=torch.where(settled, reward, torch.where(sound, state.reward, -1.0)),
         last_fall=torch.where(due, fall, state.last_fall),
     )
     return state, alpha
@@ -332,7 +301,11 @@ def _learn(
 
 
 def _choose(
-    state: QLearningState, cell: Int[Tensor, ""], due: Flag, config: QLearningConfig
+    state: QLearningState,
+    cell: Int[Tensor, ""],
+    due: Flag,
+    config: QLearningConfig,
+    steers_momentum: bool,
 ) -> QLearningState:
     """Picks both actions, ε-greedily, and moves the position by them."""
     step = state.count + 1  # 0 is the counter of fold_in
@@ -343,6 +316,10 @@ def _choose(
     moves = [_constant(m, position.dtype, position.device) for m in MOVES]
     moves = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(moves)]
     moved = (position + torch.cat(moves)).clamp(low, high)
+    if not steers_momentum:
+        actions = torch.stack([actions[0], torch.zeros_like(actions[1])])
+        explored = torch.stack([explored[0], torch.zeros_like(explored[1])])
+        moved = torch.stack([moved[0], position[1]])
     epsilon = (state.epsilon * config.epsilon_decay).clamp(min=config.epsilon_floor)
     return state._replace(
         position=torch.where(due, moved, position),

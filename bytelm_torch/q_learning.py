@@ -18,10 +18,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bytelm_torch.config_base import require
+from bytelm_torch.config_q_learning import QLearningConfig
 from bytelm_torch.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
-    QLearningConfig,
     QLearningState,
     Scalar,
     init_agent,
@@ -144,13 +144,10 @@ class EnhancedSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if loss is None:
-            raise ValueError(
-                "loss=None: the agent needs the mean loss; step(loss=...) or a closure"
-            )
+        value = _scalar(_needed(loss), self.agent.position)
         leaves = self._leaves()
         if leaves:
-            self._move(leaves, _scalar(loss, self.agent.position))
+            self._move(leaves, value)
         return loss
 
     def _leaves(self) -> list[_Leaf]:
@@ -172,7 +169,7 @@ class EnhancedSGD(torch.optim.Optimizer):
             gradients = [_centred(g, leaf) for g, leaf in zip(gradients, leaves, strict=True)]
         squares = torch.stack([g.square().sum().to(loss.device, loss.dtype) for g in gradients])
         norm = squares.sum().sqrt()
-        agent, finite = step_agent(old, loss, norm, settings.controller)
+        agent, finite = step_agent(old, loss, norm, settings.controller, steers_momentum=True)
         rate = torch.exp(agent.position[0])
         self._agent = agent._replace(learning_rate=leaves[0].learning_rate * rate)
 
@@ -192,18 +189,12 @@ class EnhancedSGD(torch.optim.Optimizer):
         """Everything: momenta and groups as torch holds them, agent and settings beside them."""
         settings = self._settings._asdict()
         settings["controller"] = dataclasses.asdict(self._settings.controller)
-        agent = {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in self.agent._asdict().items()
-        }
-        return {**super().state_dict(), "q_learning": {"settings": settings, "agent": agent}}
+        told = {"settings": settings, "agent": _saved(self.agent)}
+        return {**super().state_dict(), "q_learning": told}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where the optimizer that gave `state_dict` stood, settings included."""
-        require(
-            "q_learning" in state_dict,
-            "state_dict: has no q_learning; pass what EnhancedSGD.state_dict() returned",
-        )
+        _require_agent(state_dict, "EnhancedSGD")
         saved = state_dict["q_learning"]
         kept = {name: value for name, value in state_dict.items() if name != "q_learning"}
         super().load_state_dict(kept)
@@ -213,26 +204,134 @@ class EnhancedSGD(torch.optim.Optimizer):
             self.state[weights[index]]["momentum_buffer"] = average
         controller = QLearningConfig(**saved["settings"]["controller"])
         self._settings = _Settings(**{**saved["settings"], "controller": controller})
-        device = self.agent.position.device
-        agent = {
-            name: value.to(device, copy=True) if isinstance(value, Tensor) else value
-            for name, value in saved["agent"].items()
-        }
-        self._agent = QLearningState(**{**agent, "key": tuple(agent["key"])})
+        self._agent = _loaded(saved["agent"], self.agent.position.device)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings, "_agent": self._agent}
 
 
-def q_learning_metrics(optimizer: EnhancedSGD) -> dict[str, Tensor]:
+class QLearning(torch.optim.Optimizer):
+    """Any optimizer under the agent of `EnhancedSGD`; `q_learning(inner)` makes one.
+
+    It holds `inner` and shares its groups and state, so that a scheduler of torch may set their
+    base `lr`. The agent sees the gradient norm; then the gradients are clipped to `max_grad_norm`
+    (0: not) and `inner` takes its step at the agent's rate. A step whose loss or gradient norm is
+    not finite changes neither parameters nor the state of `inner`. Since other optimizers take
+    their rate as a Python number, a step waits for the device once; `EnhancedSGD` never does.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        controller: QLearningConfig = _DEFAULT_CONTROLLER,
+        seed: int = 0,
+        max_grad_norm: float = 0.0,
+    ):
+        require(max_grad_norm >= 0, f"max_grad_norm={max_grad_norm}: must be at least 0")
+        self.inner = inner
+        self._controller, self._max_grad_norm = controller, max_grad_norm
+        group, low, high = inner.param_groups[0], controller.min_momentum, controller.max_momentum
+        self._initial_momentum = float(_momentum(group) or 0.0)
+        require(
+            _momentum(group) is None or low <= self._initial_momentum <= high,
+            f"momentum={self._initial_momentum}: must be in [{low}, {high}]",
+        )
+        super().__init__(inner.param_groups, {})
+        self.param_groups, self.state = inner.param_groups, inner.state
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        dtype = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
+        place = weights[0].device
+        self.agent = init_agent(controller, self._initial_momentum, seed, dtype, place)
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
+    ) -> Any:
+        """One step; the loss is what `closure` returns, or `loss`. Returns it."""
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        value = _scalar(_needed(loss), self.agent.position)
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if not gradients:
+            return loss
+        squares = [_wide(g).square().sum().to(value.device, value.dtype) for g in gradients]
+        norm = torch.stack(squares).sum().sqrt()
+        steered = _momentum(self.param_groups[0]) is not None
+        agent, finite = step_agent(self.agent, value, norm, self._controller, steered)
+        scale, mu = torch.exp(agent.position[0]), -torch.expm1(-agent.position[1])
+        base = self.param_groups[0]["lr"]
+        self.agent = agent._replace(learning_rate=base * scale)
+        if self._max_grad_norm:
+            clip = self._max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            for gradient in gradients:
+                gradient.mul_(clip.clamp(max=1.0).to(gradient.device, gradient.dtype))
+        known = torch.stack([finite.to(scale.dtype), scale, mu]).tolist()
+        if known[0]:
+            self._step_inner(known[1], known[2] if steered else None)
+        return loss
+
+    def _step_inner(self, scale: float, momentum: float | None) -> None:
+        """The step of `inner` at the agent's rate and momentum; the groups get theirs back."""
+        before = [dict(group) for group in self.param_groups]
+        for group in self.param_groups:
+            factor = scale
+            if momentum is not None and "betas" in group:
+                group["betas"] = (momentum, *group["betas"][1:])
+            elif momentum is not None:
+                group["momentum"] = momentum
+                factor = scale * (1 - momentum) / (1 - self._initial_momentum)
+            group["lr"] = group["lr"] * factor
+        try:
+            self.inner.step()
+        finally:
+            for group, old in zip(self.param_groups, before, strict=True):
+                group.update(old)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of `inner`, and the agent beside it."""
+        return {**self.inner.state_dict(), "q_learning": _saved(self.agent)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where the optimizer that gave `state_dict` stood; settings stay one's own."""
+        _require_agent(state_dict, "QLearning")
+        kept = {name: value for name, value in state_dict.items() if name != "q_learning"}
+        self.inner.load_state_dict(kept)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.agent = _loaded(state_dict["q_learning"], self.agent.position.device)
+
+
+def q_learning(
+    inner: torch.optim.Optimizer,
+    controller: QLearningConfig = _DEFAULT_CONTROLLER,
+    seed: int = 0,
+    max_grad_norm: float = 0.0,
+) -> QLearning:
+    """`inner` under the agent that steers `EnhancedSGD`: its rate, and its `betas[0]` or `momentum`
+    where it has one that is not 0. `step` needs the global mean loss.
+
+    >>> import torch
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> optimizer = q_learning(torch.optim.AdamW([weight], lr=0.1))
+    >>> loss = weight.square().sum()
+    >>> loss.backward()
+    >>> _ = optimizer.step(loss=loss)
+    >>> round(float(q_learning_metrics(optimizer)["learning_rate"]), 3)
+    0.1
+    """
+    return QLearning(inner, controller, seed, max_grad_norm)
+
+
+def q_learning_metrics(optimizer: EnhancedSGD | QLearning) -> dict[str, Tensor]:
     """What the agent of an optimizer did last, as scalar tensors on its device.
 
     `learning_rate` (of the first group) and `momentum` as the last step used them,
-    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step), the factors
-    that the last decision chose (`learning_rate_action`, and `momentum_action` of
+    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step and at a surge),
+    the factors that the last decision chose (`learning_rate_action`, and `momentum_action` of
     1 / (1 − momentum)), `smoothed_loss`, `trend` (the fall of the loss over its deviation),
-    `stability` (deviation over mean of the gradient norm), and the counts `decisions` and
-    `skipped_steps`.
+    `stability` (deviation over mean of the gradient norm), and the counts `decisions`,
+    `skipped_steps` and `surges`.
     """
     agent = optimizer.agent
     factors = [
@@ -252,6 +351,7 @@ def q_learning_metrics(optimizer: EnhancedSGD) -> dict[str, Tensor]:
         "stability": agent.stability,
         "decisions": agent.judged,
         "skipped_steps": agent.skipped,
+        "surges": agent.surges,
     }
 
 
@@ -350,6 +450,39 @@ def _descend(
 
 
 # ---- small pieces ---------------------------------------------------------------------------
+
+
+def _momentum(group: dict[str, Any]) -> float | None:
+    """What the agent may steer beside the rate."""
+    return group["betas"][0] if "betas" in group else group.get("momentum") or None
+
+
+def _saved(agent: QLearningState) -> dict[str, Any]:
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in agent._asdict().items()
+    }
+
+
+def _loaded(saved: dict[str, Any], device: torch.device) -> QLearningState:
+    agent = {
+        name: value.to(device, copy=True) if isinstance(value, Tensor) else value
+        for name, value in saved.items()
+    }
+    return QLearningState(**{**agent, "key": tuple(agent["key"])})
+
+
+def _require_agent(state_dict: dict[str, Any], kind: str) -> None:
+    require(
+        "q_learning" in state_dict,
+        f"state_dict: has no q_learning; pass what {kind}.state_dict() returned",
+    )
+
+
+def _needed(loss: Tensor | float | None) -> Tensor | float:
+    if loss is None:
+        raise ValueError("loss=None: the agent needs the mean loss; step(loss=...) or a closure")
+    return loss
 
 
 def _wide(tensor: Tensor) -> Tensor:

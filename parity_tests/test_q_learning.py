@@ -234,7 +234,7 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
     other = bytelm_torch.q_agent.init_agent(other_config, 0.9, 4, kind, device)
     same = []
     for signal in zip(*map(torch.from_numpy, signals), strict=True):
-        other, _ = bytelm_torch.q_agent.step_agent(other, *signal, other_config)
+        other, _ = bytelm_torch.q_agent.step_agent(other, *signal, other_config, True)
         same.append((other.actions, other.cell, other.skipped, other.explored))
     for a, b in zip(told, zip(*same, strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(a), torch.stack(b).numpy())

@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from bytelm_jax import parallel
-from bytelm_jax.config import OptimizerConfig, TrainConfig, from_dict, to_dict
+from bytelm_jax.config import (
+    OptimizerConfig,
+    QLearningConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from bytelm_jax.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
@@ -21,6 +27,8 @@ from bytelm_torch.config import from_dict as torch_from_dict
 from bytelm_torch.loss import cross_entropy as torch_cross_entropy
 from bytelm_torch.optim import build_optimizer as build_torch_optimizer
 from bytelm_torch.optim import clip_by_global_norm, learning_rate_schedule
+from bytelm_torch.q_learning import EnhancedSGD, QLearning
+from bytelm_torch.q_learning import q_learning_metrics as torch_q_learning_metrics
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, twins
 
@@ -49,34 +57,42 @@ def ragged_batches(config, steps, rows, length):
     return batches
 
 
+STEERED = {"controller": QLearningConfig(interval=1), "weight_decay": 0.01}
+OPTIMIZERS = {
+    "adamw": OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+    "sgd": OptimizerConfig(name="sgd", learning_rate=1e-2, warmup_steps=20),
+    "q_learning_adamw": OptimizerConfig(
+        name="q_learning_adamw", learning_rate=3e-3, warmup_steps=20, **STEERED
+    ),
+    "q_learning_sgd": OptimizerConfig(
+        name="q_learning_sgd", learning_rate=1e-2, warmup_steps=20, noise_scale=0.1, **STEERED
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("variant", "name"), [("paper", "adamw"), ("in_action", "adamw"), ("paper", "sgd")]
+    ("variant", "name"),
+    [
+        ("paper", "adamw"),
+        ("in_action", "adamw"),
+        ("paper", "sgd"),
+        ("paper", "q_learning_adamw"),
+        ("in_action", "q_learning_sgd"),
+    ],
 )
 def test_200_steps_end_at_the_same_parameters(variant, name, x64):
+    """And an agent chooses the same actions at every step."""
     config, params, twin = twins(variant, "float64")
     before = {k: v.clone() for k, v in twin.state_dict().items()}
-    rate = {"adamw": 3e-3, "sgd": 1e-2}[name]
-    optimizer = OptimizerConfig(name=name, learning_rate=rate, warmup_steps=20)
+    optimizer = OPTIMIZERS[name]
     train = TrainConfig(steps=200, batch_size=4, devices=1, compute_dtype="float32")
     batches = ragged_batches(config, 200, 4, 11)
     # float64 all the way: cast_params would make the products float32.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parallel, "compute_dtype", lambda train: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params)
-
-    torch_config = torch_from_dict(TorchOptimizerConfig, to_dict(optimizer))
-    stepper = build_torch_optimizer(torch_config, twin)
-    schedule = learning_rate_schedule(torch_config, 200)
     try:
-        for count, ids in enumerate(batches):
-            for group in stepper.param_groups:
-                group["lr"] = schedule(count)
-            tensor = torch.from_numpy(ids)
-            nats, counted = torch_cross_entropy(twin(tensor), tensor, config.vocab.pad_id)
-            stepper.zero_grad()
-            (nats / counted).backward()
-            clip_by_global_norm(twin.parameters(), optimizer.max_grad_norm)
-            stepper.step()
+        told = run_torch(twin, optimizer, batches)
         theirs = {k: v.clone().numpy() for k, v in twin.state_dict().items()}
     finally:
         twin.load_state_dict(before)
@@ -87,6 +103,35 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
     assert reports[-1]["loss"] < reports[0]["loss"]
     moved = relative_error(theirs["to_logits.weight"], before["to_logits.weight"].numpy())
     assert moved > 0.01
+    assert len(told) == (200 if name.startswith("q_learning") else 0)
+    for report, metrics in zip(reports, told, strict=False):
+        for what, value in metrics.items():
+            assert report[what] == pytest.approx(value, rel=tolerances.AFTER_200_STEPS), what
+    if told:
+        actions = [(m["learning_rate_action"], m["momentum_action"]) for m in told]
+        assert len(set(actions)) > 10
+
+
+def run_torch(twin, optimizer, batches):
+    """Trains the twin in place; what the optimizer reported at every step."""
+    config = torch_from_dict(TorchOptimizerConfig, to_dict(optimizer))
+    stepper, schedule = build_torch_optimizer(config, twin), learning_rate_schedule(config, 200)
+    told = []
+    for count, ids in enumerate(batches):
+        for group in stepper.param_groups:
+            group["lr"] = schedule(count)
+        tensor = torch.from_numpy(ids)
+        nats, counted = torch_cross_entropy(twin(tensor), tensor, twin.config.vocab.pad_id)
+        stepper.zero_grad()
+        (nats / counted).backward()
+        if isinstance(stepper, EnhancedSGD | QLearning):
+            stepper.step(loss=nats / counted)
+            metrics = torch_q_learning_metrics(stepper)
+            told.append({what: float(value) for what, value in metrics.items()})
+        else:
+            clip_by_global_norm(twin.parameters(), optimizer.max_grad_norm)
+            stepper.step()
+    return told
 
 
 SMALL = replace(MEGABYTES["in_action"], init_std=0.05, dropout=0.1, global_layers=1, local_layers=1)
@@ -124,6 +169,23 @@ def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_de
     for name, value in state.params.items():
         error = relative_error(np.asarray(other.params[name]), np.asarray(value))
         assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+
+
+def test_eight_devices_train_as_one_under_the_agent():
+    """Its actions too: it is fed the mean loss of the whole batch, of both step forms."""
+    steered = OptimizerConfig(
+        name="q_learning_sgd", learning_rate=0.1, controller=QLearningConfig(interval=1)
+    )
+    one, state = run_jax(SMALL, steered, TrainConfig(steps=5, batch_size=16, devices=1), FIVE)
+    for parallel_ in ("jit", "shard_map"):
+        train = TrainConfig(steps=5, batch_size=16, devices=8, parallel=parallel_)
+        eight, other = run_jax(SMALL, steered, train, FIVE)
+        assert [r["learning_rate_action"] for r in eight] == [
+            r["learning_rate_action"] for r in one
+        ]
+        for name, value in state.params.items():
+            error = relative_error(np.asarray(other.params[name]), np.asarray(value))
+            assert error <= tolerances.DEVICES_AFTER_5_STEPS, (parallel_, name)
 
 
 def test_dropout_is_on_in_training_and_differs_between_steps_and_seeds(one_device):

@@ -32,7 +32,7 @@ def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]
     mesh = parallel.make_mesh(1)
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
-    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
     step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
     length, offset = recipe.data.sequence_length, recipe.model.vocab.offset

@@ -12,6 +12,7 @@ from bytelm_jax.config import (
     DataConfig,
     MegabyteConfig,
     OptimizerConfig,
+    QLearningConfig,
     Recipe,
     TrainConfig,
     from_dict,
@@ -67,6 +68,15 @@ def test_recipes_are_found_by_name():
         (ByteVocab, "pad_id", 258, "must differ"),
         (OptimizerConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),
         (OptimizerConfig, "final_fraction", 2.0, "must be between 0 and 1"),
+        (OptimizerConfig, "momentum", 0.8, "momentum=0.8: has no effect on adamw; leave it at 0.9"),
+        (OptimizerConfig, "noise_scale", 0.1, "choose optimizer.name q_learning_sgd$"),
+        (OptimizerConfig, "centralize", False, "centralize=False: has no effect on adamw"),
+        (
+            OptimizerConfig,
+            "controller",
+            QLearningConfig(interval=3),
+            "controller.interval=3: has no effect on adamw; leave it at 10",
+        ),
         (DataConfig, "sequence_length", 0, "sequence_length=0: must be at least 1"),
         (TrainConfig, "steps", 0, "steps=0: must be at least 1"),
         (TrainConfig, "accumulation_steps", 5, "must be a multiple of accumulation_steps=5"),
@@ -101,6 +111,35 @@ def test_a_missing_field_is_refused():
     del good["model"]
     with pytest.raises(ValueError, match="model"):
         from_dict(Recipe, good)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("adamw", "beta1", 0.8),
+        ("sgd", "momentum", 0.3),
+        ("q_learning_adamw", "beta2", 0.9),
+        ("q_learning_adamw", "controller", QLearningConfig(interval=3)),
+        ("q_learning_sgd", "entropy_threshold", 0.3),
+    ],
+)
+def test_an_optimizer_takes_its_own_fields(name, field, value):
+    config = OptimizerConfig(name=name, **{field: value})
+    assert from_dict(OptimizerConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_a_momentum_out_of_the_agent_s_reach_is_refused():
+    with pytest.raises(ValueError, match=r"^momentum=0.3: must lie within .* min_momentum=0.5"):
+        OptimizerConfig(name="q_learning_sgd", momentum=0.3)
+    with pytest.raises(ValueError, match=r"^beta1=0.999: must lie within .* max_momentum=0.995$"):
+        OptimizerConfig(name="q_learning_adamw", beta1=0.999)
+
+
+def test_a_configuration_from_before_the_agent_loads():
+    old = to_dict(recipes.megabyte_tiny())
+    for name in ("entropy_threshold", "noise_scale", "centralize", "controller"):
+        del old["optimizer"][name]
+    assert from_dict(Recipe, old) == recipes.megabyte_tiny()
 
 
 def test_configs_are_frozen():

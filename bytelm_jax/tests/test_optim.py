@@ -65,7 +65,7 @@ def test_decay_leaves_norms_and_biases_alone():
 def test_what_is_frozen_costs_nothing_and_counts_in_no_norm():
     params = {"patcher.kernel": jnp.array([-0.0, 2.0]), "to_q.kernel": jnp.array([3.0])}
     config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
-    whole = build_optimizer(config, 10, ("patcher.",))
+    whole = build_optimizer(config, 10, frozen=("patcher.",))
     alone = build_optimizer(config, 10)
     kept = {"to_q.kernel": params["to_q.kernel"]}
     state = whole.init(params)
@@ -86,7 +86,7 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
         **{"global_hidden_dim": 4, "patch_budget": 1.0},
     )
     frozen = config.frozen_prefixes
-    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), 3, frozen)
+    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), 3, frozen=frozen)
     train = TrainConfig(steps=3, batch_size=2, devices=2, parallel="shard_map")
     mesh = parallel.make_mesh(2)
     bind, init = define_model(config)

@@ -93,6 +93,7 @@ def test_no_start_and_no_bound_lies_on_an_edge():
         ("indifference", -0.1, "at least 0"),
         ("min_scale", 1.0, "between 0 and 1"),
         ("max_scale", 0.9, "above 1"),
+        ("surge", 0.9, "above 1, or 0 for never"),
         ("max_momentum", 1.0, "below 1"),
         ("min_momentum", 0.999, "below max_momentum=0.995"),
     ],
@@ -269,6 +270,28 @@ def test_an_action_that_ends_in_no_finite_loss_is_punished_once():
     agent, _ = traced(losses, norms)
     for table in (agent.q_learning_rate, agent.q_momentum):
         np.testing.assert_array_equal(table[table != 0], np.float32([-EVERY_STEP.alpha]))
+
+
+def test_a_loss_that_surges_halves_the_rate_once_in_a_window():
+    """Steps 100 to 139 stand at a hundred times the first loss: over twice it when smoothed, too,
+    from the fifth of them on, since none counts for more than four times."""
+    losses, norms = noisy_run()
+    losses[100:140] = 100 * losses[0]
+    _, (agents, finite) = traced(losses, norms)
+    assert np.all(finite) and np.all(agents.skipped == 0)
+    risen = np.flatnonzero(np.diff(agents.surges)) + 1
+    # From 0.9 of the first loss or so: 4 - 3.1 · 2^(-n/8) > 2 for n > 5.1 steps seen before.
+    assert 104 <= risen[0] <= 107
+    np.testing.assert_array_equal(risen, np.arange(risen[0], 140, 8))
+    np.testing.assert_array_equal(agents.reward[risen], -1.0)
+    fell = agents.position[risen, 0] - agents.position[risen - 1, 0]
+    least = np.float32(math.log(0.1))
+    expected = np.maximum(agents.position[risen - 1, 0] - math.log(2), least)
+    np.testing.assert_allclose(agents.position[risen, 0], expected, rtol=1e-5)
+    assert np.all(fell <= 0) and not np.any(agents.pending[risen])
+    assert np.all(np.abs(agents.smoothed) < 4.1 * losses[0])
+    _, (calm, _) = traced(losses, norms, config=QLearningConfig(interval=1, surge=0.0))
+    assert not np.any(calm.surges) and calm.smoothed.max() > 50
 
 
 def test_eight_devices_act_as_one(x64):

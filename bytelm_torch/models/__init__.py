@@ -1,5 +1,7 @@
 """`build_model(config)`: one explicit match, no registry."""
 
+from torch import nn
+
 from bytelm_torch.config import (
     BLTConfig,
     EntropyConfig,
@@ -16,18 +18,39 @@ Model = Megabyte | LFByteTransformer | EntropyModel | BLT
 
 
 def build_model(config: ModelConfig) -> Model:
-    """The model that `config` describes, float32, initialised from torch's generator."""
+    """The model that `config` describes, float32, initialised from torch's generator.
+
+    Its parameters carry their names in the JAX twin, as `name_parameters` puts them there.
+    """
     match config:
         case MegabyteConfig():
-            return Megabyte(config)
+            model = Megabyte(config)
         case LFByteConfig():
-            return LFByteTransformer(config)
+            model = LFByteTransformer(config)
         case EntropyConfig():
-            return EntropyModel(config)
+            model = EntropyModel(config)
         case BLTConfig():
-            return BLT(config)
+            model = BLT(config)
         case _:
             raise ValueError(f"config={type(config).__name__}: not a model configuration of bytelm")
+    name_parameters(model)
+    return model
+
+
+def name_parameters(model: nn.Module) -> None:
+    """Writes into each parameter's `bytelm_path` its dotted name in the JAX twin.
+
+    Its last part is the kind of leaf, which tells an optimizer the layout: `kernel` [out, in],
+    `embedding`, `scale`, and what has the same name in both: `bias`, `kernels`, `taps`. A copy of a
+    parameter, and one that was assigned, has lost it.
+    """
+    for prefix, module in model.named_modules():
+        kind = "kernel" if isinstance(module, nn.Linear) else "scale"
+        kind = "embedding" if isinstance(module, nn.Embedding) else kind
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            stem, dot, leaf = name.rpartition(".")
+            path = stem + dot + (kind if leaf == "weight" else leaf)
+            parameter.bytelm_path = path  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def is_norm(name: str) -> bool:

@@ -1,0 +1,90 @@
+"""scripts/sweep.py: its points, what it runs, what it skips, and its table."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from bytelm_jax import checkpoint
+from bytelm_jax.train import DivergedError, Outcome
+
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "sweep.py"
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """The script; its `train` is a formula of the learning rate that notes what it was asked."""
+    spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.trained = []
+
+    def train(recipe, run_dir):
+        rate = recipe.optimizer.learning_rate
+        module.trained.append(rate)
+        run_dir.mkdir(parents=True)
+        checkpoint.save_config(run_dir, recipe)
+        lines = [{"step": recipe.train.steps, checkpoint.METRIC: 3 + abs(rate - 0.1)}]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        if rate == 9:
+            raise DivergedError("step 7: the loss is nan")
+        return Outcome(recipe.train.steps, rate == 8)
+
+    monkeypatch.setattr(module, "train", train)
+    return module
+
+
+def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
+    call = ["megabyte_tiny", "--out", str(tmp_path), "--vary", "learning_rate=9,0.3,0.1"]
+    call += ["optimizer=sgd,q_learning_sgd", "--", "--steps", "7", "--momentum", "0.8"]
+    assert sweep.main(call) == 0
+    assert sweep.trained == [9, 9, 0.3, 0.3, 0.1, 0.1]
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [row["learning_rate"] for row in rows] == ["0.1", "0.1", "0.3", "0.3", "9", "9"]
+    assert [row["outcome"] for row in rows[3:]] == ["finished", "diverged", "diverged"]
+    assert rows[0][checkpoint.METRIC] == 3 and rows[0]["step"] == 7
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [row["optimizer"] for row in csv.DictReader(file)][:2] == ["sgd", "q_learning_sgd"]
+    saved = checkpoint.load_config(tmp_path / "learning_rate=0.3,optimizer=q_learning_sgd")
+    assert saved.optimizer.name == "q_learning_sgd" and saved.optimizer.momentum == 0.8
+    assert "3.2000" in capsys.readouterr().out
+
+    sweep.trained.clear()
+    assert sweep.main(call) == 0 and sweep.trained == []
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+
+
+def test_a_signal_stops_the_sweep_at_its_point(sweep, tmp_path):
+    call = ["megabyte_tiny", "--out", str(tmp_path), "--vary", "learning_rate=1,8,2"]
+    assert sweep.main(call) == 0
+    assert sweep.trained == [1, 8]
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 1
+
+
+def test_random_points_lie_in_their_ranges(sweep):
+    vary = ["a=1e-4:1e-1:log", "b=2:5", "c=x,y", "d=0.5:1"]
+    drawn = sweep.points(vary, 300, 1)
+    assert drawn == sweep.points(vary, 300, 1) != sweep.points(vary, 300, 2)
+    assert all(1e-4 <= float(p["a"]) <= 1e-1 and 0.5 <= float(p["d"]) <= 1 for p in drawn)
+    assert sum(float(p["a"]) < 1e-2 for p in drawn) > 150  # two of three decades
+    assert {p["b"] for p in drawn} == {"2", "3", "4", "5"} and {p["c"] for p in drawn} == {"x", "y"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--vary", "learning_rate=1:2"], "learning_rate: a range needs --random N"),
+        (["--vary", "learning_rate=2:1", "--random", "3"], "needs LOW < HIGH"),
+        (["--vary", "learning_rate=a:b", "--random", "3"], "must be numbers"),
+        (["--vary", "learning_rate"], "write FIELD=A,B,…"),
+        (["--vary", "lerning_rate=1"], "did you mean --learning-rate?"),
+        (["--vary", "learning_rate=1,-1"], "learning_rate=-1.0: must be above 0"),
+    ],
+)
+def test_a_wrong_call_is_refused_before_anything_runs(sweep, tmp_path, capsys, arguments, says):
+    assert sweep.main(["megabyte_tiny", "--out", str(tmp_path), *arguments]) == 2
+    assert says in capsys.readouterr().err
+    assert sweep.trained == [] and not any(tmp_path.iterdir())
