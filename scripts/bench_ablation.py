@@ -47,8 +47,9 @@ def make_run(recipe: Recipe) -> Callable[[int, float], dict[str, Any]]:
     mesh = parallel.make_mesh(1)
     windows, held_out, _ = open_windows(recipe)
     bind, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps)
-    step = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh)
+    frozen = recipe.model.frozen_prefixes
+    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
+    step = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
 
     def train(seed: int, cpu_seconds: float) -> dict[str, Any]:
