@@ -7,6 +7,7 @@ to `grain.MapDataset.source(...).seed(seed).shuffle().repeat(None)`.
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -26,17 +27,29 @@ def shuffled_index(position: int, count: int, seed: int) -> int:
     # then stands for another, and a row is left out of the epoch; equal batches matter more here.
     bits = max(16, (count - 2).bit_length())
     half = (bits + bits % 2) // 2
-    while True:
+    if half > 8:  # then the block holds at most four times as many numbers as there are rows
         index = _encrypt(index, half, keys)
-        if index < count:
-            return index
+        while index >= count:
+            index = _encrypt(index, half, keys)
+        return index
+    walk = _smallest_block(keys)
+    index = walk[index % len(walk)]
+    while index >= count:
+        index = walk[index]
+    return index
 
 
-def _encrypt(value: int, half: int, keys: tuple[int, ...]) -> int:
-    """Simon's Feistel network on two words of `half` bits."""
+@functools.lru_cache(maxsize=4)
+def _smallest_block(keys: tuple[int, ...]) -> list[int]:
+    """The whole permutation of 16 bits: few rows mean a long walk."""
+    return _encrypt(np.arange(2**16), 8, keys).tolist()
+
+
+def _encrypt(value: Any, half: int, keys: tuple[int, ...]) -> Any:
+    """Simon's Feistel network on two words of `half` bits, of an integer or an array of them."""
     mask = (1 << half) - 1
 
-    def turned(word: int, by: int) -> int:
+    def turned(word: Any, by: int) -> Any:
         return (word << by | word >> (half - by)) & mask
 
     left, right = value >> half & mask, value & mask
