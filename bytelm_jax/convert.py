@@ -266,6 +266,8 @@ def _read_config(file: Path) -> ModelConfig:
     with _about(file, "give a folder that `bytelm export` wrote"):
         fields = json.loads(file.read_text("utf-8"))
         require(isinstance(fields, dict), "must hold a JSON object")
+        fields = fields.get("bytelm", fields)  # where transformers wrote the file
+        require(isinstance(fields, dict), "bytelm: must hold a JSON object")
         library = fields.pop("library", None)
         require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
         version = fields.pop("format_version", None)
@@ -330,7 +332,7 @@ def _is_foreign(path: Path) -> bool:
     try:
         fields = json.loads((path / CONFIG_FILE).read_text("utf-8"))
         weights = any((path / name).is_file() for name in _FOREIGN_FILES)
-        return weights and fields.get("library") != LIBRARY
+        return weights and fields.get("bytelm", fields).get("library") != LIBRARY
     except (OSError, ValueError, RecursionError, AttributeError):
         return False  # `load_export` says what is wrong
 
