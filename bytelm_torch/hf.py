@@ -398,15 +398,16 @@ class EntropyForCausalLM(ByteLMForCausalLM):
 _CLASSES = (MegabyteForCausalLM, BLTForCausalLM, LFByteForCausalLM, EntropyForCausalLM)
 
 
-def from_native(model: Any) -> ByteLMForCausalLM:
+def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> ByteLMForCausalLM:
     """The same model, its parameters shared, behind the interface of transformers.
 
-    Raises `ValueError` when `model` is not one of `build_model`.
+    `kind` is a subclass to use in place of the registered class. Raises `ValueError` when
+    `model` is not one of `build_model`.
     """
     native = getattr(model, "config", None)
     kinds = {kind.config_class.native: kind for kind in _CLASSES}
     require(type(native) in kinds, f"model={type(model).__name__}: must be of build_model")
-    kind = kinds[type(native)]
+    kind = kind or kinds[type(native)]
     with torch.device("meta"):
         made = kind(kind.config_class(bytelm=to_dict(native)))
     made.model = model
