@@ -125,9 +125,9 @@ def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]
 def _read_config(file: Path) -> ModelConfig:
     with _about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
         fields = json.loads(file.read_text("utf-8"))
+        if isinstance(fields, dict):
+            fields = fields.get("bytelm", fields)  # where transformers wrote the file
         require(isinstance(fields, dict), "must hold a JSON object")
-        fields = fields.get("bytelm", fields)  # where transformers wrote the file
-        require(isinstance(fields, dict), "bytelm: must hold a JSON object")
         library = fields.pop("library", None)
         require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
         version = fields.pop("format_version", None)

@@ -212,7 +212,8 @@ class ByteCache:
         patch = self._model.round_length
         start = index * patch
         here = ids[:, start : start + patch]
-        previous = ids[:, start - patch : start] if index else torch.full_like(here, self._pad)
+        pads = torch.full_like(here, self._model.config.vocab.pad_id)
+        previous = ids[:, start - patch : start] if index else pads
         places = lengths - start
         last, kept = int(places.max()), []
 
@@ -226,10 +227,6 @@ class ByteCache:
             state, _ = self._model.decode_round(state, previous, index, choose)
         rows = torch.arange(len(ids), device=ids.device)
         return torch.stack(kept, dim=1)[rows, places], state
-
-    @property
-    def _pad(self) -> int:
-        return self._model.config.vocab.pad_id
 
 
 def _each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -6,6 +6,7 @@ that the number of processes changes nothing but rounding.
 """
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -21,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 from bytelm_torch.config import TrainConfig
 from bytelm_torch.loss import cross_entropy
 from bytelm_torch.optim import clip_by_global_norm, global_norm
-from bytelm_torch.q_learning import EnhancedSGD
 
 
 class Group(NamedTuple):
@@ -171,8 +171,8 @@ def _move(
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if isinstance(optimizer, EnhancedSGD):  # it clips by itself, and its agent asks for the loss
-        optimizer.step(loss=loss)
+    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips by itself
+        optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]
         return
     clip_by_global_norm(model.parameters(), max_grad_norm)
     optimizer.step()

@@ -90,7 +90,8 @@ def prepare_dataloader(
     """(loader of ids int32 [batch_size, context_size], its sampler).
 
     `paths` are files and folders; without them the folder `data` is read if there is one, else the
-    source of Python's standard library. `distributed` gives each process that torchrun started its
+    source of Python's standard library. `num_workers` processes read, at most one a processor.
+    `distributed` gives each process that torchrun started its
     own share of the windows.
     """
     if paths is None:
@@ -99,7 +100,8 @@ def prepare_dataloader(
     size = int(os.environ.get("WORLD_SIZE", 1)) if distributed else 1
     rank = int(os.environ.get("RANK", 0)) if distributed else 0
     sampler = DistributedSampler(windows, num_replicas=size, rank=rank)
-    loader = DataLoader(windows, batch_size=batch_size, sampler=sampler, num_workers=num_workers)
+    workers = min(num_workers, os.cpu_count() or 1)
+    loader = DataLoader(windows, batch_size=batch_size, sampler=sampler, num_workers=workers)
     return loader, sampler
 
 
