@@ -461,7 +461,7 @@ def test_import_any_tells_the_formats_apart(tmp_path: Path) -> None:
         config, params = convert.import_any(tmp_path / "out", kind)
         assert (config, bits(params)) == (PAPER, bits(any_bits(PAPER, np.float32, 3)))
     text = message(convert.import_any, tmp_path / "out", "hf")
-    assert text == "format='hf': choose one of auto, bytelm, megabyte"
+    assert text == "format='hf': choose auto, bytelm, megabyte"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"name": "megabyte_tiny"}')
     text = message(convert.import_any, tmp_path / "run")
