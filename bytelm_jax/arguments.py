@@ -16,6 +16,13 @@ T = TypeVar("T")
 
 _SECTIONS = ("model", "optimizer", "data", "train")
 
+ALIASES = {
+    "seq_len": "data.sequence_length",
+    "lr": "optimizer.learning_rate",
+    "distributed": "train.devices=0",
+}
+"""Names that training scripts commonly give to fields of ours; a value after "=" is implied."""
+
 
 class UsageError(ValueError):
     """The command line is wrong; the message says where, and what would be right."""
@@ -39,14 +46,39 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
     return dataclasses.replace(recipe, **{n: getattr(found, n) for n in _SECTIONS})
 
 
+def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is no field, under any of its names, and the other arguments.
+
+    The last value counts, as it does for fields; two names at once raise `UsageError`.
+    """
+    rest: list[str] = []
+    seen, value, waits = "", None, False
+    for argument in argv:
+        name, equals, behind = argument.partition("=")
+        if waits:
+            value, waits = "" if argument.startswith("--") else argument, False
+        elif name.startswith("--") and name[2:].replace("-", "_") in names:
+            if seen and seen.replace("-", "_") != name.replace("-", "_"):
+                raise UsageError(f"{seen} and {name}: mean the same; give one of them")
+            seen, value, waits = name, behind, not equals
+        else:
+            rest.append(argument)
+    if seen and not value:
+        raise UsageError(f"{seen}: needs a value")
+    return value, rest
+
+
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
-    """Writes out `--steps` as `--train.steps` and so on; unknown names raise `UsageError`."""
+    """Writes out `--steps` as `--train.steps` and so on, and aliases as the fields they stand for.
+
+    Unknown names, and a field given under its own name and an alias, raise `UsageError`.
+    """
     full = {f"{section}.{name}" for section in _SECTIONS for name in _leaves(recipe, section)}
     short: dict[str, list[str]] = {"data": ["data.paths"]}
     for name in sorted(full):
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)
-    expanded = []
+    expanded, given = [], dict[str, str]()
     for argument in argv:
         matched = re.fullmatch(r"--(no[-_])?([A-Za-z][\w.-]*)(=.*)?", argument, re.DOTALL)
         if not matched or argument == "--help":
@@ -55,15 +87,31 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
         negation, name, value = matched[1], matched[2].replace("-", "_"), matched[3] or ""
         if negation and f"no_{name}" in full | set(short):
             negation, name = None, f"no_{name}"
+        alias = name if name in ALIASES and name not in full | set(short) else ""
+        if alias:
+            name, value = _resolve(alias, negation, value)
         if name not in full:
             choices = sorted(set(short.get(name, [])))
             if len(choices) != 1:
-                raise UsageError(_unknown(matched[2], choices, sorted(full | set(short))))
+                known = sorted(full | set(short) | set(ALIASES))
+                raise UsageError(_unknown(matched[2], choices, known))
             name = choices[0]
+        if given.setdefault(name, alias) != alias:
+            meant = name.replace("_", "-")
+            raise UsageError(f"--{given[name] or alias}: means --{meant}; give one of them")
         section, field = name.split(".", 1)
         no = "no-" if negation else ""
         expanded.append(f"--{section}.{no}{field.replace('_', '-')}{value}")
     return expanded
+
+
+def _resolve(alias: str, negation: str | None, value: str) -> tuple[str, str]:
+    """The field that an alias stands for, and "=value", or "" where the next argument holds it."""
+    field, equals, implied = ALIASES[alias].partition("=")
+    if negation or (equals and value):
+        meant = ALIASES[alias].replace("_", "-")
+        raise UsageError(f"--{alias}: means --{meant}; write --{alias} as it stands, or that")
+    return field, equals + implied if equals else value
 
 
 def _unknown(name: str, choices: list[str], known: list[str]) -> str:

@@ -1,5 +1,6 @@
 """The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
 
+import math
 import sys
 import threading
 from dataclasses import replace
@@ -13,13 +14,14 @@ import jax.numpy as jnp
 from bytelm_jax import checkpoint as checkpoints
 from bytelm_jax import convert, parallel, parity, recipes
 from bytelm_jax import data as corpora
-from bytelm_jax.arguments import UsageError, parse_recipe
+from bytelm_jax.arguments import ALIASES, UsageError, expand_names, parse_recipe, take_option
 from bytelm_jax.config import MegabyteConfig, Recipe
+from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.generate import SamplerConfig, stream
 from bytelm_jax.models import define_model
 from bytelm_jax.tokenizer import StreamingDecoder
-from bytelm_jax.train import DivergedError, train
+from bytelm_jax.train import DivergedError, open_windows, train
 
 
 def train_command(argv: list[str]) -> int:
@@ -30,8 +32,13 @@ def train_command(argv: list[str]) -> int:
     if argv[0].startswith("-"):
         raise UsageError(f"{argv[0]}: name the recipe first: {', '.join(recipes.names())}")
     recipe = recipes.get(argv[0])
-    run_dir, rest = _take_run_dir(argv[1:], Path("runs") / recipe.name)
+    run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
+    epochs, rest = take_option(rest, "epochs")
+    run_dir = Path(run_dir or Path("runs") / recipe.name)
+    if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
+        raise UsageError("--epochs: sets --train.steps; give one of them")
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
+    recipe = _with_epochs(recipe, epochs) if epochs else recipe
     # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
     try:
@@ -54,7 +61,10 @@ def _train_help() -> str:
             "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
             "Without --data it trains on the source of Python's standard library. Any field is",
             "overridden by its name, with or without its section (--train.batch-size 8,",
-            "--batch-size 8); `bytelm train RECIPE --help` lists them all.",
+            "--batch-size 8); `bytelm train RECIPE --help` lists them all. Also understood:",
+            *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
+            "  --save_path for --run-dir",
+            "  --epochs N for the --steps that show each window N times",
             "",
             "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
             "",
@@ -63,19 +73,17 @@ def _train_help() -> str:
     )
 
 
-def _take_run_dir(argv: list[str], default: Path) -> tuple[Path, list[str]]:
-    rest, run_dir, take = [], default, False
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        if take:
-            run_dir, take = Path(argument), False
-        elif name in ("--run-dir", "--run_dir"):
-            run_dir, take = Path(value), not equals
-        else:
-            rest.append(argument)
-    if take or not str(run_dir):
-        raise UsageError("--run-dir: name a folder")
-    return run_dir, rest
+def _with_epochs(recipe: Recipe, epochs: str) -> Recipe:
+    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
+    try:
+        times = float(epochs)
+    except ValueError:
+        times = math.nan
+    if not 0 < times < math.inf:
+        raise UsageError(f"--epochs {epochs}: must be a number above 0")
+    windows, _, _ = open_windows(recipe)
+    steps = max(1, math.ceil(times * len(windows) / recipe.train.batch_size))
+    return replace(recipe, train=replace(recipe.train, steps=steps))
 
 
 def eval_command(
@@ -104,6 +112,7 @@ def eval_command(
         raise UsageError("--data: name at least one file or folder")
     corpus = corpora.open_corpus(data)
     recipe, params, step = checkpoints.load_run(run, checkpoint)
+    require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, parallel.make_mesh()
     windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=False)
     rows = -(-batch_size // mesh.size) * mesh.size

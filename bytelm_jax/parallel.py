@@ -80,7 +80,9 @@ def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callab
         params = init()
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(make, out_shardings=replicated(mesh))()
+    # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(make, out_shardings=replicated(mesh), compiler_options=options)()
 
 
 def abstract_state(state: TrainState) -> TrainState:

@@ -6,7 +6,14 @@ Each docstring says what it is and the command; measured figures stand in the RE
 from dataclasses import replace
 from difflib import get_close_matches
 
-from bytelm_jax.config import DataConfig, MegabyteConfig, OptimizerConfig, Recipe, TrainConfig
+from bytelm_jax.config import (
+    DataConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainConfig,
+)
 
 _RECIPE = {"return": Recipe}
 """The annotations by which `names` tells a recipe from other functions."""
@@ -87,6 +94,31 @@ def transformer_132m() -> Recipe:
         local_heads=1,
     )
     return replace(megabyte_132m(), name="transformer_132m", model=model)
+
+
+def lfbyte_tiny() -> Recipe:
+    """LFByteTransformer that learns on two CPU cores in minutes: `bytelm train lfbyte_tiny`."""
+    model = LFByteConfig(
+        embed_dim=128, num_layers=4, adapt_dim=64, rank=8, kernel_length=64, dropout=0.0
+    )
+    return replace(megabyte_tiny(), name="lfbyte_tiny", model=model)
+
+
+def lfbyte() -> Recipe:
+    """LFByteTransformer in its usual size, 32,534,184 parameters: `bytelm train lfbyte`."""
+    return Recipe(
+        name="lfbyte",
+        model=LFByteConfig(),
+        data=DataConfig(sequence_length=256),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
+        train=replace(_LARGE_TRAIN, accumulation_steps=4),
+    )
+
+
+def lfbyte_130m() -> Recipe:
+    """The same shape with 48 experts, 2 of them at work: 133,826,056 parameters, for GPUs."""
+    model = LFByteConfig(num_experts=48, dropout=0.0)
+    return replace(megabyte_132m(), name="lfbyte_130m", model=model)
 
 
 def names() -> list[str]:

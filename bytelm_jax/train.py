@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bytelm_jax import checkpoint, data, parallel
 from bytelm_jax.config import Recipe, TrainConfig
+from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.loss import bits_per_byte
@@ -93,6 +94,18 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
                 )
 
 
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    kept = recipe.data
+    corpus = data.open_corpus(kept.paths)
+    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()
+
+
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
 
@@ -100,17 +113,15 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     overwritten, and `DivergedError` when the loss stops being finite.
     """
     run, vocab = recipe.train, recipe.model.vocab
+    require_prediction(recipe.model)
 
     # ---- setup ----
     mesh = parallel.make_mesh(run.devices)
     parallel.check_batch(mesh, run)
 
     # ---- data ----
-    corpus = data.open_corpus(recipe.data.paths)
-    parts = data.split(corpus, recipe.data.validation_fraction, recipe.data.split_seed)
-    length, eos = recipe.data.sequence_length, recipe.data.append_eos
-    windows, held_out = (data.Windows(part, vocab, length, eos) for part in parts)
-    identity = corpus.fingerprint()
+    length = recipe.data.sequence_length
+    windows, held_out, identity = open_windows(recipe)
 
     # ---- model and state, born sharded ----
     prepare_run_dir(run_dir, recipe)

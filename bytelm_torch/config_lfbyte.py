@@ -175,3 +175,12 @@ class LFByteConfig:
             narrow = self.rank * (inputs + outputs + once * self.adapt_dim)
             return inputs * outputs + narrow
         return inputs * outputs * (1 + once * self.adapt_dim)
+
+
+def require_prediction(config: object) -> None:
+    """Raises `ValueError` for a model that sees the bytes that it would be asked for."""
+    require(
+        not isinstance(config, LFByteConfig) or config.causal,
+        "model.causal=False: this model sees the bytes that it would predict; "
+        "training and evaluation need causal=True",
+    )

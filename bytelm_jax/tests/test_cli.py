@@ -4,8 +4,11 @@ import json
 import os
 import random
 import shutil
+import struct
 import subprocess
 import sys
+import wave
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ import torch
 
 import bytelm_torch
 from bytelm_jax import cli, commands, recipes
-from bytelm_jax.arguments import UsageError, expand_names
+from bytelm_jax.arguments import UsageError, expand_names, take_option
+from bytelm_jax.train import Outcome, open_windows
 from bytelm_torch.loss import token_nats
 from parity_tests import tolerances
 
@@ -195,7 +199,7 @@ def test_bad_names_and_values(run, capsys):
     assert "variant" in refused(capsys, *train, "--variant", "paperback")
     assert "batch_size=9" in refused(capsys, *train, "--batch-size", "9", "--run-dir", run / "x")
     assert "devices=99" in refused(capsys, *train, "--devices", "99", "--run-dir", run / "x")
-    assert "--run-dir: name a folder" in refused(capsys, *train, "--run-dir")
+    assert "--run-dir: needs a value" in refused(capsys, *train, "--run-dir")
     assert "top_p" in refused(capsys, "generate", run, "--top-p", "0")
     assert "checkpoint=7: choose latest, best or one of" in refused(
         capsys, "eval", run, "--data", __file__, "--checkpoint", "7"
@@ -310,3 +314,110 @@ def test_fields_are_found_by_their_bare_names():
     assert expand_names(recipe, ["--vocab.size", "9"]) == ["--model.vocab.size", "9"]
     with pytest.raises(UsageError, match="--nam: no such field"):
         expand_names(recipe, ["--nam", "x"])
+
+
+def test_common_names_stand_for_our_fields():
+    recipe = recipes.get("lfbyte")
+    assert expand_names(recipe, ["--seq_len", "256"]) == ["--data.sequence-length", "256"]
+    assert expand_names(recipe, ["--lr=3e-4"]) == ["--optimizer.learning-rate=3e-4"]
+    assert expand_names(recipe, ["--distributed"]) == ["--train.devices=0"]
+    for argv, says in {
+        ("--seq_len", "8", "--sequence-length", "8"): "--seq_len: means --data.sequence-length",
+        ("--learning-rate", "1", "--lr", "1"): "--lr: means --optimizer.learning-rate",
+        ("--devices", "1", "--distributed"): "--distributed: means --train.devices",
+        ("--distributed=2",): "--distributed: means --train.devices=0",
+        ("--no-lr",): "--lr: means",
+        ("--seqlen", "8"): "did you mean --seq-len",
+    }.items():
+        with pytest.raises(UsageError, match=says):
+            expand_names(recipe, argv)
+    names = ("run_dir", "save_path")
+    assert take_option(["--a", "1", "--save-path=x", "b"], *names) == ("x", ["--a", "1", "b"])
+    assert take_option(["--a", "1"], *names) == (None, ["--a", "1"])
+    with pytest.raises(UsageError, match="--save_path and --run-dir: mean the same"):
+        take_option(["--save_path", "a", "--run-dir", "b"], *names)
+    for argv in (["--run-dir"], ["--run-dir", "--steps", "3"], ["--run-dir="]):
+        with pytest.raises(UsageError, match="--run-dir: needs a value"):
+            take_option(argv, *names)
+
+
+LFBYTE = (
+    "--distributed --epochs 10 --batch_size 8 --accumulation_steps 4 --seq_len 256 --embed_dim 512 "
+    "--num_layers 8 --adapt_dim 512 --num_experts 4 --lr 3e-4 --max_grad_norm 1.0 --dropout 0.1 "
+    "--save_path ./checkpoints"
+)
+
+
+def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
+    asked = []
+
+    def remember(recipe, run_dir):
+        asked.append((recipe, run_dir))
+        return Outcome(recipe.train.steps, False)
+
+    monkeypatch.setattr(commands, "train", remember)
+    start = ["train", "lfbyte", "--data", str(text)]
+    assert cli.main([*start, *LFBYTE.split()]) == 0
+    recipe, run_dir = asked[0]
+    assert run_dir == Path("checkpoints")
+    assert recipe.model == recipes.get("lfbyte").model
+    assert (recipe.train.batch_size, recipe.train.accumulation_steps) == (8, 4)
+    assert (recipe.train.devices, recipe.data.sequence_length) == (0, 256)
+    assert (recipe.optimizer.learning_rate, recipe.optimizer.max_grad_norm) == (3e-4, 1.0)
+    windows = len(open_windows(recipe)[0])
+    assert 8 * (recipe.train.steps - 1) < 10 * windows <= 8 * recipe.train.steps
+    asked.clear()
+    capsys.readouterr()
+    for change, says in {
+        ("--epochs", "2", "--steps", "3"): "--epochs: sets --train.steps",
+        ("--epochs", "0"): "--epochs 0: must be a number above 0",
+        ("--epochs", "many"): "--epochs many: must be a number above 0",
+    }.items():
+        assert says in refused(capsys, *start, *change)
+    assert not asked
+    assert cli.main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"--{name}" in said for name in ("seq_len", "lr", "save_path", "epochs"))
+
+
+def test_a_model_that_sees_its_bytes_is_not_trained_on_them(text, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = ["train", "lfbyte_tiny", "--no-causal", "--data", text, "--run-dir", run]
+    assert "model.causal=False: this model sees the bytes" in refused(capsys, *argv)
+    assert not run.exists()
+
+
+def sounds_and_pictures(folder):
+    """Two WAV and two PNG files of simple patterns; how many bytes they hold."""
+    for i in (1, 2):
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            tone = 3000 * np.sin(np.arange(3000) * i / 8)
+            file.writeframes(tone.astype("<i2").tobytes())
+        grey = np.add.outer(np.arange(64) * i, np.arange(64)).astype(np.uint8)
+        rows = b"".join(b"\0" + row.tobytes() for row in grey)
+        header = struct.pack(">IIBBBBB", 64, 64, 8, 0, 0, 0, 0)
+        chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")]
+        with open(folder / f"{i}.png", "wb") as file:
+            file.write(b"\x89PNG\r\n\x1a\n")
+            for kind, body in chunks:
+                check = zlib.crc32(kind + body)
+                file.write(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", check))
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_bytes_that_are_no_text_train_and_evaluate(tmp_path, capsys):
+    files, run = tmp_path / "files", tmp_path / "run"
+    files.mkdir()
+    size = sounds_and_pictures(files)
+    model = "--embed-dim 16 --num-layers 1 --adapt-dim 8 --rank 2 --kernel-length 8 --hidden-mult 1"
+    rest = "--seq_len 64 --batch_size 8 --devices 1 --lr 1e-2 --warmup-steps 5 --epochs 3 "
+    rest += "--validation-fraction 0"  # one function less to compile
+    argv = ["train", "lfbyte_tiny", *model.split(), *rest.split(), "--data", str(files)]
+    assert cli.main([*argv, "--save_path", str(run)]) == 0
+    capsys.readouterr()
+    found = evaluated(capsys, run, "--data", files)
+    assert found["bytes"] == size
+    assert found["bits_per_byte"] < 5  # of 8 for noise

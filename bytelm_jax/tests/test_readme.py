@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bytelm_jax import cli, recipes
-from bytelm_jax.arguments import expand_names
+from bytelm_jax.arguments import expand_names, take_option
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -56,7 +56,8 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
         seen.add(name)
         if name == "train":
             recipe = recipes.get(arguments[0])
-            rest = [a for a in arguments[1:] if a not in ("--run-dir", "runs/tiny")]
+            _, rest = take_option(arguments[1:], "run_dir", "save_path")
+            _, rest = take_option(rest, "epochs")
             expand_names(recipe, rest)
             continue
         with pytest.raises(SystemExit):
