@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bytelm_torch import checkpoint, data, parallel
 from bytelm_torch.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm_torch.config_lfbyte import require_prediction
 from bytelm_torch.evaluate import evaluate, make_row_nats
 from bytelm_torch.loss import bits_per_byte
 from bytelm_torch.metrics import MetricsLog, Throughput
@@ -126,6 +127,18 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
                 )
 
 
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    kept = recipe.data
+    corpus = data.open_corpus(kept.paths)
+    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()
+
+
 def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome:
     """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
 
@@ -149,16 +162,14 @@ def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) ->
 def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group) -> Outcome:
     run, vocab = recipe.train, recipe.model.vocab
     first = group.rank == 0
+    require_prediction(recipe.model)
 
     # ---- setup ----
     parallel.check_batch(group, run)
 
     # ---- data ----
-    corpus = data.open_corpus(recipe.data.paths)
-    parts = data.split(corpus, recipe.data.validation_fraction, recipe.data.split_seed)
-    length, eos = recipe.data.sequence_length, recipe.data.append_eos
-    windows, held_out = (data.Windows(part, vocab, length, eos) for part in parts)
-    identity = corpus.fingerprint()
+    length = recipe.data.sequence_length
+    windows, held_out, identity = open_windows(recipe)
 
     # ---- model and optimizer ----
     if first:
