@@ -332,7 +332,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
 
     def _limit(self) -> int | None:
-        native = self.model.config
+        native: Any = self.model.config
         paper = isinstance(native, MegabyteConfig) and native.variant == "paper"
         return native.max_length if paper else None
 
@@ -392,7 +392,7 @@ class EntropyForCausalLM(ByteLMForCausalLM):
     config_class = EntropyLMConfig
 
 
-_CLASSES = (MegabyteForCausalLM, BLTForCausalLM, LFByteForCausalLM, EntropyForCausalLM)
+_CLASSES: Any = (MegabyteForCausalLM, BLTForCausalLM, LFByteForCausalLM, EntropyForCausalLM)
 
 
 def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> ByteLMForCausalLM:
@@ -404,9 +404,9 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     native = getattr(model, "config", None)
     kinds = {kind.config_class.native: kind for kind in _CLASSES}
     require(type(native) in kinds, f"model={type(model).__name__}: must be of build_model")
-    kind = kind or kinds[type(native)]
+    chosen: Any = kind or kinds[type(native)]
     with torch.device("meta"):
-        made = kind(kind.config_class(bytelm=to_dict(native)))
+        made = chosen(chosen.config_class(bytelm=to_dict(native)))
     made.model = model
     made.config.dtype = next(model.parameters()).dtype
     return made
