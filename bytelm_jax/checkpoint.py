@@ -24,7 +24,6 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from bytelm_jax.config import Recipe, TrainConfig, from_dict, to_dict
 from bytelm_jax.models import Params, abstract_params
-from bytelm_jax.optim import build_optimizer
 
 METRIC = "validation_bits_per_byte"
 """What "best" means: the lowest of this."""
@@ -113,11 +112,15 @@ def save(
     data: str,
     metrics: dict[str, float] | None,
 ) -> None:
-    """Starts an asynchronous save; the arrays may be donated as soon as it returns."""
-    if jax.default_backend() == "cpu":
+    """Starts an asynchronous save; the arrays may be donated as soon as it returns.
+
+    Without an `opt_state` only the parameters are saved, and they must not be donated.
+    """
+    arrays = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
+    if jax.default_backend() == "cpu" and opt_state is not None:
         # On a CPU the "host copy" is a view of the very buffers that the next step overwrites.
-        params, opt_state = jax.tree.map(jnp.copy, (params, opt_state))
-    marks = {"params": fingerprints(params), "optimizer": fingerprints(opt_state)}
+        arrays = jax.tree.map(jnp.copy, arrays)
+    marks = {name: fingerprints(tree) for name, tree in arrays.items()}
     metadata = {
         "step": step,
         "recipe": to_dict(recipe),
@@ -126,9 +129,8 @@ def save(
         "fingerprints": {name: [int(m) for m in jax.device_get(ms)] for name, ms in marks.items()},
     }
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(params),
-        optimizer=ocp.args.StandardSave(opt_state),
         metadata=ocp.args.JsonSave(metadata),
+        **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
     )
     with _writable(manager):
         manager.save(step, args=items, metrics=metrics, force=True)
@@ -147,6 +149,10 @@ def restore(
 
     Raises `ValueError` when the checkpoint is damaged or holds other arrays.
     """
+    if opt_state is not None and "optimizer" not in read_metadata(manager, step)["fingerprints"]:
+        raise ValueError(
+            f"{manager.directory}: imported weights, not a run to go on with; name another"
+        )
     wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     with _readable(manager, step):
         arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
@@ -201,9 +207,14 @@ def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]
     with open_checkpoints(run_dir) as manager:
         step = choose_step(manager, which)
         params, _, metadata = restore(manager, step, abstract)
-    if metadata["recipe"]["model"] != to_dict(recipe.model):
+    if _uncalibrated(metadata["recipe"]["model"]) != _uncalibrated(to_dict(recipe.model)):
         raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
     return recipe, params, step
+
+
+def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:
+    """A model but for what `calibrate` changes in `config.json`, for every checkpoint at once."""
+    return {k: v for k, v in model.items() if k not in ("threshold", "bytes_per_patch")}
 
 
 def check_unused(run_dir: Path) -> None:
@@ -213,14 +224,16 @@ def check_unused(run_dir: Path) -> None:
 
 
 def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
-    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all."""
+    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all.
+
+    Nobody can go on training from it, not knowing its data, so no optimizer state is stored.
+    """
     check_unused(run_dir)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:
-        optimizer = build_optimizer(recipe.optimizer, recipe.train.steps)
         with open_checkpoints(beside, recipe.train) as manager:
-            save(manager, 0, params, optimizer.init(params), recipe, "", None)
+            save(manager, 0, params, None, recipe, "", None)
             finish(manager)
         save_config(beside, recipe)
         beside.chmod(0o755)

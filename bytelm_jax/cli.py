@@ -16,6 +16,7 @@ COMMANDS = {
     "export": "write a model for PyTorch",
     "import": "make a run folder of other weights",
     "parity": "compare the JAX and torch twins",
+    "calibrate": "find the entropy threshold for a mean patch length",
     "prepare": "pack files into one byte file",
 }
 

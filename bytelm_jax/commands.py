@@ -12,14 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from bytelm_jax import checkpoint as checkpoints
-from bytelm_jax import convert, parallel, parity, recipes
+from bytelm_jax import convert, convert_blt, formats, parallel, parity, patch_contract, recipes
 from bytelm_jax import data as corpora
 from bytelm_jax.arguments import ALIASES, UsageError, expand_names, parse_recipe, take_option
-from bytelm_jax.config import MegabyteConfig, Recipe
+from bytelm_jax.config import (
+    BLTConfig,
+    MegabyteConfig,
+    PatchingContract,
+    Recipe,
+    from_dict,
+    to_dict,
+)
 from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.generate import SamplerConfig, stream
-from bytelm_jax.models import define_model
+from bytelm_jax.models import Params, define_model
 from bytelm_jax.tokenizer import StreamingDecoder
 from bytelm_jax.train import DivergedError, open_windows, train
 
@@ -123,6 +130,7 @@ def eval_command(
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype))
         found = evaluate(row_nats, wide, batches, vocab.pad_id, mesh)
     record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
+    record |= _check_patches(recipe, params, windows)
     if json:
         print(dump_json(record | {"step": step, "dtype": dtype}))
     else:
@@ -131,6 +139,17 @@ def eval_command(
             f"{found.count} bytes (step {step}, {dtype})"
         )
     return 0
+
+
+def _check_patches(recipe: Recipe, params: Params, windows: corpora.Windows) -> dict[str, float]:
+    """The mean patch length of a BLT on these data; a line on stderr where the run knows others."""
+    if not isinstance(recipe.model, BLTConfig):
+        return {}
+    found = patch_contract.measure(recipe.model, params, windows)
+    wrong = patch_contract.outside(recipe.patching, found) if recipe.patching else None
+    if wrong:
+        print(f"bytelm eval: warning: data: {wrong}", file=sys.stderr, flush=True)
+    return {"bytes_per_patch": found.mean_length}
 
 
 _PARAMETERS = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
@@ -177,8 +196,16 @@ def generate_command(
     return 0
 
 
-def export_command(run: Path, /, out: Path, checkpoint: str = "latest") -> int:
+def export_command(
+    run: Path,
+    /,
+    out: Path,
+    checkpoint: str = "latest",
+    format: Literal["bytelm", "hf-blt"] = "bytelm",
+) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
+
+    Or, with --format hf-blt, for `BltForCausalLM.from_pretrained(OUT)` of transformers.
 
     Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
 
@@ -186,28 +213,43 @@ def export_command(run: Path, /, out: Path, checkpoint: str = "latest") -> int:
         run: the run folder.
         out: the folder to write.
         checkpoint: latest, best or a step.
+        format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
     """
     recipe, params, step = checkpoints.load_run(run, checkpoint)
-    convert.export_model(recipe.model, params, out, {"recipe": recipe.name, "step": step})
+    if format == "hf-blt":
+        if not isinstance(recipe.model, BLTConfig):
+            raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
+        convert_blt.export_hf_blt(recipe.model, params, out)
+    else:
+        extra = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        convert.export_model(recipe.model, params, out, extra)
     print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
     return 0
 
 
 def import_command(
-    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte"] = "auto"
+    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte", "hf-blt"] = "auto"
 ) -> int:
-    """Makes a run folder of an export, or of a checkpoint of the PyTorch MEGABYTE code.
+    """Makes a run folder of an export or of other people's weights.
+
+    Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
+    `BltForCausalLM`, in one file or in shards.
 
     Example: bytelm import exports/megabyte_tiny --out runs/imported
 
     Args:
-        source: an export folder, or a .pt or .safetensors file with a state dict.
+        source: an export folder, a folder of transformers, or a .pt or .safetensors file with a
+            state dict.
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto looks at it.
     """
     checkpoints.check_unused(out)
-    config, params = convert.import_any(source, format)
-    recipe = Recipe(name="imported", model=config)
+    config, params = formats.import_any(source, format)
+    patching = formats.stored_extra(source).get("patching")
+    patching = None if patching is None else from_dict(PatchingContract, patching, "extra.patching")
+    recipe = Recipe(name="imported", model=config, patching=patching)
     if isinstance(config, MegabyteConfig) and config.variant == "paper":
         length = min(recipe.data.sequence_length, config.max_length)
         recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
@@ -215,6 +257,59 @@ def import_command(
     print(
         f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
     )
+    return 0
+
+
+def calibrate_command(
+    run: Path,
+    /,
+    data: tuple[Path, ...],
+    bytes_per_patch: float = 4.5,
+    check: tuple[Path, ...] = (),
+    windows: int = 4096,
+) -> int:
+    """Finds the entropy threshold for a wanted mean patch length and stores it in the run.
+
+    RUN is an entropy model, from which `bytelm train blt_… --entropy-from RUN` takes model and
+    threshold, or a Byte Latent Transformer, whose patches then change at once.
+
+    Example: bytelm calibrate runs/entropy_tiny --data README.md --bytes-per-patch 4.5
+
+    Args:
+        run: the run folder.
+        data: files, folders or a prepared file, cut into windows as in the training.
+        bytes_per_patch: the wanted mean.
+        check: other data, whose mean at that threshold is shown beside.
+        windows: how many windows to look at, evenly spaced; 0 is all.
+    """
+    if not data:
+        raise UsageError("--data: name at least one file or folder")
+    if windows < 0:
+        raise UsageError(f"--windows={windows}: must be at least 0")
+
+    def cut(paths: tuple[Path, ...]) -> corpora.Windows:
+        options = (recipe.model.vocab, recipe.data.sequence_length, recipe.data.append_eos)
+        return corpora.Windows(corpora.open_corpus(paths), *options)
+
+    recipe, params, step = checkpoints.load_run(run)
+    made = patch_contract.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
+    contract = made.patching
+    assert contract is not None
+    lines = [
+        f"threshold {contract.threshold:.9g} nats (step {step}): {contract.mean_length:.3f} bytes "
+        f"a patch over {contract.sampled_bytes} bytes of --data"
+    ]
+    if check:
+        model, params = patch_contract.as_blt(made, params)
+        model = replace(model, threshold=contract.threshold)
+        seen = patch_contract.measure(model, params, cut(check), windows or None)
+        lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
+    checkpoints.save_config(run, made)
+    print("\n".join(lines))
+    known = recipe.patching if isinstance(recipe.model, BLTConfig) else None
+    wrong = patch_contract.outside(known, contract) if known else None
+    if wrong:
+        print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
     return 0
 
 

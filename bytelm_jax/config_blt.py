@@ -27,6 +27,13 @@ HASH_PRIMES = (
 """The base of hash function f is HASH_PRIMES[f]."""
 
 
+SPLINE_BASES = 11
+"""Cubic B-splines over a uniform grid of 8 intervals, its knots extended by 3 on either side."""
+
+HISTOGRAM_LIMIT = 400.0
+"""The largest threshold of the patcher `histogram` in bits: its sums are exact 32-bit integers."""
+
+
 def _blt_vocab() -> ByteVocab:
     """The ids of the public weights: BOE 0, BOS 1, EOS 2, pad 3, then the bytes."""
     return ByteVocab(size=260, offset=4, pad_id=3, bos_id=1, eos_id=2)
@@ -76,22 +83,27 @@ class BLTConfig:
     """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults of its 1B model.
 
     - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is unsure by more
-      than `threshold` nats, `space` after separators, `fixed` every `patch_size` bytes, `byte`
-      before every byte. `whole_characters` forbids boundaries inside a UTF-8 character (`byte`
-      excepted); the public weights were trained without that rule.
+      than `threshold` nats, `histogram` where the entropies of the last bytes' histograms, summed
+      since the patch began, pass `threshold` bits, `space` after separators, `fixed` every
+      `patch_size` bytes, `byte` before every byte. `whole_characters` forbids boundaries inside a
+      UTF-8 character (`byte` excepted); the public weights were trained without that rule.
     - Shapes are static: the global transformer has room for `patch_budget` patches a byte of input;
       patches past it merge into the last one. 1 never overflows; 0 stands for 1.5 divided by
       `bytes_per_patch`, the mean patch length that is expected.
     - n-gram embeddings: one table of `ngram_rows` rows for each of `ngram_functions` hash functions
-      and each size in `ngram_sizes`, in that order.
+      and each size in `ngram_sizes`, in that order. `ngram_combine="mean"` divides the sum of byte
+      and n-gram embeddings by their number.
     - `patch_queries` is the number k of vectors by which a patch is pooled and read back.
+    - `feedforward="spline"` puts a learned spline a channel in the place of the gated layer;
+      `entropy_attention` lets the global attention see how varied the bytes of each patch are;
+      `positions="sinusoidal"` adds positions to the byte embeddings in the place of rotation.
     - `*_kv_heads=0` means as many as heads; `local_window=0` lets bytes attend without a window.
     """
 
     architecture: ClassVar[str] = "blt"
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
     vocab: ByteVocab = field(default_factory=_blt_vocab)
-    patcher: Literal["entropy", "space", "fixed", "byte"] = "entropy"
+    patcher: Literal["entropy", "histogram", "space", "fixed", "byte"] = "entropy"
     threshold: float = 1.335442066192627
     patch_size: int = 4
     whole_characters: bool = True
@@ -101,6 +113,7 @@ class BLTConfig:
     ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
     ngram_functions: int = 1
     ngram_rows: int = 500_002
+    ngram_combine: Literal["sum", "mean"] = "sum"
     patch_queries: int = 2
     local_dim: int = 1024
     local_window: int = 512
@@ -117,6 +130,9 @@ class BLTConfig:
     global_heads: int = 16
     global_kv_heads: int = 0
     global_hidden_dim: int = 5632
+    feedforward: Literal["gated", "spline"] = "gated"
+    entropy_attention: bool = False
+    positions: Literal["rotary", "sinusoidal"] = "rotary"
     rope_theta: float = 500_000.0
     dropout: float = 0.0
 
@@ -133,6 +149,10 @@ class BLTConfig:
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
         require_fraction(self, "dropout")
         require(math.isfinite(self.threshold), f"threshold={self.threshold}: must be finite")
+        require(
+            self.patcher != "histogram" or 0 <= self.threshold <= HISTOGRAM_LIMIT,
+            f"threshold={self.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits a patch",
+        )
         rate = self.bytes_per_patch
         require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
         budget = self.patch_budget
@@ -159,6 +179,16 @@ class BLTConfig:
     def ngram_tables(self) -> int:
         """Number of n-gram tables."""
         return self.ngram_functions * len(self.ngram_sizes)
+
+    @property
+    def reads_histograms(self) -> bool:
+        """Whether the model needs the entropies of the bytes' histograms."""
+        return self.patcher == "histogram" or self.entropy_attention
+
+    @property
+    def rotation_base(self) -> float:
+        """The base of the rotary frequencies; 0 where positions are not rotated."""
+        return self.rope_theta if self.positions == "rotary" else 0.0
 
     def budget(self, length: int) -> int:
         """Patches for which the global transformer has room at `length` bytes.
@@ -190,7 +220,7 @@ class BLTConfig:
     def flops_per_byte(self, length: int) -> float:
         """Forward floating-point operations a byte at `length` bytes, `bytes_per_patch` a patch.
 
-        Causal attention counts half; the entropy model, which is not trained here, counts once.
+        Causal attention counts half.
         """
         local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
         keys, patches = _mean_keys(length, self.local_window), length / self.bytes_per_patch
@@ -205,25 +235,62 @@ class BLTConfig:
         if queries * local != wide:
             patch += queries * local * wide
         work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
-        return work + (self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0)
+        return work + self.frozen_flops_per_byte(length)
+
+    def frozen_flops_per_byte(self, length: int) -> float:
+        """The part of `flops_per_byte` that training runs forward alone: the entropy model."""
+        return self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0.0
 
     def _encoder_layer(self) -> int:
         heads = (self.encoder_heads, self.encoder_kv_heads)
-        return _layer_parameters(self.local_dim, *heads, self.encoder_hidden_dim)
+        return self._layer(self.local_dim, *heads, self.encoder_hidden_dim)
 
     def _decoder_layer(self) -> int:
         heads = (self.decoder_heads, self.decoder_kv_heads)
-        return _layer_parameters(self.local_dim, *heads, self.decoder_hidden_dim)
+        return self._layer(self.local_dim, *heads, self.decoder_hidden_dim)
 
     def _global_layer(self) -> int:
         heads = (self.global_heads, self.global_kv_heads)
-        return _layer_parameters(self.global_dim, *heads, self.global_hidden_dim)
+        guide = 2 * self.global_heads if self.entropy_attention else 0
+        return self._layer(self.global_dim, *heads, self.global_hidden_dim) + guide
+
+    def _layer(self, width: int, heads: int, kv_heads: int, hidden: int) -> int:
+        if self.feedforward == "gated":
+            return _layer_parameters(width, heads, kv_heads, hidden)
+        splines = hidden * (1 + SPLINE_BASES)
+        return _cross_parameters(width, heads, kv_heads) + 2 * width * hidden + splines
 
     def _encoder_cross(self) -> int:
         return _cross_parameters(self.local_dim, self.encoder_heads, self.encoder_kv_heads)
 
     def _decoder_cross(self) -> int:
         return _cross_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchingContract:
+    """How a run's text was cut into patches: data that is cut otherwise is not what it knows.
+
+    `entropy_model` is the SHA-256 of the entropy model's parameters, empty under other patchers.
+    `histogram` counts the patches of 1, 2, … bytes, the last entry those of that length or longer,
+    on a sample of `sampled_bytes` bytes.
+    """
+
+    patcher: Literal["entropy", "space", "fixed", "byte"]
+    threshold: float
+    entropy_model: str
+    sampled_bytes: int
+    histogram: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        require_positive(self, "sampled_bytes")
+        usable = min(self.histogram, default=-1) >= 0 and sum(self.histogram) > 0
+        require(usable, f"histogram={self.histogram}: must hold counts, one of them above 0")
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of a patch in bytes."""
+        return self.sampled_bytes / sum(self.histogram)
 
 
 def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:

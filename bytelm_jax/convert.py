@@ -33,15 +33,15 @@ from .models import Params, abstract_params
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-_FOREIGN_FILES = (MODEL_FILE, "pytorch_model.bin")  # what transformers' save_pretrained writes
+FOREIGN_FILES = (MODEL_FILE, "pytorch_model.bin")  # what transformers' save_pretrained writes
 
 _LEAVES = {
     "kernel": ("weight", True),
     "embedding": ("weight", False),
     "scale": ("weight", False),
-    "bias": ("bias", False),
-    "kernels": ("kernels", False),
-    "taps": ("taps", False),
+} | {
+    name: (name, False)
+    for name in ("bias", "kernels", "taps", "gain", "coefficients", "gamma", "beta")
 }
 """Kind of leaf in JAX → its name in torch, and whether its last two axes change places."""
 
@@ -310,31 +310,6 @@ def _one_line(error: object, limit: int = 300) -> str:
 # ---- other people's weights -----------------------------------------------------------------
 
 
-def import_any(path: str | Path, format: str = "auto") -> tuple[ModelConfig, Params]:
-    """Configuration and parameters from an export of this library or from a known foreign format.
-
-    `format` is "bytelm", "megabyte" or "auto", which takes a folder for an export unless its
-    config.json names another library, and a file for MEGABYTE weights. Raises `ValueError` as
-    `load_export` and `import_megabyte` do.
-    """
-    readers = {"bytelm": load_export, "megabyte": import_megabyte}
-    require(format in ("auto", *readers), f"format={format!r}: choose auto, {', '.join(readers)}")
-    if format == "auto":
-        format = "megabyte" if _is_foreign(Path(path)) else "bytelm"
-    return readers[format](path)
-
-
-def _is_foreign(path: Path) -> bool:
-    if not path.is_dir():
-        return True
-    try:
-        fields = json.loads((path / CONFIG_FILE).read_text("utf-8"))
-        weights = any((path / name).is_file() for name in _FOREIGN_FILES)
-        return weights and fields.get("bytelm", fields).get("library") != LIBRARY
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return False  # `load_export` says what is wrong
-
-
 def import_megabyte(
     path: str | Path, *, pad_id: int = ByteVocab.pad_id, eos_id: int = ByteVocab.eos_id
 ) -> tuple[MegabyteConfig, Params]:
@@ -349,7 +324,7 @@ def import_megabyte(
     """
     file = Path(path)
     if file.is_dir():
-        inside = [file / name for name in _FOREIGN_FILES]
+        inside = [file / name for name in FOREIGN_FILES]
         file = next(filter(Path.is_file, inside), inside[0])
     opened = _open_safetensors if file.suffix == ".safetensors" else _open_torch_file
     with opened(file) as tensors:

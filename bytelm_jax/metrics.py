@@ -65,8 +65,8 @@ class Throughput:
     """Bytes a second and model FLOP utilisation since the last reading."""
 
     def __init__(self, flops_per_byte: float, devices: int):
-        """`flops_per_byte` is the model's forward cost; training costs three times that."""
-        self._flops, self._devices = 3 * flops_per_byte, devices
+        """`flops_per_byte` is the cost of training on a byte."""
+        self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops()
         self.restart()
 
@@ -83,6 +83,10 @@ class Throughput:
         self.restart()
         return rates
 
-    def restart(self) -> None:
-        """Leaves out the time and bytes since the last reading (compilation, evaluation)."""
+    def restart(self, flops_per_byte: float | None = None) -> None:
+        """Leaves out the time and bytes since the last reading (compilation, evaluation).
+
+        `flops_per_byte` is the cost from here on, where it changes.
+        """
+        self._flops = self._flops if flops_per_byte is None else flops_per_byte
         self._count, self._since = 0, time.perf_counter()

@@ -60,8 +60,11 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter called `name`: not to norms and biases."""
-    return not is_norm(name) and not name.endswith("bias")
+    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
+
+    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    """
+    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
@@ -69,9 +72,37 @@ def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     return {name: decays(name) for name in params}
 
 
-def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def freeze(
+    inner: optax.GradientTransformationExtraArgs, prefixes: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` for every parameter but those whose names begin with one of `prefixes`.
+
+    They cost no state, count in no norm, are not decayed, and updates of 0 come back for them.
+    """
+
+    def init(params: Any) -> optax.OptState:
+        return inner.init(without(params, prefixes))
+
+    def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any):
+        kept = None if params is None else without(params, prefixes)
+        moves: Any
+        moves, state = inner.update(without(updates, prefixes), state, kept, **extra)
+        return {k: moves[k] if k in moves else jnp.zeros_like(v) for k, v in updates.items()}, state
+
+    return optax.GradientTransformationExtraArgs(init, update) if prefixes else inner
+
+
+def without(params: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters whose names begin with none of `prefixes`."""
+    return {name: value for name, value in params.items() if not name.startswith(prefixes)}
+
+
+def build_optimizer(
+    config: OptimizerConfig, steps: int, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config` names, for a run of `steps` steps.
 
+    It leaves alone the parameters whose names begin with one of `frozen`.
     `adamw`: Loshchilov & Hutter 2019. `sgd`: heavy-ball momentum, the decay added to the gradient,
     as torch.optim.SGD does.
     """
@@ -82,10 +113,9 @@ def build_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransf
             inner = optax.chain(adam, decay)
         case "sgd":
             inner = optax.chain(decay, optax.trace(config.momentum))
-    return optax.with_extra_args_support(
-        optax.chain(
-            clip_by_global_norm(config.max_grad_norm),
-            inner,
-            optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-        )
+    chain = optax.chain(
+        clip_by_global_norm(config.max_grad_norm),
+        inner,
+        optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
     )
+    return freeze(optax.with_extra_args_support(chain), frozen)

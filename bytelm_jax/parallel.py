@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from bytelm_jax.config import TrainConfig
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, cast_params
-from bytelm_jax.optim import global_norm
+from bytelm_jax.optim import global_norm, without
 
 DATA = "data"
 """The mesh axis along which the rows of a batch are spread."""
@@ -115,12 +115,14 @@ def make_train_step(
     train: TrainConfig,
     pad_id: int,
     mesh: Mesh,
+    frozen: tuple[str, ...] = (),
 ) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, and what
     the model reports, averaged over rows. Gradients of micro-batches are added before they are
-    used, so `accumulation_steps` changes memory and nothing else.
+    used, so `accumulation_steps` changes memory and nothing else. Parameters whose names begin with
+    one of `frozen` have no gradient and leave the step as they came, bit for bit.
     """
     check_batch(mesh, train)
     manual = train.parallel == "shard_map"
@@ -129,8 +131,10 @@ def make_train_step(
     def over_devices(x: Any) -> Any:
         return jax.lax.psum(x, DATA) if manual else x
 
-    def micro_loss(params: Params, ids: Array, keys: Array, count: Array):
-        output = bind(cast_params(params, dtype)).outputs(ids, keys, train.remat)
+    def micro_loss(
+        params: Params, fixed: Params, ids: Array, keys: Array, count: Array, total_rows: int
+    ):
+        output = bind(cast_params(params | fixed, dtype)).outputs(ids, keys, train.remat)
         nats, _ = cross_entropy(output.logits, ids, pad_id)
         # The sum over devices belongs inside the differentiated function: the gradient of a
         # replicated parameter is summed by shard_map itself, and averaging it once more outside
@@ -138,23 +142,26 @@ def make_train_step(
         nats, extra, metrics = over_devices(
             (nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()})
         )
-        return nats / count + extra / train.batch_size, (nats, metrics)
+        return nats / count + extra / total_rows, (nats, metrics)
 
     def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
         rows, micro = ids.shape[0], train.accumulation_steps
         first = jax.lax.axis_index(DATA) * rows if manual else 0
+        total_rows = rows * mesh.size if manual else rows
         step_key = jax.random.fold_in(seed, state.step)
         keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(first + jnp.arange(rows))
         count = jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)
         gradient = jax.value_and_grad(micro_loss, has_aux=True)
+        moving = without(state.params, frozen)
+        fixed = {k: v for k, v in state.params.items() if k not in moving}
 
         total = _over_micro_batches(
-            lambda *part: gradient(state.params, *part, count), (ids, keys), micro
+            lambda *part: gradient(moving, fixed, *part, count, total_rows), (ids, keys), micro
         )
         (loss, (nats, metrics)), gradients = total
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, value=loss)
-        params = jax.tree.map(jnp.add, state.params, updates)
-        report = {k: v / train.batch_size for k, v in metrics.items()}
+        updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
+        params = jax.tree.map(jnp.add, moving, updates) | fixed
+        report = {k: v / total_rows for k, v in metrics.items()}
         report |= {"loss": nats / count, "grad_norm": global_norm(gradients)}
         return TrainState(state.step + 1, params, opt_state), report
 

@@ -4,6 +4,7 @@ Imports both packages, lazily: the rest of `bytelm_jax` never needs torch.
 """
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from bytelm_jax import checkpoint, convert, data
-from bytelm_jax.config import ModelConfig, to_dict
+from bytelm_jax.config import BLTConfig, ModelConfig, to_dict
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, define_model
@@ -88,10 +89,17 @@ def compare(
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
     config, params, twin = _load(path, which, bytelm_torch)
-    length = length or 4 * getattr(config, "patch_size", 8) + 3
+    length = length or _default_length(config)
     windows = data.Windows(data.open_corpus(paths), config.vocab, length, append_eos=False)
     ids = next(data.evaluation_batches(windows, rows, rows))
     return compare_twins(config, params, twin, ids, dtype)
+
+
+def _default_length(config: ModelConfig) -> int:
+    """A little more than four patches, an odd number."""
+    if isinstance(config, BLTConfig) and config.patcher in ("entropy", "space"):
+        return 4 * math.ceil(config.bytes_per_patch) + 3
+    return 4 * getattr(config, "patch_size", 8) + 3
 
 
 def compare_twins(
@@ -123,8 +131,12 @@ def compare_twins(
         loss, gradients = jax.jit(jax.value_and_grad(mean_loss))(params)
         report.compare("loss", np.asarray(loss), their_loss, LOGITS[dtype])
         for name, gradient in sorted(convert.to_torch(gradients).items()):
-            found = their_gradients.get(name, np.zeros_like(gradient))
-            report.compare(f"gradient of {name}", gradient, found, GRADIENTS[dtype])
+            what = f"gradient of {name}"
+            if name in their_gradients:
+                report.compare(what, gradient, their_gradients[name], GRADIENTS[dtype])
+            else:  # frozen: torch has none, so ours must be zero to the last bit
+                moved = bool(np.any(gradient))
+                report.add(what, "not zero" if moved else "none", not moved)
         _compare_generation(report, bind(params), twin, ids, config)
     return report
 

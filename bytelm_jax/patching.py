@@ -9,8 +9,10 @@ so. Both forms call that one function.
 A row ends at its first pad: nothing from there on is counted, and no patch starts behind it.
 """
 
+import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -21,6 +23,23 @@ NO_BYTE = -1
 
 CONTEXT = 3
 """Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+
+
+WINDOWS = (3, 5, 7)
+"""Bytes in the windows whose histograms `histogram_entropy` reads."""
+
+BIT = 2**22
+"""Histogram entropies are integers, so many a bit: their sums are exact in any order."""
+
+_SHARES = [
+    [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
+    for n in range(8)
+]
+"""What a byte seen c times among n adds to the entropy of a window, over the number of windows."""
+
+
+MOST = BIT * math.log2(WINDOWS[-1])
+"""The entropy of seven different bytes, by which entropies become parts of 1."""
 
 
 class PatchPlan(NamedTuple):
@@ -59,23 +78,52 @@ def inside_character(recent: Int[Array, "*batch 3"]) -> Bool[Array, "*batch"]:
     return after_one | after_two | (after_three & _continues(last))
 
 
+def histogram_entropy(recent: Int[Array, "*batch 7"]) -> Int[Array, "*batch"]:
+    """Shannon entropy of the histograms of the last 3, 5 and 7 bytes, averaged, in 1 / `BIT` bits.
+
+    `recent` holds the bytes that end there, oldest first; what is no byte is not counted, so the
+    windows of the first bytes are shorter.
+    """
+    shares, total = jnp.asarray(_SHARES, jnp.int32).reshape(-1), 0
+    for window in WINDOWS:
+        last = recent[..., -window:]
+        real = last >= 0
+        same = (last[..., :, None] == last[..., None, :]) & real[..., None, :]
+        among = jnp.broadcast_to(real.sum(axis=-1, keepdims=True), last.shape)
+        seen = jnp.where(real, same.sum(axis=-1), 0)
+        total = total + shares[among * 8 + seen].sum(axis=-1)
+    return jnp.asarray(total, jnp.int32)
+
+
+def recent_bytes(ids: Int[Array, "B T"], vocab: ByteVocab, count: int) -> Int[Array, "B T n"]:
+    """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
+    values = to_bytes(ids, vocab)
+    return jnp.stack([shifted(values, n, NO_BYTE) for n in range(count - 1, -1, -1)], axis=-1)
+
+
 def boundary_after(
     config: BLTConfig,
     recent: Int[Array, "*batch 3"],
     position: Int[Array, "*batch"],
     entropies: Float[Array, "*batch"] | None,
+    summed: Int[Array, "*batch"] | None = None,
 ) -> Bool[Array, "*batch"]:
     """Whether a patch starts behind a byte, by the patcher of `config`.
 
     `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in s, and `entropies`, which only the patcher `entropy` needs, that of the prediction after
-    it, in nats.
+    them in s, `entropies`, which only the patcher `entropy` needs, that of the prediction after it,
+    in nats, and `summed`, which only `histogram` needs, the sum of `histogram_entropy` since the
+    patch began.
     """
     match config.patcher:
         case "entropy":
             if entropies is None:
                 raise ValueError("entropies=None: the patcher 'entropy' needs them; pass them")
             boundary = entropies > config.threshold
+        case "histogram":
+            if summed is None:
+                raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
+            boundary = summed > math.floor(config.threshold * BIT)
         case "space":
             # A run's end shows only in the byte behind it, so its first byte draws the boundary.
             boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
@@ -93,12 +141,58 @@ def patch_starts(
 
     `ids` is s; `entropies` as in `boundary_after`.
     """
-    values = to_bytes(ids, config.vocab)
-    recent = jnp.stack([shifted(values, n, NO_BYTE) for n in range(CONTEXT - 1, -1, -1)], axis=-1)
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
     position = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
-    after = boundary_after(config, recent, position, entropies)
+    summed = None
+    if config.patcher == "histogram":
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
+        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
+    after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab)
     return jnp.concatenate([jnp.ones_like(after[:, :1]), after], axis=1)
+
+
+def held_back(config: BLTConfig, ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether no patch may start behind each position, a character being unfinished there."""
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    inside = inside_character(recent)
+    return inside if config.whole_characters else jnp.zeros_like(inside)
+
+
+def sums_since_start(
+    found: Int[Array, "B T"], held: Bool[Array, "B T"], limit: int | Int[Array, ""]
+) -> Int[Array, "B T"]:
+    """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
+
+    Where `held`, it goes on instead. Position 0 always ends its sum. log₂ T rounds of gathers take
+    the place of a loop over T: how far a sum from each position reaches, by doubling, then which
+    positions are starts, by following those jumps twice as far each time.
+    """
+    length = found.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length + 1)[None, :], (found.shape[0], length + 1))
+    read = lambda x, at: jnp.take_along_axis(x, jnp.minimum(at, length), axis=1)  # noqa: E731
+    cap, powers = limit + 1, []
+    sums = jnp.pad(jnp.minimum(found, cap), ((0, 0), (0, 1)), constant_values=cap)
+    for k in range(length.bit_length()):
+        powers.append(sums)  # of 2^k positions from each on, saturated
+        sums = jnp.minimum(sums + read(sums, index + 2**k), cap)
+    total, end = jnp.zeros_like(index), index
+    for k in reversed(range(length.bit_length())):
+        longer = total + read(powers[k], end)
+        fits = longer <= limit
+        total, end = jnp.where(fits, longer, total), jnp.where(fits, end + 2**k, end)
+    free = jnp.where(jnp.pad(held, ((0, 0), (0, 1))), length, index)
+    free = jax.lax.cummin(free, axis=1, reverse=True)
+    jump = jnp.where(index == 0, 1, jnp.minimum(read(free, end) + 1, length))
+    rows = jnp.arange(found.shape[0])[:, None]
+    starts = index <= 1
+    for _ in range(length.bit_length()):
+        starts = starts | jnp.zeros_like(starts).at[rows, jump].max(starts)
+        jump = read(jump, jump)
+    upto = jnp.cumsum(found, axis=1)  # may wrap: the difference of two of them is right again
+    begin = jax.lax.cummax(jnp.where(starts[:, :-1], index[:, :-1], 0), axis=1)
+    before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
+    return upto - jnp.take_along_axis(before, begin, axis=1)
 
 
 def present(ids: Int[Array, "B T"], vocab: ByteVocab) -> Bool[Array, "B T"]:

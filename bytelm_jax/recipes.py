@@ -7,7 +7,9 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from bytelm_jax.config import (
+    BLTConfig,
     DataConfig,
+    EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
     OptimizerConfig,
@@ -22,10 +24,37 @@ _TINY_DATA = DataConfig(sequence_length=256)
 _TINY_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
 _TINY_TRAIN = TrainConfig(steps=600, batch_size=16, eval_every=200, checkpoint_every=200)
 
+_ENTROPY_TINY = EntropyConfig(dim=96, layers=2, heads=4, hidden_dim=256, window=128)
+
 _LARGE_DATA = DataConfig(sequence_length=2048)
 _LARGE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=500)
 _LARGE_TRAIN = TrainConfig(
     steps=20_000, batch_size=32, eval_every=1000, checkpoint_every=1000, eval_windows=512
+)
+
+
+_BYTROPIX = BLTConfig(
+    patcher="histogram",
+    threshold=11.0,
+    bytes_per_patch=6.0,
+    ngram_sizes=(3, 4, 5),
+    ngram_rows=30_000,
+    ngram_combine="mean",
+    patch_queries=1,
+    local_dim=256,
+    encoder_heads=8,
+    encoder_hidden_dim=1024,
+    decoder_layers=1,
+    decoder_heads=8,
+    decoder_hidden_dim=1024,
+    global_dim=256,
+    global_layers=4,
+    global_heads=8,
+    global_hidden_dim=1024,
+    feedforward="spline",
+    entropy_attention=True,
+    positions="sinusoidal",
+    dropout=0.1,
 )
 
 
@@ -94,6 +123,101 @@ def transformer_132m() -> Recipe:
         local_heads=1,
     )
     return replace(megabyte_132m(), name="transformer_132m", model=model)
+
+
+def entropy_tiny() -> Recipe:
+    """The entropy model of `blt_tiny`: `bytelm train entropy_tiny`, then `bytelm calibrate`."""
+    train = replace(_TINY_TRAIN, steps=300, eval_every=150, checkpoint_every=150)
+    return replace(megabyte_tiny(), name="entropy_tiny", model=_ENTROPY_TINY, train=train)
+
+
+def entropy_100m() -> Recipe:
+    """The entropy model of the public weights, 99,512,064 parameters: `bytelm train entropy_100m`.
+
+    `--dim 512 --layers 4 --heads 8 --hidden-dim 1408` makes it the one of `blt_767m`.
+    """
+    return replace(megabyte_132m(), name="entropy_100m", model=EntropyConfig())
+
+
+def blt_tiny() -> Recipe:
+    """BLT for two CPU cores: `bytelm train blt_tiny --entropy-from runs/entropy_tiny`.
+
+    Of these parameters 271,584 are the entropy model's.
+    """
+    model = BLTConfig(
+        entropy=_ENTROPY_TINY,
+        ngram_rows=2003,
+        local_dim=64,
+        local_window=128,
+        encoder_heads=4,
+        encoder_hidden_dim=176,
+        decoder_layers=3,
+        decoder_heads=4,
+        decoder_hidden_dim=176,
+        global_dim=192,
+        global_layers=3,
+        global_heads=4,
+        global_hidden_dim=512,
+    )
+    return replace(megabyte_tiny(), name="blt_tiny", model=model)
+
+
+def blt_767m() -> Recipe:
+    """BLT of 766,579,968 parameters, 230,409,216 of them n-gram tables, for one GPU or more.
+
+    `bytelm train blt_767m --entropy-from DIR`, DIR a calibrated run of `entropy_100m` or smaller.
+    """
+    entropy = EntropyConfig(dim=512, layers=4, heads=8, hidden_dim=1408)
+    model = BLTConfig(
+        entropy=entropy,
+        ngram_rows=50_002,
+        local_dim=768,
+        encoder_heads=12,
+        encoder_hidden_dim=2048,
+        decoder_layers=6,
+        decoder_heads=12,
+        decoder_hidden_dim=2048,
+        global_dim=1536,
+        global_layers=16,
+        global_heads=16,
+        global_hidden_dim=4096,
+    )
+    return replace(megabyte_132m(), name="blt_767m", model=model)
+
+
+def blt_1b() -> Recipe:
+    """BLT in the shape of the public 1B weights, 4,633,127,680 parameters, most of them tables."""
+    return replace(megabyte_132m(), name="blt_1b", model=BLTConfig())
+
+
+def bytropix_tiny() -> Recipe:
+    """Bytropix for two CPU cores: `bytelm train bytropix_tiny`.
+
+    Patches by the entropy of byte histograms, six bytes on average, so it needs no entropy model.
+    """
+    model = replace(
+        _BYTROPIX,
+        dropout=0.0,
+        patch_queries=2,
+        ngram_rows=2003,
+        local_dim=64,
+        local_window=128,
+        encoder_heads=4,
+        encoder_hidden_dim=256,
+        decoder_layers=3,
+        decoder_heads=4,
+        decoder_hidden_dim=256,
+        global_dim=192,
+        global_layers=3,
+        global_heads=4,
+        global_hidden_dim=768,
+    )
+    return replace(megabyte_tiny(), name="bytropix_tiny", model=model)
+
+
+def bytropix() -> Recipe:
+    """Bytropix in the sizes of its first publication: width 256, 4 layers, 8 heads, dropout 0.1."""
+    return replace(megabyte_132m(), name="bytropix", model=_BYTROPIX)
 
 
 def lfbyte_tiny() -> Recipe:

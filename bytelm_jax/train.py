@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections import deque
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bytelm_jax import checkpoint, data, parallel
-from bytelm_jax.config import Recipe, TrainConfig
+from bytelm_jax import checkpoint, data, parallel, patch_contract
+from bytelm_jax.config import BLTConfig, Recipe, TrainConfig, training_flops_per_byte
 from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
@@ -23,7 +23,8 @@ from bytelm_jax.metrics import MetricsLog, Throughput
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer, learning_rate_schedule
 
-_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
+_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
+_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
 
 _IN_FLIGHT = 4
@@ -94,6 +95,17 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
                 )
 
 
+def agree_on_patches(recipe: Recipe, params: Any, windows: data.Windows, resumed: bool) -> Recipe:
+    """`recipe` with its patching contract; says so where these data break the one it came with."""
+    model, known = recipe.model, recipe.patching
+    assert isinstance(model, BLTConfig)
+    found = patch_contract.measure(model, params, windows)
+    wrong = patch_contract.outside(known, found) if known else None
+    if wrong:
+        print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
+    return recipe if resumed and known else replace(recipe, patching=found)
+
+
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
     """Training and validation windows of the recipe's data, and the identity of that data."""
     kept = recipe.data
@@ -112,10 +124,12 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
     overwritten, and `DivergedError` when the loss stops being finite.
     """
-    run, vocab = recipe.train, recipe.model.vocab
     require_prediction(recipe.model)
 
     # ---- setup ----
+    recipe = patch_contract.adopt(recipe, run_dir)
+    run, vocab = recipe.train, recipe.model.vocab
+    frozen = recipe.model.frozen_prefixes
     mesh = parallel.make_mesh(run.devices)
     parallel.check_batch(mesh, run)
 
@@ -126,7 +140,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     # ---- model and state, born sharded ----
     prepare_run_dir(run_dir, recipe)
     bind, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen)
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
 
     # ---- restore ----
@@ -139,14 +153,20 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
             raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
         step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
         state = parallel.TrainState(step_number, params, opt_state)
+    elif run.entropy_from:
+        trained = patch_contract.load_entropy_model(recipe)
+        trained = jax.device_put(trained, parallel.replicated(mesh))
+        state = state._replace(params=state.params | trained)
+    if isinstance(recipe.model, BLTConfig):
+        recipe = agree_on_patches(recipe, state.params, windows, bool(start))
     checkpoint.save_config(run_dir, recipe)
 
     # ---- step ----
-    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh)
+    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     log = MetricsLog(run_dir / "metrics.jsonl", start)
-    rates = Throughput(recipe.model.flops_per_byte(length), mesh.size)
+    rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     saved = start
 
@@ -190,12 +210,17 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
         while step < run.steps and not stop:
-            state, report = step_function(state, parallel.put_batch(mesh, next(batches)))
+            piece = recipe.data.length_at(step)
+            compiles = step == start or piece != recipe.data.length_at(step - 1)
+            if compiles:
+                settle(0, display)
+            rows = next(batches).reshape(-1, piece)
+            state, report = step_function(state, parallel.put_batch(mesh, rows))
             step += 1
             pending.append((step, report))
-            if step == start + 1:  # compilation belongs to no rate
+            if compiles:  # which belongs to no rate
                 settle(0, display)
-                rates.restart()
+                rates.restart(training_flops_per_byte(recipe.model, piece))
             settle(_IN_FLIGHT, display)
 
             last = step == run.steps

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from .config_base import ByteVocab, require, require_fraction, require_positive
-from .config_blt import BLTConfig, EntropyConfig
+from .config_blt import BLTConfig, EntropyConfig, PatchingContract
 from .config_lfbyte import LFByteConfig
 
 
@@ -102,6 +102,15 @@ MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (
 )
 
 
+def training_flops_per_byte(config: ModelConfig, length: int) -> float:
+    """Operations a byte of a training step: the backward pass costs twice the forward one.
+
+    A frozen entropy model runs forward alone.
+    """
+    frozen = config.frozen_flops_per_byte(length) if isinstance(config, BLTConfig) else 0.0
+    return 3 * config.flops_per_byte(length) - 2 * frozen
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The optimizer: linear warm-up, then cosine decay to `learning_rate * final_fraction`.
@@ -142,6 +151,9 @@ class DataConfig:
     split into training and validation by a hash of `split_seed` and the document's index, so that
     about `validation_fraction` of them are held out; `append_eos` closes each document with the
     end-of-sequence id.
+
+    `warmup_lengths`: the first steps train on pieces of that many ids, into which the windows of a
+    batch are cut, `warmup_length_steps` steps on each length in turn; a step's bytes stay the same.
     """
 
     paths: tuple[str, ...] = ()
@@ -150,10 +162,23 @@ class DataConfig:
     split_seed: int = 0
     shuffle_seed: int = 0
     append_eos: bool = True
+    warmup_lengths: tuple[int, ...] = ()
+    warmup_length_steps: int = 100
 
     def __post_init__(self) -> None:
-        require_positive(self, "sequence_length")
+        require_positive(self, "sequence_length", "warmup_length_steps")
         require_fraction(self, "validation_fraction")
+        for piece in self.warmup_lengths:
+            require(
+                piece >= 1 and self.sequence_length % piece == 0,
+                f"warmup_lengths={self.warmup_lengths}: each must divide "
+                f"sequence_length={self.sequence_length}",
+            )
+
+    def length_at(self, step: int) -> int:
+        """Ids in each row that the step numbered `step`, from 0, trains on."""
+        stage = step // self.warmup_length_steps
+        return (*self.warmup_lengths, self.sequence_length)[min(stage, len(self.warmup_lengths))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +188,8 @@ class TrainConfig:
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
     float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
     `eval_windows` bounds the validation windows of each evaluation during training.
+    `entropy_from` names a calibrated run folder, from which BLT with patcher="entropy" takes its
+    entropy model: sizes, weights, threshold and mean patch length.
     """
 
     steps: int = 1000
@@ -179,6 +206,7 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_last: int = 2
     keep_best: int = 1
+    entropy_from: str = ""
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
@@ -195,13 +223,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A named run: everything that `bytelm train NAME` needs."""
+    """A named run: everything that `bytelm train NAME` needs.
+
+    `patching`, which no recipe sets, is what `train` and `calibrate` found out about the patches.
+    """
 
     name: str
     model: ModelConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    patching: PatchingContract | None = None
 
 
 def to_dict(config: Any) -> Any:
@@ -218,6 +250,8 @@ def to_dict(config: Any) -> Any:
 def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
     """Builds `kind` from what `to_dict` gave. Unknown, missing or ill-typed fields raise."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else from_dict(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union) or kind in MODEL_CONFIGS:
         return model_from_dict(value, where)
     if dataclasses.is_dataclass(kind):

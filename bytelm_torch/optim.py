@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm_torch.config import OptimizerConfig
+from bytelm_torch.config import MODEL_CONFIGS, OptimizerConfig
 from bytelm_torch.models import is_norm
 
 
@@ -55,8 +55,13 @@ def decays(name: str) -> bool:
 
 
 def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that `config` names; the caller sets each group's `lr` from the schedule."""
-    named = list(model.named_parameters())
+    """The optimizer that `config` names; the caller sets each group's `lr` from the schedule.
+
+    What the model's configuration freezes is in no group.
+    """
+    config_of = getattr(model, "config", None)
+    frozen = config_of.frozen_prefixes if isinstance(config_of, MODEL_CONFIGS) else ()
+    named = [(n, p) for n, p in model.named_parameters() if not n.startswith(frozen)]
     groups = [
         {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},

@@ -4,6 +4,7 @@ The mirror of `bytelm_jax/patching.py`, which explains the rules.
 Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,22 @@ NO_BYTE = -1
 
 CONTEXT = 3
 """Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+
+
+WINDOWS = (3, 5, 7)
+"""Bytes in the windows whose histograms `histogram_entropy` reads."""
+
+BIT = 2**22
+"""Histogram entropies are integers, so many a bit: their sums are exact in any order."""
+
+_SHARES = [
+    [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
+    for n in range(8)
+]
+"""What a byte seen c times among n adds to the entropy of a window, over the number of windows."""
+
+MOST = BIT * math.log2(WINDOWS[-1])
+"""The entropy of seven different bytes, by which entropies become parts of 1."""
 
 
 class PatchPlan(NamedTuple):
@@ -56,23 +73,53 @@ def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
     return after_one | after_two | (after_three & _continues(last))
 
 
+def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
+    """Shannon entropy of the histograms of the last 3, 5 and 7 bytes, averaged, in 1 / `BIT` bits.
+
+    `recent` holds the bytes that end there, oldest first; what is no byte is not counted, so the
+    windows of the first bytes are shorter.
+    """
+    shares = torch.tensor(_SHARES, device=recent.device).flatten()
+    total = torch.zeros_like(recent[..., 0])
+    for window in WINDOWS:
+        last = recent[..., -window:]
+        real = last >= 0
+        same = (last[..., :, None] == last[..., None, :]) & real[..., None, :]
+        among = real.sum(dim=-1, keepdim=True).expand(last.shape)
+        seen = same.sum(dim=-1).where(real, 0)
+        total = total + shares[among * 8 + seen].sum(dim=-1)
+    return total
+
+
+def recent_bytes(ids: Int[Tensor, "B T"], vocab: ByteVocab, count: int) -> Int[Tensor, "B T n"]:
+    """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
+    values = to_bytes(ids, vocab)
+    return torch.stack([shifted(values, n, NO_BYTE) for n in range(count - 1, -1, -1)], dim=-1)
+
+
 def boundary_after(
     config: BLTConfig,
     recent: Int[Tensor, "*batch 3"],
     position: Int[Tensor, "*batch"],
     entropies: Float[Tensor, "*batch"] | None,
+    summed: Int[Tensor, "*batch"] | None = None,
 ) -> Bool[Tensor, "*batch"]:
     """Whether a patch starts behind a byte, by the patcher of `config`.
 
     `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in s, and `entropies`, which only the patcher `entropy` needs, that of the prediction after
-    it, in nats.
+    them in s, `entropies`, which only the patcher `entropy` needs, that of the prediction after it,
+    in nats, and `summed`, which only `histogram` needs, the sum of `histogram_entropy` since the
+    patch began.
     """
     match config.patcher:
         case "entropy":
             if entropies is None:
                 raise ValueError("entropies=None: the patcher 'entropy' needs them; pass them")
             boundary = entropies > config.threshold
+        case "histogram":
+            if summed is None:
+                raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
+            boundary = summed > math.floor(config.threshold * BIT)
         case "space":
             # A run's end shows only in the byte behind it, so its first byte draws the boundary.
             boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
@@ -90,12 +137,56 @@ def patch_starts(
 
     `ids` is s; `entropies` as in `boundary_after`.
     """
-    values = to_bytes(ids, config.vocab)
-    recent = torch.stack([shifted(values, n, NO_BYTE) for n in range(CONTEXT - 1, -1, -1)], dim=-1)
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
     position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
-    after = boundary_after(config, recent, position, entropies)
+    summed = None
+    if config.patcher == "histogram":
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
+        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
+    after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab)
     return F.pad(after, (1, 0), value=True)
+
+
+def held_back(config: BLTConfig, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Whether no patch may start behind each position, a character being unfinished there."""
+    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    inside = inside_character(recent)
+    return inside if config.whole_characters else torch.zeros_like(inside)
+
+
+def sums_since_start(
+    found: Int[Tensor, "B T"], held: Bool[Tensor, "B T"], limit: int
+) -> Int[Tensor, "B T"]:
+    """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
+
+    Where `held`, it goes on instead. Position 0 always ends its sum. log₂ T rounds of gathers take
+    the place of a loop over T: how far a sum from each position reaches, by doubling, then which
+    positions are starts, by following those jumps twice as far each time.
+    """
+    length = found.shape[1]
+    index = torch.arange(length + 1, device=found.device)[None, :].expand(found.shape[0], -1)
+    read = lambda x, at: x.gather(1, at.clamp(max=length))  # noqa: E731
+    cap, powers = limit + 1, []
+    sums = F.pad(found.clamp(max=cap), (0, 1), value=cap)
+    for k in range(length.bit_length()):
+        powers.append(sums)  # of 2^k positions from each on, saturated
+        sums = (sums + read(sums, index + 2**k)).clamp(max=cap)
+    total, end = torch.zeros_like(index), index
+    for k in reversed(range(length.bit_length())):
+        longer = total + read(powers[k], end)
+        fits = longer <= limit
+        total, end = longer.where(fits, total), torch.where(fits, end + 2**k, end)
+    free = torch.where(F.pad(held, (0, 1)), length, index)
+    free = free.flip(1).cummin(dim=1).values.flip(1)
+    jump = torch.where(index == 0, 1, (read(free, end) + 1).clamp(max=length))
+    starts = (index <= 1).long()
+    for _ in range(length.bit_length()):
+        starts = starts.scatter_reduce(1, jump, starts, "amax")
+        jump = read(jump, jump)
+    upto = found.cumsum(dim=1)
+    begin = torch.where(starts[:, :-1] > 0, index[:, :-1], 0).cummax(dim=1).values
+    return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, begin)
 
 
 def present(ids: Int[Tensor, "B T"], vocab: ByteVocab) -> Bool[Tensor, "B T"]:

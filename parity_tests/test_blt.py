@@ -59,9 +59,19 @@ CONFIGS: dict[str, ModelConfig] = {
     "byte": dataclasses.replace(
         SMALL, patcher="byte", local_window=0, global_dim=32, global_heads=4, global_kv_heads=0
     ),
+    "bytropix": dataclasses.replace(
+        SMALL,
+        patcher="histogram",
+        threshold=7.0,
+        ngram_combine="mean",
+        feedforward="spline",
+        entropy_attention=True,
+        positions="sinusoidal",
+    ),
+    "guided": dataclasses.replace(SMALL, patcher="space", entropy_attention=True),
     "model": TINY.entropy,
 }
-PATCHERS = ("entropy", "space", "fixed", "byte")
+PATCHERS = ("entropy", "space", "fixed", "byte", "bytropix", "guided")
 
 
 def text_ids(config: ModelConfig, rows: int, length: int) -> np.ndarray:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm_jax import cli
+from bytelm_jax.checkpoint import load_run
 from bytelm_jax.config import BLTConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.convert_blt import (
@@ -184,6 +186,22 @@ def test_weights_there_and_back_bit_for_bit(dtype, tmp_path):
     for key, value in to_torch(params).items():
         assert value.tobytes() == to_torch(again)[key].tobytes(), key
     assert blt_config_from_hf(model.config.to_dict()) == config
+
+
+def test_there_and_back_through_the_commands(tmp_path, capsys):
+    model = reference("grouped heads")
+    source = save(model, tmp_path / "theirs", max_shard_size="20KB")
+    assert cli.main(["import", str(source), "--out", str(tmp_path / "run")]) == 0
+    export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "ours")]
+    assert cli.main([*export, "--format", "hf-blt"]) == 0
+    back = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[key], tensor), key
+    config, params = import_hf_blt(source)
+    recipe, restored, _ = load_run(tmp_path / "run")
+    assert recipe.model == config
+    for key, value in params.items():
+        assert np.asarray(value).tobytes() == np.asarray(restored[key]).tobytes(), key
 
 
 def test_the_1b_shape_name_by_name():

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import bytelm_torch
-from bytelm_jax import convert
+from bytelm_jax import convert, formats
 from bytelm_jax.models import define_model
 from bytelm_jax.parity import relative_error
 from bytelm_torch import hf
@@ -207,8 +207,7 @@ def test_a_fine_tuned_model_goes_back_into_jax(folders, tmp_path):
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0] - 1
     trainer.save_model(str(tmp_path / "tuned"))
-    config, params = convert.load_export(tmp_path / "tuned")
-    assert convert._is_foreign(tmp_path / "tuned") is False
+    config, params = formats.import_any(tmp_path / "tuned")
     bind, _ = define_model(config)
     ids = np.frombuffer(b"hello world, hello there", np.uint8).astype(np.int32)[None]
     ours = np.asarray(bind(params)(jnp.asarray(ids)))

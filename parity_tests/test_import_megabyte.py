@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bytelm_jax import convert
+from bytelm_jax import convert, formats
 from bytelm_jax.config import ByteVocab, MegabyteConfig
 from bytelm_jax.models import abstract_params, define_model
 from parity_tests.tolerances import LOGITS
@@ -304,7 +304,7 @@ def test_every_form_gives_every_bit(
     save: Callable[..., Path], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     state = original(dtype=dtype).state_dict()
-    config, params = convert.import_any(save(state, tmp_path))
+    config, params = formats.import_any(save(state, tmp_path))
     assert config.parameter_count() == sum(value.numel() for value in state.values())
     raw = sorted(value.contiguous().view(torch.uint8).numpy().tobytes() for value in state.values())
     assert sorted(array.tobytes() for array in convert.to_torch(params).values()) == raw
@@ -404,7 +404,7 @@ def test_a_wrong_state_dict_is_named(
     state = dict(original(dtype=torch.float32).state_dict())
     damage(state)
     torch.save(state, tmp_path / "model.pt")
-    text = message(convert.import_any, tmp_path / "model.pt")
+    text = message(formats.import_any, tmp_path / "model.pt")
     assert text.startswith(f"{tmp_path}/model.pt: ") and expected in text
 
 
@@ -423,27 +423,27 @@ def test_a_pickle_with_code_is_refused_and_never_run(tmp_path: Path) -> None:
     state = dict(original(dtype=torch.float32).state_dict())
     for form in ({"zip": True}, {"zip": False}):
         torch.save({**state, "x": Bomb(fired)}, file, _use_new_zipfile_serialization=form["zip"])
-        assert "not a plain state dict of torch.save (" in message(convert.import_any, file)
+        assert "not a plain state dict of torch.save (" in message(formats.import_any, file)
     file.write_bytes(pickle.dumps(Bomb(fired)))
-    assert "not a plain state dict of torch.save (" in message(convert.import_any, file)
+    assert "not a plain state dict of torch.save (" in message(formats.import_any, file)
     file.rename(tmp_path / "bomb.safetensors")
-    assert "cannot be read (" in message(convert.import_any, tmp_path / "bomb.safetensors")
+    assert "cannot be read (" in message(formats.import_any, tmp_path / "bomb.safetensors")
     assert not fired.exists()
     torch.save(original(), file)  # a whole model needs its class, which is code
-    assert "not a plain state dict of torch.save (" in message(convert.import_any, file)
+    assert "not a plain state dict of torch.save (" in message(formats.import_any, file)
 
 
 def test_files_that_are_damaged_or_something_else(tmp_path: Path) -> None:
     file = tmp_path / "model.pt"
-    assert "cannot be read (No such file or directory)" in message(convert.import_any, file)
+    assert "cannot be read (No such file or directory)" in message(formats.import_any, file)
     whole = save_plain(original(dtype=torch.float32).state_dict(), tmp_path).read_bytes()
     for damaged in (b"", whole[:1000], whole[:-100], b"text\n" * 100):
         file.write_bytes(damaged)
-        assert "not a plain state dict of torch.save (" in message(convert.import_any, file)
+        assert "not a plain state dict of torch.save (" in message(formats.import_any, file)
     torch.save([torch.zeros(3)], file)
-    assert "holds a list; expected a state dict" in message(convert.import_any, file)
+    assert "holds a list; expected a state dict" in message(formats.import_any, file)
     torch.save({}, file)
-    assert "g_embedder.weight: missing; " in message(convert.import_any, file)
+    assert "g_embedder.weight: missing; " in message(formats.import_any, file)
 
 
 def test_a_compressed_archive_is_not_read_as_numbers(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_compressed_archive_is_not_read_as_numbers(tmp_path: Path) -> None:
     with zipfile.ZipFile(stored) as source, zipfile.ZipFile(squeezed, "w") as sink:
         for entry in source.namelist():
             sink.writestr(entry, source.read(entry), zipfile.ZIP_DEFLATED)
-    assert "the archive is compressed" in message(convert.import_any, squeezed)
+    assert "the archive is compressed" in message(formats.import_any, squeezed)
 
 
 def test_without_torch_only_safetensors_can_be_read(
@@ -461,6 +461,6 @@ def test_without_torch_only_safetensors_can_be_read(
     state = original(dtype=torch.float32).state_dict()
     stored, safe = save_plain(state, tmp_path), save_safe(state, tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
-    text = message(convert.import_any, stored)
+    text = message(formats.import_any, stored)
     assert "reading a file of torch.save needs PyTorch; install it" in text
     assert convert.import_megabyte(safe)[0].local_layers == 2

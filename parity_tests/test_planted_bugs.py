@@ -53,6 +53,16 @@ BUGS = {
         f"{TRAINING}::test_devices_step_forms_accumulation_and_remat_change_nothing"
         "[devices=8 parallel=shard_map]",
     ),
+    "a 64-bit hash loses the carry between its halves": (
+        "bytelm_jax/layers/ngram.py",
+        {"more_high + (low < more_low).astype(jnp.uint32)": "more_high"},
+        "parity_tests/test_ngram.py::test_order_of_tables",
+    ),
+    "the decoder reads the patch that is still open": (
+        "bytelm_jax/patching.py",
+        {"PatchPlan(patch_of, capped[:, 1:] - 1,": "PatchPlan(patch_of, capped[:, :-1],"},
+        "parity_tests/test_blt.py::test_a_changed_future_changes_nothing[fixed]",
+    ),
     "one future byte leaks": (
         "bytelm_jax/models/megabyte.py",
         {"before = self._shift(patches, axis=2)": "before = patches"},

@@ -4,8 +4,8 @@
 
 A row is RECIPE:BATCH; windows are as long as the recipe's, bytes are random, the compute dtype is
 bfloat16 on an accelerator. Times are medians of single steps, each waited for, after warm-up. MFU
-counts the model's own operations (3 × forward, causal attention half) against the chip's data
-sheet. Needs neither grain nor tyro.
+counts the model's own operations (3 × forward, what is frozen once, causal attention half) against
+the chip's data sheet. Needs neither grain nor tyro.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from bytelm_jax import parallel, recipes
+from bytelm_jax.config import training_flops_per_byte
 from bytelm_jax.metrics import peak_flops
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
@@ -30,9 +31,10 @@ def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]
     run = replace(recipe.train, batch_size=batch, remat=remat, eval_every=0)
     mesh = parallel.make_mesh(1)
     bind, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps)
+    frozen = recipe.model.frozen_prefixes
+    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen)
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
-    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh)
+    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
     length, offset = recipe.data.sequence_length, recipe.model.vocab.offset
     source = np.random.default_rng(0)
     batches = [
@@ -55,7 +57,7 @@ def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]
         "ms": round(1e3 * median, 2),
         "spread_ms": round(1e3 * (max(times[3:]) - min(times[3:])), 2),
         "megabytes_per_second": round(rate / 1e6, 4),
-        "mfu": peak and round(3 * recipe.model.flops_per_byte(length) * rate / peak, 4),
+        "mfu": peak and round(training_flops_per_byte(recipe.model, length) * rate / peak, 4),
         "peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
         "compile_seconds": round(seconds, 1),
         "loss": round(float(report["loss"]), 4),

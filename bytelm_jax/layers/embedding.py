@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
@@ -32,13 +33,13 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def vary_like(table: Float[Array, "..."], ids: Int[Array, "..."]) -> Float[Array, "..."]:
-    """`table`, varying over the devices over which `ids` vary; nothing outside `shard_map`.
+def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
+    """`table`, varying over the devices over which `data` vary; nothing outside `shard_map`.
 
-    Inside it the ids vary over devices and the table does not; the cast makes the cotangent type of
-    a custom gradient match, and its transpose sums over the devices.
+    Inside it the data vary over devices and the table does not; the cast makes the cotangent type
+    of a custom gradient match, and its transpose sums over the devices.
     """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in (ids, table)]
+    axes = [jax.typeof(x).manual_axis_type.varying for x in (data, table)]
     varying = tuple(sorted(axes[0] - axes[1]))
     return jax.lax.pcast(table, varying, to="varying") if varying else table
 
@@ -68,3 +69,19 @@ class PositionEmbedding(nnx.Module):
 
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)
+
+
+def sinusoidal_positions(
+    start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
+) -> Float[Array, "{count} {dim}"]:
+    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
+
+    The frequencies come from float64 and the angles are rounded to at least float32, so that both
+    packages and every length give a position the same angles.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    pair = np.arange(dim) // 2
+    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide)
+    angles = (start + jnp.arange(count)).astype(wide)[:, None] * frequencies[None]
+    even = (np.arange(dim) % 2 == 0)[None]
+    return jnp.where(even, jnp.sin(angles), jnp.cos(angles)).astype(dtype)

@@ -15,17 +15,20 @@ from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
 
+_GUIDE = 8
+"""Features that `guide` adds to queries and keys."""
+
 
 def grouped_attention(
-    q: Float[Array, "*batch T H K"],
-    k: Float[Array, "*batch S G K"],
+    q: Float[Array, "*batch T H J"],
+    k: Float[Array, "*batch S G J"],
     v: Float[Array, "*batch S G K"],
     mask: Bool[Array | np.ndarray, "*lead #T S"],
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. The axes of `mask` before S are those of q, or 1; leading
-    ones may be missing.
+    Heads gR … gR + R − 1 use key head g. J is K but where `guide` has added features.
+    The axes of `mask` before S are those of q, or 1; leading ones may be missing.
     A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
     least one key.
     """
@@ -34,13 +37,34 @@ def grouped_attention(
     scores = jnp.einsum("...tgrk,...sgk->...grts", grouped, k, preferred_element_type=wide)
     lead = (1,) * (q.ndim - 1 - mask.ndim) + mask.shape[:-2]
     visible = jnp.asarray(mask).reshape(*lead, 1, 1, *mask.shape[-2:])
-    scores = jnp.where(visible, scores * q.shape[-1] ** -0.5, -jnp.inf)
+    scores = jnp.where(visible, scores * v.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("...grts,...sgk->...tgrk", weights, v).reshape(q.shape)
+    return jnp.einsum("...grts,...sgk->...tgrk", weights, v).reshape(*q.shape[:-1], v.shape[-1])
+
+
+def guide(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    unrest: Float[Array, "B T"],
+    gamma: Float[Array, " H"],
+    beta: Float[Array, " H"],
+) -> tuple[Float[Array, "B T H J"], Float[Array, "B T G J"]]:
+    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e being `unrest`.
+
+    β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
+    width a multiple of 8 where K is one.
+    """
+    entropy = unrest[:, :, None, None].astype(q.dtype)
+    tilt = (beta * q.shape[-1] ** 0.5).astype(q.dtype)[None, None, :, None]
+    more = ((0, 0),) * 3 + ((0, _GUIDE - 1),)
+    q_more = jnp.pad(jnp.broadcast_to(tilt, (*q.shape[:-1], 1)), more)
+    k_more = jnp.pad(jnp.broadcast_to(entropy, (*k.shape[:-1], 1)), more)
+    q = q * (1 + gamma.astype(q.dtype)[None, None, :, None] * entropy)
+    return jnp.concatenate([q, q_more], axis=-1), jnp.concatenate([k, k_more], axis=-1)
 
 
 def causal_attention(
-    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], v: Float[Array, "B T G K"], window: int
+    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
 ) -> Float[Array, "B T H K"]:
     """Each position sees itself and the `window` − 1 before it, everything before it with 0.
 
@@ -71,9 +95,22 @@ def _chunk_before(x: Array) -> Array:
 
 
 class GroupedAttention(nnx.Module):
-    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads."""
+    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, window: int, *, rngs: nnx.Rngs):
+    `guided` adds γ and β a head, 0 at first, by which `unrest` guides the attention (`guide`).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        window: int,
+        guided: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.guided = guided
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim, self.window = dim // heads, window
         grouped, init = self.kv_heads * self.head_dim, fan_in_normal(dim)
@@ -86,16 +123,26 @@ class GroupedAttention(nnx.Module):
         self.to_k = linear(grouped)
         self.to_v = linear(grouped)
         self.to_out = linear(dim)
+        if guided:
+            self.gamma = nnx.Param(jnp.zeros((heads,), jnp.float32))
+            self.beta = nnx.Param(jnp.zeros((heads,), jnp.float32))
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation
+        self,
+        x: Float[Array, "B T D"],
+        turn: Rotation | None,
+        unrest: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the (turned) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, turn, unrest)
         return self._out(causal_attention(q, k, v, self.window)), KeyValueCache(k, v)
 
     def extend(
-        self, x: Float[Array, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: Int[Array, ""]
+        self,
+        x: Float[Array, "B 1 D"],
+        turn: Rotation | None,
+        cache: KeyValueCache,
+        index: Int[Array, ""],
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`."""
         q, k, v = self._project(x, turn)
@@ -112,16 +159,17 @@ class GroupedAttention(nnx.Module):
     def extend_rows(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation,
+        turn: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
+        unrest: Float[Array, "B 1"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
 
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, turn, unrest)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
@@ -130,17 +178,24 @@ class GroupedAttention(nnx.Module):
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
         """A cache for `length` positions."""
-        empty = jnp.zeros((batch, length, self.kv_heads, self.head_dim), dtype)
-        return KeyValueCache(empty, empty)
+        shape = (batch, length, self.kv_heads)
+        keys = jnp.zeros((*shape, self.head_dim + _GUIDE * self.guided), dtype)
+        return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))
 
-    def _project(self, x: Array, turn: Rotation) -> tuple[Array, Array, Array]:
+    def _project(
+        self, x: Array, turn: Rotation | None, unrest: Array | None = None
+    ) -> tuple[Array, Array, Array]:
         x = self.norm(x)
         q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
         k, v = (
             to(x).reshape(*x.shape[:-1], self.kv_heads, self.head_dim)
             for to in (self.to_k, self.to_v)
         )
-        return rotate(q, turn), rotate(k, turn), v
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        if unrest is not None:
+            q, k = guide(q, k, unrest, self.gamma[...], self.beta[...])
+        return q, k, v
 
     def _out(self, x: Array) -> Array:
         return self.to_out(x.reshape(*x.shape[:-2], -1))

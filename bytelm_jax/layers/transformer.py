@@ -1,5 +1,6 @@
 """The stack that the Byte Latent Transformer is made of: pre-norm, RMSNorm, rotary, gated.
 
+Bytropix leaves the rotation out, puts splines in the gate's place and guides the attention.
 Axes: B batch, T positions, D width.
 """
 
@@ -13,6 +14,7 @@ from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.feedforward import GatedFeedForward
 from bytelm_jax.layers.grouped_attention import GroupedAttention
 from bytelm_jax.layers.rotary import Rotation, rotation
+from bytelm_jax.layers.spline import SplineFeedForward
 
 Caches = tuple[KeyValueCache, ...]
 """Keys and values, one pair a layer."""
@@ -29,23 +31,34 @@ class TransformerLayer(nnx.Module):
         hidden_dim: int,
         window: int,
         rate: float,
+        feedforward: str = "gated",
+        guided: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
         self.rate = rate
-        self.attention = GroupedAttention(dim, heads, kv_heads, window, rngs=rngs)
-        self.feedforward = GatedFeedForward(dim, hidden_dim, rngs=rngs)
+        self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, rngs=rngs)
+        made = GatedFeedForward if feedforward == "gated" else SplineFeedForward
+        self.feedforward = made(dim, hidden_dim, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Rotation, keys: Key[Array, " B"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        turn: Rotation | None,
+        keys: Key[Array, " B"] | None = None,
+        unrest: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, turn)
+        attended, cache = self.attention(x, turn, unrest)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
 
     def extend(
-        self, x: Float[Array, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: Int[Array, ""]
+        self,
+        x: Float[Array, "B 1 D"],
+        turn: Rotation | None,
+        cache: KeyValueCache,
+        index: Int[Array, ""],
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
         attended, cache = self.attention.extend(x, turn, cache, index)
@@ -55,18 +68,23 @@ class TransformerLayer(nnx.Module):
     def extend_rows(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation,
+        turn: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
+        unrest: Float[Array, "B 1"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, turn, cache, index)
+        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest)
         x = x + attended
         return x + self.feedforward(x), new
 
 
 class Transformer(nnx.Module):
-    """A stack of layers without a final norm; `theta` is the base of the rotary frequencies."""
+    """A stack of layers without a final norm.
+
+    `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
+    `guided` attention is given `unrest`, one number a position (`grouped_attention.guide`).
+    """
 
     def __init__(
         self,
@@ -78,11 +96,13 @@ class Transformer(nnx.Module):
         window: int,
         theta: float,
         rate: float,
+        feedforward: str = "gated",
+        guided: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
         self.head_dim, self.theta = dim // heads, theta
-        sizes = (dim, heads, kv_heads, hidden_dim, window, rate)
+        sizes = (dim, heads, kv_heads, hidden_dim, window, rate, feedforward, guided)
         self.layers = nnx.List([TransformerLayer(*sizes, rngs=rngs) for _ in range(layers)])
 
     def __call__(
@@ -90,12 +110,13 @@ class Transformer(nnx.Module):
         x: Float[Array, "B T D"],
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
+        unrest: Float[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
         turn, written = self.turn(jnp.arange(x.shape[1])[None, :], x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, cache = run(x, turn, fold_rows(keys, i))
+            x, cache = run(x, turn, fold_rows(keys, i), unrest)
             written.append(cache)
         return x, tuple(written)
 
@@ -110,18 +131,22 @@ class Transformer(nnx.Module):
         return x, tuple(written)
 
     def extend_rows(
-        self, x: Float[Array, "B 1 D"], caches: Caches, index: Int[Array, " B"]
+        self,
+        x: Float[Array, "B 1 D"],
+        caches: Caches,
+        index: Int[Array, " B"],
+        unrest: Float[Array, "B 1"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         turn, made = self.turn(index[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, turn, cache, index)
+            x, new = layer.extend_rows(x, turn, cache, index, unrest)
             made.append(new)
         return x, tuple(made)
 
-    def turn(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation:
-        """The rotation of keys and queries at these positions."""
-        return rotation(positions, self.head_dim, self.theta, dtype)
+    def turn(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
+        """The rotation of keys and queries at these positions; None where `theta` is 0."""
+        return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
 
     def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> Caches:
         """One cache a layer for `length` positions."""

@@ -8,6 +8,9 @@ Where this differs: shapes are static, a budget bounds the patches and those pas
 last; cross-attention is linear in the bytes; padding is neither patched nor hashed; entropies of a
 row never see another row; boundaries inside a UTF-8 character are left out unless
 `whole_characters` is off.
+
+Bytropix is the same skeleton with other parts, each a field of the configuration: patches by the
+entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
 """
 
 from typing import Any, NamedTuple
@@ -20,14 +23,13 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bytelm_jax import patching
 from bytelm_jax.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
-from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.dropout import fold_rows
-from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.embedding import sinusoidal_positions
 from bytelm_jax.layers.initializers import fan_in_normal
-from bytelm_jax.layers.ngram import NgramEmbedding, ngram_rows
-from bytelm_jax.layers.norm import RMSNorm
-from bytelm_jax.layers.segments import segment_max
+from bytelm_jax.layers.ngram import ngram_rows
+from bytelm_jax.layers.segments import segment_sum
 from bytelm_jax.layers.transformer import Caches, Transformer
+from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import (
     EntropyModel,
     begin_with,
@@ -49,6 +51,8 @@ class BLTCache(NamedTuple):
     """s behind as many −1 as the longest look back needs."""
     patches: Int[Array, "B L+1"]
     """The patch of each position, known before its byte is."""
+    histograms: Int[Array, "B M"]
+    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
     patcher: Caches
     encoder: Caches
     states: Float[Array, "B L D"]
@@ -61,108 +65,6 @@ class BLTCache(NamedTuple):
     decoder: Caches
     global_calls: Int[Array, ""]
     """Rounds in which the global transformer ran."""
-
-
-class Encoder(nnx.Module):
-    """Bytes → byte states, and the pooling of a patch's states into M vectors."""
-
-    def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):
-        c, dim = config, config.local_dim
-        self.queries = c.patch_queries
-        init = fan_in_normal(dim)
-        self.embed = ByteEmbedding(c.vocab.size, dim, init, rngs=rngs)
-        if c.ngram_tables:
-            self.ngrams = NgramEmbedding(c.ngram_tables * c.ngram_rows, dim, rngs=rngs)
-        heads = (c.encoder_heads, c.encoder_kv_heads)
-        sizes = (dim, c.encoder_layers, *heads, c.encoder_hidden_dim, c.local_window)
-        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout, rngs=rngs)
-        self.to_queries = nnx.Linear(
-            dim, c.patch_queries * dim, use_bias=False, kernel_init=init, rngs=rngs
-        )
-        self.cross_attention = CrossAttention(dim, *heads, rngs=rngs)
-
-    def pool(
-        self, states: Float[Array, "B T D"], patch_of: Int[Array, "B T"], count: int
-    ) -> tuple[Float[Array, "B {count} W"], KeyValueCache]:
-        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
-        top = segment_max(states, patch_of, count)
-        pooled, cache = self.cross_attention.pool(
-            self._split(self.to_queries(top)), states, patch_of
-        )
-        return pooled.reshape(*top.shape[:2], -1), cache
-
-    def pool_one(
-        self, states: Float[Array, "B L D"], cache: KeyValueCache, mask: Bool[Array, "B L"]
-    ) -> Float[Array, "B 1 W"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
-        top = jnp.where(mask[:, :, None], states, -jnp.inf).max(axis=1, keepdims=True)
-        queries = self._split(self.to_queries(top))[:, 0]
-        pooled = self.cross_attention.pool_one(queries, cache, mask)
-        return pooled.reshape(top.shape[0], 1, -1)
-
-    def _split(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.queries, -1)
-
-
-class Decoder(nnx.Module):
-    """Byte states and patches → byte states that know the newest complete patch."""
-
-    def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):
-        c, dim = config, config.local_dim
-        self.queries = c.patch_queries
-        heads = (c.decoder_heads, c.decoder_kv_heads)
-        sizes = (dim, c.decoder_layers, *heads, c.decoder_hidden_dim, c.local_window)
-        self.to_memory = nnx.Linear(
-            c.global_dim,
-            c.patch_queries * dim,
-            use_bias=False,
-            kernel_init=fan_in_normal(c.global_dim),
-            rngs=rngs,
-        )
-        self.cross_attentions = nnx.List(
-            [CrossAttention(dim, *heads, rngs=rngs) for _ in range(c.decoder_layers)]
-        )
-        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout, rngs=rngs)
-        self.norm = RMSNorm(dim)
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        patches: Float[Array, "B N W"],
-        read_of: Int[Array, "B T"],
-        keys: Key[Array, " B"] | None = None,
-        remat: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Caches, Caches]:
-        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        turn = self.transformer.turn(jnp.arange(x.shape[1])[None, :], x.dtype)
-        memory, read, written = self.split(patches), [], []
-        for i, (cross, layer) in enumerate(self._layers()):
-            if remat:
-                cross, layer = jax.checkpoint(cross.read), jax.checkpoint(layer)
-            else:
-                cross = cross.read
-            x, vectors = cross(x, memory, read_of)
-            x, cache = layer(x, turn, fold_rows(keys, i))
-            read.append(vectors)
-            written.append(cache)
-        return self.norm(x), tuple(read), tuple(written)
-
-    def extend(
-        self, x: Float[Array, "B 1 D"], memory: Caches, caches: Caches, index: Int[Array, ""]
-    ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        turn, written = self.transformer.turn(index[None, None], x.dtype), []
-        for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
-            written.append(cache)
-        return self.norm(x), tuple(written)
-
-    def split(self, patches: Float[Array, "B N W"]) -> Float[Array, "B N M D"]:
-        """The M vectors of each patch."""
-        return self.to_memory(patches).reshape(*patches.shape[:2], self.queries, -1)
-
-    def _layers(self) -> zip:
-        return zip(self.cross_attentions, self.transformer.layers, strict=True)
 
 
 class BLT(nnx.Module):
@@ -180,7 +82,8 @@ class BLT(nnx.Module):
             )
         heads = (c.global_heads, c.global_kv_heads)
         sizes = (c.global_dim, c.global_layers, *heads, c.global_hidden_dim, 0)
-        self.global_transformer = Transformer(*sizes, c.rope_theta, c.dropout, rngs=rngs)
+        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
+        self.global_transformer = Transformer(*sizes, *kind, rngs=rngs)
         self.decoder = Decoder(c, rngs=rngs)
         self.to_logits = nnx.Linear(
             c.local_dim,
@@ -212,6 +115,8 @@ class BLT(nnx.Module):
     ) -> ModelOutput:
         """As `__call__`, with the metrics `patch_length` (mean, bytes) and `patch_overflow`.
 
+        A model that reads histograms adds `histogram_entropy` (mean, bits).
+
         `starts`, S = T + 1, takes the place of the patcher: whether a patch starts at each position
         of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
         """
@@ -221,7 +126,9 @@ class BLT(nnx.Module):
         if length == 0:
             empty = jnp.zeros((batch,))
             logits = jnp.zeros((batch, 0, c.vocab.size), self.to_logits.kernel[...].dtype)
-            return ModelOutput(logits, empty, {"patch_length": empty, "patch_overflow": empty})
+            names = ("patch_length", "patch_overflow")
+            names += ("histogram_entropy",) * c.reads_histograms
+            return ModelOutput(logits, empty, dict.fromkeys(names, empty))
         shifted = shift_right(ids, c.vocab.bos_id)
         if starts is None:
             starts = patching.patch_starts(c, shifted, self.entropies(shifted))
@@ -232,8 +139,12 @@ class BLT(nnx.Module):
             self._embed(shifted), fold_rows(dropout_keys, 0), remat
         )
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
+        histograms = self._histograms(shifted, counted)
         patches, _ = self.global_transformer(
-            self._widen(patches), fold_rows(dropout_keys, 1), remat
+            self._widen(patches),
+            fold_rows(dropout_keys, 1),
+            remat,
+            self._unrest(histograms, shifted, plan, patches.dtype),
         )
         x, _, _ = self.decoder(states, patches, plan.read_of, fold_rows(dropout_keys, 2), remat)
         used = (plan.lengths > 0).sum(axis=1)
@@ -241,6 +152,10 @@ class BLT(nnx.Module):
             "patch_length": plan.lengths.sum(axis=1) / used.astype(jnp.float32),
             "patch_overflow": plan.overflow.astype(jnp.float32),
         }
+        if c.reads_histograms:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
+            bits = (histograms.astype(wide) / patching.BIT).sum(axis=1)
+            metrics["histogram_entropy"] = bits / counted.sum(axis=1)
         return ModelOutput(self.to_logits(x), jnp.zeros((batch,)), metrics)
 
     def entropies(self, shifted: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
@@ -250,7 +165,7 @@ class BLT(nnx.Module):
         """
         if self.config.patcher != "entropy":
             return None
-        return entropy(self._frozen_patcher().predict(shifted))
+        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted)))
 
     # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
 
@@ -273,6 +188,7 @@ class BLT(nnx.Module):
         return BLTCache(
             ids=jnp.full((batch, self._look_back() - 1 + length), patching.NO_BYTE, jnp.int32),
             patches=jnp.zeros((batch, length + 1), jnp.int32),
+            histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
             patcher=self.patcher.init_cache(batch, length) if c.patcher == "entropy" else (),
             encoder=local.empty_caches(batch, length, dtype),
             states=jnp.zeros((batch, length, c.local_dim), dtype),
@@ -303,12 +219,15 @@ class BLT(nnx.Module):
 
         states, encoder = self.encoder.transformer(self._embed(shifted))
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        patches, global_layers = self.global_transformer(self._widen(patches))
+        histograms = self._histograms(shifted, counted)
+        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
+        patches, global_layers = self.global_transformer(self._widen(patches), unrest=unrest)
         _, memory, decoder = self.decoder(states, patches, plan.read_of)
         first = self._look_back() - 1
         return cache._replace(
             ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
             patches=cache.patches.at[:, 1 : length + 1].set(plan.read_of + 1),
+            histograms=cache.histograms.at[:, : histograms.shape[1]].set(histograms),
             patcher=patcher,
             encoder=write_prefix(cache.encoder, encoder),
             states=cache.states.at[:, :length].set(states),
@@ -334,7 +253,7 @@ class BLT(nnx.Module):
         cache, recent = self._remember(cache, byte, index)
         cache, ends, number = self._mark(cache, byte, recent, index)
 
-        x = self._embed_recent(byte, recent)
+        x = self._embed_recent(byte, recent, index)
         x, encoder = self.encoder.transformer.extend(x, cache.encoder, index)
         new = self.encoder.cross_attention.keys_values(x)
         states, pooled = (
@@ -342,7 +261,6 @@ class BLT(nnx.Module):
         )
         cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
         cache = self._finish_patches(cache, ends, number, index)
-
         rows, newest = jnp.arange(byte.shape[0]), jnp.where(ends, number, number - 1)
         memory = jax.tree.map(lambda room: room[rows, newest], cache.memory)
         x, decoder = self.decoder.extend(x, memory, cache.decoder, index)
@@ -351,23 +269,32 @@ class BLT(nnx.Module):
 
     def _remember(self, cache: BLTCache, byte: Array, index: Array) -> tuple[BLTCache, Array]:
         """The cache with s_index in it, and the ids that end there."""
-        span = self._look_back()
+        c, span = self.config, self._look_back()
         ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
-        return cache._replace(ids=ids), jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
+        recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
+        histograms = cache.histograms
+        if c.reads_histograms:
+            values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
+            found = jnp.where(byte[:, 0] == c.vocab.pad_id, 0, patching.histogram_entropy(values))
+            histograms = write_at(histograms, found[:, None], index)
+        return cache._replace(ids=ids, histograms=histograms), recent
 
     def _mark(
         self, cache: BLTCache, byte: Array, recent: Array, index: Array
     ) -> tuple[BLTCache, Array, Array]:
         """The cache with the patch of the byte to come; whether a patch ends here; its number."""
         c, room = self.config, cache.memory[0].keys.shape[1]
-        patcher, entropies = cache.patcher, None
+        patcher, entropies, summed = cache.patcher, None, None
         if c.patcher == "entropy":
             logits, patcher = self.patcher.extend(byte, patcher, index)
             entropies = entropy(logits)
         number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
+        if c.patcher == "histogram":
+            mask = self._in_patch(cache, number, index)
+            summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
         values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
         position = jnp.full(number.shape, index)
-        starts = patching.boundary_after(c, values, position, entropies) | (index == 0)
+        starts = patching.boundary_after(c, values, position, entropies, summed) | (index == 0)
         ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
         patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
         return cache._replace(patcher=patcher, patches=patches), ends, number
@@ -376,12 +303,13 @@ class BLT(nnx.Module):
         self, cache: BLTCache, ends: Array, number: Array, index: Array
     ) -> BLTCache:
         """Runs the patches that end here through the global transformer, if any does."""
-        positions = jnp.arange(cache.states.shape[1])[None, :]
-        mask = (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+        mask = self._in_patch(cache, number, index)
 
         def run() -> tuple[Caches, Caches]:
             patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-            patch, layers = self.global_transformer.extend_rows(patch, cache.global_layers, number)
+            patch, layers = self.global_transformer.extend_rows(
+                patch, cache.global_layers, number, self._unrest_of(cache, mask, patch.dtype)
+            )
             vectors = self.decoder.split(patch)[:, 0]
             memory = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
             return layers, memory
@@ -405,34 +333,80 @@ class BLT(nnx.Module):
             global_calls=cache.global_calls + some,
         )
 
-    def _frozen_patcher(self) -> EntropyModel:
-        graphdef, state = nnx.split(self.patcher)
-        return nnx.merge(graphdef, jax.lax.stop_gradient(state))
+    def _in_patch(self, cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"]:
+        """The positions up to `index` that belong to the patch `number` of each row."""
+        positions = jnp.arange(cache.states.shape[1])[None, :]
+        return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+
+    def _histograms(self, shifted: Array, counted: Array) -> Int[Array, "B M"]:
+        """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
+        if not self.config.reads_histograms:
+            return jnp.zeros((shifted.shape[0], 0), jnp.int32)
+        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1])
+        return jnp.where(counted, patching.histogram_entropy(recent), 0)
+
+    def _unrest(
+        self, histograms: Array, shifted: Array, plan: patching.PatchPlan, dtype: jnp.dtype
+    ) -> Float[Array, "B N"] | None:
+        """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
+        if not self.config.entropy_attention:
+            return None
+        wide, count = jnp.promote_types(dtype, jnp.float32), plan.lengths.shape[1] - 1
+        real = patching.to_bytes(shifted, self.config.vocab) >= 0
+        both = jnp.stack([histograms.astype(wide), real.astype(wide)], axis=-1)
+        total = segment_sum(both, plan.patch_of, count)
+        return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
+
+    def _unrest_of(
+        self, cache: BLTCache, mask: Array, dtype: jnp.dtype
+    ) -> Float[Array, "B 1"] | None:
+        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        if not self.config.entropy_attention:
+            return None
+        wide = jnp.promote_types(dtype, jnp.float32)
+        ids = cache.ids[:, self._look_back() - 1 :]
+        real = mask & (patching.to_bytes(ids, self.config.vocab) >= 0)
+        total = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
+        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1).astype(wide)
+        return total / (patching.MOST * count)
 
     def _look_back(self) -> int:
         """Ids that patcher and hashes need up to a byte, itself included."""
-        return max((patching.CONTEXT, *self.config.ngram_sizes))
+        windows = patching.WINDOWS if self.config.reads_histograms else ()
+        return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
 
     def _embed(self, shifted: Array) -> Array:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
         if not c.ngram_tables:
-            return x
+            return self._place(x, 0)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
         grams = jnp.stack([patching.shifted(shifted, n, 0) for n in back], axis=-1)
         inside = patching.present(shifted, c.vocab)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        return x + self.encoder.ngrams(rows)
+        return self._place(self._combine(x, rows), 0)
 
-    def _embed_recent(self, byte: Array, recent: Array) -> Array:
+    def _combine(self, x: Array, rows: Array) -> Array:
+        """Byte embeddings and those of the n-grams."""
+        total = x + self.encoder.ngrams(rows)
+        mean = self.config.ngram_combine == "mean"
+        return total / (self.config.ngram_tables + 1) if mean else total
+
+    def _place(self, x: Array, start: int | Array) -> Array:
+        """Embeddings with their positions, where those are not rotations."""
+        if self.config.positions == "rotary":
+            return x
+        return x + sinusoidal_positions(start, x.shape[1], x.shape[2], x.dtype)[None]
+
+    def _embed_recent(self, byte: Array, recent: Array, index: Array) -> Array:
         """The same for one position, given the ids that end there, −1 before the first."""
         x, c = self.encoder.embed(byte), self.config
         if not c.ngram_tables:
-            return x
+            return self._place(x, index)
         grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
         inside = (byte != c.vocab.pad_id)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        return x + self.encoder.ngrams(rows)
+        return self._place(self._combine(x, rows), index)
 
     def _widen(self, patches: Array) -> Array:
         """Pooled patches → the global width."""

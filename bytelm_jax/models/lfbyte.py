@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
@@ -25,7 +24,7 @@ from bytelm_jax.layers.adaptive import (
     running_mean,
 )
 from bytelm_jax.layers.dropout import dropout, fold_rows
-from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
@@ -42,22 +41,6 @@ class LFByteCache(NamedTuple):
     """What cached decoding keeps."""
 
     layers: tuple[LayerCache, ...]
-
-
-def sinusoidal_positions(
-    start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
-) -> Float[Array, "{count} {dim}"]:
-    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
-
-    The frequencies come from float64 and the angles are rounded to at least float32, so that both
-    packages and every length give a position the same angles.
-    """
-    wide = jnp.promote_types(dtype, jnp.float32)
-    pair = np.arange(dim) // 2
-    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide)
-    angles = (start + jnp.arange(count)).astype(wide)[:, None] * frequencies[None]
-    even = (np.arange(dim) % 2 == 0)[None]
-    return jnp.where(even, jnp.sin(angles), jnp.cos(angles)).astype(dtype)
 
 
 class LFByteLayer(nnx.Module):

@@ -44,6 +44,15 @@ CONFIGS = {
     "entropy, small budget": dataclasses.replace(CONFIG, patch_budget=0.05),
     "space": dataclasses.replace(CONFIG, patcher="space", global_dim=32, ngram_sizes=()),
     "fixed": dataclasses.replace(CONFIG, patcher="fixed", patch_size=5, local_window=0),
+    "bytropix": dataclasses.replace(
+        CONFIG,
+        patcher="histogram",
+        threshold=7.0,
+        ngram_combine="mean",
+        feedforward="spline",
+        entropy_attention=True,
+        positions="sinusoidal",
+    ),
 }
 VOCAB = CONFIG.vocab
 
@@ -150,7 +159,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     assert len(set(np.bincount(numbers[0]))) > 1
 
 
-@pytest.mark.parametrize("name", ["entropy", "space"])
+@pytest.mark.parametrize("name", ["entropy", "space", "bytropix"])
 def test_greedy_bytes_are_those_of_whole_passes_at_every_prompt_length(name):
     _, params, bind = model_of(name)
     _, prefill, decode = programs(name)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from bytelm_jax import convert
+from bytelm_jax import convert, formats
 from bytelm_jax.config import MegabyteConfig, to_dict
 from bytelm_jax.models import abstract_params as trace_params
 
@@ -458,13 +458,13 @@ def test_a_config_of_a_million_layers_is_refused_before_it_is_built(tmp_path: Pa
 def test_import_any_tells_the_formats_apart(tmp_path: Path) -> None:
     export(tmp_path / "out", seed=3)
     for kind in ("auto", "bytelm"):
-        config, params = convert.import_any(tmp_path / "out", kind)
+        config, params = formats.import_any(tmp_path / "out", kind)
         assert (config, bits(params)) == (PAPER, bits(any_bits(PAPER, np.float32, 3)))
-    text = message(convert.import_any, tmp_path / "out", "hf")
-    assert text == "format='hf': choose auto, bytelm, megabyte"
+    text = message(formats.import_any, tmp_path / "out", "hf")
+    assert text == "format='hf': choose one of auto, bytelm, megabyte, hf-blt"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"name": "megabyte_tiny"}')
-    text = message(convert.import_any, tmp_path / "run")
+    text = message(formats.import_any, tmp_path / "run")
     assert text.endswith("run/config.json: library=None: must be 'bytelm'")
-    own = message(convert.import_any, tmp_path / "out" / "model.safetensors")
+    own = message(formats.import_any, tmp_path / "out" / "model.safetensors")
     assert own.endswith("g_embedder.weight: missing; expected in a MEGABYTE state dict")

@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax.config import OptimizerConfig, to_dict
+from bytelm_jax import parallel
+from bytelm_jax.config import BLTConfig, EntropyConfig, OptimizerConfig, TrainConfig, to_dict
 from bytelm_jax.metrics import MetricsLog, Throughput, read_metrics
-from bytelm_jax.models import abstract_params
-from bytelm_jax.optim import clip_by_global_norm, decay_mask, learning_rate_schedule
+from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.optim import (
+    build_optimizer,
+    clip_by_global_norm,
+    decay_mask,
+    learning_rate_schedule,
+)
 from bytelm_torch.config import OptimizerConfig as TorchOptimizerConfig
 from bytelm_torch.config import from_dict
 from bytelm_torch.optim import learning_rate_schedule as torch_schedule
@@ -54,6 +60,49 @@ def test_decay_leaves_norms_and_biases_alone():
     kept = {name for name, decays in mask.items() if not decays}
     assert kept and all(name.endswith((".scale", ".bias")) for name in kept)
     assert all(name.endswith((".kernel", ".embedding")) for name in mask.keys() - kept)
+
+
+def test_what_is_frozen_costs_nothing_and_counts_in_no_norm():
+    params = {"patcher.kernel": jnp.array([-0.0, 2.0]), "to_q.kernel": jnp.array([3.0])}
+    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    whole = build_optimizer(config, 10, ("patcher.",))
+    alone = build_optimizer(config, 10)
+    kept = {"to_q.kernel": params["to_q.kernel"]}
+    state = whole.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(alone.init(kept))
+    huge = {"patcher.kernel": jnp.array([1e9, 1e9]), "to_q.kernel": jnp.array([0.25])}
+    found, _ = whole.update(huge, state, params)
+    expected, _ = alone.update({"to_q.kernel": huge["to_q.kernel"]}, alone.init(kept), kept)
+    np.testing.assert_array_equal(found["to_q.kernel"], expected["to_q.kernel"])
+    np.testing.assert_array_equal(found["patcher.kernel"], [0.0, 0.0])
+
+
+def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
+    config = BLTConfig(
+        entropy=EntropyConfig(dim=4, layers=1, heads=1, hidden_dim=4, window=4),
+        **{"ngram_sizes": (3,), "ngram_rows": 7, "local_dim": 4, "local_window": 4},
+        **{"encoder_heads": 1, "encoder_hidden_dim": 4, "decoder_layers": 1, "decoder_heads": 1},
+        **{"decoder_hidden_dim": 4, "global_dim": 8, "global_layers": 1, "global_heads": 1},
+        **{"global_hidden_dim": 4, "patch_budget": 1.0},
+    )
+    frozen = config.frozen_prefixes
+    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), 3, frozen)
+    train = TrainConfig(steps=3, batch_size=2, devices=2, parallel="shard_map")
+    mesh = parallel.make_mesh(2)
+    bind, init = define_model(config)
+    state = parallel.init_state(mesh, optimizer, lambda: init(0))
+    # A zero whose sign an added zero would turn.
+    name = "patcher.norm.scale"
+    state = state._replace(params=state.params | {name: state.params[name] * -0.0})
+    before = jax.tree.map(np.asarray, state.params)
+    step = parallel.make_train_step(bind, optimizer, train, config.vocab.pad_id, mesh, frozen)
+    ids = np.random.default_rng(0).integers(4, 260, (2, 12)).astype(np.int32)
+    for _ in range(2):
+        state, report = step(state, parallel.put_batch(mesh, ids))
+    assert np.isfinite(float(report["grad_norm"])) and float(report["grad_norm"]) > 0
+    for key, value in state.params.items():
+        same = np.asarray(value).tobytes() == before[key].tobytes()
+        assert same == key.startswith("patcher."), key
 
 
 def test_metrics_file_is_cut_back_to_the_restored_step(tmp_path):

@@ -2,6 +2,7 @@
 
 import codecs
 import dataclasses
+import unicodedata
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from bytelm_jax.tokenizer import ByteTokenizer
 
 CONFIG = BLTConfig(patcher="space")
 VOCAB = CONFIG.vocab
-PATCHERS = ("entropy", "space", "fixed", "byte")
+PATCHERS = ("entropy", "histogram", "space", "fixed", "byte")
 
 
 def shifted_ids(data: bytes) -> np.ndarray:
@@ -51,7 +52,7 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
     """The rules again, one byte after the other, characters by CPython's incremental decoder."""
     found, decoder = [0, 1], codecs.getincrementaldecoder("utf-8")("replace")
     alphabet = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-    in_run = False
+    in_run, summed = False, 0.0
     for j, byte in enumerate(data, start=1):
         decoder.decode(bytes([byte]))
         held = decoder.getstate()[0]
@@ -59,27 +60,43 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
         surrogate = held[:1] == b"\xed" and held[1:2] >= b"\xa0"
         pending = held != b"" and not surrogate and config.whole_characters
         separator = byte < 0x80 and byte not in alphabet
+        summed += np.mean([shannon(data[max(0, j - n) : j]) for n in (3, 5, 7)])
         wanted = {
             "entropy": entropies[j] > config.threshold and not pending,
+            "histogram": summed > config.threshold and not pending,
             "space": separator and not in_run and not pending,
             "fixed": j % config.patch_size == 0 and not pending,
             "byte": True,
         }[config.patcher]
         in_run = separator
         found += [j + 1] if wanted else []
+        summed = 0.0 if wanted else summed
     return found
+
+
+def shannon(data: bytes) -> float:
+    """Entropy in bits of the histogram of some bytes."""
+    shares = np.unique(list(data), return_counts=True)[1] / len(data)
+    return float(-(shares * np.log2(shares)).sum())
 
 
 def bytes_of(digits: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digits), np.uint8)
 
 
+# Thirty-four scripts; those beyond the basic plane have characters of four bytes.
+SCRIPTS = (
+    "naïve русский ελληνικά հայերեն עברית العربية ܣܘܪܝܝܐ ދިވެހި हिन्दी বাংলা ਪੰਜਾਬੀ ગુજરાતી "
+    "ଓଡ଼ିଆ தமிழ் తెలుగు ಕನ್ನಡ മലയാളം සිංහල ไทย ລາວ བོད་ཡིག မြန်မာ ქართული 한국어 አማርኛ ᏣᎳᎩ "
+    "ᐃᓄᒃᑎᑐᑦ ភាសាខ្មែរ ᠮᠣᠩᠭᠣᠯ 日本 ひらがな カタカナ ⴰⵎⴰⵣⵉⵖ 𐌲𐌿𐍄"
+)
+
 TEXTS = {
     "empty": b"",
     "one byte": b"a",
     "newlines": b"\n" * 50,
     "repetitive": b"ab " * 40,
-    "scripts": "naïve 日本語 русский हिन्दी 🙂👩‍👩‍👧 עברית ไทย 𝔘𝔫𝔦 \u00a0é".encode() * 3,
+    "scripts": (SCRIPTS + " 🙂👩‍👩‍👧 𝔘𝔫𝔦 \u00a0é").encode() * 3,
     "broken": 3 * bytes.fromhex("e08080eda080f0808080f4908080c080f5ffe28228f09f9820c3c3a980"),
     "random": np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8).tobytes(),
     "leads": bytes(
@@ -205,6 +222,11 @@ def test_starts_from_lengths_as_literals():
     found = patching.starts_from_lengths(jnp.asarray([[1, 2, 2, 3], [1, 4, 3, 0]]), 8)
     assert np.flatnonzero(found[0]).tolist() == [0, 1, 3, 5]
     assert np.flatnonzero(found[1]).tolist() == [0, 1, 5, 8]
+
+
+def test_the_scripts_are_thirty_four():
+    first = {unicodedata.name(word[0]).split(" ")[0] for word in SCRIPTS.split()}
+    assert len(SCRIPTS.split()) == len(first) == 34, sorted(first)
 
 
 def test_space_splits_no_character():

@@ -33,9 +33,9 @@ _VOCAB = BLTConfig().vocab
 
 
 class EnhancedByteTransformer(BLT):
-    """A Byte Latent Transformer of the original's sizes; patches begin after words.
+    """The recipe `bytropix` at these sizes: patches by the entropy of byte histograms, splines.
 
-    n-grams of 3, 4 and 5 bytes in tables of 30,000 rows. `context_size` is how many bytes
+    `context_size` is how many bytes
     `generate_text` shows the model at once.
     """
 
@@ -52,20 +52,26 @@ class EnhancedByteTransformer(BLT):
         wide = 4 * hidden_size
         super().__init__(
             BLTConfig(
-                patcher="space",
+                patcher="histogram",
+                threshold=11.0,
+                bytes_per_patch=6.0,
                 ngram_sizes=(3, 4, 5),
                 ngram_rows=30_000,
+                ngram_combine="mean",
                 patch_queries=1,
                 local_dim=hidden_size,
                 encoder_heads=num_heads,
                 encoder_hidden_dim=wide,
-                decoder_layers=num_layers,
+                decoder_layers=1,
                 decoder_heads=num_heads,
                 decoder_hidden_dim=wide,
                 global_dim=hidden_size,
                 global_layers=num_layers,
                 global_heads=num_heads,
                 global_hidden_dim=wide,
+                feedforward="spline",
+                entropy_attention=True,
+                positions="sinusoidal",
                 dropout=dropout_rate,
             )
         )

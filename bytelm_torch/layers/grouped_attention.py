@@ -14,30 +14,55 @@ from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.rotary import Rotation, rotate
 
+_GUIDE = 8
+"""Features that `guide` adds to queries and keys."""
+
 
 def grouped_attention(
-    q: Float[Tensor, "*batch T H K"],
-    k: Float[Tensor, "*batch S G K"],
+    q: Float[Tensor, "*batch T H J"],
+    k: Float[Tensor, "*batch S G J"],
     v: Float[Tensor, "*batch S G K"],
     mask: Bool[Tensor, "*lead #T S"],
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. The axes of `mask` before S are those of q, or 1; leading
+    Heads gR … gR + R − 1 use key head g. J is K but where `guide` has added features.
+    The axes of `mask` before S are those of q, or 1; leading
     ones may be missing.
     Every query must see at least one key.
     """
     groups, wide = k.shape[-2], torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(-2, (groups, -1))
-    scores = torch.einsum("...tgrk,...sgk->...grts", grouped, k).to(wide) * q.shape[-1] ** -0.5
+    scores = torch.einsum("...tgrk,...sgk->...grts", grouped, k).to(wide) * v.shape[-1] ** -0.5
     visible = mask[..., None, None, :, :]
     weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(v.dtype)
-    return torch.einsum("...grts,...sgk->...tgrk", weights, v).reshape(q.shape)
+    mixed = torch.einsum("...grts,...sgk->...tgrk", weights, v)
+    return mixed.reshape(*q.shape[:-1], v.shape[-1])
+
+
+def guide(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    unrest: Float[Tensor, "B T"],
+    gamma: Float[Tensor, " H"],
+    beta: Float[Tensor, " H"],
+) -> tuple[Float[Tensor, "B T H J"], Float[Tensor, "B T G J"]]:
+    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e being `unrest`.
+
+    β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
+    width a multiple of 8 where K is one.
+    """
+    entropy = unrest[:, :, None, None].to(q.dtype)
+    tilt = (beta * q.shape[-1] ** 0.5).to(q.dtype)[:, None]
+    q_more = F.pad(tilt.expand(*q.shape[:-1], 1), (0, _GUIDE - 1))
+    k_more = F.pad(entropy.expand(*k.shape[:-1], 1), (0, _GUIDE - 1))
+    q = q * (1 + gamma.to(q.dtype)[:, None] * entropy)
+    return torch.cat([q, q_more], dim=-1), torch.cat([k, k_more], dim=-1)
 
 
 def causal_attention(
-    q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
+    q: Float[Tensor, "B T H J"],
+    k: Float[Tensor, "B T G J"],
     v: Float[Tensor, "B T G K"],
     window: int,
 ) -> Float[Tensor, "B T H K"]:
@@ -72,10 +97,14 @@ def _chunk_before(x: Tensor) -> Tensor:
 
 
 class GroupedAttention(nn.Module):
-    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads."""
+    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, window: int):
+    `guided` adds γ and β a head, 0 at first, by which `unrest` guides the attention (`guide`).
+    """
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, window: int, guided: bool = False):
         super().__init__()
+        self.guided = guided
         self.heads, self.kv_heads = heads, kv_heads or heads
         self.head_dim, self.window = dim // heads, window
         grouped = self.kv_heads * self.head_dim
@@ -86,16 +115,22 @@ class GroupedAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
         for linear in (self.to_q, self.to_k, self.to_v, self.to_out):
             fan_in_normal(dim)(linear.weight)
+        if guided:
+            self.gamma = nn.Parameter(torch.zeros(heads))
+            self.beta = nn.Parameter(torch.zeros(heads))
 
     def forward(
-        self, x: Float[Tensor, "B T D"], turn: Rotation
+        self,
+        x: Float[Tensor, "B T D"],
+        turn: Rotation | None,
+        unrest: Float[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the (turned) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, turn, unrest)
         return self._out(causal_attention(q, k, v, self.window)), KeyValueCache(k, v)
 
     def extend(
-        self, x: Float[Tensor, "B 1 D"], turn: Rotation, cache: KeyValueCache, index: int
+        self, x: Float[Tensor, "B 1 D"], turn: Rotation | None, cache: KeyValueCache, index: int
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`.
 
@@ -111,16 +146,17 @@ class GroupedAttention(nn.Module):
     def extend_rows(
         self,
         x: Float[Tensor, "B 1 D"],
-        turn: Rotation,
+        turn: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
+        unrest: Float[Tensor, "B 1"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
 
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, turn, unrest)
         slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
@@ -129,16 +165,25 @@ class GroupedAttention(nn.Module):
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
         """A cache for `length` positions."""
-        shape, device = (batch, length, self.kv_heads, self.head_dim), self.to_q.weight.device
-        return KeyValueCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))
+        shape, device = (batch, length, self.kv_heads), self.to_q.weight.device
+        widths = (self.head_dim + _GUIDE * self.guided, self.head_dim)
+        return KeyValueCache(
+            *(torch.zeros((*shape, width), dtype=dtype, device=device) for width in widths)
+        )
 
-    def _project(self, x: Tensor, turn: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, turn: Rotation | None, unrest: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm(x)
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
         k, v = (
             to(x).unflatten(-1, (self.kv_heads, self.head_dim)) for to in (self.to_k, self.to_v)
         )
-        return rotate(q, turn), rotate(k, turn), v
+        if turn is not None:
+            q, k = rotate(q, turn), rotate(k, turn)
+        if unrest is not None:
+            q, k = guide(q, k, unrest, self.gamma, self.beta)
+        return q, k, v
 
     def _out(self, x: Tensor) -> Tensor:
         return self.to_out(x.flatten(-2))

@@ -10,18 +10,15 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from bytelm_torch import patching
 from bytelm_torch.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
-from bytelm_torch.layers.cross_attention import CrossAttention
-from bytelm_torch.layers.embedding import ByteEmbedding
-from bytelm_torch.layers.initializers import fan_in_normal
-from bytelm_torch.layers.ngram import NgramEmbedding, ngram_rows
-from bytelm_torch.layers.norm import RMSNorm
-from bytelm_torch.layers.segments import segment_max
+from bytelm_torch.layers.embedding import sinusoidal_positions
+from bytelm_torch.layers.ngram import ngram_rows
+from bytelm_torch.layers.segments import segment_sum
 from bytelm_torch.layers.transformer import Caches, Transformer
+from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import (
     EntropyModel,
     begin_with,
@@ -44,6 +41,8 @@ class BLTCache(NamedTuple):
     """s behind as many −1 as the longest look back needs."""
     patches: Int[Tensor, "B L+1"]
     """The patch of each position, known before its byte is."""
+    histograms: Int[Tensor, "B M"]
+    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
     patcher: Caches
     encoder: Caches
     states: Float[Tensor, "B L D"]
@@ -58,105 +57,6 @@ class BLTCache(NamedTuple):
     """Rounds in which the global transformer ran."""
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    made = nn.Linear(inputs, outputs, bias=False)
-    fan_in_normal(inputs)(made.weight)
-    return made
-
-
-class Encoder(nn.Module):
-    """Bytes → byte states, and the pooling of a patch's states into M vectors."""
-
-    def __init__(self, config: BLTConfig):
-        super().__init__()
-        c, dim = config, config.local_dim
-        self.queries = c.patch_queries
-        self.embed = ByteEmbedding(c.vocab.size, dim, fan_in_normal(dim))
-        if c.ngram_tables:
-            self.ngrams = NgramEmbedding(c.ngram_tables * c.ngram_rows, dim)
-        heads = (c.encoder_heads, c.encoder_kv_heads)
-        sizes = (dim, c.encoder_layers, *heads, c.encoder_hidden_dim, c.local_window)
-        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout)
-        self.to_queries = _linear(dim, c.patch_queries * dim)
-        self.cross_attention = CrossAttention(dim, *heads)
-
-    def pool(
-        self, states: Float[Tensor, "B T D"], patch_of: Int[Tensor, "B T"], count: int
-    ) -> tuple[Float[Tensor, "B {count} W"], KeyValueCache]:
-        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
-        queries = self._split(self.to_queries(segment_max(states, patch_of, count)))
-        pooled, cache = self.cross_attention.pool(queries, states, patch_of)
-        return pooled.flatten(2), cache
-
-    def pool_one(
-        self, states: Float[Tensor, "B L D"], cache: KeyValueCache, mask: Bool[Tensor, "B L"]
-    ) -> Float[Tensor, "B 1 W"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
-        top = states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
-        pooled = self.cross_attention.pool_one(self._split(self.to_queries(top)), cache, mask)
-        return pooled.flatten(1)[:, None]
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.queries, -1))
-
-
-class Decoder(nn.Module):
-    """Byte states and patches → byte states that know the newest complete patch."""
-
-    def __init__(self, config: BLTConfig):
-        super().__init__()
-        c, dim = config, config.local_dim
-        self.queries = c.patch_queries
-        heads = (c.decoder_heads, c.decoder_kv_heads)
-        sizes = (dim, c.decoder_layers, *heads, c.decoder_hidden_dim, c.local_window)
-        self.to_memory = _linear(c.global_dim, c.patch_queries * dim)
-        self.cross_attentions = nn.ModuleList(
-            [CrossAttention(dim, *heads) for _ in range(c.decoder_layers)]
-        )
-        self.transformer = Transformer(*sizes, c.rope_theta, c.dropout)
-        self.norm = RMSNorm(dim)
-
-    def forward(
-        self,
-        x: Float[Tensor, "B T D"],
-        patches: Float[Tensor, "B N W"],
-        read_of: Int[Tensor, "B T"],
-        remat: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
-        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        positions = torch.arange(x.shape[1], device=x.device)[None, :]
-        turn = self.transformer.turn(positions, x.dtype)
-        memory, read, written = self.split(patches), [], []
-        for cross, layer in self._layers():
-            if remat:
-                x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
-                x, cache = checkpoint(layer, x, turn, use_reentrant=False)  # pyright: ignore
-            else:
-                x, vectors = cross.read(x, memory, read_of)
-                x, cache = layer(x, turn)
-            read.append(vectors)
-            written.append(cache)
-        return self.norm(x), tuple(read), tuple(written)
-
-    def extend(
-        self, x: Float[Tensor, "B 1 D"], memory: Caches, caches: Caches, index: int
-    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        turn = self.transformer.turn(torch.full((1, 1), index, device=x.device), x.dtype)
-        written = []
-        for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
-            written.append(cache)
-        return self.norm(x), tuple(written)
-
-    def split(self, patches: Float[Tensor, "B N W"]) -> Float[Tensor, "B N M D"]:
-        """The M vectors of each patch."""
-        return self.to_memory(patches).unflatten(-1, (self.queries, -1))
-
-    def _layers(self) -> zip:
-        return zip(self.cross_attentions, self.transformer.layers, strict=True)
-
-
 class BLT(nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
@@ -168,12 +68,13 @@ class BLT(nn.Module):
         self.encoder = Encoder(c)
         pooled = c.patch_queries * c.local_dim
         if pooled != c.global_dim:
-            self.to_global = _linear(pooled, c.global_dim)
+            self.to_global = bias_free(pooled, c.global_dim)
         heads = (c.global_heads, c.global_kv_heads)
         sizes = (c.global_dim, c.global_layers, *heads, c.global_hidden_dim, 0)
-        self.global_transformer = Transformer(*sizes, c.rope_theta, c.dropout)
+        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
+        self.global_transformer = Transformer(*sizes, *kind)
         self.decoder = Decoder(c)
-        self.to_logits = _linear(c.local_dim, c.vocab.size)
+        self.to_logits = bias_free(c.local_dim, c.vocab.size)
 
     def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
         """Logits in the compute dtype, which is that of the parameters.
@@ -191,6 +92,8 @@ class BLT(nn.Module):
     ) -> ModelOutput:
         """As `forward`, with the metrics `patch_length` (mean, bytes) and `patch_overflow`.
 
+        A model that reads histograms adds `histogram_entropy` (mean, bits).
+
         `starts`, S = T + 1, takes the place of the patcher: whether a patch starts at each position
         of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
         """
@@ -200,7 +103,9 @@ class BLT(nn.Module):
         if length == 0:
             empty = self.to_logits.weight.new_zeros(batch)
             logits = self.to_logits.weight.new_zeros((batch, 0, c.vocab.size))
-            return ModelOutput(logits, empty, {"patch_length": empty, "patch_overflow": empty})
+            names = ("patch_length", "patch_overflow")
+            names += ("histogram_entropy",) * c.reads_histograms
+            return ModelOutput(logits, empty, dict.fromkeys(names, empty))
         shifted = shift_right(ids, c.vocab.bos_id)
         if starts is None:
             starts = patching.patch_starts(c, shifted, self.entropies(shifted))
@@ -209,13 +114,19 @@ class BLT(nn.Module):
 
         states, _ = self.encoder.transformer(self._embed(shifted), remat)
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        patches, _ = self.global_transformer(self._widen(patches), remat)
+        histograms = self._histograms(shifted, counted)
+        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
+        patches, _ = self.global_transformer(self._widen(patches), remat, unrest)
         x, _, _ = self.decoder(states, patches, plan.read_of, remat)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
             "patch_length": plan.lengths.sum(dim=1) / used.float(),
             "patch_overflow": plan.overflow.float(),
         }
+        if c.reads_histograms:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            bits = (histograms.to(wide) / patching.BIT).sum(dim=1)
+            metrics["histogram_entropy"] = bits / counted.sum(dim=1)
         return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
 
     def entropies(self, shifted: Int[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
@@ -259,6 +170,7 @@ class BLT(nn.Module):
         return BLTCache(
             ids=integers(batch, self._look_back() - 1 + length).fill_(patching.NO_BYTE),
             patches=integers(batch, length + 1),
+            histograms=integers(batch, length if c.reads_histograms else 0),
             patcher=self.patcher.init_cache(batch, length) if c.patcher == "entropy" else (),
             encoder=local.empty_caches(batch, length, weight.dtype),
             states=weight.new_zeros((batch, length, c.local_dim)),
@@ -289,11 +201,14 @@ class BLT(nn.Module):
 
         states, encoder = self.encoder.transformer(self._embed(shifted))
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        patches, global_layers = self.global_transformer(self._widen(patches))
+        histograms = self._histograms(shifted, counted)
+        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
+        patches, global_layers = self.global_transformer(self._widen(patches), unrest=unrest)
         _, memory, decoder = self.decoder(states, patches, plan.read_of)
         first = self._look_back() - 1
         cache.ids[:, first : first + length] = shifted
         cache.patches[:, 1 : length + 1] = plan.read_of + 1
+        cache.histograms[:, : histograms.shape[1]] = histograms
         cache.states[:, :length] = states
         write_prefix((cache.pooled,), (pooled,))
         write_prefix(cache.encoder, encoder)
@@ -314,7 +229,7 @@ class BLT(nn.Module):
         ends, number = self._mark(cache, byte, recent, index)
 
         x, _ = self.encoder.transformer.extend(
-            self._embed_recent(byte, recent), cache.encoder, index
+            self._embed_recent(byte, recent, index), cache.encoder, index
         )
         new = self.encoder.cross_attention.keys_values(x)
         cache.states[:, index] = x[:, 0]
@@ -332,22 +247,31 @@ class BLT(nn.Module):
 
     def _remember(self, cache: BLTCache, byte: Tensor, index: int) -> Tensor:
         """Writes s_index; gives the ids that end there."""
-        span = self._look_back()
+        c, span = self.config, self._look_back()
         cache.ids[:, index + span - 1] = byte[:, 0]
-        return cache.ids[:, index : index + span]
+        recent = cache.ids[:, index : index + span]
+        if c.reads_histograms:
+            values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
+            found = patching.histogram_entropy(values)
+            cache.histograms[:, index] = found.where(byte[:, 0] != c.vocab.pad_id, 0)
+        return recent
 
     def _mark(
         self, cache: BLTCache, byte: Tensor, recent: Tensor, index: int
     ) -> tuple[Tensor, Tensor]:
         """Writes the patch of the byte to come; whether a patch ends here, and its number."""
-        c, room, entropies = self.config, cache.memory[0].keys.shape[1], None
+        c, room = self.config, cache.memory[0].keys.shape[1]
+        entropies = summed = None
         if c.patcher == "entropy":
             logits, _ = self.patcher.extend(byte, cache.patcher, index)
             entropies = entropy(logits)
         number = cache.patches[:, index]
+        if c.patcher == "histogram":
+            mask = self._in_patch(cache, number, index)
+            summed = cache.histograms.where(mask, 0).sum(dim=1)
         values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
         position = torch.full_like(number, index)
-        starts = patching.boundary_after(c, values, position, entropies) | (index == 0)
+        starts = patching.boundary_after(c, values, position, entropies, summed) | (index == 0)
         ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
         cache.patches[:, index + 1] = number + ends
         return ends, number
@@ -356,10 +280,12 @@ class BLT(nn.Module):
         """Runs the patches that end here through the global transformer, if any does."""
         if not ends.any():
             return
-        positions = torch.arange(cache.states.shape[1], device=ends.device)[None, :]
-        mask = (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+        mask = self._in_patch(cache, number, index)
         patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-        patch, layers = self.global_transformer.extend_rows(patch, cache.global_layers, number)
+        unrest = self._unrest_of(cache, mask, patch.dtype)
+        patch, layers = self.global_transformer.extend_rows(
+            patch, cache.global_layers, number, unrest
+        )
         vectors = self.decoder.split(patch)[:, 0]
         memory = [cross.keys_values(vectors) for cross in self.decoder.cross_attentions]  # pyright: ignore
         rows = ends.nonzero()[:, 0]
@@ -370,30 +296,80 @@ class BLT(nn.Module):
                 old[rows, slot] = new[rows]
         cache.global_calls.add_(1)
 
+    def _in_patch(self, cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"]:
+        """The positions up to `index` that belong to the patch `number` of each row."""
+        positions = torch.arange(cache.states.shape[1], device=number.device)[None, :]
+        return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+
+    def _histograms(self, shifted: Tensor, counted: Tensor) -> Int[Tensor, "B M"]:
+        """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
+        if not self.config.reads_histograms:
+            return torch.zeros_like(shifted[:, :0])
+        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1])
+        return patching.histogram_entropy(recent).where(counted, 0)
+
+    def _unrest(
+        self, histograms: Tensor, shifted: Tensor, plan: patching.PatchPlan, dtype: torch.dtype
+    ) -> Float[Tensor, "B N"] | None:
+        """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
+        if not self.config.entropy_attention:
+            return None
+        wide, count = torch.promote_types(dtype, torch.float32), plan.lengths.shape[1] - 1
+        real = patching.to_bytes(shifted, self.config.vocab) >= 0
+        both = torch.stack([histograms.to(wide), real.to(wide)], dim=-1)
+        total = segment_sum(both, plan.patch_of, count)
+        return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
+
+    def _unrest_of(
+        self, cache: BLTCache, mask: Tensor, dtype: torch.dtype
+    ) -> Float[Tensor, "B 1"] | None:
+        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        if not self.config.entropy_attention:
+            return None
+        wide = torch.promote_types(dtype, torch.float32)
+        ids = cache.ids[:, self._look_back() - 1 :]
+        real = mask & (patching.to_bytes(ids, self.config.vocab) >= 0)
+        total = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
+        count = real.sum(dim=1, keepdim=True).clamp(min=1).to(wide)
+        return total / (patching.MOST * count)
+
     def _look_back(self) -> int:
         """Ids that patcher and hashes need up to a byte, itself included."""
-        return max((patching.CONTEXT, *self.config.ngram_sizes))
+        windows = patching.WINDOWS if self.config.reads_histograms else ()
+        return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
 
     def _embed(self, shifted: Tensor) -> Tensor:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
         if not c.ngram_tables:
-            return x
+            return self._place(x, 0)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
         grams = torch.stack([patching.shifted(shifted, n, 0) for n in back], dim=-1)
         inside = patching.present(shifted, c.vocab)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return x + self.encoder.ngrams(rows)
+        return self._place(self._combine(x, rows), 0)
 
-    def _embed_recent(self, byte: Tensor, recent: Tensor) -> Tensor:
+    def _combine(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Byte embeddings and those of the n-grams."""
+        total = x + self.encoder.ngrams(rows)
+        mean = self.config.ngram_combine == "mean"
+        return total / (self.config.ngram_tables + 1) if mean else total
+
+    def _place(self, x: Tensor, start: int) -> Tensor:
+        """Embeddings with their positions, where those are not rotations."""
+        if self.config.positions == "rotary":
+            return x
+        return x + sinusoidal_positions(start, x.shape[1], x.shape[2], x.dtype, x.device)
+
+    def _embed_recent(self, byte: Tensor, recent: Tensor, index: int) -> Tensor:
         """The same for one position, given the ids that end there, −1 before the first."""
         x, c = self.encoder.embed(byte), self.config
         if not c.ngram_tables:
-            return x
+            return self._place(x, index)
         grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]
         inside = (byte != c.vocab.pad_id)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return x + self.encoder.ngrams(rows)
+        return self._place(self._combine(x, rows), index)
 
     def _widen(self, patches: Tensor) -> Tensor:
         """Pooled patches → the global width."""

@@ -11,7 +11,6 @@ Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L 
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -26,7 +25,7 @@ from bytelm_torch.layers.adaptive import (
     running_mean,
 )
 from bytelm_torch.layers.dropout import dropout
-from bytelm_torch.layers.embedding import ByteEmbedding
+from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
@@ -43,23 +42,6 @@ class LFByteCache(NamedTuple):
     """What cached decoding keeps."""
 
     layers: tuple[LayerCache, ...]
-
-
-def sinusoidal_positions(
-    start: int, count: int, dim: int, dtype: torch.dtype, device: torch.device | None = None
-) -> Float[Tensor, "{count} {dim}"]:
-    """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
-
-    The frequencies come from float64 and the angles are rounded to at least float32, so that both
-    packages and every length give a position the same angles.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    pair = np.arange(dim) // 2
-    frequencies = torch.from_numpy(10_000.0 ** (-2 * pair / dim)).to(device, wide)
-    positions = torch.arange(start, start + count, device=device).to(wide)
-    angles = positions[:, None] * frequencies
-    even = torch.arange(dim, device=device) % 2 == 0
-    return torch.where(even, angles.sin(), angles.cos()).to(dtype)
 
 
 class LFByteLayer(nn.Module):

@@ -1,0 +1,68 @@
+"""Learned activations: a weighted SiLU plus a cubic B-spline in each channel (Liu et al. 2024,
+arXiv 2404.19756, section 2.2), inside a feed-forward layer.
+
+Axes: B batch, T positions, D width, F channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bytelm_torch.config_blt import SPLINE_BASES
+from bytelm_torch.layers.initializers import fan_in_normal
+from bytelm_torch.layers.norm import RMSNorm
+
+EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
+"""The grid: `INTERVALS` equal intervals over [−EDGE, EDGE]."""
+
+
+def bump(distance: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """The uniform cubic B-spline at a distance from its middle, in intervals; 0 from 2 on.
+
+    Written in powers of what is left to the ends of its pieces, it has no case to tell apart, and
+    automatic differentiation gives the derivative that is right at the knots, too.
+    """
+    away = distance.abs()
+    return ((2 - away).clamp(min=0) ** 3 - 4 * (1 - away).clamp(min=0) ** 3) / 6
+
+
+def spline_activation(
+    x: Float[Tensor, "*batch F"], gain: Float[Tensor, " F"], coefficients: Float[Tensor, "F 11"]
+) -> Float[Tensor, "*batch F"]:
+    """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    place = (wide + EDGE) * (INTERVALS / (2 * EDGE)) + 1  # of B_0's middle: 0, of B_1's: 1, …
+    out = gain.to(wide.dtype) * F.silu(wide)
+    for i in range(SPLINE_BASES):
+        out = out + coefficients[:, i].to(wide.dtype) * bump(place - i)
+    return out.to(x.dtype)
+
+
+class Spline(nn.Module):
+    """A learned activation a channel; starts as SiLU with a small random spline."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+        self.coefficients = nn.Parameter(torch.empty(channels, SPLINE_BASES))
+        nn.init.normal_(self.coefficients, std=0.1 / INTERVALS)
+
+    def forward(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
+        return spline_activation(x, self.gain, self.coefficients)
+
+
+class SplineFeedForward(nn.Module):
+    """RMSNorm → Linear(D, F) → spline a channel → Linear(F, D), both linears without bias."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.up = nn.Linear(dim, hidden_dim, bias=False)
+        self.spline = Spline(hidden_dim)
+        self.down = nn.Linear(hidden_dim, dim, bias=False)
+        for linear in (self.up, self.down):
+            fan_in_normal(linear.in_features)(linear.weight)
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.down(self.spline(self.up(self.norm(x))))

@@ -1,0 +1,122 @@
+"""The local stacks of the Byte Latent Transformer: the encoder of bytes and their decoder.
+
+Axes: B batch, T bytes, N patches, M vectors a patch (W together), G key heads, K head width, D
+width.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bytelm_torch.config import BLTConfig
+from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.cross_attention import CrossAttention
+from bytelm_torch.layers.embedding import ByteEmbedding
+from bytelm_torch.layers.initializers import fan_in_normal
+from bytelm_torch.layers.ngram import NgramEmbedding
+from bytelm_torch.layers.norm import RMSNorm
+from bytelm_torch.layers.segments import segment_max
+from bytelm_torch.layers.transformer import Caches, Transformer
+
+
+def bias_free(inputs: int, outputs: int) -> nn.Linear:
+    """A Linear without bias, initialised by fan-in."""
+    made = nn.Linear(inputs, outputs, bias=False)
+    fan_in_normal(inputs)(made.weight)
+    return made
+
+
+class Encoder(nn.Module):
+    """Bytes → byte states, and the pooling of a patch's states into M vectors."""
+
+    def __init__(self, config: BLTConfig):
+        super().__init__()
+        c, dim = config, config.local_dim
+        self.queries = c.patch_queries
+        self.embed = ByteEmbedding(c.vocab.size, dim, fan_in_normal(dim))
+        if c.ngram_tables:
+            self.ngrams = NgramEmbedding(c.ngram_tables * c.ngram_rows, dim)
+        heads = (c.encoder_heads, c.encoder_kv_heads)
+        sizes = (dim, c.encoder_layers, *heads, c.encoder_hidden_dim, c.local_window)
+        kind = (c.rotation_base, c.dropout, c.feedforward)
+        self.transformer = Transformer(*sizes, *kind)
+        self.to_queries = bias_free(dim, c.patch_queries * dim)
+        self.cross_attention = CrossAttention(dim, *heads)
+
+    def pool(
+        self, states: Float[Tensor, "B T D"], patch_of: Int[Tensor, "B T"], count: int
+    ) -> tuple[Float[Tensor, "B {count} W"], KeyValueCache]:
+        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
+        queries = self._split(self.to_queries(segment_max(states, patch_of, count)))
+        pooled, cache = self.cross_attention.pool(queries, states, patch_of)
+        return pooled.flatten(2), cache
+
+    def pool_one(
+        self, states: Float[Tensor, "B L D"], cache: KeyValueCache, mask: Bool[Tensor, "B L"]
+    ) -> Float[Tensor, "B 1 W"]:
+        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        top = states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
+        pooled = self.cross_attention.pool_one(self._split(self.to_queries(top)), cache, mask)
+        return pooled.flatten(1)[:, None]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.queries, -1))
+
+
+class Decoder(nn.Module):
+    """Byte states and patches → byte states that know the newest complete patch."""
+
+    def __init__(self, config: BLTConfig):
+        super().__init__()
+        c, dim = config, config.local_dim
+        self.queries = c.patch_queries
+        heads = (c.decoder_heads, c.decoder_kv_heads)
+        sizes = (dim, c.decoder_layers, *heads, c.decoder_hidden_dim, c.local_window)
+        self.to_memory = bias_free(c.global_dim, c.patch_queries * dim)
+        self.cross_attentions = nn.ModuleList(
+            [CrossAttention(dim, *heads) for _ in range(c.decoder_layers)]
+        )
+        kind = (c.rotation_base, c.dropout, c.feedforward)
+        self.transformer = Transformer(*sizes, *kind)
+        self.norm = RMSNorm(dim)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        patches: Float[Tensor, "B N W"],
+        read_of: Int[Tensor, "B T"],
+        remat: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
+        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
+        positions = torch.arange(x.shape[1], device=x.device)[None, :]
+        turn = self.transformer.turn(positions, x.dtype)
+        memory, read, written = self.split(patches), [], []
+        for cross, layer in self._layers():
+            if remat:
+                x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
+                x, cache = checkpoint(layer, x, turn, use_reentrant=False)  # pyright: ignore
+            else:
+                x, vectors = cross.read(x, memory, read_of)
+                x, cache = layer(x, turn)
+            read.append(vectors)
+            written.append(cache)
+        return self.norm(x), tuple(read), tuple(written)
+
+    def extend(
+        self, x: Float[Tensor, "B 1 D"], memory: Caches, caches: Caches, index: int
+    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
+        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
+        turn = self.transformer.turn(torch.full((1, 1), index, device=x.device), x.dtype)
+        written = []
+        for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
+            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
+            written.append(cache)
+        return self.norm(x), tuple(written)
+
+    def split(self, patches: Float[Tensor, "B N W"]) -> Float[Tensor, "B N M D"]:
+        """The M vectors of each patch."""
+        return self.to_memory(patches).unflatten(-1, (self.queries, -1))
+
+    def _layers(self) -> zip:
+        return zip(self.cross_attentions, self.transformer.layers, strict=True)
