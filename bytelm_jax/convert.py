@@ -161,8 +161,7 @@ def export_model(
 
 def _config_text(config: ModelConfig, extra: dict[str, Any] | None) -> bytes:
     fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
-    if extra:
-        fields["extra"] = extra
+    fields |= {"extra": extra} if extra else {}
     try:
         return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
@@ -265,6 +264,8 @@ def load_export(path: str | Path) -> tuple[ModelConfig, Params]:
 def _read_config(file: Path) -> ModelConfig:
     with _about(file, "give a folder that `bytelm export` wrote"):
         fields = json.loads(file.read_text("utf-8"))
+        if isinstance(fields, dict):
+            fields = fields.get("bytelm", fields)  # where transformers wrote the file
         require(isinstance(fields, dict), "must hold a JSON object")
         library = fields.pop("library", None)
         require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")

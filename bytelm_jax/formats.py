@@ -30,7 +30,8 @@ def _recognise(path: Path) -> str:
     if fields.get("model_type") == "blt":
         return "hf-blt"
     weights = any((path / name).is_file() for name in (*FOREIGN_FILES, INDEX_FILE))
-    foreign = weights and bool(fields) and fields.get("library") != LIBRARY
+    ours = fields.get("library") == LIBRARY or "bytelm" in fields  # where transformers wrote it
+    foreign = weights and bool(fields) and not ours
     return "megabyte" if foreign else "bytelm"  # `load_export` says what is wrong
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import MODEL_CONFIGS, ModelConfig, model_from_dict, require, to_dict
+from .config import (
+    MODEL_CONFIGS,
+    ModelConfig,
+    Recipe,
+    TrainConfig,
+    from_dict,
+    model_from_dict,
+    require,
+    to_dict,
+)
 from .models import build_model, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
@@ -116,6 +126,8 @@ def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]
 def _read_config(file: Path) -> ModelConfig:
     with _about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
         fields = json.loads(file.read_text("utf-8"))
+        if isinstance(fields, dict):
+            fields = fields.get("bytelm", fields)  # where transformers wrote the file
         require(isinstance(fields, dict), "must hold a JSON object")
         library = fields.pop("library", None)
         require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
@@ -251,3 +263,111 @@ def _write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write(sink)
         sink.flush()
         os.fsync(sink.fileno())
+
+
+# ---- run folders ----------------------------------------------------------------------------
+
+METRIC = "validation_bits_per_byte"
+"""What "best" means: the lowest of this."""
+
+_TRAINING_FILE = "training.pt"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that the old or the new content stands there at any moment."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _write_synced(beside, lambda sink: sink.write(text.encode()))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_config(run_dir: Path, recipe: Recipe) -> None:
+    """Writes `config.json`."""
+    write_text(run_dir / CONFIG_FILE, json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def load_config(path: Path) -> Recipe:
+    """Reads a recipe: a JSON file, or the `config.json` of a run folder; raises `ValueError`."""
+    file = path / CONFIG_FILE if path.is_dir() else path
+    with _about(file, "give a run folder or a JSON file with a recipe"):
+        return from_dict(Recipe, json.loads(file.read_text("utf-8")))
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of which `run_dir` holds a checkpoint, rising."""
+    folder = run_dir / "checkpoints"
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    data: str,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Writes `checkpoints/<step>`, whole or not at all, and removes what need not be kept.
+
+    The folder is an export, for `from_pretrained` and `bytelm import`, and beside it
+    `training.pt` holds the optimizer, the identity of the data and the metrics.
+    """
+    folder = run_dir / "checkpoints"
+    beside = folder / f".{step}.{os.getpid()}.partial"
+    state = {"step": step, "data": data, "metrics": metrics, "optimizer": optimizer.state_dict()}
+    try:
+        save_pretrained(model, beside)
+        _write_synced(beside / _TRAINING_FILE, lambda sink: torch.save(state, sink))
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+        os.replace(beside, folder / str(step))
+    except OSError as error:
+        why = error.strerror or _one_line(error)
+        raise ValueError(f"{folder}: cannot be written ({why}); earlier ones are whole") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for old in _not_kept(run_dir, recipe.train):
+        shutil.rmtree(folder / str(old))
+
+
+def _not_kept(run_dir: Path, train: TrainConfig) -> list[int]:
+    steps = saved_steps(run_dir)
+    scores = {step: (read_training(run_dir, step)["metrics"] or {}).get(METRIC) for step in steps}
+    scored = sorted((score, step) for step, score in scores.items() if score is not None)
+    best = {step for _, step in scored[: train.keep_best]}
+    return [step for step in steps[: -train.keep_last] if step not in best]
+
+
+def read_training(run_dir: Path, step: int) -> dict[str, Any]:
+    """What stands beside the export of a checkpoint; no code in it is run."""
+    file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
+    with _about(file, "delete that checkpoint to go on from the one before"):
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except Exception as error:  # damaged files make torch raise nearly anything
+            raise ValueError(f"damaged ({_one_line(error, 160)}); delete that folder") from None
+        whole = isinstance(found, dict) and {"step", "data", "metrics", "optimizer"} <= set(found)
+        require(whole, "not what training writes; delete that folder")
+        return found
+
+
+def restore(
+    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Loads checkpoint `step` into `model` and `optimizer`; gives what was stored beside them."""
+    loaded = from_pretrained(run_dir / "checkpoints" / str(step))
+    model.load_state_dict(loaded.state_dict(), strict=True)
+    found = read_training(run_dir, step)
+    try:
+        optimizer.load_state_dict(found["optimizer"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{run_dir}/checkpoints/{step}: another optimizer's state ({_one_line(error)}); "
+            "keep the optimizer or choose another run_dir"
+        ) from None
+    return found

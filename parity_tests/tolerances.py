@@ -26,3 +26,6 @@ DEVICES_AFTER_5_STEPS = 1e-5
 
 GOLDEN_LOSS = 1e-5
 """The recorded list of 20 losses, relative, at the pinned versions."""
+
+BF16_LOSS = 1e-2
+"""The loss under torch's autocast to bfloat16, relative to float32's."""

@@ -110,7 +110,9 @@ def test_each_kind_of_leaf_has_its_name_and_layout() -> None:
         "e.kernels": stacked.tolist(),
         "c.taps": matrix.tolist(),
     }
-    assert message(convert.to_torch, {"a.gain": matrix}).startswith("a.gain: a leaf must be one of")
+    assert message(convert.to_torch, {"a.gadget": matrix}).startswith(
+        "a.gadget: a leaf must be one of"
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, jnp.bfloat16])

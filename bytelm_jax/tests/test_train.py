@@ -36,11 +36,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """One device, and one compilation cache for all processes of this file."""
+    """One device, one compilation cache for all processes of this file, and no torch to import."""
     cache = str(tmp_path_factory.mktemp("cache"))
+    hidden = tmp_path_factory.mktemp("hidden")
+    (hidden / "torch.py").write_text("raise ImportError('training in JAX needs no torch')")
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": f"{hidden}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
     }
     return os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 

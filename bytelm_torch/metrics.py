@@ -1,0 +1,88 @@
+"""`metrics.jsonl`, throughput, and model FLOP utilisation."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
+"""Fields that differ between two runs of the same training."""
+
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
+
+
+def peak_flops() -> float | None:
+    """Operations a second of one device of this machine, None where the data sheet is unknown."""
+    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+
+
+class MetricsLog:
+    """Appends one JSON object a line, each line whole on disk before the next begins."""
+
+    def __init__(self, path: Path, step: int):
+        """Opens `path` for a run that stands at `step`: lines of later steps are cut away."""
+        if path.is_file():
+            kept = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
+            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            beside.write_text("".join(line + "\n" for line in kept), "utf-8")
+            os.replace(beside, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one line and flushes it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file."""
+    records = []
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # a line that a kill cut short
+    return records
+
+
+def _keeps(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+class Throughput:
+    """Bytes a second and model FLOP utilisation since the last reading."""
+
+    def __init__(self, flops_per_byte: float, devices: int):
+        """`flops_per_byte` is the model's forward cost; training costs three times that."""
+        self._flops, self._devices = 3 * flops_per_byte, devices
+        self._peak = peak_flops()
+        self.restart()
+
+    def add(self, count: int) -> None:
+        """Counts `count` more bytes that were trained on."""
+        self._count += count
+
+    def read(self) -> dict[str, float]:
+        """The rates since the last reading or restart."""
+        seconds = time.perf_counter() - self._since
+        rates = {"bytes_per_second": self._count / seconds, "seconds": seconds}
+        if self._peak is not None:
+            rates["mfu"] = rates["bytes_per_second"] * self._flops / (self._peak * self._devices)
+        self.restart()
+        return rates
+
+    def restart(self) -> None:
+        """Leaves out the time and bytes since the last reading (compilation, evaluation)."""
+        self._count, self._since = 0, time.perf_counter()

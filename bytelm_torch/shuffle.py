@@ -1,0 +1,93 @@
+"""grain's shuffled order of rows without grain, so that both packages train on the same batches.
+
+A block cipher permutes the numbers below 2^B and is applied until the result is small enough
+(cycle walking; Black & Rogaway 2002). The cipher is Simon (Beaulieu et al. 2013) with four rounds,
+whose keys come from C++'s `std::seed_seq`; nothing about it is secure. A cross-check holds it equal
+to `grain.MapDataset.source(...).seed(seed).shuffle().repeat(None)`.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+_ROUNDS = 4
+_WORD = 2**32
+_DEPTH = 1
+"""grain mixes into a seed how many datasets stand between `seed` and `shuffle`."""
+
+
+def shuffled_index(position: int, count: int, seed: int) -> int:
+    """Which of `count` rows stands at `position` of the endless order: a new shuffle an epoch."""
+    epoch, index = divmod(position, count)
+    if count == 1:
+        return 0
+    keys = _round_keys((_shuffle_seed(seed) + epoch) % _WORD)
+    # As grain counts: for a greatest index of 2^B the block has B bits, one too few. The row 2^B
+    # then stands for another, and a row is left out of the epoch; equal batches matter more here.
+    bits = max(16, (count - 2).bit_length())
+    half = (bits + bits % 2) // 2
+    if half > 8:  # then the block holds at most four times as many numbers as there are rows
+        index = _encrypt(index, half, keys)
+        while index >= count:
+            index = _encrypt(index, half, keys)
+        return index
+    walk = _smallest_block(keys)
+    index = walk[index % len(walk)]
+    while index >= count:
+        index = walk[index]
+    return index
+
+
+@functools.lru_cache(maxsize=4)
+def _smallest_block(keys: tuple[int, ...]) -> list[int]:
+    """The whole permutation of 16 bits: few rows mean a long walk."""
+    return _encrypt(np.arange(2**16), 8, keys).tolist()
+
+
+def _encrypt(value: Any, half: int, keys: tuple[int, ...]) -> Any:
+    """Simon's Feistel network on two words of `half` bits, of an integer or an array of them."""
+    mask = (1 << half) - 1
+
+    def turned(word: Any, by: int) -> Any:
+        return (word << by | word >> (half - by)) & mask
+
+    left, right = value >> half & mask, value & mask
+    for key in keys:
+        mixed = turned(right, 1) & turned(right, 8) ^ turned(right, 2)
+        left, right = right, left ^ mixed ^ (key & mask)
+    return left << half | right
+
+
+@functools.cache
+def _shuffle_seed(seed: int) -> int:
+    return int(np.random.SeedSequence([seed, _DEPTH]).generate_state(1, np.uint32)[0])
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(seed: int) -> tuple[int, ...]:
+    """`std::seed_seq{seed}.generate` of four words (C++ standard, [rand.util.seedseq])."""
+    n, given = _ROUNDS, (seed,)
+    words = [0x8B8B8B8B] * n
+    near, far = 1, 2  # p and q of the standard for n = 4
+
+    def scrambled(word: int, factor: int) -> int:
+        word %= _WORD
+        return factor * (word ^ word >> 27) % _WORD
+
+    for k in range(n):
+        mixed = words[k] ^ words[(k + near) % n] ^ words[(k - 1) % n]
+        first = scrambled(mixed, 1664525)
+        extra = len(given) if k == 0 else k + (given[k - 1] if k <= len(given) else 0)
+        second = (first + extra) % _WORD
+        words[(k + near) % n] = (words[(k + near) % n] + first) % _WORD
+        words[(k + far) % n] = (words[(k + far) % n] + second) % _WORD
+        words[k] = second
+    for k in range(n):
+        mixed = words[k] + words[(k + near) % n] + words[(k - 1) % n]
+        first = scrambled(mixed, 1566083941)
+        second = (first - k) % _WORD
+        words[(k + near) % n] ^= first
+        words[(k + far) % n] ^= second
+        words[k] = second
+    return tuple(words)

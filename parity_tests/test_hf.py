@@ -1,0 +1,248 @@
+"""transformers around the torch twins: generation, padding, fine-tuning, and back into JAX."""
+
+import warnings
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
+
+import bytelm_torch
+from bytelm_jax import convert, formats
+from bytelm_jax.models import define_model
+from bytelm_jax.parity import relative_error
+from bytelm_torch import hf
+from bytelm_torch.config import (
+    BLTConfig,
+    EntropyConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    to_dict,
+)
+from bytelm_torch.generate import SamplerConfig, generate
+from parity_tests import tolerances
+
+_MEGABYTE = {
+    "patch_size": 4,
+    "global_dim": 4,
+    "local_dim": 8,
+    "max_length": 32,
+    "global_layers": 1,
+    "global_heads": 2,
+    "local_layers": 1,
+    "local_heads": 2,
+    "init_std": 0.5,
+}
+_STACKS = {
+    "local_dim": 8,
+    "encoder_heads": 2,
+    "encoder_hidden_dim": 8,
+    "decoder_layers": 1,
+    "decoder_heads": 2,
+    "decoder_hidden_dim": 8,
+    "global_dim": 16,
+    "global_layers": 1,
+    "global_heads": 2,
+    "global_hidden_dim": 8,
+    "ngram_rows": 50,
+}
+_ENTROPY = EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=8)
+CONFIGS = {
+    "megabyte": MegabyteConfig(**_MEGABYTE),
+    "in_action": MegabyteConfig(variant="in_action", **_MEGABYTE),
+    "lfbyte": LFByteConfig(
+        embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8, init_std=0.5
+    ),
+    "blt": BLTConfig(patcher="entropy", threshold=5.4, entropy=_ENTROPY, **_STACKS),
+    "entropy": _ENTROPY,
+}
+PROMPTS = ["Today is", "a b, and c\u00e9!", "<eos>"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each model through `save_pretrained`, with its tokenizer."""
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        model = bytelm_torch.build_model(config)
+        made[name] = tmp_path_factory.mktemp(name)
+        hf.from_native(model).save_pretrained(made[name])
+        hf.tokenizer_for(config).save_pretrained(made[name])
+    return made
+
+
+def loaded(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_generation(name, folders):
+    model, tokenizer = loaded(folders[name])
+    assert isinstance(model, hf.ByteLMForCausalLM) and type(tokenizer) is hf.ByteLMTokenizer
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    new, start = 7, inputs.input_ids.shape[1]
+    for options in (
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 2, "do_sample": False, "num_return_sequences": 2},
+    ):
+        runs = []
+        for cached in (True, False):
+            torch.manual_seed(1)
+            more = {"return_dict_in_generate": True, "output_scores": True, "use_cache": cached}
+            runs.append(model.generate(**inputs, max_new_tokens=new, **more, **options))
+        assert torch.equal(runs[0].sequences, runs[1].sequences), options
+        assert len(runs[0].scores) == len(runs[1].scores) <= new
+        for ours, theirs in zip(runs[0].scores, runs[1].scores, strict=True):
+            assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
+            error = (ours - theirs)[torch.isfinite(ours)].norm() / ours[torch.isfinite(ours)].norm()
+            assert error <= tolerances.OTHER_SHAPE["float32"]
+    made = model.generate(**inputs, max_new_tokens=new, do_sample=False)[:, start:]
+    native = bytelm_torch.from_pretrained(folders[name])
+    prompts = [prompt.encode() for prompt in PROMPTS]
+    expected = generate(native, prompts, new, SamplerConfig(sampler="greedy"))
+    found = [hf.ByteTokenizer(native.config.vocab).to_bytes(row.numpy()) for row in made]
+    assert found == expected
+    assert len(set(found)) == len(found)
+
+
+def test_it_stops_at_the_end_of_sequence():
+    torch.manual_seed(0)
+    native = bytelm_torch.build_model(CONFIGS["megabyte"])
+    native.to_logits.bias.data[native.config.vocab.eos_id] += 5.0
+    model, tokenizer = hf.from_native(native), hf.tokenizer_for(native.config)
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    torch.manual_seed(0)
+    made = model.generate(**inputs, max_new_tokens=18, do_sample=True)
+    rows = made[:, inputs.input_ids.shape[1] :].tolist()
+    vocab = native.config.vocab
+    ends = [row.index(vocab.eos_id) if vocab.eos_id in row else len(row) for row in rows]
+    assert len(set(ends)) > 1
+    for row, end in zip(rows, ends, strict=True):
+        assert set(row[end + 1 :]) <= {vocab.pad_id}
+        assert all(vocab.offset <= i < vocab.offset + 256 for i in row[:end])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_are_moved_by_one_and_padding_changes_none(name, folders):
+    model, tokenizer = loaded(folders[name])
+    native = bytelm_torch.from_pretrained(folders[name])
+    with torch.no_grad():
+        for side in ("left", "right"):
+            inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side=side)
+            logits = model(**inputs).logits
+            for row, prompt in enumerate(PROMPTS):
+                count = len(prompt.encode())
+                at = inputs.attention_mask[row].nonzero()[:, 0]
+                assert len(at) == count
+                alone = native(inputs.input_ids[row, at][None])[0]
+                error = relative_error(logits[row, at[:-1]].numpy(), alone[1:].numpy())
+                assert error <= tolerances.OTHER_SHAPE["float32"]
+    labels = inputs.input_ids.masked_fill(inputs.attention_mask == 0, -100)
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+    output = model.eval()(**inputs, labels=labels)
+    extra = native.outputs(inputs.input_ids).extra_loss
+    assert float(output.loss.detach()) == pytest.approx(
+        float(wanted), rel=tolerances.BF16_LOSS if extra.any() else tolerances.LOGITS["float32"]
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(name, folders, tmp_path):
+    config, params = convert.load_export(folders[name])
+    assert to_dict(CONFIGS[name]) == convert.to_dict(config)
+    source = np.random.default_rng(1)
+    params = {
+        name: jnp.asarray(source.standard_normal(value.shape), jnp.float32)
+        for name, value in params.items()
+    }
+    convert.export_model(config, params, tmp_path / "export")
+    native = bytelm_torch.from_pretrained(tmp_path / "export")
+    hf.from_native(native).save_pretrained(tmp_path / "hf")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
+    again, back = convert.load_export(tmp_path / "again")
+    assert again == config and back.keys() == params.keys()
+    for name, value in back.items():
+        assert np.asarray(value).tobytes() == np.asarray(params[name]).tobytes(), name
+
+
+def test_a_fine_tuned_model_goes_back_into_jax(folders, tmp_path):
+    model, tokenizer = loaded(folders["megabyte"])
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        logging_steps=5,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+    )
+    texts = [tokenizer(text) for text in ("hello world, hello", "the quick brown fox", "abc") * 9]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)  # pyright: ignore
+    trainer.train()
+    losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0] - 1
+    trainer.save_model(str(tmp_path / "tuned"))
+    config, params = formats.import_any(tmp_path / "tuned")
+    bind, _ = define_model(config)
+    ids = np.frombuffer(b"hello world, hello there", np.uint8).astype(np.int32)[None]
+    ours = np.asarray(bind(params)(jnp.asarray(ids)))
+    with torch.no_grad():
+        theirs = model.eval()(torch.from_numpy(ids)).logits
+    error = relative_error(ours[:, 1:], theirs[:, :-1].numpy())
+    assert error <= tolerances.LOGITS["float32"]
+    moved = model.model.state_dict()
+    assert not any(
+        torch.equal(moved[name], before[name]) for name in before if "position" not in name
+    )
+
+
+def test_the_tokenizer_never_loses_a_byte(folders):
+    _, tokenizer = loaded(folders["blt"])
+    text = "".join(map(chr, range(1, 300))) + " <pad><eos> two  spaces \U0001f600"
+    ids = tokenizer(text).input_ids
+    assert [i - 4 for i in ids] == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    vocab = CONFIGS["blt"].vocab
+    row = [vocab.pad_id, vocab.bos_id, *ids[:3], vocab.eos_id]
+    assert tokenizer.decode(row) == "<pad><bos>\x01\x02\x03<eos>"
+    assert tokenizer.decode(row, skip_special_tokens=True) == "\x01\x02\x03"
+    assert tokenizer.get_vocab()["A"] == ord("A") + 4 and len(tokenizer.get_vocab()) == 260
+
+
+def test_what_cannot_work_is_refused(folders):
+    with pytest.raises(ValueError, match="causal=False: generation needs a causal model"):
+        hf.LFByteForCausalLM(hf.LFByteLMConfig(bytelm=to_dict(LFByteConfig.original())))
+    with pytest.raises(ValueError, match=r"bytelm.architecture='blt': must be 'megabyte'"):
+        hf.MegabyteLMConfig(bytelm=to_dict(CONFIGS["blt"]))
+    with pytest.raises(ValueError, match="model=Linear: must be of build_model"):
+        hf.from_native(torch.nn.Linear(2, 2))
+    model, tokenizer = loaded(folders["megabyte"])
+    inputs = tokenizer("x" * 30, return_tensors="pt")
+    for cached in (True, False):
+        with pytest.raises(ValueError, match="max_length=32: "):
+            model.generate(**inputs, max_new_tokens=9, use_cache=cached, eos_token_id=300)

@@ -1,0 +1,249 @@
+"""The same run in both packages: batches, losses, validation; and torch's own processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+import pytest
+import torch
+
+import bytelm_torch
+from bytelm_jax import convert
+from bytelm_jax import data as jax_data
+from bytelm_jax import train as jax_train
+from bytelm_jax.config import (
+    DataConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    OptimizerConfig,
+    Recipe,
+    TrainConfig,
+    to_dict,
+)
+from bytelm_jax.metrics import read_metrics
+from bytelm_jax.models import define_model
+from bytelm_torch import data, parallel, train
+from bytelm_torch.checkpoint import saved_steps
+from bytelm_torch.config import ByteVocab, from_dict
+from bytelm_torch.config import Recipe as TorchRecipe
+from bytelm_torch.shuffle import shuffled_index
+from parity_tests import tolerances
+
+MODEL = MegabyteConfig(
+    patch_size=4,
+    global_dim=4,
+    local_dim=8,
+    max_length=16,
+    global_layers=1,
+    global_heads=2,
+    local_layers=1,
+    local_heads=2,
+    init_std=0.2,
+)
+RECIPE = Recipe(
+    name="both",
+    model=MODEL,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    data=DataConfig(sequence_length=15, validation_fraction=0.2, shuffle_seed=3),
+    train=TrainConfig(
+        steps=5, batch_size=4, devices=1, log_every=1, eval_every=0, compute_dtype="float32"
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    source = np.random.default_rng(0)
+    for name in "abcdefgh":
+        text = b" ".join(bytes(source.integers(97, 105, 5, np.uint8)) for _ in range(20))
+        (folder / name).write_bytes(text)
+    return folder
+
+
+def torch_recipe(corpus, **changes):
+    made = replace(RECIPE, data=replace(RECIPE.data, paths=(str(corpus),)))
+    made = replace(made, train=replace(made.train, **changes))
+    return from_dict(TorchRecipe, to_dict(made))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """An export of JAX's initial parameters."""
+    folder = tmp_path_factory.mktemp("start")
+    convert.export_model(MODEL, jax.jit(define_model(MODEL)[1], static_argnums=0)(0), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_process(corpus, start, tmp_path_factory):
+    run = tmp_path_factory.mktemp("torch")
+    assert train.train(torch_recipe(corpus), run, start) == (5, False)
+    return run
+
+
+# ---- batches --------------------------------------------------------------------------------
+
+
+def test_the_shuffle_is_grain_s():
+    for count in (1, 3, 1000, 65537, 65538, 2**20 + 3, 2**32):
+        for seed in (0, 2**32 - 1):
+            theirs = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
+            for position in (0, 1, count - 1, count, 3 * count + count // 2):
+                assert shuffled_index(position, count, seed) == theirs[position]
+
+
+def test_the_batches_are_those_of_jax(corpus):
+    ours, theirs = (
+        package.Windows(package.open_corpus([corpus]), vocab, 15, True)
+        for package, vocab in ((data, ByteVocab()), (jax_data, MODEL.vocab))
+    )
+    for process in range(2):
+        arguments = (4, 7, 3, process, 2)
+        made, expected = data.batches(ours, *arguments), jax_data.batches(theirs, *arguments)
+        for _ in range(2 * len(ours) // 4):  # into the third epoch
+            np.testing.assert_array_equal(next(made), next(expected), strict=True)
+    with pytest.raises(ValueError, match="batch_size=3: must be a positive multiple"):
+        data.batches(ours, 3, 0, 0, 0, 2)
+
+
+def test_the_rest_of_the_file_is_the_same_text():
+    texts = [Path(package.__file__).read_text() for package in (jax_data, data)]
+    for begin, end in (("# ---- corpus", "def batches("), ("def evaluation_batches(", None)):
+        ours, theirs = (text[text.index(begin) : end and text.index(end)] for text in texts)
+        assert ours == theirs
+
+
+# ---- the run --------------------------------------------------------------------------------
+
+
+def test_both_packages_log_the_same_run(corpus, one_process, tmp_path):
+    recipe = replace(RECIPE, data=replace(RECIPE.data, paths=(str(corpus),)))
+    jax_train.train(recipe, tmp_path)
+    ours, theirs = (
+        read_metrics(tmp_path / "metrics.jsonl"),
+        read_metrics(one_process / "metrics.jsonl"),
+    )
+    assert (
+        [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5, 5]
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name in ("loss", "grad_norm", "learning_rate", "validation_bits_per_byte"):
+            if name in mine:
+                error = abs(mine[name] - other[name]) / mine[name]
+                assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, mine, other)
+    assert ours[4]["loss"] < ours[0]["loss"]
+    assert (one_process / "config.json").read_text() == (tmp_path / "config.json").read_text()
+
+
+def parameters(run, step=5):
+    return bytelm_torch.from_pretrained(run / "checkpoints" / str(step)).state_dict()
+
+
+def test_an_interrupted_run_ends_bit_for_bit_where_the_other_did(
+    corpus, start, one_process, tmp_path, monkeypatch
+):
+    recipe = torch_recipe(corpus, checkpoint_every=2, keep_last=1, keep_best=0)
+    real, calls = parallel.make_train_step, []
+
+    def stopping(*arguments):
+        step = real(*arguments)
+
+        def call(count, rows, rate, clip, stop):
+            calls.append(count)
+            return step(count, rows, rate, clip, len(calls) == 3)
+
+        return call
+
+    monkeypatch.setattr(parallel, "make_train_step", stopping)
+    assert train.train(recipe, tmp_path, start) == (3, True)
+    assert saved_steps(tmp_path) == [3]
+    assert train.train(recipe, tmp_path) == (5, False)
+    assert calls == [0, 1, 2, 3, 4]
+    expected = parameters(one_process)
+    assert all(torch.equal(v, expected[k]) for k, v in parameters(tmp_path).items())
+    losses = [
+        [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+        for run in (tmp_path, one_process)
+    ]
+    assert losses[0] == losses[1]
+    with pytest.raises(ValueError, match=r"model.patch_size=2: .* was started with 4"):
+        train.train(replace(recipe, model=replace(recipe.model, patch_size=2)), tmp_path)
+    (corpus / "i").write_bytes(b"other bytes")
+    try:
+        with pytest.raises(ValueError, match="data: not the bytes that"):
+            train.train(torch_recipe(corpus, steps=6), tmp_path)
+    finally:
+        (corpus / "i").unlink()
+
+
+def test_two_processes_and_accumulation_change_nothing(corpus, start, one_process, tmp_path):
+    config = tmp_path / "recipe.json"
+    config.write_text(json.dumps(to_dict(torch_recipe(corpus))))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "bytelm_torch.train", str(config)]
+    command += ["train.accumulation_steps=2", "--run-dir", str(tmp_path / "run")]
+    command += ["--initial", str(start)]
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    workers = [
+        subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    try:
+        assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+    expected = parameters(one_process)
+    for name, value in parameters(tmp_path / "run").items():
+        error = (value - expected[name]).norm() / expected[name].norm()
+        assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+    ours, theirs = (
+        read_metrics(run / "metrics.jsonl")[-1] for run in (tmp_path / "run", one_process)
+    )
+    error = abs(ours["validation_loss"] - theirs["validation_loss"])
+    assert error <= tolerances.DEVICES_AFTER_5_STEPS * theirs["validation_loss"]
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = LFByteConfig(embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8)
+    for described in (config, MODEL):
+        torch.manual_seed(0)
+        model = bytelm_torch.build_model(
+            bytelm_torch.config.model_from_dict(to_dict(described))
+        ).eval()
+        rows = np.arange(30, dtype=np.int32).reshape(2, 15) + 60
+        group = parallel.Group(0, 1, torch.device("cpu"))
+        losses = []
+        for dtype in ("float32", "bfloat16"):
+            settings = bytelm_torch.config.TrainConfig(batch_size=2, compute_dtype=dtype)
+            nothing = torch.optim.SGD(model.parameters(), lr=0.0)
+            step = parallel.make_train_step(model, nothing, settings, 257, group)
+            losses.append(float(step(0, rows, 0.0, 0.0, False)["loss"]))
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        assert losses[0] != losses[1]
+        assert abs(losses[0] - losses[1]) <= tolerances.BF16_LOSS * losses[0]
+
+
+def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps(to_dict(torch_recipe(tmp_path))))
+    for arguments, expected in {
+        ("none.json",): "train: none.json: cannot be read (No such file or directory); ",
+        (str(recipe), "train.step=3"): "train: train.step=3: no such field; ",
+        (str(recipe), "train.steps=x"): "train: config.train.steps='x': must be of type int",
+        (str(recipe),): f"train: {tmp_path / 'nothing'}: does not exist; ",
+    }.items():
+        run = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "nothing")]
+        assert train.main([*arguments, *run]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(expected) and said.count("\n") == 1, said
