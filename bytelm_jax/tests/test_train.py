@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytelm_jax import checkpoint
+from bytelm_jax import checkpoint, cli
 from bytelm_jax.metrics import WALL_CLOCK, read_metrics
 
 TINY = [
@@ -184,21 +184,26 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, text
     assert all(np.isfinite(r.get("loss", 0.0)) for r in records)
 
 
-def test_another_run_in_the_same_folder_is_refused(undisturbed, tmp_path, text, environment):
+def test_another_run_in_the_same_folder_is_refused(undisturbed, tmp_path, text, capsys):
     before = {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
+    command = ["train", "megabyte_tiny", *TINY, "--run-dir", str(undisturbed), *map(str, OPTIONS)]
+
+    def refusal(*change: str, data: Path = text) -> str:
+        capsys.readouterr()
+        assert cli.main([*command, "--data", str(data), *change]) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
     for change, line in {
         ("--model.patch-size", "8"): "model.patch_size=8: {} was started with 4",
         ("--learning-rate", "0.5"): "optimizer.learning_rate=0.5: {} was started with 0.003",
         ("--train.seed", "3"): "train.seed=3: {} was started with 0",
     }.items():
-        code, _, err = Run(undisturbed, text, environment, *OPTIONS, *change).finish()
-        assert code == 2
-        assert line.format(undisturbed) in err and len(err.strip().splitlines()) == 1
+        assert line.format(undisturbed) in refusal(*change)
     other = tmp_path / "other"
     other.mkdir()
     (other / "a.txt").write_text("quite other bytes " * 500)
-    code, _, err = Run(undisturbed, other, environment, *OPTIONS).finish()
-    assert code == 2 and "data: not the bytes that" in err
+    assert "data: not the bytes that" in refusal(data=other)
     assert before == {p: p.read_bytes() for p in undisturbed.rglob("*") if p.is_file()}
 
 
