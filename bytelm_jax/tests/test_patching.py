@@ -24,7 +24,7 @@ def shifted_ids(data: bytes) -> np.ndarray:
     return np.concatenate([[VOCAB.bos_id], ids])[None].astype(np.int32)
 
 
-ROOM = 4096
+ROOM = 2048
 find_starts = jax.jit(patching.patch_starts, static_argnums=0)
 make_plan = jax.jit(patching.plan_patches, static_argnums=2)
 
@@ -98,9 +98,9 @@ TEXTS = {
     "repetitive": b"ab " * 40,
     "scripts": (SCRIPTS + " 🙂👩‍👩‍👧 𝔘𝔫𝔦 \u00a0é").encode() * 3,
     "broken": 3 * bytes.fromhex("e08080eda080f0808080f4908080c080f5ffe28228f09f9820c3c3a980"),
-    "random": np.random.default_rng(0).integers(0, 256, 4000).astype(np.uint8).tobytes(),
+    "random": np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8).tobytes(),
     "leads": bytes(
-        np.random.default_rng(1).choice(bytes_of("2061808f909fa0bfc2e0e1edf0f1f4"), 4000)
+        np.random.default_rng(1).choice(bytes_of("2061808f909fa0bfc2e0e1edf0f1f4"), 1000)
     ),
 }
 
