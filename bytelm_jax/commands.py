@@ -295,8 +295,9 @@ def calibrate_command(
     made = patch_contract.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
     contract = made.patching
     assert contract is not None
+    unit = "bits a patch" if contract.patcher == "histogram" else "nats"
     lines = [
-        f"threshold {contract.threshold:.9g} nats (step {step}): {contract.mean_length:.3f} bytes "
+        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} bytes "
         f"a patch over {contract.sampled_bytes} bytes of --data"
     ]
     if check:
