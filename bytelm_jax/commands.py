@@ -297,8 +297,8 @@ def calibrate_command(
     assert contract is not None
     unit = "bits a patch" if contract.patcher == "histogram" else "nats"
     lines = [
-        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} bytes "
-        f"a patch over {contract.sampled_bytes} bytes of --data"
+        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
+        f"bytes a patch over {contract.sampled_bytes} bytes of --data"
     ]
     if check:
         model, params = patch_contract.as_blt(made, params)
