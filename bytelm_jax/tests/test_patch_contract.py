@@ -256,3 +256,13 @@ def test_recipes_of_the_specification():
     assert isinstance(tiny, BLTConfig) and tiny.entropy == recipes.entropy_tiny().model
     recipe = dataclasses.replace(recipes.blt_tiny(), patching=None)
     assert from_dict(Recipe, to_dict(recipe)) == recipe
+
+
+def test_thresholds_of_histograms_need_no_model(text):
+    recipe = recipes.bytropix_tiny()
+    windows = data.Windows(data.open_corpus((text,)), recipe.model.vocab, 64, append_eos=False)
+    made = patch_contract.calibrate(recipe, {}, windows, 5.0, None)
+    assert abs(made.patching.mean_length / 5.0 - 1) <= patch_contract.TOLERANCE
+    assert made.patching.threshold == made.model.threshold != recipe.model.threshold
+    assert made.patching.entropy_model == ""
+    assert patch_contract.measure(made.model, {}, windows, None) == made.patching
