@@ -53,7 +53,13 @@ SMALL = dataclasses.replace(TINY, encoder_layers=1, decoder_layers=1, global_lay
 CONFIGS: dict[str, ModelConfig] = {
     "entropy": TINY,
     "space": dataclasses.replace(
-        SMALL, patcher="space", patch_queries=1, global_dim=16, global_heads=4, global_kv_heads=0
+        SMALL,
+        patcher="space",
+        patch_queries=1,
+        global_dim=16,
+        global_heads=4,
+        global_kv_heads=0,
+        entropy_attention=True,
     ),
     "fixed": dataclasses.replace(SMALL, patcher="fixed", patch_queries=4, ngram_sizes=()),
     "byte": dataclasses.replace(
@@ -68,10 +74,9 @@ CONFIGS: dict[str, ModelConfig] = {
         entropy_attention=True,
         positions="sinusoidal",
     ),
-    "guided": dataclasses.replace(SMALL, patcher="space", entropy_attention=True),
     "model": TINY.entropy,
 }
-PATCHERS = ("entropy", "space", "fixed", "byte", "bytropix", "guided")
+PATCHERS = ("entropy", "space", "fixed", "byte", "bytropix")
 
 
 def text_ids(config: ModelConfig, rows: int, length: int) -> np.ndarray:

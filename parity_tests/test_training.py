@@ -77,7 +77,7 @@ OPTIMIZERS = {
         ("in_action", "adamw"),
         ("paper", "sgd"),
         ("paper", "q_learning_adamw"),
-        ("in_action", "q_learning_sgd"),
+        ("paper", "q_learning_sgd"),
     ],
 )
 def test_200_steps_end_at_the_same_parameters(variant, name, x64):

@@ -159,7 +159,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     assert len(set(np.bincount(numbers[0]))) > 1
 
 
-@pytest.mark.parametrize("name", ["entropy", "space", "bytropix"])
+@pytest.mark.parametrize("name", ["entropy", "bytropix"])
 def test_greedy_bytes_are_those_of_whole_passes_at_every_prompt_length(name):
     _, params, bind = model_of(name)
     _, prefill, decode = programs(name)
