@@ -42,6 +42,7 @@ def expected_rows(grams: np.ndarray, config: BLTConfig) -> np.ndarray:
     return np.stack(columns, axis=1) + np.arange(len(columns)) * config.ngram_rows
 
 
+@pytest.mark.slow
 def test_a_million_grams_by_every_prime_and_size(grams):
     assert not jax.config.jax_enable_x64
     ours = jax.jit(lambda x: ngram.ngram_rows(x, CONFIG))(grams)

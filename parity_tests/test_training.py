@@ -76,8 +76,8 @@ OPTIMIZERS = {
         ("paper", "adamw"),
         ("in_action", "adamw"),
         ("paper", "sgd"),
-        ("paper", "q_learning_adamw"),
-        ("paper", "q_learning_sgd"),
+        pytest.param("paper", "q_learning_adamw", marks=pytest.mark.slow),
+        pytest.param("paper", "q_learning_sgd", marks=pytest.mark.slow),
     ],
 )
 def test_200_steps_end_at_the_same_parameters(variant, name, x64):
@@ -171,6 +171,7 @@ def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_de
         assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_under_the_agent():
     """Its actions too: it is fed the mean loss of the whole batch."""
     steered = OptimizerConfig(

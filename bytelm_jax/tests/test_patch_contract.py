@@ -101,6 +101,7 @@ def test_the_same_command_goes_on_without_its_source(blt_run, text):
     assert checkpoint.load_config(blt_run) == before
 
 
+@pytest.mark.slow
 def test_three_lengths_compile_three_times(tmp_path, text, monkeypatch):
     """A bucket is a length of rows: the windows' own, and those of the warm-up."""
     shapes, original = [], parallel.cross_entropy

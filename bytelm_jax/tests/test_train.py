@@ -144,7 +144,9 @@ def test_killed_five_times_ends_bit_for_bit_the_same(undisturbed, tmp_path, text
     assert_same(result(tmp_path / "killed"), result(undisturbed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(
     number, undisturbed, tmp_path, text, environment
 ):
@@ -161,6 +163,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert_same(result(run.run_dir), result(undisturbed))
 
 
+@pytest.mark.slow
 def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, text, environment):
     options = (
         "--steps",

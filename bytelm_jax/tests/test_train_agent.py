@@ -54,6 +54,7 @@ def records(run_dir):
     return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in found]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
     make, made = parallel.make_train_step, []  # both runs share the compiled step
 
