@@ -30,8 +30,8 @@ HASH_PRIMES = (
 SPLINE_BASES = 11
 """Cubic B-splines over a uniform grid of 8 intervals, its knots extended by 3 on either side."""
 
-HISTOGRAM_LIMIT = 400.0
-"""The largest threshold of the patcher `histogram` in bits: its sums are exact 32-bit integers."""
+HISTOGRAM_LIMIT = 255.0
+"""The largest threshold of the patcher `histogram` in bits: two such sums fit 32-bit integers."""
 
 
 def _blt_vocab() -> ByteVocab:

@@ -64,8 +64,7 @@ def boundary_scores(
     found = []
     for ids in evaluation_batches(windows, _ROWS, limit):
         scores, counted = look(own, ids)
-        filled = ids[:, :1] != config.vocab.pad_id  # the last batch ends in empty rows
-        found.append(np.asarray(scores)[np.asarray(counted) & filled])
+        found.append(np.asarray(scores)[np.asarray(counted)])
     scores = np.concatenate(found)
     sane = not np.isnan(scores).any()
     require(sane, "entropies: not a number; this entropy model has diverged, train another")
@@ -87,9 +86,14 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
         free = patching.patch_starts(config, shifted, -never)[:, :-1]
         forced = patching.patch_starts(config, shifted, never)[:, :-1]
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))
-        return scores.astype(jnp.float32), patching.present(shifted, config.vocab)
+        return scores.astype(jnp.float32), _counted(config, shifted, ids)
 
     return look
+
+
+def _counted(config: BLTConfig, shifted: Any, ids: Any) -> Any:
+    """Which positions belong to a text: a last batch ends in empty rows, where BOS is no patch."""
+    return patching.present(shifted, config.vocab) & (ids[:, :1] != config.vocab.pad_id)
 
 
 def _contract(config: BLTConfig, params: Params, scores: np.ndarray) -> PatchingContract:
@@ -209,7 +213,7 @@ def _histogram_threshold(
             patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1])
         )
         held = patching.held_back(config, shifted)
-        batches.append((found, held, patching.present(shifted, config.vocab)))
+        batches.append((found, held, _counted(config, shifted, ids)))
 
     @jax.jit
     def count(found: Any, held: Any, counted: Any, cut: Any) -> tuple[Any, Any]:

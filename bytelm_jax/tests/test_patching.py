@@ -11,6 +11,7 @@ import pytest
 
 from bytelm_jax import patching
 from bytelm_jax.config import BLTConfig
+from bytelm_jax.config_blt import HISTOGRAM_LIMIT
 from bytelm_jax.tokenizer import ByteTokenizer
 
 CONFIG = BLTConfig(patcher="space")
@@ -245,3 +246,12 @@ def test_the_budget_is_exact_for_patchers_that_count():
         assert dataclasses.replace(CONFIG, patcher="byte").budget(length) == length
     assert dataclasses.replace(CONFIG, patch_budget=1.0).budget(1000) == 1000
     assert dataclasses.replace(CONFIG, bytes_per_patch=5.0).budget(1000) == 308
+
+
+def test_the_largest_threshold_sums_without_overflow():
+    limit = int(HISTOGRAM_LIMIT * patching.BIT)
+    found = np.full((1, ROOM), 2 * patching.BIT, np.int32)
+    sums = jax.jit(patching.sums_since_start)(found, np.zeros((1, ROOM), bool), limit)
+    # Behind position 0, which ends its own sum, every 128th value of 2 bits passes 255.
+    expected = np.concatenate([[1], np.arange(ROOM - 1) % 128 + 1]) * 2 * patching.BIT
+    np.testing.assert_array_equal(sums[0], expected)
