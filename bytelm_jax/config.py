@@ -42,6 +42,7 @@ class MegabyteConfig:
     local_heads: int = 4
     init_std: float = 0.02
     dropout: float = 0.0
+    reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
         require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")

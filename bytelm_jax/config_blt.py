@@ -58,6 +58,7 @@ class EntropyConfig:
     window: int = 512
     rope_theta: float = 10_000.0
     dropout: float = 0.0
+    reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
         require_positive(self, "dim", "layers", "heads", "hidden_dim")
@@ -135,6 +136,7 @@ class BLTConfig:
     positions: Literal["rotary", "sinusoidal"] = "rotary"
     rope_theta: float = 500_000.0
     dropout: float = 0.0
+    reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
         sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")

@@ -55,6 +55,7 @@ class LFByteConfig:
     balance_coefficient: float = 0.01
     block: Literal["residual", "plain"] = "residual"
     init_std: float = 0.02
+    reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
         require_positive(self, "embed_dim", "num_layers", "adapt_dim", "num_experts")
