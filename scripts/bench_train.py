@@ -104,7 +104,7 @@ def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]
     median = statistics.median(times)
     rate, peak = batch * length / median, peak_flops()
     memory = jax.local_devices()[0].memory_stats() or {}
-    found = {
+    found: dict[str, Any] = {
         "row": row,
         "ms": round(1e3 * median, 2),
         "spread_ms": round(1e3 * (max(times) - min(times)), 2),
@@ -119,9 +119,9 @@ def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]
         "flax": flax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    return found | (
-        {"kernels": longest_kernels(some_steps, STEPS, profile, step.as_text())} if profile else {}
-    )
+    if profile:
+        found["kernels"] = longest_kernels(some_steps, STEPS, profile, step.as_text())
+    return found
 
 
 def main() -> None:

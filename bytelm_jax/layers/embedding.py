@@ -35,6 +35,11 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
+def look_up(table: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Rows of the table, NaN outside it: gather forward (exact), one-hot product backward."""
+    return _lookup(table, ids, table.shape[0])
+
+
 def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
     """`table`, varying over the devices over which `data` vary; nothing outside `shard_map`.
 
@@ -57,8 +62,7 @@ class ByteEmbedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        table = vary_like(self.embedding[...], ids)
-        return _lookup(table, ids, table.shape[0])
+        return look_up(vary_like(self.embedding[...], ids), ids)
 
 
 class PositionEmbedding(nnx.Module):

@@ -1,9 +1,8 @@
 """Mixture of adaptive-linear experts: all of them, weighted, or the best few for each position.
 
 Sparse dispatch sorts (position, expert) pairs by expert and multiplies each run by its expert's
-matrix with `jax.lax.ragged_dot`: no capacity, so no position is ever dropped. A row of a ragged
-product depends on its own values and its expert alone, so neither later bytes nor other rows change
-it through the routing.
+matrix (`grouped_product`): no capacity, so no position is ever dropped, and neither later bytes nor
+other rows change a position through the routing.
 
 Axes: B batch, T positions, N = B·T, M = N·k pairs, D width, A adaptation width, R rank, E experts.
 """
@@ -16,6 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
+from bytelm_jax.layers.grouped_product import (
+    block_length,
+    from_slots,
+    grouped_product,
+    make_groups,
+    to_slots,
+)
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -93,26 +99,25 @@ class AdaptiveExperts(nnx.Module):
         """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
         weights, count = self._weights(), self.base.kernels.shape[0]
         expert = chosen.reshape(-1)
-        order = jnp.argsort(expert)
-        inverse = jnp.argsort(order)
-        sizes = jnp.sum(expert[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+        on_gpu = jax.default_backend() == "gpu"
+        groups = make_groups(expert, count, block_length(len(expert), count) if on_gpu else 0)
 
-        def sorted_pairs(values: Array) -> Array:
-            return permute(jnp.repeat(values, chosen.shape[1], axis=0), order, inverse)
+        def pairs(values: Array) -> Array:
+            return to_slots(jnp.repeat(values, chosen.shape[1], axis=0), groups)
 
         def product(values: Array, kernels: Array) -> Array:
-            return jax.lax.ragged_dot(values, kernels, sizes)
+            return grouped_product(values, kernels, groups)
 
-        pairs, contexts = sorted_pairs(x), sorted_pairs(a)
+        inputs, contexts = pairs(x), pairs(a)
         if weights.down is not None and weights.up is not None:
             # One-hot products instead of reads by index: their transposes are products, too.
-            hot = jax.nn.one_hot(expert[order], count, dtype=x.dtype)
+            hot = jax.nn.one_hot(groups.group, count, dtype=x.dtype)
             scale = product(contexts, weights.adapt) + hot @ weights.adapt_bias
-            narrow = scale * product(pairs, weights.down)
-            outputs = product(pairs, weights.base) + product(narrow, weights.up)
+            narrow = scale * product(inputs, weights.down)
+            outputs = product(inputs, weights.base) + product(narrow, weights.up)
         else:
-            outputs = full_adaptation(weights, pairs, contexts, product)
-        outputs = permute(outputs, inverse, order).reshape(*chosen.shape, x.shape[1])
+            outputs = full_adaptation(weights, inputs, contexts, product)
+        outputs = from_slots(outputs, groups).reshape(*chosen.shape, x.shape[1])
         spread = jnp.sum(
             jax.nn.one_hot(chosen, count, dtype=gates.dtype) * gates[..., None], axis=1
         )
@@ -130,25 +135,6 @@ class AdaptiveExperts(nnx.Module):
             self.down.kernels[...] if self.rank else None,
             self.up.kernels[...] if self.rank else None,
         )
-
-
-@jax.custom_vjp
-def permute(
-    x: Float[Array, "M D"], order: Int[Array, " M"], inverse: Int[Array, " M"]
-) -> Float[Array, "M D"]:
-    """`x[order]`; the gradient is read back through `inverse`, where JAX would scatter."""
-    return x[order]
-
-
-def _permute_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, Array]:
-    return x[order], inverse
-
-
-def _permute_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
-    return gradient[inverse], None, None
-
-
-permute.defvjp(_permute_forward, _permute_backward)
 
 
 class MixtureOfExperts(nnx.Module):

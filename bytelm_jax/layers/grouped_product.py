@@ -1,0 +1,105 @@
+"""Products in which every row has the matrix of its group: x[m] @ kernels[group[m]].
+
+Rows are sorted by group. A TPU and a CPU multiply the runs with `jax.lax.ragged_dot`; on a GPU that
+lowers to a product of every row with every matrix, masked afterwards, so there each run is padded
+to whole blocks of one group, and the blocks are one batched product. No row is ever dropped, and a
+row's result depends on that row and its matrix alone.
+
+Axes: M rows, G groups, S slots (the sorted rows, padded), C blocks, I inputs and O outputs.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bytelm_jax.layers.embedding import look_up, vary_like
+
+_LARGEST_BLOCK = 512
+
+
+class Groups(NamedTuple):
+    """Where the rows go. `block` 0 means runs without padding, for `ragged_dot`."""
+
+    slot: Int[Array, " M"]
+    """The slot of each row."""
+    row: Int[Array, " S"]
+    """The row of each slot; any row where nothing stands."""
+    filled: Bool[Array, " S"]
+    group: Int[Array, " S"]
+    """The group of each slot."""
+    sizes: Int[Array, " G"]
+    block: int
+
+
+def block_length(rows: int, groups: int) -> int:
+    """Rows of a block: an eighth of the products is padding when the groups are even.
+
+    One where there are fewer rows than groups, so that no matrix is read without need.
+    """
+    share = rows // (4 * groups)
+    return min(1 << max(share.bit_length() - 1, 3), _LARGEST_BLOCK) if rows > groups else 1
+
+
+def make_groups(group: Int[Array, " M"], count: int, block: int) -> Groups:
+    """Sorts rows by group; `block` as in `block_length`, or 0."""
+    rows = group.shape[0]
+    order = jnp.argsort(group)
+    rank = jnp.argsort(order)
+    sizes = jnp.sum(group[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+    if block <= 1:
+        return Groups(rank, order, jnp.ones(rows, bool), group[order], sizes, block)
+    runs = -(-sizes // block)  # blocks of each group
+    shift = block * (jnp.cumsum(runs) - runs) - (jnp.cumsum(sizes) - sizes)
+    slot = rank + shift[group]
+    of_block = jnp.searchsorted(
+        jnp.cumsum(runs), jnp.arange(rows // block + count), side="right", method="compare_all"
+    )
+    of_slot = jnp.repeat(jnp.minimum(of_block, count - 1), block)
+    at = jnp.arange(of_slot.shape[0]) - shift[of_slot]  # place among the sorted rows
+    ends = jnp.cumsum(sizes)[of_slot]
+    filled = (at < ends) & jnp.repeat(of_block < count, block)
+    return Groups(slot, order[jnp.clip(at, 0, rows - 1)], filled, of_slot, sizes, block)
+
+
+def to_slots(x: Float[Array, "M I"], groups: Groups) -> Float[Array, "S I"]:
+    """The rows in their slots."""
+    return _take(x, groups.row, groups.slot, jnp.ones_like(groups.slot, dtype=bool))
+
+
+def from_slots(x: Float[Array, "S O"], groups: Groups) -> Float[Array, "M O"]:
+    """The rows out of their slots."""
+    return _take(x, groups.slot, groups.row, groups.filled)
+
+
+def grouped_product(
+    x: Float[Array, "S I"], kernels: Float[Array, "G I O"], groups: Groups
+) -> Float[Array, "S O"]:
+    """Each slot times the matrix of its group; empty slots hold anything."""
+    if not groups.block:
+        return jax.lax.ragged_dot(x, kernels, groups.sizes)
+    blocks = x.shape[0] // groups.block
+    flat = vary_like(kernels.reshape(kernels.shape[0], -1), groups.group)
+    of_block = look_up(flat, groups.group[:: groups.block]).reshape(blocks, *kernels.shape[1:])
+    return jnp.einsum(
+        "cmi,cio->cmo", x.reshape(blocks, groups.block, x.shape[1]), of_block
+    ).reshape(x.shape[0], kernels.shape[2])
+
+
+@jax.custom_vjp
+def _take(x: Array, index: Array, back: Array, used: Array) -> Array:
+    """`x[index]`, whose gradient is read back through `back` where `used`: no scatter."""
+    return x[index]
+
+
+def _take_forward(x: Array, index: Array, back: Array, used: Array) -> tuple[Array, tuple]:
+    return x[index], (back, used)
+
+
+def _take_backward(residual: tuple, gradient: Array) -> tuple[Array, None, None, None]:
+    back, used = residual
+    return jnp.where(used[:, None], gradient[back], 0), None, None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
