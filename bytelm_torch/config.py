@@ -305,6 +305,15 @@ class Recipe:
     patching: PatchingContract | None = None
 
 
+def require_document_ends(recipe: Recipe) -> None:
+    """Raises `ValueError` where a model resets behind documents whose ends the data do not tell."""
+    require(
+        recipe.model.reset_on != "document" or recipe.data.append_eos,
+        "model.reset_on=document: needs data.append_eos=True, for it is the end-of-sequence id "
+        "behind each document that resets; or choose newline",
+    )
+
+
 def to_dict(config: Any) -> Any:
     """JSON-ready form of a config; a model config carries its `architecture`."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
