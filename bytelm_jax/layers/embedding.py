@@ -72,7 +72,7 @@ class PositionEmbedding(nnx.Module):
 
     def patches(
         self, places: Int[Array, "B N"], count: int, patch: int
-    ) -> Float[Array, "B N {patch}*D"]:
+    ) -> Float[Array, "B N W"]:
         """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
         table = self.embedding[...][: count * patch].reshape(count, -1)
         return _lookup(vary_like(table, places), places, count)

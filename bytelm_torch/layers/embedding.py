@@ -39,7 +39,7 @@ class PositionEmbedding(nn.Embedding):
 
     def patches(
         self, places: Int[Tensor, "B N"], count: int, patch: int
-    ) -> Float[Tensor, "B N {patch}*D"]:
+    ) -> Float[Tensor, "B N W"]:
         """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
         return F.embedding(places, self.weight[: count * patch].reshape(count, -1))
 

@@ -31,7 +31,8 @@ class MegabyteCache(NamedTuple):
 class ResetCache(NamedTuple):
     """The same with `reset_on`, where each row is at its own place of its own patch.
 
-    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L.
+    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
+    I = P + L with what comes before the first.
     """
 
     layers: tuple[KeyValueCache, ...]
@@ -40,7 +41,7 @@ class ResetCache(NamedTuple):
     """The local layers', [B, S, K], after P − 1 zeros."""
     shares: Float[Tensor, "B S D"]
     """Each byte's share of its patch's context, those of the patch begun last included."""
-    ids: Int[Tensor, "B P+L"]
+    ids: Int[Tensor, "B I"]
     """After P pads."""
     begins: Int[Tensor, "B L"]
     """Where the segment of each position begins."""
