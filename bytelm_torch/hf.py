@@ -165,8 +165,7 @@ class ByteCache:
     def append(self, ids: Tensor) -> Tensor:
         """Takes one more id a row [B]; logits [B, 1, V] of each row's next."""
         self._seen += 1
-        grows = int(self._lengths.max()) + 1 >= self._capacity
-        if grows:
+        if grows := int(self._lengths.max()) + 1 >= self._capacity:
             self._reserve(2 * self._capacity)
         self._ids.scatter_(1, self._lengths[:, None], ids[:, None])
         self._lengths += 1
