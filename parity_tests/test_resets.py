@@ -1,7 +1,8 @@
-"""Resets of MEGABYTE and LFByte: each line is a text of its own, in both packages and every form."""
+"""Resets of MEGABYTE and LFByte: each line is a text of its own, in both packages."""
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def rows(seed=0):
 def segments(row):
     """(first, one past the last) of each line."""
     cuts = [0, *(np.flatnonzero(row[:-1] == NEWLINE) + 1).tolist(), len(row)]
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 def random_params(config, dtype):
@@ -149,7 +150,9 @@ def test_training_gradients_and_overflow_over_two_devices(form, x64):
     wanted = (torch.from_numpy(weights) * output.logits).sum() + output.extra_loss.sum()
     wanted.backward()
     twin.eval()
-    assert relative_error(np.asarray(total), wanted.detach().numpy()) <= tolerances.LOGITS["float64"]
+    assert (
+        relative_error(np.asarray(total), wanted.detach().numpy()) <= tolerances.LOGITS["float64"]
+    )
     if form != "lfbyte":
         np.testing.assert_array_equal(overflow, output.metrics["reset_overflow"])
         assert overflow[1] > 0 and overflow[2] == 0
@@ -171,9 +174,7 @@ def quick_compilation():
 
 
 # Added to the newline's logit, so that some lines end and not all bytes are newlines.
-@pytest.mark.parametrize(
-    ("form", "bias"), [("paper", 22), ("in_action", 14), ("lfbyte", 3)]
-)
+@pytest.mark.parametrize(("form", "bias"), [("paper", 22), ("in_action", 14), ("lfbyte", 3)])
 def test_cached_generation_is_uncached_generation(form, bias, quick_compilation):
     bind, params, _, _, _ = models(form, "float32")
     params = dict(params)

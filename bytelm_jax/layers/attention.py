@@ -50,8 +50,9 @@ def multi_query_attention(
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in at least float32. A masked key has weight exactly 0, so a changed
-    future changes nothing. Every query must see at least one key.
+    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
+    at least float32. A masked key has weight exactly 0, so a changed future changes nothing. Every
+    query must see at least one key.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...thk,...sk->...hts", q, k, preferred_element_type=wide)

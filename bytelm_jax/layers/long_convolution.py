@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Int
 
 from bytelm_jax.layers.initializers import normal
 
-
 _TAPS = 16
 """Taps that `segmented_convolution` adds in one pass over the inputs."""
 

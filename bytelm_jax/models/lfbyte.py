@@ -42,7 +42,7 @@ class LayerCache(NamedTuple):
 
 
 class LFByteCache(NamedTuple):
-    """What cached decoding keeps; `begins` [B, L] with resets, where each position's segment does."""
+    """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
 
     layers: tuple[LayerCache, ...]
     begins: Array | None = None

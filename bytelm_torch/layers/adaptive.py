@@ -131,10 +131,10 @@ def extend_running_mean(
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
     """The same for T positions that start at `index`, and `sums` with theirs written, in place.
 
-    With `ages` for one position, or for T from 0. `sums[:, t]` holds the sum over the first t
-    positions, or those of them in the segment of the last one, in at least float32; S is one more than
-    the positions there is room for. Being stored by position, entries past `index` may hold
-    anything.
+    `ages` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds the sum over
+    the first t positions, or those of them in the segment of the last, in at least float32; S is
+    one more than the positions there is room for. Being stored by position, entries past `index`
+    may hold anything.
     """
     before = sums[:, index : index + 1]
     if ages is None:

@@ -48,7 +48,8 @@ def multi_query_attention(
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in at least float32. Every query must see at least one key.
+    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
+    at least float32. Every query must see at least one key.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("...thk,...sk->...hts", q, k).to(wide) * q.shape[-1] ** -0.5

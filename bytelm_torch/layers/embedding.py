@@ -37,9 +37,7 @@ class PositionEmbedding(nn.Embedding):
     def forward(self, start: int, count: int) -> Float[Tensor, "{count} D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.weight[start : start + count]
 
-    def patches(
-        self, places: Int[Tensor, "B N"], count: int, patch: int
-    ) -> Float[Tensor, "B N W"]:
+    def patches(self, places: Int[Tensor, "B N"], count: int, patch: int) -> Float[Tensor, "B N W"]:
         """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
         return F.embedding(places, self.weight[: count * patch].reshape(count, -1))
 

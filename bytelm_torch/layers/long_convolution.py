@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 _TAPS = 16
 """Taps that `segmented_convolution` adds in one pass over the inputs."""
 
