@@ -21,6 +21,7 @@ from bytelm_jax.config import (
     PatchingContract,
     Recipe,
     from_dict,
+    require_document_ends,
     to_dict,
 )
 from bytelm_jax.config_lfbyte import require_prediction
@@ -101,6 +102,7 @@ def eval_command(
     batch_size: int = 16,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     json: bool = False,
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
 ) -> int:
     """Exact bits per byte: total nats and total bytes, every byte counted once.
 
@@ -114,21 +116,25 @@ def eval_command(
         batch_size: windows a step; a multiple of the number of devices.
         dtype: of the arithmetic.
         json: print one JSON object instead of a sentence.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
     corpus = corpora.open_corpus(data)
     recipe, params, step = checkpoints.load_run(run, checkpoint)
+    recipe = _with_resets(recipe, reset_on)
     require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, parallel.make_mesh()
-    windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=False)
+    by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
+    windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=by_document)
+    end_id = vocab.eos_id if by_document else None
     rows = -(-batch_size // mesh.size) * mesh.size
     batches = corpora.evaluation_batches(windows, rows)
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
-        row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype))
-        found = evaluate(row_nats, wide, batches, vocab.pad_id, mesh)
+        row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
+        found = evaluate(row_nats, wide, batches, vocab.pad_id, mesh, end_id)
     record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
     if json:
@@ -139,6 +145,14 @@ def eval_command(
             f"{found.count} bytes (step {step}, {dtype})"
         )
     return 0
+
+
+def _with_resets(recipe: Recipe, reset_on: str) -> Recipe:
+    """The recipe with its model starting texts anew as asked for, or as it was trained."""
+    if reset_on != "trained":
+        recipe = replace(recipe, model=replace(recipe.model, reset_on=reset_on))
+    require_document_ends(recipe)
+    return recipe
 
 
 def _check_patches(recipe: Recipe, params: Params, windows: corpora.Windows) -> dict[str, float]:
@@ -167,6 +181,7 @@ def generate_command(
     sampler: Literal["greedy", "categorical", "entropy"] = "categorical",
     seed: int = 0,
     checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
 ) -> int:
     """Streams text that goes on from the prompt; never splits a UTF-8 character.
 
@@ -182,9 +197,11 @@ def generate_command(
         sampler: greedy, categorical, or by the entropy of each distribution.
         seed: of the random choices.
         checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
     recipe, params, _ = checkpoints.load_run(run, checkpoint)
+    recipe = _with_resets(recipe, reset_on)
     bind, _ = define_model(recipe.model)
     decoder = StreamingDecoder(recipe.model.vocab)
     offset = recipe.model.vocab.offset

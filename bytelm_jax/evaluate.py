@@ -32,27 +32,43 @@ RowNats = Callable[[Params, Int[Array, "B T"]], Float[Array, " B"]]
 
 
 def make_row_nats(
-    bind: Callable[[Params], Any], pad_id: int, mesh: Mesh, dtype: jnp.dtype
+    bind: Callable[[Params], Any],
+    pad_id: int,
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    end_id: int | None = None,
 ) -> RowNats:
-    """The compiled function from ids to the summed nats of each row, pads left out."""
+    """The compiled function from ids to the summed nats of each row, pads left out.
+
+    `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
+    """
 
     def row_nats(params: Params, ids: Int[Array, "B T"]) -> Float[Array, " B"]:
         logits = bind(cast_params(params, dtype))(ids)
-        return jnp.where(ids != pad_id, token_nats(logits, ids), 0.0).sum(axis=1)
+        counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
+        return jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
 
     whole, split = parallel.replicated(mesh), parallel.by_row(mesh)
     return jax.jit(row_nats, in_shardings=(whole, split), out_shardings=whole)
 
 
 def evaluate(
-    row_nats: RowNats, params: Params, batches: Iterable[np.ndarray], pad_id: int, mesh: Mesh
+    row_nats: RowNats,
+    params: Params,
+    batches: Iterable[np.ndarray],
+    pad_id: int,
+    mesh: Mesh,
+    end_id: int | None = None,
 ) -> Evaluation:
-    """Sums over `batches` of ids int[B, T], pads left out; rows are added exactly (`math.fsum`)."""
+    """Sums over `batches` of ids int[B, T]; rows are added exactly (`math.fsum`).
+
+    Pads are left out, and `end_id` as in `make_row_nats`.
+    """
     waiting: deque[Array] = deque()
     nats: list[float] = []
     count = 0
     for ids in batches:
-        count += int((ids != pad_id).sum())
+        count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
         waiting.append(row_nats(params, parallel.put_batch(mesh, ids)))
         if len(waiting) > 4:  # more steps in flight can deadlock simulated devices on few cores
             nats.extend(np.asarray(waiting.popleft()).tolist())

@@ -96,7 +96,9 @@ def compare(
 
 
 def _default_length(config: ModelConfig) -> int:
-    """A little more than four patches, an odd number."""
+    """A little more than four patches, an odd number; with resets enough for some lines."""
+    if config.reset_on == "newline":
+        return min(131, getattr(config, "max_length", 131))
     if isinstance(config, BLTConfig) and config.patcher in ("entropy", "space"):
         return 4 * math.ceil(config.bytes_per_patch) + 3
     return 4 * getattr(config, "patch_size", 8) + 3

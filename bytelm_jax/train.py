@@ -15,7 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from bytelm_jax import checkpoint, data, parallel, patch_contract
-from bytelm_jax.config import BLTConfig, Recipe, TrainConfig, training_flops_per_byte
+from bytelm_jax.config import (
+    BLTConfig,
+    Recipe,
+    TrainConfig,
+    require_document_ends,
+    training_flops_per_byte,
+)
 from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
@@ -130,6 +136,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     `_MOST_SKIPPED` steps in a row with an optimizer that skips such steps.
     """
     require_prediction(recipe.model)
+    require_document_ends(recipe)
 
     # ---- setup ----
     recipe = patch_contract.adopt(recipe, run_dir)

@@ -6,6 +6,7 @@ Neither package imports the other, so the text stands twice; a test holds the tw
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -24,6 +25,11 @@ class MegabyteConfig:
     `patch_size=1, local_layers=0` makes it a plain byte transformer, the yardstick of comparisons.
     `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
     ignores it.
+
+    `reset_on`: the text starts anew behind each newline, or behind each document. What lies between
+    is a text of its own, with its own patches, the last one filled up with pads. In training these
+    find room for `reset_room` times the patches of an undivided row: a reset that finds none left
+    is not made, so that the rest of that row is one text. Evaluation and generation make them all.
     """
 
     architecture: ClassVar[str] = "megabyte"
@@ -41,6 +47,7 @@ class MegabyteConfig:
     init_std: float = 0.02
     dropout: float = 0.0
     reset_on: Literal["none", "newline", "document"] = "none"
+    reset_room: float = 1.5
 
     def __post_init__(self) -> None:
         require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")
@@ -55,6 +62,16 @@ class MegabyteConfig:
             self.variant != "paper" or self.max_length % self.patch_size == 0,
             f"max_length={self.max_length}: must be a multiple of patch_size={self.patch_size}",
         )
+        finite = 1 <= self.reset_room < math.inf
+        require(finite, f"reset_room={self.reset_room}: must be a number from 1 up")
+
+    def patches(self, length: int) -> int:
+        """Patches of `length` bytes of one text, at least 1."""
+        return max(1, -(-length // self.patch_size))
+
+    def reset_patches(self, length: int) -> int:
+        """Patches that training has room for in a row of `length` bytes with resets."""
+        return math.ceil(self.reset_room * self.patches(length))
 
     @property
     def global_width(self) -> int:
@@ -72,7 +89,10 @@ class MegabyteConfig:
         return count + narrow * local + local
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations a byte at `length` bytes; causal attention half."""
+        """Forward floating-point operations a byte at `length` bytes; causal attention half.
+
+        Of one text: the room that resets need is not counted.
+        """
         patches = -(-length // self.patch_size)
         wide, heads = self.global_width, self.global_heads
         work = self.global_layers * _block_flops(wide, heads, patches) / self.patch_size
@@ -283,6 +303,15 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     patching: PatchingContract | None = None
+
+
+def require_document_ends(recipe: Recipe) -> None:
+    """Raises `ValueError` where a model resets behind documents whose ends the data do not tell."""
+    require(
+        recipe.model.reset_on != "document" or recipe.data.append_eos,
+        "model.reset_on=document: needs data.append_eos=True, for it is the end-of-sequence id "
+        "behind each document that resets; or choose newline",
+    )
 
 
 def to_dict(config: Any) -> Any:

@@ -30,6 +30,8 @@ class LFByteConfig:
       `balance_coefficient` weighs the loss that spreads a row's positions over the experts.
     - `block`: `residual` with a norm before and dropout after each branch, or `plain`, the bare
       composition, closed by a linear.
+    - `reset_on`: the text starts anew behind each newline, or behind each document; needs
+      `causal=True`. The convolution is then the plain sum over `kernel_length` taps.
     """
 
     architecture: ClassVar[str] = "lfbyte"
@@ -66,6 +68,11 @@ class LFByteConfig:
             self.context == "causal" or not self.causal,
             'context="sequence": with causal=True the mean over the sequence would show later '
             'bytes; choose context="causal" or causal=False',
+        )
+        require(
+            self.causal or self.reset_on == "none",
+            f"reset_on={self.reset_on}: an encoder reads its text whole; leave it at none or "
+            "choose causal=True",
         )
 
     @classmethod
@@ -133,7 +140,7 @@ class LFByteConfig:
         """Forward floating-point operations a byte at `length` bytes.
 
         Products of matrices alone; the convolution's is counted half, being triangular, and its
-        Fourier transforms not at all.
+        Fourier transforms, and the plain sum that resets need, not at all.
         """
         dim, experts = self.embed_dim, self.num_experts
         once = 1 / length if self.context == "sequence" else 1.0  # products of a alone
@@ -148,7 +155,7 @@ class LFByteConfig:
             work += self._linear_products(self.hidden_dim, dim, once)
         else:
             work += self._linear_products(dim, dim, once)
-        if self.token_mixing == "long_conv":
+        if self.token_mixing == "long_conv" and self.reset_on == "none":
             work += dim * min(length, self.convolution_chunk) / 2
         if self.block == "plain":
             work += dim * dim
@@ -159,7 +166,8 @@ class LFByteConfig:
         sums = (length + 1) * max(itemsize, 4)
         past = (length + min(length, self.kernel_length) - 1) * itemsize
         past = past if self.token_mixing == "long_conv" else 0
-        return self.num_layers * self.embed_dim * (sums + past)
+        begins = 0 if self.reset_on == "none" else 4 * length
+        return self.num_layers * self.embed_dim * (sums + past) + begins
 
     @property
     def _low_rank(self) -> bool:

@@ -29,8 +29,13 @@ class Evaluation(NamedTuple):
 RowNats = Callable[[Int[Tensor, "B T"]], Float[Tensor, " B"]]
 
 
-def make_row_nats(model: Any, pad_id: int, dtype: torch.dtype) -> RowNats:
-    """The function from ids to the summed nats of each row, pads left out; dropout is off."""
+def make_row_nats(
+    model: Any, pad_id: int, dtype: torch.dtype, end_id: int | None = None
+) -> RowNats:
+    """The function from ids to the summed nats of each row, pads left out; dropout is off.
+
+    `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
+    """
 
     def row_nats(ids: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
         was_training = model.training
@@ -40,22 +45,28 @@ def make_row_nats(model: Any, pad_id: int, dtype: torch.dtype) -> RowNats:
                 nats = token_nats(model(ids), ids)
         finally:
             model.train(was_training)
-        return nats.masked_fill(ids == pad_id, 0.0).sum(dim=1)
+        left_out = ids == pad_id if end_id is None else (ids == pad_id) | (ids == end_id)
+        return nats.masked_fill(left_out, 0.0).sum(dim=1)
 
     return row_nats
 
 
 def evaluate(
-    row_nats: RowNats, batches: Iterable[np.ndarray], pad_id: int, group: parallel.Group
+    row_nats: RowNats,
+    batches: Iterable[np.ndarray],
+    pad_id: int,
+    group: parallel.Group,
+    end_id: int | None = None,
 ) -> Evaluation:
-    """Sums over this process's `batches` of ids int[B, T] and over all processes, pads left out.
+    """Sums over this process's `batches` of ids int[B, T] and over all processes.
 
-    Rows are added exactly (`math.fsum`), so neither their order nor the number of processes counts.
+    Pads are left out, and `end_id` as in `make_row_nats`. Rows are added exactly (`math.fsum`), so
+    neither their order nor the number of processes counts.
     """
     nats: list[float] = []
     count = 0
     for ids in batches:
-        count += int((ids != pad_id).sum())
+        count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
         nats.extend(row_nats(torch.from_numpy(ids).to(group.device)).tolist())
     found: list[Any] = [(nats, count)]
     if group.size > 1:

@@ -165,11 +165,12 @@ class ByteCache:
     def append(self, ids: Tensor) -> Tensor:
         """Takes one more id a row [B]; logits [B, 1, V] of each row's next."""
         self._seen += 1
-        if int(self._lengths.max()) + 1 >= self._capacity:
+        if grows := int(self._lengths.max()) + 1 >= self._capacity:
             self._reserve(2 * self._capacity)
-            self._fill()
         self._ids.scatter_(1, self._lengths[:, None], ids[:, None])
         self._lengths += 1
+        if grows:  # only now: the round before the next must be whole
+            self._fill()
         return self._logits()[:, None]
 
     def _reserve(self, capacity: int) -> None:
@@ -180,8 +181,8 @@ class ByteCache:
                 capacity > self._capacity,
                 f"max_length={self._limit}: the text has reached it; generate fewer bytes",
             )
-        more = (max(capacity, patch) - self._capacity, self._model.config.vocab.pad_id)
-        self._ids = F.pad(self._ids, (0, more[0]), value=more[1])
+        more, pad = max(capacity, patch) - self._capacity, self._model.config.vocab.pad_id
+        self._ids = F.pad(self._ids, (0, more), value=pad)
         self._capacity = self._ids.shape[1]
         self._state = self._model.init_cache(len(self._ids), self._capacity)
 
@@ -254,9 +255,8 @@ def _write_rows(tree: Any, part: Any, rows: Tensor) -> None:
 class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     """A model of this library, `model`, behind the interface of transformers.
 
-    In `forward` a row may be padded on either side, as `attention_mask` tells: padding changes no
-    logit. `loss` is that of transformers, the mean over `labels[:, 1:]` without −100; sparse
-    experts add their balance loss.
+    In `forward` a row may be padded on either side, as `attention_mask` tells: it changes no logit.
+    `loss` is that of transformers, the mean over `labels[:, 1:]` without −100, plus a balance loss.
     """
 
     base_model_prefix = "model"

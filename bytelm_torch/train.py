@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from bytelm_torch import checkpoint, data, parallel
-from bytelm_torch.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm_torch.config import (
+    Recipe,
+    TrainConfig,
+    from_dict,
+    require,
+    require_document_ends,
+    to_dict,
+)
 from bytelm_torch.config_lfbyte import require_prediction
 from bytelm_torch.evaluate import evaluate, make_row_nats
 from bytelm_torch.loss import bits_per_byte
@@ -163,6 +170,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     run, vocab = recipe.train, recipe.model.vocab
     first = group.rank == 0
     require_prediction(recipe.model)
+    require_document_ends(recipe)
 
     # ---- setup ----
     parallel.check_batch(group, run)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
 """`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
@@ -119,28 +120,47 @@ class AdaptiveLinear(nnx.Module):
         )
 
 
-def running_mean(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Mean over the positions up to each, summed in at least float32."""
+def running_mean(
+    x: Float[Array, "B T D"], ages: Int[Array, "B T"] | None = None
+) -> Float[Array, "B T D"]:
+    """Mean over the positions up to each, summed in at least float32.
+
+    `ages` counts the positions before each in its segment, where means start anew with these.
+    """
+    if ages is not None:
+        sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
+        return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
     sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
     return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
 
 
 def extend_running_mean(
-    x: Float[Array, "B T D"], sums: Float[Array, "B S D"], index: int | Int[Array, ""]
+    x: Float[Array, "B T D"],
+    sums: Float[Array, "B S D"],
+    index: int | Int[Array, ""],
+    ages: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
     """The same for T positions that start at `index`, and `sums` with theirs written.
 
-    `sums[:, t]` holds the sum over the first t positions, in at least float32; S is one more than
-    the positions there is room for. Being stored by position, entries past `index` may hold
-    anything.
+    `ages` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds the sum over
+    the first t positions, or those of them in the segment of the last, in at least float32; S is
+    one more than the positions there is room for. Being stored by position, entries past `index`
+    may hold anything.
     """
     before = jax.lax.dynamic_slice_in_dim(sums, index, 1, axis=1)
-    more = before + jnp.cumsum(x.astype(sums.dtype), axis=1)
+    if ages is None:
+        more = before + jnp.cumsum(x.astype(sums.dtype), axis=1)
+    elif x.shape[1] == 1:
+        more = jnp.where((ages > 0)[..., None], before, 0) + x.astype(sums.dtype)
+    else:
+        more = segmented_sums(x.astype(sums.dtype), ages)
     sums = jax.lax.dynamic_update_slice_in_dim(sums, more, index + 1, axis=1)
     # Read back what was written: a use of `more` would let the compiler read `before` once more,
     # after the write, for which it would copy the whole buffer in every step.
     written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
-    return (written / _counts(index, x.shape[1], sums.dtype)).astype(x.dtype), sums
+    counts = _counts(index, x.shape[1], sums.dtype)
+    counts = counts if ages is None else (ages + 1).astype(sums.dtype)[..., None]
+    return (written / counts).astype(x.dtype), sums
 
 
 def _counts(start: int | Array, count: int, dtype: jnp.dtype) -> Array:
@@ -169,9 +189,14 @@ class TokenMixing(nnx.Module):
         )
         self.linear = AdaptiveLinear(dim, dim, adapt_dim, rank, init_std, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        a: Float[Array, "B S A"],
+        ages: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return self.linear(x if self.convolution is None else self.convolution(x), a)
+        return self.linear(x if self.convolution is None else self.convolution(x, ages), a)
 
     def extend(
         self,
@@ -179,11 +204,12 @@ class TokenMixing(nnx.Module):
         a: Float[Array, "B T A"],
         past: Float[Array, "B S D"] | None,
         index: int | Int[Array, ""],
+        ages: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
         """The same for one position at `index`, or for T positions from 0, and the new past."""
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
-            x, past = self.convolution.extend(x, past, index)
+            x, past = self.convolution.extend(x, past, index, ages)
         return self.linear(x, a), past
 
 

@@ -22,6 +22,14 @@ class KeyValueCache(NamedTuple):
     values: Array
 
 
+class Scope(NamedTuple):
+    """What the queries of each row see, where a row holds several texts."""
+
+    mask: Bool[Array, "B T S"]
+    places: Int[Array, "B S"]
+    """The number of each key in its text, from 0."""
+
+
 def alibi_bias(heads: int, length: int) -> np.ndarray:
     """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
 
@@ -37,22 +45,23 @@ def multi_query_attention(
     q: Float[Array, "*batch T H K"],
     k: Float[Array, "*batch S K"],
     v: Float[Array, "*batch S K"],
-    mask: Bool[Array | np.ndarray, "T S"],
-    bias: Float[Array | np.ndarray, "H S"] | None = None,
+    mask: Bool[Array | np.ndarray, "*rows T S"],
+    bias: Float[Array | np.ndarray, "*rows H S"] | None = None,
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    Scores and softmax are in at least float32. A masked key has weight exactly 0, so a changed
-    future changes nothing. Every query must see at least one key.
+    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
+    at least float32. A masked key has weight exactly 0, so a changed future changes nothing. Every
+    query must see at least one key.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("...thk,...sk->...hts", q, k, preferred_element_type=wide)
     scores = scores * q.shape[-1] ** -0.5
-    lead = (1,) * (scores.ndim - 3)
+    lead = (1,) * (scores.ndim - 1 - mask.ndim) + mask.shape[:-2]
     if bias is not None:
-        heads, length = bias.shape
+        heads, length = bias.shape[-2:]
         scores = scores + jnp.asarray(bias).astype(wide).reshape(*lead, heads, 1, length)
-    visible = jnp.asarray(mask).reshape(*lead, 1, *mask.shape)
+    visible = jnp.asarray(mask).reshape(*lead, 1, *mask.shape[-2:])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("...hts,...sk->...thk", weights.astype(v.dtype), v)
 
@@ -73,18 +82,29 @@ class MultiQueryAttention(nnx.Module):
         self.to_kv = linear(dim, 2 * self.head_dim)
         self.to_out = linear(inner, dim)
 
-    def __call__(self, x: Float[Array, "*batch T D"]) -> Float[Array, "*batch T D"]:
+    def __call__(
+        self, x: Float[Array, "*batch T D"], scope: Scope | None = None
+    ) -> Float[Array, "*batch T D"]:
+        """Each position sees itself and all before it, or what `scope` says."""
         q, k, v = self._project(x)
+        if scope is not None:
+            return self._attend(q, k, v, *scope)
         length = x.shape[-2]
         return self._attend(q, k, v, np.tri(length, dtype=bool))
 
     def extend(
-        self, x: Float[Array, "B T D"], cache: KeyValueCache, index: int | Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        cache: KeyValueCache,
+        index: int | Int[Array, ""],
+        scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """The same for T positions that start at `index`, with the past taken from `cache`."""
         q, k, v = self._project(x)
         keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
+        if scope is not None:
+            return self._attend(q, keys, values, *scope), KeyValueCache(keys, values)
         here = index + jnp.arange(x.shape[1])[:, None]
         mask = jnp.arange(keys.shape[1])[None, :] <= here
         return self._attend(q, keys, values, mask), KeyValueCache(keys, values)
@@ -100,7 +120,16 @@ class MultiQueryAttention(nnx.Module):
         k, v = jnp.split(self.to_kv(x), 2, axis=-1)
         return q, k, v
 
-    def _attend(self, q: Array, k: Array, v: Array, mask: Array | np.ndarray) -> Array:
+    def _attend(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | np.ndarray,
+        places: Array | None = None,
+    ) -> Array:
         bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
+        if bias is not None and places is not None:
+            bias = jnp.moveaxis(jnp.asarray(bias)[:, places], 0, -2)
         out = multi_query_attention(q, k, v, mask, bias)
         return self.to_out(out.reshape(*out.shape[:-2], -1))

@@ -6,7 +6,8 @@ Exactly causal: one Fourier transform over the sequence would be causal in exact
 its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
 whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
 them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter.
+sums to the block that follows, until a block is longer than the filter. Where the text falls into
+segments, a transform would carry one into the next: there the plain sum is taken, tap by tap.
 """
 
 import jax
@@ -15,6 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.layers.initializers import normal
+
+_TAPS = 16
+"""Taps that `segmented_convolution` adds in one pass over the inputs."""
 
 
 def long_convolution(
@@ -89,6 +93,38 @@ def _from_block_before(rows: Array, kernel: Array, size: int, every: bool) -> Ar
     return jnp.pad(after, ((0, 0), (0, 0), (size, 0)))[:, :, :length]
 
 
+def segmented_convolution(
+    x: Float[Array, "B T D"], taps: Float[Array, "K D"], ages: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """`long_convolution` within segments; `ages` counts the positions before each in its segment.
+
+    The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
+    is left out by a mask, so that a position has the very sum that it has in its segment alone.
+    """
+    batch, length, dim = x.shape
+    wide, block = jnp.promote_types(x.dtype, jnp.float32), min(_TAPS, length, taps.shape[0])
+    if length == 0:
+        return x
+    count = -(-min(length, taps.shape[0]) // block)
+    kernel = jnp.pad(taps[:length], ((0, count * block - min(length, taps.shape[0])), (0, 0)))
+    padded = jnp.pad(x, ((0, 0), (count * block - 1, 0), (0, 0))).astype(wide)
+
+    @jax.checkpoint  # or the backward pass would keep each tap's masked input
+    def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+        first, some = part
+        start = (count - 1) * block - first
+        near = jax.lax.dynamic_slice_in_dim(padded, start, length + block - 1, axis=1)
+        for i in range(block):
+            inside = (ages >= first + i)[..., None]
+            total = total + jnp.where(inside, near[:, block - 1 - i :][:, :length], 0) * some[i]
+        return total, None
+
+    numbers = jnp.arange(count, dtype=ages.dtype) * block
+    parts = (numbers, kernel.astype(wide).reshape(count, block, 1, 1, dim))
+    total, _ = jax.lax.scan(add, jnp.zeros_like(padded, shape=(batch, length, dim)), parts)
+    return total.astype(x.dtype)
+
+
 class LongConvolution(nnx.Module):
     """`long_convolution` with learned taps [K, D]; the layout is the same in both packages."""
 
@@ -97,11 +133,19 @@ class LongConvolution(nnx.Module):
         init = normal(1.0, finish=_decaying)
         self.taps = nnx.Param(init(rngs.params(), (kernel_length, dim), jnp.float32))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], ages: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
+        if ages is not None:
+            return segmented_convolution(x, self.taps[...], ages)
         return long_convolution(x, self.taps[...], self.chunk)
 
     def extend(
-        self, x: Float[Array, "B T D"], past: Float[Array, "B S D"], index: int | Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        past: Float[Array, "B S D"],
+        index: int | Int[Array, ""],
+        ages: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
         """The same for one position at `index`, or for T positions from 0, and the new past.
 
@@ -110,8 +154,11 @@ class LongConvolution(nnx.Module):
         reach = self._reach(past)
         past = jax.lax.dynamic_update_slice_in_dim(past, x, index + reach - 1, axis=1)
         if x.shape[1] != 1:
-            return self(x), past
+            return self(x, ages), past
         window = jax.lax.dynamic_slice_in_dim(past, index, reach, axis=1)
+        if ages is not None:
+            inside = ages >= jnp.arange(reach - 1, -1, -1)[None, :]
+            window = jnp.where(inside[..., None], window, 0)
         # A product of matrices: a sum of products would be fused with the write above, and the
         # compiler would copy the whole buffer in every step to read it before and after.
         wide = jnp.promote_types(x.dtype, jnp.float32)

@@ -1,12 +1,14 @@
 """Where a text starts anew: behind each newline, or behind each document.
 
 To a model with `reset_on`, what lies between two resets is a text of its own: its logits are those
-of that text alone. Axes: B batch, T bytes.
+of that text alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.config import ByteVocab
 
@@ -33,3 +35,105 @@ def segment_begins(ids: Int[Array, "B T"], vocab: ByteVocab, reset_on: str) -> I
     behind = jnp.where(ends_segment(ids, vocab, reset_on), 1 + jnp.arange(length)[None, :], 0)
     begins = jnp.pad(behind, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
     return jax.lax.cummax(begins, axis=1)
+
+
+def age(begins: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """How many positions of its own segment lie before each position."""
+    return jnp.arange(begins.shape[1], dtype=begins.dtype)[None, :] - begins
+
+
+def pad_begins(
+    before: Int[Array, "B T"], ages: Int[Array, "B T"], pad_id: int
+) -> Int[Array, "B T"]:
+    """`before`, the id before each position, with a pad where a segment begins."""
+    return jnp.where(ages == 0, pad_id, before)
+
+
+class Layout(NamedTuple):
+    """Text cut into segments and these into patches of P bytes, the last of each filled with pads.
+
+    S = N·P slots; a patch or slot that holds nothing belongs to position T.
+    """
+
+    patches: Int[Array, "B N P"]
+    """The ids in the slots."""
+    slots: Int[Array, "B T"]
+    """The slot of each byte; no two are equal."""
+    bytes: Int[Array, "B S"]
+    """The position of the byte in each slot, T where none is."""
+    begins: Int[Array, "B N"]
+    """The position at which the segment of each patch begins, T for an empty patch."""
+    places: Int[Array, "B N"]
+    """The number of each patch in its segment, from 0."""
+    overflow: Int[Array, " B"]
+    """Resets that were not made for want of room."""
+
+
+def lay_out(
+    ids: Int[Array, "B T"], vocab: ByteVocab, reset_on: str, patch: int, room: int
+) -> Layout:
+    """The segments of `ids` in `room` patches of `patch` bytes; T patches always suffice.
+
+    A segment begins only where the rest of the row, should nothing begin behind it, still finds
+    room; otherwise the one before goes on, to the end of the row. So every byte has a slot, and
+    where a byte stands depends on the bytes before it and on T alone. `room` must be at least
+    T / patch.
+    """
+    length = ids.shape[1]
+    begins, here = segment_begins(ids, vocab, reset_on), jnp.arange(length)[None, :]
+    used = jnp.cumsum(age(begins) % patch == 0, axis=1) - 1  # patches before the one begun here
+    # What is used and what is left to place can only grow from reset to reset, so that once one
+    # finds no room none behind it does.
+    fits = used - (-(length - here) // patch) <= room
+    wanted = (begins == here) & (here > 0)
+    begins = jax.lax.cummax(jnp.where(wanted & fits, here, 0).astype(begins.dtype), axis=1)
+    ages = age(begins)
+    slots = (jnp.cumsum(ages % patch == 0, axis=1) - 1) * patch + ages % patch
+    put = jax.vmap(lambda row, slot: row.at[slot].set(here[0], unique_indices=True, mode="drop"))
+    places = put(jnp.full((ids.shape[0], room * patch), length, here.dtype), slots)
+    first = places[:, ::patch]
+    behind = ((0, 0), (0, 1))
+    starts = jnp.take_along_axis(jnp.pad(begins, behind, constant_values=length), first, axis=1)
+    padded = jnp.pad(ids, behind, constant_values=vocab.pad_id)
+    patches = jnp.take_along_axis(padded, places, axis=1).reshape(ids.shape[0], room, patch)
+    overflow = (wanted & ~fits).sum(axis=1)
+    return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+
+
+@jax.custom_vjp
+def take_once(
+    x: Float[Array, "B S D"], index: Int[Array, "B T"], inverse: Int[Array, "B S"]
+) -> Float[Array, "B T D"]:
+    """`x[b, index[b, t]]`, no two indices of a row being equal.
+
+    `inverse` holds, for each row of `x`, the t that reads it, or T: by it the gradient is read,
+    where JAX would scatter.
+    """
+    return jnp.take_along_axis(x, index[..., None], axis=1, mode="promise_in_bounds")
+
+
+def _take_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
+    return take_once(x, index, inverse), inverse
+
+
+def _take_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
+    padded = jnp.pad(gradient, ((0, 0), (0, 1), (0, 0)))
+    return jnp.take_along_axis(padded, inverse[..., None], axis=1), None, None
+
+
+take_once.defvjp(_take_forward, _take_backward)
+
+
+def segmented_sums(x: Float[Array, "B T D"], ages: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Running sums that start again with each segment, in the dtype of `x`.
+
+    By doubling: each round adds the sum that ends as many positions before, if it lies in the
+    segment. Nothing from before the segment is ever added, so nothing has to cancel, and a position
+    has the very sum that it has in its segment alone.
+    """
+    reach = 1
+    while reach < x.shape[1]:
+        before = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))[:, : x.shape[1]]
+        x = x + jnp.where((ages >= reach)[..., None], before, 0)
+        reach *= 2
+    return x

@@ -5,6 +5,8 @@ The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean ove
 sequence, which shows each byte its future, mixes no information between positions, and composes
 linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
 adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
+With `reset_on`, means, filters and positions start anew with each segment; the shares of the
+experts, a statistic, stay those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
 """
@@ -24,10 +26,11 @@ from bytelm_jax.layers.adaptive import (
     running_mean,
 )
 from bytelm_jax.layers.dropout import dropout, fold_rows
-from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions
+from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
 
 
@@ -39,9 +42,10 @@ class LayerCache(NamedTuple):
 
 
 class LFByteCache(NamedTuple):
-    """What cached decoding keeps."""
+    """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
 
     layers: tuple[LayerCache, ...]
+    begins: Array | None = None
 
 
 class LFByteLayer(nnx.Module):
@@ -63,24 +67,32 @@ class LFByteLayer(nnx.Module):
         self.output = None if residual else nnx.Linear(dim, dim, kernel_init=init, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        keys: Key[Array, " B"] | None = None,
+        ages: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
+        """`ages` counts the positions before each in its segment; None: the row is one."""
         if self.config.context == "causal":
-            context = running_mean(x)
+            context = running_mean(x, ages)
         else:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             context = x.mean(axis=1, keepdims=True, dtype=wide).astype(x.dtype)
         a = self.featurizer(context)
-        x = self._join(x, self.token_mixing(x, a), fold_rows(keys, 0))
+        x = self._join(x, self.token_mixing(x, a, ages), fold_rows(keys, 0))
         return self._at_each_position(x, a, keys)
 
     def extend(
-        self, x: Float[Array, "B T D"], cache: LayerCache, index: int | Int[Array, ""]
+        self,
+        x: Float[Array, "B T D"],
+        cache: LayerCache,
+        index: int | Int[Array, ""],
+        ages: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for one position at `index`, or for T positions from 0, with the past cached."""
-        context, sums = extend_running_mean(x, cache.sums, index)
+        context, sums = extend_running_mean(x, cache.sums, index, ages)
         a = self.featurizer(context)
-        mixed, past = self.token_mixing.extend(x, a, cache.past, index)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index, ages)
         x, _ = self._at_each_position(self._join(x, mixed, None), a, None)
         return x, LayerCache(sums, past)
 
@@ -147,11 +159,14 @@ class LFByteTransformer(nnx.Module):
         """
         c = self.config
         check_ids(ids, c.vocab.size)
-        x = self._embed(self._shift(ids) if c.causal else ids, 0)
+        ages = None
+        if c.reset_on != "none":
+            ages = age(segment_begins(ids, c.vocab, c.reset_on))
+        x = self._embed(self._shift(ids) if c.causal else ids, 0, ages)
         routings = []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, routing = run(x, fold_rows(dropout_keys, i))
+            x, routing = run(x, fold_rows(dropout_keys, i), ages)
             routings.append(routing)
         logits = self._to_logits(x)
         if not c.sparse:
@@ -174,14 +189,20 @@ class LFByteTransformer(nnx.Module):
         if not self.config.causal:
             raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
         dtype = self.to_logits.kernel[...].dtype
-        return LFByteCache(tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers))
+        begins = None if self.config.reset_on == "none" else jnp.zeros((batch, length), jnp.int32)
+        layers = tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers)
+        return LFByteCache(layers, begins)
 
     def prefill(self, ids: Int[Array, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        _, cache = self._extend(self._shift(ids), cache, 0)
+        ages = None
+        if cache.begins is not None:
+            begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
+            cache, ages = _with_begins(cache, begins, 0), age(begins)
+        _, cache = self._extend(self._shift(ids), cache, 0, ages)
         return cache
 
     def decode_round(
@@ -195,24 +216,34 @@ class LFByteTransformer(nnx.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        x, cache = self._extend(previous, cache, index)
+        ages = None
+        if cache.begins is not None:
+            last = jax.lax.dynamic_slice_in_dim(cache.begins, jnp.maximum(index - 1, 0), 1, axis=1)
+            anew = (index == 0) | ends_segment(previous, self.config.vocab, self.config.reset_on)
+            begins = jnp.where(anew, index, last)
+            cache, ages = _with_begins(cache, begins, index), index - begins
+        x, cache = self._extend(previous, cache, index, ages)
         return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
 
     def _extend(
-        self, ids: Array, cache: LFByteCache, index: int | Array
+        self, ids: Array, cache: LFByteCache, index: int | Array, ages: Array | None
     ) -> tuple[Array, LFByteCache]:
-        x, written = self._embed(ids, index), []
+        x, written = self._embed(ids, index, ages), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, past = layer.extend(x, past, index)
+            x, past = layer.extend(x, past, index, ages)
             written.append(past)
-        return x, LFByteCache(tuple(written))
+        return x, cache._replace(layers=tuple(written))
 
     def _shift(self, ids: Array) -> Array:
         """Moves ids one step right; a pad comes in, the last step drops out."""
         padded = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.config.vocab.pad_id)
         return padded[:, : ids.shape[1]]
 
-    def _embed(self, ids: Array, start: int | Array) -> Array:
+    def _embed(self, ids: Array, start: int | Array, ages: Array | None) -> Array:
+        """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
+        if ages is not None:
+            embedded = self.embed(pad_begins(ids, ages, self.config.vocab.pad_id))
+            return embedded + sinusoids(ages, self.config.embed_dim, embedded.dtype)
         embedded = self.embed(ids)
         positions = sinusoidal_positions(start, ids.shape[1], self.config.embed_dim, embedded.dtype)
         return embedded + positions[None]
@@ -221,3 +252,11 @@ class LFByteTransformer(nnx.Module):
         """[B, T, D] → [B, T, V]; the columns that only round up the product are cut off."""
         x = x if self.norm is None else self.norm(x)
         return self.to_logits(x)[..., : self.config.vocab.size]
+
+
+def _with_begins(cache: LFByteCache, begins: Array, index: int | Array) -> LFByteCache:
+    assert cache.begins is not None
+    begins = begins.astype(cache.begins.dtype)
+    return cache._replace(
+        begins=jax.lax.dynamic_update_slice_in_dim(cache.begins, begins, index, axis=1)
+    )

@@ -1,6 +1,7 @@
 """The command line: every command on a real run, and every kind of bad input."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import wave
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ import torch
 import bytelm_torch
 from bytelm_jax import cli, commands, recipes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
+from bytelm_jax.checkpoint import load_run
+from bytelm_jax.parity import make_twin
 from bytelm_jax.train import Outcome, open_windows
 from bytelm_torch.loss import token_nats
 from parity_tests import tolerances
@@ -422,3 +426,45 @@ def test_bytes_that_are_no_text_train_and_evaluate(tmp_path, capsys):
     found = evaluated(capsys, run, "--data", files)
     assert found["bytes"] == size
     assert found["bits_per_byte"] < 5  # of 8 for noise
+
+
+def line_nats(run, lines):
+    """Nats of each line alone, by the torch twin of the run."""
+    recipe, params, _ = load_run(run)
+    twin = make_twin(recipe.model, params)
+    rows = [torch.tensor([list(line)]) for line in lines]
+    return math.fsum(float(token_nats(twin(ids), ids).sum().detach()) for ids in rows)
+
+
+def test_resets_are_chosen_at_evaluation_and_generation(run, tmp_path, capsys, monkeypatch):
+    lines = [b"one\n", b"\n", b"two and\n", b"three"]
+    path, other = tmp_path / "lines.txt", tmp_path / "next.txt"
+    path.write_bytes(b"".join(lines))
+    other.write_bytes(b"more")
+    argv = ["eval", str(run), "--data", str(path), str(other), "--json", "--reset-on"]
+    for mode, texts in (
+        ("newline", [*lines[:3], b"threemore"]),
+        ("document", [b"".join(lines), b"more"]),
+    ):
+        assert cli.main([*argv, mode]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["bytes"] == sum(map(len, texts))  # the ends of documents are not counted
+        wanted = line_nats(run, texts)
+        assert abs(found["nats"] - wanted) <= tolerances.OTHER_SHAPE["float32"] * wanted
+    models = []
+    monkeypatch.setattr(commands, "stream", lambda model, *_, **__: models.append(model) or [])
+    assert cli.main(["generate", str(run), "--reset-on", "newline"]) == 0
+    assert cli.main(["generate", str(run)]) == 0
+    assert [model.config.reset_on for model in models] == ["newline", "none"]
+
+
+def test_resets_behind_documents_need_their_ends(tmp_path, capsys):
+    argv = ["train", "lfbyte_tiny", "--reset-on", "document", "--no-append-eos"]
+    assert cli.main([*argv, "--run-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "model.reset_on=document: needs data.append_eos=True" in said and said.count("\n") == 1
+    recipe = recipes.megabyte_tiny()
+    recipe = replace(recipe, data=replace(recipe.data, append_eos=False))
+    with pytest.raises(ValueError, match="needs data"):
+        commands._with_resets(recipe, "document")
+    assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytelm_torch.layers.norm import LayerNorm
@@ -18,6 +18,14 @@ class KeyValueCache(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+class Scope(NamedTuple):
+    """What the queries of each row see, where a row holds several texts."""
+
+    mask: Bool[Tensor, "B T S"]
+    places: Int[Tensor, "B S"]
+    """The number of each key in its text, from 0."""
 
 
 def alibi_bias(heads: int, length: int) -> np.ndarray:
@@ -35,18 +43,19 @@ def multi_query_attention(
     q: Float[Tensor, "*batch T H K"],
     k: Float[Tensor, "*batch S K"],
     v: Float[Tensor, "*batch S K"],
-    mask: Bool[Tensor, "T S"],
-    bias: Float[Tensor, "H S"] | None = None,
+    mask: Bool[Tensor, "*rows T S"],
+    bias: Float[Tensor, "*rows H S"] | None = None,
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    Scores and softmax are in at least float32. Every query must see at least one key.
+    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
+    at least float32. Every query must see at least one key.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("...thk,...sk->...hts", q, k).to(wide) * q.shape[-1] ** -0.5
     if bias is not None:
-        scores = scores + bias[:, None, :].to(wide)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        scores = scores + bias[..., :, None, :].to(wide)
+    weights = scores.masked_fill(~mask[..., None, :, :], -torch.inf).softmax(dim=-1)
     return torch.einsum("...hts,...sk->...thk", weights.to(v.dtype), v)
 
 
@@ -64,14 +73,23 @@ class MultiQueryAttention(nn.Module):
         for linear in (self.to_q, self.to_kv, self.to_out):
             nn.init.normal_(linear.weight, std=init_std)
 
-    def forward(self, x: Float[Tensor, "*batch T D"]) -> Float[Tensor, "*batch T D"]:
+    def forward(
+        self, x: Float[Tensor, "*batch T D"], scope: Scope | None = None
+    ) -> Float[Tensor, "*batch T D"]:
+        """Each position sees itself and all before it, or what `scope` says."""
         q, k, v = self._project(x)
+        if scope is not None:
+            return self._attend(q, k, v, *scope)
         length = x.shape[-2]
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         return self._attend(q, k, v, mask)
 
     def extend(
-        self, x: Float[Tensor, "B T D"], cache: KeyValueCache, index: int
+        self,
+        x: Float[Tensor, "B T D"],
+        cache: KeyValueCache,
+        index: int,
+        scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """The same for T positions that start at `index`, with the past taken from `cache`.
 
@@ -80,6 +98,8 @@ class MultiQueryAttention(nn.Module):
         q, k, v = self._project(x)
         stop = index + x.shape[1]
         cache.keys[:, index:stop], cache.values[:, index:stop] = k, v
+        if scope is not None:
+            return self._attend(q, cache.keys, cache.values, *scope), cache
         here = torch.arange(index, stop, device=x.device)[:, None]
         mask = torch.arange(stop, device=x.device)[None, :] <= here
         return self._attend(q, cache.keys[:, :stop], cache.values[:, :stop], mask), cache
@@ -96,8 +116,11 @@ class MultiQueryAttention(nn.Module):
         k, v = self.to_kv(x).chunk(2, dim=-1)
         return q, k, v
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: Tensor | None = None
+    ) -> Tensor:
         bias = None
         if self.alibi:
             bias = torch.from_numpy(alibi_bias(self.heads, k.shape[-2])).to(q.device)
+            bias = bias if places is None else bias[:, places].movedim(0, -2)
         return self.to_out(multi_query_attention(q, k, v, mask, bias).flatten(-2))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -36,19 +37,29 @@ class PositionEmbedding(nn.Embedding):
     def forward(self, start: int, count: int) -> Float[Tensor, "{count} D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.weight[start : start + count]
 
+    def patches(self, places: Int[Tensor, "B N"], count: int, patch: int) -> Float[Tensor, "B N W"]:
+        """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
+        return F.embedding(places, self.weight[: count * patch].reshape(count, -1))
+
 
 def sinusoidal_positions(
     start: int, count: int, dim: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> Float[Tensor, "{count} {dim}"]:
+    """`sinusoids` of `count` positions from `start` on."""
+    return sinusoids(torch.arange(start, start + count, device=device), dim, dtype)
+
+
+def sinusoids(
+    positions: Int[Tensor, "*batch T"], dim: int, dtype: torch.dtype
+) -> Float[Tensor, "*batch T {dim}"]:
     """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
 
     The frequencies come from float64 and the angles are rounded to at least float32, so that both
     packages and every length give a position the same angles.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    wide, device = torch.promote_types(dtype, torch.float32), positions.device
     pair = np.arange(dim) // 2
     frequencies = torch.from_numpy(10_000.0 ** (-2 * pair / dim)).to(device, wide)
-    positions = torch.arange(start, start + count, device=device).to(wide)
-    angles = positions[:, None] * frequencies
+    angles = positions.to(wide)[..., None] * frequencies
     even = torch.arange(dim, device=device) % 2 == 0
     return torch.where(even, angles.sin(), angles.cos()).to(dtype)

@@ -6,13 +6,18 @@ Exactly causal: one Fourier transform over the sequence would be causal in exact
 its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
 whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
 them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter.
+sums to the block that follows, until a block is longer than the filter. Where the text falls into
+segments, a transform would carry one into the next: there the plain sum is taken, tap by tap.
 """
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_TAPS = 16
+"""Taps that `segmented_convolution` adds in one pass over the inputs."""
 
 
 def long_convolution(
@@ -82,6 +87,39 @@ def _from_block_before(rows: Tensor, kernel: Tensor, size: int, every: bool) -> 
     return F.pad(after, (size, 0))[:, :, :length]
 
 
+def segmented_convolution(
+    x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], ages: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T D"]:
+    """`long_convolution` within segments; `ages` counts the positions before each in its segment.
+
+    The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
+    is left out by a mask, so that a position has the very sum that it has in its segment alone.
+    """
+    length, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
+    if length == 0:
+        return x
+    kernel = taps[:length].to(wide)
+    reach = len(kernel) - 1
+    padded = F.pad(x.to(wide), (0, 0, reach, 0))
+
+    def add(total: Tensor, near: Tensor, some: Tensor, first: int) -> Tensor:
+        for i, tap in enumerate(some.unbind(0)):
+            start = len(some) - 1 - i
+            before = near[:, start : start + length]
+            total = total + before.masked_fill((ages < first + i)[..., None], 0) * tap
+        return total
+
+    total = torch.zeros_like(x, dtype=wide)
+    for first in range(0, reach + 1, _TAPS):
+        some = kernel[first : first + _TAPS]
+        start = reach - first - len(some) + 1
+        near = padded[:, start : start + length + len(some) - 1]
+        # Or the backward pass would keep each tap's masked input.
+        total = checkpoint(add, total, near, some, first, use_reentrant=False)
+        assert total is not None
+    return total.to(x.dtype)
+
+
 class LongConvolution(nn.Module):
     """`long_convolution` with learned taps [K, D]; the layout is the same in both packages."""
 
@@ -91,11 +129,19 @@ class LongConvolution(nn.Module):
         taps = torch.randn(kernel_length, dim) * decays(kernel_length, dim)
         self.taps = nn.Parameter(taps / torch.linalg.norm(taps, dim=0, keepdim=True))
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        if ages is not None:
+            return segmented_convolution(x, self.taps, ages)
         return long_convolution(x, self.taps, self.chunk)
 
     def extend(
-        self, x: Float[Tensor, "B T D"], past: Float[Tensor, "B S D"], index: int
+        self,
+        x: Float[Tensor, "B T D"],
+        past: Float[Tensor, "B S D"],
+        index: int,
+        ages: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
         """The same for one position at `index`, or for T positions from 0, and the new past.
 
@@ -105,9 +151,12 @@ class LongConvolution(nn.Module):
         reach = self._reach(past)
         past[:, index + reach - 1 : index + reach - 1 + x.shape[1]] = x
         if x.shape[1] != 1:
-            return self(x), past
+            return self(x, ages), past
         wide = torch.promote_types(x.dtype, torch.float32)
         window = past[:, index : index + reach].to(wide)
+        if ages is not None:
+            taps_back = torch.arange(reach - 1, -1, -1, device=x.device)
+            window = window.masked_fill((ages < taps_back)[..., None], 0)
         newest_last = self.taps[:reach].flip(0).to(wide)
         return (window * newest_last).sum(dim=1, keepdim=True).to(x.dtype), past
 

@@ -1,11 +1,14 @@
 """Where a text starts anew: behind each newline, or behind each document.
 
 To a model with `reset_on`, what lies between two resets is a text of its own: its logits are those
-of that text alone. Axes: B batch, T bytes.
+of that text alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
 """
 
+from typing import NamedTuple
+
 import torch
-from jaxtyping import Bool, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm_torch.config import ByteVocab
@@ -32,5 +35,89 @@ def segment_begins(ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str) -> 
     length = ids.shape[1]
     numbers = 1 + torch.arange(length, device=ids.device)[None, :]
     behind = torch.where(ends_segment(ids, vocab, reset_on), numbers, 0)
-    begins = torch.nn.functional.pad(behind, (1, 0))[:, :length]
+    begins = F.pad(behind, (1, 0))[:, :length]
     return torch.cummax(begins, dim=1).values if length else begins
+
+
+def age(begins: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """How many positions of its own segment lie before each position."""
+    return torch.arange(begins.shape[1], device=begins.device)[None, :] - begins
+
+
+def pad_begins(
+    before: Int[Tensor, "B T"], ages: Int[Tensor, "B T"], pad_id: int
+) -> Int[Tensor, "B T"]:
+    """`before`, the id before each position, with a pad where a segment begins."""
+    return torch.where(ages == 0, pad_id, before)
+
+
+class Layout(NamedTuple):
+    """Text cut into segments and these into patches of P bytes, the last of each filled with pads.
+
+    S = N·P slots; a patch or slot that holds nothing belongs to position T.
+    """
+
+    patches: Int[Tensor, "B N P"]
+    """The ids in the slots."""
+    slots: Int[Tensor, "B T"]
+    """The slot of each byte; no two are equal."""
+    bytes: Int[Tensor, "B S"]
+    """The position of the byte in each slot, T where none is."""
+    begins: Int[Tensor, "B N"]
+    """The position at which the segment of each patch begins, T for an empty patch."""
+    places: Int[Tensor, "B N"]
+    """The number of each patch in its segment, from 0."""
+    overflow: Int[Tensor, " B"]
+    """Resets that were not made for want of room."""
+
+
+def lay_out(
+    ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str, patch: int, room: int
+) -> Layout:
+    """The segments of `ids` in `room` patches of `patch` bytes; T patches always suffice.
+
+    A segment begins only where the rest of the row, should nothing begin behind it, still finds
+    room; otherwise the one before goes on, to the end of the row. So every byte has a slot, and
+    where a byte stands depends on the bytes before it and on T alone. `room` must be at least
+    T / patch.
+    """
+    (batch, length), device = ids.shape, ids.device
+    begins = segment_begins(ids, vocab, reset_on)
+    here = torch.arange(length, device=device)[None, :]
+    used = torch.cumsum(age(begins) % patch == 0, dim=1) - 1  # patches before the one begun here
+    # What is used and what is left to place can only grow from reset to reset, so that once one
+    # finds no room none behind it does.
+    fits = used - (-(length - here) // patch) <= room
+    wanted = (begins == here) & (here > 0)
+    begins = torch.where(wanted & fits, here, 0)
+    begins = torch.cummax(begins, dim=1).values if length else begins
+    ages = age(begins)
+    slots = (torch.cumsum(ages % patch == 0, dim=1) - 1) * patch + ages % patch
+    places = torch.full((batch, room * patch), length, device=device)
+    places = places.scatter(1, slots, here.expand(batch, -1))
+    first = places[:, ::patch]
+    starts = F.pad(begins, (0, 1), value=length).gather(1, first)
+    patches = F.pad(ids, (0, 1), value=vocab.pad_id).gather(1, places)
+    overflow = (wanted & ~fits).sum(dim=1)
+    patches = patches.reshape(batch, room, patch)
+    return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+
+
+def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """`x[b, index[b, t]]`, no two indices of a row being equal."""
+    return x.take_along_dim(index[..., None], dim=1)
+
+
+def segmented_sums(x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """Running sums that start again with each segment, in the dtype of `x`.
+
+    By doubling: each round adds the sum that ends as many positions before, if it lies in the
+    segment. Nothing from before the segment is ever added, so nothing has to cancel, and a position
+    has the very sum that it has in its segment alone.
+    """
+    reach = 1
+    while reach < x.shape[1]:
+        before = F.pad(x, (0, 0, reach, 0))[:, : x.shape[1]]
+        x = x + before.masked_fill((ages < reach)[..., None], 0)
+        reach *= 2
+    return x

@@ -5,10 +5,13 @@ The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean ove
 sequence, which shows each byte its future, mixes no information between positions, and composes
 linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
 adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
+With `reset_on`, means, filters and positions start anew with each segment; the shares of the
+experts, a statistic, stay those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,9 +28,10 @@ from bytelm_torch.layers.adaptive import (
     running_mean,
 )
 from bytelm_torch.layers.dropout import dropout
-from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions
+from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.norm import LayerNorm
+from bytelm_torch.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
 
 
@@ -39,9 +43,10 @@ class LayerCache(NamedTuple):
 
 
 class LFByteCache(NamedTuple):
-    """What cached decoding keeps."""
+    """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
 
     layers: tuple[LayerCache, ...]
+    begins: Tensor | None = None
 
 
 class LFByteLayer(nn.Module):
@@ -60,23 +65,30 @@ class LFByteLayer(nn.Module):
         self.mixture = MixtureOfExperts(dim, c.num_experts, c.top_k if c.sparse else 0, *rest)
         self.output = None if residual else _linear(dim, dim, c.init_std)
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> tuple[Float[Tensor, "B T D"], Routing]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Routing]:
+        """`ages` counts the positions before each in its segment; None: the row is one."""
         if self.config.context == "causal":
-            context = running_mean(x)
+            context = running_mean(x, ages)
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
             context = x.mean(dim=1, keepdim=True, dtype=wide).to(x.dtype)
         a = self.featurizer(context)
-        x = self._join(x, self.token_mixing(x, a))
+        x = self._join(x, self.token_mixing(x, a, ages))
         return self._at_each_position(x, a)
 
     def extend(
-        self, x: Float[Tensor, "B T D"], cache: LayerCache, index: int
+        self,
+        x: Float[Tensor, "B T D"],
+        cache: LayerCache,
+        index: int,
+        ages: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
         """The same for one position at `index`, or for T positions from 0, with the past cached."""
-        context, sums = extend_running_mean(x, cache.sums, index)
+        context, sums = extend_running_mean(x, cache.sums, index, ages)
         a = self.featurizer(context)
-        mixed, past = self.token_mixing.extend(x, a, cache.past, index)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index, ages)
         x, _ = self._at_each_position(self._join(x, mixed), a)
         return x, LayerCache(sums, past)
 
@@ -133,10 +145,14 @@ class LFByteTransformer(nn.Module):
         """
         c = self.config
         check_ids(ids, c.vocab.size)
-        x = self._embed(self._shift(ids) if c.causal else ids, 0)
+        ages = None
+        if c.reset_on != "none":
+            ages = age(segment_begins(ids, c.vocab, c.reset_on))
+        x = self._embed(self._shift(ids) if c.causal else ids, 0, ages)
         routings = []
         for layer in self.layers:
-            x, routing = checkpoint(layer, x, use_reentrant=False) if remat else layer(x)  # pyright: ignore
+            again = functools.partial(checkpoint, layer, use_reentrant=False)
+            x, routing = (again if remat else layer)(x, ages)  # pyright: ignore[reportGeneralTypeIssues]
             routings.append(routing)
         logits = self._to_logits(x)
         if not c.sparse:
@@ -159,14 +175,23 @@ class LFByteTransformer(nn.Module):
         if not self.config.causal:
             raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
         dtype = self.to_logits.weight.dtype
-        return LFByteCache(tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers))  # pyright: ignore
+        layers = tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers)  # pyright: ignore
+        if self.config.reset_on == "none":
+            return LFByteCache(layers)
+        device = self.to_logits.weight.device
+        return LFByteCache(layers, torch.zeros(batch, length, dtype=torch.int32, device=device))
 
     def prefill(self, ids: Int[Tensor, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        _, cache = self._extend(self._shift(ids), cache, 0)
+        ages = None
+        if cache.begins is not None:
+            begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
+            cache.begins[:, : ids.shape[1]] = begins
+            ages = age(begins)
+        _, cache = self._extend(self._shift(ids), cache, 0, ages)
         return cache
 
     def decode_round(
@@ -176,21 +201,34 @@ class LFByteTransformer(nn.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        x, cache = self._extend(previous, cache, index)
+        ages = None
+        if cache.begins is not None:
+            last = cache.begins[:, max(index - 1, 0)].long()[:, None]
+            anew = ends_segment(previous, self.config.vocab, self.config.reset_on)
+            begins = torch.where(anew, index, last) if index else last
+            cache.begins[:, index] = begins[:, 0]
+            ages = index - begins
+        x, cache = self._extend(previous, cache, index, ages)
         return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
 
-    def _extend(self, ids: Tensor, cache: LFByteCache, index: int) -> tuple[Tensor, LFByteCache]:
-        x, written = self._embed(ids, index), []
+    def _extend(
+        self, ids: Tensor, cache: LFByteCache, index: int, ages: Tensor | None
+    ) -> tuple[Tensor, LFByteCache]:
+        x, written = self._embed(ids, index, ages), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, past = layer.extend(x, past, index)  # pyright: ignore[reportCallIssue]
+            x, past = layer.extend(x, past, index, ages)  # pyright: ignore[reportCallIssue]
             written.append(past)
-        return x, LFByteCache(tuple(written))
+        return x, cache._replace(layers=tuple(written))
 
     def _shift(self, ids: Tensor) -> Tensor:
         """Moves ids one step right; a pad comes in, the last step drops out."""
         return F.pad(ids, (1, 0), value=self.config.vocab.pad_id)[:, : ids.shape[1]]
 
-    def _embed(self, ids: Tensor, start: int) -> Tensor:
+    def _embed(self, ids: Tensor, start: int, ages: Tensor | None) -> Tensor:
+        """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
+        if ages is not None:
+            embedded = self.embed(pad_begins(ids, ages, self.config.vocab.pad_id))
+            return embedded + sinusoids(ages, self.config.embed_dim, embedded.dtype)
         embedded = self.embed(ids)
         return embedded + sinusoidal_positions(
             start, ids.shape[1], self.config.embed_dim, embedded.dtype, embedded.device

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bytelm_torch.config import MegabyteConfig
-from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention
+from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
+from bytelm_torch.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
 
 
@@ -25,6 +26,25 @@ class MegabyteCache(NamedTuple):
     """What cached decoding keeps: the global layers' keys and values, S = patches."""
 
     layers: tuple[KeyValueCache, ...]
+
+
+class ResetCache(NamedTuple):
+    """The same with `reset_on`, where each row is at its own place of its own patch.
+
+    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
+    I = P + L with what comes before the first.
+    """
+
+    layers: tuple[KeyValueCache, ...]
+    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
+    local: tuple[KeyValueCache, ...]
+    """The local layers', [B, S, K], after P − 1 zeros."""
+    shares: Float[Tensor, "B S D"]
+    """Each byte's share of its patch's context, those of the patch begun last included."""
+    ids: Int[Tensor, "B I"]
+    """After P pads."""
+    begins: Int[Tensor, "B L"]
+    """Where the segment of each position begins."""
 
 
 class Block(nn.Module):
@@ -36,21 +56,27 @@ class Block(nn.Module):
         self.attention = MultiQueryAttention(dim, heads, init_std, alibi)
         self.feedforward = FeedForward(dim, init_std)
 
-    def forward(self, x: Float[Tensor, "*batch T D"]) -> Float[Tensor, "*batch T D"]:
-        x = x + dropout(self.attention(x), self.rate, self.training)
+    def forward(
+        self, x: Float[Tensor, "*batch T D"], scope: Scope | None = None
+    ) -> Float[Tensor, "*batch T D"]:
+        x = x + dropout(self.attention(x, scope), self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training)
 
     def extend(
-        self, x: Float[Tensor, "B T D"], cache: KeyValueCache, index: int
+        self,
+        x: Float[Tensor, "B T D"],
+        cache: KeyValueCache,
+        index: int,
+        scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """The same for T positions that start at `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, cache, index)
+        attended, cache = self.attention.extend(x, cache, index, scope)
         x = x + attended
         return x + self.feedforward(x), cache
 
 
 class Transformer(nn.Module):
-    """A stack of blocks without a final norm."""
+    """A stack of blocks without a final norm; `scope` cuts rows into texts (`layers.attention`)."""
 
     def __init__(
         self, dim: int, layers: int, heads: int, init_std: float, rate: float, alibi: bool
@@ -61,19 +87,23 @@ class Transformer(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "*batch T D"], remat: bool = False
+        self, x: Float[Tensor, "*batch T D"], remat: bool = False, scope: Scope | None = None
     ) -> Float[Tensor, "*batch T D"]:
         for block in self.layers:
-            x = checkpoint(block, x, use_reentrant=False) if remat else block(x)  # pyright: ignore[reportAssignmentType]
+            x = checkpoint(block, x, scope, use_reentrant=False) if remat else block(x, scope)  # pyright: ignore[reportAssignmentType]
         return x
 
     def extend(
-        self, x: Float[Tensor, "B T D"], caches: tuple[KeyValueCache, ...], index: int
+        self,
+        x: Float[Tensor, "B T D"],
+        caches: tuple[KeyValueCache, ...],
+        index: int,
+        scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], tuple[KeyValueCache, ...]]:
         """The same for T positions that start at `index`, with the past taken from `caches`."""
         written = []
         for block, cache in zip(self.layers, caches, strict=True):
-            x, cache = block.extend(x, cache, index)  # pyright: ignore[reportCallIssue]
+            x, cache = block.extend(x, cache, index, scope)  # pyright: ignore[reportCallIssue]
             written.append(cache)
         return x, tuple(written)
 
@@ -120,14 +150,20 @@ class Megabyte(nn.Module):
         """Logits in the compute dtype, which is that of the parameters.
 
         `remat` recomputes the blocks in the backward pass instead of keeping their activations.
-        Ids outside the vocabulary raise `ValueError`.
+        In training mode dropout is on, and resets find the room of `reset_room`. Ids outside the
+        vocabulary raise `ValueError`.
         """
         return self.outputs(ids, remat).logits
 
     def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
-        """As `forward`; this architecture adds no loss and no metrics."""
+        """As `forward`, and no further loss.
+
+        With resets the metric `reset_overflow` counts those that found no room.
+        """
         check_ids(ids, self.config.vocab.size)
         self._check_length(ids.shape[1])
+        if self.config.reset_on != "none":
+            return self._outputs_of_segments(ids, remat)
         patch, pad = self.config.patch_size, self.config.vocab.pad_id
         batch, length = ids.shape
         count = max(1, -(-length // patch))
@@ -146,37 +182,105 @@ class Megabyte(nn.Module):
         logits = self.to_logits(hidden).reshape(batch, count * patch, -1)[:, :length]
         return ModelOutput(logits, logits.new_zeros(batch), {})
 
-    # Cached decoding: one round is one patch, the global transformer runs once a round.
+    def _outputs_of_segments(self, ids: Tensor, remat: bool) -> ModelOutput:
+        c, (batch, length) = self.config, ids.shape
+        most = max(1, length)
+        room = min(most, c.reset_patches(length)) if self.training else most
+        layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, room)
+        inputs, before = self._inputs_of_segments(layout, c.patches(length))
+        context = self.global_transformer(inputs, remat, _scope_of(layout))
+        hidden = self._local_input(before) + self._split(context)
+        hidden = self.local_transformer(hidden, remat)
+        hidden = hidden.reshape(batch, layout.bytes.shape[1], -1)
+        logits = self.to_logits(take_once(hidden, layout.slots))
+        overflow = {"reset_overflow": layout.overflow.to(torch.float32)}
+        return ModelOutput(logits, logits.new_zeros(batch), overflow)
+
+    # Cached decoding: one round is one patch, the global transformer runs once a round. With resets
+    # a round is one byte, and the global transformer runs where a patch begins in some row.
 
     @property
     def round_length(self) -> int:
         """Bytes that one call of `decode_round` appends."""
-        return self.config.patch_size
+        return self.config.patch_size if self.config.reset_on == "none" else 1
 
-    def init_cache(self, batch: int, length: int) -> MegabyteCache:
+    def init_cache(self, batch: int, length: int) -> MegabyteCache | ResetCache:
         """An empty cache for sequences of up to `length` bytes."""
         self._check_length(length)
-        dtype = self.to_logits.weight.dtype
-        patches = -(-length // self.config.patch_size)
-        return MegabyteCache(self.global_transformer.empty_caches(batch, patches, dtype))
+        patch, weight = self.config.patch_size, self.to_logits.weight
+        if self.config.reset_on == "none":
+            patches = -(-length // patch)
+            return MegabyteCache(self.global_transformer.empty_caches(batch, patches, weight.dtype))
+        behind = length + patch - 1
+        ids = torch.full((batch, patch + length), self.config.vocab.pad_id, device=weight.device)
+        return ResetCache(
+            self.global_transformer.empty_caches(batch, length, weight.dtype),
+            self.local_transformer.empty_caches(batch, behind, weight.dtype),
+            weight.new_zeros(batch, behind, self.config.local_dim),
+            ids,
+            torch.zeros(batch, length, dtype=torch.int64, device=weight.device),
+        )
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: MegabyteCache) -> MegabyteCache:
-        """Writes the patches of `ids`, T a multiple of P, into an empty cache in one pass.
+    def prefill(
+        self, ids: Int[Tensor, "B T"], cache: MegabyteCache | ResetCache
+    ) -> MegabyteCache | ResetCache:
+        """Writes the rounds of `ids` into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
+        if isinstance(cache, ResetCache):
+            return self._prefill_segments(ids, cache)
         patches = ids.reshape(ids.shape[0], -1, self.config.patch_size)
         inputs = self._global_input(self._shift(patches, axis=1), 0)
         _, layers = self.global_transformer.extend(inputs, cache.layers, 0)
         return MegabyteCache(layers)
 
-    def decode_round(
-        self, cache: MegabyteCache, previous: Int[Tensor, "B P"], index: int, choose: Choose
-    ) -> tuple[MegabyteCache, Int[Tensor, "B P"]]:
-        """Appends patch number `index`; `previous` is the patch before it (pads for the first).
+    def _prefill_segments(self, ids: Tensor, cache: ResetCache) -> ResetCache:
+        c, (batch, length) = self.config, ids.shape
+        # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
+        behind = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
+        most = behind.shape[1]
+        layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
+        inputs, before = self._inputs_of_segments(layout, c.patches(length))
+        dtype = inputs.dtype
+        empty = self.global_transformer.empty_caches(batch, most, dtype)
+        context, layers = self.global_transformer.extend(inputs, empty, 0, _scope_of(layout))
+        shares = self._split(context)
+        hidden = (self._local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
+        empty = self.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
+        _, local = self.local_transformer.extend(hidden, empty, 0)
 
-        `choose(logits [B, V], i)` gives the ids [B] of the patch's byte i.
+        def at_bytes(x: Tensor, slots: Tensor) -> Tensor:
+            flat = x.reshape(batch, -1, x.shape[-1])
+            return flat.take_along_dim(slots[..., None], dim=1)
+
+        slots = layout.slots[:, :length]
+        for caches, made, where in (
+            (cache.layers, layers, slots // c.patch_size),
+            (cache.local, local, slots),
+        ):
+            start = c.patch_size - 1 if caches is cache.local else 0
+            for rooms, values in zip(caches, made, strict=True):
+                for room, value in zip(rooms, values, strict=True):
+                    room[:, start : start + length] = at_bytes(value, where)
+        cache.shares[:, :most] = at_bytes(shares, layout.slots)
+        cache.ids[:, c.patch_size : c.patch_size + length] = ids
+        cache.begins[:, :length] = segment_begins(ids, c.vocab, c.reset_on)
+        return cache
+
+    def decode_round(
+        self,
+        cache: MegabyteCache | ResetCache,
+        previous: Int[Tensor, "B P"],
+        index: int,
+        choose: Choose,
+    ) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
+        """Appends round number `index`; `previous` is the round before it (pads for the first).
+
+        `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
+        if isinstance(cache, ResetCache):
+            return self._decode_byte(cache, previous, index, choose)
         batch, patch = previous.shape
         pad = self.config.vocab.pad_id
         inputs = self._global_input(previous[:, None, :], index * patch)
@@ -192,6 +296,52 @@ class Megabyte(nn.Module):
             byte = choose(self.to_logits(hidden)[:, 0], i)
             chosen.append(byte)
         return MegabyteCache(layers), torch.stack(chosen, dim=1)
+
+    def _decode_byte(
+        self, cache: ResetCache, previous: Tensor, index: int, choose: Choose
+    ) -> tuple[ResetCache, Tensor]:
+        c, pad = self.config, self.config.vocab.pad_id
+        anew = ends_segment(previous[:, 0], c.vocab, c.reset_on)
+        anew = anew if index else torch.ones_like(anew)
+        begin = torch.where(anew, index, cache.begins[:, max(index - 1, 0)])
+        place, offset = (index - begin) // c.patch_size, (index - begin) % c.patch_size
+        cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
+        cache.begins[:, index] = begin
+        self._begin_patches(cache, begin, place, offset == 0, index)
+
+        share = cache.shares[:, index : index + 1]
+        first = anew if c.variant == "in_action" else offset == 0
+        hidden = self._local_input(torch.where(first[:, None], pad, previous)) + share
+        near = tuple(  # views: what is written there is written in the cache
+            KeyValueCache(*(room[:, index : index + c.patch_size] for room in rooms))
+            for rooms in cache.local
+        )
+        slots = torch.arange(c.patch_size, device=previous.device)[None, :]
+        inside = slots - (c.patch_size - 1 - offset)[:, None]
+        scope = Scope((inside >= 0)[:, None, :], inside.clamp(min=0))
+        hidden, _ = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
+        return cache, choose(self.to_logits(hidden)[:, 0], 0)[:, None]
+
+    def _begin_patches(
+        self, cache: ResetCache, begin: Tensor, place: Tensor, starts: Tensor, index: int
+    ) -> None:
+        """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
+
+        The other rows write keys where no patch of theirs begins, which nobody reads.
+        """
+        if not bool(starts.any()):
+            return
+        patch, pad = self.config.patch_size, self.config.vocab.pad_id
+        recent = cache.ids[:, index : index + patch]
+        recent = torch.where((place == 0)[:, None], pad, recent)[:, None]
+        slots = torch.arange(cache.begins.shape[1], device=begin.device)[None, :]
+        inside = slots - begin[:, None]
+        seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
+        scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
+        inputs = self._place(recent, place[:, None], self._most_places())
+        context, _ = self.global_transformer.extend(inputs, cache.layers, index, scope)
+        shares = cache.shares[:, index : index + patch]
+        shares[:] = torch.where(starts[:, None, None], self._split(context)[:, 0], shares)
 
     def _check_length(self, length: int) -> None:
         limit = self.config.max_length
@@ -216,6 +366,27 @@ class Megabyte(nn.Module):
             embedded = self.global_embed(patches) + positions.reshape(1, count, patch, -1)
         return embedded.reshape(batch, count, -1)
 
+    def _inputs_of_segments(self, layout: Layout, count: int) -> tuple[Tensor, Tensor]:
+        """Input of the global stack [B, N, P·D_G], and the ids before each byte [B, N, P]."""
+        patches, first = layout.patches, (layout.places == 0)[..., None]
+        previous = torch.where(first, self.config.vocab.pad_id, self._shift(patches, axis=1))
+        before = self._shift(patches, axis=2)
+        if self.config.variant == "in_action":
+            before = torch.cat([previous[..., -1:], patches[..., :-1]], dim=-1)
+        return self._place(previous, layout.places, count), before
+
+    def _place(self, previous: Tensor, places: Tensor, count: int) -> Tensor:
+        """[B, N, P] ids of the patches before, and numbers below `count` → [B, N, P·D_G]."""
+        if self.config.variant == "in_action":
+            return self._global_input(previous, 0)
+        embedded = self.global_embed(previous).flatten(-2)
+        # What lies behind the longest text is never read, but must be finite.
+        places = places.clamp(max=count - 1)
+        return embedded + self.global_position.patches(places, count, self.config.patch_size)
+
+    def _most_places(self) -> int:
+        return self.config.patches(self.config.max_length)
+
     def _local_input(self, before: Tensor) -> Tensor:
         """Ids of the bytes before → [..., D_L]."""
         if self.config.variant == "in_action":
@@ -225,3 +396,9 @@ class Megabyte(nn.Module):
     def _split(self, context: Tensor) -> Tensor:
         """[B, N, P·D_G] → [B, N, P, D_L]: each byte's share of its patch's context."""
         return self.global_to_local(context.unflatten(-1, (self.config.patch_size, -1)))
+
+
+def _scope_of(layout: Layout) -> Scope:
+    """Each patch sees itself and those before it in its segment."""
+    here = layout.begins[:, :, None] == layout.begins[:, None, :]
+    return Scope(here.tril(), layout.places)
