@@ -74,14 +74,21 @@ class PositionEmbedding(nnx.Module):
 def sinusoidal_positions(
     start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
 ) -> Float[Array, "{count} {dim}"]:
+    """`sinusoids` of `count` positions from `start` on."""
+    return sinusoids(start + jnp.arange(count), dim, dtype)
+
+
+def sinusoids(
+    positions: Int[Array, "*batch T"], dim: int, dtype: jnp.dtype
+) -> Float[Array, "*batch T {dim}"]:
     """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
 
     The frequencies come from float64 and the angles are rounded to at least float32, so that both
     packages and every length give a position the same angles.
     """
     wide = jnp.promote_types(dtype, jnp.float32)
-    pair = np.arange(dim) // 2
-    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide)
-    angles = (start + jnp.arange(count)).astype(wide)[:, None] * frequencies[None]
-    even = (np.arange(dim) % 2 == 0)[None]
+    lead, pair = (1,) * positions.ndim, np.arange(dim) // 2
+    frequencies = jnp.asarray(10_000.0 ** (-2 * pair / dim), wide).reshape(*lead, dim)
+    angles = positions.astype(wide)[..., None] * frequencies
+    even = (np.arange(dim) % 2 == 0).reshape(*lead, dim)
     return jnp.where(even, jnp.sin(angles), jnp.cos(angles)).astype(dtype)

@@ -40,6 +40,13 @@ class PositionEmbedding(nn.Embedding):
 def sinusoidal_positions(
     start: int, count: int, dim: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> Float[Tensor, "{count} {dim}"]:
+    """`sinusoids` of `count` positions from `start` on."""
+    return sinusoids(torch.arange(start, start + count, device=device), dim, dtype)
+
+
+def sinusoids(
+    positions: Int[Tensor, "*batch T"], dim: int, dtype: torch.dtype
+) -> Float[Tensor, "*batch T {dim}"]:
     """sin and cos, interleaved, of position / 10000^(2i / D) (Vaswani et al. 2017, section 3.5).
 
     The frequencies come from float64 and the angles are rounded to at least float32, so that both
@@ -47,8 +54,7 @@ def sinusoidal_positions(
     """
     wide = torch.promote_types(dtype, torch.float32)
     pair = np.arange(dim) // 2
-    frequencies = torch.from_numpy(10_000.0 ** (-2 * pair / dim)).to(device, wide)
-    positions = torch.arange(start, start + count, device=device).to(wide)
-    angles = positions[:, None] * frequencies
-    even = torch.arange(dim, device=device) % 2 == 0
+    frequencies = torch.from_numpy(10_000.0 ** (-2 * pair / dim)).to(positions.device, wide)
+    angles = positions.to(wide)[..., None] * frequencies
+    even = torch.arange(dim, device=positions.device) % 2 == 0
     return torch.where(even, angles.sin(), angles.cos()).to(dtype)
