@@ -74,8 +74,9 @@ WHOLE = [name for name in CONFIGS if "budget" not in name]
 @functools.cache
 def tiny(name: str) -> tuple[ModelConfig, Params, Any]:
     """Config, parameters in float64 and torch twin of one of `CONFIGS`."""
-    params = random_leaves(CONFIGS[name], "float64")
-    return CONFIGS[name], params, make_twin(CONFIGS[name], params)
+    with jax.enable_x64(True):
+        params = random_leaves(CONFIGS[name], "float64")
+        return CONFIGS[name], params, make_twin(CONFIGS[name], params)
 
 
 @functools.cache
@@ -232,7 +233,7 @@ def test_plans_equal_torch(name):
         for field, a, b in zip(ours._fields, ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b, field)
         assert (ours.lengths.sum(axis=1) == counted.sum(axis=1)).all()
-        assert (np.asarray(ours.overflow) > 0).all() == (budget == 5)
+        assert (np.asarray(ours.overflow) > 0).any() == (budget == 5)
 
 
 def torch_plan(twin: Any, ids: np.ndarray, budget: int) -> Any:
@@ -327,7 +328,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, x64):
             plan = torch_plan(twin, ids, config.budget(LENGTH))
             own = plan.numbers[:, :-1]
             ends = (plan.read_of == own) & (own < config.budget(LENGTH))
-            assert cache.global_calls == ends.any(dim=0).sum()
+            assert int(cache.global_calls) == int(ends.any(dim=0).sum())
             assert ends[:, :-1].sum() < (own.diff() > 0).sum()
 
 
