@@ -244,13 +244,8 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
     )
     ids = (vocab.offset, vocab.bos_id, vocab.eos_id)
     require(ids == (4, 1, 2), f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)")
-    plain = {
-        "ngram_combine": "sum",
-        "feedforward": "gated",
-        "entropy_attention": False,
-        "positions": "rotary",
-        "reset_on": "none",
-    }
+    plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
+    plain |= {"positions": "rotary", "reset_on": "none"}
     for name, known in plain.items():
         value = getattr(c, name)
         require(value == known, f"{name}={value!r}: transformers knows {known!r} alone")

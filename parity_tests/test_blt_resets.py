@@ -48,7 +48,10 @@ def resetting(config: Any, reset_on: str = "newline") -> Any:
 
 
 SMALL = dataclasses.replace(
-    test_blt.SMALL, entropy=dataclasses.replace(TINY.entropy, layers=1, window=6)
+    test_blt.SMALL,
+    entropy=dataclasses.replace(TINY.entropy, layers=1, window=6),
+    ngram_functions=1,
+    ngram_sizes=(3,),
 )
 PLAIN = test_blt.CONFIGS | {
     "entropy": SMALL,
