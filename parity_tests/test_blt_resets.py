@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from bytelm_jax import patching
-from bytelm_jax.config import BLTConfig, ModelConfig
+from bytelm_jax.config import BLTConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, define_model
@@ -75,7 +75,7 @@ WHOLE = [name for name in CONFIGS if "budget" not in name]
 
 
 @functools.cache
-def tiny(name: str) -> tuple[ModelConfig, Params, Any]:
+def tiny(name: str) -> tuple[Any, Params, Any]:
     """Config, parameters in float64 and torch twin of one of `CONFIGS`."""
     with jax.enable_x64(True):
         params = random_leaves(CONFIGS[name], "float64")
