@@ -23,6 +23,9 @@ ALIASES = {
 }
 """Names that training scripts commonly give to fields of ours; a value after "=" is implied."""
 
+_EVERYWHERE = ("reset_on",)
+"""Bare names that set the field of that name in every part of a model at once."""
+
 
 class UsageError(ValueError):
     """The command line is wrong; the message says where, and what would be right."""
@@ -71,6 +74,7 @@ def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     """Writes out `--steps` as `--train.steps` and so on, and aliases as the fields they stand for.
 
+    `--reset-on` stands for the field of that name in the model and in its entropy model.
     Unknown names, and a field given under its own name and an alias, raise `UsageError`.
     """
     full = {f"{section}.{name}" for section in _SECTIONS for name in _leaves(recipe, section)}
@@ -79,6 +83,11 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)
     expanded, given = [], dict[str, str]()
+    for shared in _EVERYWHERE:
+        value, rest = take_option(argv, shared)
+        if value:
+            fields = (name for name in sorted(full) if name.endswith(f".{shared}"))
+            argv = [*rest, *(f"--{name}={value}" for name in fields)]
     for argument in argv:
         matched = re.fullmatch(r"--(no[-_])?([A-Za-z][\w.-]*)(=.*)?", argument, re.DOTALL)
         if not matched or argument == "--help":

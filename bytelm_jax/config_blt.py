@@ -44,7 +44,7 @@ class EntropyConfig:
     """A plain causal byte transformer; in BLT its entropies set the patch boundaries.
 
     `kv_heads=0` means as many as `heads`; a byte attends to itself and the `window - 1` before it,
-    to everything before it with `window=0`.
+    to everything before it with `window=0`. `reset_on` as in `BLTConfig`.
     """
 
     architecture: ClassVar[str] = "entropy"
@@ -90,7 +90,8 @@ class BLTConfig:
       UTF-8 character (`byte` excepted); the public weights were trained without that rule.
     - Shapes are static: the global transformer has room for `patch_budget` patches a byte of input;
       patches past it merge into the last one. 1 never overflows; 0 stands for 1.5 divided by
-      `bytes_per_patch`, the mean patch length that is expected.
+      `bytes_per_patch`, the mean patch length that is expected, and where newlines reset for two
+      patches more in every 16 bytes: a line's BOS is a patch, and so is what its end cuts off.
     - n-gram embeddings: one table of `ngram_rows` rows for each of `ngram_functions` hash functions
       and each size in `ngram_sizes`, in that order. `ngram_combine="mean"` divides the sum of byte
       and n-gram embeddings by their number.
@@ -99,6 +100,9 @@ class BLTConfig:
       `entropy_attention` lets the global attention see how varied the bytes of each patch are;
       `positions="sinusoidal"` adds positions to the byte embeddings in the place of rotation.
     - `*_kv_heads=0` means as many as heads; `local_window=0` lets bytes attend without a window.
+    - `reset_on` makes a text of its own of each line ("newline") or document (`vocab.eos_id`):
+      attention, positions, n-grams and patches see nothing before it, and it begins with BOS and a
+      patch. The entropy model resets likewise.
     """
 
     architecture: ClassVar[str] = "blt"
@@ -167,6 +171,12 @@ class BLTConfig:
             self.patcher != "entropy" or self.entropy.vocab == self.vocab,
             f"entropy.vocab={self.entropy.vocab}: must be the model's own, {self.vocab}",
         )
+        theirs, ours = self.entropy.reset_on, self.reset_on
+        require(
+            self.patcher != "entropy" or theirs == ours,
+            f"entropy.reset_on={theirs!r}: must be the model's own, {ours!r}; give --reset-on "
+            f"{theirs}, or an entropy model that was trained with --reset-on {ours}",
+        )
         self._check_ngrams()
 
     def _check_ngrams(self) -> None:
@@ -196,13 +206,16 @@ class BLTConfig:
         """Patches for which the global transformer has room at `length` bytes.
 
         It counts the patches that end before the byte to be predicted; the open one is not run.
-        Never more than one a byte, and exact for the patchers that count bytes.
+        Never more than one a byte, and exact for the patchers that count bytes, resets aside.
         """
         if self.patcher == "byte":
             return length
-        if self.patcher == "fixed":
+        fixed = self.patcher == "fixed"
+        if fixed and self.reset_on == "none":
             return min(length, 1 + (length - 1) // self.patch_size)
-        rate = self.patch_budget or min(1.0, 1.5 / self.bytes_per_patch)
+        often = 1 / self.patch_size if fixed else 1.5 / self.bytes_per_patch
+        lines = 2 / 16 if self.reset_on == "newline" else 0.0
+        rate = self.patch_budget or min(1.0, often + lines)
         # Eight more, because short texts stray further from the mean than long ones.
         return min(length, math.ceil(length * rate) + 8)
 

@@ -244,14 +244,10 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
     )
     ids = (vocab.offset, vocab.bos_id, vocab.eos_id)
     require(ids == (4, 1, 2), f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)")
-    plain = ("sum", "gated", False, "rotary")
-    asked = (c.ngram_combine, c.feedforward, c.entropy_attention, c.positions)
-    for name, value, known in zip(
-        ("ngram_combine", "feedforward", "entropy_attention", "positions"),
-        asked,
-        plain,
-        strict=True,
-    ):
+    plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
+    plain |= {"positions": "rotary", "reset_on": "none"}
+    for name, known in plain.items():
+        value = getattr(c, name)
         require(value == known, f"{name}={value!r}: transformers knows {known!r} alone")
     require(c.ngram_tables > 0, "ngram_sizes=(): transformers needs at least one")
     require(c.dropout == 0, f"dropout={c.dropout}: transformers places it elsewhere; set 0")

@@ -23,8 +23,9 @@ from bytelm_jax import checkpoint, patching
 from bytelm_jax.config import BLTConfig, EntropyConfig, PatchingContract, Recipe, require
 from bytelm_jax.config_blt import HISTOGRAM_LIMIT
 from bytelm_jax.data import Windows, evaluation_batches
+from bytelm_jax.layers.transformer import positions_in
 from bytelm_jax.models import Params, define_model
-from bytelm_jax.models.entropy import entropy, shift_right
+from bytelm_jax.models.entropy import begins_of, entropy, shift_right
 
 BAND = 2.0
 """A mean patch length this many times longer or shorter than the contract's is told."""
@@ -78,22 +79,25 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
 
     @jax.jit
     def look(params: Params, ids: Any) -> tuple[Any, Any]:
-        shifted = shift_right(ids, config.vocab.bos_id)
+        begins = begins_of(ids, config)
+        shifted = shift_right(ids, config.vocab.bos_id, begins)
         never = jnp.full(shifted.shape, -jnp.inf)
         scores = never
         if bind is not None:
-            scores = jnp.roll(entropy(bind(params).predict(shifted)), 1, axis=1)
-        free = patching.patch_starts(config, shifted, -never)[:, :-1]
-        forced = patching.patch_starts(config, shifted, never)[:, :-1]
+            scores = jnp.roll(entropy(bind(params).predict(shifted, begins)), 1, axis=1)
+        free = patching.patch_starts(config, shifted, -never, begins)[:, :-1]
+        forced = patching.patch_starts(config, shifted, never, begins)[:, :-1]
+        if begins is not None:
+            forced = forced | (begins == jnp.arange(ids.shape[1])[None, :])
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))
-        return scores.astype(jnp.float32), _counted(config, shifted, ids)
+        return scores.astype(jnp.float32), _counted(config, shifted, ids, begins)
 
     return look
 
 
-def _counted(config: BLTConfig, shifted: Any, ids: Any) -> Any:
+def _counted(config: BLTConfig, shifted: Any, ids: Any, begins: Any) -> Any:
     """Which positions belong to a text: a last batch ends in empty rows, where BOS is no patch."""
-    return patching.present(shifted, config.vocab) & (ids[:, :1] != config.vocab.pad_id)
+    return patching.present(shifted, config.vocab, begins) & (ids[:, :1] != config.vocab.pad_id)
 
 
 def _contract(config: BLTConfig, params: Params, scores: np.ndarray) -> PatchingContract:
@@ -176,7 +180,7 @@ def as_blt(recipe: Recipe, params: Params) -> tuple[BLTConfig, Params]:
     match recipe.model:
         case EntropyConfig() as model:
             named = {_PREFIX + name: value for name, value in params.items()}
-            return BLTConfig(vocab=model.vocab, entropy=model), named
+            return BLTConfig(vocab=model.vocab, entropy=model, reset_on=model.reset_on), named
         case BLTConfig(patcher="entropy" | "histogram") as model:
             return model, params
         case BLTConfig(patcher=patcher):
@@ -208,18 +212,19 @@ def _histogram_threshold(
     """The threshold in bits whose mean is nearest, by halving: a higher one cuts no more often."""
     batches = []
     for ids in evaluation_batches(windows, _ROWS, limit):
-        shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id)
+        begins = begins_of(jnp.asarray(ids), config)
+        shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id, begins)
         found = patching.histogram_entropy(
-            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1])
+            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1], begins)
         )
-        held = patching.held_back(config, shifted)
-        batches.append((found, held, _counted(config, shifted, ids)))
+        held = patching.held_back(config, shifted, begins)
+        batches.append((found, held, _counted(config, shifted, ids, begins), begins))
 
     @jax.jit
-    def count(found: Any, held: Any, counted: Any, cut: Any) -> tuple[Any, Any]:
-        after = (patching.sums_since_start(found, held, cut) > cut) & ~held
-        after = after | (jnp.arange(after.shape[1]) == 0)[None, :]
-        starts = patching.shifted(after.astype(jnp.int32), 1, 1)
+    def count(found: Any, held: Any, counted: Any, begins: Any, cut: Any) -> tuple[Any, Any]:
+        after = (patching.sums_since_start(found, held, cut, begins) > cut) & ~held
+        after = after | (positions_in(found.shape[1], begins) == 0)
+        starts = patching.shifted(after.astype(jnp.int32), 1, 1, begins)  # 1 where a text begins
         return counted.sum(), (starts * counted).sum()
 
     def mean_length(cut: int) -> float:
@@ -271,7 +276,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         )
         source = checkpoint.load_config(Path(named))
         theirs = _calibrated(source, named)
-    known = _defaults(recipe)
+    known = _resetting(_defaults(recipe), model.entropy.reset_on)
     for field in _FROM_SOURCE:
         asked, given = getattr(model, field), getattr(theirs, field)
         free = asked in (given, getattr(known, field))
@@ -285,6 +290,13 @@ def _defaults(recipe: Recipe) -> Any:
     from bytelm_jax import recipes
 
     return recipes.get(recipe.name).model if recipe.name in recipes.names() else recipe.model
+
+
+def _resetting(model: Any, reset_on: Any) -> Any:
+    """`model`, its entropy model resetting as asked: that is not left to the source."""
+    if not isinstance(model, BLTConfig):
+        return model
+    return replace(model, entropy=replace(model.entropy, reset_on=reset_on), reset_on=reset_on)
 
 
 def _calibrated(source: Recipe, named: str) -> BLTConfig:

@@ -7,6 +7,10 @@ it. Patches start at 0, at 1, and at j ≥ 2 where `boundary_after`, given what 
 so. Both forms call that one function.
 
 A row ends at its first pad: nothing from there on is counted, and no patch starts behind it.
+
+Where texts start anew, `begins` [B, T] holds the first position of each position's segment, at
+which s holds BOS. All the rules then hold within a segment, as if it were a text alone. That one
+begins is told by the byte before it, a target: nobody reads it but the segment itself.
 """
 
 import math
@@ -52,11 +56,18 @@ class PatchPlan(NamedTuple):
     patch_of: Int[Array, "B T"]
     """Patch of each byte, at most N; N also for padding."""
     read_of: Int[Array, "B T"]
-    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t."""
+    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t.
+
+    Number N, none, in a segment that begins past the budget.
+    """
     lengths: Int[Array, "B N+1"]
     """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
     overflow: Int[Array, " B"]
     """Boundaries that the budget made disappear."""
+    numbers: Int[Array, "B S"]
+    """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
+    begins: Int[Array, "B N"] | None
+    """The first patch of each patch's segment; None where all is one text."""
 
 
 def to_bytes(ids: Int[Array, "*batch"], vocab: ByteVocab) -> Int[Array, "*batch"]:
@@ -95,10 +106,15 @@ def histogram_entropy(recent: Int[Array, "*batch 7"]) -> Int[Array, "*batch"]:
     return jnp.asarray(total, jnp.int32)
 
 
-def recent_bytes(ids: Int[Array, "B T"], vocab: ByteVocab, count: int) -> Int[Array, "B T n"]:
+def recent_bytes(
+    ids: Int[Array, "B T"],
+    vocab: ByteVocab,
+    count: int,
+    begins: Int[Array, "B T"] | None = None,
+) -> Int[Array, "B T n"]:
     """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
-    values = to_bytes(ids, vocab)
-    return jnp.stack([shifted(values, n, NO_BYTE) for n in range(count - 1, -1, -1)], axis=-1)
+    values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
+    return jnp.stack([shifted(values, n, NO_BYTE, begins) for n in back], axis=-1)
 
 
 def boundary_after(
@@ -111,9 +127,9 @@ def boundary_after(
     """Whether a patch starts behind a byte, by the patcher of `config`.
 
     `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in s, `entropies`, which only the patcher `entropy` needs, that of the prediction after it,
-    in nats, and `summed`, which only `histogram` needs, the sum of `histogram_entropy` since the
-    patch began.
+    them in its segment of s, `entropies`, which only the patcher `entropy` needs, that of the
+    prediction after it, in nats, and `summed`, which only `histogram` needs, the sum of
+    `histogram_entropy` since the patch began.
     """
     match config.patcher:
         case "entropy":
@@ -135,38 +151,51 @@ def boundary_after(
 
 
 def patch_starts(
-    config: BLTConfig, ids: Int[Array, "B T"], entropies: Float[Array, "B T"] | None = None
+    config: BLTConfig,
+    ids: Int[Array, "B T"],
+    entropies: Float[Array, "B T"] | None = None,
+    begins: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
-    `ids` is s; `entropies` as in `boundary_after`.
+    `ids` is s; `entropies` as in `boundary_after`. Where a segment begins, this is what the patcher
+    would have said had the one before gone on, which is what may be read there; that a patch starts
+    in any case is for `plan_patches`.
     """
-    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
     position = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
+    position = position if begins is None else position - begins
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
-        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], begins))
+        limit = math.floor(config.threshold * BIT)
+        summed = sums_since_start(found, held_back(config, ids, begins), limit, begins)
     after = boundary_after(config, recent, position, entropies, summed)
-    after = (after | (position == 0)) & present(ids, config.vocab)
+    after = (after | (position == 0)) & present(ids, config.vocab, begins)
     return jnp.concatenate([jnp.ones_like(after[:, :1]), after], axis=1)
 
 
-def held_back(config: BLTConfig, ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+def held_back(
+    config: BLTConfig, ids: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+) -> Bool[Array, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
-    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
     inside = inside_character(recent)
     return inside if config.whole_characters else jnp.zeros_like(inside)
 
 
 def sums_since_start(
-    found: Int[Array, "B T"], held: Bool[Array, "B T"], limit: int | Int[Array, ""]
+    found: Int[Array, "B T"],
+    held: Bool[Array, "B T"],
+    limit: int | Int[Array, ""],
+    begins: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
 
-    Where `held`, it goes on instead. Position 0 always ends its sum. log₂ T rounds of gathers take
-    the place of a loop over T: how far a sum from each position reaches, by doubling, then which
-    positions are starts, by following those jumps twice as far each time.
+    Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
+    log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
+    reaches, by doubling, then which positions are starts, by following those jumps twice as far
+    each time.
     """
     length = found.shape[1]
     index = jnp.broadcast_to(jnp.arange(length + 1)[None, :], (found.shape[0], length + 1))
@@ -183,9 +212,15 @@ def sums_since_start(
         total, end = jnp.where(fits, longer, total), jnp.where(fits, end + 2**k, end)
     free = jnp.where(jnp.pad(held, ((0, 0), (0, 1))), length, index)
     free = jax.lax.cummin(free, axis=1, reverse=True)
-    jump = jnp.where(index == 0, 1, jnp.minimum(read(free, end) + 1, length))
+    anew = index == 0
+    if begins is not None:
+        anew = jnp.pad(begins == index[:, :-1], ((0, 0), (0, 1)))
+    jump = jnp.where(anew, index + 1, jnp.minimum(read(free, end) + 1, length))
+    if begins is not None:  # no sum reaches past the next segment's first position
+        ahead = jax.lax.cummin(jnp.where(anew, index, length), axis=1, reverse=True)
+        jump = jnp.minimum(jump, jnp.pad(ahead[:, 1:], ((0, 0), (0, 1)), constant_values=length))
     rows = jnp.arange(found.shape[0])[:, None]
-    starts = index <= 1
+    starts = anew | (index <= 1)
     for _ in range(length.bit_length()):
         starts = starts | jnp.zeros_like(starts).at[rows, jump].max(starts)
         jump = read(jump, jump)
@@ -195,14 +230,22 @@ def sums_since_start(
     return upto - jnp.take_along_axis(before, begin, axis=1)
 
 
-def present(ids: Int[Array, "B T"], vocab: ByteVocab) -> Bool[Array, "B T"]:
-    """Whether each position comes before the row's first pad."""
-    return jnp.cumsum(ids == vocab.pad_id, axis=1) == 0
+def present(
+    ids: Int[Array, "B T"], vocab: ByteVocab, begins: Int[Array, "B T"] | None = None
+) -> Bool[Array, "B T"]:
+    """Whether each position comes before the first pad of the row, or of its segment."""
+    pads = jnp.cumsum(ids == vocab.pad_id, axis=1)
+    return pads == (0 if begins is None else jnp.take_along_axis(pads, begins, axis=1))
 
 
-def shifted(ids: Int[Array, "B T"], count: int, fill: int) -> Int[Array, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in."""
-    return jnp.pad(ids, ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
+def shifted(
+    ids: Int[Array, "B T"], count: int, fill: int, begins: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
+    moved = jnp.pad(ids, ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
+    if begins is None:
+        return moved
+    return jnp.where(jnp.arange(ids.shape[1])[None, :] - count >= begins, moved, fill)
 
 
 def starts_from_lengths(lengths: Int[Array, "B N"], length: int) -> Bool[Array, "B {length}+1"]:
@@ -216,20 +259,38 @@ def starts_from_lengths(lengths: Int[Array, "B N"], length: int) -> Bool[Array, 
     return empty.at[rows, begins].set(True, mode="drop")
 
 
-def plan_patches(starts: Bool[Array, "B S"], counted: Bool[Array, "B T"], budget: int) -> PatchPlan:
+def plan_patches(
+    starts: Bool[Array, "B S"],
+    counted: Bool[Array, "B T"],
+    budget: int,
+    begins: Int[Array, "B T"] | None = None,
+) -> PatchPlan:
     """Patches of a text from its starts; `counted` leaves out the padding.
 
-    Starts at 0 and 1 are added where they are missing: without a complete patch before every
-    prediction there would be nothing to read.
+    Starts at the first two positions of each segment are added where they are missing: without a
+    complete patch before every prediction there would be nothing to read.
     """
     starts = starts | (jnp.arange(starts.shape[1]) < 2)[None, :]
+    after = starts[:, 1:]
+    if begins is not None:
+        anew = begins == jnp.arange(begins.shape[1])[None, :]
+        after = after | anew
+        starts = jnp.pad(after, ((0, 0), (1, 0)), constant_values=True)
+        starts = starts | jnp.pad(anew, ((0, 0), (0, 1)))
     number = jnp.cumsum(starts.astype(jnp.int32), axis=1) - 1
     capped = jnp.minimum(number, budget)
     rows = jnp.arange(starts.shape[0])[:, None]
     empty = jnp.zeros((starts.shape[0], budget + 1), jnp.int32)
     lengths = empty.at[rows, capped[:, :-1]].add(counted.astype(jnp.int32))
     patch_of = jnp.where(counted, capped[:, :-1], budget)
-    return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, number[:, -1] - capped[:, -1])
+    lost = number[:, -1] - capped[:, -1]
+    if begins is None:
+        return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, lost, capped, None)
+    first = jnp.take_along_axis(capped, begins, axis=1)
+    newest = jnp.minimum(number[:, :-1] + after, budget) - 1
+    read_of = jnp.where(first < budget, newest, budget)
+    firsts = empty.at[rows, capped[:, :-1]].max(first)[:, :budget]
+    return PatchPlan(patch_of, read_of, lengths, lost, capped, firsts)
 
 
 def _separates(value: Array) -> Array:

@@ -1,7 +1,8 @@
 """Patch boundaries: pure functions of static shape, in a whole-text form and one byte at a time.
 
 The mirror of `bytelm_jax/patching.py`, which explains the rules.
-Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches.
+Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. Where texts start
+anew, `begins` [B, T] holds the first position of each position's segment.
 """
 
 import math
@@ -47,11 +48,18 @@ class PatchPlan(NamedTuple):
     patch_of: Int[Tensor, "B T"]
     """Patch of each byte, at most N; N also for padding."""
     read_of: Int[Tensor, "B T"]
-    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t."""
+    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t.
+
+    Number N, none, in a segment that begins past the budget.
+    """
     lengths: Int[Tensor, "B N+1"]
     """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
     overflow: Int[Tensor, " B"]
     """Boundaries that the budget made disappear."""
+    numbers: Int[Tensor, "B S"]
+    """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
+    begins: Int[Tensor, "B N"] | None
+    """The first patch of each patch's segment; None where all is one text."""
 
 
 def to_bytes(ids: Int[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
@@ -91,10 +99,15 @@ def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
     return total
 
 
-def recent_bytes(ids: Int[Tensor, "B T"], vocab: ByteVocab, count: int) -> Int[Tensor, "B T n"]:
+def recent_bytes(
+    ids: Int[Tensor, "B T"],
+    vocab: ByteVocab,
+    count: int,
+    begins: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T n"]:
     """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
-    values = to_bytes(ids, vocab)
-    return torch.stack([shifted(values, n, NO_BYTE) for n in range(count - 1, -1, -1)], dim=-1)
+    values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
+    return torch.stack([shifted(values, n, NO_BYTE, begins) for n in back], dim=-1)
 
 
 def boundary_after(
@@ -107,9 +120,9 @@ def boundary_after(
     """Whether a patch starts behind a byte, by the patcher of `config`.
 
     `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in s, `entropies`, which only the patcher `entropy` needs, that of the prediction after it,
-    in nats, and `summed`, which only `histogram` needs, the sum of `histogram_entropy` since the
-    patch began.
+    them in its segment of s, `entropies`, which only the patcher `entropy` needs, that of the
+    prediction after it, in nats, and `summed`, which only `histogram` needs, the sum of
+    `histogram_entropy` since the patch began.
     """
     match config.patcher:
         case "entropy":
@@ -131,38 +144,51 @@ def boundary_after(
 
 
 def patch_starts(
-    config: BLTConfig, ids: Int[Tensor, "B T"], entropies: Float[Tensor, "B T"] | None = None
+    config: BLTConfig,
+    ids: Int[Tensor, "B T"],
+    entropies: Float[Tensor, "B T"] | None = None,
+    begins: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
-    `ids` is s; `entropies` as in `boundary_after`.
+    `ids` is s; `entropies` as in `boundary_after`. Where a segment begins, this is what the patcher
+    would have said had the one before gone on, which is what may be read there; that a patch starts
+    in any case is for `plan_patches`.
     """
-    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
     position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
+    position = position if begins is None else position - begins
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1]))
-        summed = sums_since_start(found, held_back(config, ids), math.floor(config.threshold * BIT))
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], begins))
+        limit = math.floor(config.threshold * BIT)
+        summed = sums_since_start(found, held_back(config, ids, begins), limit, begins)
     after = boundary_after(config, recent, position, entropies, summed)
-    after = (after | (position == 0)) & present(ids, config.vocab)
+    after = (after | (position == 0)) & present(ids, config.vocab, begins)
     return F.pad(after, (1, 0), value=True)
 
 
-def held_back(config: BLTConfig, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+def held_back(
+    config: BLTConfig, ids: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
-    recent = recent_bytes(ids, config.vocab, CONTEXT)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
     inside = inside_character(recent)
     return inside if config.whole_characters else torch.zeros_like(inside)
 
 
 def sums_since_start(
-    found: Int[Tensor, "B T"], held: Bool[Tensor, "B T"], limit: int
+    found: Int[Tensor, "B T"],
+    held: Bool[Tensor, "B T"],
+    limit: int,
+    begins: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
     """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
 
-    Where `held`, it goes on instead. Position 0 always ends its sum. log₂ T rounds of gathers take
-    the place of a loop over T: how far a sum from each position reaches, by doubling, then which
-    positions are starts, by following those jumps twice as far each time.
+    Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
+    log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
+    reaches, by doubling, then which positions are starts, by following those jumps twice as far
+    each time.
     """
     length = found.shape[1]
     index = torch.arange(length + 1, device=found.device)[None, :].expand(found.shape[0], -1)
@@ -179,8 +205,14 @@ def sums_since_start(
         total, end = longer.where(fits, total), torch.where(fits, end + 2**k, end)
     free = torch.where(F.pad(held, (0, 1)), length, index)
     free = free.flip(1).cummin(dim=1).values.flip(1)
-    jump = torch.where(index == 0, 1, (read(free, end) + 1).clamp(max=length))
-    starts = (index <= 1).long()
+    anew = index == 0
+    if begins is not None:
+        anew = F.pad(begins == index[:, :-1], (0, 1))
+    jump = torch.where(anew, index + 1, (read(free, end) + 1).clamp(max=length))
+    if begins is not None:  # no sum reaches past the next segment's first position
+        ahead = index.where(anew, length).flip(1).cummin(dim=1).values.flip(1)
+        jump = jump.minimum(F.pad(ahead[:, 1:], (0, 1), value=length))
+    starts = (anew | (index <= 1)).long()
     for _ in range(length.bit_length()):
         starts = starts.scatter_reduce(1, jump, starts, "amax")
         jump = read(jump, jump)
@@ -189,14 +221,22 @@ def sums_since_start(
     return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, begin)
 
 
-def present(ids: Int[Tensor, "B T"], vocab: ByteVocab) -> Bool[Tensor, "B T"]:
-    """Whether each position comes before the row's first pad."""
-    return torch.cumsum(ids == vocab.pad_id, dim=1) == 0
+def present(
+    ids: Int[Tensor, "B T"], vocab: ByteVocab, begins: Int[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B T"]:
+    """Whether each position comes before the first pad of the row, or of its segment."""
+    pads = torch.cumsum(ids == vocab.pad_id, dim=1)
+    return pads == (0 if begins is None else pads.gather(1, begins))
 
 
-def shifted(ids: Int[Tensor, "B T"], count: int, fill: int) -> Int[Tensor, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in."""
-    return F.pad(ids, (count, 0), value=fill)[:, : ids.shape[1]]
+def shifted(
+    ids: Int[Tensor, "B T"], count: int, fill: int, begins: Int[Tensor, "B T"] | None = None
+) -> Int[Tensor, "B T"]:
+    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
+    moved = F.pad(ids, (count, 0), value=fill)[:, : ids.shape[1]]
+    if begins is None:
+        return moved
+    return moved.where(torch.arange(ids.shape[1], device=ids.device) - count >= begins, fill)
 
 
 def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor, "B {length}+1"]:
@@ -210,20 +250,35 @@ def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor
 
 
 def plan_patches(
-    starts: Bool[Tensor, "B S"], counted: Bool[Tensor, "B T"], budget: int
+    starts: Bool[Tensor, "B S"],
+    counted: Bool[Tensor, "B T"],
+    budget: int,
+    begins: Int[Tensor, "B T"] | None = None,
 ) -> PatchPlan:
     """Patches of a text from its starts; `counted` leaves out the padding.
 
-    Starts at 0 and 1 are added where they are missing: without a complete patch before every
-    prediction there would be nothing to read.
+    Starts at the first two positions of each segment are added where they are missing: without a
+    complete patch before every prediction there would be nothing to read.
     """
     starts = starts | (torch.arange(starts.shape[1], device=starts.device) < 2)[None, :]
+    after = starts[:, 1:]
+    if begins is not None:
+        anew = begins == torch.arange(begins.shape[1], device=begins.device)[None, :]
+        after = after | anew
+        starts = F.pad(after, (1, 0), value=True) | F.pad(anew, (0, 1))
     number = torch.cumsum(starts, dim=1) - 1
     capped = number.clamp(max=budget)
     lengths = number.new_zeros((starts.shape[0], budget + 1))
     lengths = lengths.scatter_add(1, capped[:, :-1], counted.to(lengths.dtype))
     patch_of = capped[:, :-1].where(counted, budget)
-    return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, number[:, -1] - capped[:, -1])
+    lost = number[:, -1] - capped[:, -1]
+    if begins is None:
+        return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, lost, capped, None)
+    first = capped.gather(1, begins)
+    newest = (number[:, :-1] + after).clamp(max=budget) - 1
+    read_of = newest.where(first < budget, budget)
+    firsts = torch.zeros_like(lengths).scatter_reduce(1, capped[:, :-1], first, "amax")
+    return PatchPlan(patch_of, read_of, lengths, lost, capped, firsts[:, :budget])
 
 
 def _separates(value: Tensor) -> Tensor:

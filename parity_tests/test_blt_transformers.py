@@ -16,7 +16,7 @@ import torch
 
 from bytelm_jax import cli
 from bytelm_jax.checkpoint import load_run
-from bytelm_jax.config import BLTConfig
+from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.convert_blt import (
     blt_config_from_hf,
@@ -241,7 +241,8 @@ def test_what_cannot_be_the_same_is_refused_by_name(tmp_path):
         (changed[part] if part else changed)[leaf] = value
         with pytest.raises(ValueError, match=f"^{field}="):
             blt_config_from_hf(changed)
-    for change in ({"patcher": "space"}, {"whole_characters": True}, {"ngram_sizes": ()}):
+    lines = {"reset_on": "newline", "entropy": EntropyConfig(reset_on="newline")}
+    for change in ({"patcher": "space"}, {"whole_characters": True}, {"ngram_sizes": ()}, lines):
         with pytest.raises(ValueError, match=f"^{next(iter(change))}="):
             blt_config_to_hf(BLTConfig(**{"whole_characters": False, **change}))
 

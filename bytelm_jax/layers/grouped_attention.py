@@ -64,23 +64,37 @@ def guide(
 
 
 def causal_attention(
-    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
+    q: Float[Array, "B T H J"],
+    k: Float[Array, "B T G J"],
+    v: Float[Array, "B T G K"],
+    window: int,
+    begins: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Each position sees itself and the `window` − 1 before it, everything before it with 0.
 
-    Past the window, memory is linear in T: the text is cut into chunks of `window` positions, and
-    a chunk sees the chunk before it and itself.
+    It sees nothing before `begins`, the first position of its segment. Past the window, memory is
+    linear in T: the text is cut into chunks of `window` positions, and a chunk sees the chunk
+    before it and itself.
     """
     length = q.shape[1]
     if window == 0 or length <= window:
-        return grouped_attention(q, k, v, np.tri(length, dtype=bool))
+        mask = np.tri(length, dtype=bool)
+        if begins is not None:
+            mask = mask[None] & (jnp.arange(length)[None, None, :] >= begins[:, :, None])
+        return grouped_attention(q, k, v, mask)
     count = -(-length // window)
     q, k, v = (_chunks(x, count, window) for x in (q, k, v))
     keys, values = (jnp.concatenate([_chunk_before(x), x], axis=2) for x in (k, v))
     ahead = np.arange(2 * window)[None, :] - np.arange(window)[:, None]
     band = (ahead > 0) & (ahead <= window)
     real = (np.arange(count) > 0)[:, None] | (np.arange(2 * window) >= window)[None, :]
-    out = grouped_attention(q, keys, values, (band[None] & real[:, None])[None])
+    mask = (band[None] & real[:, None])[None]
+    if begins is not None:
+        behind = jnp.pad(begins, ((0, 0), (0, count * window - length)))
+        behind = behind.reshape(-1, count, window, 1)
+        slots = np.arange(count)[:, None] * window + np.arange(-window, window)[None, :]
+        mask = mask & (slots[None, :, None, :] >= behind)
+    out = grouped_attention(q, keys, values, mask)
     return out.reshape(out.shape[0], count * window, *out.shape[3:])[:, :length]
 
 
@@ -132,10 +146,11 @@ class GroupedAttention(nnx.Module):
         x: Float[Array, "B T D"],
         turn: Rotation | None,
         unrest: Float[Array, "B T"] | None = None,
+        begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the (turned) keys and the values, [B, T, G, K]."""
         q, k, v = self._project(x, turn, unrest)
-        return self._out(causal_attention(q, k, v, self.window)), KeyValueCache(k, v)
+        return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
 
     def extend(
         self,
@@ -143,6 +158,7 @@ class GroupedAttention(nnx.Module):
         turn: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`."""
         q, k, v = self._project(x, turn)
@@ -152,7 +168,10 @@ class GroupedAttention(nnx.Module):
         first = jnp.maximum(index + 1 - seen, 0)
         near_keys = jax.lax.dynamic_slice_in_dim(keys, first, seen, axis=1)
         near_values = jax.lax.dynamic_slice_in_dim(values, first, seen, axis=1)
-        mask = (first + jnp.arange(seen) <= index)[None, :]
+        slots = first + jnp.arange(seen)
+        mask = (slots <= index)[None, :]
+        if begins is not None:
+            mask = mask[None] & (slots[None, None, :] >= begins[:, None, None])
         mixed = grouped_attention(q, near_keys, near_values, mask)
         return self._out(mixed), KeyValueCache(keys, values)
 
@@ -163,6 +182,7 @@ class GroupedAttention(nnx.Module):
         cache: KeyValueCache,
         index: Int[Array, " B"],
         unrest: Float[Array, "B 1"] | None = None,
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
 
@@ -174,6 +194,8 @@ class GroupedAttention(nnx.Module):
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
         mask = (slots <= index[:, None])[:, None, :]
+        if begins is not None:
+            mask = mask & (slots >= begins[:, None])[:, None, :]
         return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:

@@ -47,9 +47,10 @@ class TransformerLayer(nnx.Module):
         turn: Rotation | None,
         keys: Key[Array, " B"] | None = None,
         unrest: Float[Array, "B T"] | None = None,
+        begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, turn, unrest)
+        attended, cache = self.attention(x, turn, unrest, begins)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
 
@@ -59,9 +60,10 @@ class TransformerLayer(nnx.Module):
         turn: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, turn, cache, index)
+        attended, cache = self.attention.extend(x, turn, cache, index, begins)
         x = x + attended
         return x + self.feedforward(x), cache
 
@@ -72,9 +74,10 @@ class TransformerLayer(nnx.Module):
         cache: KeyValueCache,
         index: Int[Array, " B"],
         unrest: Float[Array, "B 1"] | None = None,
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest)
+        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -84,6 +87,8 @@ class Transformer(nnx.Module):
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention is given `unrest`, one number a position (`grouped_attention.guide`).
+    `begins` holds the first position of each position's segment, a text of its own: positions count
+    from there and nothing before it is seen. Without it all is one text.
     """
 
     def __init__(
@@ -111,22 +116,27 @@ class Transformer(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
         unrest: Float[Array, "B T"] | None = None,
+        begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
-        turn, written = self.turn(jnp.arange(x.shape[1])[None, :], x.dtype), []
+        turn, written = self.turn(positions_in(x.shape[1], begins), x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, cache = run(x, turn, fold_rows(keys, i), unrest)
+            x, cache = run(x, turn, fold_rows(keys, i), unrest, begins)
             written.append(cache)
         return x, tuple(written)
 
     def extend(
-        self, x: Float[Array, "B 1 D"], caches: Caches, index: Int[Array, ""]
+        self,
+        x: Float[Array, "B 1 D"],
+        caches: Caches,
+        index: Int[Array, ""],
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        turn, written = self.turn(index[None, None], x.dtype), []
+        turn, written = self.turn(position_in(index, begins), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, turn, cache, index)
+            x, cache = layer.extend(x, turn, cache, index, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -136,11 +146,13 @@ class Transformer(nnx.Module):
         caches: Caches,
         index: Int[Array, " B"],
         unrest: Float[Array, "B 1"] | None = None,
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
-        turn, made = self.turn(index[:, None], x.dtype), []
+        inside = index if begins is None else index - begins
+        turn, made = self.turn(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, turn, cache, index, unrest)
+            x, new = layer.extend_rows(x, turn, cache, index, unrest, begins)
             made.append(new)
         return x, tuple(made)
 
@@ -151,3 +163,14 @@ class Transformer(nnx.Module):
     def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> Caches:
         """One cache a layer for `length` positions."""
         return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)
+
+
+def positions_in(length: int, begins: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
+    """0 to T − 1, counted from the first position of each position's segment."""
+    positions = jnp.arange(length)[None, :]
+    return positions if begins is None else positions - begins
+
+
+def position_in(index: Int[Array, ""], begins: Int[Array, " B"] | None) -> Int[Array, "#B 1"]:
+    """The same for the position `index` alone."""
+    return index[None, None] if begins is None else (index - begins)[:, None]

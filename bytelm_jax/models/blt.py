@@ -9,6 +9,10 @@ last; cross-attention is linear in the bytes; padding is neither patched nor has
 row never see another row; boundaries inside a UTF-8 character are left out unless
 `whole_characters` is off.
 
+With `reset_on` the text falls into segments, each a text of its own with its own BOS and patches:
+`begins` holds, wherever it appears, the first position (or patch) of each one's segment, and is
+None where all is one text.
+
 Bytropix is the same skeleton with other parts, each a field of the configuration: patches by the
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
 """
@@ -24,17 +28,20 @@ from bytelm_jax import patching
 from bytelm_jax.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.dropout import fold_rows
-from bytelm_jax.layers.embedding import sinusoidal_positions
+from bytelm_jax.layers.embedding import sinusoids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.segments import segment_sum
-from bytelm_jax.layers.transformer import Caches, Transformer
+from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import (
     EntropyModel,
     begin_with,
+    begins_of,
+    empty_begins,
     entropy,
     shift_right,
+    write_begins,
     write_prefix,
 )
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
@@ -49,8 +56,10 @@ class BLTCache(NamedTuple):
 
     ids: Int[Array, "B L"]
     """s behind as many −1 as the longest look back needs."""
+    begins: Int[Array, "B M"]
+    """The first position of each position's segment, M = L; M = 0 where all is one text."""
     patches: Int[Array, "B L+1"]
-    """The patch of each position, known before its byte is."""
+    """The patch of each position, known before its byte is, unless that begins a segment."""
     histograms: Int[Array, "B M"]
     """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
     patcher: Caches
@@ -129,24 +138,28 @@ class BLT(nnx.Module):
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        shifted = shift_right(ids, c.vocab.bos_id)
+        begins = begins_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, begins)
         if starts is None:
-            starts = patching.patch_starts(c, shifted, self.entropies(shifted))
-        counted = patching.present(shifted, c.vocab)
-        plan = patching.plan_patches(starts, counted, c.budget(length))
+            starts = patching.patch_starts(c, shifted, self.entropies(shifted, begins), begins)
+        counted = patching.present(shifted, c.vocab, begins)
+        plan = patching.plan_patches(starts, counted, c.budget(length), begins)
 
         states, _ = self.encoder.transformer(
-            self._embed(shifted), fold_rows(dropout_keys, 0), remat
+            self._embed(shifted, begins), fold_rows(dropout_keys, 0), remat, begins=begins
         )
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        histograms = self._histograms(shifted, counted)
+        histograms = self._histograms(shifted, counted, begins)
         patches, _ = self.global_transformer(
             self._widen(patches),
             fold_rows(dropout_keys, 1),
             remat,
             self._unrest(histograms, shifted, plan, patches.dtype),
+            plan.begins,
         )
-        x, _, _ = self.decoder(states, patches, plan.read_of, fold_rows(dropout_keys, 2), remat)
+        x, _, _ = self.decoder(
+            states, patches, plan.read_of, fold_rows(dropout_keys, 2), remat, begins
+        )
         used = (plan.lengths > 0).sum(axis=1)
         metrics = {
             "patch_length": plan.lengths.sum(axis=1) / used.astype(jnp.float32),
@@ -158,14 +171,16 @@ class BLT(nnx.Module):
             metrics["histogram_entropy"] = bits / counted.sum(axis=1)
         return ModelOutput(self.to_logits(x), jnp.zeros((batch,)), metrics)
 
-    def entropies(self, shifted: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
+    def entropies(
+        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
         No gradient reaches that model. None under the other patchers.
         """
         if self.config.patcher != "entropy":
             return None
-        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted)))
+        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted, begins)))
 
     # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
 
@@ -187,9 +202,10 @@ class BLT(nnx.Module):
         memory = empty(batch, patches, c.patch_queries, *read)
         return BLTCache(
             ids=jnp.full((batch, self._look_back() - 1 + length), patching.NO_BYTE, jnp.int32),
+            begins=empty_begins(batch, length, c),
             patches=jnp.zeros((batch, length + 1), jnp.int32),
             histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
-            patcher=self.patcher.init_cache(batch, length) if c.patcher == "entropy" else (),
+            patcher=self.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
             encoder=local.empty_caches(batch, length, dtype),
             states=jnp.zeros((batch, length, c.local_dim), dtype),
             pooled=empty(batch, length, *head),
@@ -207,26 +223,30 @@ class BLT(nnx.Module):
         c, length = self.config, ids.shape[1]
         if length == 0:
             return cache
-        shifted, entropies = shift_right(ids, c.vocab.bos_id), None
-        patcher = cache.patcher
+        begins, entropies = begins_of(ids, c), None
+        shifted, patcher = shift_right(ids, c.vocab.bos_id, begins), cache.patcher
         if c.patcher == "entropy":
-            logits, written = self.patcher.predict_cached(shifted)
+            logits, written = self.patcher.predict_cached(shifted, begins)
             entropies, patcher = entropy(logits), write_prefix(patcher, written)
-        starts = patching.patch_starts(c, shifted, entropies)
+        starts = patching.patch_starts(c, shifted, entropies, begins)
         room = cache.memory[0].keys.shape[1]
-        counted = patching.present(shifted, c.vocab)
-        plan = patching.plan_patches(starts, counted, min(room, length))
+        counted = patching.present(shifted, c.vocab, begins)
+        plan = patching.plan_patches(starts, counted, min(room, length), begins)
 
-        states, encoder = self.encoder.transformer(self._embed(shifted))
+        embedded = self._embed(shifted, begins)
+        states, encoder = self.encoder.transformer(embedded, begins=begins)
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        histograms = self._histograms(shifted, counted)
+        histograms = self._histograms(shifted, counted, begins)
         unrest = self._unrest(histograms, shifted, plan, patches.dtype)
-        patches, global_layers = self.global_transformer(self._widen(patches), unrest=unrest)
-        _, memory, decoder = self.decoder(states, patches, plan.read_of)
+        patches, global_layers = self.global_transformer(
+            self._widen(patches), unrest=unrest, begins=plan.begins
+        )
+        _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
         first = self._look_back() - 1
         return cache._replace(
             ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
-            patches=cache.patches.at[:, 1 : length + 1].set(plan.read_of + 1),
+            begins=write_begins(cache.begins, begins),
+            patches=cache.patches.at[:, : length + 1].set(plan.numbers),
             histograms=cache.histograms.at[:, : histograms.shape[1]].set(histograms),
             patcher=patcher,
             encoder=write_prefix(cache.encoder, encoder),
@@ -249,29 +269,34 @@ class BLT(nnx.Module):
         `choose(logits [B, V], 0)` gives its ids [B].
         """
         index = jnp.asarray(index)
-        byte = begin_with(previous, index, self.config.vocab.bos_id)
-        cache, recent = self._remember(cache, byte, index)
-        cache, ends, number = self._mark(cache, byte, recent, index)
+        byte, begins, begin = begin_with(previous, index, cache.begins, self.config)
+        cache = cache._replace(begins=begins)
+        cache, recent = self._remember(cache, byte, index, begin)
+        cache, ends, number, first = self._mark(cache, byte, recent, index, begin)
 
-        x = self._embed_recent(byte, recent, index)
-        x, encoder = self.encoder.transformer.extend(x, cache.encoder, index)
+        x = self._embed_recent(byte, recent, index, begin)
+        x, encoder = self.encoder.transformer.extend(x, cache.encoder, index, begin)
         new = self.encoder.cross_attention.keys_values(x)
         states, pooled = (
             write_at(room, made, index) for room, made in ((cache.states, x), (cache.pooled, new))
         )
         cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
-        cache = self._finish_patches(cache, ends, number, index)
-        rows, newest = jnp.arange(byte.shape[0]), jnp.where(ends, number, number - 1)
-        memory = jax.tree.map(lambda room: room[rows, newest], cache.memory)
-        x, decoder = self.decoder.extend(x, memory, cache.decoder, index)
+        cache = self._finish_patches(cache, ends, number, first, index)
+        memory = self._newest(cache, jnp.where(ends, number, number - 1), first)
+        x, decoder = self.decoder.extend(x, memory, cache.decoder, index, begin)
         chosen = choose(self.to_logits(x)[:, 0], 0)
         return cache._replace(decoder=decoder), chosen[:, None]
 
-    def _remember(self, cache: BLTCache, byte: Array, index: Array) -> tuple[BLTCache, Array]:
-        """The cache with s_index in it, and the ids that end there."""
+    def _remember(
+        self, cache: BLTCache, byte: Array, index: Array, begin: Array | None
+    ) -> tuple[BLTCache, Array]:
+        """The cache with s_index in it, and the ids of its segment that end there."""
         c, span = self.config, self._look_back()
         ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
         recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
+        if begin is not None:
+            own = index + jnp.arange(1 - span, 1)[None, :] >= begin[:, None]
+            recent = jnp.where(own, recent, patching.NO_BYTE)
         histograms = cache.histograms
         if c.reads_histograms:
             values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
@@ -280,35 +305,47 @@ class BLT(nnx.Module):
         return cache._replace(ids=ids, histograms=histograms), recent
 
     def _mark(
-        self, cache: BLTCache, byte: Array, recent: Array, index: Array
-    ) -> tuple[BLTCache, Array, Array]:
-        """The cache with the patch of the byte to come; whether a patch ends here; its number."""
+        self, cache: BLTCache, byte: Array, recent: Array, index: Array, begin: Array | None
+    ) -> tuple[BLTCache, Array, Array, Array | None]:
+        """The cache with the patch of the byte to come; whether a patch ends here; its number.
+
+        And, where texts start anew, the number of the segment's first patch.
+        """
         c, room = self.config, cache.memory[0].keys.shape[1]
         patcher, entropies, summed = cache.patcher, None, None
         if c.patcher == "entropy":
-            logits, patcher = self.patcher.extend(byte, patcher, index)
+            logits, patcher = self.patcher.extend(byte, patcher, index, begin)
             entropies = entropy(logits)
         number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
+        position, first = jnp.full(number.shape, index), None
+        if begin is not None:
+            # A segment begins with a patch, whatever the patcher said before it.
+            before = jnp.take(cache.patches, jnp.maximum(index - 1, 0), axis=1)
+            anew = jnp.minimum(before + 1, room)
+            number = jnp.where((begin == index) & (index > 0), anew, number)
+            cache = cache._replace(patches=write_at(cache.patches, number[:, None], index))
+            first = jnp.take_along_axis(cache.patches, begin[:, None], axis=1)[:, 0]
+            position = position - begin
         if c.patcher == "histogram":
             mask = self._in_patch(cache, number, index)
             summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
         values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
-        position = jnp.full(number.shape, index)
-        starts = patching.boundary_after(c, values, position, entropies, summed) | (index == 0)
+        starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
         ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
         patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
-        return cache._replace(patcher=patcher, patches=patches), ends, number
+        return cache._replace(patcher=patcher, patches=patches), ends, number, first
 
     def _finish_patches(
-        self, cache: BLTCache, ends: Array, number: Array, index: Array
+        self, cache: BLTCache, ends: Array, number: Array, first: Array | None, index: Array
     ) -> BLTCache:
         """Runs the patches that end here through the global transformer, if any does."""
         mask = self._in_patch(cache, number, index)
 
         def run() -> tuple[Caches, Caches]:
             patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
+            unrest = self._unrest_of(cache, mask, patch.dtype)
             patch, layers = self.global_transformer.extend_rows(
-                patch, cache.global_layers, number, self._unrest_of(cache, mask, patch.dtype)
+                patch, cache.global_layers, number, unrest, first
             )
             vectors = self.decoder.split(patch)[:, 0]
             memory = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
@@ -333,16 +370,29 @@ class BLT(nnx.Module):
             global_calls=cache.global_calls + some,
         )
 
+    def _newest(self, cache: BLTCache, newest: Array, first: Array | None) -> Caches:
+        """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
+        rows = jnp.arange(newest.shape[0])
+        if first is None:
+            return jax.tree.map(lambda room: room[rows, newest], cache.memory)
+        # A row in a segment that began past the budget reads past the end, and so zeros.
+        room = cache.memory[0].keys.shape[1]
+        slot = jnp.where(first < room, newest, room)
+        read = lambda room: room.at[rows, slot].get(mode="fill", fill_value=0)  # noqa: E731
+        return jax.tree.map(read, cache.memory)
+
     def _in_patch(self, cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"]:
         """The positions up to `index` that belong to the patch `number` of each row."""
         positions = jnp.arange(cache.states.shape[1])[None, :]
         return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
 
-    def _histograms(self, shifted: Array, counted: Array) -> Int[Array, "B M"]:
+    def _histograms(
+        self, shifted: Array, counted: Array, begins: Array | None
+    ) -> Int[Array, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
         if not self.config.reads_histograms:
             return jnp.zeros((shifted.shape[0], 0), jnp.int32)
-        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1])
+        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
     def _unrest(
@@ -375,16 +425,17 @@ class BLT(nnx.Module):
         windows = patching.WINDOWS if self.config.reads_histograms else ()
         return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
 
-    def _embed(self, shifted: Array) -> Array:
+    def _embed(self, shifted: Array, begins: Array | None) -> Array:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
+        positions = positions_in(shifted.shape[1], begins)
         if not c.ngram_tables:
-            return self._place(x, 0)
+            return self._place(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
-        grams = jnp.stack([patching.shifted(shifted, n, 0) for n in back], axis=-1)
-        inside = patching.present(shifted, c.vocab)[..., None]
+        grams = jnp.stack([patching.shifted(shifted, n, 0, begins) for n in back], axis=-1)
+        inside = patching.present(shifted, c.vocab, begins)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), 0)
+        return self._place(self._combine(x, rows), positions)
 
     def _combine(self, x: Array, rows: Array) -> Array:
         """Byte embeddings and those of the n-grams."""
@@ -392,21 +443,21 @@ class BLT(nnx.Module):
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
 
-    def _place(self, x: Array, start: int | Array) -> Array:
+    def _place(self, x: Array, positions: Array) -> Array:
         """Embeddings with their positions, where those are not rotations."""
         if self.config.positions == "rotary":
             return x
-        return x + sinusoidal_positions(start, x.shape[1], x.shape[2], x.dtype)[None]
+        return x + sinusoids(positions, x.shape[2], x.dtype)
 
-    def _embed_recent(self, byte: Array, recent: Array, index: Array) -> Array:
+    def _embed_recent(self, byte: Array, recent: Array, index: Array, begin: Array | None) -> Array:
         """The same for one position, given the ids that end there, −1 before the first."""
-        x, c = self.encoder.embed(byte), self.config
+        x, c, position = self.encoder.embed(byte), self.config, position_in(index, begin)
         if not c.ngram_tables:
-            return self._place(x, index)
+            return self._place(x, position)
         grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
         inside = (byte != c.vocab.pad_id)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), index)
+        return self._place(self._combine(x, rows), position)
 
     def _widen(self, patches: Array) -> Array:
         """Pooled patches → the global width."""

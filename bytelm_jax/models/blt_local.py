@@ -18,7 +18,7 @@ from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.ngram import NgramEmbedding
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.segments import segment_max
-from bytelm_jax.layers.transformer import Caches, Transformer
+from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
 
 
 class Encoder(nnx.Module):
@@ -92,9 +92,10 @@ class Decoder(nnx.Module):
         read_of: Int[Array, "B T"],
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
+        begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches, Caches]:
         """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        turn = self.transformer.turn(jnp.arange(x.shape[1])[None, :], x.dtype)
+        turn = self.transformer.turn(positions_in(x.shape[1], begins), x.dtype)
         memory, read, written = self.split(patches), [], []
         for i, (cross, layer) in enumerate(self._layers()):
             if remat:
@@ -102,18 +103,23 @@ class Decoder(nnx.Module):
             else:
                 cross = cross.read
             x, vectors = cross(x, memory, read_of)
-            x, cache = layer(x, turn, fold_rows(keys, i))
+            x, cache = layer(x, turn, fold_rows(keys, i), None, begins)
             read.append(vectors)
             written.append(cache)
         return self.norm(x), tuple(read), tuple(written)
 
     def extend(
-        self, x: Float[Array, "B 1 D"], memory: Caches, caches: Caches, index: Int[Array, ""]
+        self,
+        x: Float[Array, "B 1 D"],
+        memory: Caches,
+        caches: Caches,
+        index: Int[Array, ""],
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        turn, written = self.transformer.turn(index[None, None], x.dtype), []
+        turn, written = self.transformer.turn(position_in(index, begins), x.dtype), []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
+            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index, begins)
             written.append(cache)
         return self.norm(x), tuple(written)
 

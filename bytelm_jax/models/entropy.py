@@ -4,17 +4,28 @@ Pagnoni et al. 2024 (arXiv 2412.09871), section 2.3. It is trained like every ot
 frozen inside the Byte Latent Transformer. Axes: B batch, T bytes, D width, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bytelm_jax.config import EntropyConfig
+from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
+from bytelm_jax.layers.resets import ends_segment, segment_begins
 from bytelm_jax.layers.transformer import Caches, Transformer
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+
+
+class EntropyCache(NamedTuple):
+    """What cached decoding keeps, by position, so that a round may be run again."""
+
+    layers: Caches
+    begins: Int[Array, "B M"]
+    """The first position of each position's segment, M = L; M = 0 where all is one text."""
 
 
 class EntropyModel(nnx.Module):
@@ -52,23 +63,31 @@ class EntropyModel(nnx.Module):
     ) -> ModelOutput:
         """As `__call__`; the one metric is `entropy`, the mean over the row in nats."""
         check_ids(ids, self.config.vocab.size)
-        logits = self.predict(shift_right(ids, self.config.vocab.bos_id), dropout_keys, remat)
+        begins = begins_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
+        logits = self.predict(shifted, begins, dropout_keys, remat)
         metrics = {"entropy": entropy(logits).sum(axis=1) / max(1, ids.shape[1])}
         return ModelOutput(logits, jnp.zeros((ids.shape[0],)), metrics)
 
     def predict(
         self,
         shifted: Int[Array, "B T"],
+        begins: Int[Array, "B T"] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of the byte behind each position of s = [BOS, ids[:, :-1]]."""
-        x, _ = self.transformer(self.embed(shifted), dropout_keys, remat)
+        """Logits of the byte behind each position of s (`shift_right`).
+
+        `begins` as `begins_of` gives it.
+        """
+        x, _ = self.transformer(self.embed(shifted), dropout_keys, remat, begins=begins)
         return self.to_logits(self.norm(x))
 
-    def predict_cached(self, shifted: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], Caches]:
+    def predict_cached(
+        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T V"], Caches]:
         """The same and every layer's keys and values."""
-        x, caches = self.transformer(self.embed(shifted))
+        x, caches = self.transformer(self.embed(shifted), begins=begins)
         return self.to_logits(self.norm(x)), caches
 
     # Cached decoding: one round is one byte.
@@ -78,38 +97,48 @@ class EntropyModel(nnx.Module):
         """Bytes that one call of `decode_round` appends."""
         return 1
 
-    def init_cache(self, batch: int, length: int) -> Caches:
+    def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
-        return self.transformer.empty_caches(batch, length, self.to_logits.kernel[...].dtype)
+        dtype = self.to_logits.kernel[...].dtype
+        layers = self.transformer.empty_caches(batch, length, dtype)
+        return EntropyCache(layers, empty_begins(batch, length, self.config))
 
-    def prefill(self, ids: Int[Array, "B T"], cache: Caches) -> Caches:
+    def prefill(self, ids: Int[Array, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        _, written = self.predict_cached(shift_right(ids, self.config.vocab.bos_id))
-        return write_prefix(cache, written)
+        begins = begins_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
+        _, written = self.predict_cached(shifted, begins)
+        return EntropyCache(write_prefix(cache.layers, written), write_begins(cache.begins, begins))
 
     def decode_round(
         self,
-        cache: Caches,
+        cache: EntropyCache,
         previous: Int[Array, "B 1"],
         index: int | Int[Array, ""],
         choose: Choose,
-    ) -> tuple[Caches, Int[Array, "B 1"]]:
+    ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
         index = jnp.asarray(index)
-        logits, cache = self.extend(
-            begin_with(previous, index, self.config.vocab.bos_id), cache, index
-        )
-        return cache, choose(logits, 0)[:, None]
+        byte, begins, begin = begin_with(previous, index, cache.begins, self.config)
+        logits, layers = self.extend(byte, cache.layers, index, begin)
+        return EntropyCache(layers, begins), choose(logits, 0)[:, None]
 
     def extend(
-        self, shifted: Int[Array, "B 1"], cache: Caches, index: Int[Array, ""]
+        self,
+        shifted: Int[Array, "B 1"],
+        caches: Caches,
+        index: Int[Array, ""],
+        begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Caches]:
-        """Logits of the byte behind position `index` of s, with the past taken from `cache`."""
-        x, cache = self.transformer.extend(self.embed(shifted), cache, index)
-        return self.to_logits(self.norm(x))[:, 0], cache
+        """Logits of the byte behind position `index` of s, with the past taken from `caches`.
+
+        `begins` is where each row's segment begins.
+        """
+        x, caches = self.transformer.extend(self.embed(shifted), caches, index, begins)
+        return self.to_logits(self.norm(x))[:, 0], caches
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
@@ -119,16 +148,53 @@ def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
     return -(jnp.exp(logs) * logs).sum(axis=-1)
 
 
-def shift_right(ids: Int[Array, "B T"], bos_id: int) -> Int[Array, "B T"]:
-    """s = [BOS, ids[:, :-1]]; empty stays empty."""
-    return jnp.pad(ids, ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
+def shift_right(
+    ids: Int[Array, "B T"], bos_id: int, begins: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
+    shifted = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
+    if begins is None:
+        return shifted
+    return jnp.where(begins == jnp.arange(ids.shape[1])[None, :], bos_id, shifted)
+
+
+def begins_of(
+    ids: Int[Array, "B T"], config: BLTConfig | EntropyConfig
+) -> Int[Array, "B T"] | None:
+    """Where the segment of each position begins; None for a model to which all is one text."""
+    if config.reset_on == "none":
+        return None
+    return segment_begins(ids, config.vocab, config.reset_on)
+
+
+def empty_begins(batch: int, length: int, config: BLTConfig | EntropyConfig) -> Int[Array, "B M"]:
+    """Room for `begins_of` in a cache."""
+    return jnp.zeros((batch, 0 if config.reset_on == "none" else length), jnp.int32)
+
+
+def write_begins(room: Int[Array, "B M"], begins: Int[Array, "B T"] | None) -> Int[Array, "B M"]:
+    """`room` with its first positions overwritten."""
+    return room if begins is None else room.at[:, : begins.shape[1]].set(begins)
 
 
 def begin_with(
-    previous: Int[Array, "B 1"], index: Int[Array, ""], bos_id: int
-) -> Int[Array, "B 1"]:
-    """s_index: the byte before, BOS in the first round."""
-    return jnp.where(index == 0, jnp.asarray(bos_id, previous.dtype), previous)
+    previous: Int[Array, "B 1"],
+    index: Int[Array, ""],
+    begins: Int[Array, "B M"],
+    config: BLTConfig | EntropyConfig,
+) -> tuple[Int[Array, "B 1"], Int[Array, "B M"], Int[Array, " B"] | None]:
+    """s_index, `begins` written, and where each row's segment begins, None if all is one text.
+
+    s_index is the byte before, BOS in the first round and where a segment begins.
+    """
+    bos = jnp.asarray(config.vocab.bos_id, previous.dtype)
+    if config.reset_on == "none":
+        return jnp.where(index == 0, bos, previous), begins, None
+    anew = (index == 0) | ends_segment(previous[:, 0], config.vocab, config.reset_on)
+    before = jnp.take(begins, jnp.maximum(index - 1, 0), axis=1)
+    begin = jnp.where(anew, index.astype(begins.dtype), before)
+    begins = jax.lax.dynamic_update_slice_in_dim(begins, begin[:, None], index, axis=1)
+    return jnp.where(anew[:, None], bos, previous), begins, begin
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:

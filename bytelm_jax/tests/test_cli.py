@@ -317,6 +317,9 @@ def test_fields_are_found_by_their_bare_names():
     assert expand_names(recipe, ["--no-remat"]) == ["--train.no-remat"]
     assert expand_names(recipe, ["--data", "a", "b"]) == ["--data.paths", "a", "b"]
     assert expand_names(recipe, ["--vocab.size", "9"]) == ["--model.vocab.size", "9"]
+    assert expand_names(recipe, ["--reset_on=document"]) == ["--model.reset-on=document"]
+    both = ["--model.entropy.reset-on=newline", "--model.reset-on=newline"]
+    assert expand_names(recipes.get("blt_tiny"), ["--reset-on", "newline"]) == both
     with pytest.raises(UsageError, match="--nam: no such field"):
         expand_names(recipe, ["--nam", "x"])
 

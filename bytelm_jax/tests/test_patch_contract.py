@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import checkpoint, cli, data, parallel, patch_contract, recipes
+from bytelm_jax import arguments, checkpoint, cli, data, parallel, patch_contract, recipes
 from bytelm_jax.config import (
     BLTConfig,
     EntropyConfig,
@@ -177,6 +177,29 @@ def test_refusals_name_the_mend(entropy_run, calibrated, blt_run, text, tmp_path
     assert "the nearest that these data allow" in refused(capsys, *argv, "90")
 
 
+def test_a_source_must_reset_as_asked(calibrated, tmp_path):
+    source = checkpoint.load_config(calibrated)
+    lines = dataclasses.replace(source.model, reset_on="newline")
+    folder = tmp_path / "lines"
+    folder.mkdir()
+    checkpoint.save_config(folder, dataclasses.replace(source, model=lines))
+
+    def adopt(taken, *argv):
+        given = ["--entropy-from", str(taken), *argv]
+        recipe = arguments.parse_recipe(recipes.blt_tiny(), given, "train", "")
+        return patch_contract.adopt(recipe, tmp_path / "new").model
+
+    model = adopt(folder, "--reset-on", "newline")
+    assert model.reset_on == "newline" and model.entropy == lines
+    assert adopt(calibrated).entropy == source.model
+    with pytest.raises(
+        ValueError, match=r"entropy.reset_on='newline': .* give --reset-on newline,"
+    ):
+        adopt(folder)
+    with pytest.raises(ValueError, match="an entropy model that was trained with --reset-on new"):
+        adopt(calibrated, "--reset-on", "newline")
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [
@@ -223,6 +246,14 @@ def test_scores_and_histogram_follow_the_patcher_s_rules():
     assert found.histogram[:4] == (1, 1, 0, 1) and sum(found.histogram) == 3
     assert found.sampled_bytes == 7 and found.entropy_model == ""
 
+    class Lines(Rows):
+        def __getitem__(self, index):
+            return np.array([*(b + vocab.offset for b in b"a b\nc\n"), 3, 3], np.int32)
+
+    found = patch_contract.measure(dataclasses.replace(config, reset_on="newline"), {}, Lines())
+    # BOS | a, space | b || BOS | c || BOS
+    assert found.histogram[:3] == (5, 1, 0) and found.sampled_bytes == 7
+
 
 def test_outside_only_past_a_factor_of_two():
     def contract(count):
@@ -259,11 +290,18 @@ def test_recipes_of_the_specification():
     assert from_dict(Recipe, to_dict(recipe)) == recipe
 
 
-def test_thresholds_of_histograms_need_no_model(text):
+@pytest.mark.parametrize(
+    ("reset_on", "mean"),
+    [("none", 5.0), pytest.param("newline", 4.0, marks=pytest.mark.slow)],
+)
+def test_thresholds_of_histograms_need_no_model(text, tmp_path, reset_on, mean):
     recipe = recipes.bytropix_tiny()
-    windows = data.Windows(data.open_corpus((text,)), recipe.model.vocab, 64, append_eos=False)
-    made = patch_contract.calibrate(recipe, {}, windows, 5.0, None)
-    assert abs(made.patching.mean_length / 5.0 - 1) <= patch_contract.TOLERANCE
+    recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, reset_on=reset_on))
+    lines = tmp_path / "lines.txt"
+    lines.write_text(text.read_text("utf-8").replace(" ab", "\nab").replace(" b", "\n"), "utf-8")
+    windows = data.Windows(data.open_corpus((lines,)), recipe.model.vocab, 64, append_eos=False)
+    made = patch_contract.calibrate(recipe, {}, windows, mean, None)
+    assert abs(made.patching.mean_length / mean - 1) <= patch_contract.TOLERANCE
     assert made.patching.threshold == made.model.threshold != recipe.model.threshold
     assert made.patching.entropy_model == ""
     assert patch_contract.measure(made.model, {}, windows, None) == made.patching

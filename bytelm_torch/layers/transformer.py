@@ -45,17 +45,23 @@ class TransformerLayer(nn.Module):
         x: Float[Tensor, "B T D"],
         turn: Rotation | None,
         unrest: Float[Tensor, "B T"] | None = None,
+        begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, turn, unrest)
+        attended, cache = self.attention(x, turn, unrest, begins)
         x = x + dropout(attended, self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training), cache
 
     def extend(
-        self, x: Float[Tensor, "B 1 D"], turn: Rotation | None, cache: KeyValueCache, index: int
+        self,
+        x: Float[Tensor, "B 1 D"],
+        turn: Rotation | None,
+        cache: KeyValueCache,
+        index: int,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, turn, cache, index)
+        attended, cache = self.attention.extend(x, turn, cache, index, begins)
         x = x + attended
         return x + self.feedforward(x), cache
 
@@ -66,9 +72,10 @@ class TransformerLayer(nn.Module):
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
         unrest: Float[Tensor, "B 1"] | None = None,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest)
+        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -78,6 +85,8 @@ class Transformer(nn.Module):
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention is given `unrest`, one number a position (`grouped_attention.guide`).
+    `begins` holds the first position of each position's segment, a text of its own: positions count
+    from there and nothing before it is seen. Without it all is one text.
     """
 
     def __init__(
@@ -103,25 +112,29 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B T D"],
         remat: bool = False,
         unrest: Float[Tensor, "B T"] | None = None,
+        begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]."""
-        positions = torch.arange(x.shape[1], device=x.device)[None, :]
-        turn, written = self.turn(positions, x.dtype), []
+        turn, written = self.turn(positions_in(x.shape[1], begins, x.device), x.dtype), []
         for layer in self.layers:
             if remat:
-                x, cache = checkpoint(layer, x, turn, unrest, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+                x, cache = checkpoint(layer, x, turn, unrest, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                x, cache = layer(x, turn, unrest)
+                x, cache = layer(x, turn, unrest, begins)
             written.append(cache)
         return x, tuple(written)
 
     def extend(
-        self, x: Float[Tensor, "B 1 D"], caches: Caches, index: int
+        self,
+        x: Float[Tensor, "B 1 D"],
+        caches: Caches,
+        index: int,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        turn, written = self.turn(torch.full((1, 1), index, device=x.device), x.dtype), []
+        turn, written = self.turn(position_in(index, begins, x.device), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, turn, cache, index)  # pyright: ignore[reportCallIssue]
+            x, cache = layer.extend(x, turn, cache, index, begins)  # pyright: ignore[reportCallIssue]
             written.append(cache)
         return x, tuple(written)
 
@@ -131,11 +144,13 @@ class Transformer(nn.Module):
         caches: Caches,
         index: Int[Tensor, " B"],
         unrest: Float[Tensor, "B 1"] | None = None,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
-        turn, made = self.turn(index[:, None], x.dtype), []
+        inside = index if begins is None else index - begins
+        turn, made = self.turn(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, turn, cache, index, unrest)  # pyright: ignore[reportCallIssue]
+            x, new = layer.extend_rows(x, turn, cache, index, unrest, begins)  # pyright: ignore[reportCallIssue]
             made.append(new)
         return x, tuple(made)
 
@@ -146,3 +161,19 @@ class Transformer(nn.Module):
     def empty_caches(self, batch: int, length: int, dtype: torch.dtype) -> Caches:
         """One cache a layer for `length` positions."""
         return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)  # pyright: ignore
+
+
+def positions_in(
+    length: int, begins: Int[Tensor, "B T"] | None, device: torch.device
+) -> Int[Tensor, "#B T"]:
+    """0 to T − 1, counted from the first position of each position's segment."""
+    positions = torch.arange(length, device=device)[None, :]
+    return positions if begins is None else positions - begins
+
+
+def position_in(
+    index: int, begins: Int[Tensor, " B"] | None, device: torch.device
+) -> Int[Tensor, "#B 1"]:
+    """The same for the position `index` alone."""
+    here = torch.full((1, 1), index, device=device)
+    return here if begins is None else here - begins[:, None]

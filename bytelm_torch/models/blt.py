@@ -14,16 +14,19 @@ from torch import Tensor, nn
 from bytelm_torch import patching
 from bytelm_torch.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
-from bytelm_torch.layers.embedding import sinusoidal_positions
+from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_sum
-from bytelm_torch.layers.transformer import Caches, Transformer
+from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import (
     EntropyModel,
     begin_with,
+    begins_of,
+    empty_begins,
     entropy,
     shift_right,
+    write_begins,
     write_prefix,
 )
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
@@ -39,8 +42,10 @@ class BLTCache(NamedTuple):
 
     ids: Int[Tensor, "B L"]
     """s behind as many −1 as the longest look back needs."""
+    begins: Int[Tensor, "B M"]
+    """The first position of each position's segment, M = L; M = 0 where all is one text."""
     patches: Int[Tensor, "B L+1"]
-    """The patch of each position, known before its byte is."""
+    """The patch of each position, known before its byte is, unless that begins a segment."""
     histograms: Int[Tensor, "B M"]
     """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
     patcher: Caches
@@ -106,18 +111,19 @@ class BLT(nn.Module):
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        shifted = shift_right(ids, c.vocab.bos_id)
+        begins = begins_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, begins)
         if starts is None:
-            starts = patching.patch_starts(c, shifted, self.entropies(shifted))
-        counted = patching.present(shifted, c.vocab)
-        plan = patching.plan_patches(starts, counted, c.budget(length))
+            starts = patching.patch_starts(c, shifted, self.entropies(shifted, begins), begins)
+        counted = patching.present(shifted, c.vocab, begins)
+        plan = patching.plan_patches(starts, counted, c.budget(length), begins)
 
-        states, _ = self.encoder.transformer(self._embed(shifted), remat)
+        states, _ = self.encoder.transformer(self._embed(shifted, begins), remat, begins=begins)
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        histograms = self._histograms(shifted, counted)
+        histograms = self._histograms(shifted, counted, begins)
         unrest = self._unrest(histograms, shifted, plan, patches.dtype)
-        patches, _ = self.global_transformer(self._widen(patches), remat, unrest)
-        x, _, _ = self.decoder(states, patches, plan.read_of, remat)
+        patches, _ = self.global_transformer(self._widen(patches), remat, unrest, plan.begins)
+        x, _, _ = self.decoder(states, patches, plan.read_of, remat, begins)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
             "patch_length": plan.lengths.sum(dim=1) / used.float(),
@@ -129,7 +135,9 @@ class BLT(nn.Module):
             metrics["histogram_entropy"] = bits / counted.sum(dim=1)
         return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
 
-    def entropies(self, shifted: Int[Tensor, "B T"]) -> Float[Tensor, "B T"] | None:
+    def entropies(
+        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
         No gradient reaches that model. None under the other patchers.
@@ -137,7 +145,7 @@ class BLT(nn.Module):
         if self.config.patcher != "entropy":
             return None
         with torch.no_grad():
-            return entropy(self.patcher.predict(shifted))
+            return entropy(self.patcher.predict(shifted, begins))
 
     def train(self, mode: bool = True) -> "BLT":
         """As in torch, but the frozen entropy model stays in evaluation."""
@@ -169,9 +177,10 @@ class BLT(nn.Module):
         memory = (empty(batch, patches, c.patch_queries, *read) for _ in range(c.decoder_layers))
         return BLTCache(
             ids=integers(batch, self._look_back() - 1 + length).fill_(patching.NO_BYTE),
+            begins=empty_begins(batch, length, c, weight.device),
             patches=integers(batch, length + 1),
             histograms=integers(batch, length if c.reads_histograms else 0),
-            patcher=self.patcher.init_cache(batch, length) if c.patcher == "entropy" else (),
+            patcher=self.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
             encoder=local.empty_caches(batch, length, weight.dtype),
             states=weight.new_zeros((batch, length, c.local_dim)),
             pooled=empty(batch, length, *head),
@@ -189,25 +198,30 @@ class BLT(nn.Module):
         c, length = self.config, ids.shape[1]
         if length == 0:
             return cache
-        shifted, entropies = shift_right(ids, c.vocab.bos_id), None
+        begins, entropies = begins_of(ids, c), None
+        shifted = shift_right(ids, c.vocab.bos_id, begins)
         if c.patcher == "entropy":
-            logits, written = self.patcher.predict_cached(shifted)
+            logits, written = self.patcher.predict_cached(shifted, begins)
             entropies = entropy(logits)
             write_prefix(cache.patcher, written)
-        starts = patching.patch_starts(c, shifted, entropies)
+        starts = patching.patch_starts(c, shifted, entropies, begins)
         room = cache.memory[0].keys.shape[1]
-        counted = patching.present(shifted, c.vocab)
-        plan = patching.plan_patches(starts, counted, min(room, length))
+        counted = patching.present(shifted, c.vocab, begins)
+        plan = patching.plan_patches(starts, counted, min(room, length), begins)
 
-        states, encoder = self.encoder.transformer(self._embed(shifted))
+        embedded = self._embed(shifted, begins)
+        states, encoder = self.encoder.transformer(embedded, begins=begins)
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        histograms = self._histograms(shifted, counted)
+        histograms = self._histograms(shifted, counted, begins)
         unrest = self._unrest(histograms, shifted, plan, patches.dtype)
-        patches, global_layers = self.global_transformer(self._widen(patches), unrest=unrest)
-        _, memory, decoder = self.decoder(states, patches, plan.read_of)
+        patches, global_layers = self.global_transformer(
+            self._widen(patches), unrest=unrest, begins=plan.begins
+        )
+        _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
         first = self._look_back() - 1
         cache.ids[:, first : first + length] = shifted
-        cache.patches[:, 1 : length + 1] = plan.read_of + 1
+        write_begins(cache.begins, begins)
+        cache.patches[:, : length + 1] = plan.numbers
         cache.histograms[:, : histograms.shape[1]] = histograms
         cache.states[:, :length] = states
         write_prefix((cache.pooled,), (pooled,))
@@ -224,32 +238,29 @@ class BLT(nn.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        byte = begin_with(previous, index, self.config.vocab.bos_id)
-        recent = self._remember(cache, byte, index)
-        ends, number = self._mark(cache, byte, recent, index)
+        byte, begin = begin_with(previous, index, cache.begins, self.config)
+        recent = self._remember(cache, byte, index, begin)
+        ends, number, first = self._mark(cache, byte, recent, index, begin)
 
-        x, _ = self.encoder.transformer.extend(
-            self._embed_recent(byte, recent, index), cache.encoder, index
-        )
+        x = self._embed_recent(byte, recent, index, begin)
+        x, _ = self.encoder.transformer.extend(x, cache.encoder, index, begin)
         new = self.encoder.cross_attention.keys_values(x)
         cache.states[:, index] = x[:, 0]
         cache.pooled.keys[:, index], cache.pooled.values[:, index] = (part[:, 0] for part in new)
-        self._finish_patches(cache, ends, number, index)
-
-        rows = torch.arange(byte.shape[0], device=byte.device)
-        newest = torch.where(ends, number, number - 1)
-        memory = tuple(
-            KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory
-        )
-        x, _ = self.decoder.extend(x, memory, cache.decoder, index)
+        self._finish_patches(cache, ends, number, first, index)
+        memory = self._newest(cache, torch.where(ends, number, number - 1), first)
+        x, _ = self.decoder.extend(x, memory, cache.decoder, index, begin)
         chosen = choose(self.to_logits(x)[:, 0], 0)
         return cache, chosen[:, None]
 
-    def _remember(self, cache: BLTCache, byte: Tensor, index: int) -> Tensor:
-        """Writes s_index; gives the ids that end there."""
+    def _remember(self, cache: BLTCache, byte: Tensor, index: int, begin: Tensor | None) -> Tensor:
+        """Writes s_index; gives the ids of its segment that end there."""
         c, span = self.config, self._look_back()
         cache.ids[:, index + span - 1] = byte[:, 0]
         recent = cache.ids[:, index : index + span]
+        if begin is not None:
+            positions = torch.arange(index + 1 - span, index + 1, device=byte.device)
+            recent = recent.where(positions >= begin[:, None], patching.NO_BYTE)
         if c.reads_histograms:
             values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
             found = patching.histogram_entropy(values)
@@ -257,26 +268,38 @@ class BLT(nn.Module):
         return recent
 
     def _mark(
-        self, cache: BLTCache, byte: Tensor, recent: Tensor, index: int
-    ) -> tuple[Tensor, Tensor]:
-        """Writes the patch of the byte to come; whether a patch ends here, and its number."""
+        self, cache: BLTCache, byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Writes the patch of the byte to come; whether a patch ends here, and its number.
+
+        And, where texts start anew, the number of the segment's first patch.
+        """
         c, room = self.config, cache.memory[0].keys.shape[1]
         entropies = summed = None
         if c.patcher == "entropy":
-            logits, _ = self.patcher.extend(byte, cache.patcher, index)
+            logits, _ = self.patcher.extend(byte, cache.patcher, index, begin)
             entropies = entropy(logits)
         number = cache.patches[:, index]
+        position, first = torch.full_like(number, index), None
+        if begin is not None:
+            # A segment begins with a patch, whatever the patcher said before it.
+            anew = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=room)
+            number = torch.where((begin == index) & (index > 0), anew, number)
+            cache.patches[:, index] = number
+            first = cache.patches.gather(1, begin[:, None])[:, 0]
+            position = position - begin
         if c.patcher == "histogram":
             mask = self._in_patch(cache, number, index)
             summed = cache.histograms.where(mask, 0).sum(dim=1)
         values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
-        position = torch.full_like(number, index)
-        starts = patching.boundary_after(c, values, position, entropies, summed) | (index == 0)
+        starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
         ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
         cache.patches[:, index + 1] = number + ends
-        return ends, number
+        return ends, number, first
 
-    def _finish_patches(self, cache: BLTCache, ends: Tensor, number: Tensor, index: int) -> None:
+    def _finish_patches(
+        self, cache: BLTCache, ends: Tensor, number: Tensor, first: Tensor | None, index: int
+    ) -> None:
         """Runs the patches that end here through the global transformer, if any does."""
         if not ends.any():
             return
@@ -284,7 +307,7 @@ class BLT(nn.Module):
         patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
         unrest = self._unrest_of(cache, mask, patch.dtype)
         patch, layers = self.global_transformer.extend_rows(
-            patch, cache.global_layers, number, unrest
+            patch, cache.global_layers, number, unrest, first
         )
         vectors = self.decoder.split(patch)[:, 0]
         memory = [cross.keys_values(vectors) for cross in self.decoder.cross_attentions]  # pyright: ignore
@@ -296,16 +319,28 @@ class BLT(nn.Module):
                 old[rows, slot] = new[rows]
         cache.global_calls.add_(1)
 
+    def _newest(self, cache: BLTCache, newest: Tensor, first: Tensor | None) -> Caches:
+        """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
+        rows = torch.arange(newest.shape[0], device=newest.device)
+        found = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
+        if first is None:
+            return tuple(found)
+        # A segment that began past the budget has no patch of its own.
+        past = (first >= cache.memory[0].keys.shape[1])[:, None, None, None]
+        return tuple(KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in found)
+
     def _in_patch(self, cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"]:
         """The positions up to `index` that belong to the patch `number` of each row."""
         positions = torch.arange(cache.states.shape[1], device=number.device)[None, :]
         return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
 
-    def _histograms(self, shifted: Tensor, counted: Tensor) -> Int[Tensor, "B M"]:
+    def _histograms(
+        self, shifted: Tensor, counted: Tensor, begins: Tensor | None
+    ) -> Int[Tensor, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
         if not self.config.reads_histograms:
             return torch.zeros_like(shifted[:, :0])
-        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1])
+        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return patching.histogram_entropy(recent).where(counted, 0)
 
     def _unrest(
@@ -338,16 +373,17 @@ class BLT(nn.Module):
         windows = patching.WINDOWS if self.config.reads_histograms else ()
         return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
 
-    def _embed(self, shifted: Tensor) -> Tensor:
+    def _embed(self, shifted: Tensor, begins: Tensor | None) -> Tensor:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
+        positions = positions_in(shifted.shape[1], begins, x.device)
         if not c.ngram_tables:
-            return self._place(x, 0)
+            return self._place(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
-        grams = torch.stack([patching.shifted(shifted, n, 0) for n in back], dim=-1)
-        inside = patching.present(shifted, c.vocab)[..., None]
+        grams = torch.stack([patching.shifted(shifted, n, 0, begins) for n in back], dim=-1)
+        inside = patching.present(shifted, c.vocab, begins)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), 0)
+        return self._place(self._combine(x, rows), positions)
 
     def _combine(self, x: Tensor, rows: Tensor) -> Tensor:
         """Byte embeddings and those of the n-grams."""
@@ -355,21 +391,24 @@ class BLT(nn.Module):
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
 
-    def _place(self, x: Tensor, start: int) -> Tensor:
+    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
         """Embeddings with their positions, where those are not rotations."""
         if self.config.positions == "rotary":
             return x
-        return x + sinusoidal_positions(start, x.shape[1], x.shape[2], x.dtype, x.device)
+        return x + sinusoids(positions, x.shape[2], x.dtype)
 
-    def _embed_recent(self, byte: Tensor, recent: Tensor, index: int) -> Tensor:
+    def _embed_recent(
+        self, byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
+    ) -> Tensor:
         """The same for one position, given the ids that end there, −1 before the first."""
         x, c = self.encoder.embed(byte), self.config
+        position = position_in(index, begin, x.device)
         if not c.ngram_tables:
-            return self._place(x, index)
+            return self._place(x, position)
         grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]
         inside = (byte != c.vocab.pad_id)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), index)
+        return self._place(self._combine(x, rows), position)
 
     def _widen(self, patches: Tensor) -> Tensor:
         """Pooled patches → the global width."""

@@ -17,7 +17,7 @@ from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.ngram import NgramEmbedding
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.segments import segment_max
-from bytelm_torch.layers.transformer import Caches, Transformer
+from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
 
 
 def bias_free(inputs: int, outputs: int) -> nn.Linear:
@@ -87,30 +87,35 @@ class Decoder(nn.Module):
         patches: Float[Tensor, "B N W"],
         read_of: Int[Tensor, "B T"],
         remat: bool = False,
+        begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
         """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        positions = torch.arange(x.shape[1], device=x.device)[None, :]
-        turn = self.transformer.turn(positions, x.dtype)
+        turn = self.transformer.turn(positions_in(x.shape[1], begins, x.device), x.dtype)
         memory, read, written = self.split(patches), [], []
         for cross, layer in self._layers():
             if remat:
                 x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
-                x, cache = checkpoint(layer, x, turn, use_reentrant=False)  # pyright: ignore
+                x, cache = checkpoint(layer, x, turn, None, begins, use_reentrant=False)  # pyright: ignore
             else:
                 x, vectors = cross.read(x, memory, read_of)
-                x, cache = layer(x, turn)
+                x, cache = layer(x, turn, None, begins)
             read.append(vectors)
             written.append(cache)
         return self.norm(x), tuple(read), tuple(written)
 
     def extend(
-        self, x: Float[Tensor, "B 1 D"], memory: Caches, caches: Caches, index: int
+        self,
+        x: Float[Tensor, "B 1 D"],
+        memory: Caches,
+        caches: Caches,
+        index: int,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        turn = self.transformer.turn(torch.full((1, 1), index, device=x.device), x.dtype)
+        turn = self.transformer.turn(position_in(index, begins, x.device), x.dtype)
         written = []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index)
+            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index, begins)
             written.append(cache)
         return self.norm(x), tuple(written)
 

@@ -4,17 +4,28 @@ Pagnoni et al. 2024 (arXiv 2412.09871), section 2.3. It is trained like every ot
 frozen inside the Byte Latent Transformer. Axes: B batch, T bytes, D width, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm_torch.config import EntropyConfig
+from bytelm_torch.config import BLTConfig, EntropyConfig
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
+from bytelm_torch.layers.resets import ends_segment, segment_begins
 from bytelm_torch.layers.transformer import Caches, Transformer
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+
+
+class EntropyCache(NamedTuple):
+    """What cached decoding keeps, by position, so that a round may be run again."""
+
+    layers: Caches
+    begins: Int[Tensor, "B M"]
+    """The first position of each position's segment, M = L; M = 0 where all is one text."""
 
 
 class EntropyModel(nn.Module):
@@ -41,18 +52,30 @@ class EntropyModel(nn.Module):
     def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
         """As `forward`; the one metric is `entropy`, the mean over the row in nats."""
         check_ids(ids, self.config.vocab.size)
-        logits = self.predict(shift_right(ids, self.config.vocab.bos_id), remat)
+        begins = begins_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
+        logits = self.predict(shifted, begins, remat)
         metrics = {"entropy": entropy(logits.detach()).sum(dim=1) / max(1, ids.shape[1])}
         return ModelOutput(logits, logits.new_zeros(ids.shape[0]), metrics)
 
-    def predict(self, shifted: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
-        """Logits of the byte behind each position of s = [BOS, ids[:, :-1]]."""
-        x, _ = self.transformer(self.embed(shifted), remat)
+    def predict(
+        self,
+        shifted: Int[Tensor, "B T"],
+        begins: Int[Tensor, "B T"] | None = None,
+        remat: bool = False,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the byte behind each position of s (`shift_right`).
+
+        `begins` as `begins_of` gives it.
+        """
+        x, _ = self.transformer(self.embed(shifted), remat, begins=begins)
         return self.to_logits(self.norm(x))
 
-    def predict_cached(self, shifted: Int[Tensor, "B T"]) -> tuple[Float[Tensor, "B T V"], Caches]:
+    def predict_cached(
+        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+    ) -> tuple[Float[Tensor, "B T V"], Caches]:
         """The same and every layer's keys and values."""
-        x, caches = self.transformer(self.embed(shifted))
+        x, caches = self.transformer(self.embed(shifted), begins=begins)
         return self.to_logits(self.norm(x)), caches
 
     # Cached decoding: one round is one byte.
@@ -62,32 +85,45 @@ class EntropyModel(nn.Module):
         """Bytes that one call of `decode_round` appends."""
         return 1
 
-    def init_cache(self, batch: int, length: int) -> Caches:
+    def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
-        return self.transformer.empty_caches(batch, length, self.to_logits.weight.dtype)
+        weight = self.to_logits.weight
+        layers = self.transformer.empty_caches(batch, length, weight.dtype)
+        return EntropyCache(layers, empty_begins(batch, length, self.config, weight.device))
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: Caches) -> Caches:
+    def prefill(self, ids: Int[Tensor, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        _, written = self.predict_cached(shift_right(ids, self.config.vocab.bos_id))
-        return write_prefix(cache, written)
+        begins = begins_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
+        _, written = self.predict_cached(shifted, begins)
+        write_begins(cache.begins, begins)
+        write_prefix(cache.layers, written)
+        return cache
 
     def decode_round(
-        self, cache: Caches, previous: Int[Tensor, "B 1"], index: int, choose: Choose
-    ) -> tuple[Caches, Int[Tensor, "B 1"]]:
+        self, cache: EntropyCache, previous: Int[Tensor, "B 1"], index: int, choose: Choose
+    ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
-        shifted = begin_with(previous, index, self.config.vocab.bos_id)
-        logits, cache = self.extend(shifted, cache, index)
+        byte, begin = begin_with(previous, index, cache.begins, self.config)
+        logits, _ = self.extend(byte, cache.layers, index, begin)
         return cache, choose(logits, 0)[:, None]
 
     def extend(
-        self, shifted: Int[Tensor, "B 1"], cache: Caches, index: int
+        self,
+        shifted: Int[Tensor, "B 1"],
+        caches: Caches,
+        index: int,
+        begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B V"], Caches]:
-        """Logits of the byte behind position `index` of s, with the past taken from `cache`."""
-        x, cache = self.transformer.extend(self.embed(shifted), cache, index)
-        return self.to_logits(self.norm(x))[:, 0], cache
+        """Logits of the byte behind position `index` of s, with the past taken from `caches`.
+
+        `begins` is where each row's segment begins.
+        """
+        x, caches = self.transformer.extend(self.embed(shifted), caches, index, begins)
+        return self.to_logits(self.norm(x))[:, 0], caches
 
 
 def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
@@ -96,14 +132,57 @@ def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
     return -(logs.exp() * logs).sum(dim=-1)
 
 
-def shift_right(ids: Int[Tensor, "B T"], bos_id: int) -> Int[Tensor, "B T"]:
-    """s = [BOS, ids[:, :-1]]; empty stays empty."""
-    return F.pad(ids, (1, 0), value=bos_id)[:, : ids.shape[1]]
+def shift_right(
+    ids: Int[Tensor, "B T"], bos_id: int, begins: Int[Tensor, "B T"] | None = None
+) -> Int[Tensor, "B T"]:
+    """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
+    shifted = F.pad(ids, (1, 0), value=bos_id)[:, : ids.shape[1]]
+    if begins is None:
+        return shifted
+    return shifted.where(begins != torch.arange(ids.shape[1], device=ids.device), bos_id)
 
 
-def begin_with(previous: Int[Tensor, "B 1"], index: int, bos_id: int) -> Int[Tensor, "B 1"]:
-    """s_index: the byte before, BOS in the first round."""
-    return torch.full_like(previous, bos_id) if index == 0 else previous
+def begins_of(
+    ids: Int[Tensor, "B T"], config: BLTConfig | EntropyConfig
+) -> Int[Tensor, "B T"] | None:
+    """Where the segment of each position begins; None for a model to which all is one text."""
+    if config.reset_on == "none":
+        return None
+    return segment_begins(ids, config.vocab, config.reset_on)
+
+
+def empty_begins(
+    batch: int, length: int, config: BLTConfig | EntropyConfig, device: torch.device
+) -> Int[Tensor, "B M"]:
+    """Room for `begins_of` in a cache."""
+    size = 0 if config.reset_on == "none" else length
+    return torch.zeros((batch, size), dtype=torch.int64, device=device)
+
+
+def write_begins(room: Int[Tensor, "B M"], begins: Int[Tensor, "B T"] | None) -> Int[Tensor, "B M"]:
+    """`room` with its first positions overwritten, in place."""
+    if begins is not None:
+        room[:, : begins.shape[1]] = begins
+    return room
+
+
+def begin_with(
+    previous: Int[Tensor, "B 1"],
+    index: int,
+    begins: Int[Tensor, "B M"],
+    config: BLTConfig | EntropyConfig,
+) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"] | None]:
+    """s_index and where each row's segment begins, None if all is one text; writes `begins`.
+
+    s_index is the byte before, BOS in the first round and where a segment begins.
+    """
+    bos = torch.full_like(previous, config.vocab.bos_id)
+    if config.reset_on == "none":
+        return bos if index == 0 else previous, None
+    anew = ends_segment(previous[:, 0], config.vocab, config.reset_on) | (index == 0)
+    begin = begins[:, max(index - 1, 0)].masked_fill(anew, index)
+    begins[:, index] = begin
+    return bos.where(anew[:, None], previous), begin
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:

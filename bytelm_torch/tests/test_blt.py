@@ -1,6 +1,7 @@
 """Cached decoding of the Byte Latent Transformer: the same logits, one global call a patch."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from bytelm_torch import patching
 from bytelm_torch.config import BLTConfig, EntropyConfig
 from bytelm_torch.models import build_model
-from bytelm_torch.models.entropy import shift_right
+from bytelm_torch.models.entropy import begins_of, shift_right
 from parity_tests.tolerances import LOGITS
 
 LENGTH = 60
@@ -37,6 +38,22 @@ CONFIGS = {
     "space": dataclasses.replace(CONFIG, patcher="space", global_dim=32, ngram_sizes=()),
     "fixed": dataclasses.replace(CONFIG, patcher="fixed", patch_size=5, local_window=0),
 }
+_LINES: dict[str, Any] = {
+    "reset_on": "newline",
+    "entropy": dataclasses.replace(CONFIG.entropy, reset_on="newline"),
+}
+CONFIGS |= {
+    "entropy, lines": dataclasses.replace(CONFIG, **_LINES),
+    "entropy, lines, small budget": dataclasses.replace(CONFIG, patch_budget=0.05, **_LINES),
+    "bytropix, lines": dataclasses.replace(
+        CONFIG,
+        patcher="histogram",
+        threshold=7.0,
+        entropy_attention=True,
+        positions="sinusoidal",
+        **_LINES,
+    ),
+}
 
 
 def text_ids() -> torch.Tensor:
@@ -50,7 +67,9 @@ def model_of(name: str):
     torch.manual_seed(0)
     model = build_model(CONFIGS[name]).eval()
     if name.startswith("entropy"):
-        entropies = model.entropies(shift_right(text_ids(), CONFIG.vocab.bos_id))
+        begins = begins_of(text_ids(), model.config)
+        shifted = shift_right(text_ids(), CONFIG.vocab.bos_id, begins)
+        entropies = model.entropies(shifted, begins)
         ranked = entropies.flatten().sort().values
         # Between two neighbours, so that rounding moves no boundary.
         middle = float(ranked[len(ranked) // 2 : len(ranked) // 2 + 2].mean())
@@ -58,15 +77,19 @@ def model_of(name: str):
     return model
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "rows"), [(name, rows) for name in CONFIGS for rows in (1, 3)[" lines" in name :]]
+)
 @torch.no_grad()
 def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
     model, ids = model_of(name), text_ids()[:rows]
     config, expected = model.config, model(ids)
-    shifted = shift_right(ids, config.vocab.bos_id)
-    starts = patching.patch_starts(config, shifted, model.entropies(shifted))
-    numbers = (starts.cumsum(dim=1) - 1).clamp(max=config.budget(LENGTH))
+    begins = begins_of(ids, config)
+    shifted = shift_right(ids, config.vocab.bos_id, begins)
+    starts = patching.patch_starts(config, shifted, model.entropies(shifted, begins), begins)
+    counted, room = patching.present(shifted, config.vocab, begins), config.budget(LENGTH)
+    plan = patching.plan_patches(starts, counted, room, begins)
+    numbers = plan.numbers
     for first, filled in ((0, 0), (17, 40), (40, 40)):
         # What a prefill wrote from `first` on is junk that the rounds must write once more.
         given = torch.where(torch.arange(LENGTH) < first, ids, ids.flip(1))[:, :filled]
@@ -84,8 +107,8 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
         error = (torch.stack(found, dim=1) - expected[:, first:]).norm()
         assert error <= LOGITS["float32"] * expected[:, first:].norm()
         assert torch.equal(cache.patches, numbers)
-        ends = (numbers[:, first:].diff(dim=1) > 0).any(dim=0)
-        assert cache.global_calls == ends.sum()
+        ends = (plan.read_of == numbers[:, :-1]) & (numbers[:, :-1] < room)
+        assert cache.global_calls == ends[:, first:].any(dim=0).sum()
     assert len(set(np.bincount(numbers[0]).tolist())) > 1
 
 
