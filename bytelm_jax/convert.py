@@ -261,6 +261,11 @@ def load_export(path: str | Path) -> tuple[ModelConfig, Params]:
         return config, _assemble(tensors, config)
 
 
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration of an export alone; raises `ValueError` as `load_export` does."""
+    return _read_config(Path(path) / CONFIG_FILE)
+
+
 def _read_config(file: Path) -> ModelConfig:
     with _about(file, "give a folder that `bytelm export` wrote"):
         fields = json.loads(file.read_text("utf-8"))
