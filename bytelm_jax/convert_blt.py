@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -313,16 +314,22 @@ def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
     """
     folder = Path(path)
     with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
-        fields = json.loads((folder / convert.CONFIG_FILE).read_text("utf-8"))
+        fields = convert._read_json(folder / convert.CONFIG_FILE)
         require(isinstance(fields, dict), "must hold a JSON object")
         config = blt_config_from_hf(fields)
     tensors: dict[str, convert._Tensor] = {}
-    for shard in _shards(folder):
-        tensors |= _listed(shard)
+    shards = {file: _listed(file) for file in _shards(folder)}
+    for held in shards.values():
+        tensors |= held
+    convert._check_size(tensors, config)
     leaves, names = abstract_params(config), hf_blt_names(config)
     shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
     convert._check(tensors, shapes)
-    return config, {name: _placed(name, tensors[names[name]]) for name in leaves}
+    params = {name: _placed(name, tensors[names[name]]) for name in leaves}
+    for file, held in shards.items():
+        with convert._about(file, ""):
+            held.verify(convert._sum_of_json(fields))
+    return config, params
 
 
 def _placed(name: str, tensor: convert._Tensor) -> Array:
@@ -346,11 +353,12 @@ def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
         for name, value in params.items()
     }
     dtype = params["to_logits.kernel"].dtype.name
-    text = json.dumps(blt_config_to_hf(config, dtype), indent=2) + "\n"
+    fields = blt_config_to_hf(config, dtype)
 
     def write(sink: BinaryIO) -> None:
-        convert._write_tensors(sink, renamed)
+        convert._write_tensors(sink, renamed, convert._sum_of_json(fields))
 
+    text = json.dumps(fields, indent=2) + "\n"
     convert._replace_export(Path(out), write, text.encode())
 
 
@@ -360,33 +368,37 @@ def _shards(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / convert.MODEL_FILE]
     with convert._about(index, "download the folder again"):
-        files = json.loads(index.read_text("utf-8")).get("weight_map")
+        fields = convert._read_json(index)
+        files = fields.get("weight_map") if isinstance(fields, dict) else None
         require(isinstance(files, dict) and len(files) > 0, "weight_map: must name the tensors")
         names = sorted({str(name) for name in files.values()})
-        plain = all(Path(name).name == name for name in names)
-        require(plain, "weight_map: must name files of this folder")
+        here = folder.resolve()
+        plain = all(
+            Path(name).name == name and "\0" not in name and (here / name).resolve().parent == here
+            for name in names
+        )
+        require(plain, "weight_map: must name files of this folder, no links out of it")
         return [folder / name for name in names]
 
 
-def _listed(file: Path) -> dict[str, convert._Tensor]:
+def _listed(file: Path) -> convert._Tensors:
     """The tensors of a safetensors file; each is read by itself, through no memory map.
 
     A map's pages count as memory of this process until the file is closed, so that a table that
     fills its shard would be there twice.
     """
     with convert._open_safetensors(file) as tensors:  # checks the header
-        known = dict(tensors)
+        known, metadata = dict(tensors), tensors.metadata
     with open(file, "rb") as source:
         size = int.from_bytes(source.read(8), "little")
         header = json.loads(source.read(size))
 
-    def reader(name: str, tensor: convert._Tensor) -> convert._Tensor:
+    def read(name: str, tensor: convert._Tensor) -> np.ndarray:
         begin, end = header[name]["data_offsets"]
+        data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
+        return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
 
-        def read() -> np.ndarray:
-            data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
-            return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
-
-        return tensor._replace(read=read)
-
-    return {name: reader(name, tensor) for name, tensor in known.items()}
+    listed = convert._Tensors(metadata)
+    for name, tensor in known.items():
+        listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
+    return listed

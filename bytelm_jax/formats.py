@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig, require
-from .convert import CONFIG_FILE, FOREIGN_FILES, LIBRARY, import_megabyte, load_export
+from .convert import CONFIG_FILE, LIBRARY, load_export
 from .convert_blt import INDEX_FILE, import_hf_blt
+from .convert_megabyte import FOREIGN_FILES, import_megabyte
 from .models import Params
 
 
@@ -45,5 +46,7 @@ def _fields(folder: Path) -> dict[str, Any]:
 
 def stored_extra(path: str | Path) -> dict[str, Any]:
     """What an export says beside its configuration; empty for anything else."""
-    extra = _fields(Path(path)).get("extra")
+    fields = _fields(Path(path))
+    described = fields.get("bytelm", fields)  # where transformers wrote the file
+    extra = described.get("extra") if isinstance(described, dict) else None
     return extra if isinstance(extra, dict) else {}

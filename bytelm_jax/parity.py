@@ -145,12 +145,10 @@ def compare(
     def twin() -> Any:
         return bytelm_torch.from_pretrained(path) if exported else make_twin(config, load())
 
-    return compare_recordings(
-        config,
-        dtype,
-        record_torch(config, twin(), ids, dtype, Shelf()),
-        partial(record_jax, config, load, ids, dtype),
-    )
+    with Shelf() as shelf:
+        theirs = record_torch(config, twin(), ids, dtype, shelf)
+        ours = partial(record_jax, config, load, ids, dtype)
+        return compare_recordings(config, dtype, theirs, ours)
 
 
 def _default_length(config: ModelConfig) -> int:
@@ -218,10 +216,11 @@ def record_torch(
     ids: np.ndarray,
     dtype: str,
     values: MutableMapping[str, np.ndarray] | None = None,
+    decode: bool = True,
 ) -> Recording:
     """Forward, backward, cached decoding and generation of the torch twin, into `values`.
 
-    An encoder, `causal=False`, does not generate.
+    `decode=False` leaves out the last two, which an encoder, `causal=False`, cannot do anyway.
     """
     import torch
 
@@ -233,7 +232,8 @@ def record_torch(
     twin = twin.to(getattr(torch, dtype)).eval()
 
     def keep(key: str, value: Any) -> None:
-        found.values[key] = np.array(value.detach() if isinstance(value, torch.Tensor) else value)
+        plain = value.detach().numpy() if isinstance(value, torch.Tensor) else value
+        found.values[key] = np.array(plain)  # a copy: torch writes its caches in place
 
     def touch(key: str, value: Any) -> Any:
         keep(key, value)
@@ -266,7 +266,7 @@ def record_torch(
     finally:
         for hook in hooks:
             hook.remove()
-    if not getattr(config, "causal", True):
+    if not (decode and getattr(config, "causal", True)):
         return found
     with torch.no_grad():
         _decode_torch(found, twin, ids, keep)
@@ -316,10 +316,7 @@ def record_jax(
     moving: Mapping[str, tuple[int, ...]],
     decode: bool = True,
 ) -> Recording:
-    """The same of the JAX twin, with the gradients at the places that `moving` names.
-
-    `decode=False` leaves out decoding and generation, of which nothing is compared then.
-    """
+    """The same of the JAX twin, with the gradients at the places that `moving` names."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         params = {name: value.astype(dtype) for name, value in load().items()}
         bind, _ = define_model(config)
@@ -348,7 +345,8 @@ def record_jax(
             (_, seen), (gradients, at) = both(params, nudges)
             return seen, gradients, at
 
-        seen, gradients, at = jax.device_get(differentiate(params))
+        seen, gradients, at = differentiate(params)
+        seen, at = jax.device_get((seen, at))
         found.values |= seen
         found.values |= {
             f"gradient at {key}": value
@@ -424,9 +422,9 @@ def compare_recordings(
     for name in ("logits", "loss"):
         report.compare(name, ours.values[name], theirs.values[name], forward)
     _compare_gradients(report, ours, theirs, backward)
-    if theirs.texts is None:
+    if not getattr(config, "causal", True):
         report.add("generation: causal=False, an encoder does not generate", "left out", True)
-    elif ours.texts is not None:
+    elif theirs.texts is not None and ours.texts is not None:
         _compare_decoding(report, ours, theirs, forward)
         count, same = sum(map(len, theirs.texts)), ours.texts == theirs.texts
         report.add(f"greedy generation, {count} bytes", "same" if same else "differ", same)
@@ -447,8 +445,8 @@ def _compare_places(report: Report, ours: Recording, theirs: Recording, bound: f
                 report.add(key, "only torch", False, place.suspect)
             continue
         a, b = ours.values[key], theirs.values[key]
-        if place.entering and a.shape != b.shape:  # axes of length 1, which are nobody's fault
-            continue
+        if place.entering:  # an axis of length 1 is nobody's fault
+            a, b = a.squeeze(), b.squeeze()
         count += 1
         if not place.entering or not difference(a, b, bound)[1]:
             report.compare(key, a, b, bound, place.suspect)
@@ -464,7 +462,7 @@ def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
         for place in reversed(_shared(ours, theirs, theirs.places)):
             key = f"gradient at {place.key}"
-            if key in ours.values:
+            if key in ours.values and place.key in theirs.moving:
                 mine = ours.values[key]
                 yield key, place.backward_suspect, mine, _or_zero(theirs.values, key, mine)
 

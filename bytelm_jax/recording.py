@@ -104,11 +104,20 @@ class Recorder:
 
 
 class Shelf(MutableMapping[str, np.ndarray]):
-    """Arrays by name in files of a temporary folder; memory holds the one that is looked at."""
+    """Arrays by name in files of a temporary folder; memory holds the one that is looked at.
+
+    To be used in a `with`, whose end removes the folder.
+    """
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bytelm-parity-")
         self._files: dict[str, Path] = {}
+
+    def __enter__(self) -> "Shelf":
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._folder.cleanup()
 
     def __setitem__(self, key: str, value: np.ndarray) -> None:
         file = self._files.setdefault(key, Path(self._folder.name) / f"{len(self._files)}.npy")
