@@ -316,7 +316,7 @@ def _require_plain(file: Path) -> None:
 
 
 class _Tensors(dict[str, _Tensor]):
-    """The tensors of a file, by name; each that is read adds to the sums, where the file has one."""
+    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
 
     def __init__(self, metadata: Mapping[str, str]):
         super().__init__()

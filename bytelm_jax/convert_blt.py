@@ -57,6 +57,13 @@ _TOP = {
 _THETA = {"patcher_config": 10_000.0}  # and 500,000 elsewhere
 _GROUPS = (3, 4, 5, 6, 7, 8)
 
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "cross_attn_k", "hidden_size_global")
+_SIZES += ("num_hidden_layers", "patch_size", "encoder_hash_byte_group_vocab")
+_SIZES += ("encoder_hash_byte_group_nb_functions",)
+_SIZES_OR_NONE = ("intermediate_size", "num_key_value_heads", "sliding_window", "max_patch_length")
+_SIZES_OR_NONE += ("local_attention_window_len", "head_dim")
+_NUMBERS = ("rms_norm_eps", "dropout", "patching_threshold", "rope_theta")
+
 
 # ---- names ----------------------------------------------------------------------------------
 
@@ -116,6 +123,7 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
     The patch budget is that of transformers, none. Raises `ValueError` for what cannot be the same
     here, naming the field.
     """
+    _check_kinds(fields, "")
     top = _TOP | dict(fields)
     require(
         top.get("model_type", "blt") == "blt",
@@ -168,6 +176,26 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
         global_hidden_dim=_hidden(wide),
         rope_theta=_theta(encoder, "encoder_config"),
     )
+
+
+def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
+    """Raises `ValueError` for the first field that is read here and not of its kind."""
+    for name, value in fields.items():
+        inside, kind, good = name.endswith("_config") or name.startswith("rope_p"), "", True
+        if name in _SIZES or (name in _SIZES_OR_NONE and value is not None):
+            least = 0 if "window" in name else 1
+            kind = f"a whole number from {least} on"
+            good = type(value) is int and value >= least
+        elif name in _NUMBERS:
+            kind, good = "a number", type(value) in (int, float)
+        elif name == "encoder_hash_byte_group_size" and value is not None:
+            whole = isinstance(value, list) and all(type(size) is int for size in value)
+            kind, good = "a list of whole numbers", whole
+        elif (inside or name == "rope_scaling") and value is not None:
+            kind, good = "an object", isinstance(value, dict)
+        require(good, f"{where}{name}={value!r:.100}: must be {kind}")
+        if isinstance(value, dict):
+            _check_kinds(value, f"{where}{name}.")
 
 
 def _refuse_differences(top: dict[str, Any], parts: dict[str, Any], by_entropy: bool) -> None:

@@ -20,8 +20,10 @@ from . import convert
 from .config import ByteVocab, MegabyteConfig, require
 from .models import Params
 
-FOREIGN_FILES = (convert.MODEL_FILE, "pytorch_model.bin")  # what transformers' save_pretrained writes
-
+FOREIGN_FILES = (
+    convert.MODEL_FILE,
+    "pytorch_model.bin",
+)  # what transformers' save_pretrained writes
 
 
 def import_megabyte(
@@ -45,7 +47,9 @@ def import_megabyte(
         prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
         config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
-        return config, convert._assemble(tensors, config, lambda name: prefix + _original_name(name))
+        return config, convert._assemble(
+            tensors, config, lambda name: prefix + _original_name(name)
+        )
 
 
 def megabyte_config(

@@ -1,11 +1,10 @@
 """What a path holds, and the function that reads it: our exports and other people's weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig, require
-from .convert import CONFIG_FILE, LIBRARY, load_export
+from .convert import CONFIG_FILE, LIBRARY, _read_json, load_export
 from .convert_blt import INDEX_FILE, import_hf_blt
 from .convert_megabyte import FOREIGN_FILES, import_megabyte
 from .models import Params
@@ -38,8 +37,8 @@ def _recognise(path: Path) -> str:
 
 def _fields(folder: Path) -> dict[str, Any]:
     try:
-        fields = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        fields = _read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError, OverflowError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

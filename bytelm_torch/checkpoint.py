@@ -6,8 +6,8 @@
                         to say, `extra`, an object that loading ignores
 
 Both ways are strict: a tensor that is missing, unexpected, of another shape or not floating point
-raises `ValueError`, and so does one that the SHA-256 sums in the file's metadata contradict. Nothing
-here ever unpickles. `bytelm_jax/convert.py` is the other side.
+raises `ValueError`, and so does what the SHA-256 sums in the metadata of the weights contradict.
+Nothing here ever unpickles. `bytelm_jax/convert.py` is the other side.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def _require_plain(file: Path) -> None:
 
 
 class _Tensors(dict[str, _Tensor]):
-    """The tensors of a file, by name; each that is read adds to the sums, where the file has one."""
+    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
 
     def __init__(self, metadata: Mapping[str, str]):
         super().__init__()

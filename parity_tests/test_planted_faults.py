@@ -1,7 +1,4 @@
-"""`bytelm parity` names the faulty layer for every fault of scripts/planted_faults.py."""
-
-import importlib.util
-from pathlib import Path
+"""`bytelm parity` names the faulty layer for every fault of parity_tests/faults.py."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,34 +8,29 @@ from bytelm_jax import cli, convert
 from bytelm_jax.config import LFByteConfig
 from bytelm_jax.models import abstract_params
 from bytelm_jax.recording import Shelf
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "planted_faults.py"
-spec = importlib.util.spec_from_file_location("planted_faults", SCRIPT)
-assert spec and spec.loader
-planted = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(planted)
+from parity_tests import faults
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    return planted.Bench(tmp_path_factory.mktemp("models"))
+    return faults.Bench(tmp_path_factory.mktemp("models"))
 
 
-@pytest.mark.parametrize("name", planted.MODELS)
+@pytest.mark.parametrize("name", faults.MODELS)
 def test_without_a_fault_the_twins_are_equal(name, bench):
     assert bench.run(name, None) == (0, "equal: every tensor within tolerance")
 
 
-@pytest.mark.parametrize("fault", planted.FAULTS, ids=lambda fault: fault[0])
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault[0])
 def test_the_faulty_layer_is_named(fault, bench):
     _, name, expected, plant = fault
     code, line = bench.run(name, plant)
-    assert (code, planted.named(line)) == (1, expected)
+    assert (code, faults.named(line)) == (1, expected)
 
 
 def test_the_faults_are_of_many_kinds():
-    assert len({what for what, *_ in planted.FAULTS}) == len(planted.FAULTS) >= 20
-    assert len({layer for _, _, layer, _ in planted.FAULTS}) >= 20
+    assert len({what for what, *_ in faults.FAULTS}) == len(faults.FAULTS) >= 20
+    assert len({layer for _, _, layer, _ in faults.FAULTS}) >= 20
 
 
 def test_an_encoder_is_compared_but_does_not_generate(tmp_path, capsys):

@@ -24,9 +24,7 @@ def ends_segment(
             return torch.zeros_like(ids, dtype=torch.bool)
 
 
-def segment_begins(
-    ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str
-) -> Int[Tensor, "B T"]:
+def segment_begins(ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str) -> Int[Tensor, "B T"]:
     """The position at which the segment of each position begins; the id that ends it belongs to it.
 
     `ids` are the ids to be predicted, unshifted; a position's own id does not decide about it.
