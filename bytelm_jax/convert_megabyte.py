@@ -7,6 +7,7 @@ a file of `torch.save` says is ever run.
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -165,8 +166,10 @@ def _load_plain(file: Path) -> Any:
             with zipfile.ZipFile(file) as archive:
                 stored = {each.compress_type for each in archive.infolist()} <= {zipfile.ZIP_STORED}
             require(stored, "the archive is compressed, and torch.save never does that")
-        # Mapped, so that the optimizer's moments beside the weights are never read.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other versions of the format: it reads them or not
+            # Mapped, so that the optimizer's moments beside the weights are never read.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
     except Exception as error:  # damaged and hostile files make torch raise nearly anything

@@ -85,13 +85,14 @@ def outcome(load: Callable[[Path], Any], folder: Path, original: Any) -> str:
     return "equal" if found == original else "DIFFERENT"
 
 
-def fuzz(trials: int, seed: int, root: Path) -> tuple[Counter[tuple[str, str]], list[str]]:
+def fuzz(
+    trials: int, seed: int, root: Path, folders: dict[str, Path]
+) -> tuple[Counter[tuple[str, str]], list[str]]:
     """Counts by (file, outcome), and a line for each failure."""
     counts, failures = Counter[tuple[str, str]](), list[str]()
     cached = functools.cache(abstract_params)  # what a loader traces for shapes, once a config
     convert.abstract_params = convert_blt.abstract_params = cached
     signal.signal(signal.SIGALRM, late)
-    folders = make_folders(root / "whole")
     loaders = {name: [load_jax, load_torch] for name in folders}
     for name in ("hf-blt", "shards"):
         loaders[name] = [load_jax]
@@ -128,7 +129,8 @@ def main(trials: int, seed: int = 0) -> int:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + 2**33, resource.RLIM_INFINITY))
     with tempfile.TemporaryDirectory() as folder:
-        counts, failures = fuzz(trials, seed, Path(folder))
+        folders = make_folders(Path(folder) / "whole")
+        counts, failures = fuzz(trials, seed, Path(folder), folders)
     print(*failures, sep="\n")
     for (what, found), count in sorted(counts.items()):
         print(f"{what:40} {found:8} {count:6}")
