@@ -1,61 +1,113 @@
 """Training speed of recipes, side by side in one run: one JSON line a row.
 
-    python scripts/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 transformer_132m:8
+    python scripts/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 blt_767m:8:2048:4
 
-A row is RECIPE:BATCH; windows are as long as the recipe's, bytes are random, the compute dtype is
-bfloat16 on an accelerator. Times are medians of single steps, each waited for, after warm-up. MFU
-counts the model's own operations (3 × forward, what is frozen once, causal attention half) against
-the chip's data sheet. Needs neither grain nor tyro.
+A row is RECIPE:BATCH[:LENGTH[:PATCH]]; bytes are random, windows as long as the recipe's if LENGTH
+is left out, and PATCH gives a Byte Latent Transformer patches of so many bytes in the place of its
+patcher. The compute dtype is bfloat16 on an accelerator. Every row has a process of its own. The
+time of a step is the median over repeats of ten steps in a row, each repeat waited for at its end,
+after warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal
+attention half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step.
 """
 
 import argparse
 import json
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import flax
 import jax
 import numpy as np
 
 from bytelm_jax import parallel, recipes
-from bytelm_jax.config import training_flops_per_byte
+from bytelm_jax.config import BLTConfig, Recipe, training_flops_per_byte
 from bytelm_jax.metrics import peak_flops
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
 
+STEPS = 10
 
-def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]:
-    """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
+
+def read_row(row: str) -> tuple[Recipe, int, int]:
+    """The recipe, batch and length that a row names."""
+    name, *numbers = row.split(":")
+    batch, length, patch = (*map(int, numbers), *(0,) * (3 - len(numbers)))
     recipe = recipes.get(name)
+    if patch and isinstance(recipe.model, BLTConfig):
+        model = replace(
+            recipe.model, patcher="fixed", patch_size=patch, whole_characters=False,
+            bytes_per_patch=float(patch),
+        )  # fmt: skip
+        recipe = replace(recipe, model=model)
+    return recipe, batch or 32, length or recipe.data.sequence_length
+
+
+def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) -> dict[str, float]:
+    """Milliseconds a step of what takes longest, by place in the program, and of all together."""
+    places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    total = Counter[str]()
+    for plane in data.planes:
+        for line in plane.lines if plane.name.startswith("/device:") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                stats = dict(event.stats)
+                name = str(stats.get("hlo_op", event.name))
+                place = re.sub(r"[.]\d+|layers/\d+/", "", places.get(name, name))
+                total[f"{re.sub(r'[._]?[0-9]+', '', name)} {place}"] += event.duration_ns / 1e6
+    kernels = {name: round(ms / steps, 3) for name, ms in total.most_common(count)}
+    return {"all kernels": round(sum(total.values()) / steps, 3)} | kernels
+
+
+def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]:
+    """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
+    recipe, batch, length = read_row(row)
     run = replace(recipe.train, batch_size=batch, remat=remat, eval_every=0)
     mesh = parallel.make_mesh(1)
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
     optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
-    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
-    length, offset = recipe.data.sequence_length, recipe.model.vocab.offset
-    source = np.random.default_rng(0)
+    jitted = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
     batches = [
         parallel.put_batch(mesh, source.integers(offset, offset + 256, (batch, length), np.int32))
         for _ in range(4)
     ]
-    start = time.perf_counter()
-    compiled = step.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    seconds, times = time.perf_counter() - start, []
-    for i in range(steps + 3):
+    report: dict[str, Any] = {}
+
+    def some_steps() -> float:
+        nonlocal state, report
         start = time.perf_counter()
-        state, report = compiled(state, batches[i % len(batches)])
-        jax.block_until_ready(report)
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[3:])
+        for i in range(STEPS):
+            state, report = step(state, batches[i % len(batches)])
+        jax.block_until_ready((state, report))
+        return (time.perf_counter() - start) / STEPS
+
+    start = time.perf_counter()
+    step = jitted.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    seconds = time.perf_counter() - start
+    some_steps()
+    times = [some_steps() for _ in range(repeats)]
+    median = statistics.median(times)
     rate, peak = batch * length / median, peak_flops()
     memory = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "row": f"{name}:{batch}",
+    found = {
+        "row": row,
         "ms": round(1e3 * median, 2),
-        "spread_ms": round(1e3 * (max(times[3:]) - min(times[3:])), 2),
+        "spread_ms": round(1e3 * (max(times) - min(times)), 2),
         "megabytes_per_second": round(rate / 1e6, 4),
         "mfu": peak and round(training_flops_per_byte(recipe.model, length) * rate / peak, 4),
         "peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
@@ -67,18 +119,29 @@ def measure(name: str, batch: int, steps: int, remat: bool) -> dict[str, object]
         "flax": flax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
+    return found | (
+        {"kernels": longest_kernels(some_steps, STEPS, profile, step.as_text())} if profile else {}
+    )
 
 
 def main() -> None:
     """Prints a line a row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="RECIPE:BATCH")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a row")
+    parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="ROW")
+    parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--profile", type=int, default=0, metavar="N")
     options = parser.parse_args()
+    if len(options.rows) == 1:
+        row = measure(options.rows[0], options.repeats, options.remat, options.profile)
+        print(json.dumps(row), flush=True)
+        return
+    # A process a row: its peak memory is its own, and one that runs out stops no other.
+    rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
     for row in options.rows:
-        name, _, batch = row.partition(":")
-        print(json.dumps(measure(name, int(batch or 32), options.steps, options.remat)), flush=True)
+        call = [sys.executable, __file__, "--rows", row, *rest, *["--remat"] * options.remat]
+        if subprocess.run(call).returncode:
+            print(json.dumps({"row": row, "failed": True}), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -92,12 +93,12 @@ class AdaptiveLinear(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.rank = rank
-        normal, zeros = nnx.initializers.normal(init_std), nnx.initializers.zeros
-        self.base = nnx.Linear(inputs, outputs, kernel_init=normal, rngs=rngs)
+        noise, zeros = normal(init_std), nnx.initializers.zeros
+        self.base = nnx.Linear(inputs, outputs, kernel_init=noise, rngs=rngs)
         if rank:
             ones = nnx.initializers.ones
-            self.adapt = nnx.Linear(adapt_dim, rank, kernel_init=normal, bias_init=ones, rngs=rngs)
-            self.down = nnx.Linear(inputs, rank, use_bias=False, kernel_init=normal, rngs=rngs)
+            self.adapt = nnx.Linear(adapt_dim, rank, kernel_init=noise, bias_init=ones, rngs=rngs)
+            self.down = nnx.Linear(inputs, rank, use_bias=False, kernel_init=noise, rngs=rngs)
             self.up = nnx.Linear(rank, outputs, use_bias=False, kernel_init=zeros, rngs=rngs)
         else:
             self.adapt = nnx.Linear(adapt_dim, outputs * inputs, kernel_init=zeros, rngs=rngs)

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
 
@@ -61,7 +62,7 @@ class MultiQueryAttention(nnx.Module):
 
     def __init__(self, dim: int, heads: int, init_std: float, alibi: bool, *, rngs: nnx.Rngs):
         self.heads, self.head_dim, self.alibi = heads, dim // heads, alibi
-        init = nnx.initializers.normal(init_std)
+        init = normal(init_std)
         inner = self.heads * self.head_dim
 
         def linear(inputs: int, outputs: int) -> nnx.Linear:

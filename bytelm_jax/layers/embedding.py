@@ -9,6 +9,8 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.layers.initializers import normal
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table: Array, ids: Array, rows: int) -> Array:
@@ -51,7 +53,7 @@ class ByteEmbedding(nnx.Module):
     """
 
     def __init__(self, size: int, dim: int, init_std: float | Initializer, *, rngs: nnx.Rngs):
-        init = init_std if callable(init_std) else nnx.initializers.normal(init_std)
+        init = init_std if callable(init_std) else normal(init_std)
         self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
@@ -63,9 +65,7 @@ class PositionEmbedding(nnx.Module):
     """A learned table [T_MAX, D] whose first rows are read in order: a slice, not a gather."""
 
     def __init__(self, length: int, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(
-            nnx.initializers.normal(init_std)(rngs.params(), (length, dim), jnp.float32)
-        )
+        self.embedding = nnx.Param(normal(init_std)(rngs.params(), (length, dim), jnp.float32))
 
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
+from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
 
@@ -62,11 +63,11 @@ class AdaptiveExperts(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.rank = rank
-        normal, zeros = nnx.initializers.normal(init_std), nnx.initializers.zeros
-        self.base = ExpertLinear(experts, dim, dim, normal, 0.0, rngs=rngs)
+        noise, zeros = normal(init_std), nnx.initializers.zeros
+        self.base = ExpertLinear(experts, dim, dim, noise, 0.0, rngs=rngs)
         if rank:
-            self.adapt = ExpertLinear(experts, adapt_dim, rank, normal, 1.0, rngs=rngs)
-            self.down = ExpertLinear(experts, dim, rank, normal, None, rngs=rngs)
+            self.adapt = ExpertLinear(experts, adapt_dim, rank, noise, 1.0, rngs=rngs)
+            self.down = ExpertLinear(experts, dim, rank, noise, None, rngs=rngs)
             self.up = ExpertLinear(experts, rank, dim, zeros, None, rngs=rngs)
         else:
             self.adapt = ExpertLinear(experts, adapt_dim, dim * dim, zeros, 0.0, rngs=rngs)
@@ -171,8 +172,7 @@ class MixtureOfExperts(nnx.Module):
     ):
         self.top_k = top_k
         self.norm = LayerNorm(dim) if norm else None
-        normal = nnx.initializers.normal(init_std)
-        self.gate = nnx.Linear(adapt_dim, experts, kernel_init=normal, rngs=rngs)
+        self.gate = nnx.Linear(adapt_dim, experts, kernel_init=normal(init_std), rngs=rngs)
         self.experts = AdaptiveExperts(experts, dim, adapt_dim, rank, init_std, rngs=rngs)
 
     def __call__(

@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.layers.initializers import fan_in_normal
+from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 
 
@@ -12,7 +12,7 @@ class FeedForward(nnx.Module):
     """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linears with bias."""
 
     def __init__(self, dim: int, init_std: float, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(init_std)
+        init = normal(init_std)
         self.norm = LayerNorm(dim)
         self.up = nnx.Linear(dim, 4 * dim, kernel_init=init, rngs=rngs)
         self.down = nnx.Linear(4 * dim, dim, kernel_init=init, rngs=rngs)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.layers.initializers import normal
+
 
 def long_convolution(
     x: Float[Array, "B T D"], taps: Float[Array, "K D"], chunk: int
@@ -92,9 +94,8 @@ class LongConvolution(nnx.Module):
 
     def __init__(self, dim: int, kernel_length: int, chunk: int, *, rngs: nnx.Rngs):
         self.chunk = chunk
-        noise = jax.random.normal(rngs.params(), (kernel_length, dim), jnp.float32)
-        taps = noise * decays(kernel_length, dim)
-        self.taps = nnx.Param(taps / jnp.linalg.norm(taps, axis=0, keepdims=True))
+        init = normal(1.0, finish=_decaying)
+        self.taps = nnx.Param(init(rngs.params(), (kernel_length, dim), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return long_convolution(x, self.taps[...], self.chunk)
@@ -132,3 +133,9 @@ def decays(kernel_length: int, dim: int) -> Float[Array, "K D"]:
     """exp(−j / τ_d), τ from 1 to K in equal ratios over the channels: filters of every length."""
     scale = kernel_length ** (jnp.arange(dim, dtype=jnp.float32) / max(dim - 1, 1))
     return jnp.exp(-jnp.arange(kernel_length, dtype=jnp.float32)[:, None] / scale[None])
+
+
+def _decaying(noise: Array) -> Array:
+    """Filters [K, D] of norm 1 that die away."""
+    taps = noise * decays(*noise.shape)
+    return taps / jnp.linalg.norm(taps, axis=0, keepdims=True)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from bytelm_jax.config_blt import SPLINE_BASES
 from bytelm_jax.layers.embedding import vary_like
-from bytelm_jax.layers.initializers import fan_in_normal
+from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import RMSNorm
 
 EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
@@ -104,7 +104,7 @@ class Spline(nnx.Module):
     """A learned activation a channel; starts as SiLU with a small random spline."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.1 / INTERVALS)
+        init = normal(0.1 / INTERVALS)
         self.gain = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.coefficients = nnx.Param(init(rngs.params(), (channels, SPLINE_BASES), jnp.float32))
 

@@ -1,7 +1,7 @@
 """`build_model(config)` and the split of a model into a pure function and its parameters."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from bytelm_jax.config import (
     MegabyteConfig,
     ModelConfig,
 )
+from bytelm_jax.layers.initializers import deferring, draw_all
 from bytelm_jax.models.blt import BLT
 from bytelm_jax.models.entropy import EntropyModel
 from bytelm_jax.models.lfbyte import LFByteTransformer
@@ -50,20 +51,17 @@ def split_model(model: nnx.Module) -> tuple[Callable[[Params], Any], Params]:
     `params` is a flat dictionary, a plain pytree for `jax.jit`, `jax.grad`, optax and Orbax.
     """
     graphdef, state = nnx.split(model, nnx.Param)
-    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    return _binder(graphdef), flat
+    return _binder(graphdef), _flat(state)
 
 
 class _Keys(nnx.Rngs):
-    """The keys of `nnx.Rngs(seed).params()`, bit for bit, from a counter outside the trace.
+    """Gives what it was made of in the place of keys: numbers for draws that are made later.
 
     Under a trace, `nnx.Rngs` walks what was traced so far for every key that it gives: a minute for
-    the 1B model's shapes, of which two seconds are left.
+    the 1B model's shapes.
     """
 
-    def __init__(self, seed: int):
-        root = jax.random.key(seed)
-        keys = (jax.random.fold_in(root, n) for n in itertools.count())
+    def __init__(self, keys: Iterator[Any]):
         object.__setattr__(self, "params", lambda: next(keys))
 
 
@@ -71,10 +69,13 @@ def define_model(
     config: ModelConfig,
 ) -> tuple[Callable[[Params], Any], Callable[[int], Params]]:
     """`(bind, init)` without allocating anything: `init(seed)` makes the parameters, jit or not."""
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config, _Keys(0))), nnx.Param)
+    same = itertools.repeat(jax.random.key(0))
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config, _Keys(same))), nnx.Param)
 
     def init(seed: int) -> Params:
-        return split_model(build_model(config, _Keys(seed)))[1]
+        with deferring():
+            model = build_model(config, _Keys(itertools.count()))
+        return draw_all(_flat(nnx.state(model, nnx.Param)), seed)
 
     return _binder(graphdef), init
 
@@ -92,6 +93,10 @@ def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
 def is_norm(name: str) -> bool:
     """Whether the parameter called `name` belongs to a normalisation layer."""
     return name.split(".")[-2].endswith("norm")
+
+
+def _flat(state: nnx.State) -> dict[str, Any]:
+    return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
 def _binder(graphdef: nnx.GraphDef) -> Callable[[Params], Any]:

@@ -26,6 +26,7 @@ from bytelm_jax.layers.adaptive import (
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
+from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
 
@@ -49,7 +50,7 @@ class LFByteLayer(nnx.Module):
     def __init__(self, config: LFByteConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         dim, residual = c.embed_dim, c.block == "residual"
-        init = nnx.initializers.normal(c.init_std)
+        init = normal(c.init_std)
         rank = c.rank if c.adaptation == "low_rank" else 0
         taps = c.kernel_length if c.token_mixing == "long_conv" else 0
         rest = (c.adapt_dim, rank, residual, c.init_std)
@@ -115,7 +116,7 @@ class LFByteTransformer(nnx.Module):
         self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0, rngs=rngs)
         self.layers = nnx.List([LFByteLayer(c, rngs=rngs) for _ in range(c.num_layers)])
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
-        init = nnx.initializers.normal(c.init_std)
+        init = normal(c.init_std)
         self.to_logits = nnx.Linear(c.embed_dim, c.logit_width, kernel_init=init, rngs=rngs)
 
     def __call__(

@@ -22,6 +22,7 @@ from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
+from bytelm_jax.layers.initializers import normal
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
 
 
@@ -115,7 +116,7 @@ class Megabyte(nnx.Module):
 
     def __init__(self, config: MegabyteConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        init, alibi = nnx.initializers.normal(c.init_std), c.variant == "in_action"
+        init, alibi = normal(c.init_std), c.variant == "in_action"
 
         def embedding(dim: int) -> ByteEmbedding:
             return ByteEmbedding(c.vocab.size, dim, c.init_std, rngs=rngs)
