@@ -8,6 +8,7 @@ transformers has and this library has not, or the other way round, is refused by
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -398,11 +399,15 @@ def _shards(folder: Path) -> list[Path]:
     with convert._about(index, "download the folder again"):
         fields = convert._read_json(index)
         files = fields.get("weight_map") if isinstance(fields, dict) else None
-        require(isinstance(files, dict) and len(files) > 0, "weight_map: must name the tensors")
+        if not (isinstance(files, dict) and files):
+            raise ValueError("weight_map: must name the tensors")
         names = sorted({str(name) for name in files.values()})
-        here = folder.resolve()
+        here = os.path.realpath(folder)
         plain = all(
-            Path(name).name == name and "\0" not in name and (here / name).resolve().parent == here
+            Path(name).name == name
+            and len(name) < 256
+            and "\0" not in name
+            and os.path.dirname(os.path.realpath(folder / name)) == here
             for name in names
         )
         require(plain, "weight_map: must name files of this folder, no links out of it")

@@ -347,13 +347,14 @@ def record_jax(
 
         seen, gradients, at = differentiate(params)
         seen, at = jax.device_get((seen, at))
-        found.values |= seen
-        found.values |= {
-            f"gradient at {key}": value
+        found.values.update(seen)
+        found.values.update(
+            (f"gradient at {key}", value)
             for key, value in at.items()
             if key in seen and seen[key].shape == value.shape
-        }
-        found.values |= {f"gradient of {k}": v for k, v in convert.to_torch(gradients).items()}
+        )
+        made = convert.to_torch(gradients).items()
+        found.values.update((f"gradient of {name}", value) for name, value in made)
         if decode and getattr(config, "causal", True):
             _decode_jax(found, bind, params, ids, config)
             prompts, room = _prompts(ids, config)

@@ -97,7 +97,7 @@ def from_pretrained(
             for name, tensor in tensors.items()
         }
         tensors.verify(config_sum)
-    model.patching = contract
+    model.patching = contract  # pyright: ignore[reportArgumentType]
     model.load_state_dict(state, strict=True, assign=True)
     name_parameters(model)
     return model.eval()

@@ -263,9 +263,8 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         native = config.to_native()
         require(getattr(native, "causal", True), "causal=False: generation needs a causal model")
         self.model = build_model(native)
-        self.model.patching = checkpoint.patching_of(
-            checkpoint.parse_description(config.bytelm or {})[1]
-        )
+        extra = (config.bytelm or {}).get("extra", {})
+        self.model.patching = checkpoint.patching_of(extra)  # pyright: ignore[reportArgumentType]
         self.post_init()
         vocab = native.vocab
         known = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
