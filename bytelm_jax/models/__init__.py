@@ -95,7 +95,7 @@ def is_norm(name: str) -> bool:
     return name.split(".")[-2].endswith("norm")
 
 
-def _flat(state: nnx.State) -> dict[str, Any]:
+def _flat(state: Any) -> dict[str, Any]:
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
 
 
