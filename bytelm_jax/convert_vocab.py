@@ -36,8 +36,9 @@ def remap_vocab(
             f"vocab: a model with ngram_sizes={config.ngram_sizes} hashes ids, which other ids "
             "would send to other rows; keep its vocabulary",
         )
-        config = replace(config, entropy=replace(config.entropy, vocab=vocab))
-    made = replace(config, vocab=vocab)
+        made = replace(config, vocab=vocab, entropy=replace(config.entropy, vocab=vocab))
+    else:
+        made = replace(config, vocab=vocab)
     source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
     added = vocab.size > config.vocab.size
     biased = "to_logits.bias" in params
