@@ -12,7 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from bytelm_jax import checkpoint as checkpoints
-from bytelm_jax import convert, convert_blt, formats, parallel, parity, patch_contract, recipes
+from bytelm_jax import (
+    convert,
+    convert_blt,
+    convert_vocab,
+    formats,
+    parallel,
+    parity,
+    patch_contract,
+    recipes,
+)
 from bytelm_jax import data as corpora
 from bytelm_jax.arguments import ALIASES, UsageError, expand_names, parse_recipe, take_option
 from bytelm_jax.config import (
@@ -219,6 +228,11 @@ def export_command(
     out: Path,
     checkpoint: str = "latest",
     format: Literal["bytelm", "hf-blt"] = "bytelm",
+    vocab_size: int = -1,
+    vocab_offset: int = -1,
+    pad_id: int = -1,
+    bos_id: int = -1,
+    eos_id: int = -1,
 ) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
 
@@ -231,8 +245,18 @@ def export_command(
         out: the folder to write.
         checkpoint: latest, best or a step.
         format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        vocab_size: ids of the export; -1, here and below, keeps what the model has.
+        vocab_offset: the id of byte 0; the model is the same, its rows move with their ids.
+        pad_id: the id of padding.
+        bos_id: the id of the beginning of a sequence.
+        eos_id: the id of the end of a sequence.
     """
     recipe, params, step = checkpoints.load_run(run, checkpoint)
+    asked = {"size": vocab_size, "offset": vocab_offset}
+    asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+    vocab = replace(recipe.model.vocab, **{k: v for k, v in asked.items() if v != -1})
+    model, params = convert_vocab.remap_vocab(recipe.model, params, vocab)
+    recipe = replace(recipe, model=model)
     if format == "hf-blt":
         if not isinstance(recipe.model, BLTConfig):
             raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
