@@ -39,7 +39,8 @@ def theirs(batch: int, length: int, patch: int, repeats: int) -> dict[str, Any]:
             "num_hidden_layers": 4,
         },
     )  # fmt: skip
-    model = BltForCausalLM(config).cuda().train()
+    model: Any = BltForCausalLM(config)
+    model = model.cuda().train()
     model.model.patcher.requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
