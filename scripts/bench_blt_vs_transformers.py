@@ -26,6 +26,7 @@ def theirs(batch: int, length: int, patch: int, repeats: int) -> dict[str, Any]:
     from transformers import BltConfig, BltForCausalLM
 
     local = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048}
+    local["hidden_size_global"] = 1536
     config = BltConfig(
         encoder_hash_byte_group_vocab=50_002,
         encoder_config=local | {"num_hidden_layers": 1},
