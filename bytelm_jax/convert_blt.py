@@ -179,9 +179,10 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
     )
 
 
-def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
+def _check_kinds(fields: Mapping[Any, Any], where: str) -> None:
     """Raises `ValueError` for the first field that is read here and not of its kind."""
-    for name, value in fields.items():
+    for key, value in fields.items():
+        name = str(key)
         inside, kind, good = name.endswith("_config") or name.startswith("rope_p"), "", True
         if name in _SIZES or (name in _SIZES_OR_NONE and value is not None):
             least = 0 if "window" in name else 1
