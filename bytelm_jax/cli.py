@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
     "generate": "stream text from a trained model",
+    "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
     "import": "make a run folder of other weights",
     "parity": "compare the JAX and torch twins",

@@ -10,9 +10,19 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
 from bytelm_jax import checkpoint as checkpoints
-from bytelm_jax import convert, convert_blt, formats, parallel, parity, patch_contract, recipes
+from bytelm_jax import (
+    convert,
+    convert_blt,
+    formats,
+    inspection,
+    parallel,
+    parity,
+    patch_contract,
+    recipes,
+)
 from bytelm_jax import data as corpora
 from bytelm_jax.arguments import ALIASES, UsageError, expand_names, parse_recipe, take_option
 from bytelm_jax.config import (
@@ -211,6 +221,69 @@ def generate_command(
         print(decoder.push([byte + offset for byte in piece]), end="", flush=True)
     print(decoder.finish())
     return 0
+
+
+def inspect_command(
+    text: str,
+    /,
+    model: Path,
+    max_bytes: int = 1024,
+    table: bool = True,
+    json: bool = False,
+    checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """Shows patches, entropy and surprise (bits) of every byte; colours only on a terminal.
+
+    The entropy is that of the model's own distribution of the next byte. The background tells the
+    surprise: green for 0 bits, yellow for 4, red for 8 and more.
+
+    Example: bytelm inspect "def main():" --model runs/megabyte_tiny
+
+    Args:
+        text: a text, or a file if there is one of that name.
+        model: the run folder.
+        max_bytes: look at so many bytes at most; what is left out is told.
+        table: print the rows of numbers below the text.
+        json: print one JSON object instead: bytes, surprise, entropy, starts.
+        checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    if max_bytes < 1:
+        raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
+    given, name, size = _text_or_file(text, max_bytes)
+    if not given:
+        raise ValueError(f"{name}: is empty; give at least one byte")
+    recipe, params, _ = checkpoints.load_run(model, checkpoint)
+    recipe = _with_resets(recipe, reset_on)
+    kept = given[: inspection.longest_text(recipe.model)]
+    found = inspection.make_inspector(recipe, params)(kept)
+    if len(kept) < size:
+        why = "--max-bytes" if len(kept) == max_bytes else "the model's max_length"
+        note = f"bytelm inspect: {name}: the first {len(kept):,} of {size:,} bytes ({why})"
+        print(note, file=sys.stderr, flush=True)
+    if json:
+        print(dump_json(found.to_dict()))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(inspection.describe(recipe, found), markup=False)
+    console.print(inspection.paint_text(found))
+    if table:
+        console.print(inspection.paint_table(found), end="")
+    return 0
+
+
+def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
+    """The first `limit` bytes of a file or a text, what to call it, and its size in bytes."""
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        is_file = False
+    if is_file:
+        with open(text, "rb") as file:
+            return file.read(limit), text, Path(text).stat().st_size
+    data = text.encode("utf-8", "surrogateescape")
+    return data[:limit], "TEXT", len(data)
 
 
 def export_command(

@@ -39,6 +39,7 @@ from bytelm_torch.loss import bits_per_byte
 from bytelm_torch.metrics import MetricsLog, Throughput
 from bytelm_torch.models import build_model
 from bytelm_torch.optim import build_optimizer, learning_rate_schedule
+from bytelm_torch.tracking import check_trackers, open_trackers
 
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -173,6 +174,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     require_document_ends(recipe)
 
     # ---- setup ----
+    check_trackers(run.track)
     parallel.check_batch(group, run)
 
     # ---- data ----
@@ -199,7 +201,10 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
-    log = MetricsLog(run_dir / "metrics.jsonl", start) if first else None
+    log = None
+    if first:
+        trackers = open_trackers(recipe, run_dir, start)
+        log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
     rates = Throughput(recipe.model.flops_per_byte(length), group.size)
     display = Display(run.steps, first)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
