@@ -18,6 +18,7 @@ COMMANDS = {
     "import": "make a run folder of other weights",
     "parity": "compare the JAX and torch twins",
     "calibrate": "find the entropy threshold for a mean patch length",
+    "plot": "draw a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
 }
 

@@ -404,6 +404,25 @@ def calibrate_command(
     return 0
 
 
+def plot_command(run: Path, /, out: Path | None = None) -> int:
+    """Draws a run: OUT/plot.png, and OUT/plot.html with the picture inside.
+
+    Loss, bits per byte, learning rate, momentum, gradient norms; where the run has them, actions
+    and tables of the Q-learning agent, patch lengths, and the load of the experts.
+
+    Example: bytelm plot runs/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        out: the folder to write to; the run folder if not given.
+    """
+    from bytelm_jax.plot import write_plots
+
+    png, page = write_plots(run, run if out is None else out)
+    print(f"wrote {png} and {page}")
+    return 0
+
+
 def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
     """Packs files and folders into one memory-mapped byte file with document bounds.
 

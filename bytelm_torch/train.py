@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -91,6 +92,7 @@ class Display:
 
     def __init__(self, steps: int, shown: bool):
         self._steps, self._shown, self._last = steps, shown, float("-inf")
+        self._first: tuple[int, float] | None = None
 
     def say(self, message: str) -> None:
         """Prints one line."""
@@ -100,10 +102,17 @@ class Display:
     def show(self, step: int, record: dict[str, Any]) -> None:
         """Prints a finished step's rates, if some time has passed since the last."""
         now = time.monotonic()
+        since, begun = self._first = self._first or (step, now)
         if now - self._last > _LINE_SECONDS:
             self._last = now
             bits, rate = record["bits_per_byte"], record["bytes_per_second"] / 1e3
-            self.say(f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s")
+            said = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
+            if "mfu" in record:
+                said += f"  MFU {record['mfu']:.1%}"
+            if step > since:
+                left = (now - begun) / (step - since) * (self._steps - step)
+                said += f"  {timedelta(seconds=round(left))} left"
+            self.say(said)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bytelm_jax import cli, recipes, tracking
+from bytelm_jax import display as jax_display
 from bytelm_jax.metrics import MetricsLog, read_metrics
+from bytelm_torch import train as torch_train
 
 RECORDS = [
     {"step": 1, "loss": 2.5, "bits_per_byte": 3.6067376},
@@ -117,3 +119,23 @@ def test_both_packages_track_alike():
         for package in ("bytelm_jax", "bytelm_torch")
     ]
     assert texts[0] == texts[1] and len(texts[0]) > 1000
+
+
+@pytest.mark.parametrize("package", ["bytelm_jax", "bytelm_torch"])
+def test_plain_progress_lines_tell_rates_and_the_time_left(package, monkeypatch, capsys):
+    if package == "bytelm_jax":
+        display, times = jax_display.Display("tiny", 0, 100), jax_display.time
+    else:
+        display, times = torch_train.Display(100, True), torch_train.time
+    clock = iter([1000.0, 1020.0, 1021.0, 1060.0])
+    monkeypatch.setattr(times, "monotonic", lambda: next(clock))
+    record = {"bits_per_byte": 2.5, "bytes_per_second": 1_234_567.0}
+    display.show(10, record)
+    display.show(20, record | {"mfu": 0.123})
+    display.show(21, record)
+    display.show(40, record)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 10/100  2.500 bits/byte  1,234.6 kB/s",
+        "step 20/100  2.500 bits/byte  1,234.6 kB/s  MFU 12.3%  0:02:40 left",
+        "step 40/100  2.500 bits/byte  1,234.6 kB/s  0:02:00 left",
+    ]
