@@ -20,6 +20,7 @@ COMMANDS = {
     "calibrate": "find the entropy threshold for a mean patch length",
     "plot": "draw a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
+    "serve": "a page in the browser to try a model",
 }
 
 

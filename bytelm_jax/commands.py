@@ -1,8 +1,10 @@
 """The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
 
 import math
+import signal
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
@@ -437,6 +439,58 @@ def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
     made = corpora.prepare(paths, out)
     print(f"wrote {out}: {made.documents} documents, {made.bytes} bytes")
     return 0
+
+
+def serve_command(
+    run: Path,
+    /,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_prompt_bytes: int = 4096,
+    max_new_bytes: int = 1024,
+    time_limit: float = 60.0,
+    queue: int = 128,
+    checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """A page in the browser: text as it is generated, and what the model thinks of each byte.
+
+    Only this machine reaches it, unless --host says otherwise. One request runs at a time.
+
+    Example: bytelm serve runs/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        host: the address to listen on; 0.0.0.0 is every network that this machine is in.
+        port: the port to listen on.
+        max_prompt_bytes: the longest starting text.
+        max_new_bytes: the longest continuation.
+        time_limit: seconds after which a generation is stopped.
+        queue: how many requests may wait; more are refused.
+        checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    from bytelm_jax import app
+
+    limits = app.Limits(
+        prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue
+    )
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    page = app.build_page(app.Service(_with_resets(recipe, reset_on), params, limits))
+    address = app.launch(page, host, port)
+    if not app.is_loopback(host):
+        print(f"note: whoever reaches {host}:{port} can use this page; it has no password")
+    print(f"{run} (step {step}) at {address} until Ctrl-C", flush=True)
+    _wait_for_interrupt()
+    page.close(verbose=False)
+    return 0
+
+
+def _wait_for_interrupt() -> None:
+    """Returns at SIGINT or SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 def parity_command(

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +179,7 @@ def test_refusals(tmp_path, capsys, monkeypatch):
         assert cli.main(["plot", str(path)]) == 2
         said = capsys.readouterr().err
         assert says in said and said.count("\n") == 1
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["plot", str(make_run(tmp_path / "run", RECORDS))]) == 2
     assert "pip install 'bytelm[plot]'" in capsys.readouterr().err
     assert not (tmp_path / "run" / "plot.png").exists()

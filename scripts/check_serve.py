@@ -1,0 +1,140 @@
+"""Puts a load on `bytelm serve` with a tiny model and prints what it saw as one JSON object.
+
+`python scripts/check_serve.py [REQUESTS]`: 64 requests at once (none lost, each the answer to its
+own prompt, finished in the order they came), prompts of every awkward kind, then REQUESTS (500) one
+after another, between which the memory of the server is read. Traffic goes to 127.0.0.1 alone.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from gradio_client import Client
+
+from bytelm_jax import checkpoint
+from bytelm_jax.config import MegabyteConfig, Recipe
+from bytelm_jax.generate import SamplerConfig, generate
+from bytelm_jax.models import define_model
+
+AT_ONCE, LENGTH = 64, 24
+PATIENT = {"timeout": 120}  # 64 threads of one process share its cores with the server
+AWKWARD = {
+    "empty": "",
+    "emoji": "👩‍👩‍👧 🎉",
+    "right to left": "שלום עולם مرحبا",
+    "control characters": "\x00\x01\x1b[31m\x7f",
+    "lone bytes": "\udcff\udc80",
+    "HTML": "<script>alert(1)</script>",
+}
+REFUSED = {
+    "oversize": ("x" * 5000, 8, 1.0, 0, 1.0, "categorical", 0),
+    "too long": ("x", 5000, 1.0, 0, 1.0, "categorical", 0),
+    "temperature": ("x", 8, -1.0, 0, 1.0, "categorical", 0),
+}
+
+
+def make_run(folder: Path) -> None:
+    model = MegabyteConfig(
+        patch_size=4, global_dim=8, local_dim=16, max_length=8192, variant="in_action",
+        global_layers=1, local_layers=1, global_heads=2, local_heads=2,
+    )  # fmt: skip
+    params = jax.jit(define_model(model)[1], static_argnums=0)(0)
+    checkpoint.create_run(folder, Recipe(name="tiny", model=model), params)
+
+
+def start(folder: Path) -> tuple[subprocess.Popen, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "bytelm_jax.cli", "serve", str(folder), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout and "until Ctrl-C" in server.stdout.readline()
+    return server, f"http://127.0.0.1:{port}"
+
+
+def resident(server: subprocess.Popen) -> float:
+    """MiB of memory that the server holds."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def at_once(address: str, folder: Path) -> dict:
+    client = Client(address, verbose=False, max_workers=AT_ONCE, httpx_kwargs=PATIENT)
+    done: list[int] = []
+    jobs = []
+    prompts = [f"prompt number {i}: " for i in range(AT_ONCE)]
+    for i, prompt in enumerate(prompts):
+        settings = (prompt, LENGTH, 1.0, 0, 1.0, "categorical", i)
+        job = client.submit(*settings, api_name="/generate", result_callbacks=[])
+        job.add_done_callback(lambda _, i=i: done.append(i))
+        jobs.append(job)
+        time.sleep(0.05)  # so that they arrive in this order
+    waiting = AT_ONCE - len(done)
+    texts = [job.result(timeout=300)[0] for job in jobs]
+    recipe, params, _ = checkpoint.load_run(folder)
+    model = define_model(recipe.model)[0](params)
+    wanted = []
+    for i, prompt in enumerate(prompts):
+        (new,) = generate(model, [prompt.encode()], LENGTH, SamplerConfig(), seed=i)
+        wanted.append((prompt.encode() + new).decode("utf-8", "replace"))
+    time.sleep(0.5)
+    return {
+        "requests at once": AT_ONCE,
+        "still waiting when the last one came": waiting,
+        "answered": len(texts),
+        "right": sum(a == b for a, b in zip(texts, wanted, strict=True)),
+        "finished in order": done == sorted(done),
+    }
+
+
+def awkward(client: Client) -> dict:
+    found = {}
+    for name, prompt in AWKWARD.items():
+        text, cells, _ = client.predict(
+            prompt, LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate"
+        )
+        shown = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        spans = len(prompt.encode("utf-8", "surrogateescape")) + LENGTH
+        found[name] = text.startswith(shown) and cells.count("<span") <= spans
+    for name, request in REFUSED.items():
+        try:
+            client.predict(*request, api_name="/generate")
+            found[name] = False
+        except Exception as error:  # gradio_client raises AppError, a ValueError in older ones
+            found[name] = str(error)
+    return found
+
+
+def main(requests: int) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "run"
+        make_run(folder)
+        server, address = start(folder)
+        found: dict = {}
+        try:
+            found |= at_once(address, folder)
+            client = Client(address, verbose=False, httpx_kwargs=PATIENT)
+            found |= awkward(client)
+            memory, began = {}, time.perf_counter()
+            for i in range(requests + 1):
+                if i % max(1, requests // 5) == 0:
+                    memory[i] = resident(server)
+                settings = (f"{i}", LENGTH, 1.0, 0, 1.0, "categorical", i)
+                client.predict(*settings, api_name="/generate")
+            found["MiB after so many requests"] = memory
+            found["requests a second"] = round(requests / (time.perf_counter() - began), 1)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            found["exit code"] = server.wait(30)
+    print(json.dumps(found, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
