@@ -29,7 +29,7 @@ AWKWARD = {
     "emoji": "👩‍👩‍👧 🎉",
     "right to left": "שלום עולם مرحبا",
     "control characters": "\x00\x01\x1b[31m\x7f",
-    "lone bytes": "\udcff\udc80",
+    "no text": "\x89PNG\r\n\x1a\n\xff\ufffd",
     "HTML": "<script>alert(1)</script>",
 }
 REFUSED = {
@@ -100,9 +100,8 @@ def awkward(client: Client) -> dict:
         text, cells, _ = client.predict(
             prompt, LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate"
         )
-        shown = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        spans = len(prompt.encode("utf-8", "surrogateescape")) + LENGTH
-        found[name] = text.startswith(shown) and cells.count("<span") <= spans
+        size = len(prompt.encode())
+        found[name] = text.startswith(prompt) and size < cells.count("<span") <= size + LENGTH
     for name, request in REFUSED.items():
         try:
             client.predict(*request, api_name="/generate")
