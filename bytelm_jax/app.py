@@ -219,7 +219,8 @@ def build_page(service: Service) -> Any:
         try:
             yield from service.reply(*request)
         except ValueError as error:
-            raise gr.Error(str(error), title="Bad input", print_exception=False) from None
+            told = {"title": "Bad input", "duration": None, "print_exception": False}
+            raise gr.Error(str(error), **told) from None
 
     # Gradio streams what is a generator function itself; the type checks of the tests wrap `answer`.
     generate = lambda *request: (yield from answer(request))  # noqa: E731

@@ -210,6 +210,7 @@ def test_the_page_in_a_browser(page, tmp_path):
         users[0].screenshot(path=tmp_path / "page.png", full_page=True)
         generate_in(users[1], "x" * 50)
         users[1].get_by_text("starting text: 50 bytes; at most 40").wait_for(timeout=60_000)
+        users[1].wait_for_timeout(500)  # until it has slid in
         users[1].screenshot(path=tmp_path / "refused.png")
         browser.close()
     local = tuple(f"{scheme}{page[4:]}" for scheme in ("http", "ws")) + ("data:", "blob:")
