@@ -90,9 +90,7 @@ class Service:
             top_k=_whole("top-k", top_k),
             top_p=_number("top-p", top_p),
         )
-        pieces = stream(
-            self._model, data, count, config, _whole("seed", seed), chunk_bytes=_CHUNK
-        )
+        pieces = stream(self._model, data, count, config, _whole("seed", seed), chunk_bytes=_CHUNK)
         decoder, made = StreamingDecoder(vocab), b""
         text = decoder.push(self._tokenizer.encode(data))
         clock, stopped = _Clock(), False
@@ -222,7 +220,7 @@ def build_page(service: Service) -> Any:
             told = {"title": "Bad input", "duration": None, "print_exception": False}
             raise gr.Error(str(error), **told) from None
 
-    # Gradio streams what is a generator function itself; the type checks of the tests wrap `answer`.
+    # Gradio streams only what is itself a generator function; the tests' type checks wrap `answer`.
     generate = lambda *request: (yield from answer(request))  # noqa: E731
 
     with gr.Blocks(title="bytelm", analytics_enabled=False) as page:

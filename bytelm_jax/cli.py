@@ -23,6 +23,8 @@ COMMANDS = {
     "serve": "a page in the browser to try a model",
 }
 
+_VIEWS = ("inspect", "plot", "serve")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
@@ -49,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     # Imported only now: a command line that is wrong, or asks for help, should not wait for JAX.
-    commands = importlib.import_module("bytelm_jax.commands")
+    module = "commands_view" if name in _VIEWS else "commands"
+    commands = importlib.import_module(f"bytelm_jax.{module}")
     function = getattr(commands, f"{name}_command")
     if "argv" in inspect.signature(function).parameters:
         return function

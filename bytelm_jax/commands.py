@@ -1,10 +1,8 @@
 """The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
 
 import math
-import signal
 import sys
 import threading
-from contextlib import suppress
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
@@ -12,14 +10,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 
 from bytelm_jax import checkpoint as checkpoints
 from bytelm_jax import (
     convert,
     convert_blt,
+    convert_vocab,
     formats,
-    inspection,
     parallel,
     parity,
     patch_contract,
@@ -134,7 +131,7 @@ def eval_command(
         raise UsageError("--data: name at least one file or folder")
     corpus = corpora.open_corpus(data)
     recipe, params, step = checkpoints.load_run(run, checkpoint)
-    recipe = _with_resets(recipe, reset_on)
+    recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, parallel.make_mesh()
     by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
@@ -159,7 +156,7 @@ def eval_command(
     return 0
 
 
-def _with_resets(recipe: Recipe, reset_on: str) -> Recipe:
+def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with its model starting texts anew as asked for, or as it was trained."""
     if reset_on != "trained":
         recipe = replace(recipe, model=replace(recipe.model, reset_on=reset_on))
@@ -213,7 +210,7 @@ def generate_command(
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
     recipe, params, _ = checkpoints.load_run(run, checkpoint)
-    recipe = _with_resets(recipe, reset_on)
+    recipe = with_resets(recipe, reset_on)
     bind, _ = define_model(recipe.model)
     decoder = StreamingDecoder(recipe.model.vocab)
     offset = recipe.model.vocab.offset
@@ -225,75 +222,17 @@ def generate_command(
     return 0
 
 
-def inspect_command(
-    text: str,
-    /,
-    model: Path,
-    max_bytes: int = 1024,
-    table: bool = True,
-    json: bool = False,
-    checkpoint: str = "latest",
-    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
-) -> int:
-    """Shows patches, entropy and surprise (bits) of every byte; colours only on a terminal.
-
-    The entropy is that of the model's own distribution of the next byte. The background tells the
-    surprise: green for 0 bits, yellow for 4, red for 8 and more.
-
-    Example: bytelm inspect "def main():" --model runs/megabyte_tiny
-
-    Args:
-        text: a text, or a file if there is one of that name.
-        model: the run folder.
-        max_bytes: look at so many bytes at most; what is left out is told.
-        table: print the rows of numbers below the text.
-        json: print one JSON object instead: bytes, surprise, entropy, starts.
-        checkpoint: latest, best or a step.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
-    """
-    if max_bytes < 1:
-        raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
-    given, name, size = _text_or_file(text, max_bytes)
-    if not given:
-        raise ValueError(f"{name}: is empty; give at least one byte")
-    recipe, params, _ = checkpoints.load_run(model, checkpoint)
-    recipe = _with_resets(recipe, reset_on)
-    kept = given[: inspection.longest_text(recipe.model)]
-    found = inspection.make_inspector(recipe, params)(kept)
-    if len(kept) < size:
-        why = "--max-bytes" if len(kept) == max_bytes else "the model's max_length"
-        note = f"bytelm inspect: {name}: the first {len(kept):,} of {size:,} bytes ({why})"
-        print(note, file=sys.stderr, flush=True)
-    if json:
-        print(dump_json(found.to_dict()))
-        return 0
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(inspection.describe(recipe, found), markup=False)
-    console.print(inspection.paint_text(found))
-    if table:
-        console.print(inspection.paint_table(found), end="")
-    return 0
-
-
-def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
-    """The first `limit` bytes of a file or a text, what to call it, and its size in bytes."""
-    try:
-        is_file = Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or a NUL in it
-        is_file = False
-    if is_file:
-        with open(text, "rb") as file:
-            return file.read(limit), text, Path(text).stat().st_size
-    data = text.encode("utf-8", "surrogateescape")
-    return data[:limit], "TEXT", len(data)
-
-
 def export_command(
     run: Path,
     /,
     out: Path,
     checkpoint: str = "latest",
     format: Literal["bytelm", "hf-blt"] = "bytelm",
+    vocab_size: int = -1,
+    vocab_offset: int = -1,
+    pad_id: int = -1,
+    bos_id: int = -1,
+    eos_id: int = -1,
 ) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
 
@@ -306,8 +245,18 @@ def export_command(
         out: the folder to write.
         checkpoint: latest, best or a step.
         format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        vocab_size: ids of the export; -1, here and below, keeps what the model has.
+        vocab_offset: the id of byte 0; the model is the same, its rows move with their ids.
+        pad_id: the id of padding.
+        bos_id: the id of the beginning of a sequence.
+        eos_id: the id of the end of a sequence.
     """
     recipe, params, step = checkpoints.load_run(run, checkpoint)
+    asked = {"size": vocab_size, "offset": vocab_offset}
+    asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+    vocab = replace(recipe.model.vocab, **{k: v for k, v in asked.items() if v != -1})
+    model, params = convert_vocab.remap_vocab(recipe.model, params, vocab)
+    recipe = replace(recipe, model=model)
     if format == "hf-blt":
         if not isinstance(recipe.model, BLTConfig):
             raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
@@ -406,25 +355,6 @@ def calibrate_command(
     return 0
 
 
-def plot_command(run: Path, /, out: Path | None = None) -> int:
-    """Draws a run: OUT/plot.png, and OUT/plot.html with the picture inside.
-
-    Loss, bits per byte, learning rate, momentum, gradient norms; where the run has them, actions
-    and tables of the Q-learning agent, patch lengths, and the load of the experts.
-
-    Example: bytelm plot runs/megabyte_tiny
-
-    Args:
-        run: the run folder.
-        out: the folder to write to; the run folder if not given.
-    """
-    from bytelm_jax.plot import write_plots
-
-    png, page = write_plots(run, run if out is None else out)
-    print(f"wrote {png} and {page}")
-    return 0
-
-
 def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
     """Packs files and folders into one memory-mapped byte file with document bounds.
 
@@ -439,58 +369,6 @@ def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
     made = corpora.prepare(paths, out)
     print(f"wrote {out}: {made.documents} documents, {made.bytes} bytes")
     return 0
-
-
-def serve_command(
-    run: Path,
-    /,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    max_prompt_bytes: int = 4096,
-    max_new_bytes: int = 1024,
-    time_limit: float = 60.0,
-    queue: int = 128,
-    checkpoint: str = "latest",
-    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
-) -> int:
-    """A page in the browser: text as it is generated, and what the model thinks of each byte.
-
-    Only this machine reaches it, unless --host says otherwise. One request runs at a time.
-
-    Example: bytelm serve runs/megabyte_tiny
-
-    Args:
-        run: the run folder.
-        host: the address to listen on; 0.0.0.0 is every network that this machine is in.
-        port: the port to listen on.
-        max_prompt_bytes: the longest starting text.
-        max_new_bytes: the longest continuation.
-        time_limit: seconds after which a generation is stopped.
-        queue: how many requests may wait; more are refused.
-        checkpoint: latest, best or a step.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
-    """
-    from bytelm_jax import app
-
-    limits = app.Limits(
-        prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue
-    )
-    recipe, params, step = checkpoints.load_run(run, checkpoint)
-    page = app.build_page(app.Service(_with_resets(recipe, reset_on), params, limits))
-    address = app.launch(page, host, port)
-    if not app.is_loopback(host):
-        print(f"note: whoever reaches {host}:{port} can use this page; it has no password")
-    print(f"{run} (step {step}) at {address} until Ctrl-C", flush=True)
-    _wait_for_interrupt()
-    page.close(verbose=False)
-    return 0
-
-
-def _wait_for_interrupt() -> None:
-    """Returns at SIGINT or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()
 
 
 def parity_command(

@@ -9,16 +9,18 @@ An export is a folder of two files, the contract with `bytelm_torch` and with ev
 
 Conversion knows kinds of leaves, never models, and is strict both ways: a tensor that is missing,
 unexpected, of another shape or not floating point raises `ValueError`. Values keep their dtype and
-every bit. `bytelm_torch/checkpoint.py` writes and reads the same two files.
+every bit. The metadata of model.safetensors hold SHA-256 sums of the tensors and of config.json but
+for `extra`; loading compares them, where a file has them: other programs leave them out.
+`bytelm_torch/checkpoint.py` writes and reads the same two files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import re
-import zipfile
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,12 +30,15 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import ByteVocab, MegabyteConfig, ModelConfig, model_from_dict, require, to_dict
+from .config import ModelConfig, model_from_dict, require, to_dict
 from .models import Params, abstract_params
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
+_TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
+_JSON_LIMIT = 2**24
+"""Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
+
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-FOREIGN_FILES = (MODEL_FILE, "pytorch_model.bin")  # what transformers' save_pretrained writes
 
 _LEAVES = {
     "kernel": ("weight", True),
@@ -128,6 +133,16 @@ def _jax_array(name: str, source: str, tensors: Mapping[str, _Tensor]) -> Any:
     return value
 
 
+def _check_size(tensors: Mapping[str, _Tensor], config: ModelConfig) -> None:
+    """Before anything is built: a configuration of a million layers would take hours."""
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    described = config.parameter_count()
+    require(
+        described <= 2 * held,
+        f"holds {held} parameters, {CONFIG_FILE} describes {described}; export again",
+    )
+
+
 def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `ValueError` for the first tensor that differs from what is expected."""
     for name, shape in shapes.items():
@@ -155,20 +170,23 @@ def export_model(
     """
     leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     _check({name: _in_memory(value) for name, value in params.items()}, leaves)
-    text = _config_text(config, extra)
-    _replace_export(Path(out), lambda sink: _write_tensors(sink, params), text)
+    text, config_sum = _config_text(config, extra), _sum_of_json(_described(config))
+    _replace_export(Path(out), lambda sink: _write_tensors(sink, params, config_sum), text)
+
+
+def _described(config: ModelConfig) -> dict[str, Any]:
+    return {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
 
 
 def _config_text(config: ModelConfig, extra: dict[str, Any] | None) -> bytes:
-    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
-    fields |= {"extra": extra} if extra else {}
+    fields = _described(config) | ({"extra": extra} if extra else {})
     try:
         return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"extra: cannot be stored as JSON ({_one_line(error)})") from None
 
 
-def _write_tensors(sink: BinaryIO, params: Params) -> None:
+def _write_tensors(sink: BinaryIO, params: Params, config_sum: str) -> None:
     """The safetensors format: length of the header, header, data. Wide dtypes first: aligned.
 
     The library's writer would hold a second copy of everything, and gives the file mode 0600
@@ -176,7 +194,10 @@ def _write_tensors(sink: BinaryIO, params: Params) -> None:
     """
     names = {_torch_name(name): name for name in params}
     ordered = sorted(names, key=lambda target: (-params[names[target]].dtype.itemsize, target))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    arrays = ((target, _torch_array(names[target], params[names[target]])) for target in ordered)
+    sums = {target: _sum_of_array(target, array) for target, array in arrays}
+    metadata = {"format": "pt", _TENSOR_SUM: _sum_of_sums(sums), _CONFIG_SUM: config_sum}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for target in ordered:
         value = params[names[target]]
@@ -249,24 +270,27 @@ def load_export(path: str | Path) -> tuple[ModelConfig, Params]:
     that is not known, or the tensors are not those of the configuration. One tensor at a time is
     in memory beyond the result.
     """
-    config = _read_config(Path(path) / CONFIG_FILE)
+    config, config_sum = _read_config(Path(path) / CONFIG_FILE)
     with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
-        # Before anything is built: a configuration of a million layers would take hours.
-        held = sum(math.prod(tensor.shape) for tensor in tensors.values())
-        described = config.parameter_count()
-        require(
-            described <= 2 * held,
-            f"holds {held} parameters, {CONFIG_FILE} describes {described}; export again",
-        )
-        return config, _assemble(tensors, config)
+        _check_size(tensors, config)
+        params = _assemble(tensors, config)
+        tensors.verify(config_sum)
+        return config, params
 
 
-def _read_config(file: Path) -> ModelConfig:
+def load_config(path: str | Path) -> ModelConfig:
+    """The configuration of an export alone; raises `ValueError` as `load_export` does."""
+    return _read_config(Path(path) / CONFIG_FILE)[0]
+
+
+def _read_config(file: Path) -> tuple[ModelConfig, str]:
+    """The configuration, and the sum of what says it."""
     with _about(file, "give a folder that `bytelm export` wrote"):
-        fields = json.loads(file.read_text("utf-8"))
+        fields = _read_json(file)
         if isinstance(fields, dict):
             fields = fields.get("bytelm", fields)  # where transformers wrote the file
         require(isinstance(fields, dict), "must hold a JSON object")
+        config_sum = _sum_of_json({k: v for k, v in fields.items() if k != "extra"})
         library = fields.pop("library", None)
         require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
         version = fields.pop("format_version", None)
@@ -274,20 +298,79 @@ def _read_config(file: Path) -> ModelConfig:
         require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
         extra = fields.pop("extra", {})
         require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
-        return model_from_dict(fields, "config")
+        return model_from_dict(fields, "config"), config_sum
+
+
+def _read_json(file: Path) -> Any:
+    """What a JSON file says; what is no plain file, or too large, is not even opened."""
+    _require_plain(file)
+    size = file.stat().st_size
+    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
+    return json.loads(file.read_text("utf-8"))
+
+
+def _require_plain(file: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(0, "not a plain file")
+
+
+class _Tensors(dict[str, _Tensor]):
+    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
+
+    def __init__(self, metadata: Mapping[str, str]):
+        super().__init__()
+        self.metadata, self.sums = metadata, dict[str, str]()
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Any]) -> None:
+        """Adds a tensor that `read` reads."""
+
+        def noted() -> np.ndarray:
+            array = read()
+            if _TENSOR_SUM in self.metadata:
+                self.sums[name] = _sum_of_array(name, array)
+            return array
+
+        self[name] = _Tensor(shape, dtype, noted)
+
+    def verify(self, config_sum: str) -> None:
+        """Raises `ValueError` unless what was read, and the configuration, are what was written."""
+        stored = self.metadata.get(_TENSOR_SUM)
+        mend = "give an undamaged copy"
+        good = stored is None or stored == _sum_of_sums(self.sums)
+        require(good, f"the tensors are not those that were written (SHA-256); {mend}")
+        good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
+        mend = f"{mend}, or export again"
+        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+
+
+def _sum_of_json(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of_array(name: str, array: np.ndarray) -> str:
+    code, whole = _FLOATS.get(array.dtype.name, array.dtype.name), np.ascontiguousarray(array)
+    data = hashlib.sha256(whole.reshape(-1).view(np.uint8).data).hexdigest()
+    return f"{name} {code} {list(array.shape)} {data}"
+
+
+def _sum_of_sums(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(sums[name] for name in sorted(sums)).encode()).hexdigest()
 
 
 @contextmanager
-def _open_safetensors(file: Path) -> Iterator[dict[str, _Tensor]]:
+def _open_safetensors(file: Path) -> Iterator[_Tensors]:
     dtypes = {code: name for name, code in _FLOATS.items()}
-    with _about(file, "give a whole safetensors file"), safe_open(file, framework="np") as opened:
-        found = {}
-        for name in opened.keys():  # noqa: SIM118, it is no dictionary
-            view = opened.get_slice(name)
-            code = str(view.get_dtype())
-            read = lambda name=name: opened.get_tensor(name)  # noqa: E731
-            found[name] = _Tensor(tuple(view.get_shape()), dtypes.get(code, code), read)
-        yield found
+    with _about(file, "give a whole safetensors file"):
+        _require_plain(file)
+        with safe_open(file, framework="np") as opened:
+            found = _Tensors(opened.metadata() or {})
+            for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                view = opened.get_slice(name)
+                code = str(view.get_dtype())
+                read = lambda name=name: opened.get_tensor(name)  # noqa: E731
+                found.add(name, tuple(view.get_shape()), dtypes.get(code, code), read)
+            yield found
 
 
 @contextmanager
@@ -298,178 +381,10 @@ def _about(path: Path, mend: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or _one_line(error)
         raise ValueError(f"{path}: cannot be read ({why}); {mend}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
 
 
 def _one_line(error: object, limit: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-# ---- other people's weights -----------------------------------------------------------------
-
-
-def import_megabyte(
-    path: str | Path, *, pad_id: int = ByteVocab.pad_id, eos_id: int = ByteVocab.eos_id
-) -> tuple[MegabyteConfig, Params]:
-    """Configuration and parameters from a state dict of the PyTorch MEGABYTE of shjwudp/megabyte.
-
-    `path` is a .safetensors file, a file of `torch.save` (loaded without running any code in it;
-    needs PyTorch), or a folder with `model.safetensors` or `pytorch_model.bin`. All names may carry
-    the prefix `inner_model.`, and the dictionary may stand under `model_state_dict` or
-    `state_dict`. The configuration follows from the weights alone, see `megabyte_config`; `pad_id`
-    and `eos_id`, which weights do not tell, are the original's defaults. Raises `ValueError` for
-    anything else, a missing or unknown tensor included.
-    """
-    file = Path(path)
-    if file.is_dir():
-        inside = [file / name for name in FOREIGN_FILES]
-        file = next(filter(Path.is_file, inside), inside[0])
-    opened = _open_safetensors if file.suffix == ".safetensors" else _open_torch_file
-    with opened(file) as tensors:
-        prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
-        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
-        config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
-        return config, _assemble(tensors, config, lambda name: prefix + _original_name(name))
-
-
-def megabyte_config(
-    shapes: Mapping[str, tuple[int, ...]],
-    *,
-    pad_id: int = ByteVocab.pad_id,
-    eos_id: int = ByteVocab.eos_id,
-) -> MegabyteConfig:
-    """The configuration that the shapes of an original MEGABYTE state dict imply.
-
-    The head width is half the rows of `to_kv`, the number of heads the rows of `to_q` over it; the
-    number of layers is counted. Raises `ValueError` where the shapes contradict each other and for
-    a head width other than floor(width / heads), which `MegabyteConfig` cannot express.
-    """
-    paper = shapes.keys().isdisjoint(("to_embed.weight", "to_l_embed.weight"))
-    vocab, narrow = _matrix(shapes, "g_embedder.weight" if paper else "to_embed.weight")
-    local, _ = _matrix(shapes, "gl_linear.1.weight")
-    query = "g_transformer.layers.0.0.to_q.weight"
-    _, wide = _matrix(shapes, query)
-    require(wide % narrow == 0, f"{query}: width {wide}; expected a multiple of {narrow}")
-    global_layers, global_heads = _stack(shapes, "g_transformer", wide)
-    local_layers, local_heads = _stack(shapes, "l_transformer", local)
-    free = (i for i in range(ByteVocab.bos_id, vocab) if i not in (pad_id, eos_id))
-    bos_id = next(free, ByteVocab.bos_id)  # the original has none, so any other id will do
-    positions = _matrix(shapes, "g_pos_embedder.weight")[0] if paper else MegabyteConfig.max_length
-    return MegabyteConfig(
-        variant="paper" if paper else "in_action",
-        vocab=ByteVocab(size=vocab, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id),
-        patch_size=wide // narrow,
-        global_dim=narrow,
-        local_dim=local,
-        max_length=positions,
-        global_layers=global_layers,
-        global_heads=global_heads,
-        local_layers=local_layers,
-        local_heads=local_heads,
-    )
-
-
-def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
-    require(name in shapes, f"{name}: missing; expected in a MEGABYTE state dict")
-    shape = shapes[name]
-    require(len(shape) == 2 and min(shape) > 0, f"{name}: shape {shape}; expected a matrix")
-    return shape[0], shape[1]
-
-
-def _stack(shapes: Mapping[str, tuple[int, ...]], name: str, width: int) -> tuple[int, int]:
-    """(layers, heads) of a transformer; one head where there is no layer to tell."""
-    found = (re.match(rf"{name}\.layers\.(\d+)\.", each) for each in shapes)
-    layers = len({match[1] for match in found if match})
-    if layers == 0:
-        return 0, 1
-    inner, _ = _matrix(shapes, f"{name}.layers.0.0.to_q.weight")
-    kv = f"{name}.layers.0.0.to_kv.weight"
-    rows, _ = _matrix(shapes, kv)
-    head = rows // 2
-    fits = rows % 2 == 0 and inner % head == 0
-    require(fits, f"{kv}: {rows} rows; expected twice a head width that divides to_q's {inner}")
-    heads = inner // head
-    require(
-        head == width // heads,
-        f"{kv}: head width {head}; {heads} heads on width {width} need {width // heads}",
-    )
-    return layers, heads
-
-
-_ORIGINAL = {
-    "global_embed": "g_embedder",
-    "global_position": "g_pos_embedder",
-    "local_embed": "l_embedder",
-    "embed": "to_embed",
-    "embed_to_local": "to_l_embed",
-    "global_transformer": "g_transformer",
-    "global_to_local": "gl_linear.1",
-    "local_transformer": "l_transformer",
-}
-_ORIGINAL_IN_BLOCK = {
-    ".attention.": ".0.",
-    ".feedforward.norm.": ".1.0.",
-    ".feedforward.up.": ".1.1.",
-    ".feedforward.down.": ".1.4.",
-}
-
-
-def _original_name(name: str) -> str:
-    """`local_transformer.layers.2.feedforward.up.bias` → `l_transformer.layers.2.1.1.bias`."""
-    module, rest = name.split(".", 1)
-    for ours, theirs in _ORIGINAL_IN_BLOCK.items():
-        rest = rest.replace(ours, theirs)
-    return f"{_ORIGINAL.get(module, module)}.{rest}"
-
-
-@contextmanager
-def _open_torch_file(file: Path) -> Iterator[dict[str, _Tensor]]:
-    with _about(file, "give a file of torch.save or a .safetensors file"):
-        loaded = _load_plain(file)
-        require(isinstance(loaded, dict), f"holds a {type(loaded).__name__}; expected a state dict")
-        inner = (loaded.get(key) for key in ("model_state_dict", "state_dict"))
-        loaded = next((each for each in inner if isinstance(each, dict)), loaded)
-        yield {name: _torch_tensor(name, value) for name, value in loaded.items()}
-
-
-def _load_plain(file: Path) -> Any:
-    """What `torch.save` stored, as long as that is tensors and plain containers; runs no code."""
-    try:
-        import torch
-    except ImportError:
-        why = "install it (pip install 'bytelm[torch]') or convert the file to .safetensors"
-        raise ValueError(f"reading a file of torch.save needs PyTorch; {why}") from None
-    mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no archive
-    try:
-        if mapped:
-            with zipfile.ZipFile(file) as archive:
-                stored = {each.compress_type for each in archive.infolist()} <= {zipfile.ZIP_STORED}
-            require(stored, "the archive is compressed, and torch.save never does that")
-        # Mapped, so that the optimizer's moments beside the weights are never read.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except OSError:
-        raise
-    except Exception as error:  # damaged and hostile files make torch raise nearly anything
-        why = _one_line(error, 160)
-        raise ValueError(f"not a plain state dict of torch.save ({why})") from None
-
-
-def _torch_tensor(name: Any, value: Any) -> _Tensor:
-    import torch
-
-    require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")
-    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
-    # An expanded view can pretend to any size.
-    whole = plain and value.device.type == "cpu"
-    whole = whole and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-    require(whole, f"{name}: {type(value).__name__}; expected a dense tensor stored in full")
-
-    def read() -> np.ndarray:
-        tensor = value.detach()
-        if tensor.dtype is torch.bfloat16:  # numpy has no such type of its own
-            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
-        return tensor.numpy()
-
-    return _Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), read)

@@ -8,7 +8,9 @@ transformers has and this library has not, or the other way round, is refused by
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,6 +57,13 @@ _TOP = {
 }
 _THETA = {"patcher_config": 10_000.0}  # and 500,000 elsewhere
 _GROUPS = (3, 4, 5, 6, 7, 8)
+
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "cross_attn_k", "hidden_size_global")
+_SIZES += ("num_hidden_layers", "patch_size", "encoder_hash_byte_group_vocab")
+_SIZES += ("encoder_hash_byte_group_nb_functions",)
+_SIZES_OR_NONE = ("intermediate_size", "num_key_value_heads", "sliding_window", "max_patch_length")
+_SIZES_OR_NONE += ("local_attention_window_len", "head_dim")
+_NUMBERS = ("rms_norm_eps", "dropout", "patching_threshold", "rope_theta")
 
 
 # ---- names ----------------------------------------------------------------------------------
@@ -115,6 +124,7 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
     The patch budget is that of transformers, none. Raises `ValueError` for what cannot be the same
     here, naming the field.
     """
+    _check_kinds(fields, "")
     top = _TOP | dict(fields)
     require(
         top.get("model_type", "blt") == "blt",
@@ -167,6 +177,26 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
         global_hidden_dim=_hidden(wide),
         rope_theta=_theta(encoder, "encoder_config"),
     )
+
+
+def _check_kinds(fields: Mapping[str, Any], where: str) -> None:
+    """Raises `ValueError` for the first field that is read here and not of its kind."""
+    for name, value in fields.items():
+        inside, kind, good = name.endswith("_config") or name.startswith("rope_p"), "", True
+        if name in _SIZES or (name in _SIZES_OR_NONE and value is not None):
+            least = 0 if "window" in name else 1
+            kind = f"a whole number from {least} on"
+            good = type(value) is int and value >= least
+        elif name in _NUMBERS:
+            kind, good = "a number", type(value) in (int, float)
+        elif name == "encoder_hash_byte_group_size" and value is not None:
+            whole = isinstance(value, list) and all(type(size) is int for size in value)
+            kind, good = "a list of whole numbers", whole
+        elif (inside or name == "rope_scaling") and value is not None:
+            kind, good = "an object", isinstance(value, dict)
+        require(good, f"{where}{name}={value!r:.100}: must be {kind}")
+        if isinstance(value, dict):
+            _check_kinds(value, f"{where}{name}.")
 
 
 def _refuse_differences(top: dict[str, Any], parts: dict[str, Any], by_entropy: bool) -> None:
@@ -309,16 +339,22 @@ def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
     """
     folder = Path(path)
     with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
-        fields = json.loads((folder / convert.CONFIG_FILE).read_text("utf-8"))
+        fields = convert._read_json(folder / convert.CONFIG_FILE)
         require(isinstance(fields, dict), "must hold a JSON object")
         config = blt_config_from_hf(fields)
     tensors: dict[str, convert._Tensor] = {}
-    for shard in _shards(folder):
-        tensors |= _listed(shard)
+    shards = {file: _listed(file) for file in _shards(folder)}
+    for held in shards.values():
+        tensors |= held
+    convert._check_size(tensors, config)
     leaves, names = abstract_params(config), hf_blt_names(config)
     shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
     convert._check(tensors, shapes)
-    return config, {name: _placed(name, tensors[names[name]]) for name in leaves}
+    params = {name: _placed(name, tensors[names[name]]) for name in leaves}
+    for file, held in shards.items():
+        with convert._about(file, ""):
+            held.verify(convert._sum_of_json(fields))
+    return config, params
 
 
 def _placed(name: str, tensor: convert._Tensor) -> Array:
@@ -342,11 +378,12 @@ def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
         for name, value in params.items()
     }
     dtype = params["to_logits.kernel"].dtype.name
-    text = json.dumps(blt_config_to_hf(config, dtype), indent=2) + "\n"
+    fields = blt_config_to_hf(config, dtype)
 
     def write(sink: BinaryIO) -> None:
-        convert._write_tensors(sink, renamed)
+        convert._write_tensors(sink, renamed, convert._sum_of_json(fields))
 
+    text = json.dumps(fields, indent=2) + "\n"
     convert._replace_export(Path(out), write, text.encode())
 
 
@@ -356,33 +393,41 @@ def _shards(folder: Path) -> list[Path]:
     if not index.is_file():
         return [folder / convert.MODEL_FILE]
     with convert._about(index, "download the folder again"):
-        files = json.loads(index.read_text("utf-8")).get("weight_map")
-        require(isinstance(files, dict) and len(files) > 0, "weight_map: must name the tensors")
+        fields = convert._read_json(index)
+        files = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not (isinstance(files, dict) and files):
+            raise ValueError("weight_map: must name the tensors")
         names = sorted({str(name) for name in files.values()})
-        plain = all(Path(name).name == name for name in names)
-        require(plain, "weight_map: must name files of this folder")
+        here = os.path.realpath(folder)
+        plain = all(
+            Path(name).name == name
+            and len(name) < 256
+            and "\0" not in name
+            and os.path.dirname(os.path.realpath(folder / name)) == here
+            for name in names
+        )
+        require(plain, "weight_map: must name files of this folder, no links out of it")
         return [folder / name for name in names]
 
 
-def _listed(file: Path) -> dict[str, convert._Tensor]:
+def _listed(file: Path) -> convert._Tensors:
     """The tensors of a safetensors file; each is read by itself, through no memory map.
 
     A map's pages count as memory of this process until the file is closed, so that a table that
     fills its shard would be there twice.
     """
     with convert._open_safetensors(file) as tensors:  # checks the header
-        known = dict(tensors)
+        known, metadata = dict(tensors), tensors.metadata
     with open(file, "rb") as source:
         size = int.from_bytes(source.read(8), "little")
         header = json.loads(source.read(size))
 
-    def reader(name: str, tensor: convert._Tensor) -> convert._Tensor:
+    def read(name: str, tensor: convert._Tensor) -> np.ndarray:
         begin, end = header[name]["data_offsets"]
+        data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
+        return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
 
-        def read() -> np.ndarray:
-            data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
-            return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
-
-        return tensor._replace(read=read)
-
-    return {name: reader(name, tensor) for name, tensor in known.items()}
+    listed = convert._Tensors(metadata)
+    for name, tensor in known.items():
+        listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
+    return listed

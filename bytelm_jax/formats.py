@@ -1,12 +1,12 @@
 """What a path holds, and the function that reads it: our exports and other people's weights."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig, require
-from .convert import CONFIG_FILE, FOREIGN_FILES, LIBRARY, import_megabyte, load_export
+from .convert import CONFIG_FILE, LIBRARY, _read_json, load_export
 from .convert_blt import INDEX_FILE, import_hf_blt
+from .convert_megabyte import FOREIGN_FILES, import_megabyte
 from .models import Params
 
 
@@ -37,13 +37,15 @@ def _recognise(path: Path) -> str:
 
 def _fields(folder: Path) -> dict[str, Any]:
     try:
-        fields = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        fields = _read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError, OverflowError):
         return {}
     return fields if isinstance(fields, dict) else {}
 
 
 def stored_extra(path: str | Path) -> dict[str, Any]:
     """What an export says beside its configuration; empty for anything else."""
-    extra = _fields(Path(path)).get("extra")
+    fields = _fields(Path(path))
+    described = fields.get("bytelm", fields)  # where transformers wrote the file
+    extra = described.get("extra") if isinstance(described, dict) else None
     return extra if isinstance(extra, dict) else {}

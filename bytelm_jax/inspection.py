@@ -6,6 +6,7 @@ whole vocabulary. Axis: T bytes.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -130,9 +131,7 @@ def _looker(
     return look
 
 
-def _starts(
-    model: Any, config: ModelConfig, patcher: BLTConfig | None, ids: Array
-) -> Array | None:
+def _starts(model: Any, config: ModelConfig, patcher: BLTConfig | None, ids: Array) -> Array | None:
     match config:
         case MegabyteConfig(patch_size=size):
             return age(segment_begins(ids, config.vocab, config.reset_on)) % size == 0
@@ -237,8 +236,8 @@ def paint_table(found: Inspection) -> Text:
 
 def _rows(found: Inspection) -> Iterator[tuple[int, int]]:
     bounds = np.flatnonzero(found.starts).tolist() if found.starts is not None else []
-    bounds = sorted({0, *bounds}) + [len(found.data)]
-    for first, end in zip(bounds, bounds[1:], strict=False):
+    bounds = [*sorted({0, *bounds}), len(found.data)]
+    for first, end in itertools.pairwise(bounds):
         for at in range(first, end, _ROW):
             yield at, min(at + _ROW, end)
 

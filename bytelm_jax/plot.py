@@ -146,7 +146,10 @@ def _histogram(contract: PatchingContract) -> Panel:
         title=f"Patch lengths, mean {contract.mean_length:.2f} ({contract.patcher})",
         x="bytes" + cut,
         y=f"patches of {contract.sampled_bytes:,} bytes",
-        bars=([float(i) for i in range(1, used + 1)], [float(c) for c in contract.histogram[:used]]),
+        bars=(
+            [float(i) for i in range(1, used + 1)],
+            [float(c) for c in contract.histogram[:used]],
+        ),
     )
 
 
@@ -214,9 +217,7 @@ def draw(made: Sequence[Panel], title: str) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError(
-            "matplotlib: is not installed; pip install 'bytelm[plot]'"
-        ) from None
+        raise ValueError("matplotlib: is not installed; pip install 'bytelm[plot]'") from None
     columns = min(3, len(made))
     rows = -(-len(made) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)

@@ -6,15 +6,18 @@
                         to say, `extra`, an object that loading ignores
 
 Both ways are strict: a tensor that is missing, unexpected, of another shape or not floating point
-raises `ValueError`. Nothing here ever unpickles. `bytelm_jax/convert.py` is the other side.
+raises `ValueError`, and so does what the SHA-256 sums in the metadata of the weights contradict.
+Nothing here ever unpickles. `bytelm_jax/convert.py` is the other side.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +30,7 @@ from torch import Tensor, nn
 from .config import (
     MODEL_CONFIGS,
     ModelConfig,
+    PatchingContract,
     Recipe,
     TrainConfig,
     from_dict,
@@ -37,6 +41,10 @@ from .config import (
 from .models import build_model, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
+_TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
+_JSON_LIMIT = 2**24
+"""Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
+
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 
 _FLOATS = {
@@ -76,15 +84,9 @@ def from_pretrained(
         f"dtype={dtype}: choose one of {', '.join(map(str, _FLOATS))}",
     )
     target = _usable_device(device)
-    config = _read_config(Path(path) / CONFIG_FILE)
+    config, config_sum, contract = _read_config(Path(path) / CONFIG_FILE)
     with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
-        # Before anything is built: a configuration of a million layers would take hours.
-        held = sum(math.prod(tensor.shape) for tensor in tensors.values())
-        described = config.parameter_count()
-        require(
-            described <= 2 * held,
-            f"holds {held} parameters, {CONFIG_FILE} describes {described}; export again",
-        )
+        _check_size(tensors, config)
         with torch.device("meta"):
             model = build_model(config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -94,6 +96,8 @@ def from_pretrained(
             name: tensor.read().to(target, _dtype_of(name, dtype), copy=True)
             for name, tensor in tensors.items()
         }
+        tensors.verify(config_sum)
+    model.patching = contract  # pyright: ignore[reportArgumentType]
     model.load_state_dict(state, strict=True, assign=True)
     name_parameters(model)
     return model.eval()
@@ -111,6 +115,16 @@ def _dtype_of(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
     return torch.promote_types(dtype, torch.float32) if dtype is not None and norm else dtype
 
 
+def _check_size(tensors: Mapping[str, _Tensor], config: ModelConfig) -> None:
+    """Before anything is built: a configuration of a million layers would take hours."""
+    held = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    described = config.parameter_count()
+    require(
+        described <= 2 * held,
+        f"holds {held} parameters, {CONFIG_FILE} describes {described}; export again",
+    )
+
+
 def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises `ValueError` for the first tensor that differs from what is expected."""
     for name, shape in shapes.items():
@@ -123,31 +137,103 @@ def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]
         require(tensor.dtype in _FLOATS.values(), f"{name}: dtype {tensor.dtype}; {expected}")
 
 
-def _read_config(file: Path) -> ModelConfig:
+def _read_config(file: Path) -> tuple[ModelConfig, str, PatchingContract | None]:
+    """The configuration, the sum of what says it, and the patching contract."""
     with _about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
-        fields = json.loads(file.read_text("utf-8"))
+        fields = _read_json(file)
         if isinstance(fields, dict):
             fields = fields.get("bytelm", fields)  # where transformers wrote the file
         require(isinstance(fields, dict), "must hold a JSON object")
-        library = fields.pop("library", None)
-        require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
-        version = fields.pop("format_version", None)
-        why = f"this release reads {FORMAT_VERSION}; update bytelm or export again"
-        require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
-        extra = fields.pop("extra", {})
-        require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
-        return model_from_dict(fields, "config")
+        config_sum = _sum_of_json({k: v for k, v in fields.items() if k != "extra"})
+        config, extra = parse_description(fields)
+        return config, config_sum, patching_of(extra)
+
+
+def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and `extra` of what `describe` gave; raises `ValueError` for anything else."""
+    fields = dict(fields)
+    library = fields.pop("library", None)
+    require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
+    version = fields.pop("format_version", None)
+    why = f"this release reads {FORMAT_VERSION}; update bytelm or export again"
+    require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
+    extra = fields.pop("extra", {})
+    require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
+    return model_from_dict(fields, "config"), extra
+
+
+def _read_json(file: Path) -> Any:
+    """What a JSON file says; what is no plain file, or too large, is not even opened."""
+    _require_plain(file)
+    size = file.stat().st_size
+    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
+    return json.loads(file.read_text("utf-8"))
+
+
+def _require_plain(file: Path) -> None:
+    """Reading a pipe would wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(0, "not a plain file")
+
+
+class _Tensors(dict[str, _Tensor]):
+    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
+
+    def __init__(self, metadata: Mapping[str, str]):
+        super().__init__()
+        self.metadata, self.sums = metadata, dict[str, str]()
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Any]) -> None:
+        """Adds a tensor that `read` reads."""
+
+        def noted() -> Tensor:
+            value = read()
+            if _TENSOR_SUM in self.metadata:
+                self.sums[name] = _sum_of_tensor(name, value)
+            return value
+
+        self[name] = _Tensor(shape, dtype, noted)
+
+    def verify(self, config_sum: str) -> None:
+        """Raises `ValueError` unless what was read, and the configuration, are what was written."""
+        stored = self.metadata.get(_TENSOR_SUM)
+        mend = "give an undamaged copy"
+        good = stored is None or stored == _sum_of_sums(self.sums)
+        require(good, f"the tensors are not those that were written (SHA-256); {mend}")
+        good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
+        mend = f"{mend}, or export again"
+        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+
+
+def _sum_of_json(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of_tensor(name: str, value: Tensor) -> str:
+    code = _FLOATS.get(value.dtype, str(value.dtype))
+    data = hashlib.sha256(_raw(value)).hexdigest()
+    return f"{name} {code} {list(value.shape)} {data}"
+
+
+def _raw(value: Tensor) -> memoryview:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _sum_of_sums(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(sums[name] for name in sorted(sums)).encode()).hexdigest()
 
 
 @contextmanager
-def _open_safetensors(file: Path) -> Iterator[dict[str, _Tensor]]:
-    with _about(file, "give a whole safetensors file"), safe_open(file, framework="pt") as opened:
-        found = {}
-        for name in opened.keys():  # noqa: SIM118, it is no dictionary
-            view = opened.get_slice(name)
-            read = lambda name=name: opened.get_tensor(name)  # noqa: E731
-            found[name] = _Tensor(tuple(view.get_shape()), str(view.get_dtype()), read)
-        yield found
+def _open_safetensors(file: Path) -> Iterator[_Tensors]:
+    with _about(file, "give a whole safetensors file"):
+        _require_plain(file)
+        with safe_open(file, framework="pt") as opened:
+            found = _Tensors(opened.metadata() or {})
+            for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                view = opened.get_slice(name)
+                read = lambda name=name: opened.get_tensor(name)  # noqa: E731
+                found.add(name, tuple(view.get_shape()), str(view.get_dtype()), read)
+            yield found
 
 
 @contextmanager
@@ -158,7 +244,7 @@ def _about(path: Path, mend: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or _one_line(error)
         raise ValueError(f"{path}: cannot be read ({why}); {mend}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
 
 
@@ -170,8 +256,13 @@ def _one_line(error: object, limit: int = 300) -> str:
 # ---- save -----------------------------------------------------------------------------------
 
 
-def save_pretrained(model: nn.Module, path: str | Path) -> None:
+def save_pretrained(
+    model: nn.Module, path: str | Path, extra: dict[str, Any] | None = None
+) -> None:
     """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
+
+    A model whose attribute `patching` holds its patching contract, as `from_pretrained` sets it,
+    gives it to the file, in `extra`; what `extra` says counts first.
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
     export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, when
@@ -187,22 +278,39 @@ def save_pretrained(model: nn.Module, path: str | Path) -> None:
             name: tuple(value.shape) for name, value in build_model(config).state_dict().items()
         }
     _check({name: _in_memory(value) for name, value in state.items()}, shapes)
-    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
+    fields, config_sum = describe(model, extra), _sum_of_json(describe(config))
     text = (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
-    _replace_export(Path(path), lambda sink: _write_tensors(sink, state), text)
+    _replace_export(Path(path), lambda sink: _write_tensors(sink, state, config_sum), text)
+
+
+def describe(model: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What config.json says of a model, or of a configuration alone, and of its patches."""
+    contract = getattr(model, "patching", None)
+    extra = ({} if contract is None else {"patching": to_dict(contract)}) | (extra or {})
+    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION}
+    fields |= to_dict(getattr(model, "config", model))
+    return fields | ({"extra": extra} if extra else {})
+
+
+def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
+    """The patching contract in `extra`, None where there is none."""
+    found = extra.get("patching")
+    return None if found is None else from_dict(PatchingContract, found, "extra.patching")
 
 
 def _in_memory(value: Tensor) -> _Tensor:
     return _Tensor(tuple(value.shape), _FLOATS.get(value.dtype, str(value.dtype)), lambda: value)
 
 
-def _write_tensors(sink: BinaryIO, state: Mapping[str, Tensor]) -> None:
+def _write_tensors(sink: BinaryIO, state: Mapping[str, Tensor], config_sum: str) -> None:
     """The safetensors format: length of the header, header, data. Wide dtypes first: aligned.
 
     The library's writer refuses tied tensors, and gives the file mode 0600 whatever the umask says.
     """
     ordered = sorted(state, key=lambda name: (-state[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    sums = {name: _sum_of_tensor(name, value) for name, value in state.items()}
+    metadata = {"format": "pt", _TENSOR_SUM: _sum_of_sums(sums), _CONFIG_SUM: config_sum}
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name in ordered:
         value = state[name]
@@ -216,8 +324,7 @@ def _write_tensors(sink: BinaryIO, state: Mapping[str, Tensor]) -> None:
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little") + text)
     for name in ordered:
-        flat = state[name].detach().cpu().contiguous().reshape(-1)
-        sink.write(flat.view(torch.uint8).numpy().data)
+        sink.write(_raw(state[name]))
 
 
 def _replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: bytes) -> None:
@@ -320,7 +427,10 @@ def save(
     beside = folder / f".{step}.{os.getpid()}.partial"
     state = {"step": step, "data": data, "metrics": metrics, "optimizer": optimizer.state_dict()}
     try:
-        save_pretrained(model, beside)
+        extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        save_pretrained(model, beside, extra)
         _write_synced(beside / _TRAINING_FILE, lambda sink: torch.save(state, sink))
         shutil.rmtree(folder / str(step), ignore_errors=True)
         os.replace(beside, folder / str(step))

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bytelm_torch.checkpoint import FORMAT_VERSION, LIBRARY
+from bytelm_torch import checkpoint
 from bytelm_torch.config import (
     BLTConfig,
     ByteVocab,
@@ -38,7 +38,6 @@ from bytelm_torch.config import (
     LFByteConfig,
     MegabyteConfig,
     ModelConfig,
-    model_from_dict,
     require,
     to_dict,
 )
@@ -56,9 +55,9 @@ _IGNORED = -100
 
 @no_type_check
 class ByteLMConfig(PreTrainedConfig):
-    """Carries a model configuration of this library, as `to_dict` gives it, in the field `bytelm`.
+    """Carries what an export says of a model, or its `to_dict` alone, in the field `bytelm`.
 
-    The ids of the specials are the vocabulary's. Raises `ValueError` for a field that is not known.
+    The ids of the specials are the vocabulary's. Raises `ValueError` for a field that is unknown.
     """
 
     model_type: ClassVar[str] = "bytelm"
@@ -66,14 +65,12 @@ class ByteLMConfig(PreTrainedConfig):
     bytelm: dict[str, Any] | None = None
 
     def __post_init__(self, **fields: Any) -> None:
-        described = dict(self.bytelm or to_dict(type(self).native()))
-        described.pop("library", None)
-        described.pop("format_version", None)
-        config = model_from_dict(described, "bytelm")
         kind = type(self).native
+        named = {"library": checkpoint.LIBRARY, "format_version": checkpoint.FORMAT_VERSION}
+        config, extra = checkpoint.parse_description(named | (self.bytelm or to_dict(kind())))
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
-        self.bytelm = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
+        self.bytelm = checkpoint.describe(config, extra)
         super().__post_init__(**fields)
         vocab = config.vocab
         self.vocab_size, self.tie_word_embeddings = vocab.size, False
@@ -82,9 +79,7 @@ class ByteLMConfig(PreTrainedConfig):
 
     def to_native(self) -> ModelConfig:
         """The configuration for `build_model`."""
-        held = self.bytelm or {}
-        fields = {k: v for k, v in held.items() if k not in ("library", "format_version")}
-        return model_from_dict(fields, "bytelm")
+        return checkpoint.parse_description(self.bytelm or {})[0]
 
 
 @no_type_check
@@ -268,6 +263,8 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         native = config.to_native()
         require(getattr(native, "causal", True), "causal=False: generation needs a causal model")
         self.model = build_model(native)
+        extra = (config.bytelm or {}).get("extra", {})
+        self.model.patching = checkpoint.patching_of(extra)  # pyright: ignore[reportArgumentType]
         self.post_init()
         vocab = native.vocab
         known = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
@@ -406,7 +403,7 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     require(type(native) in kinds, f"model={type(model).__name__}: must be of build_model")
     chosen: Any = kind or kinds[type(native)]
     with torch.device("meta"):
-        made = chosen(chosen.config_class(bytelm=to_dict(native)))
+        made = chosen(chosen.config_class(bytelm=checkpoint.describe(model)))
     made.model = model
     made.config.dtype = next(model.parameters()).dtype
     return made

@@ -1,6 +1,8 @@
 """transformers around the torch twins: generation, padding, fine-tuning, and back into JAX."""
 
+import functools
 import warnings
+from dataclasses import fields, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +17,8 @@ from transformers import (
 )
 
 import bytelm_torch
-from bytelm_jax import convert, formats
-from bytelm_jax.models import define_model
+from bytelm_jax import convert, formats, recipes
+from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity import relative_error
 from bytelm_torch import hf
 from bytelm_torch.config import (
@@ -24,6 +26,7 @@ from bytelm_torch.config import (
     EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
+    PatchingContract,
     to_dict,
 )
 from bytelm_torch.generate import SamplerConfig, generate
@@ -63,6 +66,7 @@ CONFIGS = {
     "blt": BLTConfig(patcher="entropy", threshold=5.4, entropy=_ENTROPY, **_STACKS),
     "entropy": _ENTROPY,
 }
+TRACED = functools.cache(abstract_params)
 PROMPTS = ["Today is", "a b, and c\u00e9!", "<eos>"]
 
 
@@ -165,23 +169,58 @@ def test_logits_are_moved_by_one_and_padding_changes_none(name, folders):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(name, folders, tmp_path):
-    config, params = convert.load_export(folders[name])
-    assert to_dict(CONFIGS[name]) == convert.to_dict(config)
+_SMALL = {"global_dim": 8, "local_dim": 4, "global_layers": 2, "local_layers": 2, "max_length": 8}
+_SMALL |= {"global_heads": 2, "local_heads": 2, "dim": 4, "layers": 1, "heads": 2, "hidden_dim": 2}
+_SMALL |= {"encoder_heads": 2, "decoder_heads": 2, "decoder_layers": 2, "ngram_rows": 5}
+_SMALL |= {"encoder_hidden_dim": 2, "decoder_hidden_dim": 2, "global_hidden_dim": 2}
+_SMALL |= {"embed_dim": 4, "adapt_dim": 2, "rank": 1, "num_layers": 1, "kernel_length": 4}
+
+
+def sibling(config):
+    """The same model in the smallest sizes, but for a stack that has no layers."""
+    held = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {name: size for name, size in _SMALL.items() if held.get(name)}
+    if "entropy" in held:
+        changed["entropy"] = sibling(held["entropy"])
+    return replace(config, **changed)
+
+
+SIBLINGS = {sibling(recipes.get(name).model): name for name in recipes.names()}
+
+
+def test_every_recipe_has_its_sibling():
+    small = {name: sibling(recipes.get(name).model) for name in recipes.names()}
+    assert set(small.values()) == set(SIBLINGS)
+    assert all(config.parameter_count() < 200_000 for config in SIBLINGS)
+    assert {"bytropix_tiny", "transformer_132m", "blt_1b"} <= set(SIBLINGS.values())
+
+
+@pytest.mark.parametrize("config", SIBLINGS, ids=SIBLINGS.values())
+def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "abstract_params", TRACED)
     source = np.random.default_rng(1)
     params = {
-        name: jnp.asarray(source.standard_normal(value.shape), jnp.float32)
-        for name, value in params.items()
+        name: jnp.asarray(source.standard_normal(leaf.shape), jnp.float32)
+        for name, leaf in TRACED(config).items()
     }
-    convert.export_model(config, params, tmp_path / "export")
+    contract = PatchingContract(
+        patcher="histogram", threshold=9.0, entropy_model="", sampled_bytes=9, histogram=(1, 4)
+    )
+    extra = {"patching": to_dict(contract)} if hasattr(config, "patcher") else None
+    convert.export_model(config, params, tmp_path / "export", extra)
     native = bytelm_torch.from_pretrained(tmp_path / "export")
+    bytelm_torch.save_pretrained(native, tmp_path / "torch")
+    native = bytelm_torch.from_pretrained(tmp_path / "torch")
     hf.from_native(native).save_pretrained(tmp_path / "hf")
     AutoModelForCausalLM.from_pretrained(tmp_path / "hf").save_pretrained(tmp_path / "again")
-    again, back = convert.load_export(tmp_path / "again")
+    again, back = formats.import_any(tmp_path / "again")
     assert again == config and back.keys() == params.keys()
     for name, value in back.items():
         assert np.asarray(value).tobytes() == np.asarray(params[name]).tobytes(), name
+    assert formats.stored_extra(tmp_path / "again") == (extra or {})
+    assert (tmp_path / "torch" / "config.json").read_bytes() == (
+        tmp_path / "export" / "config.json"
+    ).read_bytes()
 
 
 def test_a_fine_tuned_model_goes_back_into_jax(folders, tmp_path):

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bytelm_jax import convert, formats
+from bytelm_jax import convert, convert_megabyte, formats
 from bytelm_jax.config import ByteVocab, MegabyteConfig
 from bytelm_jax.models import abstract_params, define_model
 from parity_tests.tolerances import LOGITS
@@ -161,7 +161,7 @@ def original(seed: int = 0, dtype: torch.dtype = torch.float64, **fields: Any) -
 
 
 def assert_same_logits(path: Path, model: OriginalMegabyte, length: int) -> MegabyteConfig:
-    config, params = convert.import_megabyte(path)
+    config, params = convert_megabyte.import_megabyte(path)
     ids = np.random.default_rng(1).integers(0, config.vocab.size, (3, length))
     bind, _ = define_model(config)
     ours = np.asarray(jax.jit(lambda p, i: bind(p)(i))(params, ids))
@@ -227,7 +227,7 @@ def test_the_default_shape_with_six_local_heads() -> None:
         (action, 4, 131_918_336),
     ):
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        config = convert.megabyte_config(shapes)
+        config = convert_megabyte.megabyte_config(shapes)
         variant = "in_action" if model is action else "paper"
         assert config == MegabyteConfig(variant=variant, local_heads=heads)
         assert config.parameter_count() == count
@@ -238,9 +238,9 @@ def test_no_local_layers_and_other_special_ids(x64: None, tmp_path: Path) -> Non
     model = original(l_nlayers=0)
     torch.save(model.state_dict(), tmp_path / "model.pt")
     assert assert_same_logits(tmp_path / "model.pt", model, 4).local_layers == 0
-    config, _ = convert.import_megabyte(tmp_path / "model.pt", pad_id=256, eos_id=299)
+    config, _ = convert_megabyte.import_megabyte(tmp_path / "model.pt", pad_id=256, eos_id=299)
     assert config.vocab == ByteVocab(size=300, pad_id=256, bos_id=257, eos_id=299)
-    text = message(convert.import_megabyte, tmp_path / "model.pt", eos_id=300)
+    text = message(convert_megabyte.import_megabyte, tmp_path / "model.pt", eos_id=300)
     assert "model.pt: vocab.eos_id=300: choose an id from 0 to 299" in text
 
 
@@ -463,4 +463,4 @@ def test_without_torch_only_safetensors_can_be_read(
     monkeypatch.setitem(sys.modules, "torch", None)
     text = message(formats.import_any, stored)
     assert "reading a file of torch.save needs PyTorch; install it" in text
-    assert convert.import_megabyte(safe)[0].local_layers == 2
+    assert convert_megabyte.import_megabyte(safe)[0].local_layers == 2

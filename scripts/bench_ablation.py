@@ -21,11 +21,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from bytelm_jax import data, parallel, recipes
+from bytelm_jax import data, parallel, patch_contract, recipes
 from bytelm_jax.arguments import parse_recipe
 from bytelm_jax.config import Recipe
 from bytelm_jax.evaluate import evaluate, make_row_nats
@@ -38,6 +39,7 @@ def read_row(row: str, options: str) -> Recipe:
     """The recipe that a row of the command line describes."""
     name, *overrides = shlex.split(row)
     recipe = parse_recipe(recipes.get(name), [*shlex.split(options), *overrides], name, "")
+    recipe = patch_contract.adopt(recipe, Path(os.devnull))  # a run that does not exist
     return replace(recipe, optimizer=replace(recipe.optimizer, final_fraction=1.0))
 
 
@@ -54,6 +56,10 @@ def make_run(recipe: Recipe) -> Callable[[int, float], dict[str, Any]]:
 
     def train(seed: int, cpu_seconds: float) -> dict[str, Any]:
         state = parallel.init_state(mesh, optimizer, lambda: init(seed))
+        if run.entropy_from:
+            trained = patch_contract.load_entropy_model(recipe)
+            trained = jax.device_put(trained, parallel.replicated(mesh))
+            state = state._replace(params=state.params | trained)
         batches = data.batches(windows, run.batch_size, seed, 0)
         state, report = step(state, parallel.put_batch(mesh, next(batches)))
         jax.block_until_ready(report)  # compiled

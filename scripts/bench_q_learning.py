@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm_jax import recipes
+from bytelm_jax import parallel, recipes
 from bytelm_jax.config import OptimizerConfig
 from bytelm_jax.loss import cross_entropy
-from bytelm_jax.models import define_model
+from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optim import build_optimizer
 
 ROWS = {
@@ -55,6 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = recipes.get(options.recipe)
     bind, init = define_model(recipe.model)
+    dtype = parallel.compute_dtype(recipe.train)
     params, vocab = jax.jit(init)(0), recipe.model.vocab
     shape = options.batch, recipe.data.sequence_length
     source = np.random.default_rng(0)
@@ -63,7 +64,7 @@ def main() -> None:
     @jax.jit
     def gradient(params: Any) -> Any:
         def mean_loss(params: Any) -> Any:
-            nats, count = cross_entropy(bind(params)(ids), ids, vocab.pad_id)
+            nats, count = cross_entropy(bind(cast_params(params, dtype))(ids), ids, vocab.pad_id)
             return nats / count
 
         return jax.value_and_grad(mean_loss)(params)
@@ -87,6 +88,7 @@ def main() -> None:
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
             "recipe": recipe.name,
             "batch": shape,
+            "dtype": str(dtype),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
             "date": time.strftime("%Y-%m-%d"),

@@ -4,14 +4,17 @@
 
 A row is RECIPE:BATCH[:LENGTH[:PATCH]]; bytes are random, windows as long as the recipe's if LENGTH
 is left out, and PATCH gives a Byte Latent Transformer patches of so many bytes in the place of its
-patcher. The compute dtype is bfloat16 on an accelerator. Every row has a process of its own. The
-time of a step is the median over repeats of ten steps in a row, each repeat waited for at its end,
-after warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal
-attention half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step.
+patcher. The compute dtype is bfloat16 on an accelerator. Every row has a process of its own; only
+one at a time is on the device. The time of a step is the median over repeats of ten steps in a
+row, each repeat waited for at its end, after warm-up. MFU counts the model's own operations (3 ×
+forward, what is frozen once, causal attention half) against the chip's data sheet. `--profile N`
+adds the N longest kernels of a step.
 """
 
 import argparse
+import fcntl
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -22,10 +25,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bytelm_jax import parallel, recipes
@@ -35,6 +39,8 @@ from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
 
 STEPS = 10
+
+_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
 
 def read_row(row: str) -> tuple[Recipe, int, int]:
@@ -71,7 +77,7 @@ def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) ->
     return {"all kernels": round(sum(total.values()) / steps, 3)} | kernels
 
 
-def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]:
+def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) -> dict[str, Any]:
     """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
     recipe, batch, length = read_row(row)
     run = replace(recipe.train, batch_size=batch, remat=remat, eval_every=0)
@@ -79,7 +85,6 @@ def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
     optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
-    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
     jitted = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
     batches = [
@@ -97,8 +102,13 @@ def measure(row: str, repeats: int, remat: bool, profile: int) -> dict[str, Any]
         return (time.perf_counter() - start) / STEPS
 
     start = time.perf_counter()
+    state = jax.eval_shape(
+        lambda: parallel.TrainState(jnp.zeros((), jnp.int32), init(0), optimizer.init(init(0)))
+    )
     step = jitted.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
     seconds = time.perf_counter() - start
+    fcntl.flock(lock, fcntl.LOCK_EX)  # the device is for one row at a time
+    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
     some_steps()
     times = [some_steps() for _ in range(repeats)]
     median = statistics.median(times)
@@ -131,17 +141,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if len(options.rows) == 1:
-        row = measure(options.rows[0], options.repeats, options.remat, options.profile)
-        print(json.dumps(row), flush=True)
+    if options.lock:
+        with options.lock.open() as lock:
+            row = options.rows[0]
+            found = measure(row, options.repeats, options.remat, options.profile, lock)
+            print(json.dumps(found), flush=True)
         return
-    # A process a row: its peak memory is its own, and one that runs out stops no other.
+    # A process a row: its peak memory is its own, and one that runs out stops no other. They
+    # compile side by side and wait for each other before they touch the device.
     rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-    for row in options.rows:
-        call = [sys.executable, __file__, "--rows", row, *rest, *["--remat"] * options.remat]
-        if subprocess.run(call).returncode:
-            print(json.dumps({"row": row, "failed": True}), flush=True)
+    rest += ["--remat"] * options.remat
+    with tempfile.NamedTemporaryFile() as lock:
+        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", r] for r in options.rows]
+        started = [subprocess.Popen([*call, *rest], env=_ENVIRONMENT) for call in calls]
+        for row, process in zip(options.rows, started, strict=True):
+            if process.wait():
+                print(json.dumps({"row": row, "failed": True}), flush=True)
 
 
 if __name__ == "__main__":

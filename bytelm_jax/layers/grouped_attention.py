@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.attention import KeyValueCache, fused_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
@@ -77,6 +77,9 @@ def causal_attention(
     before it and itself.
     """
     length = q.shape[1]
+    fused = fused_attention(q, k, v, window) if begins is None else None
+    if fused is not None:
+        return fused
     if window == 0 or length <= window:
         mask = np.tri(length, dtype=bool)
         if begins is not None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import app, checkpoint, cli, commands
+from bytelm_jax import app, checkpoint, cli, commands_view
 from bytelm_jax.config import LFByteConfig, MegabyteConfig, Recipe
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.inspection import Inspection
@@ -52,7 +52,9 @@ def bare(cells):
     """The bytes of the cells, by their hovers, and which of them start patches or are new."""
     spans = re.findall(r'<span class="([^"]*)" title="byte (..), ([^"]*)">', cells)
     data = bytes(int(byte, 16) for _, byte, _ in spans)
-    marks = ["".join(name for name in ("p", "o") if name in classes.split()) for classes, *_ in spans]
+    marks = [
+        "".join(name for name in ("p", "o") if name in classes.split()) for classes, *_ in spans
+    ]
     return data, marks, [said for *_, said in spans]
 
 
@@ -202,10 +204,14 @@ def test_the_page_in_a_browser(page, tmp_path):
             assert data.startswith(f"user {number} é ".encode()) and len(data) == 34
             assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(34)]
             colours = "() => getComputedStyle(document.querySelector('.cells span'))"
-            red, green, blue = map(int, re.findall(r"\d+", tab.evaluate(colours + ".backgroundColor")))
+            red, green, blue = map(
+                int, re.findall(r"\d+", tab.evaluate(colours + ".backgroundColor"))
+            )
             assert 120 <= red <= 240 and 120 <= green <= 240 and blue == 138
             assert tab.evaluate(colours + ".borderLeftWidth") == "2px"
-            assert tab.get_by_label("Text", exact=True).input_value().startswith(f"user {number} é ")
+            assert (
+                tab.get_by_label("Text", exact=True).input_value().startswith(f"user {number} é ")
+            )
             assert "bits of surprise a byte" in tab.inner_text("body")
         users[0].screenshot(path=tmp_path / "page.png", full_page=True)
         generate_in(users[1], "x" * 50)
@@ -232,7 +238,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits) or Page())
     monkeypatch.setattr(app, "launch", launch)
-    monkeypatch.setattr(commands, "_wait_for_interrupt", lambda: asked.append("waited"))
+    monkeypatch.setattr(commands_view, "_wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
     assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
     assert "note:" not in capsys.readouterr().out

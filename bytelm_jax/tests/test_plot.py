@@ -140,7 +140,11 @@ def _pairs(count):
 def test_patches_and_experts(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     contract = PatchingContract(
-        patcher="space", threshold=0.0, entropy_model="", sampled_bytes=16, histogram=(1, 3, 0, 2, 0)
+        patcher="space",
+        threshold=0.0,
+        entropy_model="",
+        sampled_bytes=16,
+        histogram=(1, 3, 0, 2, 0),
     )
     loads = [{f"expert_load_{e}": (e + r["step"]) / 99 for e in range(3)} for r in RECORDS]
     records = [r | load | {"expert_load_max": 0.9} for r, load in zip(RECORDS, loads, strict=True)]

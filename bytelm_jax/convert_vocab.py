@@ -1,0 +1,103 @@
+"""The same model under another id map: bytes, pad, begin and end of sequence get other ids.
+
+The rows of every byte embedding and of the last product move with their ids, so that each byte
+costs what it did: bits per byte and greedy generation are those of before.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from .config import BLTConfig, ByteVocab, ModelConfig, require
+from .models import Params, abstract_params
+
+SILENT = -1e4
+"""Bias of an id that is never predicted: its probability is 0 in every dtype."""
+
+
+def remap_vocab(
+    config: ModelConfig, params: Params, vocab: ByteVocab
+) -> tuple[ModelConfig, Params]:
+    """Configuration and parameters of the same model with the id map `vocab`.
+
+    Unused ids keep their rows, in order, since the softmax counts them. A larger vocabulary adds
+    ids without probability, by their bias; a smaller one may leave out only such ids. Raises
+    `ValueError` where no such model exists: for n-gram embeddings, whose hashes are made of ids,
+    for a larger vocabulary without a bias to silence it, and for a smaller one that would leave
+    out an id that has a probability.
+    """
+    if vocab == config.vocab:
+        return config, params
+    if isinstance(config, BLTConfig):
+        require(
+            config.ngram_tables == 0,
+            f"vocab: a model with ngram_sizes={config.ngram_sizes} hashes ids, which other ids "
+            "would send to other rows; keep its vocabulary",
+        )
+        made = replace(config, vocab=vocab, entropy=replace(config.entropy, vocab=vocab))
+    else:
+        made = replace(config, vocab=vocab)
+    source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
+    added = vocab.size > config.vocab.size
+    biased = "to_logits.bias" in params
+    require(
+        biased or not added,
+        f"vocab.size={vocab.size}: the last layer has no bias, by which ids above "
+        f"{config.vocab.size - 1} could be silenced; keep size={config.vocab.size}",
+    )
+    shapes = {name: leaf.shape for name, leaf in abstract_params(made).items()}
+    return made, {
+        name: _moved(name, value, shapes[name], source, config.vocab.size)
+        for name, value in params.items()
+    }
+
+
+def _sources(old: ByteVocab, new: ByteVocab, silent: set[int]) -> np.ndarray:
+    """The old id of each new one, −1 for one that is added."""
+    source = np.full(new.size, -1)
+    source[new.offset : new.offset + 256] = np.arange(old.offset, old.offset + 256)
+    for name in ("pad_id", "bos_id", "eos_id"):
+        source[getattr(new, name)] = getattr(old, name)
+    # Ids with a probability first: what there is no room for must be silent.
+    unused = [i for i in range(old.size) if i not in set(source.tolist())]
+    unused = [i for i in unused if i not in silent] + [i for i in unused if i in silent]
+    places = np.flatnonzero(source < 0)
+    lost = [i for i in unused[len(places) :] if i not in silent]
+    require(
+        not lost,
+        f"vocab.size={new.size}: too small for the {old.size} ids of this model, whose unused ones "
+        f"have a probability, too; choose at least {new.size + len(lost)}",
+    )
+    kept = min(len(places), len(unused))
+    source[places[:kept]] = unused[:kept]
+    return source
+
+
+def _silent_ids(params: Params, size: int) -> set[int]:
+    bias = params.get("to_logits.bias")
+    if bias is None:
+        return set()
+    return set(np.flatnonzero(np.asarray(bias, np.float64)[:size] <= SILENT).tolist())
+
+
+def _moved(name: str, value: Array, shape: tuple[int, ...], source: np.ndarray, size: int) -> Array:
+    """A leaf whose rows, or columns, belong to ids, in the new order; any other as it is."""
+    module, _, leaf = name.rpartition(".")
+    last = module.rpartition(".")[2]
+    if leaf == "embedding" and last.endswith("embed"):
+        return _taken(value, source, 0.0)
+    if last != "to_logits":
+        return value
+    # Columns that only round up the product belong to no id.
+    spare = np.arange(size, size + shape[-1] - len(source))
+    fill = SILENT if leaf == "bias" else 0.0
+    columns = np.where(spare < value.shape[-1], spare, -1)
+    return _taken(value.T, np.concatenate([source, columns]), fill).T
+
+
+def _taken(value: Array, rows: np.ndarray, fill: float) -> Array:
+    taken = value[np.maximum(rows, 0)]
+    missing = (rows < 0).reshape(-1, *[1] * (value.ndim - 1))
+    return jnp.where(missing, jnp.asarray(fill, value.dtype), taken)

@@ -1,0 +1,232 @@
+"""What a model does, call by call, in both frameworks: the evidence behind `bytelm parity`.
+
+Every call of a layer, and of the functions named in `FUNCTIONS`, leaves the arrays that go in and
+those that come out, under the same name in both packages, because these mirror each other. Where
+two recordings part first, the fault lies between that array and the one before: in a layer whose
+inputs agree and whose output does not, or in the code of the caller that makes the next call's
+input. Gradients at the same places, read backwards, tell the same of the backward pass.
+"""
+
+import contextlib
+import importlib
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+METHODS = (
+    *("extend", "extend_rows", "pool", "pool_one", "read", "read_one", "keys_values"),
+    *("predict", "predict_cached", "probabilities", "dense", "sparse"),
+)
+"""Methods that are calls of a layer, beside `__call__` and torch's `forward`."""
+
+FUNCTIONS = {
+    "patching": ("histogram_entropy", "sums_since_start", "boundary_after", "plan_patches"),
+    "layers.attention": ("multi_query_attention",),
+    "layers.grouped_attention": ("rotate", "guide", "causal_attention", "grouped_attention"),
+    "layers.cross_attention": ("segment_max", "grouped_attention"),
+    "layers.experts": ("choose_experts",),
+    "layers.spline": ("spline_activation",),
+    "layers.transformer": ("rotation",),
+    "models.blt": ("entropy", "ngram_rows", "shift_right", "sinusoidal_positions"),
+    "models.blt_local": ("segment_max",),
+    "models.entropy": ("shift_right",),
+    "models.lfbyte": ("extend_running_mean", "running_mean", "sinusoidal_positions"),
+}
+"""Functions that count as layers, by the module that calls them."""
+
+
+class Place(NamedTuple):
+    """An array at the door of a layer: going in, or coming out."""
+
+    key: str
+    layer: str
+    caller: str
+    entering: bool
+
+    @property
+    def suspect(self) -> str:
+        """Whose fault it is if this array is the first wrong one."""
+        return self.caller if self.entering else self.layer
+
+    @property
+    def backward_suspect(self) -> str:
+        """The same of its gradient, going backwards."""
+        return self.layer if self.entering else self.caller
+
+
+Touch = Callable[[str, Any], Any]
+"""What is done with an array of a given key; its result takes the array's place."""
+
+
+@dataclass
+class Recorder:
+    """Names the calls of one model, `root`, and hands each array to `touch`."""
+
+    root: str
+    is_array: Callable[[Any], bool]
+    touch: Touch
+    places: list[Place] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
+    stack: list[str] = field(default_factory=list)
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, a layer called `name`, listened to; ": f" is the function f of the caller."""
+
+        def call(*args: Any, **named: Any) -> Any:
+            caller = self.stack[-1] if self.stack else self.root
+            layer = caller + name if name.startswith(": ") else name
+            self.calls[layer] += 1
+            key = layer if self.calls[layer] == 1 else f"{layer} (call {self.calls[layer]})"
+            args, named = self._see(f"input of {key}", layer, caller, True, (args, named))
+            self.stack.append(layer)
+            try:
+                output = function(*args, **named)
+            finally:
+                self.stack.pop()
+            return self._see(key, layer, caller, False, output)
+
+        return call
+
+    def _see(self, key: str, layer: str, caller: str, entering: bool, tree: Any) -> Any:
+        leaves, structure = jax.tree.flatten(tree)
+        arrays = [i for i, leaf in enumerate(leaves) if self.is_array(leaf) and leaf.ndim]
+        for number, i in enumerate(arrays):
+            name = key if len(arrays) == 1 else f"{key}, {number + 1} of {len(arrays)}"
+            self.places.append(Place(name, layer, caller, entering))
+            leaves[i] = self.touch(name, leaves[i])
+        return jax.tree.unflatten(structure, leaves)
+
+
+class Shelf(MutableMapping[str, np.ndarray]):
+    """Arrays by name in files of a temporary folder; memory holds the one that is looked at.
+
+    To be used in a `with`, whose end removes the folder.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="bytelm-parity-")
+        self._files: dict[str, Path] = {}
+
+    def __enter__(self) -> "Shelf":
+        return self
+
+    def __exit__(self, *why: object) -> None:
+        self._folder.cleanup()
+
+    def __setitem__(self, key: str, value: np.ndarray) -> None:
+        file = self._files.setdefault(key, Path(self._folder.name) / f"{len(self._files)}.npy")
+        np.save(file, value)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return np.load(self._files[key])
+
+    def __delitem__(self, key: str) -> None:
+        self._files.pop(key).unlink()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+# ---- JAX ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listen_jax(model: Any, touch: Touch) -> Iterator[Recorder]:
+    """Hands `touch` every array at a layer's door while `model` runs or is traced.
+
+    What runs inside a control-flow primitive, where arrays cannot be taken out, goes unheard.
+    """
+    from flax import nnx
+    from flax.nnx.tracers import TraceState
+
+    outside = TraceState()
+    recorder = Recorder(
+        type(model).__name__, lambda leaf: isinstance(leaf, jax.Array | np.ndarray), touch
+    )
+    modules = [(path, m) for path, m in nnx.iter_graph(model) if isinstance(m, nnx.Module) and path]
+    names = {id(module): ".".join(map(str, path)) for path, module in modules}
+    inside: set[tuple[int, str]] = set()  # a layer that calls itself through `super` is one call
+
+    def method(kind: type, name: str) -> Callable[..., Any]:
+        original = getattr(kind, name)
+
+        def call(self: Any, *args: Any, **named: Any) -> Any:
+            bound, mark = original.__get__(self), (id(self), name)
+            if id(self) not in names or mark in inside or not outside.is_valid():
+                return bound(*args, **named)
+            label = names[id(self)] + ("" if name == "__call__" else f".{name}")
+            inside.add(mark)
+            try:
+                return recorder.around(label, bound)(*args, **named)
+            finally:
+                inside.discard(mark)
+
+        return call
+
+    def function(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        listened = recorder.around(f": {name}", original)
+        return lambda *a, **k: (listened if outside.is_valid() else original)(*a, **k)
+
+    kinds = {type(module) for _, module in modules}
+    with contextlib.ExitStack() as patches:
+        for kind in kinds:
+            for name in ("__call__", *METHODS):
+                if any(name in vars(base) for base in kind.__mro__[:-1]):
+                    patches.enter_context(_replaced(kind, name, method(kind, name)))
+        _listen_to_functions("bytelm_jax", function, patches)
+        yield recorder
+
+
+def _listen_to_functions(package: str, wrap: Any, patches: contextlib.ExitStack) -> None:
+    for path, names in FUNCTIONS.items():
+        module = importlib.import_module(f"{package}.{path}")
+        for name in names:
+            if hasattr(module, name):
+                patches.enter_context(_replaced(module, name, wrap(name, getattr(module, name))))
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` for a while; what it inherits is not written into it for good."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+# ---- torch ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def listen_torch(twin: Any, touch: Touch) -> Iterator[Recorder]:
+    """The same for the torch twin."""
+    import torch
+
+    recorder = Recorder(
+        type(twin).__name__, lambda leaf: isinstance(leaf, torch.Tensor | np.ndarray), touch
+    )
+    with contextlib.ExitStack() as patches:
+        for path, module in twin.named_modules():
+            for name in ("forward", *METHODS):
+                if path and callable(getattr(module, name, None)):
+                    label = path + ("" if name == "forward" else f".{name}")
+                    listened = recorder.around(label, getattr(module, name))
+                    patches.enter_context(_replaced(module, name, listened))
+        wrap = lambda name, original: recorder.around(f": {name}", original)  # noqa: E731
+        _listen_to_functions("bytelm_torch", wrap, patches)
+        yield recorder

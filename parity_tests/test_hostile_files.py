@@ -1,0 +1,158 @@
+"""Damaged and hostile files end in one clear error, or change nothing; pickles are never run."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+import bytelm_torch
+from bytelm_jax import cli, convert, convert_blt, formats
+from bytelm_jax.models import abstract_params
+from bytelm_torch import checkpoint
+from parity_tests.damage import MODELS, make_folders
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "fuzz_files.py"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("whole"))
+
+
+def test_many_trials(folders, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("fuzz_files", SCRIPT)
+    assert spec and spec.loader
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    for module in (convert, convert_blt):  # the script replaces them by a cached one
+        monkeypatch.setattr(module, "abstract_params", abstract_params)
+    counts, failures = script.fuzz(150, 7, tmp_path, folders)
+    assert not failures
+    outcomes = Counter()
+    for (_, outcome), count in counts.items():
+        outcomes[outcome] += count
+    assert outcomes["error"] > 200 and outcomes["equal"] > 0
+    # The judge can tell: a model of other weights is neither an error nor equal.
+    other, original = script.load_torch(folders["lfbyte"]), {}
+    assert script.outcome(lambda _: other, tmp_path, original) == "DIFFERENT"
+    assert script.outcome(lambda _: 1 // 0, tmp_path, original).startswith("ZeroDivisionError")
+
+
+def loaders(name):
+    return [formats.import_any] + [bytelm_torch.from_pretrained] * (
+        name not in ("hf-blt", "shards")
+    )
+
+
+@pytest.mark.parametrize("name", ["megabyte", "hf-blt", "torch"])
+def test_other_weights_and_other_configurations_are_noticed(name, folders, tmp_path):
+    source = folders[name]
+    for file, old, new in (
+        ("model.safetensors", None, None),
+        ("config.json", b'"threshold": 9.0', b'"threshold": 9.5'),
+        ("config.json", b"500000.0", b"500001.0"),
+        ("config.json", b'"dropout": 0.1', b'"dropout": 0.2'),
+        ("config.json", b'"init_std": 0.02', b'"init_std": 0.03'),
+    ):
+        data = (source / file).read_bytes()
+        if old is None:
+            changed = data[:-3] + bytes([data[-3] ^ 1]) + data[-2:]
+        elif old in data:
+            changed = data.replace(old, new)
+        else:
+            continue
+        for kept in ("model.safetensors", "config.json"):
+            (tmp_path / kept).write_bytes((source / kept).read_bytes())
+        (tmp_path / file).write_bytes(changed)
+        for load in loaders(name):
+            with pytest.raises(ValueError, match=r"SHA-256\); give an undamaged copy"):
+                load(tmp_path)
+
+
+def test_what_another_program_wrote_has_no_sums_and_loads(folders, tmp_path):
+    (tmp_path / "config.json").write_bytes((folders["lfbyte"] / "config.json").read_bytes())
+    save_file(load_file(folders["lfbyte"] / "model.safetensors"), tmp_path / "model.safetensors")
+    config, params = convert.load_export(tmp_path)
+    assert config == MODELS["lfbyte"]
+    assert len(bytelm_torch.from_pretrained(tmp_path).state_dict()) == len(params)
+
+
+@pytest.mark.parametrize("target", ["link", "../megabyte/model.safetensors", "/etc/hostname"])
+def test_an_index_leads_nowhere_else(target, folders, tmp_path):
+    index = folders["shards"] / convert_blt.INDEX_FILE
+    (tmp_path / "config.json").write_bytes((folders["shards"] / "config.json").read_bytes())
+    (tmp_path / "link").symlink_to(folders["hf-blt"] / "model.safetensors")
+    text = index.read_text().replace("model-1-of-2.safetensors", target)
+    (tmp_path / convert_blt.INDEX_FILE).write_text(text)
+    with pytest.raises(ValueError, match="weight_map: must name files of this folder, no links"):
+        formats.import_any(tmp_path)
+
+
+def test_a_giant_in_the_configuration_is_refused_before_it_is_built(folders, tmp_path):
+    for name, field, loads in (
+        ("hf-blt", b'"num_hidden_layers": 1', [formats.import_any]),
+        ("blt", b'"decoder_layers": 1', [formats.import_any, bytelm_torch.from_pretrained]),
+    ):
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / file).write_bytes((folders[name] / file).read_bytes())
+        data = (tmp_path / "config.json").read_bytes()
+        assert field in data
+        (tmp_path / "config.json").write_bytes(data.replace(field, field + b"000000"))
+        for load in loads:
+            with pytest.raises(ValueError, match=r"parameters, config\.json describes "):
+                load(tmp_path)
+    (tmp_path / "config.json").write_bytes(b" " * (2**24 + 1))
+    for load in (convert.load_export, bytelm_torch.from_pretrained):
+        with pytest.raises(ValueError, match="a JSON file of at most 16777216 was expected"):
+            load(tmp_path)
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("kind", ["pickle", "old", "zip"])
+def test_no_loader_runs_a_pickle(kind, folders, tmp_path):
+    fired, file = tmp_path / "fired", tmp_path / "weights.pt"
+    bomb = {"model_state_dict": {"to_logits.weight": torch.zeros(2)}, "x": Bomb(fired)}
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps(bomb, protocol=2))
+    else:
+        torch.save(bomb, file, _use_new_zipfile_serialization=kind == "zip")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (folder / name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_bytes((folders["megabyte"] / "config.json").read_bytes())
+    (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "3" / "training.pt").write_bytes(file.read_bytes())
+    for load in (
+        lambda: formats.import_any(file, "megabyte"),
+        lambda: formats.import_any(folder),
+        lambda: formats.import_any(folder, "megabyte"),
+        lambda: bytelm_torch.from_pretrained(folder),
+        lambda: checkpoint.read_training(tmp_path / "run", 3),
+    ):
+        with pytest.raises(ValueError) as caught:
+            load()
+        assert "\n" not in str(caught.value)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        assert cli.main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert said.getvalue().count("\n") == 1 and not (tmp_path / "out").exists()
+    with pytest.raises(pickle.UnpicklingError):  # as the examples of earlier projects load theirs
+        torch.load(file)
+    assert not fired.exists()

@@ -1,0 +1,59 @@
+"""`bytelm parity` names the faulty layer for every fault of parity_tests/faults.py."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bytelm_jax import cli, convert
+from bytelm_jax.config import LFByteConfig
+from bytelm_jax.models import abstract_params
+from bytelm_jax.recording import Shelf
+from parity_tests import faults
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return faults.Bench(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("name", faults.MODELS)
+def test_without_a_fault_the_twins_are_equal(name, bench):
+    assert bench.run(name, None) == (0, "equal: every tensor within tolerance")
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault[0])
+def test_the_faulty_layer_is_named(fault, bench):
+    _, name, expected, plant = fault
+    code, line = bench.run(name, plant)
+    assert (code, faults.named(line)) == (1, expected)
+
+
+def test_the_faults_are_of_many_kinds():
+    assert len({what for what, *_ in faults.FAULTS}) == len(faults.FAULTS) >= 20
+    assert len({layer for _, _, layer, _ in faults.FAULTS}) >= 20
+
+
+def test_an_encoder_is_compared_but_does_not_generate(tmp_path, capsys):
+    config = LFByteConfig.original(embed_dim=4, num_layers=1, adapt_dim=2, num_experts=2)
+    source = np.random.default_rng(0)
+    leaves = abstract_params(config).items()
+    params = {
+        name: jnp.asarray(source.standard_normal(leaf.shape), jnp.float32) for name, leaf in leaves
+    }
+    convert.export_model(config, params, tmp_path / "out")
+    (tmp_path / "text").write_bytes(b"an encoder sees every byte")
+    options = ["--data", str(tmp_path / "text"), "--length", "9"]
+    assert cli.main(["parity", str(tmp_path / "out"), *options]) == 0
+    said = capsys.readouterr().out
+    assert "left out  generation: causal=False, an encoder does not generate" in said
+    assert said.endswith("equal: every tensor within tolerance\n")
+
+
+def test_what_torch_did_waits_in_files():
+    value = np.random.default_rng(0).standard_normal((3, 2))
+    with Shelf() as shelf:
+        shelf["a"], shelf["b"], shelf["c"] = value, value > 0, np.array(1.0)
+        assert (shelf["a"] == value).all() and shelf["b"].dtype == bool and shelf["c"].shape == ()
+        shelf["a"] = value + 1
+        del shelf["b"]
+        assert set(shelf) == {"a", "c"} and (shelf["a"] == value + 1).all() and "b" not in shelf

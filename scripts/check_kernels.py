@@ -1,0 +1,139 @@
+"""The fast forms of this device beside the plain ones: error, exact causality, time. JSON lines.
+
+    python scripts/check_kernels.py
+
+Fused attention in bfloat16 is compared with the written-out form in float32, forward and gradient,
+as ‖a − b‖ / ‖b‖; the written-out form in bfloat16 stands beside it. The same for products of
+experts by blocks. A changed future may change no earlier output, exactly. On a CPU, where nothing
+is fused, attention is compared with itself.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bytelm_jax.layers import attention, grouped_attention
+from bytelm_jax.layers.grouped_product import (
+    block_length,
+    from_slots,
+    grouped_product,
+    make_groups,
+    to_slots,
+)
+from bytelm_jax.parity import relative_error
+
+SHAPES = {
+    "one key head, as in MEGABYTE's global stack": (4, 256, 16, 1, 64, 0),
+    "BLT's global stack": (2, 512, 16, 16, 96, 0),
+    "BLT's windowed local stack": (2, 2048, 12, 12, 64, 512),
+}
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    """The written-out form."""
+    length = q.shape[1]
+    ahead = np.arange(length)[:, None] - np.arange(length)[None, :]
+    return grouped_attention.grouped_attention(q, k, v, (ahead >= 0) & (ahead < (window or length)))
+
+
+def fused(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
+    """The fused form, or the written-out one where there is none."""
+    out = attention.fused_attention(q, k, v, window)
+    return plain(q, k, v, window) if out is None else out
+
+
+def with_gradients(form: Callable[..., jax.Array], weights: jax.Array) -> Callable[..., Any]:
+    """Output and gradients of a weighted sum of it."""
+
+    def scalar(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = form(*arrays)
+        return (out.astype(jnp.float32) * weights).sum(), out
+
+    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))
+
+
+def milliseconds(call: Callable[..., Any], *arrays: jax.Array) -> float:
+    """Of one call, the mean of twenty, after one."""
+    jax.block_until_ready(call(*arrays))
+    start = time.perf_counter()
+    for _ in range(20):
+        found = call(*arrays)
+    jax.block_until_ready(found)
+    return round(50 * (time.perf_counter() - start), 4)
+
+
+def errors(found: Any, exact: Any) -> list[float]:
+    """Relative errors of output and gradients."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    return [
+        float(f"{relative_error(np.asarray(a, np.float32), np.asarray(b)):.2e}") for a, b in pairs
+    ]
+
+
+def check_attention(name: str) -> dict[str, Any]:
+    """One shape of `SHAPES`."""
+    batch, length, heads, groups, width, window = SHAPES[name]
+    source = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(source.normal(size=shape), jnp.float32)  # noqa: E731
+    q = draw(batch, length, heads, width)
+    k, v = (draw(batch, length, groups, width) for _ in range(2))
+    weights, half = draw(*q.shape), [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    forms = {
+        f.__name__: with_gradients(lambda *a, f=f: f(*a, window), weights) for f in (fused, plain)
+    }
+    with jax.default_matmul_precision("highest"):
+        (_, out), gradients = forms["plain"](*(x.astype(jnp.float32) for x in half))
+    row: dict[str, Any] = {"check": name}
+    for form, call in forms.items():
+        (_, ours), theirs = call(*half)
+        row[form] = errors((ours, theirs), (out, gradients))
+        row[f"{form}_ms"] = milliseconds(call, *half)
+    cut, later = length // 2 + 1, [x.at[:, length // 2 + 1 :].add(1) for x in half]
+    forward = jax.jit(lambda *arrays: fused(*arrays, window))
+    row["causal"] = bool((forward(*half)[:, :cut] == forward(*later)[:, :cut]).all())
+    return row
+
+
+def check_experts() -> dict[str, Any]:
+    """Products of 48 experts by blocks."""
+    rows, count, width = 16_384, 48, 512
+    source = np.random.default_rng(0)
+    expert = jnp.asarray(np.minimum(source.geometric(0.08, rows) - 1, count - 1))
+    x = jnp.asarray(source.normal(size=(rows, width)), jnp.bfloat16)
+    kernels = jnp.asarray(source.normal(size=(count, width, width)), jnp.bfloat16)
+    weights = jnp.asarray(source.normal(size=(rows, width)), jnp.float32)
+
+    def multiply(x: jax.Array, kernels: jax.Array, _: jax.Array, block: int) -> jax.Array:
+        groups = make_groups(expert, count, block)
+        return from_slots(grouped_product(to_slots(x, groups), kernels, groups), groups)
+
+    forms = {
+        "blocks": with_gradients(lambda *a: multiply(*a, block=block_length(rows, count)), weights),
+        "ragged": with_gradients(lambda *a: multiply(*a, block=0), weights),
+    }
+    zero = jnp.zeros(())
+    with jax.default_matmul_precision("highest"):
+        exact = forms["ragged"](x.astype(jnp.float32), kernels.astype(jnp.float32), zero)
+    row: dict[str, Any] = {"check": "experts"}
+    for form, call in forms.items():
+        found = call(x, kernels, zero)
+        row[form] = errors((found[0][1], found[1][:2]), (exact[0][1], exact[1][:2]))
+        row[f"{form}_ms"] = milliseconds(call, x, kernels, zero)
+    return row
+
+
+def main() -> None:
+    """Prints a line a check."""
+    device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    for name in SHAPES:
+        print(json.dumps(check_attention(name) | device), flush=True)
+    print(json.dumps(check_experts() | device), flush=True)
+
+
+if __name__ == "__main__":
+    main()
