@@ -68,8 +68,9 @@ Inspector = Callable[[bytes], Inspection]
 
 def longest_text(config: ModelConfig) -> int | None:
     """The most bytes that the model can look at, None where there is no bound."""
-    bounded = isinstance(config, MegabyteConfig) and config.variant == "paper"
-    return config.max_length if bounded else None
+    if isinstance(config, MegabyteConfig) and config.variant == "paper":
+        return config.max_length
+    return None
 
 
 def make_inspector(recipe: Recipe, params: Params) -> Inspector:

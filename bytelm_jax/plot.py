@@ -308,7 +308,8 @@ td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
 {html.escape(recipe.optimizer.name)}</p>
 <img alt="The plots of this run" src="data:image/png;base64,{picture}">
 <h2>Numbers</h2>
-<table><tr><th>panel</th><th>line</th><th>last step</th><th>last</th><th>least</th><th>most</th></tr>
+<table><tr><th>panel</th><th>line</th><th>last step</th>
+<th>last</th><th>least</th><th>most</th></tr>
 {rows}</table>
 <details><summary>Configuration</summary><pre>{config}</pre></details>
 </body></html>

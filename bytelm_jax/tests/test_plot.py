@@ -1,4 +1,4 @@
-"""`bytelm plot`: what the figure holds against the metrics file, the contract and the checkpoint."""
+"""`bytelm plot`: the figure's numbers against metrics file, contract and checkpoint."""
 
 import base64
 import json
