@@ -1,6 +1,7 @@
 """The page: its logic without one, and the page itself in a browser that nobody sees."""
 
 import ast
+import asyncio
 import html
 import itertools
 import re
@@ -153,8 +154,16 @@ def test_models_that_see_their_bytes_are_not_served():
 @pytest.fixture(scope="module")
 def page(service, request):
     pytest.importorskip("gradio", reason="needs the extra app")
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)  # else Gradio makes one for this thread, and leaves it open
     made = app.build_page(service)
-    request.addfinalizer(lambda: made.close(verbose=False))
+
+    def close():
+        made.close(verbose=False)
+        asyncio.set_event_loop(None)
+        loop.close()
+
+    request.addfinalizer(close)
     return app.launch(made, "127.0.0.1", _free_port()).rstrip("/")
 
 
@@ -269,5 +278,5 @@ def test_heavy_packages_wait_until_they_are_needed():
             continue
         for node in ast.parse(path.read_text("utf-8")).body:  # what runs as the module is imported
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not heavy & {name.split(".")[0] for name in names}, path

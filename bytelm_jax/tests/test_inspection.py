@@ -119,7 +119,7 @@ def test_colours_are_off_where_nobody_sees_them(run, capsys):
     assert "\x1b" not in said
     lines = said.splitlines()
     bits = float(lines[0].split(":")[1].split()[0])
-    assert "5 patches of 3.60 bytes (of fixed length)" in lines[0] and 0 < bits < 99
+    assert "5 patches of 4.00 bytes (of fixed length)" in lines[0] and 0 < bits < 99
     assert lines[1:3] == ["def │é(s│elf)│:⏎", "  │🎉"]
     assert [line.split()[0] for line in lines[4:]] == ["0", "4", "8", "12", "16"]
     assert lines[4].split()[1:4:2] == ["│", lines[4].split()[3]] and "def " in lines[4]
