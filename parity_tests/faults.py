@@ -104,8 +104,8 @@ def split_halves(real: Any) -> Any:
 
 def stale(real: Any) -> Any:
     """The cache is read, and never written."""
-    return lambda x, cache, index: (
-        real(x, type(cache)(*(c.clone() for c in cache)), index)[0],
+    return lambda x, cache, *where: (
+        real(x, type(cache)(*(c.clone() for c in cache)), *where)[0],
         cache,
     )
 
@@ -184,7 +184,7 @@ FAULTS: list[Fault] = [
     ("gates not renormalised", "lfbyte", "layers.0.mixture: choose_experts",
      function(experts, "choose_experts", no_renormalisation)),
     ("mean over one too many", "lfbyte", "layers.0: running_mean",
-     function(lfbyte, "running_mean", lambda f: lambda x: f(x) * 0.5)),
+     function(lfbyte, "running_mean", lambda f: lambda *a: f(*a) * 0.5)),
     ("sine and cosine swapped", "lfbyte", "LFByteTransformer: sinusoidal_positions",
      function(lfbyte, "sinusoidal_positions", lambda f: lambda *a: f(*a).roll(1, -1))),
     ("gate and up swapped", "blt", "patcher.transformer.layers.0.feedforward.gate", swapped_gate),

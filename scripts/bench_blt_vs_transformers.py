@@ -26,6 +26,7 @@ def theirs(batch: int, length: int, patch: int, repeats: int) -> dict[str, Any]:
     from transformers import BltConfig, BltForCausalLM
 
     local = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048}
+    local["hidden_size_global"] = 1536
     config = BltConfig(
         encoder_hash_byte_group_vocab=50_002,
         encoder_config=local | {"num_hidden_layers": 1},
@@ -39,7 +40,8 @@ def theirs(batch: int, length: int, patch: int, repeats: int) -> dict[str, Any]:
             "num_hidden_layers": 4,
         },
     )  # fmt: skip
-    model = BltForCausalLM(config).cuda().train()
+    model: Any = BltForCausalLM(config)
+    model = model.cuda().train()
     model.model.patcher.requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
-from bytelm_jax.layers.grouped_product import (
+from bytelm_jax.grouped_product import (
     block_length,
     from_slots,
     grouped_product,
     make_groups,
     to_slots,
 )
+from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 

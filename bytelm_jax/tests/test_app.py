@@ -2,12 +2,14 @@
 
 import ast
 import asyncio
+import gc
 import html
 import itertools
 import re
 import shutil
 import socket
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,17 +156,14 @@ def test_models_that_see_their_bytes_are_not_served():
 @pytest.fixture(scope="module")
 def page(service, request):
     pytest.importorskip("gradio", reason="needs the extra app")
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)  # else Gradio makes one for this thread, and leaves it open
-    made = app.build_page(service)
-
-    def close():
-        made.close(verbose=False)
-        asyncio.set_event_loop(None)
-        loop.close()
-
-    request.addfinalizer(close)
-    return app.launch(made, "127.0.0.1", _free_port()).rstrip("/")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        made = app.build_page(service)
+        request.addfinalizer(lambda: made.close(verbose=False))
+        address = app.launch(made, "127.0.0.1", _free_port())
+        asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open
+        gc.collect()
+    return address.rstrip("/")
 
 
 def _free_port():

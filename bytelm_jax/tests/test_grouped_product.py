@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax.layers.grouped_product import (
+from bytelm_jax.grouped_product import (
     block_length,
     from_slots,
     grouped_product,
