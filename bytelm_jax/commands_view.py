@@ -146,6 +146,7 @@ def serve_command(
 
 def _wait_for_interrupt() -> None:
     """Returns at SIGINT or SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         threading.Event().wait()
