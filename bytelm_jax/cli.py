@@ -13,12 +13,17 @@ COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
     "generate": "stream text from a trained model",
+    "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
     "import": "make a run folder of other weights",
     "parity": "compare the JAX and torch twins",
     "calibrate": "find the entropy threshold for a mean patch length",
+    "plot": "draw a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
+    "serve": "a page in the browser to try a model",
 }
+
+_VIEWS = ("inspect", "plot", "serve")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     # Imported only now: a command line that is wrong, or asks for help, should not wait for JAX.
-    commands = importlib.import_module("bytelm_jax.commands")
+    module = "commands_view" if name in _VIEWS else "commands"
+    commands = importlib.import_module(f"bytelm_jax.{module}")
     function = getattr(commands, f"{name}_command")
     if "argv" in inspect.signature(function).parameters:
         return function

@@ -131,7 +131,7 @@ def eval_command(
         raise UsageError("--data: name at least one file or folder")
     corpus = corpora.open_corpus(data)
     recipe, params, step = checkpoints.load_run(run, checkpoint)
-    recipe = _with_resets(recipe, reset_on)
+    recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, parallel.make_mesh()
     by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
@@ -156,7 +156,7 @@ def eval_command(
     return 0
 
 
-def _with_resets(recipe: Recipe, reset_on: str) -> Recipe:
+def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with its model starting texts anew as asked for, or as it was trained."""
     if reset_on != "trained":
         recipe = replace(recipe, model=replace(recipe.model, reset_on=reset_on))
@@ -210,7 +210,7 @@ def generate_command(
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
     recipe, params, _ = checkpoints.load_run(run, checkpoint)
-    recipe = _with_resets(recipe, reset_on)
+    recipe = with_resets(recipe, reset_on)
     bind, _ = define_model(recipe.model)
     decoder = StreamingDecoder(recipe.model.vocab)
     offset = recipe.model.vocab.offset

@@ -259,6 +259,7 @@ class TrainConfig:
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
     float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
     `eval_windows` bounds the validation windows of each evaluation during training.
+    `track` names what gets the metrics besides `metrics.jsonl`.
     `entropy_from` names a calibrated run folder, from which BLT with patcher="entropy" takes its
     entropy model: sizes, weights, threshold and mean patch length.
     """
@@ -278,6 +279,7 @@ class TrainConfig:
     keep_last: int = 2
     keep_best: int = 1
     entropy_from: str = ""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 import time
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -35,6 +36,7 @@ class Display:
         )
         self._task = self._bar.add_task(name, total=steps, completed=start, rates="compiling …")
         self._steps, self._last = steps, float("-inf")
+        self._first: tuple[int, float] | None = None
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -61,6 +63,12 @@ class Display:
             rates += f"  MFU {record['mfu']:.1%}"
         self._bar.update(self._task, completed=step, rates=rates)
         now = time.monotonic()
+        # Only what came behind the first report tells how long the rest takes: before it, the step
+        # was compiled.
+        since, begun = self._first = self._first or (step, now)
         if not self._console.is_terminal and now - self._last > _LINE_SECONDS:
             self._last = now
+            if step > since:
+                left = (now - begun) / (step - since) * (self._steps - step)
+                rates += f"  {timedelta(seconds=round(left))} left"
             self.say(f"step {step}/{self._steps}  {rates}")

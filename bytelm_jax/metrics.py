@@ -3,10 +3,13 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from bytelm_jax.tracking import Tracker
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
@@ -24,23 +27,31 @@ def peak_flops() -> float | None:
 class MetricsLog:
     """Appends one JSON object a line, each line whole on disk before the next begins."""
 
-    def __init__(self, path: Path, step: int):
-        """Opens `path` for a run that stands at `step`: lines of later steps are cut away."""
+    def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
+        """Opens `path` for a run that stands at `step`: lines of later steps are cut away.
+
+        `trackers` get every record as well, and are closed with the file.
+        """
         if path.is_file():
             kept = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
             beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             beside.write_text("".join(line + "\n" for line in kept), "utf-8")
             os.replace(beside, path)
+        self._trackers = trackers
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line and flushes it."""
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(record)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file, then the trackers."""
         self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from bytelm_jax.loss import bits_per_byte
 from bytelm_jax.metrics import MetricsLog, Throughput
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer, learning_rate_schedule
+from bytelm_jax.tracking import check_trackers, open_trackers
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
@@ -139,6 +140,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     require_document_ends(recipe)
 
     # ---- setup ----
+    check_trackers(recipe.train.track)
     recipe = patch_contract.adopt(recipe, run_dir)
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
@@ -177,7 +179,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
-    log = MetricsLog(run_dir / "metrics.jsonl", start)
+    log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
     rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     saved = start

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from bytelm_torch.loss import bits_per_byte
 from bytelm_torch.metrics import MetricsLog, Throughput
 from bytelm_torch.models import build_model
 from bytelm_torch.optim import build_optimizer, learning_rate_schedule
+from bytelm_torch.tracking import check_trackers, open_trackers
 
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -90,6 +92,7 @@ class Display:
 
     def __init__(self, steps: int, shown: bool):
         self._steps, self._shown, self._last = steps, shown, float("-inf")
+        self._first: tuple[int, float] | None = None
 
     def say(self, message: str) -> None:
         """Prints one line."""
@@ -99,10 +102,17 @@ class Display:
     def show(self, step: int, record: dict[str, Any]) -> None:
         """Prints a finished step's rates, if some time has passed since the last."""
         now = time.monotonic()
+        since, begun = self._first = self._first or (step, now)
         if now - self._last > _LINE_SECONDS:
             self._last = now
             bits, rate = record["bits_per_byte"], record["bytes_per_second"] / 1e3
-            self.say(f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s")
+            said = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
+            if "mfu" in record:
+                said += f"  MFU {record['mfu']:.1%}"
+            if step > since:
+                left = (now - begun) / (step - since) * (self._steps - step)
+                said += f"  {timedelta(seconds=round(left))} left"
+            self.say(said)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -173,6 +183,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     require_document_ends(recipe)
 
     # ---- setup ----
+    check_trackers(run.track)
     parallel.check_batch(group, run)
 
     # ---- data ----
@@ -199,7 +210,10 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
-    log = MetricsLog(run_dir / "metrics.jsonl", start) if first else None
+    log = None
+    if first:
+        trackers = open_trackers(recipe, run_dir, start)
+        log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
     rates = Throughput(recipe.model.flops_per_byte(length), group.size)
     display = Display(run.steps, first)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()

@@ -469,5 +469,5 @@ def test_resets_behind_documents_need_their_ends(tmp_path, capsys):
     recipe = recipes.megabyte_tiny()
     recipe = replace(recipe, data=replace(recipe.data, append_eos=False))
     with pytest.raises(ValueError, match="needs data"):
-        commands._with_resets(recipe, "document")
+        commands.with_resets(recipe, "document")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,281 @@
+"""The page: its logic without one, and the page itself in a browser that nobody sees."""
+
+import ast
+import asyncio
+import gc
+import html
+import itertools
+import re
+import shutil
+import socket
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bytelm_jax import app, checkpoint, cli, commands_view
+from bytelm_jax.config import LFByteConfig, MegabyteConfig, Recipe
+from bytelm_jax.generate import SamplerConfig, generate
+from bytelm_jax.inspection import Inspection
+from bytelm_jax.models import abstract_params, define_model
+
+# Libraries that a page needs warn of each other.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+MODEL = MegabyteConfig(
+    patch_size=4,
+    global_dim=8,
+    local_dim=16,
+    global_heads=2,
+    local_heads=2,
+    global_layers=1,
+    local_layers=1,
+    max_length=64,
+)
+RECIPE = Recipe(name="tiny", model=MODEL)
+LIMITS = app.Limits(prompt_bytes=40, new_bytes=48, queue=4)
+
+
+@pytest.fixture(scope="module")
+def params():
+    source = np.random.default_rng(1)
+    shapes = abstract_params(MODEL).items()
+    return {k: jnp.asarray(source.normal(0, 0.3, v.shape), v.dtype) for k, v in shapes}
+
+
+@pytest.fixture(scope="module")
+def service(params):
+    return app.Service(RECIPE, params, LIMITS)
+
+
+def bare(cells):
+    """The bytes of the cells, by their hovers, and which of them start patches or are new."""
+    spans = re.findall(r'<span class="([^"]*)" title="byte (..), ([^"]*)">', cells)
+    data = bytes(int(byte, 16) for _, byte, _ in spans)
+    marks = [
+        "".join(name for name in ("p", "o") if name in classes.split()) for classes, *_ in spans
+    ]
+    return data, marks, [said for *_, said in spans]
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "def ", "é🎉", "שלום مرحبا", "\x00\x1b[31m\x7f", "\udcff\udc80", "\ud800", "<b>&\n\n"],
+)
+def test_replies_grow_by_whole_characters_to_what_generate_gives(service, params, prompt):
+    replies = list(service.reply(prompt, 24, seed=3))
+    # Invalid bytes are U+FFFD at once; what is sent is never taken back.
+    for before, after in itertools.pairwise(replies):
+        assert after.text.startswith(before.text)
+    data = service._tokenizer.to_bytes(service._tokenizer.encode(prompt))
+    (new,) = generate(define_model(MODEL)[0](params), [data], 24, SamplerConfig(), seed=3)
+    assert replies[-1].text == (data + new).decode("utf-8", "replace")
+    shown, marks, said = bare(replies[-1].cells)
+    assert shown == data + new
+    assert ["o" in mark for mark in marks] == [at >= len(data) for at in range(len(shown))]
+    assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(len(shown))]
+    assert all(re.fullmatch(r"surprise [\d.]+ bits, entropy [\d.]+ bits", one) for one in said)
+    assert f"{len(new)} bytes in" in replies[-1].status and len(new) == 24
+    assert "bytes a second once begun" in replies[-1].status
+    assert len(replies) >= 3  # two pieces and the cells
+
+
+def test_the_same_seed_gives_the_same_text_and_another_another(service):
+    first, again, other = (list(service.reply("a", 24, seed=s))[-1] for s in (1, 1, 2))
+    assert first.text == again.text != other.text
+
+
+@pytest.mark.parametrize(
+    "request_, says",
+    [
+        (("é" * 21,), "starting text: 42 bytes; at most 40"),
+        (("a", 0), "length=0: from 1 to 48"),
+        (("a", 49), "length=49: from 1 to 48"),
+        (("a", None), "length=None: give a number"),
+        (("a", 1.5), "length=1.5: give a whole number"),
+        (("x" * 40, 48), "this model has max_length=64"),
+        (("a", 8, -1.0), "temperature=-1.0"),
+        (("a", 8, float("nan")), "temperature=nan"),
+        (("a", 8, 1.0, -2), "top_k=-2"),
+        (("a", 8, 1.0, 0, 1.5), "top_p=1.5"),
+        (("a", 8, 1.0, 0, 1.0, "best"), "sampler='best': choose greedy"),
+        (("a", 8, 1.0, 0, 1.0, None), "sampler=None: choose greedy"),
+        (("a", 8, 1.0, 0, 1.0, "greedy", -1), "seed=-1"),
+        (("a", 8, 1.0, 0, 1.0, "greedy", float("inf")), "seed=inf: give a whole number"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_in_one_line(service, request_, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        next(service.reply(*request_))
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_stops_when_its_time_is_over(service, params):
+    limits = replace(LIMITS, seconds=1e-9)
+    replies = list(app.Service(RECIPE, params, limits).reply("a", 48))
+    status = replies[-1].status
+    assert "15 bytes in" in status and "stopped after 1e-09 seconds" in status
+    assert len(bare(replies[-1].cells)[0]) == 16  # four rounds of four
+
+
+def test_cells_as_literals():
+    surprise = np.array([0.0, 2.0, 8.0, 20.0, 1.0, 0.5], np.float32)
+    starts = np.array([True, False, True, False, False, False])
+    found = Inspection("<é\n".encode() + b"\xff\x00", surprise, surprise / 2, starts)
+    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(found, 2))[1]
+    shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside)
+    assert [(names, html.unescape(text)) for names, text in shown] == [
+        ("b0 p", "<"),
+        ("b4", "é"),
+        ("b16 p o", "·"),
+        ("b16 o", "⏎"),
+        ("b2 o", "\\xff"),
+        ("b1 o", "\\x00"),
+    ]
+    assert inside.count("<br>") == 1
+    assert 'title="byte c3, surprise 2.00 bits, entropy 1.00 bits"' in inside
+    assert ".b16{background:rgb(240,120,138)}" in app.style_sheet()
+
+
+def test_who_reaches_an_address():
+    assert all(app.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"))
+    assert not any(app.is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.7", "example"))
+
+
+def test_models_that_see_their_bytes_are_not_served():
+    with pytest.raises(ValueError, match=r"model.causal=False"):
+        app.Service(Recipe(name="sees", model=LFByteConfig(causal=False)), {}, LIMITS)
+    with pytest.raises(ValueError, match=r"seconds=0\.0: must be above 0"):
+        app.Limits(seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def page(service, request):
+    pytest.importorskip("gradio", reason="needs the extra app")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        made = app.build_page(service)
+        request.addfinalizer(lambda: made.close(verbose=False))
+        address = app.launch(made, "127.0.0.1", _free_port())
+        asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open
+        gc.collect()
+    return address.rstrip("/")
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_requests_at_once_are_answered_in_order_and_refusals_are_told(page):
+    client_of = pytest.importorskip("gradio_client", reason="needs the extra app")
+    client = client_of.Client(page, verbose=False)
+    jobs = [
+        client.submit(f"{i} ", 24, 1.0, 0, 1.0, "categorical", i, api_name="/generate")
+        for i in range(4)
+    ]
+    answers = [job.result(timeout=120) for job in jobs]
+    assert [text[:2] for text, _, _ in answers] == [f"{i} " for i in range(4)]
+    assert [len(bare(cells)[0]) for _, cells, _ in answers] == [26] * 4
+    with pytest.raises(Exception, match="starting text: 50 bytes; at most 40"):
+        client.predict("x" * 50, api_name="/generate")
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+    if binary is None:
+        pytest.skip("Chromium is not installed: apt-get install chromium")
+
+    def generate_in(tab, text):
+        tab.get_by_label("Starting text").fill(text)
+        tab.get_by_role("button", name="Generate").click()
+
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=binary, args=["--no-sandbox"])
+        users = [browser.new_page(viewport={"width": 1200, "height": 900}) for _ in range(2)]
+        foreign = []
+        for number, tab in enumerate(users):
+            tab.on("request", lambda sent: foreign.append(sent.url))
+            tab.goto(page)
+            tab.get_by_label("Length in bytes").fill("24")
+            tab.get_by_label("Seed").fill(str(number))
+        for number, tab in enumerate(users):  # at once
+            generate_in(tab, f"user {number} é ")
+        for number, tab in enumerate(users):
+            tab.wait_for_selector(".cells", timeout=60_000)
+            data, marks, _ = bare(tab.inner_html(".cells"))
+            assert data.startswith(f"user {number} é ".encode()) and len(data) == 34
+            assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(34)]
+            colours = "() => getComputedStyle(document.querySelector('.cells span'))"
+            red, green, blue = map(
+                int, re.findall(r"\d+", tab.evaluate(colours + ".backgroundColor"))
+            )
+            assert 120 <= red <= 240 and 120 <= green <= 240 and blue == 138
+            assert tab.evaluate(colours + ".borderLeftWidth") == "2px"
+            assert (
+                tab.get_by_label("Text", exact=True).input_value().startswith(f"user {number} é ")
+            )
+            assert "bits of surprise a byte" in tab.inner_text("body")
+        users[0].screenshot(path=tmp_path / "page.png", full_page=True)
+        generate_in(users[1], "x" * 50)
+        users[1].get_by_text("starting text: 50 bytes; at most 40").wait_for(timeout=60_000)
+        users[1].wait_for_timeout(500)  # until it has slid in
+        users[1].screenshot(path=tmp_path / "refused.png")
+        browser.close()
+    local = (page, f"ws{page[4:]}", "data:", "blob:")
+    assert foreign and not [url for url in foreign if not url.startswith(local)]
+
+
+def test_the_command(params, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="needs the extra app")
+    checkpoint.create_run(tmp_path / "run", RECIPE, params)
+    asked = []
+
+    class Page:
+        def close(self, verbose):
+            asked.append("closed")
+
+    def launch(page, host, port):
+        asked.append((host, port))
+        return f"http://{host}:{port}/"
+
+    monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits) or Page())
+    monkeypatch.setattr(app, "launch", launch)
+    monkeypatch.setattr(commands_view, "_wait_for_interrupt", lambda: asked.append("waited"))
+    assert cli.main(["serve", str(tmp_path / "run")]) == 0
+    assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
+    assert "note:" not in capsys.readouterr().out
+    argv = ["serve", str(tmp_path / "run"), "--host", "0.0.0.0", "--queue", "2"]
+    assert cli.main(argv) == 0
+    assert "note: whoever reaches 0.0.0.0:7860 can use this page" in capsys.readouterr().out
+    assert asked[4:] == [app.Limits(queue=2), ("0.0.0.0", 7860), "waited", "closed"]
+    for argv, says in (
+        ([str(tmp_path)], "no config.json there"),
+        ([str(tmp_path / "run"), "--queue", "0"], "queue=0: must be at least 1"),
+    ):
+        assert cli.main(["serve", *argv]) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+
+
+def test_a_page_needs_gradio(service, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="pip install 'bytelm\\[app\\]'"):
+        app.build_page(service)
+
+
+def test_heavy_packages_wait_until_they_are_needed():
+    heavy = {"gradio", "matplotlib", "tensorboard", "tensorboardX", "wandb", "pandas", "playwright"}
+    for path in Path(app.__file__).parent.rglob("*.py"):
+        if "tests" in path.parts:
+            continue
+        for node in ast.parse(path.read_text("utf-8")).body:  # what runs as the module is imported
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not heavy & {name.split(".")[0] for name in names}, path

@@ -1,0 +1,192 @@
+"""`bytelm inspect`: its numbers against the model's own, its patches against the patchers'."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bytelm_jax import checkpoint, cli, inspection, patch_contract
+from bytelm_jax.config import (
+    BLTConfig,
+    ByteVocab,
+    EntropyConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    PatchingContract,
+    Recipe,
+)
+from bytelm_jax.data import Windows, open_corpus
+from bytelm_jax.models import abstract_params, define_model
+
+TEXT = "def é(self):\n  🎉".encode()
+SIZES = {"global_dim": 8, "local_dim": 16, "global_heads": 2, "local_heads": 2}
+MEGABYTE = MegabyteConfig(
+    patch_size=4, global_layers=1, local_layers=1, max_length=64, vocab=ByteVocab(), **SIZES
+)
+ENTROPY = EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=16)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspection") / "run"
+    checkpoint.create_run(folder, Recipe(name="tiny", model=MEGABYTE), made(MEGABYTE))
+    return folder
+
+
+def made(config):
+    source = np.random.default_rng(1)
+    shapes = abstract_params(config).items()
+    return {k: jnp.asarray(source.normal(0, 0.3, v.shape), v.dtype) for k, v in shapes}
+
+
+def shown(capsys, *argv):
+    assert cli.main(["inspect", *map(str, argv)]) == 0
+    return capsys.readouterr()
+
+
+def test_surprise_and_entropy_are_those_of_the_model(run, capsys):
+    found = json.loads(shown(capsys, TEXT.decode(), "--model", run, "--json").out)
+    ids = np.zeros((1, 64), np.int32) + MEGABYTE.vocab.pad_id
+    ids[0, : len(TEXT)] = np.frombuffer(TEXT, np.uint8) + MEGABYTE.vocab.offset
+    bind, _ = define_model(MEGABYTE)
+    logits = jax.jit(lambda params, ids: bind(params)(ids))(made(MEGABYTE), ids)
+    logits = np.asarray(logits[0, : len(TEXT)], np.float64)
+    chances = np.exp(logits - logits.max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    bits = -np.log2(chances[np.arange(len(TEXT)), ids[0, : len(TEXT)]])
+    np.testing.assert_allclose(found["surprise"], bits, rtol=1e-5)
+    expected = -(chances * np.log2(chances)).sum(axis=1)
+    np.testing.assert_allclose(found["entropy"], expected, rtol=1e-5)
+    assert found["bytes"] == list(TEXT)
+    assert found["starts"] == [t % 4 == 0 for t in range(len(TEXT))]
+
+
+def test_patches_of_lines_start_anew(run, capsys):
+    argv = ["ab\ncdefgh", "--model", run, "--json", "--reset-on", "newline"]
+    assert np.flatnonzero(json.loads(shown(capsys, *argv).out)["starts"]).tolist() == [0, 3, 7]
+
+
+def test_patches_of_an_entropy_model_are_those_that_it_was_calibrated_for(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(b"the cat and the hat, and the bat sat on that mat")
+    windows = Windows(open_corpus((path,)), ENTROPY.vocab, 64, append_eos=False)
+    params = made(ENTROPY)
+    recipe = Recipe(name="tiny", model=ENTROPY)
+    assert "not calibrated yet" in inspection.describe(
+        recipe, inspection.make_inspector(recipe, params)(b"the")
+    )
+    made_for = patch_contract.calibrate(recipe, params, windows, 4.08, None)
+    blt, named = patch_contract.as_blt(made_for, params)
+    scores = patch_contract.boundary_scores(blt, named, windows, None)
+    found = inspection.make_inspector(made_for, params)(path.read_bytes())
+    # The contract cuts s = [BOS, bytes]; the patch of BOS is no byte's.
+    wanted = scores[1:] > made_for.patching.threshold
+    assert found.starts is not None and 8 <= found.patches <= 16
+    np.testing.assert_array_equal(found.starts[: len(wanted)], wanted)
+    said = inspection.describe(made_for, found)
+    assert f"{found.patches} patches of" in said and "patcher entropy, threshold" in said
+
+
+def test_patches_of_a_byte_latent_transformer_are_its_own():
+    model = BLTConfig(
+        patcher="space",
+        entropy=ENTROPY,
+        ngram_sizes=(3,),
+        ngram_rows=16,
+        local_dim=8,
+        global_dim=16,
+        encoder_heads=2,
+        decoder_heads=2,
+        global_heads=2,
+        decoder_layers=1,
+        global_layers=1,
+        encoder_hidden_dim=8,
+        decoder_hidden_dim=8,
+        global_hidden_dim=8,
+    )
+    found = inspection.make_inspector(Recipe(name="tiny", model=model), made(model))(b"ab cde f  g")
+    assert found.starts is not None
+    assert np.flatnonzero(found.starts).tolist() == [0, 3, 7, 9]
+    assert np.isfinite(found.surprise).all() and (found.entropy > 0).all()
+
+
+def test_colours_are_off_where_nobody_sees_them(run, capsys):
+    said = shown(capsys, TEXT.decode(), "--model", run).out
+    assert "\x1b" not in said
+    lines = said.splitlines()
+    bits = float(lines[0].split(":")[1].split()[0])
+    assert "5 patches of 4.00 bytes (of fixed length)" in lines[0] and 0 < bits < 99
+    assert lines[1:3] == ["def │é(s│elf)│:⏎", "  │🎉"]
+    assert [line.split()[0] for line in lines[4:]] == ["0", "4", "8", "12", "16"]
+    assert lines[4].split()[1:4:2] == ["│", lines[4].split()[3]] and "def " in lines[4]
+    console = Console(force_terminal=True, color_system="truecolor", width=200)
+    recipe, params, _ = checkpoint.load_run(run)
+    found = inspection.make_inspector(recipe, params)(TEXT)
+    with console.capture() as capture:
+        console.print(inspection.paint_text(found))
+    red, green, blue = inspection.shade(float(found.surprise[0]))
+    assert f"48;2;{red};{green};{blue}m" in capture.get()
+
+
+def test_control_codes_and_broken_bytes_do_not_reach_the_terminal(run, capsys, tmp_path):
+    file = tmp_path / "bytes"
+    file.write_bytes(b"a\xff\x00\x1b[31m\xc3")
+    said = shown(capsys, file, "--model", run).out
+    assert "\x1b" not in said and "\\xff\\x00\\x1b" in said and "\\xc3" in said
+    assert "9 bytes" in said
+
+
+def test_a_long_file_is_cut_and_says_so(run, capsys, tmp_path):
+    file = tmp_path / "long.txt"
+    file.write_bytes(b"x" * 2000)
+    said = shown(capsys, file, "--model", run, "--max-bytes", "10", "--no-table")
+    assert said.out.startswith("10 bytes")
+    assert said.err == f"bytelm inspect: {file}: the first 10 of 2,000 bytes (--max-bytes)\n"
+    said = shown(capsys, file, "--model", run)
+    assert said.out.startswith("64 bytes") and "(the model's max_length)" in said.err
+
+
+def test_refusals(run, capsys, tmp_path):
+    empty = tmp_path / "empty"
+    empty.touch()
+    for argv, says in (
+        (["", "--model", run], "TEXT: is empty"),
+        ([empty, "--model", run], "empty: is empty"),
+        (["a", "--model", tmp_path], "no config.json there"),
+        (["a", "--model", run, "--max-bytes", "0"], "--max-bytes 0: must be at least 1"),
+    ):
+        assert cli.main(["inspect", *map(str, argv)]) == 2
+        said = capsys.readouterr().err
+        assert says in said and said.count("\n") == 1
+    sees = Recipe(name="sees", model=LFByteConfig(causal=False))
+    with pytest.raises(ValueError, match=r"model.causal=False"):
+        inspection.make_inspector(sees, {})
+    recipe, params, _ = checkpoint.load_run(run)
+    with pytest.raises(ValueError, match="text: 65 bytes; this model sees 64 at most"):
+        inspection.make_inspector(recipe, params)(b"x" * 65)
+
+
+def test_the_scale_of_colours():
+    assert inspection.shade(0.0) == (120, 240, 138)
+    assert inspection.shade(8.0) == inspection.shade(math.inf) == (240, 120, 138)
+    pieces = list(inspection.characters(b"a\xc3\xa9\xff\xe2\x82"))
+    assert pieces == [
+        (0, b"a", "a"),
+        (1, b"\xc3\xa9", "é"),
+        (3, b"\xff", None),
+        (4, b"\xe2", None),
+        (5, b"\x82", None),
+    ]
+
+
+def test_a_contract_is_needed_for_patches_of_an_entropy_model():
+    contract = PatchingContract(
+        patcher="entropy", threshold=2.0, entropy_model="", sampled_bytes=4, histogram=(4,)
+    )
+    recipe = Recipe(name="tiny", model=ENTROPY)
+    assert inspection._patcher(recipe) is None
+    assert inspection._patcher(Recipe(name="t", model=ENTROPY, patching=contract)).threshold == 2.0

@@ -1,0 +1,127 @@
+"""The metrics of a run in TensorBoard and Weights & Biases, beside `metrics.jsonl`.
+
+`bytelm_torch/tracking.py` is the same text but for this docstring; a test holds that. The extra
+`track` installs what this needs; nothing of it is imported before a run asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from .config import Recipe, require, to_dict
+
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Takes the same records as `metrics.jsonl`."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Takes one record: `step`, and numbers by their names."""
+        ...
+
+    def close(self) -> None:
+        """Leaves everything on disk."""
+        ...
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `ValueError` when a tracker is named whose package is not installed."""
+    for name in names:
+        require(
+            importlib.util.find_spec(_PACKAGES[name]) is not None,
+            f"train.track={name}: the package {_PACKAGES[name]} is not installed; "
+            "pip install 'bytelm[track]'",
+        )
+
+
+def open_trackers(recipe: Recipe, run_dir: Path, start: int) -> list[Tracker]:
+    """The trackers that the recipe asks for, of a run that goes on behind step `start`."""
+    check_trackers(recipe.train.track)
+    kinds = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
+    return [kinds[name](recipe, run_dir, start) for name in dict.fromkeys(recipe.train.track)]
+
+
+class TensorBoardTracker:
+    """Event files in DIR/tensorboard, for `tensorboard --logdir DIR`.
+
+    Readers leave out what an earlier, killed process wrote past `start`.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, start: int):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its imports
+            package: Any = importlib.import_module("tensorboardX")
+        purge = {"purge_step": start + 1} if start else {}
+        folder, suffix = str(run_dir / "tensorboard"), f".{start}"
+        self._writer = package.SummaryWriter(folder, filename_suffix=suffix, **purge)
+        self._writer.add_text("recipe", recipe.name, start)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes a scalar for each number."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the file."""
+        self._writer.close()
+
+
+class WandbTracker:
+    """A run of Weights & Biases in DIR/wandb: offline unless somebody is logged in there.
+
+    `WANDB_MODE` decides where it is set. A run that is resumed keeps its id, so that
+    `wandb sync DIR/wandb/offline-run-*` makes one run of all its parts.
+    """
+
+    def __init__(self, recipe: Recipe, run_dir: Path, start: int):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its imports
+            package: Any = importlib.import_module("wandb")
+        settings = package.Settings(console="off", silent=True, disable_git=True, save_code=False)
+        mode = os.environ.get("WANDB_MODE")
+        if not mode:
+            mode = "online" if package.login(prompt=False) else "offline"
+        try:
+            self._run = package.init(
+                project=os.environ.get("WANDB_PROJECT") or "bytelm",
+                dir=str(run_dir),
+                name=run_dir.name,
+                id=_run_id(run_dir, start),
+                resume="allow" if mode == "online" else None,
+                config=to_dict(recipe),
+                mode=mode,
+                settings=settings,
+            )
+        except package.errors.Error as error:
+            why = " ".join(str(error).split())
+            mend = "set WANDB_MODE=offline to go on without their server"
+            raise ValueError(f"train.track=wandb: {why}; {mend}") from None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Logs the numbers at their step."""
+        values = {name: value for name, value in record.items() if name != "step"}
+        self._run.log(values, step=record["step"])
+
+    def close(self) -> None:
+        """Waits until everything is written, and sent where that was asked for."""
+        self._run.finish()
+
+
+def _run_id(run_dir: Path, start: int) -> str:
+    """The id of this run folder; a run that begins gets a new one."""
+    path = run_dir / "wandb" / "id"
+    if not (start and path.is_file()):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(secrets.token_hex(4), "utf-8")
+    return path.read_text("utf-8")
