@@ -65,7 +65,9 @@ BUGS = {
     ),
     "one future byte leaks": (
         "bytelm_jax/models/megabyte.py",
-        {"    before = self._shift(patches, axis=2)\n        hidden": "    before = patches\n        hidden"},
+        {
+            "    before = self._shift(patches, axis=2)\n        hidden": "    before = patches\n        hidden"
+        },
         f"{CAUSAL}[paper-float64]",
     ),
 }
