@@ -66,7 +66,7 @@ BUGS = {
     "one future byte leaks": (
         "bytelm_jax/models/megabyte.py",
         {
-            "    before = self._shift(patches, axis=2)\n        hidden": "    before = patches\n        hidden"
+            "self._shift(patches, axis=2)\n        hidden": "patches\n        hidden",
         },
         f"{CAUSAL}[paper-float64]",
     ),

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm_jax import cli, commands, recipes
+from bytelm_jax import cli, commands, commands_view, recipes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
 from bytelm_jax.parity import make_twin
@@ -298,7 +298,8 @@ def test_every_command_has_help_with_an_example(capsys):
         assert f"Example: bytelm {name}" in said
     assert cli.main(["--help"]) == 0
     assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
-    functions = {n.removesuffix("_command") for n in vars(commands) if n.endswith("_command")}
+    names = [*vars(commands), *vars(commands_view)]
+    functions = {name.removesuffix("_command") for name in names if name.endswith("_command")}
     assert functions == set(cli.COMMANDS)
 
 
