@@ -182,12 +182,12 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
     rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
     pending: deque[tuple[int, dict[str, Any]]] = deque()
-    saved = start
-    in_a_row = 0
+    saved = counted = start  # the step up to which checkpoints and rates reach
+    in_a_row, reading = 0, dict[str, float]()
 
     def settle(keep: int, display: Display) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal in_a_row
+        nonlocal in_a_row, counted, reading
         while len(pending) > keep:
             step, report = pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(report).items()}
@@ -199,14 +199,18 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
                     f"{values['grad_norm']}; the checkpoint of step {saved} is kept; lower "
                     f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
                 )
-            rates.add(run.batch_size * length)
             if not finite:
                 display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
                 log.write({"step": step} | {k: v for k, v in values.items() if math.isfinite(v)})
             elif step % run.log_every == 0 or step == run.steps:
                 values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
                 values.setdefault("learning_rate", float(schedule(jnp.asarray(step - 1))))
-                values |= rates.read()
+                # The host may come late: steps behind this one may be finished, too.
+                finished = step + sum(later["loss"].is_ready() for _, later in pending)
+                if finished > counted:
+                    rates.add((finished - counted) * run.batch_size * length)
+                    counted, reading = finished, rates.read()
+                values |= reading
                 log.write({"step": step, **values})
                 display.show(step, values)
 
@@ -246,6 +250,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
             pending.append((step, report))
             if compiles:  # which belongs to no rate
                 settle(0, display)
+                counted = step
                 rates.restart(training_flops_per_byte(recipe.model, piece))
             settle(_IN_FLIGHT, display)
 
@@ -260,6 +265,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
                         manager, step, state.params, state.opt_state, recipe, identity, record
                     )
                     saved = step
+                counted = step
                 rates.restart()
         settle(0, display)
         if stop and step > saved:
