@@ -32,7 +32,7 @@ from bytelm_torch.models.entropy import shift_right
 from parity_tests.tolerances import LOGITS
 
 transformers = pytest.importorskip(
-    "transformers", reason="the reference, transformers 5.23, is not installed"
+    "transformers", minversion="5.23", reason="the reference, transformers 5.23, is not installed"
 )
 
 LENGTH = 40
