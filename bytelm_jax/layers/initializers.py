@@ -2,8 +2,8 @@
 
 A model draws hundreds of arrays of a few shapes. Compiled one by one, the random bits of each are a
 program of their own: minutes for a large model on a GPU. While `deferring()`, initializers only
-note what is to be drawn, and `draw_all` makes the arrays of each kind and size in one loop: the
-numbers that each would have drawn alone, up to the compiler's rounding.
+note what is to be drawn, and `draw_all` makes the arrays of each kind and size in one loop, bit for
+bit those that each would have drawn alone.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def normal(std: float, cut: float = 0.0, finish: Finish | None = None) -> Initia
     def initialize(
         key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> Any:
+        if dtype != jnp.float32:
+            raise ValueError(f"dtype={dtype}: parameters are made in float32")
         draw = Draw(key, std, tuple(shape), cut, finish)
-        return draw if _deferring.get() else _finished(draw, _scaled(key, draw.shape, std, cut))
+        return draw if _deferring.get() else _finished(draw, _bare(key, draw.shape, cut))
 
     return initialize
 
@@ -70,7 +72,7 @@ def draw_all(values: dict[str, Any], seed: int | Int[Array, ""]) -> dict[str, Ar
     """`values` with every `Draw` made, those of one kind and size in one loop.
 
     Draw n has the n-th key of `nnx.Rngs(seed).params()`, so this is what a model without deferring
-    would hold, up to rounding by the compiler.
+    would hold: outside `jit` bit for bit, inside it up to the compiler's rounding.
     """
     root = jax.random.key(seed)
     groups = defaultdict[tuple[int, float], list[str]](list)
@@ -80,24 +82,23 @@ def draw_all(values: dict[str, Any], seed: int | Int[Array, ""]) -> dict[str, Ar
     made = {}
     for (size, cut), names in groups.items():
         numbers = jnp.asarray([values[name].key for name in names])
-        scales = jnp.asarray([values[name].std for name in names], jnp.float32)
 
-        def draw(one: tuple[Array, Array], size: int = size, cut: float = cut) -> Array:
-            return _scaled(jax.random.fold_in(root, one[0]), (size,), one[1], cut)
+        def draw(number: Array, size: int = size, cut: float = cut) -> Array:
+            return _bare(jax.random.fold_in(root, number), (size,), cut)
 
-        drawn = jax.lax.map(draw, (numbers, scales))
+        drawn = jax.lax.map(draw, numbers)
         for i, name in enumerate(names):
             made[name] = _finished(values[name], drawn[i].reshape(values[name].shape))
     return {name: made.get(name, value) for name, value in values.items()}
 
 
-def _scaled(key: Array, shape: tuple[int, ...], std: float | Array, cut: float) -> Array:
+def _bare(key: Array, shape: tuple[int, ...], cut: float) -> Array:
     if cut:
-        bare = jax.random.truncated_normal(key, -cut, cut, shape, jnp.float32)
-    else:
-        bare = jax.random.normal(key, shape, jnp.float32)
-    return bare * jnp.asarray(std, jnp.float32)
+        return jax.random.truncated_normal(key, -cut, cut, shape, jnp.float32)
+    return jax.random.normal(key, shape, jnp.float32)
 
 
-def _finished(draw: Draw, array: Array) -> Array:
-    return draw.finish(array) if draw.finish else array
+def _finished(draw: Draw, bare: Array) -> Array:
+    # Not in the loop, where the compiler would round the product otherwise.
+    scaled = bare * jnp.asarray(draw.std, jnp.float32)
+    return draw.finish(scaled) if draw.finish else scaled
