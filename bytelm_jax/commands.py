@@ -159,7 +159,7 @@ def eval_command(
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with its model starting texts anew as asked for, or as it was trained."""
     if reset_on != "trained":
-        recipe = replace(recipe, model=replace(recipe.model, reset_on=reset_on))
+        recipe = replace(recipe, model=patch_contract.resetting(recipe.model, reset_on))
     require_document_ends(recipe)
     return recipe
 

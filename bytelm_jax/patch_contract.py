@@ -276,7 +276,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         )
         source = checkpoint.load_config(Path(named))
         theirs = _calibrated(source, named)
-    known = _resetting(_defaults(recipe), model.entropy.reset_on)
+    known = resetting(_defaults(recipe), model.entropy.reset_on)  # not left to the source
     for field in _FROM_SOURCE:
         asked, given = getattr(model, field), getattr(theirs, field)
         free = asked in (given, getattr(known, field))
@@ -292,11 +292,12 @@ def _defaults(recipe: Recipe) -> Any:
     return recipes.get(recipe.name).model if recipe.name in recipes.names() else recipe.model
 
 
-def _resetting(model: Any, reset_on: Any) -> Any:
-    """`model`, its entropy model resetting as asked: that is not left to the source."""
-    if not isinstance(model, BLTConfig):
-        return model
-    return replace(model, entropy=replace(model.entropy, reset_on=reset_on), reset_on=reset_on)
+def resetting(model: Any, reset_on: Any) -> Any:
+    """The configuration with texts starting anew as asked, in the entropy model of a BLT, too."""
+    parts = {}
+    if isinstance(model, BLTConfig):
+        parts["entropy"] = replace(model.entropy, reset_on=reset_on)
+    return replace(model, reset_on=reset_on, **parts)
 
 
 def _calibrated(source: Recipe, named: str) -> BLTConfig:

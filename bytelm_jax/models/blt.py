@@ -17,7 +17,7 @@ Bytropix is the same skeleton with other parts, each a field of the configuratio
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ from bytelm_jax.models.entropy import (
     write_begins,
     write_prefix,
 )
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
 
 
 class BLTCache(NamedTuple):
@@ -463,10 +463,3 @@ class BLT(nnx.Module):
         """Pooled patches → the global width."""
         wide = self.config.patch_queries * self.config.local_dim
         return patches if wide == self.config.global_dim else self.to_global(patches)
-
-
-def write_at(room: Any, made: Any, index: Int[Array, ""]) -> Any:
-    """`room`, an array or a tree of them, with position `index` of axis 1 overwritten."""
-    return jax.tree.map(
-        lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, index, axis=1), room, made
-    )

@@ -17,7 +17,7 @@ from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, segment_begins
 from bytelm_jax.layers.transformer import Caches, Transformer
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
 
 
 class EntropyCache(NamedTuple):
@@ -199,8 +199,4 @@ def begin_with(
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:
     """`caches` with their first positions overwritten."""
-    return jax.tree.map(
-        lambda room, made: jax.lax.dynamic_update_slice_in_dim(room, made, 0, axis=1),
-        caches,
-        written,
-    )
+    return write_at(caches, written, 0)

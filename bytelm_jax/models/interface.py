@@ -1,8 +1,9 @@
-"""What training and generation ask of every architecture, and the check of ids that all share."""
+"""What training and generation ask of every architecture, with what they share."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import jax
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
@@ -45,6 +46,13 @@ class Decoder(Protocol):
     ) -> tuple[Any, Int[Array, "B P"]]:
         """Appends round number `index`; `previous` holds the round before it (pads at first)."""
         ...
+
+
+def write_at(rooms: Any, made: Any, index: int | Int[Array, ""]) -> Any:
+    """The arrays of a tree of caches, overwritten by `made` from position `index` of axis 1 on."""
+    return jax.tree.map(
+        lambda room, new: jax.lax.dynamic_update_slice_in_dim(room, new, index, axis=1), rooms, made
+    )
 
 
 def check_ids(ids: Array, size: int) -> None:

@@ -31,7 +31,7 @@ from bytelm_jax.layers.experts import MixtureOfExperts, Routing
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
 
 
 class LayerCache(NamedTuple):
@@ -257,6 +257,4 @@ class LFByteTransformer(nnx.Module):
 def _with_begins(cache: LFByteCache, begins: Array, index: int | Array) -> LFByteCache:
     assert cache.begins is not None
     begins = begins.astype(cache.begins.dtype)
-    return cache._replace(
-        begins=jax.lax.dynamic_update_slice_in_dim(cache.begins, begins, index, axis=1)
-    )
+    return cache._replace(begins=write_at(cache.begins, begins, index))

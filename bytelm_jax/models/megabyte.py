@@ -27,7 +27,7 @@ from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
 
 
 class MegabyteCache(NamedTuple):
@@ -300,11 +300,11 @@ class Megabyte(nnx.Module):
         local = jax.tree.map(lambda x: at_bytes(x, slots), local)
         begins = segment_begins(ids, c.vocab, c.reset_on)
         return ResetCache(
-            _write_at(cache.layers, layers, 0),
-            _write_at(cache.local, local, c.patch_size - 1),
-            _write_at(cache.shares, at_bytes(shares, layout.slots), 0),
-            _write_at(cache.ids, ids.astype(jnp.int32), c.patch_size),
-            _write_at(cache.begins, begins, 0),
+            write_at(cache.layers, layers, 0),
+            write_at(cache.local, local, c.patch_size - 1),
+            write_at(cache.shares, at_bytes(shares, layout.slots), 0),
+            write_at(cache.ids, ids.astype(jnp.int32), c.patch_size),
+            write_at(cache.begins, begins, 0),
         )
 
     def decode_round(
@@ -347,8 +347,8 @@ class Megabyte(nnx.Module):
         begin = jnp.where(anew, index.astype(before.dtype), before)
         place, offset = jnp.divmod(index - begin, c.patch_size)
         cache = cache._replace(
-            ids=_write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
-            begins=_write_at(cache.begins, begin[:, None], index),
+            ids=write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
+            begins=write_at(cache.begins, begin[:, None], index),
         )
         cache = self._begin_patches(cache, begin, place, offset == 0, index)
 
@@ -360,7 +360,7 @@ class Megabyte(nnx.Module):
         scope = Scope((inside >= 0)[:, None, :], jnp.maximum(inside, 0))
         hidden, near = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
         newest = jax.tree.map(lambda x: x[:, c.patch_size - 1 :], near)
-        local = _write_at(cache.local, newest, index + c.patch_size - 1)
+        local = write_at(cache.local, newest, index + c.patch_size - 1)
         return cache._replace(local=local), choose(self.to_logits(hidden)[:, 0], 0)[:, None]
 
     def _begin_patches(
@@ -390,8 +390,8 @@ class Megabyte(nnx.Module):
         kept = jax.lax.dynamic_slice_in_dim(cache.shares, index, patch, axis=1)
         shares = jnp.where(starts[:, None, None], shares, kept)
         return cache._replace(
-            layers=_write_at(cache.layers, layers, index),
-            shares=_write_at(cache.shares, shares, index),
+            layers=write_at(cache.layers, layers, index),
+            shares=write_at(cache.shares, shares, index),
         )
 
     def _check_length(self, length: int) -> None:
@@ -461,11 +461,4 @@ def _read_at(rooms: Any, index: int | Array, count: int) -> Any:
     """Positions `index` … `index + count − 1` of axis 1 of every array in a tree."""
     return jax.tree.map(
         lambda room: jax.lax.dynamic_slice_in_dim(room, index, count, axis=1), rooms
-    )
-
-
-def _write_at(rooms: Any, made: Any, index: int | Array) -> Any:
-    """The arrays of a tree, overwritten from position `index` of axis 1 on."""
-    return jax.tree.map(
-        lambda room, new: jax.lax.dynamic_update_slice_in_dim(room, new, index, axis=1), rooms, made
     )

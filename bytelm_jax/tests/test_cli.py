@@ -21,6 +21,7 @@ import bytelm_torch
 from bytelm_jax import cli, commands, commands_view, recipes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
+from bytelm_jax.config import BLTConfig
 from bytelm_jax.parity import make_twin
 from bytelm_jax.train import Outcome, open_windows
 from bytelm_torch.loss import token_nats
@@ -460,6 +461,13 @@ def test_resets_are_chosen_at_evaluation_and_generation(run, tmp_path, capsys, m
     assert cli.main(["generate", str(run), "--reset-on", "newline"]) == 0
     assert cli.main(["generate", str(run)]) == 0
     assert [model.config.reset_on for model in models] == ["newline", "none"]
+
+
+def test_resets_asked_for_reach_the_entropy_model():
+    for name in ("blt_tiny", "entropy_tiny", "lfbyte_tiny"):
+        model = commands.with_resets(recipes.get(name), "newline").model
+        assert model.reset_on == "newline"
+        assert not isinstance(model, BLTConfig) or model.entropy.reset_on == "newline"
 
 
 def test_resets_behind_documents_need_their_ends(tmp_path, capsys):
