@@ -79,6 +79,7 @@ class Throughput:
         """`flops_per_byte` is the cost of training on a byte."""
         self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops()
+        self._reading: dict[str, float] = {}
         self.restart()
 
     def add(self, count: int) -> None:
@@ -86,12 +87,15 @@ class Throughput:
         self._count += count
 
     def read(self) -> dict[str, float]:
-        """The rates since the last reading or restart."""
+        """The rates since the last reading or restart; the last reading where nothing was added."""
+        if self._reading and not self._count:
+            return self._reading
         seconds = time.perf_counter() - self._since
         rates = {"bytes_per_second": self._count / seconds, "seconds": seconds}
         if self._peak is not None:
             rates["mfu"] = rates["bytes_per_second"] * self._flops / (self._peak * self._devices)
         self.restart()
+        self._reading = rates
         return rates
 
     def restart(self, flops_per_byte: float | None = None) -> None:

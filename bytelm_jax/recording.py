@@ -33,10 +33,10 @@ FUNCTIONS = {
     "layers.experts": ("choose_experts",),
     "layers.spline": ("spline_activation",),
     "layers.transformer": ("rotation",),
-    "models.blt": ("entropy", "ngram_rows", "shift_right", "sinusoidal_positions"),
+    "models.blt": ("entropy", "ngram_rows", "shift_right", "sinusoids"),
     "models.blt_local": ("segment_max",),
     "models.entropy": ("shift_right",),
-    "models.lfbyte": ("extend_running_mean", "running_mean", "sinusoidal_positions"),
+    "models.lfbyte": ("extend_running_mean", "running_mean", "sinusoidal_positions", "sinusoids"),
 }
 """Functions that count as layers, by the module that calls them."""
 

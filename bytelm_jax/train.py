@@ -183,11 +183,11 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
     pending: deque[tuple[int, dict[str, Any]]] = deque()
     saved = counted = start  # the step up to which checkpoints and rates reach
-    in_a_row, reading = 0, dict[str, float]()
+    in_a_row = 0
 
     def settle(keep: int, display: Display) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal in_a_row, counted, reading
+        nonlocal in_a_row, counted
         while len(pending) > keep:
             step, report = pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(report).items()}
@@ -207,10 +207,9 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
                 values.setdefault("learning_rate", float(schedule(jnp.asarray(step - 1))))
                 # The host may come late: steps behind this one may be finished, too.
                 finished = step + sum(later["loss"].is_ready() for _, later in pending)
-                if finished > counted:
-                    rates.add((finished - counted) * run.batch_size * length)
-                    counted, reading = finished, rates.read()
-                values |= reading
+                rates.add((finished - counted) * run.batch_size * length)
+                counted = finished
+                values |= rates.read()
                 log.write({"step": step, **values})
                 display.show(step, values)
 
