@@ -12,22 +12,30 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax import forms
+from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
-from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.layers.norm import LayerNorm, standardized
 from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
 """`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
 
 
+_CHUNK = 64
+"""Positions that one product of `_running_sums` adds."""
+
+
 class AdaptiveWeights(NamedTuple):
     """The arrays of one adaptive linear; `down` and `up` are None in the full form.
 
     In the full form `adapt` is [A, O·I] and `adapt_bias` [O·I], in the low-rank form [A, R], [R].
+    `shift` [R], if there is one, is added to what `down` gives.
     """
 
     base: Array
@@ -36,6 +44,7 @@ class AdaptiveWeights(NamedTuple):
     adapt_bias: Array
     down: Array | None
     up: Array | None
+    shift: Array | None = None
 
 
 def adaptive_linear(
@@ -44,14 +53,41 @@ def adaptive_linear(
     """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
     bias = weights.bias.reshape(1, 1, -1)
     if weights.down is not None and weights.up is not None:
-        narrow = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)) * (x @ weights.down)
-        return x @ weights.base + narrow @ weights.up + bias
+        scale = a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)
+        return _low_rank(weights, weights.down, weights.up, x, scale) + bias
     if a.shape[1] == 1:
         change = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)).reshape(
             a.shape[0], *weights.base.shape[::-1]
         )
         return jnp.einsum("bti,boi->bto", x, weights.base.T[None] + change) + bias
     return full_adaptation(weights, x, a, jnp.matmul) + bias
+
+
+def _low_rank(
+    weights: AdaptiveWeights, down: Array, up: Array, x: Array, scale: Array
+) -> Array:
+    """W x + U diag(scale) V x, whose narrow products ride on the wide one where it is wider.
+
+    By itself a product with R columns, or over R of them, takes as long as reading the wide array.
+    """
+    inputs, outputs = weights.base.shape
+    ride = forms.on("ride")
+    if inputs > outputs and ride:
+        kernel = jnp.concatenate([weights.base, down], axis=1)
+        out, narrow = jnp.split(x @ kernel, (outputs,), axis=-1)
+        return out + (scale * _shifted(weights, narrow)) @ up
+    narrow = scale * _shifted(weights, x @ down)
+    if not ride:
+        return x @ weights.base + narrow @ up
+    narrow = jnp.broadcast_to(narrow, (*x.shape[:-1], narrow.shape[-1]))
+    both = jnp.concatenate([x, narrow], axis=-1)
+    return both @ jnp.concatenate([weights.base, up], axis=0)
+
+
+def _shifted(weights: AdaptiveWeights, narrow: Array) -> Array:
+    if weights.shift is None:
+        return narrow
+    return narrow + weights.shift.astype(narrow.dtype).reshape(1, 1, -1)
 
 
 def full_adaptation(
@@ -107,6 +143,19 @@ class AdaptiveLinear(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"], a: Float[Array, "B S A"]) -> Float[Array, "B T O"]:
         return adaptive_linear(self._weights(), x, a)
 
+    def after(
+        self, norm: LayerNorm, x: Float[Array, "B T I"], a: Float[Array, "B S A"]
+    ) -> Float[Array, "B T O"]:
+        """The same of norm(x)."""
+        if not (self.rank and norm.folds(x.shape[0] * x.shape[1])):
+            return self(norm(x), a)
+        weights = self._weights()
+        assert weights.down is not None
+        base, bias = norm.fold(weights.base, weights.bias)
+        down, shift = norm.fold(weights.down)
+        weights = weights._replace(base=base, bias=bias.astype(x.dtype), down=down, shift=shift)
+        return adaptive_linear(weights, standardized(x), a)
+
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt
         assert base.bias is not None and adapt.bias is not None
@@ -130,8 +179,46 @@ def running_mean(
     if ages is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
+    if x.dtype.itemsize == 2 and forms.gpu() and forms.on("mean"):
+        return _mean_by_products(x)
     sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
     return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _mean_by_products(x: Array) -> Array:
+    """The running mean of 16-bit numbers, whose sums by products of matrices are float32's."""
+    return (_running_sums(x, backward=False) / _counts(0, x.shape[1], jnp.float32)).astype(x.dtype)
+
+
+def _mean_forward(x: Array) -> tuple[Array, None]:
+    return _mean_by_products(x), None
+
+
+def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
+    shares = gradient / _counts(0, gradient.shape[1], jnp.float32)
+    sums = _running_sums(shares.astype(gradient.dtype), backward=True)
+    return (sums.astype(gradient.dtype),)
+
+
+_mean_by_products.defvjp(_mean_forward, _mean_backward)
+
+
+def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T D"]:
+    """Sums up to each position, or from it on, in float32."""
+    batch, length, dim = x.shape
+    count = -(-length // _CHUNK)
+    blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
+    blocks = blocks.reshape(batch * count, _CHUNK, dim)
+    kept = np.tri(_CHUNK, dtype=np.float32).T if backward else np.tri(_CHUNK, dtype=np.float32)
+    kept = jnp.broadcast_to(jnp.asarray(kept, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
+    inside = jnp.einsum("nts,nsd->ntd", kept, blocks, preferred_element_type=jnp.float32)
+    inside = inside.reshape(batch, count, _CHUNK, dim)
+    whole = inside[:, :, 0 if backward else -1]
+    before = jnp.cumsum(whole[:, ::-1] if backward else whole, axis=1)[:, :-1]
+    before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))
+    before = before[:, ::-1] if backward else before
+    return (inside + before[:, :, None]).reshape(batch, -1, dim)[:, :length]
 
 
 def extend_running_mean(
@@ -236,7 +323,6 @@ class ChannelMixing(nnx.Module):
         self.linear = linear(hidden or dim, dim)
 
     def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
-        x = x if self.norm is None else self.norm(x)
-        if self.to_hidden is not None:
-            x = jax.nn.gelu(self.to_hidden(x, a), approximate=False)
-        return self.linear(x, a)
+        first = self.linear if self.to_hidden is None else self.to_hidden
+        x = first(x, a) if self.norm is None else first.after(self.norm, x, a)
+        return x if self.to_hidden is None else self.linear(gelu(x), a)

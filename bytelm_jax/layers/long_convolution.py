@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax import forms
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16
@@ -33,6 +34,9 @@ def long_convolution(
     if length == 0:
         return x
     rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
+    size = _direct_chunk(x.dtype, kernel.shape[1])
+    if size:
+        return jnp.moveaxis(_direct(rows, kernel, size), 0, -1).astype(x.dtype)
     size = min(chunk, length)
     total = _within_chunks(rows, kernel, size)
     rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
@@ -44,6 +48,30 @@ def long_convolution(
             break
         size *= 2
     return jnp.moveaxis(total, 0, -1).astype(x.dtype)
+
+
+def _direct_chunk(dtype: jnp.dtype, kernel_length: int) -> int:
+    """Positions per chunk of `_direct`, 0 where transforms are faster."""
+    if not (forms.gpu() and forms.on("direct")):
+        return 0
+    return next((c for c in (64, 256) if forms.extra(f"conv{c}")), 128)
+
+
+def _direct(rows: Array, kernel: Array, chunk: int) -> Array:
+    """[D, B, T] → [D, B, T], at least float32: chunks by one product with all that they reach."""
+    dim, batch, length = rows.shape
+    count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
+    padding = (before * chunk, count * chunk - length)
+    padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, -1, chunk)
+    near = [padded[:, :, i : i + count] for i in range(before + 1)]
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    summed = jnp.einsum(
+        "dbns,dst->dbnt",
+        jnp.concatenate(near, axis=-1),
+        toeplitz(kernel, chunk, before * chunk),
+        preferred_element_type=wide,
+    )
+    return summed.reshape(dim, batch, count * chunk)[:, :, :length]
 
 
 def _within_chunks(rows: Array, kernel: Array, chunk: int) -> Array:
@@ -61,17 +89,20 @@ def _within_chunks(rows: Array, kernel: Array, chunk: int) -> Array:
     return summed.reshape(dim, batch, count * chunk)[:, :, :length]
 
 
-def toeplitz(kernel: Float[Array, "D K"], chunk: int) -> Float[Array, "D {chunk} {chunk}"]:
-    """[d, s, t] = kernel[d, t − s], and 0 where t < s or the filter has ended.
+def toeplitz(
+    kernel: Float[Array, "D K"], chunk: int, before: int = 0
+) -> Float[Array, "D {before}+{chunk} {chunk}"]:
+    """[d, s, t] = kernel[d, t + before − s], and 0 where there is no such tap.
 
     By tiling and cutting, which a row of odd length shifts by one step a row: the transpose is a
     sum, where that of an indexed read would be a scatter of chunk² colliding values.
     """
-    dim, period = kernel.shape[0], 2 * chunk
-    kept = kernel[:, :chunk]
+    dim, rows = kernel.shape[0], before + chunk
+    period, kept = rows + chunk, kernel[:, :rows]
     line = jnp.pad(kept, ((0, 0), (0, period - kept.shape[1])))
-    tiled = jnp.tile(line, (1, chunk))[:, : chunk * (period - 1)]
-    return tiled.reshape(dim, chunk, period - 1)[:, :, :chunk]
+    line = jnp.roll(line, -before, axis=1)
+    tiled = jnp.tile(line, (1, rows))[:, : rows * (period - 1)]
+    return tiled.reshape(dim, rows, period - 1)[:, :, :chunk]
 
 
 def _from_block_before(rows: Array, kernel: Array, size: int, every: bool) -> Array:
