@@ -36,7 +36,12 @@ def long_convolution(
     rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
     size = _direct_chunk(x.dtype, kernel.shape[1])
     if size:
-        return jnp.moveaxis(_direct(rows, kernel, size), 0, -1).astype(x.dtype)
+        if forms.extra("barrier"):
+            rows = jax.lax.optimization_barrier(rows)
+        out = _direct(rows, kernel, size).astype(x.dtype)
+        if forms.extra("barrier"):
+            out = jax.lax.optimization_barrier(out)
+        return jnp.moveaxis(out, 0, -1)
     size = min(chunk, length)
     total = _within_chunks(rows, kernel, size)
     rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
