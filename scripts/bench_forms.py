@@ -19,7 +19,7 @@ from bytelm_jax.layers import adaptive, experts, feedforward, long_convolution, 
 from bytelm_jax.models import split_model
 
 SMALL = bool(os.environ.get("SMALL"))
-B, T, D = (2, 256, 64) if SMALL else (32, 2048, 512)
+B, T, D = (2, 256, 64) if SMALL else (16, 2048, 512)
 
 
 def make(function):
