@@ -149,6 +149,44 @@ def blocks():
         compare(f"feed-forward {name}", "gelu, fold", run, (params, x))
 
 
+def attends():
+    from bytelm_jax.layers import attention
+
+    import numpy as np
+
+    count, length = (2, 64) if SMALL else (32, 256)
+    q = normal(count, length, 16, 64)
+    k, v = normal(count, length, 64, seed=1), normal(count, length, 64, seed=2)
+
+    def plain(q, k, v):
+        return attention.multi_query_attention(q, k, v, np.tri(length, dtype=bool))
+
+    def fused(q, k, v, heads=1):
+        k, v = (jnp.repeat(x[:, :, None], heads, axis=2) for x in (k, v))
+        out = attention.fused_attention(q, k, v, 0)
+        return plain(q, k[:, :, 0], v[:, :, 0]) if out is None else out
+
+    compare("attention", "plain", plain, (q, k, v))
+    compare("attention", "fused", fused, (q, k, v))
+    compare("attention", "fused, keys repeated", lambda *a: fused(*a, heads=16), (q, k, v))
+    q = normal(8192 if not SMALL else 4, 8, 4, 64)
+    k, v = normal(len(q), 8, 64, seed=1), normal(len(q), 8, 64, seed=2)
+    near = np.tri(8, dtype=bool)
+
+    def local(q, k, v):
+        return attention.multi_query_attention(q, k, v, near)
+
+    def together(q, k, v, some=16):
+        q, k, v = (x.reshape(-1, some * 8, *x.shape[2:]) for x in (q, k, v))
+        mask = np.kron(np.eye(some, dtype=bool), near)
+        return attention.multi_query_attention(q, k, v, mask).reshape(-1, 8, *q.shape[2:])
+
+    compare("local attention", "plain", local, (q, k, v))
+    if not SMALL:
+        compare("local attention", "16 patches as one", together, (q, k, v))
+        compare("local attention", "4 as one", lambda *a: together(*a, some=4), (q, k, v))
+
+
 def channel():
     module = adaptive.ChannelMixing(D, 4 * D, D, 16, True, 0.02, rngs=nnx.Rngs(0))
     bind, params = split_model(module)
