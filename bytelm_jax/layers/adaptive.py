@@ -71,7 +71,7 @@ def _low_rank(
     By itself a product with R columns, or over R of them, takes as long as reading the wide array.
     """
     inputs, outputs = weights.base.shape
-    ride = forms.on("ride")
+    ride = x.dtype.itemsize == 2 and forms.on("ride")
     if inputs > outputs and ride:
         kernel = jnp.concatenate([weights.base, down], axis=1)
         out, narrow = jnp.split(x @ kernel, (outputs,), axis=-1)
