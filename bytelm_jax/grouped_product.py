@@ -89,7 +89,7 @@ def grouped_product(
 
 def spread(x: Float[Array, "N I"], groups: Groups) -> Float[Array, "S I"]:
     """Every x in the slots of its M / N rows, which lie side by side."""
-    return _spread(x, groups.row // (len(groups.slot) // len(x)), groups.slot)
+    return _spread(x, groups.row // max(len(groups.slot) // max(len(x), 1), 1), groups.slot)
 
 
 @jax.custom_vjp
@@ -98,7 +98,7 @@ def _spread(x: Array, source: Array, slot: Array) -> Array:
 
 
 def _spread_forward(x: Array, source: Array, slot: Array) -> tuple[Array, Array]:
-    return x[source], slot.reshape(len(x), -1)
+    return x[source], slot.reshape(len(x), len(slot) // max(len(x), 1))
 
 
 def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
