@@ -58,7 +58,7 @@ def make_run(recipe: Recipe) -> Callable[[int, float], dict[str, Any]]:
         state = parallel.init_state(mesh, optimizer, lambda: init(seed))
         if run.entropy_from:
             trained = patch_contract.load_entropy_model(recipe)
-            trained = jax.device_put(trained, parallel.replicated(mesh))
+            trained = parallel.place(mesh, trained)
             state = state._replace(params=state.params | trained)
         batches = data.batches(windows, run.batch_size, seed, 0)
         state, report = step(state, parallel.put_batch(mesh, next(batches)))
@@ -70,7 +70,7 @@ def make_run(recipe: Recipe) -> Callable[[int, float], dict[str, Any]]:
             count += 1
         used, waited = time.process_time() - begin, time.perf_counter() - wall
         kept = data.evaluation_batches(held_out, run.batch_size, run.eval_windows)
-        found = evaluate(row_nats, state.params, kept, vocab.pad_id, mesh)
+        found = evaluate(row_nats, state.params, kept, mesh)
         return {
             "seed": seed,
             "bits_per_byte": round(found.bits_per_byte, 4),
