@@ -4,8 +4,8 @@
 
 A JSON line a run folder: the mean over all bytes of KL(float32 ‖ bfloat16) in nats, the share of
 bytes at which the likeliest byte is the same, and bits per byte under both. Windows are as long as
-those of the training, `--windows` of them, evenly spaced. float32 products are exact ones ("highest"
-precision), not those of shortened mantissas that a GPU takes by default.
+those of the training, `--windows` of them, evenly spaced. Products of float32 are whole ones
+("highest" precision), not those of shortened mantissas that a GPU takes by default.
 """
 
 import argparse
