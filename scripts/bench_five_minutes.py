@@ -25,10 +25,9 @@ from typing import Any
 
 from equal_time import Trainer, machine, read_row, side_by_side
 
-from bytelm_jax import checkpoint, data, parallel
+from bytelm_jax import checkpoint, data, parallel, patch_contract
 from bytelm_jax.config import BLTConfig, training_flops_per_byte
 from bytelm_jax.metrics import peak_flops, read_metrics
-from bytelm_jax.train import agree_on_patches
 
 ROWS = [
     "megabyte_132m",
@@ -41,8 +40,8 @@ ROWS = [
 def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
     """One row, in this process."""
     recipe = read_row(row, given.options)
-    recipe = replace(recipe, data=replace(recipe.data, paths=(given.train,), validation_fraction=0))
-    kept, corpus = recipe.data, data.open_corpus([given.valid])
+    kept = replace(recipe.data, paths=(given.train,), validation_fraction=0.0)
+    recipe, corpus = replace(recipe, data=kept), data.open_corpus([given.valid])
     held_out = data.Windows(corpus, recipe.model.vocab, kept.sequence_length, append_eos=False)
     trainer, begin = Trainer(recipe, held_out), time.perf_counter()
     trained = trainer.train(recipe.train.seed, given.seconds, time.perf_counter, given.points)
@@ -51,7 +50,8 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
     flops = training_flops_per_byte(recipe.model, kept.sequence_length)
     if given.save:
         if isinstance(recipe.model, BLTConfig):
-            recipe = agree_on_patches(recipe, trained.params, trainer.windows, False)
+            found = patch_contract.measure(recipe.model, trained.params, trainer.windows)
+            recipe = replace(recipe, patching=found)
         checkpoint.create_run(given.save / folder(row), recipe, trained.params)
     return {
         "row": row,
@@ -83,6 +83,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Held-out bits per byte over seconds of training, and behind them those of training."""
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if "curve" in row]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for number, row in enumerate(sorted(rows, key=lambda row: row["bits_per_byte"])):
@@ -124,11 +125,11 @@ def main() -> None:
     rows, command = [], shlex.join(["python", *sys.argv])
     for row in side_by_side([[*sys.argv, "--here", row] for row in given.rows], given.gpus):
         print(json.dumps(row | {"command": command}), flush=True)
-        rows += [row] if "curve" in row else []
+        rows.append(row)
         if given.out:
             with given.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | {"command": command}) + "\n")
-    if given.picture and rows:
+    if given.picture:
         draw(rows, given.picture)
 
 

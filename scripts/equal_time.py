@@ -100,7 +100,7 @@ class Trainer:
         run.compiles(step)
         if optimizer.final_fraction < 1:
             run.advance(step, _PROBE * seconds, max(2, optimizer.warmup_steps))
-            whole = run.count + round((seconds - run.used) * (run.count - 1) / run.used)
+            whole = run.count + 1 + round((seconds - run.used) * (run.count - 1) / run.used)
             step = self._program(whole)
             run.compiles(step)
         for i in range(1, max(points, 1) + 1):
@@ -119,8 +119,7 @@ class Trainer:
         optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, frozen=frozen)
         state = parallel.init_state(self._mesh, optimizer, lambda: self._init(seed))
         if recipe.train.entropy_from:
-            trained = patch_contract.load_entropy_model(recipe)
-            trained = jax.device_put(trained, parallel.replicated(self._mesh))
+            trained = parallel.place(self._mesh, patch_contract.load_entropy_model(recipe))
             state = state._replace(params=state.params | trained)
         return state
 
@@ -140,7 +139,7 @@ class Trainer:
 
     def _look(self, params: Params, limit: int | None) -> Evaluation:
         kept = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)
-        return evaluate(self._row_nats, params, kept, self.recipe.model.vocab.pad_id, self._mesh)
+        return evaluate(self._row_nats, params, kept, self._mesh)
 
     def _point(self, run: "_Run") -> tuple[float, float]:
         """Held-out and training bits per byte, the latter since the last point."""
