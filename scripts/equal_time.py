@@ -109,6 +109,8 @@ class Trainer:
                 run.advance(step, until)
                 if points:
                     curve.append((run.used, *self._point(run)))
+        if points and run.losses:  # a slow machine's first steps took all the time
+            curve.append((run.used, *self._point(run)))
         memory = jax.local_devices()[0].memory_stats() or {}
         peak = memory.get("peak_bytes_in_use", 0) / 2**30
         params = run.state.params
