@@ -123,11 +123,12 @@ def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) ->
     start = time.perf_counter()
     state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
     step = jitted.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    make_state = parallel.compile_init(mesh, optimizer, lambda: init(run.seed))
     seconds = time.perf_counter() - start
     # The devices are for one row at a time, and for none while any row is still being compiled:
     # the compiler tries out kernels on them.
     fcntl.flock(lock, fcntl.LOCK_EX)
-    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+    state = make_state()
     some_steps()
     times = [some_steps() for _ in range(repeats)]
     median = statistics.median(times)
