@@ -19,9 +19,8 @@ _SECTIONS = ("model", "optimizer", "data", "train")
 ALIASES = {
     "seq_len": "data.sequence_length",
     "lr": "optimizer.learning_rate",
-    "distributed": "train.devices=0",
 }
-"""Names that training scripts commonly give to fields of ours; a value after "=" is implied."""
+"""Names that training scripts commonly give to fields of ours."""
 
 _EVERYWHERE = ("reset_on",)
 """Bare names that set the field of that name in every part of a model at once."""
@@ -71,6 +70,15 @@ def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]
     return value, rest
 
 
+def take_flag(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
+    """Whether `--name`, which takes no value, is given, and the other arguments."""
+    given = [a for a in argv if a.split("=")[0].replace("_", "-") == f"--{name}"]
+    for argument in given:
+        if "=" in argument:
+            raise UsageError(f"{argument}: takes no value; write --{name}")
+    return bool(given), [a for a in argv if a not in given]
+
+
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     """Writes out `--steps` as `--train.steps` and so on, and aliases as the fields they stand for.
 
@@ -98,7 +106,10 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
             negation, name = None, f"no_{name}"
         alias = name if name in ALIASES and name not in full | set(short) else ""
         if alias:
-            name, value = _resolve(alias, negation, value)
+            name = ALIASES[alias]
+            if negation:
+                meant = name.replace("_", "-")
+                raise UsageError(f"--{alias}: means --{meant}; write --{alias} as it stands")
         if name not in full:
             choices = sorted(set(short.get(name, [])))
             if len(choices) != 1:
@@ -112,15 +123,6 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
         no = "no-" if negation else ""
         expanded.append(f"--{section}.{no}{field.replace('_', '-')}{value}")
     return expanded
-
-
-def _resolve(alias: str, negation: str | None, value: str) -> tuple[str, str]:
-    """The field that an alias stands for, and "=value", or "" where the next argument holds it."""
-    field, equals, implied = ALIASES[alias].partition("=")
-    if negation or (equals and value):
-        meant = ALIASES[alias].replace("_", "-")
-        raise UsageError(f"--{alias}: means --{meant}; write --{alias} as it stands, or that")
-    return field, equals + implied if equals else value
 
 
 def _unknown(name: str, choices: list[str], known: list[str]) -> str:

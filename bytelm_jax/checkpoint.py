@@ -11,10 +11,11 @@ import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +23,15 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from bytelm_jax import processes
 from bytelm_jax.config import Recipe, TrainConfig, from_dict, to_dict
 from bytelm_jax.models import Params, abstract_params
 
 METRIC = "validation_bits_per_byte"
 """What "best" means: the lowest of this."""
+
+_FILE_BYTES = 2**24
+"""Of an import's array files: Orbax gathers one in memory, of 2 GB unless told, then writes it."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,24 +70,32 @@ def load_config(run_dir: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-@jax.jit
 def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
     """One number a leaf: Σ bits_i · (2 i + 1) mod 2³². Any changed bit changes it."""
+    return [_fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
 
-    def one(leaf: Array) -> Array:
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
-        index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-        for axis in reversed(range(leaf.ndim)):
-            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
-            stride = stride * leaf.shape[axis] % 2**32
-        total = jnp.zeros((), jnp.uint32)
-        for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
-            word = (bits >> shift).astype(jnp.uint32)
-            total = total * 31 + jnp.sum(word * (2 * index + 1), dtype=jnp.uint32)
-        return total
 
-    return [one(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+@jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
+def _fingerprint(leaf: Any) -> UInt32[Array, ""]:
+    leaf = jnp.asarray(leaf)
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+        stride = stride * leaf.shape[axis] % 2**32
+    total = zero = jnp.zeros((), jnp.uint32)
+    for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
+        word = (bits >> shift).astype(jnp.uint32)
+        # Two sums at once: a single one XLA splits up on a CPU, holding every term in memory.
+        plain, weighted = jax.lax.reduce(
+            (word, word * index),
+            (zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            range(leaf.ndim),
+        )
+        total = total * 31 + 2 * weighted + plain
+    return total
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
@@ -91,7 +104,14 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if train is None:
-        options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        # Each process reads for itself: none waits for another that found the files damaged.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader{own}"
+        )
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, create=False, multiprocessing_options=alone
+        )
     else:
         best = BestN(
             get_metric_fn=lambda metrics: metrics[METRIC],
@@ -133,10 +153,12 @@ def save(
         "metrics": metrics,
         "fingerprints": {name: [int(m) for m in jax.device_get(ms)] for name, ms in marks.items()},
     }
-    items = ocp.args.Composite(
-        metadata=ocp.args.JsonSave(metadata),
-        **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
-    )
+    stored: dict[str, Any]
+    if opt_state is None:  # the same files, cut so that what waits to be written stays small
+        stored = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
+    else:
+        stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **stored)
     with _writable(manager):
         manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -147,28 +169,107 @@ def finish(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
 
 
+class DamagedError(ValueError):
+    """A checkpoint cannot be read as it was written; the message names it."""
+
+
 def restore(
     manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None = None
 ) -> tuple[Params, Any, dict[str, Any]]:
     """Arrays shaped and sharded as the abstract `params` and `opt_state`, and the metadata.
 
-    Raises `ValueError` when the checkpoint is damaged or holds other arrays.
+    Raises `DamagedError` when the checkpoint is damaged or holds other arrays.
     """
-    if opt_state is not None and "optimizer" not in read_metadata(manager, step)["fingerprints"]:
+    found = _read(manager, step, params, opt_state)
+    with _readable(manager, step):
+        _check_marks(found)
+    return found.params, found.opt_state, found.metadata
+
+
+class Recovered(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    params: Params
+    opt_state: Any
+    metadata: dict[str, Any]
+
+
+def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
+    """The newest whole checkpoint of a run, on devices as the abstract arrays say, if there is one.
+
+    Newer, damaged ones are set aside in the folder `damaged`, and a line on standard error says so.
+    Every process reads its own parts and all agree on what they found. Raises `ValueError` when
+    there are checkpoints but no whole one, and leaves them where they are.
+    """
+    if not (run_dir / "checkpoints").is_dir():
+        return None
+    bad: list[tuple[int, str]] = []
+    with open_checkpoints(run_dir) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        found = None
+        for step in steps:
+            problem = ""
+            try:
+                found = _read(manager, step, params, opt_state)
+            except DamagedError as error:
+                problem = str(error)
+            if processes.all_agree(not problem) and found:
+                try:
+                    with _readable(manager, step):
+                        _check_marks(found)  # a sum over all processes, so the same for each
+                    break
+                except DamagedError as error:
+                    problem = str(error)
+            bad.append((step, problem or "another process cannot read it"))
+            found = None
+    if bad and found is None:
+        raise ValueError(f"{bad[0][1]}; there is no whole one; train in another run_dir")
+    for step, problem in bad:
+        _set_aside(run_dir, step, problem)
+    processes.wait_for_all("damaged checkpoints are set aside")
+    return found
+
+
+def _set_aside(run_dir: Path, step: int, problem: str) -> None:
+    """Moves a damaged checkpoint out of the way of the one that will be saved in its place."""
+    if not processes.is_first():
+        return
+    folder = run_dir / "damaged"
+    folder.mkdir(exist_ok=True)
+    taken = sum(path.name.split(".")[0] == str(step) for path in folder.iterdir())
+    target = folder / (f"{step}.{taken}" if taken else str(step))
+    os.replace(run_dir / "checkpoints" / str(step), target)
+    print(
+        f"bytelm train: warning: {problem}; it is now {target}, and the run goes on from the "
+        "checkpoint before",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None
+) -> Recovered:
+    metadata = read_metadata(manager, step)
+    if opt_state is not None and "optimizer" not in metadata["fingerprints"]:
         raise ValueError(
             f"{manager.directory}: imported weights, not a run to go on with; name another"
         )
     wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
+    arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     with _readable(manager, step):
-        arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
-        items = ocp.args.Composite(metadata=ocp.args.JsonRestore(), **arguments)
-        found = manager.restore(step, args=items)
-        metadata = found["metadata"]
-        for name in wanted:
-            marks = [int(m) for m in jax.device_get(fingerprints(found[name]))]
-            if marks != metadata["fingerprints"][name]:
-                raise ValueError(f"the stored {name} are not those that were saved")
-    return found["params"], found.get("optimizer"), metadata
+        found = manager.restore(step, args=ocp.args.Composite(**arguments))
+        return Recovered(step, found["params"], found.get("optimizer"), metadata)
+
+
+def _check_marks(found: Recovered) -> None:
+    arrays = {"params": found.params}
+    arrays |= {} if found.opt_state is None else {"optimizer": found.opt_state}
+    for name, tree in arrays.items():
+        marks = [int(m) for m in jax.device_get(fingerprints(tree))]
+        if marks != found.metadata["fingerprints"][name]:
+            raise ValueError(f"the stored {name} are not those that were saved")
 
 
 def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -253,10 +354,9 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
-        raise ValueError(
+        raise DamagedError(
             f"checkpoint {step} in {manager.directory}: damaged or not of this model "
-            f"({_first_line(error)}); "
-            "delete that folder to go on from the one before"
+            f"({_first_line(error)})"
         ) from error
 
 
@@ -273,4 +373,5 @@ def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(" See full TensorStore")[0][:200]

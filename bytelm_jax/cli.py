@@ -23,7 +23,10 @@ COMMANDS = {
     "serve": "a page in the browser to try a model",
 }
 
-_VIEWS = ("inspect", "plot", "serve")
+_MODULES = {"train": "commands_train"} | dict.fromkeys(
+    ("inspect", "plot", "serve"), "commands_view"
+)
+"""Where the commands are that are not in `commands`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     # Imported only now: a command line that is wrong, or asks for help, should not wait for JAX.
-    module = "commands_view" if name in _VIEWS else "commands"
-    commands = importlib.import_module(f"bytelm_jax.{module}")
+    commands = importlib.import_module(f"bytelm_jax.{_MODULES.get(name, 'commands')}")
     function = getattr(commands, f"{name}_command")
     if "argv" in inspect.signature(function).parameters:
         return function

@@ -1,8 +1,6 @@
 """The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
 
-import math
 import sys
-import threading
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
@@ -20,10 +18,9 @@ from bytelm_jax import (
     parallel,
     parity,
     patch_contract,
-    recipes,
 )
 from bytelm_jax import data as corpora
-from bytelm_jax.arguments import ALIASES, UsageError, expand_names, parse_recipe, take_option
+from bytelm_jax.arguments import UsageError
 from bytelm_jax.config import (
     BLTConfig,
     MegabyteConfig,
@@ -38,69 +35,6 @@ from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.generate import SamplerConfig, stream
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.tokenizer import StreamingDecoder
-from bytelm_jax.train import DivergedError, open_windows, train
-
-
-def train_command(argv: list[str]) -> int:
-    """`bytelm train RECIPE …`: the options depend on the recipe, so the name comes first."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(_train_help())
-        return 0 if argv else 2
-    if argv[0].startswith("-"):
-        raise UsageError(f"{argv[0]}: name the recipe first: {', '.join(recipes.names())}")
-    recipe = recipes.get(argv[0])
-    run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
-    epochs, rest = take_option(rest, "epochs")
-    run_dir = Path(run_dir or Path("runs") / recipe.name)
-    if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
-        raise UsageError("--epochs: sets --train.steps; give one of them")
-    recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
-    recipe = _with_epochs(recipe, epochs) if epochs else recipe
-    # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
-    threading.excepthook = sys.unraisablehook = lambda _: None
-    try:
-        outcome = train(recipe, run_dir)
-    except DivergedError as error:
-        print(f"bytelm train: {error}", file=sys.stderr)
-        return 1
-    if outcome.interrupted:
-        print(f"stopped: step {outcome.step} is saved in {run_dir}; the same command goes on")
-    else:
-        print(f"done: step {outcome.step} is saved in {run_dir}")
-    return 0
-
-
-def _train_help() -> str:
-    return "\n".join(
-        [
-            "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]",
-            "",
-            "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
-            "Without --data it trains on the source of Python's standard library. Any field is",
-            "overridden by its name, with or without its section (--train.batch-size 8,",
-            "--batch-size 8); `bytelm train RECIPE --help` lists them all. Also understood:",
-            *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
-            "  --save_path for --run-dir",
-            "  --epochs N for the --steps that show each window N times",
-            "",
-            "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
-            "",
-            "recipes: " + ", ".join(recipes.names()),
-        ]
-    )
-
-
-def _with_epochs(recipe: Recipe, epochs: str) -> Recipe:
-    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
-    try:
-        times = float(epochs)
-    except ValueError:
-        times = math.nan
-    if not 0 < times < math.inf:
-        raise UsageError(f"--epochs {epochs}: must be a number above 0")
-    windows, _, _ = open_windows(recipe)
-    steps = max(1, math.ceil(times * len(windows) / recipe.train.batch_size))
-    return replace(recipe, train=replace(recipe.train, steps=steps))
 
 
 def eval_command(
@@ -142,8 +76,9 @@ def eval_command(
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
+        wide = parallel.place(mesh, wide)
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
-        found = evaluate(row_nats, wide, batches, vocab.pad_id, mesh, end_id)
+        found = evaluate(row_nats, wide, batches, mesh)
     record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
     if json:

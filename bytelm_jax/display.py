@@ -20,10 +20,10 @@ _LINE_SECONDS = 10.0
 
 
 class Display:
-    """A context manager around the training loop; writes to standard error."""
+    """A context manager around the training loop; writes to standard error, if `shown` at all."""
 
-    def __init__(self, name: str, start: int, steps: int):
-        self._console = Console(stderr=True)
+    def __init__(self, name: str, start: int, steps: int, shown: bool = True):
+        self._console = Console(stderr=True, quiet=not shown)
         self._bar = Progress(
             TextColumn(name),
             BarColumn(),

@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
         return bits_per_byte(self.nats, self.count)
 
 
-RowNats = Callable[[Params, Int[Array, "B T"]], Float[Array, " B"]]
+RowNats = Callable[[Params, Int[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
 
 
 def make_row_nats(
@@ -38,40 +38,37 @@ def make_row_nats(
     dtype: jnp.dtype,
     end_id: int | None = None,
 ) -> RowNats:
-    """The compiled function from ids to the summed nats of each row, pads left out.
+    """The compiled function from ids to each row's summed nats and count of ids, pads left out.
 
     `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
     """
 
-    def row_nats(params: Params, ids: Int[Array, "B T"]) -> Float[Array, " B"]:
-        logits = bind(cast_params(params, dtype))(ids)
+    def row_nats(params: Params, ids: Int[Array, "B T"]) -> tuple[Array, Array]:
+        logits = bind(parallel.gather(mesh, cast_params(params, dtype)))(ids)
         counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
-        return jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
+        nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
+        return nats, counted.sum(axis=1)
 
-    whole, split = parallel.replicated(mesh), parallel.by_row(mesh)
-    return jax.jit(row_nats, in_shardings=(whole, split), out_shardings=whole)
+    return jax.jit(row_nats, out_shardings=parallel.replicated(mesh))
 
 
 def evaluate(
-    row_nats: RowNats,
-    params: Params,
-    batches: Iterable[np.ndarray],
-    pad_id: int,
-    mesh: Mesh,
-    end_id: int | None = None,
+    row_nats: RowNats, params: Params, batches: Iterable[np.ndarray], mesh: Mesh
 ) -> Evaluation:
-    """Sums over `batches` of ids int[B, T]; rows are added exactly (`math.fsum`).
-
-    Pads are left out, and `end_id` as in `make_row_nats`.
-    """
-    waiting: deque[Array] = deque()
+    """Sums over `batches` of ids int[B, T], this process's rows of them; added exactly (`fsum`)."""
+    waiting: deque[tuple[Array, Array]] = deque()
     nats: list[float] = []
     count = 0
+
+    def settle(keep: int) -> None:
+        nonlocal count
+        while len(waiting) > keep:
+            rows, counts = jax.device_get(waiting.popleft())
+            nats.extend(rows.tolist())
+            count += int(counts.sum())
+
     for ids in batches:
-        count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
         waiting.append(row_nats(params, parallel.put_batch(mesh, ids)))
-        if len(waiting) > 4:  # more steps in flight can deadlock simulated devices on few cores
-            nats.extend(np.asarray(waiting.popleft()).tolist())
-    for rows in waiting:
-        nats.extend(np.asarray(rows).tolist())
+        settle(4)  # more steps in flight can deadlock simulated devices on few cores
+    settle(0)
     return Evaluation(math.fsum(nats), count)

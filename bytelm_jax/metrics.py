@@ -37,6 +37,7 @@ class MetricsLog:
             beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             beside.write_text("".join(line + "\n" for line in kept), "utf-8")
             os.replace(beside, path)
+        self.path = path
         self._trackers = trackers
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 

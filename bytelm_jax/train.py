@@ -2,19 +2,17 @@
 
 import math
 import os
-import signal
 import sys
 from collections import deque
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bytelm_jax import checkpoint, data, parallel, patch_contract
+from bytelm_jax import checkpoint, data, parallel, patch_contract, processes
 from bytelm_jax.config import (
     BLTConfig,
     Recipe,
@@ -26,7 +24,7 @@ from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.loss import bits_per_byte
-from bytelm_jax.metrics import MetricsLog, Throughput
+from bytelm_jax.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer, learning_rate_schedule
 from bytelm_jax.tracking import check_trackers, open_trackers
@@ -34,9 +32,6 @@ from bytelm_jax.tracking import check_trackers, open_trackers
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
-
-_MOST_SKIPPED = 20
-"""Steps in a row that an optimizer may skip for a loss or gradient that is no number."""
 
 _IN_FLIGHT = 4
 """Steps queued on the devices: simulated CPU devices deadlock when many are left un-awaited."""
@@ -53,28 +48,85 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number; the message names the step and the last good checkpoint."""
 
 
-class StopSignal:
-    """True once SIGINT or SIGTERM arrived; a second signal ends the process at once."""
+class Ledger:
+    """The reports of steps on the devices: waited for, checked, counted, logged and shown."""
 
-    def __init__(self) -> None:
-        self._seen = False
+    def __init__(
+        self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
+        watchdog: processes.Watchdog,
+    ):  # fmt: skip
+        self._recipe, self._log, self._display = recipe, log, display
+        self._watchdog = watchdog
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
+        self._rates = Throughput(0.0, devices)
+        self._schedule = learning_rate_schedule(recipe.optimizer, recipe.train.steps)
+        self._counted = start  # the step up to which rates reach
+        self._skipped = sum("skipped" in record for record in read_metrics(log.path))
+        self.saved = start
+        self.bad_in_a_row = 0
 
-    def __bool__(self) -> bool:
-        return self._seen
+    def add(self, step: int, report: dict[str, Any]) -> None:
+        """Takes the report of a step that may still be under way."""
+        self._pending.append((step, report))
 
-    def __enter__(self) -> "StopSignal":
-        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def settle(self, keep: int) -> None:
+        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        run = self._recipe.train
+        while len(self._pending) > keep:
+            step, report = self._pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(report).items()}
+            self._watchdog.progress(f"the steps after {step}")
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                self._skip(step, values)
+                continue
+            self.bad_in_a_row = 0
+            if step % run.log_every == 0 or step == run.steps:
+                self._tell(step, values)
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+    def leave_out(self, step: int, sequence_length: int = 0) -> None:
+        """Settles all; what was done since the last step up to `step` belongs to no rate.
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._seen:
-            os._exit(128 + number)
-        self._seen = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        `sequence_length` is that of the steps from here on, where it changes.
+        """
+        self.settle(0)
+        self._counted = step
+        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
+        self._rates.restart(cost if sequence_length else None)
+
+    def evaluated(self, step: int, record: dict[str, float]) -> None:
+        """Logs and shows an evaluation."""
+        self._log.write({"step": step, **record})
+        bits = record[checkpoint.METRIC]
+        self._display.say(f"step {step}: validation {bits:.4f} bits per byte")
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        self.bad_in_a_row += 1
+        self._skipped += 1
+        if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
+            raise DivergedError(
+                f"step {step}: the loss is {values['loss']} and the gradient norm "
+                f"{values['grad_norm']}, at {self.bad_in_a_row} steps in a row; the checkpoint of "
+                f"step {self.saved} is kept; lower "
+                f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
+            )
+        self._display.say(
+            f"step {step}: skipped, its loss or gradient norm is not a number "
+            f"({self._skipped} so far)"
+        )
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        self._log.write({"step": step, "skipped": self._skipped} | finite)
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        run, length = self._recipe.train, self._recipe.data.sequence_length
+        values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+        values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
+        # The host may come late: steps behind this one may be finished, too.
+        finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
+        self._rates.add((finished - self._counted) * run.batch_size * length)
+        self._counted = finished
+        values |= self._rates.read()
+        self._log.write({"step": step, **values})
+        self._display.show(step, values)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -106,13 +158,16 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
                 )
 
 
-def agree_on_patches(recipe: Recipe, params: Any, windows: data.Windows, resumed: bool) -> Recipe:
+def agree_on_patches(
+    recipe: Recipe, state: parallel.TrainState, mesh: Any, windows: data.Windows, resumed: bool
+) -> Recipe:
     """`recipe` with its patching contract; says so where these data break the one it came with."""
     model, known = recipe.model, recipe.patching
     assert isinstance(model, BLTConfig)
-    found = patch_contract.measure(model, params, windows)
+    own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
+    found = patch_contract.measure(model, parallel.fetch(mesh, own), windows)
     wrong = patch_contract.outside(known, found) if known else None
-    if wrong:
+    if wrong and processes.is_first():
         print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
     return recipe if resumed and known else replace(recipe, patching=found)
 
@@ -129,13 +184,26 @@ def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
     return windows, held_out, corpus.fingerprint()
 
 
+def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
+    """What the first process writes, trackers included; the others write nowhere."""
+    if not processes.is_first():
+        return MetricsLog(Path(os.devnull), start)
+    return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
+
+
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
-    """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
+    """Trains `recipe` in `run_dir`, from its latest whole checkpoint when it holds one.
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
-    overwritten, and `DivergedError` when the loss stops being finite: at once, or after
-    `_MOST_SKIPPED` steps in a row with an optimizer that skips such steps.
+    overwritten, and `DivergedError` when the loss was no finite number at `max_bad_steps` steps in
+    a row: each of them was skipped. Several processes call it alike. SIGINT and SIGTERM end it
+    with everything saved, see `processes.StopSignal`.
     """
+    with processes.StopSignal() as stop:
+        return _train(recipe, run_dir, stop)
+
+
+def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome:
     require_prediction(recipe.model)
     require_document_ends(recipe)
 
@@ -144,11 +212,12 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     recipe = patch_contract.adopt(recipe, run_dir)
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
-    mesh = parallel.make_mesh(run.devices)
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
     parallel.check_batch(mesh, run)
+    part = parallel.own_part(mesh)
+    first = processes.is_first()
 
     # ---- data ----
-    length = recipe.data.sequence_length
     windows, held_out, identity = open_windows(recipe)
 
     # ---- model and state, born sharded ----
@@ -158,116 +227,86 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
 
     # ---- restore ----
-    manager = checkpoint.open_checkpoints(run_dir, run)
-    start = manager.latest_step() or 0
-    if start:
-        like = parallel.abstract_state(state)
-        params, opt_state, found = checkpoint.restore(manager, start, like.params, like.opt_state)
-        if found["data"] != identity:
+    like = parallel.abstract_state(state)
+    resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
+    start = resumed.step if resumed else 0
+    if resumed:
+        if resumed.metadata["data"] != identity:
             raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
-        step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
-        state = parallel.TrainState(step_number, params, opt_state)
+        step_number = jax.device_put(start, state.step.sharding).astype(state.step.dtype)
+        state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
     elif run.entropy_from:
-        trained = patch_contract.load_entropy_model(recipe)
-        trained = jax.device_put(trained, parallel.replicated(mesh))
+        trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
         state = state._replace(params=state.params | trained)
     if isinstance(recipe.model, BLTConfig):
-        recipe = agree_on_patches(recipe, state.params, windows, bool(start))
-    checkpoint.save_config(run_dir, recipe)
+        recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
+    if first:
+        checkpoint.save_config(run_dir, recipe)
 
     # ---- step ----
     step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
-    schedule = learning_rate_schedule(recipe.optimizer, run.steps)
-    log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
-    rates = Throughput(training_flops_per_byte(recipe.model, length), mesh.size)
-    pending: deque[tuple[int, dict[str, Any]]] = deque()
-    saved = counted = start  # the step up to which checkpoints and rates reach
-    in_a_row = 0
 
-    def settle(keep: int, display: Display) -> None:
-        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal in_a_row, counted
-        while len(pending) > keep:
-            step, report = pending.popleft()
-            values = {name: float(value) for name, value in jax.device_get(report).items()}
-            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-            in_a_row = 0 if finite else in_a_row + 1
-            if in_a_row > (_MOST_SKIPPED if "skipped_steps" in values else 0):
-                raise DivergedError(
-                    f"step {step}: the loss is {values['loss']} and the gradient norm "
-                    f"{values['grad_norm']}; the checkpoint of step {saved} is kept; lower "
-                    f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
-                )
-            if not finite:
-                display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
-                log.write({"step": step} | {k: v for k, v in values.items() if math.isfinite(v)})
-            elif step % run.log_every == 0 or step == run.steps:
-                values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
-                values.setdefault("learning_rate", float(schedule(jnp.asarray(step - 1))))
-                # The host may come late: steps behind this one may be finished, too.
-                finished = step + sum(later["loss"].is_ready() for _, later in pending)
-                rates.add((finished - counted) * run.batch_size * length)
-                counted = finished
-                values |= rates.read()
-                log.write({"step": step, **values})
-                display.show(step, values)
-
-    def validate(step: int, display: Display) -> dict[str, float] | None:
+    def validate(step: int) -> dict[str, float] | None:
         if not len(held_out):
             return None
-        batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows)
-        found = evaluate(row_nats, state.params, batches, vocab.pad_id, mesh)
+        batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
+        watched = watchdog.over(batches, f"the evaluation of step {step}")
+        found = evaluate(row_nats, state.params, stop.until(watched), mesh)
+        if stop:
+            return None
         record = {
             "validation_loss": found.nats / found.count,
             checkpoint.METRIC: found.bits_per_byte,
         }
-        log.write({"step": step, **record})
-        display.say(f"step {step}: validation {found.bits_per_byte:.4f} bits per byte")
+        ledger.evaluated(step, record)
         return record
 
+    def save(step: int, record: dict[str, float] | None) -> None:
+        watchdog.progress(f"the checkpoint of step {step}")
+        checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
+        ledger.saved = step
+
+    def due(step: int, every: int) -> bool:
+        return step == run.steps or bool(every and step % every == 0)
+
     # ---- loop ----
-    batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start)
-    step = start
-    with (
-        StopSignal() as stop,
-        Display(recipe.name, start, run.steps) as display,
-        manager,
-        closing(log),
-    ):
+    batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
+    step, piece = start, 0
+    with ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_checkpoints(run_dir, run))
+        log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
+        display = stack.enter_context(Display(recipe.name, start, run.steps, first))
+        watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
+        stack.enter_context(watchdog)
+        ledger = Ledger(recipe, start, mesh.size, log, display, watchdog)
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
-        while step < run.steps and not stop:
-            piece = recipe.data.length_at(step)
-            compiles = step == start or piece != recipe.data.length_at(step - 1)
-            if compiles:
-                settle(0, display)
+        if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
+            validate(start)  # which a signal cut short
+        while step < run.steps and not stop.agreed():
+            before, piece = piece, recipe.data.length_at(step)
+            if piece != before:
+                ledger.settle(0)
             rows = next(batches).reshape(-1, piece)
             state, report = step_function(state, parallel.put_batch(mesh, rows))
             step += 1
-            pending.append((step, report))
-            if compiles:  # which belongs to no rate
-                settle(0, display)
-                counted = step
-                rates.restart(training_flops_per_byte(recipe.model, piece))
-            settle(_IN_FLIGHT, display)
+            ledger.add(step, report)
+            if piece != before:  # compiled
+                ledger.leave_out(step, piece)
+            ledger.settle(_IN_FLIGHT)
 
-            last = step == run.steps
-            evaluates = last or (run.eval_every and step % run.eval_every == 0)
-            saves = last or (run.checkpoint_every and step % run.checkpoint_every == 0)
+            evaluates, saves = due(step, run.eval_every), due(step, run.checkpoint_every)
             if evaluates or saves:
-                settle(0, display)
-                record = validate(step, display) if evaluates else None
-                if saves:
-                    checkpoint.save(
-                        manager, step, state.params, state.opt_state, recipe, identity, record
-                    )
-                    saved = step
-                counted = step
-                rates.restart()
-        settle(0, display)
-        if stop and step > saved:
-            checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, None)
+                ledger.settle(0)
+                record = validate(step) if evaluates else None
+                # In the midst of trouble the checkpoint from before it stays the newest.
+                if saves and not ledger.bad_in_a_row:
+                    save(step, record)
+                ledger.leave_out(step)
+        ledger.settle(0)
+        if stop and step > ledger.saved:
+            save(step, None)
         checkpoint.finish(manager)
     return Outcome(step, bool(stop) and step < run.steps)

@@ -252,11 +252,16 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run. `batch_size` is global and counts windows; 0 for `devices` means all local ones.
+    """The run. `batch_size` is global and counts windows; 0 for `devices` means all there are.
+
+    Each `fsdp` of the devices hold one copy of parameters and optimizer state together, cut in as
+    many parts; 1 means a whole copy on every device.
 
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
     float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
     `eval_windows` bounds the validation windows of each evaluation during training.
+    A step whose loss or gradient is no number is skipped; `max_bad_steps` of them in a row end the
+    run. So does a process that shows no progress for `step_timeout` seconds (0: never).
     `track` names what gets the metrics besides `metrics.jsonl`.
     `entropy_from` names a calibrated run folder, from which BLT with patcher="entropy" takes its
     entropy model: sizes, weights, threshold and mean patch length.
@@ -267,6 +272,7 @@ class TrainConfig:
     accumulation_steps: int = 1
     seed: int = 0
     devices: int = 0
+    fsdp: int = 1
     parallel: Literal["jit", "shard_map"] = "jit"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
@@ -276,13 +282,16 @@ class TrainConfig:
     checkpoint_every: int = 250
     keep_last: int = 2
     keep_best: int = 1
+    max_bad_steps: int = 20
+    step_timeout: int = 1800
     entropy_from: str = ""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
-        require_positive(self, "keep_last", "eval_windows")
-        for name in ("devices", "eval_every", "checkpoint_every", "keep_best", "seed"):
+        require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
+        counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "seed", "step_timeout")
+        for name in counts:
             value = getattr(self, name)
             require(value >= 0, f"{name}={value}: must be at least 0")
         require(

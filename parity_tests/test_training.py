@@ -37,7 +37,7 @@ GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 def run_jax(config, optimizer, train, batches, params=None):
     """Losses and final state of a few steps on int32[S, B, T] batches."""
-    mesh = parallel.make_mesh(train.devices)
+    mesh = parallel.make_mesh(train.devices, train.fsdp)
     bind, init = define_model(config)
     transformation = build_optimizer(optimizer, train.steps)
     start = (lambda: init(train.seed)) if params is None else (lambda: params)
@@ -151,6 +151,8 @@ def one_device():
     [
         {"devices": 8},
         {"devices": 8, "parallel": "shard_map"},
+        {"devices": 8, "fsdp": 4},
+        {"devices": 4, "fsdp": 2, "parallel": "shard_map", "accumulation_steps": 2},
         {"devices": 2, "parallel": "shard_map", "accumulation_steps": 4},
         {"devices": 1, "accumulation_steps": 4},
         {"devices": 1, "remat": True},
@@ -201,8 +203,10 @@ def test_a_batch_that_does_not_divide_is_refused():
     mesh = parallel.make_mesh(8)
     with pytest.raises(ValueError, match="batch_size=12: must be a multiple of 8"):
         parallel.check_batch(mesh, TrainConfig(batch_size=12))
-    with pytest.raises(ValueError, match="devices=9: this machine has 8"):
+    with pytest.raises(ValueError, match="devices=9: there are 8"):
         parallel.make_mesh(9)
+    with pytest.raises(ValueError, match="fsdp=3: must divide the number of devices, 8"):
+        parallel.make_mesh(8, 3)
 
 
 def golden_run():

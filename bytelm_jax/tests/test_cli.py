@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm_jax import cli, commands, commands_view, recipes
+from bytelm_jax import cli, commands, commands_train, commands_view, processes, recipes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
 from bytelm_jax.config import BLTConfig
@@ -225,28 +225,46 @@ def test_a_file_where_a_folder_should_be(run, export, text, tmp_path, capsys):
 
 
 def test_damaged_checkpoints(run, text, tmp_path, capsys):
+    """What only reads refuses; `train` goes on from the one before, if that is whole."""
     capsys.readouterr()
-    whole = contents(run / "checkpoints" / "30" / "params")
-    biggest = max(whole, key=lambda p: len(whole[p]))
 
-    def with_damage(name, damage):
+    def copy_with(name, *damages):
         copy = tmp_path / name
         shutil.copytree(run, copy)
-        victim = copy / biggest.relative_to(run)
-        victim.write_bytes(damage(victim.read_bytes()))
-        before = contents(copy)
+        for step, damage in damages:
+            whole = contents(copy / "checkpoints" / step / "params")
+            victim = max(whole, key=lambda p: len(whole[p]))
+            middle = len(whole[victim]) // 2
+            victim.write_bytes(damage(whole[victim], middle))
+        return copy, contents(copy)
+
+    def truncate(data, middle):
+        return data[:middle]
+
+    def flip(data, middle):
+        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+    train = ["train", "megabyte_tiny", *TINY, "--steps", "40", "--data", text, "--run-dir"]
+    for name, damage in (("truncated", truncate), ("flipped", flip)):
+        copy, before = copy_with(name, ("30", damage))
         for argv in (["eval", copy, "--data", text], ["export", copy, "--out", tmp_path / "out"]):
             line = refused(capsys, *argv)
             assert "checkpoint 30" in line and "damaged" in line
-        train = ["train", "megabyte_tiny", *TINY, "--steps", "40", "--data", text]
-        line = refused(capsys, *train, "--checkpoint-every", "20", "--run-dir", copy)
-        assert "checkpoint 30" in line and "damaged" in line
         assert contents(copy) == before
         assert not (tmp_path / "out").exists()
+    copy, before = copy_with("both", ("20", truncate), ("30", flip))
+    line = refused(capsys, *train, copy)
+    assert "checkpoint 30" in line and "no whole one" in line
+    assert contents(copy) == before
 
-    middle = len(whole[biggest]) // 2
-    with_damage("truncated", lambda b: b[:middle])
-    with_damage("flipped", lambda b: b[:middle] + bytes([b[middle] ^ 1]) + b[middle + 1 :])
+    copy = tmp_path / "truncated"
+    known = contents(copy / "checkpoints" / "30")
+    assert cli.main([str(a) for a in (*train, copy, "--checkpoint-every", "20")]) == 0
+    told = capsys.readouterr().err
+    assert "checkpoint 30" in told and f"is now {copy / 'damaged' / '30'}" in told
+    assert "resuming megabyte_tiny" in told and "step 20" in told
+    kept = contents(copy / "damaged" / "30")
+    assert [kept[p] for p in sorted(kept)] == [known[p] for p in sorted(known)]
     broken = tmp_path / "config"
     shutil.copytree(run, broken)
     (broken / "config.json").write_text('{"name": "x", "modle": 1}')
@@ -299,7 +317,7 @@ def test_every_command_has_help_with_an_example(capsys):
         assert f"Example: bytelm {name}" in said
     assert cli.main(["--help"]) == 0
     assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
-    names = [*vars(commands), *vars(commands_view)]
+    names = [*vars(commands), *vars(commands_train), *vars(commands_view)]
     functions = {name.removesuffix("_command") for name in names if name.endswith("_command")}
     assert functions == set(cli.COMMANDS)
 
@@ -330,12 +348,9 @@ def test_common_names_stand_for_our_fields():
     recipe = recipes.get("lfbyte")
     assert expand_names(recipe, ["--seq_len", "256"]) == ["--data.sequence-length", "256"]
     assert expand_names(recipe, ["--lr=3e-4"]) == ["--optimizer.learning-rate=3e-4"]
-    assert expand_names(recipe, ["--distributed"]) == ["--train.devices=0"]
     for argv, says in {
         ("--seq_len", "8", "--sequence-length", "8"): "--seq_len: means --data.sequence-length",
         ("--learning-rate", "1", "--lr", "1"): "--lr: means --optimizer.learning-rate",
-        ("--devices", "1", "--distributed"): "--distributed: means --train.devices",
-        ("--distributed=2",): "--distributed: means --train.devices=0",
         ("--no-lr",): "--lr: means",
         ("--seqlen", "8"): "did you mean --seq-len",
     }.items():
@@ -365,10 +380,13 @@ def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
         asked.append((recipe, run_dir))
         return Outcome(recipe.train.steps, False)
 
-    monkeypatch.setattr(commands, "train", remember)
+    joined = []
+    monkeypatch.setattr(commands_train, "train", remember)
+    monkeypatch.setattr(processes, "join", lambda *where: joined.append(where))
     start = ["train", "lfbyte", "--data", str(text)]
     assert cli.main([*start, *LFBYTE.split()]) == 0
     recipe, run_dir = asked[0]
+    assert joined == [("", 0, None)]
     assert run_dir == Path("checkpoints")
     assert recipe.model == recipes.get("lfbyte").model
     assert (recipe.train.batch_size, recipe.train.accumulation_steps) == (8, 4)

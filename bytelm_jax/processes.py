@@ -1,0 +1,216 @@
+"""Processes: joining those of a run, agreeing on when to stop, and leaving when one hangs.
+
+A run of several processes has one coordinator, process 0, which also writes everything that is not
+a checkpoint; checkpoints are written by all, so the run folder has to be on a file system that
+they share. A run of one process needs nothing of this, and every function here does without.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+HUNG = 75
+"""Exit status of a process that gave up waiting: EX_TEMPFAIL, start again."""
+
+_TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+"""Where launchers that JAX knows say how many processes they started."""
+
+
+def join(coordinator: str = "", processes: int = 0, index: int | None = None) -> None:
+    """Joins the processes of one run, before anything else is done with JAX.
+
+    `coordinator` is HOST:PORT of process 0; without it JAX asks SLURM, Open MPI or the TPU pod,
+    and where there is none of them this process stays alone. Raises `ValueError` for an address
+    that is none and when the others do not come.
+    """
+    if coordinator:
+        host, colon, port = coordinator.rpartition(":")
+        if not (host and colon and port.isdigit()):
+            raise ValueError(f"coordinator={coordinator}: must be HOST:PORT, as 10.0.0.1:1234")
+        if processes < 1 or index is None or not 0 <= index < processes:
+            raise ValueError(
+                f"num_processes={processes}, process_id={index}: a coordinator needs both, the "
+                "second from 0 to one less than the first"
+            )
+    try:
+        jax.distributed.initialize(coordinator or None, processes or None, index)
+    except ValueError:  # no coordinator given, and no cluster that JAX knows
+        if coordinator:
+            raise
+    except RuntimeError as error:
+        where = coordinator or "the coordinator that the cluster named"
+        line = str(error).strip().splitlines()[0]
+        raise ValueError(f"{where}: the processes did not come together ({line})") from error
+
+
+def check_alone() -> None:
+    """Raises `ValueError` where a launcher started several processes and none was to be joined."""
+    for name in _TASKS:
+        if int(os.environ.get(name) or 1) > 1:
+            raise ValueError(
+                f"{name}={os.environ[name]}: so many processes would write one run folder; add "
+                "--distributed to make them one run, or start one process"
+            )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return jax.process_index() == 0
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes; each has to ask."""
+    if jax.process_count() == 1:
+        return yes
+    return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
+
+
+def wait_for_all(where: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+class StopSignal:
+    """Whether SIGINT or SIGTERM asked this run to end; a second signal ends the process at once.
+
+    With several processes a signal to one of them stops all at the same `agreed`: the coordinator
+    collects how often each has asked and names a turn that none has passed yet.
+    """
+
+    def __init__(self) -> None:
+        self._seen = self._stopped = False
+        self._turn = 0
+
+    def agreed(self) -> bool:
+        """Whether to stop now; all processes have to ask equally often, and hear the same."""
+        if jax.process_count() == 1:
+            self._stopped = self._seen
+        elif not self._stopped:
+            self._turn += 1
+            self._stopped = multihost_utils.reached_preemption_sync_point(self._turn)
+        return self._stopped
+
+    def until(self, items: Iterable[T]) -> Iterator[T]:
+        """`items`, cut short when the run is to stop."""
+        for item in items:
+            if self.agreed():
+                return
+            yield item
+
+    def __bool__(self) -> bool:
+        """What `agreed` said last."""
+        return self._stopped
+
+    def __enter__(self) -> "StopSignal":
+        # With several processes SIGTERM belongs to JAX, which tells the coordinator of it.
+        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+        self._old = {number: signal.signal(number, self._handle) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Watchdog:
+    """Ends this process, with status `HUNG`, when it shows no progress for `seconds` (0: never).
+
+    Every process keeps a small file in `folder` that says how far it is; whoever gives up reads
+    them all and names the one that the others wait for. A thread does both, since the main thread
+    of a process that waits for a collective does not come back.
+    """
+
+    def __init__(self, folder: Path, seconds: int):
+        self._folder, self._seconds = folder, seconds
+        self._count, self._doing, self._since = 0, "starting", time.monotonic()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            with contextlib.suppress(OSError):
+                self._file(jax.process_index()).unlink(missing_ok=True)
+
+    def progress(self, doing: str) -> None:
+        """Something was finished, and `doing` is what comes next; the same in every process."""
+        self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
+
+    def over(self, items: Iterable[T], doing: str) -> Iterator[T]:
+        """`items`, each of which is progress."""
+        for item in items:
+            self.progress(doing)
+            yield item
+
+    def _file(self, index: int) -> Path:
+        return self._folder / f"process-{index}.json"
+
+    def _watch(self) -> None:
+        pause = min(5.0, self._seconds / 4)
+        index, me = jax.process_index(), {"host": socket.gethostname(), "pid": os.getpid()}
+        while not self._done.wait(pause):
+            said = {"count": self._count, "doing": self._doing, "time": time.time(), **me}
+            with contextlib.suppress(OSError):  # a full disk is no reason to end a run
+                self._file(index).write_text(json.dumps(said))
+            if time.monotonic() - self._since > self._seconds:
+                print(self._accuse(said), file=sys.stderr, flush=True)
+                # Nothing milder ends a process whose main thread waits in a collective.
+                os._exit(HUNG)
+
+    def _accuse(self, mine: dict[str, Any]) -> str:
+        """One line: who is behind."""
+        line = f"bytelm train: no progress for {self._seconds} s in {mine['doing']}: "
+        found = {index: self._read(index) for index in range(jax.process_count())}
+        silent = [index for index, said in found.items() if said is None]
+        if silent:
+            return line + f"process {silent[0]} has never reported; start the run again"
+        now, known = time.time(), {i: said for i, said in found.items() if said}
+        late = min(known, key=lambda i: (known[i]["count"], known[i]["time"]))
+        said = known[late]
+        name = f"process {late} (host {said['host']}, pid {said['pid']})"
+        if now - said["time"] > self._seconds / 2:
+            seen = f"answered {now - said['time']:.0f} s ago for the last time, in {said['doing']}"
+        elif said["count"] < max(other["count"] for other in known.values()):
+            seen = f"is behind the others, in {said['doing']}"
+        elif len(known) == 1:
+            return line + "start the run again; it goes on from its last checkpoint"
+        else:
+            return line + "so it is in all processes alike: a collective hangs; start again"
+        return line + f"{name} {seen}; start the run again"
+
+    def _read(self, index: int) -> dict[str, Any] | None:
+        try:
+            return json.loads(self._file(index).read_text())
+        except (OSError, ValueError):
+            return None
