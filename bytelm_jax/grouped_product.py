@@ -63,14 +63,28 @@ def make_groups(group: Int[Array, " M"], count: int, block: int) -> Groups:
     return Groups(slot, order[jnp.clip(at, 0, rows - 1)], filled, of_slot, sizes, block)
 
 
-def to_slots(x: Float[Array, "M I"], groups: Groups) -> Float[Array, "S I"]:
-    """The rows in their slots."""
-    return _take(x, groups.row, groups.slot, jnp.ones_like(groups.slot, dtype=bool))
+def spread(x: Float[Array, "N I"], copies: int, groups: Groups) -> Float[Array, "S I"]:
+    """Row n of x in the slots of the rows n · copies and so on: M = N · copies."""
+    return _spread(x, groups.row // copies, groups.slot.reshape(len(x), copies))
 
 
-def from_slots(x: Float[Array, "S O"], groups: Groups) -> Float[Array, "M O"]:
-    """The rows out of their slots."""
-    return _take(x, groups.slot, groups.row, groups.filled)
+@jax.custom_vjp
+def _spread(x: Array, source: Array, slots: Array) -> Array:
+    """`x[source]`, whose gradient is read back through `slots` and summed: no scatter."""
+    return x[source]
+
+
+def _spread_forward(x: Array, source: Array, slots: Array) -> tuple[Array, Array]:
+    return x[source], slots
+
+
+def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    parts = [gradient[slots[:, j]].astype(wide) for j in range(slots.shape[1])]
+    return sum(parts[1:], parts[0]).astype(gradient.dtype), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def grouped_product(
@@ -87,27 +101,13 @@ def grouped_product(
     ).reshape(x.shape[0], kernels.shape[2])
 
 
-def spread(x: Float[Array, "N I"], groups: Groups) -> Float[Array, "S I"]:
-    """Every x in the slots of its M / N rows, which lie side by side."""
-    return _spread(x, groups.row // max(len(groups.slot) // max(len(x), 1), 1), groups.slot)
-
-
-@jax.custom_vjp
-def _spread(x: Array, source: Array, slot: Array) -> Array:
-    return x[source]
-
-
-def _spread_forward(x: Array, source: Array, slot: Array) -> tuple[Array, Array]:
-    return x[source], slot.reshape(len(x), len(slot) // max(len(x), 1))
-
-
-def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
-    wide = jnp.promote_types(gradient.dtype, jnp.float32)
-    parts = [gradient[slots[:, j]].astype(wide) for j in range(slots.shape[1])]
-    return sum(parts[1:], parts[0]).astype(gradient.dtype), None, None
-
-
-_spread.defvjp(_spread_forward, _spread_backward)
+def grouped_bias(bias: Float[Array, "G O"], groups: Groups) -> Float[Array, "S O"]:
+    """The bias of each slot's group."""
+    if not groups.block:
+        # A one-hot product instead of reads by index: its transpose is a product, too.
+        return jax.nn.one_hot(groups.group, len(bias), dtype=bias.dtype) @ bias
+    of_block = look_up(vary_like(bias, groups.group), groups.group[:: groups.block])
+    return jnp.repeat(of_block, groups.block, axis=0)
 
 
 def mix(
@@ -145,8 +145,7 @@ def _mix_backward(residual: tuple, gradient: Array) -> tuple:
     to_x = (shares * gradient[row // gates.shape[1]].astype(wide)).astype(x.dtype)
     to_gates = [
         jnp.sum(
-            gradient.astype(wide)
-            * (x[slots[:, j]].astype(wide) + bias[chosen[:, j]].astype(wide)),
+            gradient.astype(wide) * (x[slots[:, j]].astype(wide) + bias[chosen[:, j]].astype(wide)),
             axis=1,
         )
         for j in range(gates.shape[1])
@@ -159,30 +158,3 @@ def _mix_backward(residual: tuple, gradient: Array) -> tuple:
 
 
 _mix.defvjp(_mix_forward, _mix_backward)
-
-
-def grouped_bias(bias: Float[Array, "G O"], groups: Groups) -> Float[Array, "S O"]:
-    """The bias of each slot's group."""
-    if not groups.block:
-        # A one-hot product instead of reads by index: its transpose is a product, too.
-        return jax.nn.one_hot(groups.group, len(bias), dtype=bias.dtype) @ bias
-    of_block = look_up(vary_like(bias, groups.group), groups.group[:: groups.block])
-    return jnp.repeat(of_block, groups.block, axis=0)
-
-
-@jax.custom_vjp
-def _take(x: Array, index: Array, back: Array, used: Array) -> Array:
-    """`x[index]`, whose gradient is read back through `back` where `used`: no scatter."""
-    return x[index]
-
-
-def _take_forward(x: Array, index: Array, back: Array, used: Array) -> tuple[Array, tuple]:
-    return x[index], (back, used)
-
-
-def _take_backward(residual: tuple, gradient: Array) -> tuple[Array, None, None, None]:
-    back, used = residual
-    return jnp.where(used[:, None], gradient[back], 0), None, None, None
-
-
-_take.defvjp(_take_forward, _take_backward)

@@ -16,16 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax import forms
 from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
-from bytelm_jax.layers.norm import LayerNorm, standardized
+from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
 """`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
-
 
 _CHUNK = 64
 """Positions that one product of `_running_sums` adds."""
@@ -35,7 +33,6 @@ class AdaptiveWeights(NamedTuple):
     """The arrays of one adaptive linear; `down` and `up` are None in the full form.
 
     In the full form `adapt` is [A, O·I] and `adapt_bias` [O·I], in the low-rank form [A, R], [R].
-    `shift` [R], if there is one, is added to what `down` gives.
     """
 
     base: Array
@@ -44,7 +41,6 @@ class AdaptiveWeights(NamedTuple):
     adapt_bias: Array
     down: Array | None
     up: Array | None
-    shift: Array | None = None
 
 
 def adaptive_linear(
@@ -53,41 +49,14 @@ def adaptive_linear(
     """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
     bias = weights.bias.reshape(1, 1, -1)
     if weights.down is not None and weights.up is not None:
-        scale = a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)
-        return _low_rank(weights, weights.down, weights.up, x, scale) + bias
+        narrow = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)) * (x @ weights.down)
+        return x @ weights.base + narrow @ weights.up + bias
     if a.shape[1] == 1:
         change = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)).reshape(
             a.shape[0], *weights.base.shape[::-1]
         )
         return jnp.einsum("bti,boi->bto", x, weights.base.T[None] + change) + bias
     return full_adaptation(weights, x, a, jnp.matmul) + bias
-
-
-def _low_rank(
-    weights: AdaptiveWeights, down: Array, up: Array, x: Array, scale: Array
-) -> Array:
-    """W x + U diag(scale) V x, whose narrow products ride on the wide one where it is wider.
-
-    By itself a product with R columns, or over R of them, takes as long as reading the wide array.
-    """
-    inputs, outputs = weights.base.shape
-    ride = x.dtype.itemsize == 2 and forms.on("ride")
-    if inputs > outputs and ride:
-        kernel = jnp.concatenate([weights.base, down], axis=1)
-        out, narrow = jnp.split(x @ kernel, (outputs,), axis=-1)
-        return out + (scale * _shifted(weights, narrow)) @ up
-    narrow = scale * _shifted(weights, x @ down)
-    if not ride:
-        return x @ weights.base + narrow @ up
-    narrow = jnp.broadcast_to(narrow, (*x.shape[:-1], narrow.shape[-1]))
-    both = jnp.concatenate([x, narrow], axis=-1)
-    return both @ jnp.concatenate([weights.base, up], axis=0)
-
-
-def _shifted(weights: AdaptiveWeights, narrow: Array) -> Array:
-    if weights.shift is None:
-        return narrow
-    return narrow + weights.shift.astype(narrow.dtype).reshape(1, 1, -1)
 
 
 def full_adaptation(
@@ -143,19 +112,6 @@ class AdaptiveLinear(nnx.Module):
     def __call__(self, x: Float[Array, "B T I"], a: Float[Array, "B S A"]) -> Float[Array, "B T O"]:
         return adaptive_linear(self._weights(), x, a)
 
-    def after(
-        self, norm: LayerNorm, x: Float[Array, "B T I"], a: Float[Array, "B S A"]
-    ) -> Float[Array, "B T O"]:
-        """The same of norm(x)."""
-        if not (self.rank and norm.folds(x.shape[0] * x.shape[1])):
-            return self(norm(x), a)
-        weights = self._weights()
-        assert weights.down is not None
-        base, bias = norm.fold(weights.base, weights.bias)
-        down, shift = norm.fold(weights.down)
-        weights = weights._replace(base=base, bias=bias.astype(x.dtype), down=down, shift=shift)
-        return adaptive_linear(weights, standardized(x), a)
-
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt
         assert base.bias is not None and adapt.bias is not None
@@ -179,7 +135,7 @@ def running_mean(
     if ages is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
-    if x.dtype.itemsize == 2 and forms.gpu() and forms.on("mean"):
+    if x.dtype.itemsize == 2 and jax.default_backend() != "cpu":
         return _mean_by_products(x)
     sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
     return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
@@ -210,7 +166,8 @@ def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T
     count = -(-length // _CHUNK)
     blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
     blocks = blocks.reshape(batch * count, _CHUNK, dim)
-    kept = np.tri(_CHUNK, dtype=np.float32).T if backward else np.tri(_CHUNK, dtype=np.float32)
+    kept = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
+    # One for each block: a product that shares a matrix would have its result transposed.
     kept = jnp.broadcast_to(jnp.asarray(kept, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
     inside = jnp.einsum("nts,nsd->ntd", kept, blocks, preferred_element_type=jnp.float32)
     inside = inside.reshape(batch, count, _CHUNK, dim)
@@ -323,6 +280,7 @@ class ChannelMixing(nnx.Module):
         self.linear = linear(hidden or dim, dim)
 
     def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
-        first = self.linear if self.to_hidden is None else self.to_hidden
-        x = first(x, a) if self.norm is None else first.after(self.norm, x, a)
-        return x if self.to_hidden is None else self.linear(gelu(x), a)
+        x = x if self.norm is None else self.norm(x)
+        if self.to_hidden is not None:
+            x = gelu(self.to_hidden(x, a))
+        return self.linear(x, a)

@@ -3,7 +3,6 @@
 Axes: B batch, T query positions, S key positions, H heads, K head width, D width.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -113,7 +112,7 @@ class MultiQueryAttention(nnx.Module):
         if x.ndim == 3 and not self.alibi:
             out = fused_attention(q, k[:, :, None], v[:, :, None], 0)
             if out is not None:
-                return self._back(out)
+                return self.to_out(out.reshape(*out.shape[:-2], -1))
         return self._attend(q, k, v, np.tri(length, dtype=bool))
 
     def extend(
@@ -139,21 +138,10 @@ class MultiQueryAttention(nnx.Module):
         return KeyValueCache(empty, empty)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        lead, inner = x.shape[:-1], self.heads * self.head_dim
-        if self.norm.folds(math.prod(lead)):
-            kernel = jnp.concatenate([self.to_q.kernel[...], self.to_kv.kernel[...]], axis=1)
-            ends = (inner, inner + self.head_dim)
-            q, k, v = jnp.split(self.norm.linear(x, kernel), ends, axis=-1)
-        else:
-            x = self.norm(x)
-            q, (k, v) = self.to_q(x), jnp.split(self.to_kv(x), 2, axis=-1)
-        return q.reshape(*lead, self.heads, self.head_dim), k, v
-
-    def _back(self, out: Array) -> Array:
-        """[..., T, H, K] → [..., T, D]."""
-        lead, inner = out.shape[:-2], self.heads * self.head_dim
-        rows = self.to_out(out.reshape(math.prod(lead), inner))
-        return rows.reshape(*lead, rows.shape[-1])
+        x = self.norm(x)
+        q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        k, v = jnp.split(self.to_kv(x), 2, axis=-1)
+        return q, k, v
 
     def _attend(
         self,
@@ -166,4 +154,5 @@ class MultiQueryAttention(nnx.Module):
         bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
         if bias is not None and places is not None:
             bias = jnp.moveaxis(jnp.asarray(bias)[:, places], 0, -2)
-        return self._back(multi_query_attention(q, k, v, mask, bias))
+        out = multi_query_attention(q, k, v, mask, bias)
+        return self.to_out(out.reshape(*out.shape[:-2], -1))

@@ -14,16 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax import forms
 from bytelm_jax.grouped_product import (
     block_length,
-    from_slots,
     grouped_bias,
     grouped_product,
     make_groups,
     mix,
     spread,
-    to_slots,
 )
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
 from bytelm_jax.layers.initializers import normal
@@ -103,52 +100,20 @@ class AdaptiveExperts(nnx.Module):
         """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
         weights, count = self._weights(), self.base.kernels.shape[0]
         expert = chosen.reshape(-1)
-        on_gpu = forms.gpu()
+        on_gpu = jax.default_backend() == "gpu"
         groups = make_groups(expert, count, block_length(len(expert), count) if on_gpu else 0)
 
-        if not forms.on("mix"):
-            return self._old_sparse(x, a, chosen, gates, groups)
-
         def product(values: Array, kernels: Array) -> Array:
             return grouped_product(values, kernels, groups)
 
-        inputs, contexts = spread(x, groups), spread(a, groups)
+        inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
         if weights.down is not None and weights.up is not None:
             scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
-            narrow = scale * product(inputs, weights.down)
-            if forms.on("ride_experts"):
-                both = jnp.concatenate([inputs, narrow], axis=1)
-                outputs = product(both, jnp.concatenate([weights.base, weights.up], axis=1))
-            else:
-                outputs = product(inputs, weights.base) + product(narrow, weights.up)
-        else:
-            outputs = full_adaptation(weights, inputs, contexts, product)
-        return mix(outputs, weights.bias, gates, chosen, groups)
-
-    def _old_sparse(self, x, a, chosen, gates, groups):
-        weights, count = self._weights(), self.base.kernels.shape[0]
-
-        def pairs(values: Array) -> Array:
-            return to_slots(jnp.repeat(values, chosen.shape[1], axis=0), groups)
-
-        def product(values: Array, kernels: Array) -> Array:
-            return grouped_product(values, kernels, groups)
-
-        inputs, contexts = pairs(x), pairs(a)
-        if weights.down is not None and weights.up is not None:
-            # One-hot products instead of reads by index: their transposes are products, too.
-            hot = jax.nn.one_hot(groups.group, count, dtype=x.dtype)
-            scale = product(contexts, weights.adapt) + hot @ weights.adapt_bias
             narrow = scale * product(inputs, weights.down)
             outputs = product(inputs, weights.base) + product(narrow, weights.up)
         else:
             outputs = full_adaptation(weights, inputs, contexts, product)
-        outputs = from_slots(outputs, groups).reshape(*chosen.shape, x.shape[1])
-        spread = jnp.sum(
-            jax.nn.one_hot(chosen, count, dtype=gates.dtype) * gates[..., None], axis=1
-        )
-        biases = spread @ weights.bias.astype(gates.dtype)
-        return ((gates[..., None] * outputs).sum(axis=1) + biases).astype(x.dtype)
+        return mix(outputs, weights.bias, gates, chosen, groups)
 
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt
@@ -202,10 +167,11 @@ class MixtureOfExperts(nnx.Module):
     def probabilities(self, a: Float[Array, "B S A"], length: int) -> Float[Array, "B T E"]:
         """The gate of each of `length` positions."""
         wide = jnp.promote_types(a.dtype, jnp.float32)
-        kernel, bias = self.gate.kernel[...], self.gate.bias
+        kernel, bias = self.gate.kernel[...].astype(wide), self.gate.bias
         assert bias is not None
-        scores = jnp.einsum("bta,ae->bte", a, kernel, preferred_element_type=wide)
-        gate = jax.nn.softmax(scores + bias[...].astype(wide).reshape(1, 1, -1), axis=-1)
+        gate = jax.nn.softmax(
+            a.astype(wide) @ kernel + bias[...].astype(wide).reshape(1, 1, -1), axis=-1
+        )
         return jnp.broadcast_to(gate, (a.shape[0], length, gate.shape[-1]))
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax import forms
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 
@@ -17,9 +16,10 @@ def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
     In 16 bits it keeps x alone for the backward pass, and errs less than the result is rounded.
     """
-    if x.dtype.itemsize != 2 or not forms.on("gelu"):
-        return jax.nn.gelu(x, approximate=False)
-    return _gelu(x)
+    if x.dtype.itemsize == 2:
+        return _gelu(x)
+    # erf, not tanh: flax's and jax's default is the tanh form, torch's is not.
+    return jax.nn.gelu(x, approximate=False)
 
 
 _HASTINGS = (0.375, 0.149061076, 0.157733452, 0.0835659219, 0.200279207, -0.0906417441)
@@ -72,12 +72,7 @@ class FeedForward(nnx.Module):
         self.down = nnx.Linear(4 * dim, dim, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        # In rows: a product over several axes may get a layout that has to be transposed.
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        bias = self.up.bias
-        assert bias is not None
-        hidden = self.norm.linear(rows, self.up.kernel[...], bias[...])
-        return self.down(gelu(hidden)).reshape(x.shape)
+        return self.down(gelu(self.up(self.norm(x))))
 
 
 class GatedFeedForward(nnx.Module):

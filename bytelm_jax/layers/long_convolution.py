@@ -6,8 +6,10 @@ Exactly causal: one Fourier transform over the sequence would be causal in exact
 its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
 whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
 them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter. Where the text falls into
-segments, a transform would carry one into the next: there the plain sum is taken, tap by tap.
+sums to the block that follows, until a block is longer than the filter. A GPU or TPU multiplies
+matrices so fast that filters of a few chunks take one product with all that a chunk reaches. Where
+the text falls into segments, a transform would carry one into the next: there the plain sum is
+taken, tap by tap.
 """
 
 import jax
@@ -15,11 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax import forms
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16
 """Taps that `segmented_convolution` adds in one pass over the inputs."""
+
+_DIRECT_CHUNKS = 8
+"""Chunks that `direct_convolution` may reach back, being as many copies of the inputs."""
 
 
 def long_convolution(
@@ -34,40 +38,21 @@ def long_convolution(
     if length == 0:
         return x
     rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
-    size = _direct_chunk(x.dtype, kernel.shape[1])
-    if size:
-        if forms.extra("barrier"):
-            rows = jax.lax.optimization_barrier(rows)
-        out = _direct(rows, kernel, size).astype(x.dtype)
-        if forms.extra("barrier"):
-            out = jax.lax.optimization_barrier(out)
-        return jnp.moveaxis(out, 0, -1)
     size = min(chunk, length)
-    total = _within_chunks(rows, kernel, size)
-    rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
-    reach = kernel.shape[1] - 1
-    while size < length and reach > 0:
-        covers = size >= reach
-        total = total + _from_block_before(rows, kernel, size, every=covers)
-        if covers:
-            break
-        size *= 2
+    short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
+    direct = short and jax.default_backend() != "cpu"
+    total = (direct_convolution if direct else transformed_convolution)(rows, kernel, size)
     return jnp.moveaxis(total, 0, -1).astype(x.dtype)
 
 
-def _direct_chunk(dtype: jnp.dtype, kernel_length: int) -> int:
-    """Positions per chunk of `_direct`, 0 where transforms are faster."""
-    if not (forms.gpu() and forms.on("direct")):
-        return 0
-    return next((c for c in (64, 256) if forms.extra(f"conv{c}")), 128)
-
-
-def _direct(rows: Array, kernel: Array, chunk: int) -> Array:
-    """[D, B, T] → [D, B, T], at least float32: chunks by one product with all that they reach."""
+def direct_convolution(
+    rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
+) -> Float[Array, "D B T"]:
+    """The sums in at least float32, K <= T: each chunk by one product with all that it reaches."""
     dim, batch, length = rows.shape
     count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
     padding = (before * chunk, count * chunk - length)
-    padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, -1, chunk)
+    padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, before + count, chunk)
     near = [padded[:, :, i : i + count] for i in range(before + 1)]
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     summed = jnp.einsum(
@@ -77,6 +62,22 @@ def _direct(rows: Array, kernel: Array, chunk: int) -> Array:
         preferred_element_type=wide,
     )
     return summed.reshape(dim, batch, count * chunk)[:, :, :length]
+
+
+def transformed_convolution(
+    rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
+) -> Float[Array, "D B T"]:
+    """The same by products within chunks and transforms from block to block; chunk <= T."""
+    length, size, reach = rows.shape[2], chunk, kernel.shape[1] - 1
+    total = _within_chunks(rows, kernel, size)
+    rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
+    while size < length and reach > 0:
+        covers = size >= reach
+        total = total + _from_block_before(rows, kernel, size, every=covers)
+        if covers:
+            break
+        size *= 2
+    return total
 
 
 def _within_chunks(rows: Array, kernel: Array, chunk: int) -> Array:
