@@ -136,19 +136,24 @@ def running_mean(
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
     if x.dtype.itemsize == 2 and jax.default_backend() != "cpu":
-        return _mean_by_products(x)
+        return mean_by_products(x)
+    return mean_by_sums(x)
+
+
+def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The running mean by a scan."""
     sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
     return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
 
 
 @jax.custom_vjp
-def _mean_by_products(x: Array) -> Array:
-    """The running mean of 16-bit numbers, whose sums by products of matrices are float32's."""
+def mean_by_products(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The running mean of 16-bit numbers by triangular products, which add up in float32."""
     return (_running_sums(x, backward=False) / _counts(0, x.shape[1], jnp.float32)).astype(x.dtype)
 
 
 def _mean_forward(x: Array) -> tuple[Array, None]:
-    return _mean_by_products(x), None
+    return mean_by_products(x), None
 
 
 def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
@@ -157,7 +162,7 @@ def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
     return (sums.astype(gradient.dtype),)
 
 
-_mean_by_products.defvjp(_mean_forward, _mean_backward)
+mean_by_products.defvjp(_mean_forward, _mean_backward)
 
 
 def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T D"]:
