@@ -3,8 +3,9 @@
 import os
 
 # Eight devices, and compilation as cheap as it comes: the tests spend their time compiling tiny
-# models. XLA's own passes are those of every run; the code of a loop comes from the older of its two
-# emitters, and LLVM does not optimise it. Commands that tests start as processes have the defaults.
+# models. XLA's own passes are those of every run; the code of a loop comes from the older of its
+# two emitters, and LLVM does not optimise it. Processes that tests start have the defaults, unless
+# they say otherwise.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -47,9 +47,11 @@ BUGS = {
         {
             "nats, extra, metrics = over_devices(": "nats, extra, metrics = tuple(",
             "jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)": "jnp.sum(ids != pad_id)",
-            "gradients = total": "gradients = jax.tree.map("
-            "lambda x: over_devices(x) / mesh.size, total)",
-            '{"loss": nats / count,': '{"loss": loss,',
+            'report = {k: v / total_rows for k, v in metrics.items()} | {"loss": nats / count}': (
+                'report = {"loss": over_devices(loss) / mesh.size}'
+            ),
+            "return (loss, report), found": 'return (report["loss"], report), jax.tree.map('
+            "lambda x: over_devices(x) / mesh.size, found)",
         },
         f"{TRAINING}::test_devices_step_forms_accumulation_and_remat_change_nothing"
         "[devices=8 parallel=shard_map]",
