@@ -128,7 +128,9 @@ def gather(mesh: Mesh, params: Params) -> Params:
 
     @jax.custom_vjp
     def whole(tree: Params) -> Params:
-        return constrain(tree, replicated(mesh))
+        # Cut once more first: else the compiler may move the gathering before the cast that comes
+        # before it, and twice the bytes would travel.
+        return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
 
     # The gradient of a constraint is the same constraint: whole gradients on every device, where
     # each of them needs its own part only.
@@ -206,8 +208,11 @@ def make_train_step(
     pad_id: int,
     mesh: Mesh,
     frozen: tuple[str, ...] = (),
+    dtype: jnp.dtype | None = None,
 ) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
+
+    `dtype` is that of products, by default `compute_dtype(train)`.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, what the
     model reports, averaged over rows, and what the optimizer reports. Gradients of micro-batches
@@ -217,7 +222,8 @@ def make_train_step(
     one of `frozen` have no gradient and leave the step as they came, bit for bit.
     """
     check_batch(mesh, train)
-    find = _make_gradients(bind, train, pad_id, mesh)
+    dtype = compute_dtype(train) if dtype is None else dtype
+    find = _make_gradients(bind, train, pad_id, mesh, dtype)
 
     def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, frozen)
@@ -243,14 +249,18 @@ def make_train_step(
 
 
 def _make_gradients(
-    bind: Callable[[Params], Any], train: TrainConfig, pad_id: int, mesh: Mesh
+    bind: Callable[[Params], Any],
+    train: TrainConfig,
+    pad_id: int,
+    mesh: Mesh,
+    dtype: jnp.dtype,
 ) -> Callable[[Array, Params, Params, Array], tuple[tuple[Array, dict[str, Array]], Params]]:
     """`(step, moving, fixed, ids) -> ((loss, report), gradients of moving)`, in the form asked for.
 
     Summed over all devices; gradients come cut as the parameters are.
     """
     manual = train.parallel == "shard_map"
-    dtype, seed = compute_dtype(train), jax.random.key(train.seed)
+    seed = jax.random.key(train.seed)
 
     def over_devices(x: Any) -> Any:
         return jax.lax.psum(x, _ROWS) if manual else x
