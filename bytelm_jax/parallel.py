@@ -314,7 +314,12 @@ def _make_gradients(
 
 def _gather_parts(params: Params, axes: dict[str, int | None]) -> Params:
     """`gather` inside `shard_map`, where each device sees its own parts."""
-    return {
-        name: part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
-        for (name, part), axis in zip(params.items(), map(axes.get, params), strict=True)
-    }
+
+    def whole(part: Array, axis: int) -> Array:
+        # Said to vary over the groups before it is gathered, not after: its gradient is then summed
+        # within the group first, and what is summed from group to group is a device's part.
+        varying = jax.lax.pcast(part, DATA, to="varying")
+        return jax.lax.all_gather(varying, FSDP, axis=axis, tiled=True)
+
+    cut = ((name, part, axes[name]) for name, part in params.items())
+    return {name: part if axis is None else whole(part, axis) for name, part, axis in cut}
