@@ -45,7 +45,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
             if found:
                 key = found[2], _group(line, devices)
                 count[key] += times[name]
-                size[key] += times[name] * _bytes(*found.groups(), key[1])
+                size[key] += times[name] * _bytes(found[1], found[2], bool(found[3]), key[1])
     made = [Collective(*key, count[key], size[key]) for key in count]
     return sorted(made, key=lambda each: -each.bytes)
 
@@ -115,7 +115,7 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def _bytes(shape: str, kind: str, start: str | None, group: int) -> int:
+def _bytes(shape: str, kind: str, start: bool, group: int) -> int:
     arrays = [_array_bytes(*found) for found in _ARRAY.findall(shape)]
     if start and kind == "all-gather":  # (what goes in, what comes out)
         arrays = arrays[len(arrays) // 2 :]

@@ -159,9 +159,12 @@ def check_versions() -> str:
             have = importlib.metadata.version(needs[1])
             raise SickError(f"{needs[1]} {have}: pip install '{needs[0]}'")
     if _number(found["jaxlib"]) > _number(found["jax"]):
-        raise SickError(f"jaxlib {found['jaxlib']} is newer than jax {found['jax']}: pip install "
-                        f"jaxlib=={found['jax']}")  # fmt: skip
-    return ", ".join([f"Python {platform.python_version()}", *(f"{k} {v}" for k, v in found.items())])
+        raise SickError(
+            f"jaxlib {found['jaxlib']} is newer than jax {found['jax']}: pip install "
+            f"jaxlib=={found['jax']}"
+        )
+    said = [f"{name} {version}" for name, version in found.items()]
+    return ", ".join([f"Python {platform.python_version()}", *said])
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -254,7 +257,8 @@ def _gradients(
     groups = mesh.shape[parallel.FSDP]
     run = TrainConfig(batch_size=len(ids), fsdp=groups, compute_dtype="float32", parallel=form)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
-    state = parallel.TrainState(jnp.zeros((), jnp.int32), before, optimizer.init(before))
+    params = {name: jnp.asarray(value) for name, value in before.items()}
+    state = parallel.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     step = parallel.make_train_step(bind, optimizer, run, _TINY.vocab.pad_id, mesh)
     own, parts = parallel.own_part(mesh)
     mine = ids[own * len(ids) // parts : (own + 1) * len(ids) // parts]

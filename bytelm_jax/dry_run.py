@@ -221,9 +221,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
     if recipe.train.parallel == "shard_map":  # in which not every kernel can be had
         alone = parallel.make_mesh(1)
         whole, cut = jax.P(), parallel.by_row(alone).spec
-        function = jax.shard_map(
-            nats, mesh=alone, in_specs=(whole, whole, cut, cut), out_specs=cut
-        )
+        function = jax.shard_map(nats, mesh=alone, in_specs=(whole, whole, cut, cut), out_specs=cut)
     with imitate("tpu" if chip.startswith("TPU") else "gpu"):
         return kept_for_backward(function, moving, fixed, ids, keys)
 

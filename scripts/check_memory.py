@@ -2,8 +2,8 @@
 
     python scripts/check_memory.py megabyte_132m:32=10.6 transformer_132m:8=10.2
 
-A row is RECIPE:BATCH[:LENGTH[:PATCH]] as in `scripts/bench_train.py`, behind `=` its `peak_gib`. One
-JSON line a row; nothing is compiled, so each takes seconds on a CPU. Without rows, those of the
+A row is RECIPE:BATCH[:LENGTH[:PATCH]] as in `scripts/bench_train.py`, behind `=` its `peak_gib`.
+One JSON line a row; nothing is compiled, so each takes seconds on a CPU. Without rows, those of the
 README.
 """
 

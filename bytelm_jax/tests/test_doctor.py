@@ -70,7 +70,7 @@ def test_bfloat16_that_is_none_is_found(monkeypatch):
         return np.asarray(a).astype(np.float64) @ np.asarray(b).astype(np.float64)
 
     monkeypatch.setattr(doctor, "_product", product)
-    with pytest.raises(SickError, match="bfloat16 is off by 0.0e"):
+    with pytest.raises(SickError, match=r"bfloat16 is off by 0.0e"):
         doctor.check_precision()
 
 
@@ -88,7 +88,7 @@ def test_a_package_that_is_too_old_is_found(monkeypatch):
     with pytest.raises(SickError, match=r"optax 0.2.5: pip install 'optax>=0.2.8'"):
         doctor.check_versions()
     old = {"jaxlib": "99.0"}
-    with pytest.raises(SickError, match="jaxlib 99.0 is newer than jax"):
+    with pytest.raises(SickError, match=r"jaxlib 99.0 is newer than jax"):
         doctor.check_versions()
 
 
@@ -105,13 +105,13 @@ def test_a_coordinator_that_is_not_there_is_found():
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         with pytest.raises(SickError, match=f"127.0.0.1:{port}: Connection refused; is process 0"):
-            doctor.check_coordinator("127.0.0.1", port, here=False, patience=0)
+            doctor.check_coordinator("127.0.0.1", port, here=False, patience=0.0)
         taken.listen()
         assert "answers" in doctor.check_coordinator("127.0.0.1", port, here=False)
-        with pytest.raises(SickError, match="cannot be listened on .*Address already in use"):
+        with pytest.raises(SickError, match=r"cannot be listened on .*Address already in use"):
             doctor.check_coordinator("127.0.0.1", port, here=True)
     assert "free" in doctor.check_coordinator("127.0.0.1", port, here=True)
-    with pytest.raises(SickError, match="nowhere.invalid: no such host"):
+    with pytest.raises(SickError, match=r"nowhere.invalid: no such host"):
         doctor.check_coordinator("nowhere.invalid", 1234, here=False)
 
 
@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path, mesh, folder, said):
 def test_a_disk_that_forgets_or_is_full_is_found(tmp_path, mesh, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(SickError, match="0.00 GiB free; make room"):
+    with pytest.raises(SickError, match=r"0.00 GiB free; make room"):
         doctor.check_checkpoints(tmp_path, mesh)
     monkeypatch.setattr(jnp, "array_equal", lambda a, b: False)
     with pytest.raises(SickError, match="arrays come back changed"):

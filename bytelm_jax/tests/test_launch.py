@@ -93,7 +93,9 @@ def test_a_tpu_pod_starts_again_after_a_hang_and_keeps_words_whole(tmp_path, sta
         env=environment(tmp_path, TPU="pod", ZONE="here"), timeout=30, capture_output=True,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    on_hosts = "gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=venv/bin/bytelm"
+    on_hosts = (
+        "gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=venv/bin/bytelm"
+    )
     where = "--distributed --run-dir /mnt/shared/runs/pod"
     trains = rf"{on_hosts} train megabyte_tiny --data my\ books {where}"
     assert [call for call in calls(tmp_path) if call.startswith("gcloud")] == [
@@ -139,7 +141,8 @@ def test_a_pod_that_is_told_to_stop_says_that_it_is_unfinished(tmp_path, stand_i
     processes = f"--coordinator {variables['COORDINATOR']} --num-processes 4 --process-id 2"
     assert calls(tmp_path) == [
         f"bytelm doctor {processes} --run-dir {variables['RUN_DIR']}",
-        f"bytelm train megabyte_132m --batch-size 1024 --run-dir {variables['RUN_DIR']} {processes}",
+        f"bytelm train megabyte_132m --batch-size 1024 --run-dir {variables['RUN_DIR']} "
+        + processes,
     ]
 
 
