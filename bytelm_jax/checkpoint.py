@@ -30,6 +30,9 @@ from bytelm_jax.models import Params, abstract_params
 METRIC = "validation_bits_per_byte"
 """What "best" means: the lowest of this."""
 
+_FILE_BYTES = 2**24
+"""Of an import's array files: Orbax gathers one in memory, of 2 GB unless told, then writes it."""
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file in UTF-8 as `write_bytes` does."""
@@ -67,24 +70,32 @@ def load_config(run_dir: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-@jax.jit
 def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
     """One number a leaf: Σ bits_i · (2 i + 1) mod 2³². Any changed bit changes it."""
+    return [_fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
 
-    def one(leaf: Array) -> Array:
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
-        index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-        for axis in reversed(range(leaf.ndim)):
-            index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
-            stride = stride * leaf.shape[axis] % 2**32
-        total = jnp.zeros((), jnp.uint32)
-        for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
-            word = (bits >> shift).astype(jnp.uint32)
-            total = total * 31 + jnp.sum(word * (2 * index + 1), dtype=jnp.uint32)
-        return total
 
-    return [one(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)]
+@jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
+def _fingerprint(leaf: Any) -> UInt32[Array, ""]:
+    leaf = jnp.asarray(leaf)
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+        stride = stride * leaf.shape[axis] % 2**32
+    total = zero = jnp.zeros((), jnp.uint32)
+    for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
+        word = (bits >> shift).astype(jnp.uint32)
+        # Two sums at once: a single one XLA splits up on a CPU, holding every term in memory.
+        plain, weighted = jax.lax.reduce(
+            (word, word * index),
+            (zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+            range(leaf.ndim),
+        )
+        total = total * 31 + 2 * weighted + plain
+    return total
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
@@ -142,10 +153,12 @@ def save(
         "metrics": metrics,
         "fingerprints": {name: [int(m) for m in jax.device_get(ms)] for name, ms in marks.items()},
     }
-    items = ocp.args.Composite(
-        metadata=ocp.args.JsonSave(metadata),
-        **{name: ocp.args.StandardSave(tree) for name, tree in arrays.items()},
-    )
+    stored: dict[str, Any]
+    if opt_state is None:  # the same files, cut so that what waits to be written stays small
+        stored = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
+    else:
+        stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **stored)
     with _writable(manager):
         manager.save(step, args=items, metrics=metrics, force=True)
 

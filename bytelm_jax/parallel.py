@@ -166,15 +166,40 @@ def compute_dtype(train: TrainConfig) -> jnp.dtype:
 
 def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable) -> TrainState:
     """`init() -> params`, run once under jit so that every array is born where it belongs."""
+    return compile_init(mesh, optimizer, init)()
 
+
+def compile_init(
+    mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable
+) -> Callable[[], TrainState]:
+    """What makes the state in `init_state`, compiled."""
+    # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_init(mesh, optimizer, init))
+    make = _initialiser(optimizer, init)
+    return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
+
+
+def abstract_init(
+    mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable
+) -> TrainState:
+    """Shapes, dtypes and shardings of what `init_state` makes."""
+    shapes = jax.eval_shape(_initialiser(optimizer, init))
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        state_shardings(mesh, shapes),
+    )
+
+
+def _initialiser(
+    optimizer: optax.GradientTransformation, init: Callable
+) -> Callable[[], TrainState]:
     def make() -> TrainState:
         params = init()
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    shardings = state_shardings(mesh, jax.eval_shape(make))
-    return jax.jit(make, out_shardings=shardings, compiler_options=options)()
+    return make
 
 
 def abstract_state(state: TrainState) -> TrainState:

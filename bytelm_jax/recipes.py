@@ -162,6 +162,29 @@ def blt_tiny() -> Recipe:
     return replace(megabyte_tiny(), name="blt_tiny", model=model)
 
 
+def blt_132m() -> Recipe:
+    """BLT of 131,732,352 parameters, 62,208,000 of them n-gram tables, patches after words.
+
+    `bytelm train blt_132m`. Words have 5.4 bytes in English prose, with what stands behind them.
+    """
+    model = BLTConfig(
+        patcher="space",
+        bytes_per_patch=5.4,
+        ngram_rows=27_000,
+        local_dim=384,
+        encoder_heads=6,
+        encoder_hidden_dim=1024,
+        decoder_layers=4,
+        decoder_heads=6,
+        decoder_hidden_dim=1024,
+        global_dim=768,
+        global_layers=8,
+        global_heads=12,
+        global_hidden_dim=2048,
+    )
+    return replace(megabyte_132m(), name="blt_132m", model=model)
+
+
 def blt_767m() -> Recipe:
     """BLT of 766,579,968 parameters, 230,409,216 of them n-gram tables, for one GPU or more.
 

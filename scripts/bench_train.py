@@ -2,13 +2,15 @@
 
     python scripts/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 blt_767m:8:2048:4
 
-A row is RECIPE:BATCH[:LENGTH[:PATCH]]; bytes are random, windows as long as the recipe's if LENGTH
-is left out, and PATCH gives a Byte Latent Transformer patches of so many bytes in the place of its
-patcher. The compute dtype is bfloat16 on an accelerator. Every row has a process of its own; only
-one at a time is on the device. The time of a step is the median over repeats of ten steps in a
-row, each repeat waited for at its end, after warm-up. MFU counts the model's own operations (3 ×
-forward, what is frozen once, causal attention half) against the chip's data sheet. `--profile N`
-adds the N longest kernels of a step.
+A row is RECIPE:BATCH[:LENGTH[:PATCH]][@DEVICES[xFSDP][xFORM]]; bytes are random, windows as long as
+the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of so
+many bytes in the place of its patcher. BATCH is that of all DEVICES (1 if left out), of which each
+FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype is bfloat16 on an
+accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
+step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
+warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
+half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step and the
+time in collectives.
 """
 
 import argparse
@@ -22,14 +24,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bytelm_jax import parallel, recipes
@@ -43,10 +44,12 @@ STEPS = 10
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
 
-def read_row(row: str) -> tuple[Recipe, int, int]:
-    """The recipe, batch and length that a row names."""
-    name, *numbers = row.split(":")
+def read_row(row: str) -> Recipe:
+    """The recipe that a row names, with the row's batch, length, patches and devices."""
+    what, _, where = row.partition("@")
+    name, *numbers = what.split(":")
     batch, length, patch = (*map(int, numbers), *(0,) * (3 - len(numbers)))
+    devices, fsdp, form = (*where.split("x"), *("", "", "")[where.count("x") + 1 :])
     recipe = recipes.get(name)
     if patch and isinstance(recipe.model, BLTConfig):
         model = replace(
@@ -54,34 +57,50 @@ def read_row(row: str) -> tuple[Recipe, int, int]:
             bytes_per_patch=float(patch),
         )  # fmt: skip
         recipe = replace(recipe, model=model)
-    return recipe, batch or 32, length or recipe.data.sequence_length
+    run = replace(
+        recipe.train, batch_size=batch or 32, eval_every=0, devices=int(devices or 1),
+        fsdp=int(fsdp or 1), parallel="shard_map" if form == "shard_map" else "jit",
+    )  # fmt: skip
+    data = replace(recipe.data, sequence_length=length or recipe.data.sequence_length)
+    return replace(recipe, train=run, data=data)
+
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) -> dict[str, float]:
-    """Milliseconds a step of what takes longest, by place in the program, and of all together."""
+    """Milliseconds a step and device of what takes longest, by place in the program, and of all.
+
+    "collectives" are those between devices, waiting for the slowest of them included.
+    """
     places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         (path,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(path))
-    total = Counter[str]()
+    total, between, planes = Counter[str](), 0.0, 0
     for plane in data.planes:
+        planes += plane.name.startswith("/device:GPU") or plane.name.startswith("/device:TPU")
         for line in plane.lines if plane.name.startswith("/device:") else ():
             for event in line.events if line.name.startswith("Stream") else ():
                 stats = dict(event.stats)
                 name = str(stats.get("hlo_op", event.name))
                 place = re.sub(r"[.]\d+|layers/\d+/", "", places.get(name, name))
                 total[f"{re.sub(r'[._]?[0-9]+', '', name)} {place}"] += event.duration_ns / 1e6
-    kernels = {name: round(ms / steps, 3) for name, ms in total.most_common(count)}
-    return {"all kernels": round(sum(total.values()) / steps, 3)} | kernels
+                if name.startswith(_COLLECTIVES) or "nccl" in event.name.lower():
+                    between += event.duration_ns / 1e6
+    parts = steps * max(planes, 1)
+    kernels = {name: round(ms / parts, 3) for name, ms in total.most_common(count)}
+    sums = {"all kernels": sum(total.values()), "collectives": between}
+    return {name: round(ms / parts, 3) for name, ms in sums.items()} | kernels
 
 
 def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) -> dict[str, Any]:
     """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
-    recipe, batch, length = read_row(row)
-    run = replace(recipe.train, batch_size=batch, remat=remat, eval_every=0)
-    mesh = parallel.make_mesh(1)
+    recipe = read_row(row)
+    run, length = replace(recipe.train, remat=remat), recipe.data.sequence_length
+    batch, mesh = run.batch_size, parallel.make_mesh(run.devices, run.fsdp)
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
     optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
@@ -102,25 +121,32 @@ def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) ->
         return (time.perf_counter() - start) / STEPS
 
     start = time.perf_counter()
-    state = jax.eval_shape(
-        lambda: parallel.TrainState(jnp.zeros((), jnp.int32), init(0), optimizer.init(init(0)))
-    )
+    state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
     step = jitted.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    make_state = parallel.compile_init(mesh, optimizer, lambda: init(run.seed))
     seconds = time.perf_counter() - start
-    fcntl.flock(lock, fcntl.LOCK_EX)  # the device is for one row at a time
-    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+    # The devices are for one row at a time, and for none while any row is still being compiled:
+    # the compiler tries out kernels on them.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    state = make_state()
     some_steps()
     times = [some_steps() for _ in range(repeats)]
     median = statistics.median(times)
     rate, peak = batch * length / median, peak_flops()
-    memory = jax.local_devices()[0].memory_stats() or {}
+    used = [device.memory_stats() or {} for device in mesh.devices.flat]
+    peaks = [memory.get("peak_bytes_in_use", 0) for memory in used]
+    first = mesh.devices.flat[0]
+    kept = (s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
+            if s.device == first)  # fmt: skip
     found: dict[str, Any] = {
         "row": row,
         "ms": round(1e3 * median, 2),
         "spread_ms": round(1e3 * (max(times) - min(times)), 2),
         "megabytes_per_second": round(rate / 1e6, 4),
-        "mfu": peak and round(training_flops_per_byte(recipe.model, length) * rate / peak, 4),
-        "peak_gib": round(memory.get("peak_bytes_in_use", 0) / 2**30, 2),
+        "mfu": peak
+        and round(training_flops_per_byte(recipe.model, length) * rate / peak / mesh.size, 4),
+        "peak_gib": round(max(peaks) / 2**30, 2),
+        "state_gib": round(sum(kept) / 2**30, 4),
         "compile_seconds": round(seconds, 1),
         "loss": round(float(report["loss"]), 4),
         "dtype": str(parallel.compute_dtype(run)),
@@ -134,6 +160,22 @@ def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) ->
     return found
 
 
+def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
+    """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
+
+    They compile side by side and wait for each other before they touch the devices.
+    """
+    with tempfile.NamedTemporaryFile() as lock:
+        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", row] for row in rows]
+        started = [
+            subprocess.Popen([*call, *rest], env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+            for call in calls
+        ]
+        for row, process in zip(rows, started, strict=True):
+            out, _ = process.communicate()
+            yield {"row": row, "failed": True} if process.returncode else json.loads(out)
+
+
 def main() -> None:
     """Prints a line a row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -145,20 +187,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.lock:
         with options.lock.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)  # until this row is compiled
             row = options.rows[0]
             found = measure(row, options.repeats, options.remat, options.profile, lock)
             print(json.dumps(found), flush=True)
         return
-    # A process a row: its peak memory is its own, and one that runs out stops no other. They
-    # compile side by side and wait for each other before they touch the device.
     rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-    rest += ["--remat"] * options.remat
-    with tempfile.NamedTemporaryFile() as lock:
-        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", r] for r in options.rows]
-        started = [subprocess.Popen([*call, *rest], env=_ENVIRONMENT) for call in calls]
-        for row, process in zip(options.rows, started, strict=True):
-            if process.wait():
-                print(json.dumps({"row": row, "failed": True}), flush=True)
+    for found in measure_all(options.rows, rest + ["--remat"] * options.remat):
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

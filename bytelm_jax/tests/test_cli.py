@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm_jax import cli, commands, commands_train, commands_view, recipes
+from bytelm_jax import cli, commands, commands_train, commands_view, processes, recipes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
 from bytelm_jax.config import BLTConfig
@@ -380,10 +380,13 @@ def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
         asked.append((recipe, run_dir))
         return Outcome(recipe.train.steps, False)
 
+    joined = []
     monkeypatch.setattr(commands_train, "train", remember)
+    monkeypatch.setattr(processes, "join", lambda *where: joined.append(where))
     start = ["train", "lfbyte", "--data", str(text)]
     assert cli.main([*start, *LFBYTE.split()]) == 0
     recipe, run_dir = asked[0]
+    assert joined == [("", 0, None)]
     assert run_dir == Path("checkpoints")
     assert recipe.model == recipes.get("lfbyte").model
     assert (recipe.train.batch_size, recipe.train.accumulation_steps) == (8, 4)

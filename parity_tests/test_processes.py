@@ -1,0 +1,137 @@
+"""Real processes over loopback: their run is the run of one device, stopped and gone on with."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bytelm_jax import checkpoint, cli
+from bytelm_jax.metrics import read_metrics
+from bytelm_jax.parity import relative_error
+from parity_tests import tolerances
+
+LAUNCH = Path(__file__).parents[1] / "scripts" / "launch" / "local"
+DEADLINE = 240
+STEPS = 20
+RUN = [
+    *("megabyte_tiny", "--model.patch-size", "4", "--model.global-dim", "32"),
+    *("--model.local-dim", "32", "--model.global-layers", "1", "--model.local-layers", "1"),
+    *("--model.global-heads", "2", "--model.local-heads", "2", "--model.max-length", "64"),
+    *("--model.dropout", "0.1", "--sequence-length", "64", "--batch-size", "8"),
+    # Plain SGD: it shows a gradient that is N times too large, which AdamW would hide.
+    *("--optimizer.name", "sgd", "--lr", "0.1", "--warmup-steps", "2", "--log-every", "1"),
+    *("--eval-every", "10", "--eval-windows", "16", "--checkpoint-every", "10"),
+    *("--steps", str(STEPS)),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    source = np.random.default_rng(3)
+    words = [bytes(source.integers(97, 123, size)) for size in source.integers(2, 8, 60)]
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(20):
+        (folder / f"{i}.txt").write_bytes(b" ".join(words[j] for j in source.integers(0, 60, 300)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory, text):
+    run_dir = tmp_path_factory.mktemp("runs") / "one"
+    command = ["train", *RUN, "--data", str(text), "--devices", "1", "--run-dir", str(run_dir)]
+    assert cli.main(command) == 0
+    return run_dir
+
+
+def two_processes(run_dir, text, *options):
+    """Two processes with four simulated devices each."""
+    command = [sys.executable, str(LAUNCH), "2", "--cpu-devices", "4", "--", *RUN, *options]
+    return subprocess.Popen(
+        [*command, "--data", str(text), "--run-dir", str(run_dir)],
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(started):
+    try:
+        out, _ = started.communicate(timeout=DEADLINE)
+    except subprocess.TimeoutExpired:
+        started.send_signal(signal.SIGKILL)
+        out, _ = started.communicate()
+        pytest.fail(f"past its deadline: {out}")
+    assert started.returncode == 0, out
+    return out
+
+
+def assert_equal_runs(ours, theirs):
+    told, expected = (
+        [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r] for run in (ours, theirs)
+    )
+    assert [r["step"] for r in told] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
+    for mine, other in zip(told, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            error = abs(mine[name] - other[name]) / other[name]
+            assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, mine, other)
+    validations = [
+        [r["validation_loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" not in r]
+        for run in (ours, theirs)
+    ]
+    assert len(validations[0]) == len(validations[1]) == 2
+    assert relative_error(*map(np.array, validations)) <= tolerances.DEVICES_AFTER_5_STEPS
+    params, other = (checkpoint.load_run(run)[1] for run in (ours, theirs))
+    for name, value in params.items():
+        error = relative_error(np.asarray(value), np.asarray(other[name]))
+        assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+
+
+def test_eight_devices_of_one_process_train_as_one(one_device, text, tmp_path):
+    """Over 2 x 4 devices, by the other form of the step."""
+    command = ["train", *RUN, "--data", str(text), "--run-dir", str(tmp_path / "run")]
+    command += ["--fsdp", "4", "--parallel", "shard_map"]
+    assert cli.main(command) == 0
+    assert_equal_runs(tmp_path / "run", one_device)
+
+
+def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, text, tmp_path):
+    """SIGTERM to the second: both save the same step, and the same command goes on.
+
+    Parameters are cut over groups of devices that reach across both processes.
+    """
+    run_dir = tmp_path / "run"
+    started = two_processes(run_dir, text, "--fsdp", "8")
+    log = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + DEADLINE
+    while not (log.exists() and any(r["step"] >= 3 for r in read_metrics(log))):
+        assert started.poll() is None and time.monotonic() < deadline, finish(started)
+        time.sleep(0.01)
+    os.kill(second_of(started.pid), signal.SIGTERM)
+    out = finish(started)
+    step = int(re.search(r"stopped: step (\d+) is saved in", out)[1])
+    assert 3 <= step < STEPS
+    assert checkpoint.load_run(run_dir)[2] == step
+    out = finish(two_processes(run_dir, text))
+    assert f"resuming megabyte_tiny in {run_dir}, step {step}" in out
+    assert out.count("is saved in") == 1  # one process speaks for both
+    assert_equal_runs(run_dir, one_device)
+
+
+def second_of(launcher):
+    """The process id of process 1."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            told = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == launcher and told[-3:-1] == [b"--process-id", b"1"]:
+            return int(folder.name)
+    raise AssertionError("process 1 is not there")

@@ -1,0 +1,110 @@
+"""One to N devices of a host: weak and strong scaling, data parallel and fsdp, both forms of step.
+
+    python scripts/bench_scaling.py --devices 1 2 4 --rows megabyte_132m:32 blt_767m:8:2048:4
+    python scripts/bench_scaling.py --plot FILE OUT.png
+
+A row names the recipe and the batch of one device, as in `bench_train.py`, which measures. Weak
+scaling keeps the batch of each device, strong scaling that of the whole host (the row's times the
+most devices). Efficiency is against one device of this host in the same run, by the same form.
+With fsdp all devices hold one copy of the state together. "collectives" is their share of the step,
+waiting for the slowest device included. JSON lines.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from bench_train import measure_all
+
+
+def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str, Any]]:
+    """What to measure, each row of `bench_train.py` once."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        name, batch, *rest = row.split(":")
+        for form in forms:
+            for count in counts:
+                for fsdp in sorted({1, count}):
+                    for kind, total in (
+                        ("weak", int(batch) * count), ("strong", int(batch) * max(counts)),
+                    ):  # fmt: skip
+                        full = ":".join([name, str(total), *rest]) + f"@{count}x{fsdp}x{form}"
+                        known = {"kinds": [], "model": row, "devices": count, "fsdp": fsdp}
+                        found.setdefault(full, known | {"form": form})["kinds"].append(kind)
+    return [{"row": full} | setting for full, setting in found.items()]
+
+
+def with_efficiency(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each record with its bytes a second per device, relative to one device's."""
+    alone = {
+        (r["model"], r["form"], kind): r["megabytes_per_second"]
+        for r in found if r["devices"] == 1 and "ms" in r for kind in r["kinds"]
+    }  # fmt: skip
+    for record in found:
+        for kind in record["kinds"] if "ms" in record else ():
+            base = alone.get((record["model"], record["form"], kind))
+            if base:
+                rate = record["megabytes_per_second"] / record["devices"]
+                record[f"{kind}_efficiency"] = round(rate / base, 4)
+    return found
+
+
+def plot(path: Path, out: Path) -> None:
+    """Weak-scaling efficiency and memory of the state against the number of devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = [r for r in records if "weak_efficiency" in r]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for model in dict.fromkeys(r["model"] for r in records):
+        for form in dict.fromkeys(r["form"] for r in records):
+            for cut in (False, True):
+                line = [
+                    r for r in records if (r["model"], r["form"]) == (model, form)
+                    and (r["devices"] == 1 or (r["fsdp"] > 1) == cut)
+                ]  # fmt: skip
+                line.sort(key=lambda r: r["devices"])
+                style = "--" if cut else "-"
+                label = f"{model.split(':')[0]} {form}{' fsdp' if cut else ''}"
+                x = [r["devices"] for r in line]
+                left.plot(x, [r["weak_efficiency"] for r in line], style, marker="o", label=label)
+                if form == "jit":
+                    right.plot(x, [r["state_gib"] for r in line], style, marker="o", label=label)
+    left.set(xlabel="devices", ylabel="weak-scaling efficiency", ylim=(0, 1.1))
+    right.set(xlabel="devices", ylabel="parameters and optimizer state, GiB a device", yscale="log")
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    """Prints a line a row, when all are measured."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32", "blt_767m:8:2048:4"])
+    parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--forms", nargs="+", default=["jit", "shard_map"])
+    parser.add_argument("--repeats", type=int, default=5, help="of ten steps each")
+    parser.add_argument("--plot", nargs=2, type=Path, metavar=("FILE", "OUT"))
+    options = parser.parse_args()
+    if options.plot:
+        plot(*options.plot)
+        return
+    settings = plan(options.rows, options.devices, options.forms)
+    rest = ["--repeats", str(options.repeats), "--profile", "3"]
+    measured = measure_all([setting["row"] for setting in settings], rest)
+    records = []
+    for setting, found in zip(settings, measured, strict=True):
+        if "kernels" in found:
+            found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
+        records.append(setting | found)
+    for record in with_efficiency(records):
+        print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()
