@@ -35,7 +35,7 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.get(argv[0])
     run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
     epochs, rest = take_option(rest, "epochs")
-    dry, rest = _take_dry_run(rest)
+    dry, rest = take_dry_run(rest)
     joining, rest = take_processes(rest)
     if dry and (epochs or joining.several):
         raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
@@ -131,14 +131,14 @@ def join_processes(joining: Joining, command: str) -> None:
         print(f"bytelm {command}: {found}", file=sys.stderr, flush=True)
 
 
-class _DryRun(NamedTuple):
+class DryRun(NamedTuple):
     """A dry run is asked for: on which machine, and how to print."""
 
     machine: dry_run.Machine
     as_json: bool
 
 
-def _take_dry_run(argv: list[str]) -> tuple[_DryRun | None, list[str]]:
+def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
     """What the command line says of a dry run, and what is left of it."""
     wanted, argv = take_flag(argv, "dry-run")
     as_json, argv = take_flag(argv, "json")
@@ -154,10 +154,10 @@ def _take_dry_run(argv: list[str]) -> tuple[_DryRun | None, list[str]]:
             raise UsageError(f"--{name.replace('_', '-')} {text}: must be a number") from None
     if not wanted and (as_json or chip or numbers):
         raise UsageError("--json, --chip, --mfu, --link-gbytes: need --dry-run")
-    return (_DryRun(machine._replace(**numbers), as_json) if wanted else None), argv
+    return (DryRun(machine._replace(**numbers), as_json) if wanted else None), argv
 
 
-def _dry_run(recipe: Recipe, asked: _DryRun) -> int:
+def _dry_run(recipe: Recipe, asked: DryRun) -> int:
     require_prediction(recipe.model)
     require_document_ends(recipe)
     found = dry_run.dry_run(recipe, asked.machine)

@@ -18,90 +18,29 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-_SAME = frozenset(
-    {
-        "reshape",
-        "squeeze",
-        "expand_dims",
-        "transpose",
-        "copy",
-        "copy_p",
-        "stop_gradient",
-        "name",
-        "optimization_barrier",
-        "sharding_constraint",
-        "pvary",
-        "pcast",
-        "reduce_precision",
-    }
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SAME = _names(
+    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
+    "optimization_barrier sharding_constraint pvary pcast reduce_precision"
 )
 """Primitives whose result is their operand, in another form."""
 
-_CHEAP = frozenset(
-    {
-        "abs",
-        "add",
-        "add_any",
-        "and",
-        "bitcast_convert_type",
-        "broadcast_in_dim",
-        "ceil",
-        "clamp",
-        "concatenate",
-        "convert_element_type",
-        "dynamic_slice",
-        "dynamic_update_slice",
-        "eq",
-        "floor",
-        "ge",
-        "gt",
-        "imag",
-        "integer_pow",
-        "iota",
-        "is_finite",
-        "le",
-        "lt",
-        "max",
-        "min",
-        "mul",
-        "ne",
-        "neg",
-        "not",
-        "or",
-        "pad",
-        "real",
-        "rev",
-        "round",
-        "select_n",
-        "shift_left",
-        "shift_right_arithmetic",
-        "shift_right_logical",
-        "sign",
-        "slice",
-        "split",
-        "square",
-        "sub",
-        "xor",
-    }
+_CHEAP = _names(
+    "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp concatenate "
+    "convert_element_type dynamic_slice dynamic_update_slice eq floor ge gt imag integer_pow "
+    "iota is_finite le lt max min mul ne neg not or pad real rev round select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign slice split square sub xor"
 )
 
-_LIBRARY = frozenset(
-    {"conv_general_dilated", "dot_general", "fft", "pure_callback", "ragged_dot_general", "sort"}
-)
+_LIBRARY = _names("conv_general_dilated dot_general fft pure_callback ragged_dot_general sort")
 """Primitives that read their operands from memory: no fusion reaches into them."""
 
-_CALLS = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "core_call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "pjit",
-        "remat2",
-        "shard_map",
-    }
+_CALLS = _names(
+    "checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat2 shard_map"
 )
 """Primitives that only wrap a program of their own."""
 
