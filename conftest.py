@@ -2,11 +2,14 @@
 
 import os
 
-# Eight devices, and no optimisation by LLVM: the tests spend their time compiling tiny models, and
-# the commands that they start as processes run with the defaults.
+# Eight devices, and compilation as cheap as it comes: the tests spend their time compiling tiny
+# models. XLA's own passes are those of every run; the code of a loop comes from the older of its
+# two emitters, and LLVM does not optimise it. Processes that tests start have the defaults, unless
+# they say otherwise.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or torch would take a GPU

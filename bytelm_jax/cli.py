@@ -21,9 +21,10 @@ COMMANDS = {
     "plot": "draw a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
     "serve": "a page in the browser to try a model",
+    "doctor": "check devices, disk and data before a run",
 }
 
-_MODULES = {"train": "commands_train"} | dict.fromkeys(
+_MODULES = {"train": "commands_train", "doctor": "commands_pod"} | dict.fromkeys(
     ("inspect", "plot", "serve"), "commands_view"
 )
 """Where the commands are that are not in `commands`."""

@@ -1,5 +1,6 @@
-"""`bytelm train`: its command line, the processes of a run, and how a run ends."""
+"""`bytelm train`: its command line, the processes of a run, how a run ends, and dry runs."""
 
+import json
 import math
 import os
 import sys
@@ -10,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from bytelm_jax import processes, recipes
+from bytelm_jax import dry_run, processes, recipes
 from bytelm_jax.arguments import (
     ALIASES,
     UsageError,
@@ -19,7 +20,8 @@ from bytelm_jax.arguments import (
     take_flag,
     take_option,
 )
-from bytelm_jax.config import Recipe
+from bytelm_jax.config import Recipe, require_document_ends
+from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.train import DivergedError, open_windows, train
 
 
@@ -33,12 +35,17 @@ def train_command(argv: list[str]) -> int:
     recipe = recipes.get(argv[0])
     run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
     epochs, rest = take_option(rest, "epochs")
-    joining, rest = _take_processes(rest)
+    dry, rest = take_dry_run(rest)
+    joining, rest = take_processes(rest)
+    if dry and (epochs or joining.several):
+        raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
         raise UsageError("--epochs: sets --train.steps; give one of them")
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
-    _join_processes(joining)
+    if dry:
+        return _dry_run(recipe, dry)
+    join_processes(joining, "train")
     recipe = _with_epochs(recipe, epochs) if epochs else recipe
     # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
@@ -76,6 +83,9 @@ def _train_help() -> str:
             "  --epochs N for the --steps that show each window N times",
             "  --distributed for one run over all the processes of a SLURM or MPI job or a TPU pod",
             "  --coordinator HOST:PORT --num-processes N --process-id I for the same elsewhere",
+            "  --dry-run --devices N to compile the step for N simulated devices and print memory,",
+            "    collectives and their share of a step, reading and writing nothing; and with it",
+            "    --json, --chip H100 --mfu 0.4 --link-gbytes 50 (GB/s of each device)",
             "",
             "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
             "",
@@ -84,7 +94,7 @@ def _train_help() -> str:
     )
 
 
-class _Joining(NamedTuple):
+class Joining(NamedTuple):
     """Whether this process is one of several, and what the command line says of them."""
 
     several: bool
@@ -93,7 +103,7 @@ class _Joining(NamedTuple):
     index: int | None
 
 
-def _take_processes(argv: list[str]) -> tuple[_Joining, list[str]]:
+def take_processes(argv: list[str]) -> tuple[Joining, list[str]]:
     """What the command line says of processes, and what is left of it."""
     distributed, argv = take_flag(argv, "distributed")
     coordinator, argv = take_option(argv, "coordinator")
@@ -107,17 +117,55 @@ def _take_processes(argv: list[str]) -> tuple[_Joining, list[str]]:
         except ValueError:
             raise UsageError(f"--{name.replace('_', '-')} {text}: must be a number") from None
     several = distributed or bool(coordinator)
-    return _Joining(several, coordinator or "", numbers[0] or 0, numbers[1]), argv
+    return Joining(several, coordinator or "", numbers[0] or 0, numbers[1]), argv
 
 
-def _join_processes(joining: _Joining) -> None:
+def join_processes(joining: Joining, command: str) -> None:
+    """Joins the processes that the command line speaks of; the first one says how many came."""
     if not joining.several:
         processes.check_alone()
         return
     processes.join(joining.coordinator, joining.processes, joining.index)
     if processes.is_first():
         found = f"{jax.process_count()} processes, {jax.device_count()} devices"
-        print(f"bytelm train: {found}", file=sys.stderr, flush=True)
+        print(f"bytelm {command}: {found}", file=sys.stderr, flush=True)
+
+
+class DryRun(NamedTuple):
+    """A dry run is asked for: on which machine, and how to print."""
+
+    machine: dry_run.Machine
+    as_json: bool
+
+
+def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
+    """What the command line says of a dry run, and what is left of it."""
+    wanted, argv = take_flag(argv, "dry-run")
+    as_json, argv = take_flag(argv, "json")
+    chip, argv = take_option(argv, "chip")
+    machine = dry_run.Machine()
+    machine = machine._replace(chip=chip or machine.chip)
+    numbers: dict[str, float] = {}
+    for name in ("mfu", "link_gbytes"):
+        text, argv = take_option(argv, name)
+        try:
+            numbers |= {name: float(text)} if text else {}
+        except ValueError:
+            raise UsageError(f"--{name.replace('_', '-')} {text}: must be a number") from None
+    if not wanted and (as_json or chip or numbers):
+        raise UsageError("--json, --chip, --mfu, --link-gbytes: need --dry-run")
+    return (DryRun(machine._replace(**numbers), as_json) if wanted else None), argv
+
+
+def _dry_run(recipe: Recipe, asked: DryRun) -> int:
+    require_prediction(recipe.model)
+    require_document_ends(recipe)
+    found = dry_run.dry_run(recipe, asked.machine)
+    if asked.as_json:
+        print(json.dumps(dry_run.as_json(recipe.name, found)))
+    else:
+        print(dry_run.describe(recipe.name, found))
+    return 0
 
 
 def _leave(error: BaseException) -> NoReturn:

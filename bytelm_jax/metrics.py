@@ -14,14 +14,14 @@ from bytelm_jax.tracking import Tracker
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
 
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
 """Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
 
 
 def peak_flops() -> float | None:
     """Operations a second of one device of this machine, None where the data sheet is unknown."""
     kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
 class MetricsLog:

@@ -128,7 +128,9 @@ def gather(mesh: Mesh, params: Params) -> Params:
 
     @jax.custom_vjp
     def whole(tree: Params) -> Params:
-        return constrain(tree, replicated(mesh))
+        # Cut once more first: else the compiler may move the gathering before the cast that comes
+        # before it, and twice the bytes would travel.
+        return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
 
     # The gradient of a constraint is the same constraint: whole gradients on every device, where
     # each of them needs its own part only.
@@ -231,8 +233,11 @@ def make_train_step(
     pad_id: int,
     mesh: Mesh,
     frozen: tuple[str, ...] = (),
+    dtype: jnp.dtype | None = None,
 ) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
+
+    `dtype` is that of products, by default `compute_dtype(train)`.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, what the
     model reports, averaged over rows, and what the optimizer reports. Gradients of micro-batches
@@ -242,7 +247,8 @@ def make_train_step(
     one of `frozen` have no gradient and leave the step as they came, bit for bit.
     """
     check_batch(mesh, train)
-    find = _make_gradients(bind, train, pad_id, mesh)
+    dtype = compute_dtype(train) if dtype is None else dtype
+    find = _make_gradients(bind, train, pad_id, mesh, dtype)
 
     def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, frozen)
@@ -268,14 +274,18 @@ def make_train_step(
 
 
 def _make_gradients(
-    bind: Callable[[Params], Any], train: TrainConfig, pad_id: int, mesh: Mesh
+    bind: Callable[[Params], Any],
+    train: TrainConfig,
+    pad_id: int,
+    mesh: Mesh,
+    dtype: jnp.dtype,
 ) -> Callable[[Array, Params, Params, Array], tuple[tuple[Array, dict[str, Array]], Params]]:
     """`(step, moving, fixed, ids) -> ((loss, report), gradients of moving)`, in the form asked for.
 
     Summed over all devices; gradients come cut as the parameters are.
     """
     manual = train.parallel == "shard_map"
-    dtype, seed = compute_dtype(train), jax.random.key(train.seed)
+    seed = jax.random.key(train.seed)
 
     def over_devices(x: Any) -> Any:
         return jax.lax.psum(x, _ROWS) if manual else x
@@ -329,7 +339,12 @@ def _make_gradients(
 
 def _gather_parts(params: Params, axes: dict[str, int | None]) -> Params:
     """`gather` inside `shard_map`, where each device sees its own parts."""
-    return {
-        name: part if axis is None else jax.lax.all_gather(part, FSDP, axis=axis, tiled=True)
-        for (name, part), axis in zip(params.items(), map(axes.get, params), strict=True)
-    }
+
+    def whole(part: Array, axis: int) -> Array:
+        # Said to vary over the groups before it is gathered, not after: its gradient is then summed
+        # within the group first, and what is summed from group to group is a device's part.
+        varying = jax.lax.pcast(part, DATA, to="varying")
+        return jax.lax.all_gather(varying, FSDP, axis=axis, tiled=True)
+
+    cut = ((name, part, axes[name]) for name, part in params.items())
+    return {name: part if axis is None else whole(part, axis) for name, part, axis in cut}

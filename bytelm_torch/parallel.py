@@ -10,6 +10,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,8 +34,10 @@ class Group(NamedTuple):
 
 
 @contextlib.contextmanager
-def join_group(device: str = "auto") -> Iterator[Group]:
+def join_group(device: str = "auto", timeout: int = 0) -> Iterator[Group]:
     """The group of this process: what `torchrun` says in the environment, else one process alone.
+
+    A process that waits for the others for more than `timeout` seconds ends (0: torch's default).
 
     `device` "auto" is the process's own GPU where there are any, else the CPU. GPUs speak over
     nccl, CPUs over gloo.
@@ -54,7 +57,8 @@ def join_group(device: str = "auto") -> Iterator[Group]:
         known = dist.is_initialized()
         yield Group(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, mine)
         return
-    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo")
+    limit = timedelta(seconds=timeout) if timeout else None
+    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=limit)
     try:
         yield Group(dist.get_rank(), size, mine)
     finally:
@@ -63,6 +67,10 @@ def join_group(device: str = "auto") -> Iterator[Group]:
 
 def check_batch(group: Group, train: TrainConfig) -> None:
     """Raises `ValueError` unless the batch divides evenly over processes and micro-batches."""
+    if train.fsdp != 1:
+        raise ValueError(
+            f"fsdp={train.fsdp}: every process of this package holds a whole copy; set it to 1"
+        )
     parts = group.size * train.accumulation_steps
     if train.batch_size % parts:
         raise ValueError(
@@ -119,7 +127,8 @@ def make_train_step(
     `rows` are this process's ids of the global batch. Metrics: `loss` (nats, mean over all counted
     ids of the global batch), `grad_norm`, what the model reports, averaged over rows, and `stop`,
     above 0 when any process asks for it. Gradients of micro-batches are added before they are
-    used. Dropout depends on seed, step and process alone, so a resumed run draws the same.
+    used. A step whose loss or gradient norm is not a finite number moves nothing. Dropout depends
+    on seed, step and process alone, so a resumed run draws the same.
     """
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
@@ -156,7 +165,7 @@ def make_train_step(
         report = dict(zip([*names, "stop"], sums, strict=True))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         report["grad_norm"] = global_norm(gradients)
-        _move(optimizer, model, report["loss"], learning_rate, max_grad_norm)
+        _move(optimizer, model, report, learning_rate, max_grad_norm)
         return report
 
     return step
@@ -165,14 +174,17 @@ def make_train_step(
 def _move(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
-    loss: Tensor,
+    report: dict[str, Tensor],
     learning_rate: float,
     max_grad_norm: float,
 ) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips by itself
+    loss, norm = report["loss"], report["grad_norm"]
+    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips and skips itself
         optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]
+        return
+    if not torch.isfinite(loss + norm):
         return
     clip_by_global_norm(model.parameters(), max_grad_norm)
     optimizer.step()

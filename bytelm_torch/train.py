@@ -160,9 +160,10 @@ def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome
     """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
 
     `initial` is an export whose parameters a new run starts from. Raises `ValueError` for settings,
-    data or checkpoints that do not fit, and `DivergedError` when the loss stops being finite.
+    data or checkpoints that do not fit, and `DivergedError` when the loss was no finite number at
+    `max_bad_steps` steps in a row: each of them was skipped.
     """
-    with parallel.join_group() as group:
+    with parallel.join_group(timeout=recipe.train.step_timeout) as group:
         return _train(recipe, run_dir, initial, group)
 
 
@@ -217,22 +218,28 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     rates = Throughput(recipe.model.flops_per_byte(length), group.size)
     display = Display(run.steps, first)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
-    saved, asked = start, False
+    saved, asked, bad = start, False, 0
 
     def settle(keep: int) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal asked
+        nonlocal asked, bad
         while len(pending) > keep:
             step, report = pending.popleft()
             values = {name: float(value) for name, value in report.items()}
             asked |= values.pop("stop") > 0  # in every process at the same step
-            if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            rates.add(run.batch_size * length)
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            bad = 0 if finite else bad + 1
+            if bad >= run.max_bad_steps:
                 raise DivergedError(
                     f"step {step}: the loss is {values['loss']} and the gradient norm "
-                    f"{values['grad_norm']}; the checkpoint of step {saved} is kept; lower "
+                    f"{values['grad_norm']}, at {bad} steps in a row; the checkpoint of step "
+                    f"{saved} is kept; lower "
                     f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
                 )
-            rates.add(run.batch_size * length)
+            if bad:
+                display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
+                continue
             if log and (step % run.log_every == 0 or step == run.steps):
                 values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
                 values["learning_rate"] = schedule(step - 1)
@@ -283,7 +290,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             if evaluates or saves:
                 settle(0)
                 record = validate(step) if evaluates else None
-                if saves:
+                if saves and not bad:  # in the midst of trouble the one before stays the newest
                     save(step, record)
                 rates.restart()
         settle(0)

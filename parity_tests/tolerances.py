@@ -33,3 +33,6 @@ GOLDEN_LOSS = 1e-5
 
 BF16_LOSS = 1e-2
 """The loss under torch's autocast to bfloat16, relative to float32's."""
+
+PEAK_MEMORY = 0.2
+"""What a dry run foretells of the peak memory of one H100, relative to what was measured there."""

@@ -5,17 +5,20 @@
 
 A row names the recipe and the batch of one device, as in `bench_train.py`, which measures. Weak
 scaling keeps the batch of each device, strong scaling that of the whole host (the row's times the
-most devices). Efficiency is against one device of this host in the same run, by the same form.
-With fsdp all devices hold one copy of the state together. "collectives" is their share of the step,
-waiting for the slowest device included. JSON lines.
+most devices). Efficiency is against one device of this host in the same run, by the same form
+where it was measured. With fsdp all devices hold one copy of the state together. "collectives" is
+their share of the step, waiting for the slowest device included; "step_gib" what the compiled step
+needs of a device. All rows are compiled first, side by side in one process, and measured one after
+another. `--only` takes rows of `bench_train.py` in place of the whole plan. JSON lines.
 """
 
 import argparse
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_train import measure_all
+from bench_train import measure, prepare
 
 
 def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str, Any]]:
@@ -35,19 +38,23 @@ def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str,
     return [{"row": full} | setting for full, setting in found.items()]
 
 
-def with_efficiency(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each record with its bytes a second per device, relative to one device's."""
-    alone = {
-        (r["model"], r["form"], kind): r["megabytes_per_second"]
-        for r in found if r["devices"] == 1 and "ms" in r for kind in r["kinds"]
-    }  # fmt: skip
-    for record in found:
-        for kind in record["kinds"] if "ms" in record else ():
-            base = alone.get((record["model"], record["form"], kind))
-            if base:
-                rate = record["megabytes_per_second"] / record["devices"]
+def chosen(only: list[str], rows: list[str], counts: list[int]) -> list[dict[str, Any]]:
+    """The settings of the plan for the rows in `only`."""
+    whole = {setting["row"]: setting for setting in plan(rows, counts, ["jit", "shard_map"])}
+    return [whole[row] for row in only]
+
+
+def add_efficiency(record: dict[str, Any], alone: dict[tuple[str, str, str], float]) -> None:
+    """Bytes a second per device, relative to one device's; `alone` collects those."""
+    rate = record["megabytes_per_second"] / record["devices"]
+    for kind in record["kinds"]:
+        if record["devices"] == 1:
+            alone[record["model"], record["form"], kind] = rate
+        for form in (record["form"], "jit"):
+            if base := alone.get((record["model"], form, kind)):
                 record[f"{kind}_efficiency"] = round(rate / base, 4)
-    return found
+                record["against"] = form
+                break
 
 
 def plot(path: Path, out: Path) -> None:
@@ -83,26 +90,34 @@ def plot(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Prints a line a row, when all are measured."""
+    """Prints a line a row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32", "blt_767m:8:2048:4"])
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--forms", nargs="+", default=["jit", "shard_map"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--repeats", type=int, default=5, help="of ten steps each")
+    parser.add_argument("--threads", type=int, default=16, help="rows compiled at a time")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("FILE", "OUT"))
     options = parser.parse_args()
     if options.plot:
         plot(*options.plot)
         return
     settings = plan(options.rows, options.devices, options.forms)
-    rest = ["--repeats", str(options.repeats), "--profile", "3"]
-    measured = measure_all([setting["row"] for setting in settings], rest)
-    records = []
-    for setting, found in zip(settings, measured, strict=True):
-        if "kernels" in found:
-            found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
-        records.append(setting | found)
-    for record in with_efficiency(records):
+    if options.only:
+        settings = chosen(options.only, options.rows, options.devices)
+    with ThreadPoolExecutor(options.threads) as pool:
+        ready = list(pool.map(lambda setting: prepare(setting["row"]), settings))
+    alone: dict[tuple[str, str, str], float] = {}
+    for setting, prepared in zip(settings, ready, strict=True):
+        try:
+            found = measure(prepared, options.repeats, 3)
+        except RuntimeError as error:  # out of memory: the others may fit
+            print(json.dumps(setting | {"failed": str(error).splitlines()[0][:200]}), flush=True)
+            continue
+        found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
+        record = setting | found
+        add_efficiency(record, alone)
         print(json.dumps(record), flush=True)
 
 

@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import flax
 import jax
@@ -96,58 +96,77 @@ def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) ->
     return {name: round(ms / parts, 3) for name, ms in sums.items()} | kernels
 
 
-def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) -> dict[str, Any]:
-    """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
+class Prepared(NamedTuple):
+    """A row, compiled; the devices hold nothing of it yet."""
+
+    row: str
+    recipe: Recipe
+    mesh: jax.sharding.Mesh
+    step: jax.stages.Compiled
+    make_state: Callable[[], parallel.TrainState]
+    seconds: float
+
+
+def prepare(row: str, remat: bool = False) -> Prepared:
+    """Compiles a row's step and its first state."""
     recipe = read_row(row)
-    run, length = replace(recipe.train, remat=remat), recipe.data.sequence_length
-    batch, mesh = run.batch_size, parallel.make_mesh(run.devices, run.fsdp)
+    recipe = replace(recipe, train=replace(recipe.train, remat=remat))
+    run, start = recipe.train, time.perf_counter()
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
     optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
-    jitted = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    shape = (run.batch_size, recipe.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
+    compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    make_state = parallel.compile_init(mesh, optimizer, lambda: init(run.seed))
+    return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
+
+
+def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
+    """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
+    recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
+    shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
     batches = [
-        parallel.put_batch(mesh, source.integers(offset, offset + 256, (batch, length), np.int32))
+        parallel.put_batch(mesh, source.integers(offset, offset + 256, shape, np.int32))
         for _ in range(4)
     ]
     report: dict[str, Any] = {}
+    state = prepared.make_state()
 
     def some_steps() -> float:
         nonlocal state, report
         start = time.perf_counter()
         for i in range(STEPS):
-            state, report = step(state, batches[i % len(batches)])
+            state, report = prepared.step(state, batches[i % len(batches)])
         jax.block_until_ready((state, report))
         return (time.perf_counter() - start) / STEPS
 
-    start = time.perf_counter()
-    state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
-    step = jitted.lower(state, batches[0]).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    make_state = parallel.compile_init(mesh, optimizer, lambda: init(run.seed))
-    seconds = time.perf_counter() - start
-    # The devices are for one row at a time, and for none while any row is still being compiled:
-    # the compiler tries out kernels on them.
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    state = make_state()
     some_steps()
     times = [some_steps() for _ in range(repeats)]
     median = statistics.median(times)
-    rate, peak = batch * length / median, peak_flops()
+    rate, peak = shape[0] * shape[1] / median, peak_flops()
     used = [device.memory_stats() or {} for device in mesh.devices.flat]
-    peaks = [memory.get("peak_bytes_in_use", 0) for memory in used]
     first = mesh.devices.flat[0]
     kept = (s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
             if s.device == first)  # fmt: skip
+    planned: Any = prepared.step.memory_analysis()
+    sizes = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
+             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
+    flops = training_flops_per_byte(recipe.model, shape[1])
     found: dict[str, Any] = {
-        "row": row,
+        "row": prepared.row,
         "ms": round(1e3 * median, 2),
         "spread_ms": round(1e3 * (max(times) - min(times)), 2),
         "megabytes_per_second": round(rate / 1e6, 4),
-        "mfu": peak
-        and round(training_flops_per_byte(recipe.model, length) * rate / peak / mesh.size, 4),
-        "peak_gib": round(max(peaks) / 2**30, 2),
+        "mfu": peak and round(flops * rate / peak / mesh.size, 4),
+        "peak_gib": round(max(m.get("peak_bytes_in_use", 0) for m in used) / 2**30, 2),
+        "step_gib": round(sum(sizes) / 2**30, 2),
         "state_gib": round(sum(kept) / 2**30, 4),
-        "compile_seconds": round(seconds, 1),
+        "compile_seconds": round(prepared.seconds, 1),
         "loss": round(float(report["loss"]), 4),
         "dtype": str(parallel.compute_dtype(run)),
         "device": jax.devices()[0].device_kind,
@@ -156,24 +175,20 @@ def measure(row: str, repeats: int, remat: bool, profile: int, lock: IO[Any]) ->
         "date": time.strftime("%Y-%m-%d"),
     }
     if profile:
-        found["kernels"] = longest_kernels(some_steps, STEPS, profile, step.as_text())
+        found["kernels"] = longest_kernels(
+            some_steps, STEPS, profile, prepared.step.as_text() or ""
+        )
     return found
 
 
-def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
-
-    They compile side by side and wait for each other before they touch the devices.
-    """
-    with tempfile.NamedTemporaryFile() as lock:
-        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", row] for row in rows]
-        started = [
-            subprocess.Popen([*call, *rest], env=_ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-            for call in calls
-        ]
-        for row, process in zip(rows, started, strict=True):
-            out, _ = process.communicate()
-            yield {"row": row, "failed": True} if process.returncode else json.loads(out)
+def measure_alone(row: str, remat: bool, repeats: int, profile: int, lock: IO[Any]) -> None:
+    """Prints one row, measured when all rows are compiled and no other one is being measured."""
+    fcntl.flock(lock, fcntl.LOCK_SH)  # until this row is compiled
+    prepared = prepare(row, remat)
+    # The devices are for one row at a time, and for none while any row is still being compiled:
+    # the compiler tries out kernels on them.
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    print(json.dumps(measure(prepared, repeats, profile)), flush=True)
 
 
 def main() -> None:
@@ -187,14 +202,19 @@ def main() -> None:
     options = parser.parse_args()
     if options.lock:
         with options.lock.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH)  # until this row is compiled
             row = options.rows[0]
-            found = measure(row, options.repeats, options.remat, options.profile, lock)
-            print(json.dumps(found), flush=True)
+            measure_alone(row, options.remat, options.repeats, options.profile, lock)
         return
+    # A process a row: its peak memory is its own, and one that runs out stops no other. They
+    # compile side by side.
     rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-    for found in measure_all(options.rows, rest + ["--remat"] * options.remat):
-        print(json.dumps(found), flush=True)
+    rest += ["--remat"] * options.remat
+    with tempfile.NamedTemporaryFile() as lock:
+        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", r] for r in options.rows]
+        started = [subprocess.Popen([*call, *rest], env=_ENVIRONMENT) for call in calls]
+        for row, process in zip(options.rows, started, strict=True):
+            if process.wait():
+                print(json.dumps({"row": row, "failed": True}), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.backend import backend, is_imitated, traced_attention
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -77,8 +78,10 @@ def fused_attention(
     width, length = q.shape[-1], q.shape[1]
     fits = q.dtype.itemsize == 2 and width == v.shape[-1] and width % 8 == 0 and width <= 128
     alone = not jax.typeof(q).manual_axis_type.varying  # JAX has no rule for it in shard_map
-    if jax.default_backend() != "gpu" or length < 64 or not (fits and alone):
+    if backend() != "gpu" or length < 64 or not (fits and alone):
         return None
+    if is_imitated():
+        return traced_attention(q, k, v)
     near = (window - 1, 0) if 0 < window < length else None
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.backend import backend
 from bytelm_jax.grouped_product import (
     block_length,
     grouped_bias,
@@ -100,7 +101,7 @@ class AdaptiveExperts(nnx.Module):
         """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
         weights, count = self._weights(), self.base.kernels.shape[0]
         expert = chosen.reshape(-1)
-        on_gpu = jax.default_backend() == "gpu"
+        on_gpu = backend() == "gpu"
         groups = make_groups(expert, count, block_length(len(expert), count) if on_gpu else 0)
 
         def product(values: Array, kernels: Array) -> Array:

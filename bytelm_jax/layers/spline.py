@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.backend import backend
 from bytelm_jax.config_blt import SPLINE_BASES
 from bytelm_jax.layers.embedding import vary_like
 from bytelm_jax.layers.initializers import fan_in_normal, normal
@@ -96,7 +97,7 @@ def _over_basis(function: Callable, start: Array, weights: Array) -> tuple[Array
     """`function` over all basis functions: a loop on a CPU, where one fused expression takes eight
     times as long, and that expression elsewhere, where each turn would read all of x again."""
     middles = jnp.arange(SPLINE_BASES, dtype=start.dtype)
-    whole = jax.default_backend() != "cpu"
+    whole = backend() != "cpu"
     return jax.lax.scan(function, start, (middles, weights), unroll=SPLINE_BASES if whole else 1)
 
 

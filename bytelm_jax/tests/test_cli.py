@@ -296,7 +296,7 @@ def test_read_only_and_full_places(run, text, tmp_path, capsys):
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 4; exec "$@"', "-", *map(str, command)],
         # Its compiled modules would be cut off as well, and stay.
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
         timeout=240,

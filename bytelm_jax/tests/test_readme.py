@@ -8,6 +8,7 @@ import pytest
 
 from bytelm_jax import cli, recipes
 from bytelm_jax.arguments import expand_names, take_option
+from bytelm_jax.commands_train import take_dry_run, take_processes
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -58,6 +59,7 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
             recipe = recipes.get(arguments[0])
             _, rest = take_option(arguments[1:], "run_dir", "save_path")
             _, rest = take_option(rest, "epochs")
+            _, rest = take_processes(take_dry_run(rest)[1])
             expand_names(recipe, rest)
             continue
         with pytest.raises(SystemExit):

@@ -1,0 +1,132 @@
+"""The collectives of a compiled program, read from its text: kinds, counts, bytes, seconds.
+
+`all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` and `collective-permute`, with their
+asynchronous forms; those in the body of a loop count as often as it turns.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+_FOUND = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)")
+_BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+    """The collectives of one kind over groups of as many devices, in one step."""
+
+    kind: str
+    group: int
+    count: int
+    bytes: int
+    """Of the whole arrays: what is summed, what has been gathered, what is to be scattered."""
+
+    def seconds(self, bytes_per_second: float) -> float:
+        """In a ring whose every device sends and receives so many bytes a second."""
+        turns = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
+        return turns * share * self.bytes / bytes_per_second
+
+
+def read_collectives(text: str, devices: int) -> list[Collective]:
+    """The collectives of a program for `devices` devices, `compiled.as_text()`, largest first."""
+    bodies, entry = _computations(text)
+    times = _times(bodies, entry)
+    count, size = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for name, lines in bodies.items():
+        for line in lines if times[name] else ():
+            found = _FOUND.match(line)
+            if found:
+                key = found[2], _group(line, devices)
+                count[key] += times[name]
+                size[key] += times[name] * _bytes(found[1], found[2], bool(found[3]), key[1])
+    made = [Collective(*key, count[key], size[key]) for key in count]
+    return sorted(made, key=lambda each: -each.bytes)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """The lines of each computation, and which of them is the program."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = ""
+    for line in text.splitlines():
+        head = _HEAD.match(line)
+        if head:
+            name = head[2]
+            entry = name if head[1] else entry
+            bodies[name] = []
+        elif name:
+            bodies[name].append(line)
+    return bodies, entry
+
+
+def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
+    """How often each computation runs; a loop of unknown length counts as one turn."""
+    times = Counter({entry: 1})
+    for name in reversed(_in_order(bodies, entry)):
+        for line in bodies[name]:
+            for role, called in _calls(line):
+                turns = _TURNS.search(line) if role == "body" else None
+                times[called] += times[name] * (int(turns[1]) if turns else 1)
+    return times
+
+
+def _calls(line: str) -> Iterable[tuple[str, str]]:
+    yield from _CALLED.findall(line)
+    for several in _BRANCHES.findall(line):
+        yield from (("branch", name.strip().lstrip("%")) for name in several.split(","))
+
+
+def _in_order(bodies: dict[str, list[str]], entry: str) -> list[str]:
+    """What `entry` leads to, each computation behind all that it calls."""
+    done: dict[str, None] = {}
+    waiting = [(entry, False)]
+    while waiting:
+        name, entered = waiting.pop()
+        if entered:
+            done.setdefault(name)
+        elif name in bodies and name not in done:
+            waiting.append((name, True))
+            waiting += [(called, False) for line in bodies[name] for _, called in _calls(line)]
+    return list(done)
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices take part in each instance of the collective."""
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+    grid = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
+    if listed:
+        return listed[1].count(",") + 1
+    if grid:
+        return int(grid[1])
+    if mesh:
+        sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
+        group = 1
+        # An axis may be taken in part: 'axis_0':(2)4 is a factor of 4 of it.
+        for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2]):
+            group *= int(part or sizes[name])
+        return group
+    return devices
+
+
+def _bytes(shape: str, kind: str, start: bool, group: int) -> int:
+    arrays = [_array_bytes(*found) for found in _ARRAY.findall(shape)]
+    if start and kind == "all-gather":  # (what goes in, what comes out)
+        arrays = arrays[len(arrays) // 2 :]
+    if start and kind == "collective-permute":  # and two counters
+        arrays = arrays[1:2]
+    return sum(arrays) * (group if kind == "reduce-scatter" else 1)
+
+
+def _array_bytes(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int((re.search(r"\d+", dtype) or ["0"])[0])
+    count = 1
+    for length in filter(None, shape.split(",")):
+        count *= int(length)
+    return -(-count * bits // 8)

@@ -1,0 +1,218 @@
+"""What the backward pass needs of the forward pass, found in the program itself, in bytes.
+
+A compiler keeps some arrays from the forward to the backward pass and computes others again. Which
+ones is a minimum cut : of all sets of arrays from which the backward pass can be had by cheap
+operations alone, the smallest. Cheap is what XLA's fusion is willing to repeat (where
+`InstructionFusion::IsExpensive` is false): arithmetic, comparisons, conversions, slices. Products,
+sums, reads by index and transcendental functions are computed once, and what a library call reads
+in both passes is in memory anyway.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_SAME = _names(
+    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
+    "optimization_barrier sharding_constraint pvary pcast reduce_precision"
+)
+"""Primitives whose result is their operand, in another form."""
+
+_CHEAP = _names(
+    "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp concatenate "
+    "convert_element_type dynamic_slice dynamic_update_slice eq floor ge gt imag integer_pow "
+    "iota is_finite le lt max min mul ne neg not or pad real rev round select_n shift_left "
+    "shift_right_arithmetic shift_right_logical sign slice split square sub xor"
+)
+
+_LIBRARY = _names("conv_general_dilated dot_general fft pure_callback ragged_dot_general sort")
+"""Primitives that read their operands from memory: no fusion reaches into them."""
+
+_CALLS = _names(
+    "checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat2 shard_map"
+)
+"""Primitives that only wrap a program of their own."""
+
+_MUCH = 2**30
+
+
+class Held(NamedTuple):
+    """An array in memory."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    made_by: str
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class _Value:
+    """One array of a flattened program; programs that are called twice have two of each."""
+
+    def __init__(self, aval: Any, made_by: str):
+        self.held = Held(tuple(aval.shape), aval.dtype, made_by)
+
+
+class _Operation(NamedTuple):
+    inputs: list[_Value]
+    outputs: list[_Value]
+    cheap: bool
+    library: bool
+
+
+class Program:
+    """The operations of a program, those that it calls written out, in order."""
+
+    def __init__(self, closed: ClosedJaxpr):
+        jaxpr = closed.jaxpr
+        self.given = {v: _Value(v.aval, "") for v in (*jaxpr.invars, *jaxpr.constvars)}
+        self.operations: list[_Operation] = []
+        self.rematerialised: list[ClosedJaxpr] = []
+        found: dict[Any, _Value | None] = dict(self.given)
+        self._add(jaxpr, found)
+        self.results = [_look_up(found, v) for v in jaxpr.outvars]
+
+    def _add(self, jaxpr: Any, found: dict[Any, _Value | None]) -> None:
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            inputs = [_look_up(found, v) for v in eqn.invars]
+            if name in _CALLS:
+                inner, constants = _program_of(eqn)
+                if name in ("checkpoint", "remat2"):
+                    self.rematerialised.append(ClosedJaxpr(inner, constants))
+                known: dict[Any, _Value | None] = dict(zip(inner.invars, inputs, strict=True))
+                known |= {v: _Value(v.aval, "") for v in inner.constvars}
+                self._add(inner, known)
+                results = [_look_up(known, v) for v in inner.outvars]
+                found.update(zip(eqn.outvars, results, strict=True))
+            elif name in _SAME or _changes_nothing(eqn):
+                found.update(zip(eqn.outvars, inputs, strict=True))
+            else:
+                made = {v: _Value(v.aval, name) for v in eqn.outvars}
+                found |= made
+                real = [value for value in inputs if value is not None]
+                cheap = name in _CHEAP or (name == "div" and _divides_by_number(eqn))
+                self.operations.append(
+                    _Operation(real, list(made.values()), cheap, name in _LIBRARY)
+                )
+
+
+def _look_up(found: dict[Any, _Value | None], variable: Any) -> _Value | None:
+    """The array that a variable stands for; None for a number."""
+    return None if isinstance(variable, Literal) else found[variable]
+
+
+def _program_of(eqn: Any) -> tuple[Any, list[Any]]:
+    inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
+    return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
+
+
+def _changes_nothing(eqn: Any) -> bool:
+    return (
+        eqn.primitive.name == "convert_element_type"
+        and eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype
+    )
+
+
+def _divides_by_number(eqn: Any) -> bool:
+    return eqn.invars[1].aval.shape == ()
+
+
+def kept_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) -> list[Held]:
+    """The arrays between the two passes of the gradient of `function(moving, *rest)` by `moving`.
+
+    Shapes are enough. Arguments are not among them. With rematerialisation these are the inputs of
+    its parts and, of the part that needs most, what is kept while that part is differentiated.
+    """
+
+    def residuals(moving: Any, *rest: Any) -> list[Any]:
+        _, pull = jax.vjp(lambda moving: function(moving, *rest), moving)
+        return jax.tree.leaves(pull)
+
+    held = _least(Program(jax.make_jaxpr(residuals)(moving, *rest)))
+    parts: list[list[Held]] = [[]]
+    # `residuals` has the forward pass of these parts, but no longer where each begins and ends.
+    for part in _distinct(Program(jax.make_jaxpr(function)(moving, *rest)).rematerialised):
+        shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in part.in_avals]
+        floating = [i for i, v in enumerate(shapes) if jax.numpy.issubdtype(v.dtype, np.inexact)]
+        parts.append(kept_for_backward(*_by(jaxpr_as_fun(part), shapes, floating)))
+    return held + max(parts, key=total)
+
+
+def _by(
+    function: Callable[..., Any], shapes: list[Any], floating: list[int]
+) -> tuple[Callable[..., Any], list[Any], list[Any]]:
+    """`function` as one of (its floating arguments, all of them), and these."""
+
+    def split(moving: list[Any], every: list[Any]) -> Any:
+        arguments = list(every)
+        for i, value in zip(floating, moving, strict=True):
+            arguments[i] = value
+        return function(*arguments)
+
+    return split, [shapes[i] for i in floating], shapes
+
+
+def _distinct(parts: Iterable[ClosedJaxpr]) -> list[ClosedJaxpr]:
+    """One of each kind, by their arguments' shapes and length."""
+    kinds = {(tuple(map(str, p.in_avals)), len(p.jaxpr.eqns)): p for p in parts}
+    return list(kinds.values())
+
+
+def total(held: Iterable[Held]) -> int:
+    """Bytes of all."""
+    return sum(array.bytes for array in held)
+
+
+def _least(program: Program) -> list[Held]:
+    """The minimum cut between what is computed once and the program's results."""
+    given = set(program.given.values())
+    wanted = {value for value in program.results if value is not None} - given
+    read = {v for operation in program.operations if operation.library for v in operation.inputs}
+    number: dict[_Value, int] = {}
+    edges: list[tuple[int, int, int]] = []
+    # Numbers fit in 32 bits, as scipy wants them; the error is a millionth of the whole.
+    unit = max(1, sum(value.held.bytes for value in wanted) >> 20)
+    source, sink = 0, 1
+
+    def ends(value: _Value) -> tuple[int, int]:
+        first = 2 + 2 * number.setdefault(value, len(number))
+        return first, first + 1
+
+    for operation in program.operations:
+        for value in operation.outputs:
+            start, end = ends(value)
+            edges.append((start, end, min(_MUCH, -(-value.held.bytes // unit))))
+            if not operation.cheap or (value in wanted and value in read):
+                edges.append((source, start, _MUCH))
+            else:
+                edges += [(ends(v)[1], start, _MUCH) for v in operation.inputs if v not in given]
+    edges += [(ends(value)[1], sink, _MUCH) for value in wanted]
+    reached = _reached(edges, 2 + 2 * len(number), source, sink)
+    cut = (v for v in number if ends(v)[0] in reached and ends(v)[1] not in reached)
+    return [value.held for value in cut]
+
+
+def _reached(edges: list[tuple[int, int, int]], nodes: int, source: int, sink: int) -> set[int]:
+    """The nodes on the source's side of the minimum cut."""
+    starts, stops, capacities = np.asarray(edges, np.int32).reshape(-1, 3).T
+    graph = csr_matrix((capacities, (starts, stops)), shape=(nodes, nodes))
+    graph.data = np.minimum(graph.data, _MUCH)  # two edges between the same nodes were added
+    left = graph - maximum_flow(graph, source, sink).flow
+    left.data[left.data < 0] = 0
+    left.eliminate_zeros()
+    return set(breadth_first_order(left, source, return_predecessors=False).tolist())

@@ -1,0 +1,217 @@
+"""`bytelm train --dry-run`: what is kept for the backward pass, collectives, and the command."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bytelm_jax import cli, dry_run, parallel, recipes
+from bytelm_jax.collectives import Collective, read_collectives
+from bytelm_jax.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
+from bytelm_jax.memory import kept_for_backward, total
+from bytelm_jax.models import cast_params
+from parity_tests import tolerances
+
+SMALL = [
+    "--patch-size", "2", "--global-dim", "16", "--local-dim", "32", "--max-length", "16",
+    "--global-layers", "1", "--global-heads", "2", "--local-layers", "1", "--local-heads", "2",
+    "--sequence-length", "16",
+]  # fmt: skip
+MODEL = MegabyteConfig(
+    patch_size=2, global_dim=16, local_dim=32, max_length=16,
+    global_layers=1, global_heads=2, local_layers=1, local_heads=2,
+)  # fmt: skip
+
+
+def kept(function, shape):
+    held = kept_for_backward(function, jnp.zeros((8, 8)), jnp.zeros(shape))
+    return sorted((array.made_by, array.shape) for array in held)
+
+
+def test_what_is_cheap_is_computed_again():
+    def function(w, x):
+        y = (x @ w) * 2 + 1
+        return (y * y * x).sum()
+
+    assert kept(function, (4, 8)) == [("dot_general", (4, 8))]
+
+
+def test_what_is_dear_is_kept_and_so_is_what_a_product_reads():
+    def function(w, x):
+        y = jnp.tanh(x @ w)
+        return ((3 * y) @ w).sum()
+
+    assert kept(function, (4, 8)) == [("mul", (4, 8)), ("tanh", (4, 8))]
+
+
+def test_a_function_that_is_called_twice_keeps_twice():
+    shared = jax.jit(jnp.exp)
+    assert kept(lambda w, x: (shared(x @ w) + shared(x @ w + 1)).sum(), (4, 8)) == [
+        ("exp", (4, 8)), ("exp", (4, 8)),
+    ]  # fmt: skip
+
+
+def test_rematerialisation_keeps_its_inputs_and_one_part_of_what_it_spares():
+    def layer(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    def stack(layer):
+        def function(w, x):
+            for _ in range(3):
+                x = layer(x, w)
+            return x.sum()
+
+        return function
+
+    assert kept(stack(layer), (4, 8)) == 6 * [("tanh", (4, 8))]
+    # Two inputs between layers, the first being given; then both of the layer that is done again.
+    assert kept(stack(jax.checkpoint(layer)), (4, 8)) == 4 * [("tanh", (4, 8))]
+
+
+def test_memory_of_132_million_parameters_is_what_was_measured():
+    recipe = recipes.get("megabyte_132m")
+    recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
+    mesh = parallel.make_mesh(1)
+    memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
+    measured = 10.6 * 2**30  # the README's, 32 rows of 2,048 bytes
+    assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
+    assert memory.parameters == 4 * recipe.model.parameter_count()
+
+
+def test_scores_are_kept_where_attention_is_written_out():
+    model = replace(MODEL, max_length=128)
+    recipe = Recipe(name="x", model=model, data=DataConfig(sequence_length=128),
+                    train=TrainConfig(batch_size=1, compute_dtype="bfloat16"))  # fmt: skip
+    mesh, found = parallel.make_mesh(1), {}
+    for form in ("jit", "shard_map"):
+        changed = replace(recipe, train=replace(recipe.train, parallel=form))
+        state = dry_run.abstract_state(changed, mesh)
+        working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
+        for chip in ("H100", "TPU v4"):
+            arrays = dry_run.residuals(changed, mesh, working, chip)
+            found[form, chip] = [x for x in arrays if x.shape[-2:] == (64, 64)]
+    assert not found.pop(("jit", "H100"))  # cuDNN's, on a GPU and outside shard_map
+    assert all(total(arrays) for arrays in found.values())
+
+
+def test_state_is_cut_by_fsdp():
+    mesh = parallel.make_mesh(8, 4)
+    recipe = Recipe(
+        name="x", model=MODEL, train=TrainConfig(batch_size=8, fsdp=4, compute_dtype="float32"),
+        data=DataConfig(sequence_length=16),
+    )  # fmt: skip
+    state = dry_run.abstract_state(recipe, mesh)
+    memory = dry_run.reckon_memory(recipe, mesh, state)
+    cut = [x for x in state.params.values() if x.size >= 1024 and any(n % 4 == 0 for n in x.shape)]
+    small = MODEL.parameter_count() - sum(x.size for x in cut)
+    part = small + sum(x.size for x in cut) // 4
+    assert cut and memory.parameters == memory.gradients == 4 * part
+    assert memory.copies == 4 * MODEL.parameter_count()  # whole while products read them
+    assert memory.optimizer_state - 2 * 4 * part in range(0, 17)  # and what counts steps
+    assert memory.peak >= memory.parameters + memory.optimizer_state + memory.activations
+
+
+HLO = """HloModule jit_step
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %rs = f32[2,4]{1,0} reduce-scatter(%x), replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %t = (s32[], f32[8]) tuple(%i, %rs)
+}
+%cond (p: (s32[], f32[8])) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %n)
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %ag = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}
+  %done = bf16[32]{0} all-gather-done(%ag)
+  %ar = (f32[16]{0}, s32[]) all-reduce(%x, %y), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
+  %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %cp = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+}
+"""  # noqa: E501
+
+
+def test_collectives_are_read_with_their_groups_and_loops():
+    found = read_collectives(HLO, 8)
+    assert found == [
+        Collective("reduce-scatter", 4, 3, 3 * 8 * 4 * 4),
+        Collective("all-reduce", 4, 1, 16 * 4 + 4),
+        Collective("all-gather", 8, 1, 32 * 2),
+        Collective("collective-permute", 8, 1, 10 * 4),
+    ]
+    scatter, reduce, gather, permute = (each.seconds(8.0) for each in found)
+    assert scatter == 384 * 3 / 4 / 8 and reduce == 2 * 68 * 3 / 4 / 8
+    assert gather == 64 * 7 / 8 / 8 and permute == 40 / 8
+
+
+def test_the_command_foretells_data_parallel_training_and_writes_nothing(tmp_path):
+    """Of more devices than this process has, so it is another one."""
+    command = [sys.executable, "-m", "bytelm_jax.cli", "train", "megabyte_tiny", *SMALL]
+    options = ["--dry-run", "--devices", "16", "--batch-size", "32", "--json"]
+    found = subprocess.run(
+        [*command, *options, "--compute-dtype", "float32", "--link-gbytes", "25"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    said = json.loads(found.stdout)
+    assert not list(tmp_path.iterdir())
+    (reduced,) = said["collectives"]
+    gradients = 4 * MODEL.parameter_count()
+    scalars = reduced["bytes"] - gradients  # the count of bytes, the loss
+    assert reduced["kind"] == "all-reduce" and reduced["group"] == 16 and 0 < scalars <= 16
+    assert said["memory"]["gradients"] == said["memory"]["parameters"] == gradients
+    assert said["rows"] == 2 and said["memory"]["copies"] == 0
+    assert said["collective_seconds"] == 2 * 15 / 16 * reduced["bytes"] / 25e9
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients():
+    train = TrainConfig(
+        devices=8, fsdp=4, batch_size=24, accumulation_steps=3, parallel="shard_map"
+    )
+    recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
+    forecast = dry_run.dry_run(recipe, dry_run.Machine())
+    found = {(each.kind, each.group): each for each in forecast.collectives}
+    params = dry_run.abstract_state(recipe, parallel.make_mesh(8, 4)).params
+    cut = sum(x.size for x in params.values() if x.sharding.spec)
+    # In bfloat16, as on an accelerator. The compiler gathers once for all three micro-batches, the
+    # gradients of each are scattered, and their parts then summed from group to group.
+    assert found["all-gather", 4].bytes == 2 * cut
+    assert found["reduce-scatter", 4].bytes == 3 * 2 * cut
+    assert found["all-reduce", 2].bytes == 3 * 2 * cut // 4
+    said = dry_run.describe("x", forecast)
+    assert "bfloat16" in said and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "devices=0: a dry run has to know how many"),
+        (["--devices", "9"], "devices=9: this process began with 8"),
+        (["--devices", "8", "--fsdp", "3"], "fsdp=3: must divide"),
+        (["--devices", "8", "--batch-size", "4"], "batch_size=4: must be a multiple of 8"),
+        (["--devices", "8", "--chip", "Z80"], "chip=Z80: unknown; choose one of H100"),
+        (["--devices", "8", "--mfu", "1.5"], "mfu=1.5: must be above 0"),
+        (["--devices", "8", "--link-gbytes", "fast"], "--link-gbytes fast: must be a number"),
+        (["--devices", "8", "--epochs", "1"], "--dry-run: reads no data"),
+        (["--devices", "8", "--distributed"], "--dry-run: reads no data"),
+    ],
+)
+def test_bad_input_is_one_line(options, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", "megabyte_tiny", "--dry-run", *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_its_options_need_it(capsys):
+    assert cli.main(["train", "megabyte_tiny", "--chip", "H100"]) == 2
+    assert "need --dry-run" in capsys.readouterr().err

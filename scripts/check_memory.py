@@ -1,0 +1,43 @@
+"""The memory that `bytelm train --dry-run` foretells, against what was measured on an H100.
+
+    python scripts/check_memory.py megabyte_132m:32=10.6 transformer_132m:8=10.2
+
+A row is RECIPE:BATCH[:LENGTH[:PATCH]] as in `scripts/bench_train.py`, behind `=` its `peak_gib`.
+One JSON line a row; nothing is compiled, so each takes seconds on a CPU. Without rows, those of the
+README.
+"""
+
+import json
+import sys
+from dataclasses import replace
+
+from bench_train import read_row
+
+from bytelm_jax import parallel
+from bytelm_jax.dry_run import abstract_state, reckon_memory
+
+MEASURED = (
+    "megabyte_132m:32=10.6 megabyte_132m:64=19.1 megabyte_132m:128=36.5 transformer_132m:8=10.2 "
+    "blt_767m:8:2048:4=16.2 blt_767m:8:2048:8=14.6 lfbyte_130m:16=12.8 lfbyte_130m:32=22.6"
+)
+
+
+def main(rows: list[str]) -> None:
+    """Prints a line a row."""
+    mesh = parallel.make_mesh(1)
+    for text in rows or MEASURED.split():
+        row, _, measured = text.partition("=")
+        recipe, batch, length = read_row(row)
+        run = replace(recipe.train, batch_size=batch, compute_dtype="bfloat16")
+        data = replace(recipe.data, sequence_length=length)
+        recipe = replace(recipe, train=run, data=data)
+        memory = reckon_memory(recipe, mesh, abstract_state(recipe, mesh))
+        found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
+        if measured:
+            error = memory.peak / 2**30 / float(measured) - 1
+            found |= {"measured": float(measured), "error_percent": round(100 * error, 1)}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
