@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.backend import backend
 from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
@@ -135,7 +136,7 @@ def running_mean(
     if ages is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
-    if x.dtype.itemsize == 2 and jax.default_backend() != "cpu":
+    if x.dtype.itemsize == 2 and backend() != "cpu":
         return mean_by_products(x)
     return mean_by_sums(x)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.backend import backend
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16
@@ -40,7 +41,7 @@ def long_convolution(
     rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
     size = min(chunk, length)
     short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
-    direct = short and jax.default_backend() != "cpu"
+    direct = short and backend() != "cpu"
     total = (direct_convolution if direct else transformed_convolution)(rows, kernel, size)
     return jnp.moveaxis(total, 0, -1).astype(x.dtype)
 
@@ -58,7 +59,8 @@ def direct_convolution(
     summed = jnp.einsum(
         "dbns,dst->dbnt",
         jnp.concatenate(near, axis=-1),
-        toeplitz(kernel, chunk, before * chunk),
+        # Wide, so that the gradients along a diagonal are summed wide.
+        toeplitz(kernel.astype(wide), chunk, before * chunk).astype(rows.dtype),
         preferred_element_type=wide,
     )
     return summed.reshape(dim, batch, count * chunk)[:, :, :length]
