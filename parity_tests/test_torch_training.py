@@ -1,6 +1,7 @@
 """The same run in both packages: batches, losses, validation; and torch's own processes."""
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -231,6 +232,17 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
             losses.append(float(step(0, rows, 0.0, 0.0, False)["loss"]))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert losses[0] != losses[1]
+        # A weight that is no number makes a loss that is none: nothing else moves then.
+        mover = torch.optim.AdamW(model.parameters())
+        step = parallel.make_train_step(model, mover, settings, 257, group)
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert math.isnan(float(step(0, rows, 1.0, 1.0, False)["loss"]))
+        for name, value in model.state_dict().items():
+            assert torch.equal(value.isnan(), before[name].isnan()), name
+            assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
+        assert not mover.state
         assert abs(losses[0] - losses[1]) <= tolerances.BF16_LOSS * losses[0]
 
 

@@ -27,10 +27,8 @@ def main(rows: list[str]) -> None:
     mesh = parallel.make_mesh(1)
     for text in rows or MEASURED.split():
         row, _, measured = text.partition("=")
-        recipe, batch, length = read_row(row)
-        run = replace(recipe.train, batch_size=batch, compute_dtype="bfloat16")
-        data = replace(recipe.data, sequence_length=length)
-        recipe = replace(recipe, train=run, data=data)
+        recipe = read_row(row)
+        recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
         memory = reckon_memory(recipe, mesh, abstract_state(recipe, mesh))
         found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
         if measured:

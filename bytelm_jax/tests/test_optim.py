@@ -103,6 +103,16 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
     for key, value in state.params.items():
         same = np.asarray(value).tobytes() == before[key].tobytes()
         assert same == key.startswith("patcher."), key
+    assert int(state.step) == 2
+
+    # A weight that is no number makes a loss that is none: the step counts and changes nothing.
+    name = "to_logits.kernel"
+    state = state._replace(params=state.params | {name: state.params[name] * np.nan})
+    before = jax.tree.map(np.asarray, state)
+    state, report = step(state, parallel.put_batch(mesh, ids))
+    assert np.isnan(float(report["loss"])) and int(state.step) == 3
+    for old, new in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(state[1:]), strict=True):
+        assert np.asarray(new).tobytes() == old.tobytes()
 
 
 def test_metrics_file_is_cut_back_to_the_restored_step(tmp_path):
