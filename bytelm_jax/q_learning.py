@@ -8,13 +8,11 @@ in the optimizer state on the device. `bytelm_torch/q_learning.py` walks the sam
 import functools
 import math
 import zlib
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
@@ -29,7 +27,7 @@ from bytelm_jax.q_agent import (
     init_agent,
     step_agent,
 )
-from bytelm_jax.threefry import fold_in, normals, threefry_2x32
+from bytelm_jax.threefry import fold_in, normals
 
 _DEFAULT_CONTROLLER = QLearningConfig()
 
@@ -346,16 +344,11 @@ def _noisy(
     annealed = jnp.power(1 + agent.count.astype(norm.dtype), 0.55)
     deviation = settings.noise_scale * (norm / math.sqrt(max(size, 1))) / annealed
     key = fold_in(agent.key, agent.count)
-    numbers = jnp.asarray([zlib.crc32(layout.path.encode()) for layout in layouts], jnp.uint32)
-    keys = jnp.stack(threefry_2x32(key, jnp.zeros_like(numbers), numbers), axis=1)
-    alike = defaultdict[Any, list[int]](list)
-    for i, (gradient, layout) in enumerate(zip(gradients, layouts, strict=True)):
-        alike[gradient.shape, layout.order, gradient.dtype].append(i)
-    noisy = list(gradients)
-    for kind, leaves in alike.items():  # one by one, their bits would take a minute to compile
-        drawn = jax.vmap(lambda key, kind=kind: normals(key, *kind))(keys[np.array(leaves)])
-        for place, i in enumerate(leaves):
-            noisy[i] = gradients[i] + deviation.astype(drawn.dtype) * drawn[place]
+    noisy = []
+    for gradient, layout in zip(gradients, layouts, strict=True):
+        leaf_key = fold_in(key, jnp.uint32(zlib.crc32(layout.path.encode())))
+        noise = normals(leaf_key, gradient.shape, layout.order, gradient.dtype)
+        noisy.append(gradient + deviation.astype(gradient.dtype) * noise)
     return noisy
 
 

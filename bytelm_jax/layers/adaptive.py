@@ -150,7 +150,8 @@ def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 @jax.custom_vjp
 def mean_by_products(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     """The running mean of 16-bit numbers by triangular products, which add up in float32."""
-    return (_running_sums(x, backward=False) / _counts(0, x.shape[1], jnp.float32)).astype(x.dtype)
+    sums = _running_sums(x, backward=False)
+    return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
 
 
 def _mean_forward(x: Array) -> tuple[Array, None]:
@@ -158,7 +159,7 @@ def _mean_forward(x: Array) -> tuple[Array, None]:
 
 
 def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
-    shares = gradient / _counts(0, gradient.shape[1], jnp.float32)
+    shares = gradient / _counts(0, gradient.shape[1], jnp.dtype("float32"))
     sums = _running_sums(shares.astype(gradient.dtype), backward=True)
     return (sums.astype(gradient.dtype),)
 
