@@ -179,10 +179,12 @@ class Watchdog:
     def _watch(self) -> None:
         pause = min(5.0, self._seconds / 4)
         index, me = jax.process_index(), {"host": socket.gethostname(), "pid": os.getpid()}
-        while not self._done.wait(pause):
+        while True:
             said = {"count": self._count, "doing": self._doing, "time": time.time(), **me}
             with contextlib.suppress(OSError):  # a full disk is no reason to end a run
                 self._file(index).write_text(json.dumps(said))
+            if self._done.wait(pause):
+                return
             if time.monotonic() - self._since > self._seconds:
                 print(self._accuse(said), file=sys.stderr, flush=True)
                 # Nothing milder ends a process whose main thread waits in a collective.

@@ -1,0 +1,113 @@
+"""Joining, stopping and the watchdog of a run's processes, without other processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+
+from bytelm_jax import processes
+from bytelm_jax.processes import HUNG, StopSignal, Watchdog
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        (("10.0.0.1",), "coordinator=10.0.0.1: must be HOST:PORT"),
+        ((":1234",), "coordinator=:1234: must be HOST:PORT"),
+        (("host:1", 0, 0), "num_processes=0, process_id=0: a coordinator needs both"),
+        (("host:1", 2, None), "num_processes=2, process_id=None: a coordinator needs both"),
+        (("host:1", 2, 2), "num_processes=2, process_id=2: a coordinator needs both"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(where, says):
+    with pytest.raises(ValueError, match=says):
+        processes.join(*where)
+
+
+def test_several_tasks_of_a_launcher_are_not_one_run_by_accident(monkeypatch):
+    processes.check_alone()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    processes.check_alone()
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(ValueError, match=r"SLURM_STEP_NUM_TASKS=4: .* add --distributed"):
+        processes.check_alone()
+
+
+def test_a_signal_is_heard_when_it_is_asked_for():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal() as stop:
+        assert not stop.agreed() and not stop
+        assert list(stop.until(iter("ab"))) == ["a", "b"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not stop  # until everybody has been asked
+        assert list(stop.until(iter("ab"))) == []
+        assert stop
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_several_processes_stop_at_the_turn_that_they_agreed_on(monkeypatch):
+    turns = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda turn: turns.append(turn) or turn == 3,
+    )
+    stop = StopSignal()
+    assert [stop.agreed() for _ in range(5)] == [False, False, True, True, True]
+    assert turns == [1, 2, 3]  # nobody asks any more, once it is settled
+
+
+SAID = {"count": 7, "doing": "the steps after 12", "host": "node1", "pid": 41}
+
+
+@pytest.mark.parametrize(
+    ("other", "names"),
+    [
+        (None, "process 1 has never reported"),
+        ({"age": 30, "count": 7}, "process 1 (host node1, pid 41) answered 30 s ago for the last"),
+        ({"age": 0, "count": 5}, "process 1 (host node1, pid 41) is behind the others, in the st"),
+        ({"age": 0, "count": 7}, "in all processes alike: a collective hangs"),
+    ],
+)
+def test_the_process_that_the_others_wait_for_is_named(other, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    now = time.time()
+    mine = SAID | {"time": now, "count": 7}
+    (tmp_path / "process-0.json").write_text(json.dumps(mine))
+    if other:
+        theirs = SAID | {"time": now - other["age"], "count": other["count"]}
+        (tmp_path / "process-1.json").write_text(json.dumps(theirs))
+    line = Watchdog(tmp_path, 40)._accuse(mine)
+    assert line.startswith("bytelm train: no progress for 40 s in the steps after 12: ")
+    assert names in line and line.count("\n") == 0
+
+
+def test_a_process_that_hangs_leaves_with_its_own_status(tmp_path):
+    """Its main thread never comes back, as in a collective whose other side is gone."""
+    code = (
+        "import sys, pathlib, threading\n"
+        "from bytelm_jax.processes import Watchdog\n"
+        "with Watchdog(pathlib.Path(sys.argv[1]), 1) as dog:\n"
+        "    dog.progress('the steps after 3')\n"
+        "    threading.Event().wait()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == HUNG, done.stderr
+    assert "no progress for 1 s in the steps after 3: start the run again" in done.stderr
+
+
+def test_a_run_says_how_far_it_is_while_it_lasts(tmp_path):
+    file = tmp_path / "progress" / "process-0.json"
+    with Watchdog(tmp_path / "progress", 600) as dog:
+        assert list(dog.over("abc", "the evaluation of step 3")) == list("abc")
+        while not file.exists():
+            time.sleep(0.01)
+    assert not file.exists()
