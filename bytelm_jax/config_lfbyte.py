@@ -142,8 +142,9 @@ class LFByteConfig:
     def flops_per_byte(self, length: int) -> float:
         """Forward floating-point operations a byte at `length` bytes.
 
-        Products of matrices alone; the convolution's is counted half, being triangular, and its
-        Fourier transforms, and the plain sum that resets need, not at all.
+        Products of matrices alone; the convolution's within chunks is counted half, being
+        triangular, and its Fourier transforms, the products that stand for them on accelerators,
+        and the plain sum that resets need, not at all.
         """
         dim, experts = self.embed_dim, self.num_experts
         once = 1 / length if self.context == "sequence" else 1.0  # products of a alone
@@ -151,8 +152,8 @@ class LFByteConfig:
         used = self.top_k if self.sparse else experts
         work += used * self._linear_products(dim, dim, 1.0 if self.sparse else once)
         work += self._linear_products(dim, dim, once)
-        if self.sparse:  # biases, spread over the positions by products with one-hot rows
-            work += experts * dim + (used * experts * self.rank if self._low_rank else 0)
+        if self.sparse and self._low_rank:  # biases of scales, by products with one-hot rows
+            work += used * experts * self.rank
         if self.hidden_dim:
             work += self._linear_products(dim, self.hidden_dim, once)
             work += self._linear_products(self.hidden_dim, dim, once)

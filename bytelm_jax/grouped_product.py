@@ -63,14 +63,28 @@ def make_groups(group: Int[Array, " M"], count: int, block: int) -> Groups:
     return Groups(slot, order[jnp.clip(at, 0, rows - 1)], filled, of_slot, sizes, block)
 
 
-def to_slots(x: Float[Array, "M I"], groups: Groups) -> Float[Array, "S I"]:
-    """The rows in their slots."""
-    return _take(x, groups.row, groups.slot, jnp.ones_like(groups.slot, dtype=bool))
+def spread(x: Float[Array, "N I"], copies: int, groups: Groups) -> Float[Array, "S I"]:
+    """Row n of x in the slots of the rows n · copies and so on: M = N · copies."""
+    return _spread(x, groups.row // copies, groups.slot.reshape(len(x), copies))
 
 
-def from_slots(x: Float[Array, "S O"], groups: Groups) -> Float[Array, "M O"]:
-    """The rows out of their slots."""
-    return _take(x, groups.slot, groups.row, groups.filled)
+@jax.custom_vjp
+def _spread(x: Array, source: Array, slots: Array) -> Array:
+    """`x[source]`, whose gradient is read back through `slots` and summed: no scatter."""
+    return x[source]
+
+
+def _spread_forward(x: Array, source: Array, slots: Array) -> tuple[Array, Array]:
+    return x[source], slots
+
+
+def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
+    wide = jnp.promote_types(gradient.dtype, jnp.float32)
+    parts = [gradient[slots[:, j]].astype(wide) for j in range(slots.shape[1])]
+    return sum(parts[1:], parts[0]).astype(gradient.dtype), None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def grouped_product(
@@ -87,19 +101,60 @@ def grouped_product(
     ).reshape(x.shape[0], kernels.shape[2])
 
 
+def grouped_bias(bias: Float[Array, "G O"], groups: Groups) -> Float[Array, "S O"]:
+    """The bias of each slot's group."""
+    if not groups.block:
+        # A one-hot product instead of reads by index: its transpose is a product, too.
+        return jax.nn.one_hot(groups.group, len(bias), dtype=bias.dtype) @ bias
+    of_block = look_up(vary_like(bias, groups.group), groups.group[:: groups.block])
+    return jnp.repeat(of_block, groups.block, axis=0)
+
+
+def mix(
+    x: Float[Array, "S O"],
+    bias: Float[Array, "G O"],
+    gates: Float[Array, "N k"],
+    chosen: Int[Array, "N k"],
+    groups: Groups,
+) -> Float[Array, "N O"]:
+    """Σ_j gates_j · (x in the slot of row (n, j) + bias of its group), summed like the gates."""
+    bias = vary_like(bias, groups.group)
+    return _mix(x, bias, gates, chosen, groups.slot.reshape(gates.shape), groups.row, groups.filled)
+
+
 @jax.custom_vjp
-def _take(x: Array, index: Array, back: Array, used: Array) -> Array:
-    """`x[index]`, whose gradient is read back through `back` where `used`: no scatter."""
-    return x[index]
+def _mix(
+    x: Array, bias: Array, gates: Array, chosen: Array, slots: Array, row: Array, filled: Array
+) -> Array:
+    wide = gates.dtype
+    parts = [
+        gates[:, j, None] * (x[slots[:, j]].astype(wide) + bias[chosen[:, j]].astype(wide))
+        for j in range(gates.shape[1])
+    ]
+    return sum(parts[1:], parts[0]).astype(x.dtype)
 
 
-def _take_forward(x: Array, index: Array, back: Array, used: Array) -> tuple[Array, tuple]:
-    return x[index], (back, used)
+def _mix_forward(*arrays: Array) -> tuple[Array, tuple]:
+    return _mix(*arrays), arrays
 
 
-def _take_backward(residual: tuple, gradient: Array) -> tuple[Array, None, None, None]:
-    back, used = residual
-    return jnp.where(used[:, None], gradient[back], 0), None, None, None
+def _mix_backward(residual: tuple, gradient: Array) -> tuple:
+    x, bias, gates, chosen, slots, row, filled = residual
+    wide = gates.dtype
+    shares = jnp.where(filled, gates.reshape(-1)[row], 0)[:, None]
+    to_x = (shares * gradient[row // gates.shape[1]].astype(wide)).astype(x.dtype)
+    to_gates = [
+        jnp.sum(
+            gradient.astype(wide) * (x[slots[:, j]].astype(wide) + bias[chosen[:, j]].astype(wide)),
+            axis=1,
+        )
+        for j in range(gates.shape[1])
+    ]
+    hot = jax.nn.one_hot(chosen, len(bias), dtype=wide) * gates[..., None]
+    to_bias = jnp.einsum(
+        "ne,no->eo", hot.sum(axis=1).astype(gradient.dtype), gradient, preferred_element_type=wide
+    )
+    return to_x, to_bias.astype(bias.dtype), jnp.stack(to_gates, axis=1), None, None, None, None
 
 
-_take.defvjp(_take_forward, _take_backward)
+_mix.defvjp(_mix_forward, _mix_backward)

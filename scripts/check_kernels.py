@@ -4,13 +4,15 @@
 
 Fused attention in bfloat16 is compared with the written-out form in float32, forward and gradient,
 as ‖a − b‖ / ‖b‖; the written-out form in bfloat16 stands beside it. The same for products of
-experts by blocks. A changed future may change no earlier output, exactly. On a CPU, where nothing
-is fused, attention is compared with itself.
+experts by blocks, the long convolution by one product and by transforms, running means by products
+and by sums, and the GELU that keeps its input alone. A changed future may change no earlier output,
+exactly. On a CPU, where nothing is fused, attention is compared with itself.
 """
 
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,12 +21,12 @@ import numpy as np
 
 from bytelm_jax.grouped_product import (
     block_length,
-    from_slots,
     grouped_product,
     make_groups,
-    to_slots,
+    mix,
+    spread,
 )
-from bytelm_jax.layers import attention, grouped_attention
+from bytelm_jax.layers import adaptive, attention, feedforward, grouped_attention, long_convolution
 from bytelm_jax.parity import relative_error
 
 SHAPES = {
@@ -54,7 +56,10 @@ def with_gradients(form: Callable[..., jax.Array], weights: jax.Array) -> Callab
         out = form(*arrays)
         return (out.astype(jnp.float32) * weights).sum(), out
 
-    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))
+    def both(*arrays: jax.Array) -> Any:
+        return jax.value_and_grad(scalar, argnums=tuple(range(len(arrays))), has_aux=True)(*arrays)
+
+    return jax.jit(both)
 
 
 def milliseconds(call: Callable[..., Any], *arrays: jax.Array) -> float:
@@ -107,25 +112,69 @@ def check_experts() -> dict[str, Any]:
     expert = jnp.asarray(np.minimum(source.geometric(0.08, rows) - 1, count - 1))
     x = jnp.asarray(source.normal(size=(rows, width)), jnp.bfloat16)
     kernels = jnp.asarray(source.normal(size=(count, width, width)), jnp.bfloat16)
-    weights = jnp.asarray(source.normal(size=(rows, width)), jnp.float32)
+    biases = jnp.asarray(source.normal(size=(count, width)), jnp.bfloat16)
+    gates = jnp.ones((rows, 1))
 
-    def multiply(x: jax.Array, kernels: jax.Array, _: jax.Array, block: int) -> jax.Array:
+    def multiply(x: jax.Array, kernels: jax.Array, biases: jax.Array, block: int) -> jax.Array:
         groups = make_groups(expert, count, block)
-        return from_slots(grouped_product(to_slots(x, groups), kernels, groups), groups)
+        out = grouped_product(spread(x, 1, groups), kernels, groups)
+        return mix(out, biases, gates, expert[:, None], groups)
 
     forms = {
-        "blocks": with_gradients(lambda *a: multiply(*a, block=block_length(rows, count)), weights),
-        "ragged": with_gradients(lambda *a: multiply(*a, block=0), weights),
+        "blocks": lambda *a: multiply(*a, block=block_length(rows, count)),
+        "ragged": lambda *a: multiply(*a, block=0),
     }
-    zero = jnp.zeros(())
+    return compare("experts", "ragged", forms, (x, kernels, biases))
+
+
+def compare(
+    check: str, exact: str, forms: dict[str, Callable[..., jax.Array]], half: Sequence[jax.Array]
+) -> dict[str, Any]:
+    """Forms of one function in bfloat16 against the form `exact` in float32."""
+    shape = jax.eval_shape(forms[exact], *half).shape
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    calls = {name: with_gradients(form, weights) for name, form in forms.items()}
     with jax.default_matmul_precision("highest"):
-        exact = forms["ragged"](x.astype(jnp.float32), kernels.astype(jnp.float32), zero)
-    row: dict[str, Any] = {"check": "experts"}
-    for form, call in forms.items():
-        found = call(x, kernels, zero)
-        row[form] = errors((found[0][1], found[1][:2]), (exact[0][1], exact[1][:2]))
-        row[f"{form}_ms"] = milliseconds(call, x, kernels, zero)
+        (_, out), gradients = calls[exact](*(x.astype(jnp.float32) for x in half))
+    row: dict[str, Any] = {"check": check}
+    for name, call in calls.items():
+        (_, ours), theirs = call(*half)
+        row[name] = errors((ours, theirs), (out, gradients))
+        row[f"{name}_forward_ms"] = milliseconds(jax.jit(forms[name]), *half)
+        row[f"{name}_ms"] = milliseconds(call, *half)
     return row
+
+
+def check_elementwise() -> list[dict[str, Any]]:
+    """Convolution, running mean and GELU at the shapes of `lfbyte_130m:16`; smaller on a CPU."""
+    batch, length, width, taps, chunk = (16, 2048, 512, 256, 64)
+    if jax.default_backend() == "cpu":
+        batch, length, width = 2, 512, 32
+    source = np.random.default_rng(0)
+    x = jnp.asarray(source.normal(size=(batch, length, width)), jnp.bfloat16)
+    decay = np.asarray(long_convolution.decays(taps, width))
+    filters = jnp.asarray(source.normal(size=(taps, width)) * decay / taps**0.5, jnp.bfloat16)
+
+    def convolve(form: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def run(x: jax.Array, taps: jax.Array) -> jax.Array:
+            total = form(jnp.moveaxis(x, -1, 0), taps.T, chunk)
+            return jnp.moveaxis(total, 0, -1).astype(x.dtype)
+
+        return run
+
+    forms = {
+        "direct": convolve(long_convolution.direct_convolution),
+        "transforms": convolve(long_convolution.transformed_convolution),
+    }
+    rows = [compare("convolution", "transforms", forms, (x, filters))]
+    later = x.at[:, length // 2 + 1 :].add(1)
+    run = jax.jit(forms["direct"])
+    before, after = (run(values, filters)[:, : length // 2 + 1] for values in (x, later))
+    rows[0]["causal"] = bool((before == after).all())
+    forms = {"products": adaptive.mean_by_products, "sums": adaptive.mean_by_sums}
+    rows.append(compare("running mean", "sums", forms, (x,)))
+    plain = functools.partial(jax.nn.gelu, approximate=False)
+    return [*rows, compare("GELU", "plain", {"keeps x": feedforward.gelu, "plain": plain}, (x,))]
 
 
 def main() -> None:
@@ -133,7 +182,8 @@ def main() -> None:
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for name in SHAPES:
         print(json.dumps(check_attention(name) | device), flush=True)
-    print(json.dumps(check_experts() | device), flush=True)
+    for row in (check_experts(), *check_elementwise()):
+        print(json.dumps(row | device), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.backend import backend
+from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
@@ -22,6 +25,9 @@ from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
 """`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
+
+_CHUNK = 64
+"""Positions that one product of `_running_sums` adds."""
 
 
 class AdaptiveWeights(NamedTuple):
@@ -130,8 +136,53 @@ def running_mean(
     if ages is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
+    if x.dtype.itemsize == 2 and backend() != "cpu":
+        return mean_by_products(x)
+    return mean_by_sums(x)
+
+
+def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The running mean by a scan."""
     sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
     return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
+
+
+@jax.custom_vjp
+def mean_by_products(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """The running mean of 16-bit numbers by triangular products, which add up in float32."""
+    sums = _running_sums(x, backward=False)
+    return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
+
+
+def _mean_forward(x: Array) -> tuple[Array, None]:
+    return mean_by_products(x), None
+
+
+def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
+    shares = gradient / _counts(0, gradient.shape[1], jnp.dtype("float32"))
+    sums = _running_sums(shares.astype(gradient.dtype), backward=True)
+    return (sums.astype(gradient.dtype),)
+
+
+mean_by_products.defvjp(_mean_forward, _mean_backward)
+
+
+def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T D"]:
+    """Sums up to each position, or from it on, in float32."""
+    batch, length, dim = x.shape
+    count = -(-length // _CHUNK)
+    blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
+    blocks = blocks.reshape(batch * count, _CHUNK, dim)
+    kept = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
+    # One for each block: a product that shares a matrix would have its result transposed.
+    kept = jnp.broadcast_to(jnp.asarray(kept, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
+    inside = jnp.einsum("nts,nsd->ntd", kept, blocks, preferred_element_type=jnp.float32)
+    inside = inside.reshape(batch, count, _CHUNK, dim)
+    whole = inside[:, :, 0 if backward else -1]
+    before = jnp.cumsum(whole[:, ::-1] if backward else whole, axis=1)[:, :-1]
+    before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))
+    before = before[:, ::-1] if backward else before
+    return (inside + before[:, :, None]).reshape(batch, -1, dim)[:, :length]
 
 
 def extend_running_mean(
@@ -238,5 +289,5 @@ class ChannelMixing(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
         if self.to_hidden is not None:
-            x = jax.nn.gelu(self.to_hidden(x, a), approximate=False)
+            x = gelu(self.to_hidden(x, a))
         return self.linear(x, a)

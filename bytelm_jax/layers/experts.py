@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int
 from bytelm_jax.backend import backend
 from bytelm_jax.grouped_product import (
     block_length,
-    from_slots,
+    grouped_bias,
     grouped_product,
     make_groups,
-    to_slots,
+    mix,
+    spread,
 )
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
 from bytelm_jax.layers.initializers import normal
@@ -103,27 +104,17 @@ class AdaptiveExperts(nnx.Module):
         on_gpu = backend() == "gpu"
         groups = make_groups(expert, count, block_length(len(expert), count) if on_gpu else 0)
 
-        def pairs(values: Array) -> Array:
-            return to_slots(jnp.repeat(values, chosen.shape[1], axis=0), groups)
-
         def product(values: Array, kernels: Array) -> Array:
             return grouped_product(values, kernels, groups)
 
-        inputs, contexts = pairs(x), pairs(a)
+        inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
         if weights.down is not None and weights.up is not None:
-            # One-hot products instead of reads by index: their transposes are products, too.
-            hot = jax.nn.one_hot(groups.group, count, dtype=x.dtype)
-            scale = product(contexts, weights.adapt) + hot @ weights.adapt_bias
+            scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
             narrow = scale * product(inputs, weights.down)
             outputs = product(inputs, weights.base) + product(narrow, weights.up)
         else:
             outputs = full_adaptation(weights, inputs, contexts, product)
-        outputs = from_slots(outputs, groups).reshape(*chosen.shape, x.shape[1])
-        spread = jnp.sum(
-            jax.nn.one_hot(chosen, count, dtype=gates.dtype) * gates[..., None], axis=1
-        )
-        biases = spread @ weights.bias.astype(gates.dtype)
-        return ((gates[..., None] * outputs).sum(axis=1) + biases).astype(x.dtype)
+        return mix(outputs, weights.bias, gates, chosen, groups)
 
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt

@@ -95,6 +95,30 @@ def test_running_mean_by_position_and_in_bfloat16(x64):
     assert (running_mean(ones) == 1).all() and running_mean(ones).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_running_mean_by_products_where_matrices_are_fast(length, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    x, weights = (normal(2, length, 3, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
+    call = jax.jit(lambda x: running_mean(x))
+    assert "dot_general" in str(jax.make_jaxpr(call)(x))
+    found, pull = jax.vjp(call, x)
+    counts = np.arange(1, length + 1)[None, :, None]
+    expected = np.cumsum(x.astype("float64"), axis=1) / counts
+    shares = (weights.astype("float64") / counts)[:, ::-1]
+    turned = np.cumsum(shares, axis=1)[:, ::-1]
+    eps = float(jnp.finfo(jnp.bfloat16).eps)
+    assert found.dtype == jnp.bfloat16
+    assert relative_error(np.asarray(found, "float64"), expected) <= eps / 2
+    # What is summed is rounded, too.
+    assert relative_error(np.asarray(pull(weights)[0], "float64"), turned) <= eps
+    for position in {0, length // 2, length - 1}:
+        changed = x.copy()
+        changed[:, position:] = 100 * x[::-1, position:]
+        after = call(changed)
+        np.testing.assert_array_equal(after[:, :position], found[:, :position])
+        assert (after[:, position] != found[:, position]).all()
+
+
 CHOICES = {
     "spread": [[0, 1], [3, 2], [1, 3], [2, 0], [0, 3]],
     "all on one pair": [[2, 1]] * 5,
@@ -102,8 +126,9 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 3])
-def test_sparse_dispatch_is_the_dense_sum_with_the_same_gates(rank, x64):
+@pytest.mark.parametrize(("rank", "machine"), [(0, "cpu"), (3, "cpu"), (3, "gpu")])
+def test_sparse_dispatch_is_the_dense_sum_with_the_same_gates(rank, machine, x64, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: machine)
     experts = randomised(AdaptiveExperts(EXPERTS, INPUTS, ADAPT, rank, 0.02, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(experts)
     weights = normal(5, INPUTS, seed=3)

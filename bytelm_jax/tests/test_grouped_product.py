@@ -7,10 +7,11 @@ import pytest
 
 from bytelm_jax.grouped_product import (
     block_length,
-    from_slots,
+    grouped_bias,
     grouped_product,
     make_groups,
-    to_slots,
+    mix,
+    spread,
 )
 from bytelm_jax.parity import GRADIENTS, LOGITS, relative_error
 
@@ -20,7 +21,8 @@ SPREADS = {
     "one group has all": [3] * 19,
     "groups without rows": [4, 0, 0, 4, 4, 0, 4, 0, 0],
     "one row": [2],
-    "whole blocks": [0] * 8 + [1] * 4 + [4] * 4,
+    "whole blocks, in pairs": [0] * 8 + [1] * 4 + [4] * 4,
+    "pairs": [0, 1, 4, 3, 2, 0] * 4,
 }
 
 
@@ -28,33 +30,40 @@ def relative(ours, theirs):
     return relative_error(np.asarray(ours), np.asarray(theirs))
 
 
-def arrays(rows):
+def arrays(rows, copies):
+    """x, kernels, biases and gates."""
     source = np.random.default_rng(0)
-    return (
-        jnp.asarray(source.normal(size=(rows, INPUTS))),
-        jnp.asarray(source.normal(size=(GROUPS, INPUTS, OUTPUTS))),
-    )
+    shapes = (rows, INPUTS), (GROUPS, INPUTS, OUTPUTS), (GROUPS, OUTPUTS), (rows, copies)
+    return tuple(jnp.asarray(source.normal(size=shape)) for shape in shapes)
 
 
-def multiply(x, kernels, group, block):
-    groups = make_groups(group, GROUPS, block)
-    return from_slots(grouped_product(to_slots(x, groups), kernels, groups), groups)
+def multiply(x, kernels, biases, gates, chosen, block):
+    groups = make_groups(chosen.reshape(-1), GROUPS, block)
+    out = grouped_product(spread(x, chosen.shape[1], groups), kernels, groups)
+    # The bias twice: in the slots, and where they are mixed.
+    return mix(out + grouped_bias(biases, groups), biases, gates, chosen, groups)
+
+
+def literal(x, kernels, biases, gates, chosen):
+    out = jnp.einsum("ni,nkio->nko", x, kernels[chosen]) + 2 * biases[chosen]
+    return (gates[..., None] * out).sum(axis=1)
 
 
 @pytest.mark.parametrize("block", [0, 1, 4, 8])
-@pytest.mark.parametrize("spread", SPREADS)
-def test_every_form_is_the_loop_over_rows(spread, block, x64):
-    group = jnp.asarray(SPREADS[spread])
-    x, kernels = arrays(len(group))
-    literal = lambda x, kernels: jnp.einsum("mi,mio->mo", x, kernels[group])  # noqa: E731
+@pytest.mark.parametrize("name", SPREADS)
+def test_every_form_is_the_loop_over_rows(name, block, x64):
+    chosen = jnp.asarray(SPREADS[name]).reshape(-1, 2 if "pairs" in name else 1)
+    values = arrays(*chosen.shape)
 
     def measured(form):
-        return lambda x, kernels: jnp.square(form(x, kernels)).sum()
+        return lambda *values: jnp.square(form(*values)).sum()
 
-    found = multiply(x, kernels, group, block)
-    assert relative(found, literal(x, kernels)) <= LOGITS["float64"]
-    ours = jax.grad(measured(lambda *a: multiply(*a, group, block)), argnums=(0, 1))(x, kernels)
-    theirs = jax.grad(measured(literal), argnums=(0, 1))(x, kernels)
+    found = multiply(*values, chosen, block)
+    assert relative(found, literal(*values, chosen)) <= LOGITS["float64"]
+    ours, theirs = (
+        jax.grad(measured(form), argnums=(0, 1, 2, 3))(*values)
+        for form in (lambda *v: multiply(*v, chosen, block), lambda *v: literal(*v, chosen))
+    )
     for mine, other in zip(ours, theirs, strict=True):
         assert relative(mine, other) <= GRADIENTS["float64"]
 

@@ -1,5 +1,7 @@
 """Layers against literal formulas: exact lookups, masks written out, dropout drawn by row."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import nnx
 from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.loss import cross_entropy, token_nats
 from bytelm_jax.models import build_model, define_model, split_model
@@ -67,6 +70,37 @@ def test_norm_survives_a_large_mean():
     centred = np.array([-0.375, -0.125, 0.125, 0.375])
     expected = centred / np.sqrt((centred**2).mean() + 1e-5)
     assert relative_error(found, expected) <= tolerances.LOGITS["float32"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gelu_of_every_16_bit_number_errs_by_its_rounding(dtype):
+    kind = jnp.finfo(dtype)
+    x = np.arange(1 << 16, dtype=np.uint16).view(jnp.dtype(dtype))
+    x = x[np.isfinite(x.astype("float32"))]
+    wide = x.astype("float64")
+    share = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in wide])
+    slope = share + wide * np.exp(-0.5 * np.square(wide)) / math.sqrt(2 * math.pi)
+    out, pull = jax.vjp(gelu, jnp.asarray(x))
+    # Numbers below the normal ones may be flushed to zero, also before x multiplies them.
+    half, least = float(kind.eps) / 2, 16 * float(kind.tiny)
+    error = np.abs(np.asarray(out, "float64") - wide * share)
+    assert (error <= (half + tolerances.GELU_SHARE) * np.abs(wide * share) + least).all()
+    error = np.abs(np.asarray(pull(jnp.ones_like(out))[0], "float64") - slope)
+    assert (error <= half * np.abs(slope) + tolerances.GELU_SHARE * share + least).all()
+    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(pull)] == [(x.shape, x.dtype)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_wider_gelu_is_that_of_erf(dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x = np.linspace(-6, 6, 101).astype(dtype)
+        wide = x.astype("float64")
+        share = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in wide])
+        slope = share + wide * np.exp(-0.5 * np.square(wide)) / math.sqrt(2 * math.pi)
+        out, pull = jax.vjp(gelu, jnp.asarray(x))
+        assert relative_error(np.asarray(out), wide * share) <= tolerances.LOGITS[dtype]
+        gradient = np.asarray(pull(jnp.ones_like(out))[0])
+        assert relative_error(gradient, slope) <= tolerances.GRADIENTS[dtype]
 
 
 def test_dropout_depends_on_the_row_alone():

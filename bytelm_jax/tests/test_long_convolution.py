@@ -11,7 +11,14 @@ from bytelm_jax.parity import relative_error
 from parity_tests import tolerances
 
 CHUNK = 64
-convolve = jax.jit(long_convolution, static_argnums=2)
+MACHINES = ["cpu", "gpu"]  # by transforms, and where the filter is short directly
+
+
+@pytest.fixture
+def convolve(request, monkeypatch):
+    """`long_convolution` in the form of the machine named by the parameter."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+    return jax.jit(lambda *arguments: long_convolution(*arguments), static_argnums=2)
 
 
 def plain_sum(x, taps):
@@ -29,25 +36,39 @@ def random(rows, length, taps, dim=2):
 
 
 @pytest.mark.parametrize(
-    ("length", "taps"),
+    ("convolve", "length", "taps"),
     [
-        *((length, length) for length in (1, 7, 65, 1000, 8191, 8192)),
-        *((300, taps) for taps in (65, 66, 500)),
-        (8000, 257),
+        *(("cpu", length, length) for length in (1, 7, 65, 1000, 8191, 8192)),
+        *(("cpu", 300, taps) for taps in (65, 66, 500)),
+        *(("gpu", length, length) for length in (1, 7, 65)),
+        *(("gpu", 301, taps) for taps in (1, 64, 65, 66, 500)),
+        *((machine, 8000, 257) for machine in MACHINES),
     ],
+    indirect=["convolve"],
 )
-def test_equals_the_plain_sum(length, taps, x64):
+def test_equals_the_plain_sum(convolve, length, taps, x64):
     x, filters = random(1, length, taps)
     found = relative_error(np.asarray(convolve(x, filters, CHUNK)), plain_sum(x, filters))
     assert found <= tolerances.LOGITS["float64"]
 
 
-def test_gradients_equal_those_of_the_plain_sum(x64):
+@pytest.mark.parametrize(
+    ("convolve", "transforms"), [("cpu", 1), ("gpu", 0)], indirect=["convolve"]
+)
+def test_long_filters_take_transforms_on_every_machine(convolve, transforms):
+    x, longest = jnp.ones((1, 200, 2)), 8 * 16 + 1  # chunks that a direct product reaches back
+    for taps, expected in ((longest, bool(transforms)), (longest + 1, True)):
+        jaxpr = jax.make_jaxpr(convolve, static_argnums=2)(x, jnp.ones((taps, 2)), 16)
+        assert ("fft" in str(jaxpr)) == expected
+
+
+@pytest.mark.parametrize("convolve", MACHINES, indirect=True)
+def test_gradients_equal_those_of_the_plain_sum(convolve, x64):
     x, taps = random(2, 150, 100)
     weights = np.random.default_rng(1).standard_normal(x.shape)
 
     def weighed(x, taps):
-        return (weights * long_convolution(x, taps, 16)).sum()
+        return (weights * convolve(x, taps, 16)).sum()
 
     to_x, to_taps = jax.jit(jax.grad(weighed, (0, 1)))(x, taps)
     # Both gradients are correlations: with the filter turned round, and with the input.
@@ -58,7 +79,8 @@ def test_gradients_equal_those_of_the_plain_sum(x64):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-def test_exactly_causal_and_by_row(dtype):
+@pytest.mark.parametrize("convolve", MACHINES, indirect=True)
+def test_exactly_causal_and_by_row(convolve, dtype):
     with jax.enable_x64(dtype == "float64"):
         x, taps = (values.astype(jnp.dtype(dtype)) for values in random(3, 150, 100))
 
@@ -75,12 +97,13 @@ def test_exactly_causal_and_by_row(dtype):
         np.testing.assert_array_equal(run(x[::-1])[::-1], before)
 
 
-def test_bfloat16_sums_in_float32():
+@pytest.mark.parametrize("convolve", MACHINES, indirect=True)
+def test_bfloat16_sums_in_float32(convolve):
     # Sums of ones: bfloat16 holds no odd number past 256, so a narrow sum would stall there.
     length = 3000
     ones = jnp.ones((1, length, 1), jnp.bfloat16)
     exact = np.arange(1, length + 1)
-    found = np.asarray(convolve(ones, ones[0], CHUNK).astype("float32"))[0, :, 0]
+    found = np.asarray(convolve(ones, ones[0], 512).astype("float32"))[0, :, 0]
     assert (np.abs(found - exact) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * exact).all()
 
     layer = LongConvolution(1, length, CHUNK, rngs=nnx.Rngs(0))
@@ -119,3 +142,5 @@ def test_toeplitz_matrix():
     )
     short = toeplitz(jnp.array([[1.0, 2]]), 3)
     np.testing.assert_array_equal(short[0], [[1, 2, 0], [0, 1, 2], [0, 0, 1]])
+    reaching = toeplitz(jnp.array([[1.0, 2, 3, 4]]), 2, 4)
+    np.testing.assert_array_equal(reaching[0], [[0, 0], [4, 0], [3, 4], [2, 3], [1, 2], [0, 1]])
