@@ -8,17 +8,15 @@ scaling keeps the batch of each device, strong scaling that of the whole host (t
 most devices). Efficiency is against one device of this host in the same run, by the same form
 where it was measured. With fsdp all devices hold one copy of the state together. "collectives" is
 their share of the step, waiting for the slowest device included; "step_gib" what the compiled step
-needs of a device. All rows are compiled first, side by side in one process, and measured one after
-another. `--only` takes rows of `bench_train.py` in place of the whole plan. JSON lines.
+needs of a device. `--only` takes rows of `bench_train.py` in place of the whole plan. JSON lines.
 """
 
 import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench_train import measure, prepare
+from bench_train import measure_all
 
 
 def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str, Any]]:
@@ -97,7 +95,6 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=["jit", "shard_map"])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--repeats", type=int, default=5, help="of ten steps each")
-    parser.add_argument("--threads", type=int, default=16, help="rows compiled at a time")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("FILE", "OUT"))
     options = parser.parse_args()
     if options.plot:
@@ -106,14 +103,12 @@ def main() -> None:
     settings = plan(options.rows, options.devices, options.forms)
     if options.only:
         settings = chosen(options.only, options.rows, options.devices)
-    with ThreadPoolExecutor(options.threads) as pool:
-        ready = list(pool.map(lambda setting: prepare(setting["row"]), settings))
+    rest = ["--repeats", str(options.repeats), "--profile", "3"]
     alone: dict[tuple[str, str, str], float] = {}
-    for setting, prepared in zip(settings, ready, strict=True):
-        try:
-            found = measure(prepared, options.repeats, 3)
-        except RuntimeError as error:  # out of memory: the others may fit
-            print(json.dumps(setting | {"failed": str(error).splitlines()[0][:200]}), flush=True)
+    measured = measure_all([setting["row"] for setting in settings], rest)
+    for setting, found in zip(settings, measured, strict=True):
+        if "failed" in found:
+            print(json.dumps(setting | found), flush=True)
             continue
         found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
         record = setting | found

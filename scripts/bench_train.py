@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -126,7 +126,7 @@ def prepare(row: str, remat: bool = False) -> Prepared:
 
 
 def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
-    """One row: milliseconds a step, megabytes a second, MFU, memory, compile time."""
+    """One row: milliseconds a step, megabytes a second, MFU, memory."""
     recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
     shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
@@ -166,7 +166,6 @@ def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
         "peak_gib": round(max(m.get("peak_bytes_in_use", 0) for m in used) / 2**30, 2),
         "step_gib": round(sum(sizes) / 2**30, 2),
         "state_gib": round(sum(kept) / 2**30, 4),
-        "compile_seconds": round(prepared.seconds, 1),
         "loss": round(float(report["loss"]), 4),
         "dtype": str(parallel.compute_dtype(run)),
         "device": jax.devices()[0].device_kind,
@@ -181,14 +180,34 @@ def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
     return found
 
 
-def measure_alone(row: str, remat: bool, repeats: int, profile: int, lock: IO[Any]) -> None:
-    """Prints one row, measured when all rows are compiled and no other one is being measured."""
-    fcntl.flock(lock, fcntl.LOCK_SH)  # until this row is compiled
-    prepared = prepare(row, remat)
-    # The devices are for one row at a time, and for none while any row is still being compiled:
-    # the compiler tries out kernels on them.
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    print(json.dumps(measure(prepared, repeats, profile)), flush=True)
+def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
+    """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
+
+    First all are compiled, side by side: the compiler tries out kernels on the devices and keeps
+    memory there. Then other processes take the programs from the cache, and one after another is
+    on the devices.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        lock = Path(folder, "lock")
+        lock.touch()
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+        def start(row: str, *more: str) -> subprocess.Popen:
+            return subprocess.Popen(
+                [sys.executable, __file__, "--rows", row, *rest, *more],
+                env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+
+        compiling = [start(row, "--compile") for row in rows]
+        seconds = [process.communicate()[0] for process in compiling]
+        measuring = [start(row, "--lock", str(lock)) for row in rows]
+        for row, taken, process in zip(rows, seconds, measuring, strict=True):
+            out, _ = process.communicate()
+            failed = {"row": row, "failed": True}
+            yield failed if process.returncode else json.loads(out) | json.loads(taken or "{}")
 
 
 def main() -> None:
@@ -198,23 +217,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.lock:
+    if options.compile:
+        seconds = prepare(options.rows[0], options.remat).seconds
+        print(json.dumps({"compile_seconds": round(seconds, 1)}))
+    elif options.lock:
+        prepared = prepare(options.rows[0], options.remat)
         with options.lock.open() as lock:
-            row = options.rows[0]
-            measure_alone(row, options.remat, options.repeats, options.profile, lock)
-        return
-    # A process a row: its peak memory is its own, and one that runs out stops no other. They
-    # compile side by side.
-    rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-    rest += ["--remat"] * options.remat
-    with tempfile.NamedTemporaryFile() as lock:
-        calls = [[sys.executable, __file__, "--lock", lock.name, "--rows", r] for r in options.rows]
-        started = [subprocess.Popen([*call, *rest], env=_ENVIRONMENT) for call in calls]
-        for row, process in zip(options.rows, started, strict=True):
-            if process.wait():
-                print(json.dumps({"row": row, "failed": True}), flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the devices are for one row at a time
+            print(json.dumps(measure(prepared, options.repeats, options.profile)), flush=True)
+    else:
+        rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
+        for found in measure_all(options.rows, rest + ["--remat"] * options.remat):
+            print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
