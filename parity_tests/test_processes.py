@@ -54,7 +54,6 @@ def two_processes(run_dir, text, *options):
     command = [sys.executable, str(LAUNCH), "2", "--cpu-devices", "4", "--", *RUN, *options]
     return subprocess.Popen(
         [*command, "--data", str(text), "--run-dir", str(run_dir)],
-        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
