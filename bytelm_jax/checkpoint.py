@@ -30,6 +30,9 @@ from bytelm_jax.models import Params, abstract_params
 METRIC = "validation_bits_per_byte"
 """What "best" means: the lowest of this."""
 
+_MOST_TRIED = 64
+"""Checkpoints that a run looks at, newest first, for one that is whole."""
+
 _FILE_BYTES = 2**24
 """Of an import's array files: Orbax gathers one in memory, of 2 GB unless told, then writes it."""
 
@@ -202,32 +205,35 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
     Every process reads its own parts and all agree on what they found. Raises `ValueError` when
     there are checkpoints but no whole one, and leaves them where they are.
     """
-    if not (run_dir / "checkpoints").is_dir():
-        return None
     bad: list[tuple[int, str]] = []
-    with open_checkpoints(run_dir) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        found = None
-        for step in steps:
+    found = None
+    with contextlib.ExitStack() as stack:
+        # Whether there are any is the first process's word: another may look when the folder for
+        # the next ones is being made.
+        there = (run_dir / "checkpoints").is_dir()
+        manager = stack.enter_context(open_checkpoints(run_dir)) if there else None
+        own = sorted(manager.all_steps(), reverse=True) if manager else []
+        for step in processes.from_first(own, _MOST_TRIED):
             problem = ""
             try:
-                found = _read(manager, step, params, opt_state)
+                found = _read(manager, step, params, opt_state) if manager else None
             except DamagedError as error:
                 problem = str(error)
-            if processes.all_agree(not problem) and found:
+            if processes.all_agree(found is not None) and found and manager:
                 try:
                     with _readable(manager, step):
                         _check_marks(found)  # a sum over all processes, so the same for each
                     break
                 except DamagedError as error:
                     problem = str(error)
-            bad.append((step, problem or "another process cannot read it"))
+            bad.append((step, problem or f"checkpoint {step}: another process cannot read it"))
             found = None
     if bad and found is None:
         raise ValueError(f"{bad[0][1]}; there is no whole one; train in another run_dir")
     for step, problem in bad:
         _set_aside(run_dir, step, problem)
-    processes.wait_for_all("damaged checkpoints are set aside")
+    if bad:
+        processes.wait_for_all("damaged checkpoints are set aside")
     return found
 
 

@@ -165,7 +165,9 @@ def agree_on_patches(
     model, known = recipe.model, recipe.patching
     assert isinstance(model, BLTConfig)
     own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
-    found = patch_contract.measure(model, parallel.fetch(mesh, own), windows)
+    # On one device of this process: every process measures for itself.
+    whole = {name: jnp.asarray(value) for name, value in parallel.fetch(mesh, own).items()}
+    found = patch_contract.measure(model, whole, windows)
     wrong = patch_contract.outside(known, found) if known else None
     if wrong and processes.is_first():
         print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
