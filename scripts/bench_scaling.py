@@ -1,12 +1,12 @@
 """One to N devices of a host: weak and strong scaling, data parallel and fsdp, both forms of step.
 
-    python scripts/bench_scaling.py --devices 1 2 4 --rows megabyte_132m:32 blt_767m:8:2048:4
-    python scripts/bench_scaling.py --plot FILE OUT.png
+    python scripts/bench_scaling.py --devices 1 2 4 --rows megabyte_132m:32 > FILE
+    python scripts/bench_scaling.py --plot FILE OUT.png      # efficiencies, and a picture
 
 A row names the recipe and the batch of one device, as in `bench_train.py`, which measures. Weak
 scaling keeps the batch of each device, strong scaling that of the whole host (the row's times the
-most devices). Efficiency is against one device of this host in the same run, by the same form
-where it was measured. With fsdp all devices hold one copy of the state together. "collectives" is
+most devices). Lines come as they are measured; efficiency is against one device of the host in the
+same run. With fsdp all devices hold one copy of the state together. "collectives" is
 their share of the step, waiting for the slowest device included; "step_gib" what the compiled step
 needs of a device. `--only` takes rows of `bench_train.py` in place of the whole plan. JSON lines.
 """
@@ -42,27 +42,38 @@ def chosen(only: list[str], rows: list[str], counts: list[int]) -> list[dict[str
     return [whole[row] for row in only]
 
 
-def add_efficiency(record: dict[str, Any], alone: dict[tuple[str, str, str], float]) -> None:
-    """Bytes a second per device, relative to one device's; `alone` collects those."""
-    rate = record["megabytes_per_second"] / record["devices"]
-    for kind in record["kinds"]:
-        if record["devices"] == 1:
-            alone[record["model"], record["form"], kind] = rate
-        for form in (record["form"], "jit"):
-            if base := alone.get((record["model"], form, kind)):
-                record[f"{kind}_efficiency"] = round(rate / base, 4)
+def with_efficiency(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measured records with their bytes a second per device, relative to one device's.
+
+    One device is that of the same form where it was measured, else of `jit`.
+    """
+    measured = [r for r in records if "ms" in r]
+    for record in measured:
+        record["rate"] = record["megabytes_per_second"] / record["devices"]
+    for record in measured:
+        for kind in record["kinds"]:
+            alone = {
+                r["form"]: r["rate"]
+                for r in measured
+                if r["devices"] == 1 and r["model"] == record["model"] and kind in r["kinds"]
+            }
+            form = record["form"] if record["form"] in alone else "jit"
+            if form in alone:
+                record[f"{kind}_efficiency"] = round(record["rate"] / alone[form], 4)
                 record["against"] = form
-                break
+    return measured
 
 
 def plot(path: Path, out: Path) -> None:
-    """Weak-scaling efficiency and memory of the state against the number of devices."""
+    """Prints the lines with their efficiencies; draws those of weak scaling, and the state."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = with_efficiency([json.loads(line) for line in path.read_text().splitlines()])
+    for record in sorted(records, key=lambda r: (r["model"], r["form"], r["devices"], r["fsdp"])):
+        print(json.dumps({k: v for k, v in record.items() if k not in ("kinds", "rate")}))
     records = [r for r in records if "weak_efficiency" in r]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for model in dict.fromkeys(r["model"] for r in records):
@@ -104,16 +115,11 @@ def main() -> None:
     if options.only:
         settings = chosen(options.only, options.rows, options.devices)
     rest = ["--repeats", str(options.repeats), "--profile", "3"]
-    alone: dict[tuple[str, str, str], float] = {}
-    measured = measure_all([setting["row"] for setting in settings], rest)
-    for setting, found in zip(settings, measured, strict=True):
-        if "failed" in found:
-            print(json.dumps(setting | found), flush=True)
-            continue
-        found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
-        record = setting | found
-        add_efficiency(record, alone)
-        print(json.dumps(record), flush=True)
+    known = {setting["row"]: setting for setting in settings}
+    for found in measure_all(list(known), rest):
+        if "kernels" in found:
+            found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
+        print(json.dumps(known[found["row"]] | found), flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +186,7 @@ def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
 
     First all are compiled, side by side: the compiler tries out kernels on the devices and keeps
     memory there. Then other processes take the programs from the cache, and one after another is
-    on the devices.
+    on the devices. Rows come as they are measured.
     """
     with tempfile.TemporaryDirectory() as folder:
         lock = Path(folder, "lock")
@@ -201,13 +202,18 @@ def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
                 env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True,
             )  # fmt: skip
 
+        def finish(row: str, process: subprocess.Popen, taken: str) -> dict[str, Any]:
+            out, _ = process.communicate()
+            failed = {"row": row, "failed": True}
+            return failed if process.returncode else json.loads(out) | json.loads(taken or "{}")
+
         compiling = [start(row, "--compile") for row in rows]
         seconds = [process.communicate()[0] for process in compiling]
         measuring = [start(row, "--lock", str(lock)) for row in rows]
-        for row, taken, process in zip(rows, seconds, measuring, strict=True):
-            out, _ = process.communicate()
-            failed = {"row": row, "failed": True}
-            yield failed if process.returncode else json.loads(out) | json.loads(taken or "{}")
+        with ThreadPoolExecutor(len(rows)) as pool:
+            jobs = [pool.submit(finish, *job) for job in zip(rows, measuring, seconds, strict=True)]
+            for job in as_completed(jobs):
+                yield job.result()
 
 
 def main() -> None:
