@@ -18,7 +18,15 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm_jax import cli, commands, commands_train, commands_view, processes, recipes
+from bytelm_jax import (
+    cli,
+    commands,
+    commands_pod,
+    commands_train,
+    commands_view,
+    processes,
+    recipes,
+)
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
 from bytelm_jax.config import BLTConfig
@@ -317,7 +325,8 @@ def test_every_command_has_help_with_an_example(capsys):
         assert f"Example: bytelm {name}" in said
     assert cli.main(["--help"]) == 0
     assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
-    names = [*vars(commands), *vars(commands_train), *vars(commands_view)]
+    modules = (commands, commands_pod, commands_train, commands_view)
+    names = [name for module in modules for name in vars(module)]
     functions = {name.removesuffix("_command") for name in names if name.endswith("_command")}
     assert functions == set(cli.COMMANDS)
 
