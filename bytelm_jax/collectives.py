@@ -9,8 +9,10 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-_KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-_FOUND = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({_KINDS})(-start)?\(")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+"""What devices do together, by the names that XLA gives it."""
+
+_FOUND = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _CALLED = re.compile(r"\b(body|condition|calls|to_apply|\w+_computation)=%?([\w.-]+)")
@@ -29,7 +31,7 @@ class Collective(NamedTuple):
 
     def seconds(self, bytes_per_second: float) -> float:
         """In a ring whose every device sends and receives so many bytes a second."""
-        turns = {"all-reduce": 2.0, "collective-permute": 1.0}.get(self.kind, 1.0)
+        turns = 2.0 if self.kind == "all-reduce" else 1.0
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return turns * share * self.bytes / bytes_per_second
 

@@ -58,13 +58,13 @@ def doctor_command(
 
 def _reach(joining: Joining) -> doctor.Finding:
     """Whether the coordinator can be reached; raises `UsageError` for an address that is none."""
-    host, _, port = joining.coordinator.rpartition(":")
-    if not (host and port.isdigit()):
+    address = processes.address(joining.coordinator)
+    if address is None:
         raise UsageError(f"--coordinator {joining.coordinator}: must be HOST:PORT")
     if joining.index is None or not 0 <= joining.index < joining.processes:
         raise UsageError("--coordinator: needs --num-processes N and --process-id I below it")
     try:
-        said = doctor.check_coordinator(host, int(port), joining.index == 0)
+        said = doctor.check_coordinator(*address, joining.index == 0)
     except doctor.SickError as error:
         return doctor.Finding("coordinator", False, str(error))
     return doctor.Finding("coordinator", True, said)

@@ -139,17 +139,7 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> parallel.TrainState:
     run, frozen = recipe.train, recipe.model.frozen_prefixes
     _, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-
-    def make() -> parallel.TrainState:
-        params = init(run.seed)
-        return parallel.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    state = jax.eval_shape(make)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        state,
-        parallel.state_shardings(mesh, state),
-    )
+    return parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: parallel.TrainState) -> str:

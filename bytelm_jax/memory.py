@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 
 def _names(text: str) -> frozenset[str]:
@@ -209,6 +207,10 @@ def _least(program: Program) -> list[Held]:
 
 def _reached(edges: list[tuple[int, int, int]], nodes: int, source: int, sink: int) -> set[int]:
     """The nodes on the source's side of the minimum cut."""
+    # Here, since every `bytelm train` imports this module and hardly any looks at memory.
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
     starts, stops, capacities = np.asarray(edges, np.int32).reshape(-1, 3).T
     graph = csr_matrix((capacities, (starts, stops)), shape=(nodes, nodes))
     graph.data = np.minimum(graph.data, _MUCH)  # two edges between the same nodes were added

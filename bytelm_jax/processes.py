@@ -39,8 +39,7 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
     that is none and when the others do not come.
     """
     if coordinator:
-        host, colon, port = coordinator.rpartition(":")
-        if not (host and colon and port.isdigit()):
+        if address(coordinator) is None:
             raise ValueError(f"coordinator={coordinator}: must be HOST:PORT, as 10.0.0.1:1234")
         if processes < 1 or index is None or not 0 <= index < processes:
             raise ValueError(
@@ -56,6 +55,12 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
         where = coordinator or "the coordinator that the cluster named"
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"{where}: the processes did not come together ({line})") from error
+
+
+def address(coordinator: str) -> tuple[str, int] | None:
+    """Host and port of "HOST:PORT", None for anything else."""
+    host, _, port = coordinator.rpartition(":")
+    return (host, int(port)) if host and port.isdigit() else None
 
 
 def check_alone() -> None:

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from equal_time import Trainer, machine, read_row, side_by_side
+from equal_time import Trainer, add_options, machine, read_row, side_by_side
 
 from bytelm_jax import checkpoint, data, parallel, patch_contract
 from bytelm_jax.config import BLTConfig, training_flops_per_byte
@@ -105,11 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--options", default="--warmup-steps 200", help="overrides of every row")
-    parser.add_argument("--train", default="english_train.txt", help="text to train on")
-    parser.add_argument("--valid", default="english_valid.txt", help="text to evaluate on")
-    parser.add_argument("--seconds", type=float, default=300.0)
+    add_options(parser, 300.0)
     parser.add_argument("--points", type=int, default=24, help="of the curve")
-    parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--save", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl", help="the lines go here, too")
     parser.add_argument("--picture", type=Path, metavar="OUT.png")

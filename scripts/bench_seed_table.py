@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from equal_time import side_by_side
+from equal_time import add_options, side_by_side
 
 OURS = ["megabyte_132m", "megabyte_in_action_132m"]
 END = "<|endoftext|>"
@@ -187,10 +187,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=OURS, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--options", default="--warmup-steps 200", help="overrides of our rows")
-    parser.add_argument("--train", default="english_train.txt", help="text to train on")
-    parser.add_argument("--valid", default="english_valid.txt", help="text to evaluate on")
-    parser.add_argument("--seconds", type=float, default=120.0)
-    parser.add_argument("--gpus", type=int, default=1)
+    add_options(parser, 120.0)
     parser.add_argument("--gpt2-config", default="{}", metavar="JSON", help="fields of GPT2Config")
     parser.add_argument("--gpt2-batch", type=int, default=16)
     parser.add_argument("--gpt2-rate", type=float, default=6e-4)

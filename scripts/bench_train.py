@@ -34,7 +34,7 @@ import flax
 import jax
 import numpy as np
 
-from bytelm_jax import parallel, recipes
+from bytelm_jax import collectives, parallel, recipes
 from bytelm_jax.config import BLTConfig, Recipe, training_flops_per_byte
 from bytelm_jax.metrics import peak_flops
 from bytelm_jax.models import define_model
@@ -66,9 +66,6 @@ def read_row(row: str) -> Recipe:
     return replace(recipe, train=run, data=data)
 
 
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
 def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) -> dict[str, float]:
     """Milliseconds a step and device of what takes longest, by place in the program, and of all.
 
@@ -89,7 +86,7 @@ def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) ->
                 name = str(stats.get("hlo_op", event.name))
                 place = re.sub(r"[.]\d+|layers/\d+/", "", places.get(name, name))
                 total[f"{re.sub(r'[._]?[0-9]+', '', name)} {place}"] += event.duration_ns / 1e6
-                if name.startswith(_COLLECTIVES) or "nccl" in event.name.lower():
+                if name.startswith(collectives.KINDS) or "nccl" in event.name.lower():
                     between += event.duration_ns / 1e6
     parts = steps * max(planes, 1)
     kernels = {name: round(ms / parts, 3) for name, ms in total.most_common(count)}

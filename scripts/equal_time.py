@@ -4,6 +4,7 @@ No command of its own. Compilation and evaluation never count as training. What 
 taken from is the caller's choice: the wall's for a device, the process's for a shared CPU.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -46,6 +47,14 @@ class Trained(NamedTuple):
     peak_gib: float
     found: Evaluation
     curve: list[tuple[float, float, float]]
+
+
+def add_options(parser: argparse.ArgumentParser, seconds: float) -> None:
+    """On what is trained and evaluated, for how long, on how many GPUs."""
+    parser.add_argument("--train", default="english_train.txt", help="text to train on")
+    parser.add_argument("--valid", default="english_valid.txt", help="text to evaluate on")
+    parser.add_argument("--seconds", type=float, default=seconds)
+    parser.add_argument("--gpus", type=int, default=1)
 
 
 def read_row(row: str, options: str = "") -> Recipe:
