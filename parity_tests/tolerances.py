@@ -16,6 +16,9 @@ GELU_SHARE = 4e-5
 """Relative error of the normal distribution by which a 16-bit GELU multiplies: a fiftieth of
 bfloat16's rounding."""
 
+BF16_LINEAR = 2**-7
+"""A linear layer behind a norm in bfloat16, from float64's: two roundings of a number."""
+
 AFTER_200_STEPS = 1e-8
 """Parameters after 200 optimizer steps in float64, same bytes."""
 

@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=["jit", "shard_map"])
     parser.add_argument("--only", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--repeats", type=int, default=5, help="of ten steps each")
+    parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("FILE", "OUT"))
     options = parser.parse_args()
     if options.plot:
@@ -116,7 +117,7 @@ def main() -> None:
         settings = chosen(options.only, options.rows, options.devices)
     rest = ["--repeats", str(options.repeats), "--profile", "3"]
     known = {setting["row"]: setting for setting in settings}
-    for found in measure_all(list(known), rest):
+    for found in measure_all(list(known), rest, options.workers):
         if "kernels" in found:
             found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
         print(json.dumps(known[found["row"]] | found), flush=True)

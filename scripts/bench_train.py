@@ -66,17 +66,14 @@ def read_row(row: str) -> Recipe:
     return replace(recipe, train=run, data=data)
 
 
-def longest_kernels(run: Callable[[], Any], steps: int, count: int, hlo: str) -> dict[str, float]:
+def longest_kernels(trace: Path, steps: int, count: int, hlo: str) -> dict[str, float]:
     """Milliseconds a step and device of what takes longest, by place in the program, and of all.
 
     "collectives" are those between devices, waiting for the slowest of them included.
     """
     places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            run()
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
+    (path,) = trace.rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(path))
     total, between, planes = Counter[str](), 0.0, 0
     for plane in data.planes:
         planes += plane.name.startswith("/device:GPU") or plane.name.startswith("/device:TPU")
@@ -123,8 +120,10 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
 
 
-def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
-    """One row: milliseconds a step, megabytes a second, MFU, memory."""
+def measure(
+    prepared: Prepared, repeats: int, trace: Path | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Milliseconds a step, bytes of memory; a profile of ten steps goes to `trace`."""
     recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
     shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
@@ -145,47 +144,67 @@ def measure(prepared: Prepared, repeats: int, profile: int) -> dict[str, Any]:
 
     some_steps()
     times = [some_steps() for _ in range(repeats)]
-    median = statistics.median(times)
-    rate, peak = shape[0] * shape[1] / median, peak_flops()
     used = [device.memory_stats() or {} for device in mesh.devices.flat]
     first = mesh.devices.flat[0]
-    kept = (s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
-            if s.device == first)  # fmt: skip
+    kept = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
+               if s.device == first)  # fmt: skip
+    if trace:
+        with jax.profiler.trace(str(trace)):
+            some_steps()
+    spread, loss = max(times) - min(times), float(report["loss"])
+    found = {"ms": statistics.median(times), "spread_ms": spread, "loss": loss}
+    peak = max(m.get("peak_bytes_in_use", 0) for m in used)
+    return found, {"peak": peak, "state": kept}
+
+
+def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """One row: milliseconds a step, megabytes a second, MFU, memory."""
+    run, length = prepared.recipe.train, prepared.recipe.data.sequence_length
+    rate, peak = run.batch_size * length / times["ms"], peak_flops()
     planned: Any = prepared.step.memory_analysis()
-    sizes = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
-             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
-    flops = training_flops_per_byte(recipe.model, shape[1])
-    found: dict[str, Any] = {
+    step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
+            planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
+    flops = training_flops_per_byte(prepared.recipe.model, length)
+    return {
         "row": prepared.row,
-        "ms": round(1e3 * median, 2),
-        "spread_ms": round(1e3 * (max(times) - min(times)), 2),
+        "ms": round(1e3 * times["ms"], 2),
+        "spread_ms": round(1e3 * times["spread_ms"], 2),
         "megabytes_per_second": round(rate / 1e6, 4),
-        "mfu": peak and round(flops * rate / peak / mesh.size, 4),
-        "peak_gib": round(max(m.get("peak_bytes_in_use", 0) for m in used) / 2**30, 2),
-        "step_gib": round(sum(sizes) / 2**30, 2),
-        "state_gib": round(sum(kept) / 2**30, 4),
-        "loss": round(float(report["loss"]), 4),
+        "mfu": peak and round(flops * rate / peak / prepared.mesh.size, 4),
+        "peak_gib": round(sizes["peak"] / 2**30, 2),
+        "step_gib": round(sum(step) / 2**30, 2),
+        "state_gib": round(sizes["state"] / 2**30, 4),
+        "loss": round(times["loss"], 4),
         "dtype": str(parallel.compute_dtype(run)),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "flax": flax.__version__,
         "date": time.strftime("%Y-%m-%d"),
     }
-    if profile:
-        found["kernels"] = longest_kernels(
-            some_steps, STEPS, profile, prepared.step.as_text() or ""
-        )
+
+
+def run_row(row: str, remat: bool, repeats: int, profile: int, lock: Path) -> dict[str, Any]:
+    """Compiles a row, waits for the devices, measures, and reads the profile after that."""
+    prepared = prepare(row, remat)
+    with tempfile.TemporaryDirectory() as folder:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the devices are for one row at a time
+            times, sizes = measure(prepared, repeats, Path(folder) if profile else None)
+        found = describe(prepared, times, sizes)
+        if profile:
+            hlo = prepared.step.as_text() or ""
+            found["kernels"] = longest_kernels(Path(folder), STEPS, profile, hlo)
     return found
 
 
-def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
+def measure_all(rows: list[str], rest: list[str], workers: int) -> Iterator[dict[str, Any]]:
     """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
 
-    First all are compiled, side by side: the compiler tries out kernels on the devices and keeps
-    memory there. Then other processes take the programs from the cache, and one after another is
-    on the devices. Rows come as they are measured.
+    First all are compiled, `workers` side by side: the compiler tries out kernels on the devices
+    and keeps memory there. Then other processes take the programs from the cache, a few ahead of
+    the one that is on the devices. Rows come as they are measured.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         lock = Path(folder, "lock")
         lock.touch()
         cache = {
@@ -193,24 +212,15 @@ def measure_all(rows: list[str], rest: list[str]) -> Iterator[dict[str, Any]]:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-        def start(row: str, *more: str) -> subprocess.Popen:
-            return subprocess.Popen(
-                [sys.executable, __file__, "--rows", row, *rest, *more],
-                env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True,
-            )  # fmt: skip
+        def run(row: str, *more: str) -> dict[str, Any]:
+            call = [sys.executable, __file__, "--rows", row, *rest, *more]
+            done = subprocess.run(call, env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True)
+            return {"failed": True} if done.returncode else json.loads(done.stdout)
 
-        def finish(row: str, process: subprocess.Popen, taken: str) -> dict[str, Any]:
-            out, _ = process.communicate()
-            failed = {"row": row, "failed": True}
-            return failed if process.returncode else json.loads(out) | json.loads(taken or "{}")
-
-        compiling = [start(row, "--compile") for row in rows]
-        seconds = [process.communicate()[0] for process in compiling]
-        measuring = [start(row, "--lock", str(lock)) for row in rows]
-        with ThreadPoolExecutor(len(rows)) as pool:
-            jobs = [pool.submit(finish, *job) for job in zip(rows, measuring, seconds, strict=True)]
-            for job in as_completed(jobs):
-                yield job.result()
+        compiled = dict(zip(rows, pool.map(lambda row: run(row, "--compile"), rows), strict=True))
+        jobs = {pool.submit(run, row, "--lock", str(lock)): row for row in rows}
+        for job in as_completed(jobs):
+            yield {"row": jobs[job]} | job.result() | compiled[jobs[job]]
 
 
 def main() -> None:
@@ -220,6 +230,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -227,13 +238,12 @@ def main() -> None:
         seconds = prepare(options.rows[0], options.remat).seconds
         print(json.dumps({"compile_seconds": round(seconds, 1)}))
     elif options.lock:
-        prepared = prepare(options.rows[0], options.remat)
-        with options.lock.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the devices are for one row at a time
-            print(json.dumps(measure(prepared, options.repeats, options.profile)), flush=True)
+        given = options.remat, options.repeats, options.profile, options.lock
+        print(json.dumps(run_row(options.rows[0], *given)), flush=True)
     else:
         rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-        for found in measure_all(options.rows, rest + ["--remat"] * options.remat):
+        rest += ["--remat"] * options.remat
+        for found in measure_all(options.rows, rest, options.workers):
             print(json.dumps(found), flush=True)
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.backend import backend, is_imitated, traced_attention
+from bytelm_jax.folding import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -56,15 +57,15 @@ def multi_query_attention(
     query must see at least one key.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("...thk,...sk->...hts", q, k, preferred_element_type=wide)
+    # Heads behind queries, as they come in: products with the shared head need no transposes.
+    scores = jnp.einsum("...thk,...sk->...ths", q, k, preferred_element_type=wide)
     scores = scores * q.shape[-1] ** -0.5
     lead = (1,) * (scores.ndim - 1 - mask.ndim) + mask.shape[:-2]
     if bias is not None:
-        heads, length = bias.shape[-2:]
-        scores = scores + jnp.asarray(bias).astype(wide).reshape(*lead, heads, 1, length)
-    visible = jnp.asarray(mask).reshape(*lead, 1, *mask.shape[-2:])
+        scores = scores + jnp.asarray(bias).astype(wide).reshape(*lead, 1, *bias.shape[-2:])
+    visible = jnp.asarray(mask).reshape(*lead, mask.shape[-2], 1, mask.shape[-1])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("...hts,...sk->...thk", weights.astype(v.dtype), v)
+    return jnp.einsum("...ths,...sk->...thk", weights.astype(v.dtype), v)
 
 
 def fused_attention(
@@ -115,7 +116,7 @@ class MultiQueryAttention(nnx.Module):
         if x.ndim == 3 and not self.alibi:
             out = fused_attention(q, k[:, :, None], v[:, :, None], 0)
             if out is not None:
-                return self.to_out(out.reshape(*out.shape[:-2], -1))
+                return self._back(out)
         return self._attend(q, k, v, np.tri(length, dtype=bool))
 
     def extend(
@@ -141,10 +142,9 @@ class MultiQueryAttention(nnx.Module):
         return KeyValueCache(empty, empty)
 
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
-        x = self.norm(x)
-        q = self.to_q(x).reshape(*x.shape[:-1], self.heads, self.head_dim)
-        k, v = jnp.split(self.to_kv(x), 2, axis=-1)
-        return q, k, v
+        q, both = normalized_linears(self.norm, x, self.to_q, self.to_kv)
+        k, v = jnp.split(both, 2, axis=-1)
+        return q.reshape(*x.shape[:-1], self.heads, self.head_dim), k, v
 
     def _attend(
         self,
@@ -157,5 +157,8 @@ class MultiQueryAttention(nnx.Module):
         bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
         if bias is not None and places is not None:
             bias = jnp.moveaxis(jnp.asarray(bias)[:, places], 0, -2)
-        out = multi_query_attention(q, k, v, mask, bias)
-        return self.to_out(out.reshape(*out.shape[:-2], -1))
+        return self._back(multi_query_attention(q, k, v, mask, bias))
+
+    def _back(self, out: Array) -> Array:
+        """[..., T, H, K] → [..., T, D]."""
+        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], -1))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.folding import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 
@@ -72,7 +73,8 @@ class FeedForward(nnx.Module):
         self.down = nnx.Linear(4 * dim, dim, kernel_init=init, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return self.down(gelu(self.up(self.norm(x))))
+        (hidden,) = normalized_linears(self.norm, x, self.up)
+        return linear_of_rows(self.down, gelu(hidden))
 
 
 class GatedFeedForward(nnx.Module):

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+EPSILON = 1e-5
+"""What is added to the variance: PyTorch's default."""
+
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5.
@@ -22,7 +25,7 @@ class LayerNorm(nnx.Module):
         variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         per_channel = (1,) * (x.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(per_channel), self.bias[...].reshape(per_channel)
-        return (centred * jax.lax.rsqrt(variance + 1e-5) * scale + bias).astype(x.dtype)
+        return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -35,4 +38,4 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         power = jnp.square(wide).mean(axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * jax.lax.rsqrt(power + 1e-5) * scale).astype(x.dtype)
+        return (wide * jax.lax.rsqrt(power + EPSILON) * scale).astype(x.dtype)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm_jax.folding import folded, linear_of_rows, normalized_linears, standardized
 from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
@@ -70,6 +71,63 @@ def test_norm_survives_a_large_mean():
     centred = np.array([-0.375, -0.125, 0.125, 0.375])
     expected = centred / np.sqrt((centred**2).mean() + 1e-5)
     assert relative_error(found, expected) <= tolerances.LOGITS["float32"]
+
+
+def _norm_and_linears(dtype):
+    """A norm whose scale and bias matter, a linear with and one without bias."""
+    source = np.random.default_rng(0)
+    norm, rngs = LayerNorm(6), nnx.Rngs(0)
+    linears = nnx.Linear(6, 5, rngs=rngs), nnx.Linear(6, 4, use_bias=False, rngs=rngs)
+    graph, state = nnx.split((norm, linears))
+    state = jax.tree.map(lambda p: jnp.asarray(source.standard_normal(p.shape), dtype), state)
+    x = jnp.asarray(3 + source.standard_normal((5, 8, 6)), dtype)
+    weights = [jnp.asarray(source.standard_normal((5, 8, n)), dtype) for n in (5, 4)]
+    return graph, state, x, weights
+
+
+def _weighed(outputs, weights):
+    return sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
+
+
+def test_folded_norm_is_the_norm_before_the_linear(x64):
+    graph, state, x, weights = _norm_and_linears("float64")
+
+    def plain(state, x):
+        norm, linears = nnx.merge(graph, state)
+        return _weighed([linear(norm(x)) for linear in linears], weights)
+
+    def fold(state, x):
+        norm, linears = nnx.merge(graph, state)
+        rows = standardized(x.reshape(-1, 6))
+        outputs = [folded(norm, linear, rows).reshape(5, 8, -1) for linear in linears]
+        return _weighed(outputs, weights)
+
+    found, wanted = (jax.value_and_grad(f, (0, 1))(state, x) for f in (fold, plain))
+    for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert relative_error(np.asarray(f), np.asarray(w)) <= tolerances.GRADIENTS["float64"]
+
+
+def test_16_bits_fold_where_rows_are_many():
+    graph, state, x, _ = _norm_and_linears("bfloat16")
+    norm, linears = nnx.merge(graph, state)
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda p: p.astype("float64"), state)
+        their_norm, theirs = nnx.merge(graph, wide)
+        hidden = their_norm(x.astype("float64"))
+        expected = [np.asarray(linear(hidden)) for linear in theirs]
+        back = np.asarray(theirs[0](x.astype("float64")))
+    found = normalized_linears(norm, x, *linears)
+    few = normalized_linears(norm, x[:1], *linears)
+    for out, first, want in zip(found, few, expected, strict=True):
+        assert out.dtype == x.dtype and out.shape == want.shape
+        assert relative_error(np.asarray(out, "float64"), want) <= tolerances.BF16_LINEAR
+        error = relative_error(np.asarray(first, "float64"), want[:1])
+        assert error <= tolerances.BF16_LINEAR
+    kernel = folded(norm, linears[1], standardized(x.reshape(-1, 6)))
+    np.testing.assert_array_equal(np.asarray(found[1]), np.asarray(kernel).reshape(5, 8, 4))
+    np.testing.assert_array_equal(np.asarray(few[0]), np.asarray(linears[0](norm(x[:1]))))
+    error = relative_error(np.asarray(linear_of_rows(linears[0], x), "float64"), back)
+    assert error <= tolerances.BF16_LINEAR
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
