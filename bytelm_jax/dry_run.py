@@ -205,15 +205,10 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
     def nats(moving: Any, fixed: Any, ids: Any, keys: Any) -> Any:
         output = bind(moving | fixed).outputs(ids, keys, recipe.train.remat)
         found, _ = cross_entropy(output.logits, ids, pad_id)
-        return (found + output.extra_loss.sum())[None]
+        return found + output.extra_loss.sum()
 
-    function = nats
-    if recipe.train.parallel == "shard_map":  # in which not every kernel can be had
-        alone = parallel.make_mesh(1)
-        whole, cut = jax.P(), parallel.by_row(alone).spec
-        function = jax.shard_map(nats, mesh=alone, in_specs=(whole, whole, cut, cut), out_specs=cut)
     with imitate("tpu" if chip.startswith("TPU") else "gpu"):
-        return kept_for_backward(function, moving, fixed, ids, keys)
+        return kept_for_backward(nats, moving, fixed, ids, keys)
 
 
 def _rows(recipe: Recipe, mesh: Mesh) -> int:

@@ -78,8 +78,7 @@ def fused_attention(
     """
     width, length = q.shape[-1], q.shape[1]
     fits = q.dtype.itemsize == 2 and width == v.shape[-1] and width % 8 == 0 and width <= 128
-    alone = not jax.typeof(q).manual_axis_type.varying  # JAX has no rule for it in shard_map
-    if backend() != "gpu" or length < 64 or not (fits and alone):
+    if backend() != "gpu" or length < 64 or not fits:
         return None
     if is_imitated():
         return traced_attention(q, k, v)

@@ -88,16 +88,13 @@ def test_scores_are_kept_where_attention_is_written_out():
     model = replace(MODEL, max_length=128)
     recipe = Recipe(name="x", model=model, data=DataConfig(sequence_length=128),
                     train=TrainConfig(batch_size=1, compute_dtype="bfloat16"))  # fmt: skip
-    mesh, found = parallel.make_mesh(1), {}
-    for form in ("jit", "shard_map"):
-        changed = replace(recipe, train=replace(recipe.train, parallel=form))
-        state = dry_run.abstract_state(changed, mesh)
-        working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
-        for chip in ("H100", "TPU v4"):
-            arrays = dry_run.residuals(changed, mesh, working, chip)
-            found[form, chip] = [x for x in arrays if x.shape[-3::2] == (64, 64)]  # queries, keys
-    assert not found.pop(("jit", "H100"))  # cuDNN's, on a GPU and outside shard_map
-    assert all(total(arrays) for arrays in found.values())
+    mesh = parallel.make_mesh(1)
+    state = dry_run.abstract_state(recipe, mesh)
+    working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
+    for chip, written_out in (("H100", False), ("TPU v4", True)):  # cuDNN keeps none
+        arrays = dry_run.residuals(recipe, mesh, working, chip)
+        scores = [x for x in arrays if x.shape[-3::2] == (64, 64)]  # queries, keys
+        assert (total(scores) > 0) == written_out
 
 
 def test_state_is_cut_by_fsdp():
