@@ -35,6 +35,9 @@ _ROWS = (DATA, FSDP)
 _WHOLE_BELOW = 1024
 """Parameters with fewer elements, norms and biases mostly, are not worth a collective each."""
 
+_SUMMED_WHOLE_BELOW = 1 << 20
+"""Gradients with fewer elements may travel whole."""
+
 
 class TrainState(NamedTuple):
     """Everything that a step changes. `step` counts finished steps."""
@@ -132,12 +135,18 @@ def gather(mesh: Mesh, params: Params) -> Params:
         # before it, and twice the bytes would travel.
         return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
 
-    # The gradient of a constraint is the same constraint: whole gradients on every device, where
-    # each of them needs its own part only.
-    whole.defvjp(
-        lambda tree: (whole(tree), None),
-        lambda _, gradients: (constrain(gradients, state_shardings(mesh, gradients)),),
-    )
+    def cut(gradients: Params) -> Params:
+        # The gradient of a constraint is the same constraint: whole gradients on every device, of
+        # which each needs its own part only. Small ones are summed whole all the same: the compiler
+        # would rather gather all that an embedding's product reads.
+        parts = state_shardings(mesh, gradients)
+        first = {
+            name: replicated(mesh) if leaf.size < _SUMMED_WHOLE_BELOW else parts[name]
+            for name, leaf in gradients.items()
+        }
+        return constrain(constrain(gradients, first), parts)
+
+    whole.defvjp(lambda tree: (whole(tree), None), lambda _, gradients: (cut(gradients),))
     return whole(params)
 
 

@@ -85,16 +85,19 @@ def plot(path: Path, out: Path) -> None:
                     r for r in records if (r["model"], r["form"]) == (model, form)
                     and (r["devices"] == 1 or (r["fsdp"] > 1) == cut)
                 ]  # fmt: skip
+                if len(line) < 2:
+                    continue
                 line.sort(key=lambda r: r["devices"])
                 style = "--" if cut else "-"
                 label = f"{model.split(':')[0]} {form}{' fsdp' if cut else ''}"
                 x = [r["devices"] for r in line]
                 left.plot(x, [r["weak_efficiency"] for r in line], style, marker="o", label=label)
-                if form == "jit":
-                    right.plot(x, [r["state_gib"] for r in line], style, marker="o", label=label)
-    left.set(xlabel="devices", ylabel="weak-scaling efficiency", ylim=(0, 1.1))
-    right.set(xlabel="devices", ylabel="parameters and optimizer state, GiB a device", yscale="log")
+                right.plot(x, [r["state_gib"] for r in line], style, marker="o", label=label)
+    left.set(ylabel="weak-scaling efficiency", ylim=(0.5, 1.05))
+    right.set(ylabel="parameters and optimizer state, GiB a device", yscale="log")
+    counts = sorted({r["devices"] for r in records})
     for axes in (left, right):
+        axes.set(xlabel="devices", xticks=counts, xticklabels=counts)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
     figure.savefig(out, dpi=130)
