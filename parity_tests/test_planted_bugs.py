@@ -23,7 +23,7 @@ BUGS = {
         {"approximate=False": "approximate=True"},
         LAYERS,
     ),
-    "wrong eps": ("bytelm_jax/layers/norm.py", {"variance + 1e-5": "variance + 1e-6"}, LAYERS),
+    "wrong eps": ("bytelm_jax/layers/norm.py", {"variance + EPSILON": "variance + 1e-6"}, LAYERS),
     "square kernels are not transposed": (
         "bytelm_jax/convert.py",
         {

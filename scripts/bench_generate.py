@@ -2,12 +2,13 @@
 
     python scripts/bench_generate.py --recipe megabyte_132m --batches 1 256 --bytes 1024
 
-The first call compiles; the time is that of a second call of the same shape, prompts and copies to
-the host included. Needs neither grain nor tyro.
+The first call compiles; the time is the median of `--repeats` calls of the same shape after it,
+prompts and copies to the host included. Needs neither grain nor tyro.
 """
 
 import argparse
 import json
+import statistics
 import time
 
 import jax
@@ -23,6 +24,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="megabyte_132m")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
     parser.add_argument("--bytes", type=int, default=1024, help="new bytes a row")
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     recipe = recipes.get(options.recipe)
     dtype = parallel.compute_dtype(recipe.train)
@@ -30,12 +32,13 @@ def main() -> None:
     model = bind(jax.jit(lambda: cast_params(init(0), dtype))())
     greedy = SamplerConfig(sampler="greedy")
     for batch in options.batches:
-        prompts, seconds = [b"hello world, this is"] * batch, 0.0
+        prompts, times = [b"hello world, this is"] * batch, []
         made: list[bytes] = []
-        for _ in range(2):
+        for _ in range(1 + options.repeats):
             start = time.perf_counter()
             made = generate(model, prompts, options.bytes, greedy, stop_at_eos=False)
-            seconds = time.perf_counter() - start
+            times.append(time.perf_counter() - start)
+        seconds = statistics.median(times[1:])
         row = {
             "recipe": recipe.name,
             "batch": batch,

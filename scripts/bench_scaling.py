@@ -7,8 +7,10 @@ A row names the recipe and the batch of one device, as in `bench_train.py`, whic
 scaling keeps the batch of each device, strong scaling that of the whole host (the row's times the
 most devices). Lines come as they are measured; efficiency is against one device of the host in the
 same run. With fsdp all devices hold one copy of the state together. "collectives" is
-their share of the step, waiting for the slowest device included; "step_gib" what the compiled step
-needs of a device. `--only` takes rows of `bench_train.py` in place of the whole plan. JSON lines.
+their share of the step, waiting for the slowest device included; "kernels_ms" the time of all
+kernels of a step and device, more than "ms" where some run side by side; "step_gib" what the
+compiled step needs of a device. `--only` takes rows of `bench_train.py` in place of the whole plan.
+JSON lines.
 """
 
 import argparse
@@ -115,11 +117,13 @@ def main() -> None:
     settings = plan(options.rows, options.devices, options.forms)
     if options.only:
         settings = chosen(options.only, options.rows, options.devices)
-    rest = ["--repeats", str(options.repeats), "--profile", "3"]
+    rest = ["--repeats", str(options.repeats)]
     known = {setting["row"]: setting for setting in settings}
-    for found in measure_all(list(known), rest, options.workers):
-        if "kernels" in found:
-            found["collectives"] = round(found.pop("kernels")["collectives"] / found["ms"], 4)
+    for found in measure_all(list(known), rest, options.workers, profile=3):
+        kernels = found.pop("kernels", None)
+        if kernels:
+            found["collectives"] = round(kernels["collectives"] / found["ms"], 4)
+            found["kernels_ms"] = kernels["all kernels"]
         print(json.dumps(known[found["row"]] | found), flush=True)
 
 

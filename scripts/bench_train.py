@@ -66,11 +66,12 @@ def read_row(row: str) -> Recipe:
     return replace(recipe, train=run, data=data)
 
 
-def longest_kernels(trace: Path, steps: int, count: int, hlo: str) -> dict[str, float]:
+def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
     """Milliseconds a step and device of what takes longest, by place in the program, and of all.
 
     "collectives" are those between devices, waiting for the slowest of them included.
     """
+    hlo = (trace / "hlo.txt").read_text()
     places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
     (path,) = trace.rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(path))
@@ -183,21 +184,19 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
     }
 
 
-def run_row(row: str, remat: bool, repeats: int, profile: int, lock: Path) -> dict[str, Any]:
-    """Compiles a row, waits for the devices, measures, and reads the profile after that."""
+def run_row(row: str, remat: bool, repeats: int, lock: Path, trace: Path | None) -> dict[str, Any]:
+    """Compiles a row, waits for the devices and measures; the devices are its own until it ends."""
     prepared = prepare(row, remat)
-    with tempfile.TemporaryDirectory() as folder:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the devices are for one row at a time
-            times, sizes = measure(prepared, repeats, Path(folder) if profile else None)
-        found = describe(prepared, times, sizes)
-        if profile:
-            hlo = prepared.step.as_text() or ""
-            found["kernels"] = longest_kernels(Path(folder), STEPS, profile, hlo)
-    return found
+    fcntl.flock(os.open(lock, os.O_RDWR), fcntl.LOCK_EX)
+    times, sizes = measure(prepared, repeats, trace)
+    if trace:
+        (trace / "hlo.txt").write_text(prepared.step.as_text() or "")
+    return describe(prepared, times, sizes)
 
 
-def measure_all(rows: list[str], rest: list[str], workers: int) -> Iterator[dict[str, Any]]:
+def measure_all(
+    rows: list[str], rest: list[str], workers: int, profile: int
+) -> Iterator[dict[str, Any]]:
     """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
 
     First all are compiled, `workers` side by side: the compiler tries out kernels on the devices
@@ -217,8 +216,15 @@ def measure_all(rows: list[str], rest: list[str], workers: int) -> Iterator[dict
             done = subprocess.run(call, env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True)
             return {"failed": True} if done.returncode else json.loads(done.stdout)
 
+        def run_on_devices(row: str) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as trace:
+                found = run(row, "--lock", str(lock), *["--trace", trace][: 2 * bool(profile)])
+                if profile and "failed" not in found:
+                    found["kernels"] = longest_kernels(Path(trace), STEPS, profile)
+            return found
+
         compiled = dict(zip(rows, pool.map(lambda row: run(row, "--compile"), rows), strict=True))
-        jobs = {pool.submit(run, row, "--lock", str(lock)): row for row in rows}
+        jobs = {pool.submit(run_on_devices, row): row for row in rows}
         for job in as_completed(jobs):
             yield {"row": jobs[job]} | job.result() | compiled[jobs[job]]
 
@@ -233,17 +239,17 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
         seconds = prepare(options.rows[0], options.remat).seconds
         print(json.dumps({"compile_seconds": round(seconds, 1)}))
     elif options.lock:
-        given = options.remat, options.repeats, options.profile, options.lock
+        given = options.remat, options.repeats, options.lock, options.trace
         print(json.dumps(run_row(options.rows[0], *given)), flush=True)
     else:
-        rest = ["--repeats", str(options.repeats), "--profile", str(options.profile)]
-        rest += ["--remat"] * options.remat
-        for found in measure_all(options.rows, rest, options.workers):
+        rest = ["--repeats", str(options.repeats)] + ["--remat"] * options.remat
+        for found in measure_all(options.rows, rest, options.workers, options.profile):
             print(json.dumps(found), flush=True)
 
 

@@ -1,15 +1,18 @@
 """The memory that `bytelm train --dry-run` foretells, against what was measured on an H100.
 
-    python scripts/check_memory.py megabyte_132m:32=7.45 megabyte_132m:128=24.55
+    python scripts/check_memory.py megabyte_132m:32=7.43 megabyte_132m:128@4x4xjit=6.5
 
-A row is RECIPE:BATCH[:LENGTH[:PATCH]] as in `scripts/bench_train.py`, behind `=` its `peak_gib`.
-One JSON line a row; nothing is compiled, so each takes seconds on a CPU. Without rows, those of the
-README.
+A row is one of `scripts/bench_train.py`, behind `=` its `peak_gib`. One JSON line a row; nothing is
+compiled, so each takes seconds on a CPU, which stands in for eight devices. Without rows, those of
+the README.
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 from bench_train import read_row
 
@@ -17,16 +20,20 @@ from bytelm_jax import parallel
 from bytelm_jax.dry_run import abstract_state, reckon_memory
 
 MEASURED = (
-    "megabyte_132m:32=7.45 megabyte_132m:128=24.55 blt_767m:8:2048:4=16.2 blt_767m:8:2048:8=14.6"
+    "megabyte_132m:32=7.43 megabyte_132m:128=24.53 megabyte_132m:256=44.46 "
+    "megabyte_132m:128@4x1xjit=7.67 megabyte_132m:128@4x4xjit=6.5 "
+    "megabyte_132m:32@1x1xshard_map=9.68 megabyte_132m:128@4x4xshard_map=8.94 "
+    "blt_767m:8:2048:4=16.19 blt_767m:8:2048:8=14.5 blt_767m:32:2048:8=29.62 "
+    "blt_767m:32:2048:4@4x4xshard_map=22.22 lfbyte_130m:32=18.69 transformer_132m:16=12.69"
 )
 
 
 def main(rows: list[str]) -> None:
     """Prints a line a row."""
-    mesh = parallel.make_mesh(1)
     for text in rows or MEASURED.split():
         row, _, measured = text.partition("=")
         recipe = read_row(row)
+        mesh = parallel.make_mesh(recipe.train.devices, recipe.train.fsdp)
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
         memory = reckon_memory(recipe, mesh, abstract_state(recipe, mesh))
         found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}

@@ -44,10 +44,10 @@ def test_what_is_cheap_is_computed_again():
 
 def test_what_is_dear_is_kept_and_so_is_what_a_product_reads():
     def function(w, x):
-        y = jnp.tanh(x @ w)
+        y = jnp.exp(x @ w)
         return ((3 * y) @ w).sum()
 
-    assert kept(function, (4, 8)) == [("mul", (4, 8)), ("tanh", (4, 8))]
+    assert kept(function, (4, 8)) == [("exp", (4, 8)), ("mul", (4, 8))]
 
 
 def test_a_function_that_is_called_twice_keeps_twice():
@@ -59,7 +59,7 @@ def test_a_function_that_is_called_twice_keeps_twice():
 
 def test_rematerialisation_keeps_its_inputs_and_one_part_of_what_it_spares():
     def layer(x, w):
-        return jnp.tanh(jnp.tanh(x @ w) @ w)
+        return jnp.exp(jnp.exp(x @ w) @ w)
 
     def stack(layer):
         def function(w, x):
@@ -69,9 +69,9 @@ def test_rematerialisation_keeps_its_inputs_and_one_part_of_what_it_spares():
 
         return function
 
-    assert kept(stack(layer), (4, 8)) == 6 * [("tanh", (4, 8))]
+    assert kept(stack(layer), (4, 8)) == 6 * [("exp", (4, 8))]
     # Two inputs between layers, the first being given; then both of the layer that is done again.
-    assert kept(stack(jax.checkpoint(layer)), (4, 8)) == 4 * [("tanh", (4, 8))]
+    assert kept(stack(jax.checkpoint(layer)), (4, 8)) == 4 * [("exp", (4, 8))]
 
 
 def test_memory_of_132_million_parameters_is_what_was_measured():
@@ -79,7 +79,7 @@ def test_memory_of_132_million_parameters_is_what_was_measured():
     recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     mesh = parallel.make_mesh(1)
     memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
-    measured = 7.45 * 2**30  # the README's, 32 rows of 2,048 bytes
+    measured = 7.43 * 2**30  # the README's, 32 rows of 2,048 bytes
     assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
     assert memory.parameters == 4 * recipe.model.parameter_count()
 
@@ -95,7 +95,7 @@ def test_scores_are_kept_where_attention_is_written_out():
         working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
         for chip in ("H100", "TPU v4"):
             arrays = dry_run.residuals(changed, mesh, working, chip)
-            found[form, chip] = [x for x in arrays if x.shape[-2:] == (64, 64)]
+            found[form, chip] = [x for x in arrays if x.shape[-3::2] == (64, 64)]  # queries, keys
     assert not found.pop(("jit", "H100"))  # cuDNN's, on a GPU and outside shard_map
     assert all(total(arrays) for arrays in found.values())
 
@@ -158,7 +158,7 @@ def test_the_command_foretells_data_parallel_training_and_writes_nothing(tmp_pat
     found = subprocess.run(
         [*command, *options, "--compute-dtype", "float32", "--link-gbytes", "25"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     said = json.loads(found.stdout)
