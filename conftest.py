@@ -26,11 +26,11 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-import parity_tests.shapes
+from parity_tests import shapes
 
-# Shapes in annotations are enforced here and nowhere else, by beartype. Modules imported before the hook would
-# escape it, so it comes before any test imports bytelm.
-install_import_hook(["bytelm_jax", "bytelm_torch"], "parity_tests.shapes.checked")
+# Shapes in annotations are enforced here and nowhere else, by beartype. Modules imported before the
+# hook would escape it, so it comes before any test imports bytelm.
+install_import_hook(["bytelm_jax", "bytelm_torch"], f"{shapes.__name__}.checked")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -94,7 +94,7 @@ def programs(name: str) -> tuple[Any, Any, Any]:
 
     @jax.jit
     def decode(params: Params, cache: Any, ids: Any, first: Any, last: Any, lengths: Any) -> Any:
-        """Rounds `first` to `last`; a row takes its own ids up to its length, then the likeliest."""
+        """Rounds `first` to `last`; a row takes its own ids up to its length, then likely ones."""
         model = bind(params)
 
         def body(index: Any, carry: Any) -> Any:
