@@ -1,5 +1,6 @@
 """Strict numerics for every test: set before JAX makes its first array."""
 
+import gc
 import os
 from importlib.metadata import version
 
@@ -25,13 +26,20 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Shapes in annotations are enforced here and nowhere else. Modules imported before the hook would
-# escape it, so it comes before any test imports bytelm.
-install_import_hook(["bytelm_jax", "bytelm_torch"], "beartype.beartype")
+from parity_tests import shapes
+
+# Shapes in annotations are enforced here and nowhere else, by beartype. Modules imported before the
+# hook would escape it, so it comes before any test imports bytelm.
+install_import_hook(["bytelm_jax", "bytelm_torch"], f"{shapes.__name__}.checked")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(1)
+
+# Tracing makes objects by the million and few cycles; at the usual thresholds the collector looks
+# through all of them, again and again.
+gc.freeze()
+gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.fixture

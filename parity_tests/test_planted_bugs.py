@@ -93,7 +93,7 @@ for node in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # Shapes in annotations are no matter here; checking them doubles what importing takes.
-HOOK = 'install_import_hook(["bytelm_jax", "bytelm_torch"], "beartype.beartype")\n'
+HOOK = 'install_import_hook(["bytelm_jax", "bytelm_torch"], f"{shapes.__name__}.checked")\n'
 
 
 @pytest.fixture(scope="module")

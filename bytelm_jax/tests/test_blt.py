@@ -77,7 +77,7 @@ def prompts() -> np.ndarray:
 
 @functools.cache
 def programs(name: str) -> tuple[Any, Any, Any]:
-    """(whole forward pass, prefill, loop over rounds), each one program for all lengths."""
+    """(whole forward pass, prefill, loop over rounds); rounds are one program for all lengths."""
     config, _, bind = model_of(name)
 
     @jax.jit
@@ -93,8 +93,8 @@ def programs(name: str) -> tuple[Any, Any, Any]:
         return model.prefill(ids, model.init_cache(ROWS, LENGTH))
 
     @jax.jit
-    def decode(params: Params, cache: Any, ids: Any, first: Any, lengths: Any) -> Any:
-        """Rounds `first` to L; a row takes its own ids up to its length, then the likeliest."""
+    def decode(params: Params, cache: Any, ids: Any, first: Any, last: Any, lengths: Any) -> Any:
+        """Rounds `first` to `last`; a row takes its own ids up to its length, then likely ones."""
         model = bind(params)
 
         def body(index: Any, carry: Any) -> Any:
@@ -113,7 +113,7 @@ def programs(name: str) -> tuple[Any, Any, Any]:
             return cache, ids, logits
 
         logits = jnp.zeros((ROWS, LENGTH, VOCAB.size))
-        return jax.lax.fori_loop(first, LENGTH, body, (cache, ids, logits))
+        return jax.lax.fori_loop(first, last, body, (cache, ids, logits))
 
     return whole, prefill, decode
 
@@ -127,11 +127,9 @@ def uncached(name: str, ids: np.ndarray, lengths: np.ndarray, count: int) -> np.
     """`count` greedy ids behind each row's prompt, by a whole pass for each."""
     whole, _, _ = programs(name)
     _, params, _ = model_of(name)
-    ids = np.where(np.arange(LENGTH)[None] < lengths[:, None], ids, VOCAB.pad_id).astype(np.int32)
-    for position in range(lengths.min(), lengths.max() + count):
-        chosen = np.asarray(greedy(whole(params, ids)[0][:, position]))
-        free = (lengths <= position) & (position < LENGTH)
-        ids[free, position] = chosen[free]
+    ids, rows = ids.copy(), np.arange(len(ids))
+    for position in (lengths + i for i in range(count)):
+        ids[rows, position] = np.asarray(greedy(whole(params, ids)[0][rows, position]))
     return ids
 
 
@@ -140,14 +138,15 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     _, params, _ = model_of(name)
     whole, prefill, decode = programs(name)
     ids = prompts()
-    expected, starts = whole(params, ids)
+    expected, starts = map(np.asarray, whole(params, ids))
     everything = np.full(ROWS, LENGTH, np.int32)
     for first, filled in ((0, 0), (0, 40), (17, 40), (40, 40)):
         # What a prefill wrote from `first` on is junk that the rounds must write once more.
         given = np.where(np.arange(LENGTH) < first, ids, np.roll(ids, 3, axis=0))[:, :filled]
         empty = define_model(CONFIGS[name])[0](params).init_cache(ROWS, LENGTH)
         cache = prefill(params, given) if filled else empty
-        cache, found_ids, found = decode(params, cache, ids, first, everything)
+        cache, found_ids, found = decode(params, cache, ids, first, LENGTH, everything)
+        found = np.asarray(found)
         np.testing.assert_array_equal(found_ids, ids)
         error = np.linalg.norm(found[:, first:] - expected[:, first:])
         assert error <= LOGITS["float32"] * np.linalg.norm(expected[:, first:])
@@ -163,17 +162,18 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
 def test_greedy_bytes_are_those_of_whole_passes_at_every_prompt_length(name):
     _, params, bind = model_of(name)
     _, prefill, decode = programs(name)
-    ids, new = prompts(), 6
-    for length in range(65):
-        lengths = np.array([length, length + 3, length + 8], np.int32)
-        # As generation does it: a padded prefill, then rounds from the shortest prompt on.
-        given = np.where(np.arange(LENGTH)[None] < lengths[:, None], ids, VOCAB.pad_id)
-        given = given.astype(np.int32)
-        cache = bind(params).init_cache(ROWS, LENGTH) if length == 0 else prefill(params, given)
-        _, found, _ = decode(params, cache, given, length, lengths)
-        expected = uncached(name, ids, lengths, new)
-        for row, own in enumerate(lengths):
-            np.testing.assert_array_equal(found[row, : own + new], expected[row, : own + new])
+    new = 6
+    # As generation does it: a padded prefill, then rounds from the shortest prompt on.
+    lengths = np.arange(65, dtype=np.int32)[:, None] + np.array([0, 3, 8], np.int32)
+    given = np.where(np.arange(LENGTH) < lengths[..., None], prompts(), VOCAB.pad_id)
+    given = given.astype(np.int32)
+    flat = uncached(name, given.reshape(-1, LENGTH), lengths.reshape(-1), new)
+    for own, ids, expected in zip(lengths, given, flat.reshape(given.shape), strict=True):
+        first, last = own.min(), own.max() + new
+        cache = prefill(params, ids) if first else bind(params).init_cache(ROWS, LENGTH)
+        _, found, _ = decode(params, cache, ids, first, last, own)
+        for ours, theirs, end in zip(np.asarray(found), expected, own + new, strict=True):
+            np.testing.assert_array_equal(ours[:end], theirs[:end])
 
 
 def test_one_row_calls_the_global_transformer_once_a_patch():

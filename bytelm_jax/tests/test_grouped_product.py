@@ -49,21 +49,28 @@ def literal(x, kernels, biases, gates, chosen):
     return (gates[..., None] * out).sum(axis=1)
 
 
+def measured(form):
+    """The gradients of the squares' sum and the product itself, of one compiled program."""
+
+    def loss(values, chosen, *block):
+        out = form(*values, chosen, *block)
+        return jnp.square(out).sum(), out
+
+    # The numbers of the blocks are static, and rows of one spread are compared in one program.
+    return jax.jit(jax.grad(loss, has_aux=True), static_argnums=2)
+
+
+MULTIPLY, LITERAL = measured(multiply), measured(literal)
+
+
 @pytest.mark.parametrize("block", [0, 1, 4, 8])
 @pytest.mark.parametrize("name", SPREADS)
 def test_every_form_is_the_loop_over_rows(name, block, x64):
     chosen = jnp.asarray(SPREADS[name]).reshape(-1, 2 if "pairs" in name else 1)
     values = arrays(*chosen.shape)
-
-    def measured(form):
-        return lambda *values: jnp.square(form(*values)).sum()
-
-    found = multiply(*values, chosen, block)
-    assert relative(found, literal(*values, chosen)) <= LOGITS["float64"]
-    ours, theirs = (
-        jax.grad(measured(form), argnums=(0, 1, 2, 3))(*values)
-        for form in (lambda *v: multiply(*v, chosen, block), lambda *v: literal(*v, chosen))
-    )
+    ours, found = MULTIPLY(values, chosen, block)
+    theirs, expected = LITERAL(values, chosen)
+    assert relative(found, expected) <= LOGITS["float64"]
     for mine, other in zip(ours, theirs, strict=True):
         assert relative(mine, other) <= GRADIENTS["float64"]
 

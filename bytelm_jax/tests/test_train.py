@@ -40,12 +40,14 @@ def environment(tmp_path_factory):
     cache = str(tmp_path_factory.mktemp("cache"))
     hidden = tmp_path_factory.mktemp("hidden")
     (hidden / "torch.py").write_text("raise ImportError('training in JAX needs no torch')")
-    compiled = {
+    one, eight = (f"--xla_force_host_platform_device_count={count}" for count in (1, 8))
+    assert eight in os.environ["XLA_FLAGS"]
+    return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": f"{hidden}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(eight, one),
     }
-    return os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
 
 
 class Run:

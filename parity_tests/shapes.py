@@ -1,0 +1,31 @@
+"""The checker of annotations that conftest.py hooks into every import: beartype, once a signature.
+
+A function inside another is defined anew at every call, and making its checks takes beartype
+longer than most of our functions run. What is made depends on nothing but the signature.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from beartype import beartype
+
+_made: dict[Any, Callable[..., Any]] = {}
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which does nothing but have a signature (jaxtyping makes it), with its checks."""
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    key = (
+        (function.__module__, function.__qualname__, signature.return_annotation),
+        # Defaults too, which beartype may look at; True is 1, but not of its type.
+        tuple((p.name, p.kind, p.annotation, type(p.default), p.default) for p in parameters),
+    )
+    try:
+        known = _made.get(key)
+    except TypeError:  # an array, or whatever else has no hash
+        return beartype(function)
+    if known is None:
+        known = _made[key] = beartype(function)
+    return known
