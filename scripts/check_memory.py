@@ -22,9 +22,8 @@ from bytelm_jax.dry_run import abstract_state, reckon_memory
 MEASURED = (
     "megabyte_132m:32=7.43 megabyte_132m:128=24.53 megabyte_132m:256=44.46 "
     "megabyte_132m:128@4x1xjit=7.67 megabyte_132m:128@4x4xjit=6.5 "
-    "megabyte_132m:32@1x1xshard_map=9.68 megabyte_132m:128@4x4xshard_map=8.94 "
     "blt_767m:8:2048:4=16.19 blt_767m:8:2048:8=14.5 blt_767m:32:2048:8=29.62 "
-    "blt_767m:32:2048:4@4x4xshard_map=22.22 lfbyte_130m:32=18.69 transformer_132m:16=12.69"
+    "lfbyte_130m:32=18.69 transformer_132m:16=12.69"
 )
 
 

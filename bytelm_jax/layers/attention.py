@@ -12,9 +12,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.backend import backend, is_imitated, traced_attention
-from bytelm_jax.folding import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.sixteen_bits import linear_of_rows, normalized_linears
 
 
 class KeyValueCache(NamedTuple):

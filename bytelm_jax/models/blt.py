@@ -45,6 +45,7 @@ from bytelm_jax.models.entropy import (
     write_prefix,
 )
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class BLTCache(NamedTuple):
@@ -94,7 +95,7 @@ class BLT(nnx.Module):
         kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
         self.global_transformer = Transformer(*sizes, *kind, rngs=rngs)
         self.decoder = Decoder(c, rngs=rngs)
-        self.to_logits = nnx.Linear(
+        self.to_logits = LogitsLinear(
             c.local_dim,
             c.vocab.size,
             use_bias=False,
@@ -108,7 +109,7 @@ class BLT(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
         the backward pass. Ids outside the vocabulary raise `ValueError` (NaN under `jit`).

@@ -18,6 +18,7 @@ from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, segment_begins
 from bytelm_jax.layers.transformer import Caches, Transformer
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class EntropyCache(NamedTuple):
@@ -38,7 +39,7 @@ class EntropyModel(nnx.Module):
         sizes = (c.dim, c.layers, c.heads, c.kv_heads, c.hidden_dim, c.window)
         self.transformer = Transformer(*sizes, c.rope_theta, c.dropout, rngs=rngs)
         self.norm = RMSNorm(c.dim)
-        self.to_logits = nnx.Linear(
+        self.to_logits = LogitsLinear(
             c.dim, c.vocab.size, use_bias=False, kernel_init=init, rngs=rngs
         )
 
@@ -48,7 +49,7 @@ class EntropyModel(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
         the backward pass. Ids outside the vocabulary raise `ValueError` (NaN under `jit`).

@@ -32,6 +32,7 @@ from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class LayerCache(NamedTuple):
@@ -129,7 +130,7 @@ class LFByteTransformer(nnx.Module):
         self.layers = nnx.List([LFByteLayer(c, rngs=rngs) for _ in range(c.num_layers)])
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
         init = normal(c.init_std)
-        self.to_logits = nnx.Linear(c.embed_dim, c.logit_width, kernel_init=init, rngs=rngs)
+        self.to_logits = LogitsLinear(c.embed_dim, c.logit_width, kernel_init=init, rngs=rngs)
 
     def __call__(
         self,
@@ -137,7 +138,7 @@ class LFByteTransformer(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
         the backward pass instead of keeping their activations. Ids outside the vocabulary raise

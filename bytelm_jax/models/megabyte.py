@@ -28,6 +28,7 @@ from bytelm_jax.layers.feedforward import FeedForward
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class MegabyteCache(NamedTuple):
@@ -171,7 +172,7 @@ class Megabyte(nnx.Module):
         self.global_transformer = transformer(c.global_width, c.global_layers, c.global_heads)
         self.global_to_local = linear(c.global_dim, c.local_dim)
         self.local_transformer = transformer(c.local_dim, c.local_layers, c.local_heads)
-        self.to_logits = linear(c.local_dim, c.vocab.size)
+        self.to_logits = LogitsLinear(c.local_dim, c.vocab.size, kernel_init=init, rngs=rngs)
 
     def __call__(
         self,
@@ -179,7 +180,7 @@ class Megabyte(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `dropout_keys` holds one key a row and means training: dropout is on, and resets find the
         room of `reset_room`. `remat` recomputes the blocks in the backward pass instead of keeping

@@ -11,7 +11,6 @@ from flax import nnx
 
 from bytelm_jax import parallel
 from bytelm_jax.config import OptimizerConfig, TrainConfig
-from bytelm_jax.folding import folded, linear_of_rows, normalized_linears, standardized
 from bytelm_jax.layers import attention
 from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
@@ -23,6 +22,13 @@ from bytelm_jax.models import build_model, define_model, split_model
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.optim import build_optimizer
 from bytelm_jax.parity import relative_error
+from bytelm_jax.sixteen_bits import (
+    LogitsLinear,
+    folded,
+    linear_of_rows,
+    normalized_linears,
+    standardized,
+)
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES
 
@@ -154,6 +160,32 @@ def test_16_bits_fold_where_rows_are_many():
     np.testing.assert_array_equal(np.asarray(few[0]), np.asarray(linears[0](norm(x[:1]))))
     error = relative_error(np.asarray(linear_of_rows(linears[0], x), "float64"), back)
     assert error <= tolerances.BF16_LINEAR
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logits_of_16_bits_are_not_rounded(with_bias):
+    source = np.random.default_rng(0)
+    layer = LogitsLinear(6, 5, use_bias=with_bias, rngs=nnx.Rngs(0))
+    plain = nnx.Linear(6, 5, use_bias=with_bias, rngs=nnx.Rngs(0))
+    wide = jnp.asarray(source.standard_normal((2, 8, 6)), jnp.float32)
+    np.testing.assert_array_equal(np.asarray(layer(wide)), np.asarray(plain(wide)))
+
+    graph, state = nnx.split(layer)
+    plain_graph, _ = nnx.split(plain)
+    state = jax.tree.map(lambda p: (p + 0.3).astype("bfloat16"), state)
+    x, gradient = wide.astype("bfloat16"), source.standard_normal((2, 8, 5))
+    out, pull = jax.vjp(lambda s, x: nnx.merge(graph, s)(x), state, x)
+    leaves = {k[0].key: np.asarray(p, "float64") for k, p in jax.tree.leaves_with_path(state)}
+    expected = np.asarray(x, "float64") @ leaves["kernel"] + leaves.get("bias", 0)
+    assert out.dtype == jnp.float32
+    assert relative_error(np.asarray(out), expected) <= tolerances.LOGITS["float32"]
+    # Gradients are those of the plain layer, whose results are rounded.
+    rounded, pull_plain = jax.vjp(lambda s, x: nnx.merge(plain_graph, s)(x), state, x)
+    found = pull(jnp.asarray(gradient, out.dtype))
+    wanted = pull_plain(jnp.asarray(gradient, rounded.dtype))
+    for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        error = relative_error(np.asarray(f, "float64"), np.asarray(w, "float64"))
+        assert f.dtype == w.dtype and error <= tolerances.BF16_LINEAR
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,9 +1,13 @@
-"""Linear layers behind a norm as a GPU likes them in 16 bits: on rows, scale and bias folded in.
+"""What linear layers do otherwise in 16 bits, for speed and for exactness.
 
 The function is that of the plain layers, which every other dtype takes; the roundings differ.
-Measured on an H100 (README, "Measured"): with several leading axes XLA kept MEGABYTE's activations
-with the batch innermost and transposed them twice a layer; and the gradients of a norm's scale and
-bias are sums over all positions, which the gradient of the kernel behind it already contains.
+
+A norm is folded into the linears behind it, and linears see rows. Measured on an H100 (README,
+"Measured"): with several leading axes XLA kept MEGABYTE's activations with the batch innermost and
+transposed them twice a layer; and the gradients of a norm's scale and bias are sums over all
+positions, which the gradient of the kernel behind it already contains.
+
+Logits are not rounded: in bfloat16 two of them are the same number at about one byte in a hundred.
 """
 
 import math
@@ -13,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.layers.embedding import vary_like
 from bytelm_jax.layers.norm import EPSILON, LayerNorm
 
 _ROWS = 4
@@ -80,3 +85,35 @@ def _standardized_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[
 
 
 standardized.defvjp(_standardized_forward, _standardized_backward)
+
+
+class LogitsLinear(nnx.Linear):
+    """A linear whose results are in at least float32; of 16-bit inputs, the products are, too."""
+
+    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        if inputs.dtype.itemsize != 2:
+            return super().__call__(inputs)
+        rows = inputs.reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1])
+        out = _wide_product(rows, vary_like(self.kernel[...].astype(rows.dtype), rows))
+        if self.bias is not None:
+            out = out + self.bias[...].astype(out.dtype)[None]
+        return out.reshape(*inputs.shape[:-1], out.shape[-1])
+
+
+@jax.custom_vjp
+def _wide_product(rows: Float[Array, "N D"], kernel: Float[Array, "D V"]) -> Float[Array, "N V"]:
+    return jnp.matmul(rows, kernel, preferred_element_type=jnp.float32)
+
+
+def _wide_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _wide_product(rows, kernel), (rows, kernel)
+
+
+def _wide_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    # Rounded first: a product of float32 with 16 bits would be one of float32.
+    rows, kernel = kept
+    gradient = gradient.astype(rows.dtype)
+    return gradient @ kernel.T, rows.T @ gradient
+
+
+_wide_product.defvjp(_wide_forward, _wide_backward)
