@@ -30,6 +30,7 @@ from bytelm_torch.models.entropy import (
     write_prefix,
 )
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.sixteen_bits import LogitsLinear
 
 
 class BLTCache(NamedTuple):
@@ -79,10 +80,10 @@ class BLT(nn.Module):
         kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
         self.global_transformer = Transformer(*sizes, *kind)
         self.decoder = Decoder(c)
-        self.to_logits = bias_free(c.local_dim, c.vocab.size)
+        self.to_logits = bias_free(c.local_dim, c.vocab.size, LogitsLinear)
 
     def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `remat` recomputes the layers in the backward pass. Ids outside the vocabulary raise
         `ValueError`.

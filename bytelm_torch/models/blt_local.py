@@ -20,9 +20,9 @@ from bytelm_torch.layers.segments import segment_max
 from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
 
 
-def bias_free(inputs: int, outputs: int) -> nn.Linear:
+def bias_free(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A Linear without bias, initialised by fan-in."""
-    made = nn.Linear(inputs, outputs, bias=False)
+    made = kind(inputs, outputs, bias=False)
     fan_in_normal(inputs)(made.weight)
     return made
 

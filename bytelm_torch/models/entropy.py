@@ -18,6 +18,7 @@ from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.resets import ends_segment, segment_begins
 from bytelm_torch.layers.transformer import Caches, Transformer
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.sixteen_bits import LogitsLinear
 
 
 class EntropyCache(NamedTuple):
@@ -38,11 +39,11 @@ class EntropyModel(nn.Module):
         sizes = (c.dim, c.layers, c.heads, c.kv_heads, c.hidden_dim, c.window)
         self.transformer = Transformer(*sizes, c.rope_theta, c.dropout)
         self.norm = RMSNorm(c.dim)
-        self.to_logits = nn.Linear(c.dim, c.vocab.size, bias=False)
+        self.to_logits = LogitsLinear(c.dim, c.vocab.size, bias=False)
         fan_in_normal(c.dim)(self.to_logits.weight)
 
     def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `remat` recomputes the layers in the backward pass. Ids outside the vocabulary raise
         `ValueError`.

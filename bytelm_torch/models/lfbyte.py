@@ -33,6 +33,7 @@ from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.sixteen_bits import LogitsLinear
 
 
 class LayerCache(NamedTuple):
@@ -126,10 +127,10 @@ class LFByteTransformer(nn.Module):
         self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0)
         self.layers = nn.ModuleList([LFByteLayer(c) for _ in range(c.num_layers)])
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
-        self.to_logits = _linear(c.embed_dim, c.logit_width, c.init_std)
+        self.to_logits = _linear(c.embed_dim, c.logit_width, c.init_std, LogitsLinear)
 
     def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `remat` recomputes the layers in the backward pass instead of keeping their activations.
         Ids outside the vocabulary raise `ValueError`.
@@ -240,8 +241,10 @@ class LFByteTransformer(nn.Module):
         return self.to_logits(x)[..., : self.config.vocab.size]
 
 
-def _linear(inputs: int, outputs: int, init_std: float) -> nn.Linear:
-    made = nn.Linear(inputs, outputs)
+def _linear(
+    inputs: int, outputs: int, init_std: float, kind: type[nn.Linear] = nn.Linear
+) -> nn.Linear:
+    made = kind(inputs, outputs)
     nn.init.normal_(made.weight, std=init_std)
     nn.init.zeros_(made.bias)
     return made

@@ -20,6 +20,7 @@ from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
 from bytelm_torch.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
 from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.sixteen_bits import LogitsLinear
 
 
 class MegabyteCache(NamedTuple):
@@ -125,8 +126,8 @@ class Megabyte(nn.Module):
         def embedding(dim: int) -> ByteEmbedding:
             return ByteEmbedding(c.vocab.size, dim, c.init_std)
 
-        def linear(inputs: int, outputs: int) -> nn.Linear:
-            made = nn.Linear(inputs, outputs)
+        def linear(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
+            made = kind(inputs, outputs)
             nn.init.normal_(made.weight, std=c.init_std)
             nn.init.zeros_(made.bias)
             return made
@@ -144,10 +145,10 @@ class Megabyte(nn.Module):
         self.global_transformer = transformer(c.global_width, c.global_layers, c.global_heads)
         self.global_to_local = linear(c.global_dim, c.local_dim)
         self.local_transformer = transformer(c.local_dim, c.local_layers, c.local_heads)
-        self.to_logits = linear(c.local_dim, c.vocab.size)
+        self.to_logits = linear(c.local_dim, c.vocab.size, LogitsLinear)
 
     def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
-        """Logits in the compute dtype, which is that of the parameters.
+        """Logits in at least float32; the compute dtype is that of the parameters.
 
         `remat` recomputes the blocks in the backward pass instead of keeping their activations.
         In training mode dropout is on, and resets find the room of `reset_room`. Ids outside the

@@ -1,0 +1,24 @@
+"""What linear layers do otherwise in 16 bits, for exactness.
+
+Logits are not rounded: in bfloat16 two of them are the same number at about one byte in a hundred.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class LogitsLinear(nn.Linear):
+    """A linear whose results are in at least float32, under autocast and with 16-bit weights too.
+
+    There its products are those of float32, since torch has none of 16 bits that are not rounded on
+    every device.
+    """
+
+    def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
+        if input.dtype.itemsize > 2 and not torch.is_autocast_enabled(input.device.type):
+            return super().forward(input)
+        with torch.autocast(input.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(input.float(), self.weight.float(), bias)
