@@ -75,7 +75,14 @@ def load_config(run_dir: Path) -> Recipe:
 
 def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
     """One number a leaf: Σ bits_i · (2 i + 1) mod 2³². Any changed bit changes it."""
-    return [_fingerprint(leaf) for leaf in jax.tree.leaves(tree)]
+    found = []
+    for leaf in jax.tree.leaves(tree):
+        found.append(_fingerprint(leaf))
+        if jax.default_backend() == "cpu":
+            # Programs of simulated devices share threads: of two under way at once, each can hold
+            # those that the other waits for.
+            found[-1].block_until_ready()
+    return found
 
 
 @jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
