@@ -11,6 +11,7 @@ Logits are not rounded: in bfloat16 two of them are the same number at about one
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bytelm_jax.layers.embedding import vary_like
-from bytelm_jax.layers.norm import EPSILON, LayerNorm
+from bytelm_jax.layers.norm import LayerNorm, standardize
 
 _ROWS = 4
 """Rows for each input of the kernel from which on folding pays: it is a pass over the kernel."""
@@ -39,9 +40,11 @@ def normalized_linears(
 
 def linear_of_rows(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Array, "*batch _"]:
     """linear(x)."""
-    if x.dtype.itemsize != 2:
-        return linear(x)
-    out = linear(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
+    return _on_rows(linear, x) if x.dtype.itemsize == 2 else linear(x)
+
+
+def _on_rows(function: Callable[[Array], Array], x: Array) -> Array:
+    out = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
@@ -69,10 +72,8 @@ def standardized(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 
 
 def _standardized_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + EPSILON)
-    out = (centred * inverse).astype(x.dtype)
+    values, inverse = standardize(x)
+    out = values.astype(x.dtype)
     return out, (out, inverse)
 
 
@@ -93,11 +94,11 @@ class LogitsLinear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         if inputs.dtype.itemsize != 2:
             return super().__call__(inputs)
-        rows = inputs.reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1])
+        return _on_rows(self._unrounded, inputs)
+
+    def _unrounded(self, rows: Float[Array, "N D"]) -> Float[Array, "N V"]:
         out = _wide_product(rows, vary_like(self.kernel[...].astype(rows.dtype), rows))
-        if self.bias is not None:
-            out = out + self.bias[...].astype(out.dtype)[None]
-        return out.reshape(*inputs.shape[:-1], out.shape[-1])
+        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None]
 
 
 @jax.custom_vjp

@@ -124,7 +124,7 @@ def prepare(row: str, remat: bool = False) -> Prepared:
 def measure(
     prepared: Prepared, repeats: int, trace: Path | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Milliseconds a step, bytes of memory; a profile of ten steps goes to `trace`."""
+    """Seconds a step, bytes of memory; a profile of ten steps goes to `trace`."""
     recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
     shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
@@ -153,7 +153,7 @@ def measure(
         with jax.profiler.trace(str(trace)):
             some_steps()
     spread, loss = max(times) - min(times), float(report["loss"])
-    found = {"ms": statistics.median(times), "spread_ms": spread, "loss": loss}
+    found = {"seconds": statistics.median(times), "spread": spread, "loss": loss}
     peak = max(m.get("peak_bytes_in_use", 0) for m in used)
     return found, {"peak": peak, "state": kept}
 
@@ -161,15 +161,15 @@ def measure(
 def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """One row: milliseconds a step, megabytes a second, MFU, memory."""
     run, length = prepared.recipe.train, prepared.recipe.data.sequence_length
-    rate, peak = run.batch_size * length / times["ms"], peak_flops()
+    rate, peak = run.batch_size * length / times["seconds"], peak_flops()
     planned: Any = prepared.step.memory_analysis()
     step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
     flops = training_flops_per_byte(prepared.recipe.model, length)
     return {
         "row": prepared.row,
-        "ms": round(1e3 * times["ms"], 2),
-        "spread_ms": round(1e3 * times["spread_ms"], 2),
+        "ms": round(1e3 * times["seconds"], 2),
+        "spread_ms": round(1e3 * times["spread"], 2),
         "megabytes_per_second": round(rate / 1e6, 4),
         "mfu": peak and round(flops * rate / peak / prepared.mesh.size, 4),
         "peak_gib": round(sizes["peak"] / 2**30, 2),
@@ -218,7 +218,8 @@ def measure_all(
 
         def run_on_devices(row: str) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as trace:
-                found = run(row, "--lock", str(lock), *["--trace", trace][: 2 * bool(profile)])
+                traced = ["--trace", trace] if profile else []
+                found = run(row, "--lock", str(lock), *traced)
                 if profile and "failed" not in found:
                     found["kernels"] = longest_kernels(Path(trace), STEPS, profile)
             return found

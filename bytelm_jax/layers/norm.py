@@ -9,23 +9,32 @@ EPSILON = 1e-5
 """What is added to the variance: PyTorch's default."""
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5.
+def standardize(
+    x: Float[Array, "*batch D"],
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
+    """(x − mean) / deviation over the last axis and 1 / deviation, both in at least float32.
 
     The variance is the two-pass one: the fast E[x²] − E[x]² form loses digits at large means.
     """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(variance + EPSILON)
+    return centred * inverse, inverse
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5."""
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
         per_channel = (1,) * (x.ndim - 1) + (-1,)
         scale, bias = self.scale[...].reshape(per_channel), self.bias[...].reshape(per_channel)
-        return (centred * jax.lax.rsqrt(variance + EPSILON) * scale + bias).astype(x.dtype)
+        values, _ = standardize(x)
+        return (values * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
