@@ -12,6 +12,7 @@ Logits are not rounded: in bfloat16 two of them are the same number at about one
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,21 +20,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bytelm_jax.layers.embedding import vary_like
-from bytelm_jax.layers.norm import LayerNorm, standardize
+from bytelm_jax.layers.norm import LayerNorm, RMSNorm, rescale, standardize
 
 _ROWS = 4
 """Rows for each input of the kernel from which on folding pays: it is a pass over the kernel."""
 
 
 def normalized_linears(
-    norm: LayerNorm, x: Float[Array, "*batch D"], *linears: nnx.Linear
+    norm: LayerNorm | RMSNorm, x: Float[Array, "*batch D"], *linears: nnx.Linear
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """Each of `linears` of norm(x)."""
     count = math.prod(x.shape[:-1])
     if x.dtype.itemsize != 2 or count < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
-    rows = standardized(x.reshape(count, x.shape[-1]))
+    rows = normalized(x.reshape(count, x.shape[-1]), isinstance(norm, LayerNorm))
     outputs = (folded(norm, linear, rows) for linear in linears)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs)
 
@@ -48,44 +49,49 @@ def _on_rows(function: Callable[[Array], Array], x: Array) -> Array:
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def folded(norm: LayerNorm, linear: nnx.Linear, rows: Float[Array, "N D"]) -> Float[Array, "N _"]:
-    """The linear of the norm whose `standardized` values are `rows`.
+def folded(
+    norm: LayerNorm | RMSNorm, linear: nnx.Linear, rows: Float[Array, "N D"]
+) -> Float[Array, "N _"]:
+    """The linear of the norm whose `normalized` values are `rows`.
 
     The scale goes into the kernel, and the norm's bias through it, in at least float32.
     """
     kernel = linear.kernel[...]
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    bias = jnp.sum(wide * norm.bias[...].astype(wide.dtype)[:, None], axis=0)
-    if linear.bias is not None:
-        bias = bias + linear.bias[...].astype(wide.dtype)
     scaled = (wide * norm.scale[...].astype(wide.dtype)[:, None]).astype(kernel.dtype)
-    return rows @ scaled + bias[None].astype(rows.dtype)
+    out, bias = rows @ scaled, None if linear.bias is None else linear.bias[...].astype(wide.dtype)
+    if isinstance(norm, LayerNorm):
+        moved = jnp.sum(wide * norm.bias[...].astype(wide.dtype)[:, None], axis=0)
+        bias = moved if bias is None else moved + bias
+    return out if bias is None else out + bias[None].astype(rows.dtype)
 
 
-@jax.custom_vjp
-def standardized(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """(x − mean) / deviation over the last axis: layer normalisation before scale and bias.
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def normalized(x: Float[Array, "*batch D"], centred: bool) -> Float[Array, "*batch D"]:
+    """What a norm makes of x before its scale and bias: LayerNorm if `centred`, else RMSNorm.
 
     The backward pass reads the result again, in its own dtype, and no wider copy of it.
     """
-    return _standardized_forward(x)[0]
+    return _normalized_forward(x, centred)[0]
 
 
-def _standardized_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
-    values, inverse = standardize(x)
+def _normalized_forward(x: Array, centred: bool) -> tuple[Array, tuple[Array, Array]]:
+    values, inverse = standardize(x) if centred else rescale(x)
     out = values.astype(x.dtype)
     return out, (out, inverse)
 
 
-def _standardized_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array]:
+def _normalized_backward(centred: bool, kept: tuple[Array, Array], gradient: Array) -> tuple[Array]:
     out, inverse = kept
     wide, gradient = out.astype(inverse.dtype), gradient.astype(inverse.dtype)
-    mean = gradient.mean(axis=-1, keepdims=True)
     along = (gradient * wide).mean(axis=-1, keepdims=True)
-    return ((inverse * (gradient - mean - wide * along)).astype(out.dtype),)
+    rest = gradient - wide * along
+    if centred:
+        rest = rest - gradient.mean(axis=-1, keepdims=True)
+    return ((inverse * rest).astype(out.dtype),)
 
 
-standardized.defvjp(_standardized_forward, _standardized_backward)
+normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 class LogitsLinear(nnx.Linear):

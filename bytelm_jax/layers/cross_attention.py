@@ -14,10 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.layers.attention import KeyValueCache
-from bytelm_jax.layers.grouped_attention import grouped_attention
+from bytelm_jax.layers.grouped_attention import attend_once, grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.segments import segment_max, segment_sum, take_segments
+from bytelm_jax.sixteen_bits import normalized_linears
 
 
 class CrossAttention(nnx.Module):
@@ -101,17 +102,18 @@ class CrossAttention(nnx.Module):
 
     def read_one(self, x: Float[Array, "B 1 D"], cache: KeyValueCache) -> Float[Array, "B 1 D"]:
         """The same for one byte a row and the keys and values [B, M, G, K] of its patch."""
-        mask = jnp.ones((1, cache.keys.shape[1]), bool)
-        return self._add(x, grouped_attention(self._queries(x), *cache, mask))
+        mask = jnp.ones((1, 1, cache.keys.shape[1]), bool)
+        return self._add(x, attend_once(self._queries(x), *cache, mask))
 
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""
-        states = self.k_norm(states)
+        keys, values = normalized_linears(self.k_norm, states, self.to_k, self.to_v)
         shape = (*states.shape[:-1], self.kv_heads, self.head_dim)
-        return KeyValueCache(self.to_k(states).reshape(shape), self.to_v(states).reshape(shape))
+        return KeyValueCache(keys.reshape(shape), values.reshape(shape))
 
     def _queries(self, x: Array) -> Array:
-        return self.to_q(self.q_norm(x)).reshape(*x.shape[:-1], self.heads, self.head_dim)
+        (queries,) = normalized_linears(self.q_norm, x, self.to_q)
+        return queries.reshape(*x.shape[:-1], self.heads, self.head_dim)
 
     def _add(self, x: Array, mixed: Array) -> Array:
         return x + (x + self.to_out(mixed.reshape(x.shape)))

@@ -91,5 +91,5 @@ class GatedFeedForward(nnx.Module):
         self.down = linear(hidden_dim, dim)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        x = self.norm(x)
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = normalized_linears(self.norm, x, self.gate, self.up)
+        return self.down(jax.nn.silu(gate) * up)

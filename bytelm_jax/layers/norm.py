@@ -23,6 +23,15 @@ def standardize(
     return centred * inverse, inverse
 
 
+def rescale(
+    x: Float[Array, "*batch D"],
+) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
+    """x / root mean square over the last axis and 1 / that root, both in at least float32."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + EPSILON)
+    return wide * inverse, inverse
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5."""
 
@@ -44,7 +53,6 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        power = jnp.square(wide).mean(axis=-1, keepdims=True)
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        return (wide * jax.lax.rsqrt(power + EPSILON) * scale).astype(x.dtype)
+        values, _ = rescale(x)
+        return (values * scale).astype(x.dtype)

@@ -10,6 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.backend import backend
+
+_FEW = 1024
+"""Patches up to which `_sum_by_product` serves: its zeros and ones are so many for each byte."""
+
 
 def segment_sum(
     x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int
@@ -30,10 +35,25 @@ def _take_forward(x: Array, patch_of: Array) -> tuple[Array, tuple[Array, Array]
 
 
 def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
-    # All bytes of a patch add to one row: in bfloat16 a long patch would lose its digits.
     x, patch_of = residual
+    count = x.shape[1]
+    if gradient.dtype.itemsize == 2 and count <= _FEW and backend() == "gpu":
+        return _sum_by_product(gradient, patch_of, count), None
+    # All bytes of a patch add to one row: in bfloat16 a long patch would lose its digits.
     wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    return segment_sum(wide, patch_of, x.shape[1]).astype(gradient.dtype), None
+    return segment_sum(wide, patch_of, count).astype(gradient.dtype), None
+
+
+def _sum_by_product(x: Array, patch_of: Array, count: int) -> Array:
+    """`segment_sum` of 16-bit numbers, rounded once, as a product with zeros and ones.
+
+    Several times faster on a GPU than adding rows that collide, while the patches are few.
+    """
+    members = patch_of[:, None, :] == jnp.arange(count)[None, :, None]
+    total = jnp.einsum(
+        "bnt,btf->bnf", members.astype(x.dtype), x, preferred_element_type=jnp.float32
+    )
+    return total.astype(x.dtype)
 
 
 take_segments.defvjp(_take_forward, _take_backward)

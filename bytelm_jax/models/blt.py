@@ -45,6 +45,7 @@ from bytelm_jax.models.entropy import (
     write_prefix,
 )
 from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.models.packed import pack, unpack
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -69,9 +70,10 @@ class BLTCache(NamedTuple):
     """The encoder's byte states, of which a complete patch takes the maximum."""
     pooled: KeyValueCache
     """Keys and values of those states for pooling, [B, L, G, K]."""
-    global_layers: Caches
-    memory: Caches
-    """Keys and values of each patch's vectors for every layer of the decoder, [B, N, M, G, K]."""
+    global_layers: Float[Array, "B N F"]
+    """Keys and values of each patch in all layers of the global transformer (`packed.pack`)."""
+    memory: Float[Array, "B N E"]
+    """Keys and values of each patch's vectors, [M, G, K], for all layers of the decoder."""
     decoder: Caches
     global_calls: Int[Array, ""]
     """Rounds in which the global transformer ran."""
@@ -195,12 +197,7 @@ class BLT(nnx.Module):
         c, dtype = self.config, self.to_logits.kernel[...].dtype
         local, patches = self.encoder.transformer, c.budget(length)
         head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
-        read = (c.decoder_kv_heads or c.decoder_heads, c.local_dim // c.decoder_heads)
-
-        def empty(*shape: int) -> KeyValueCache:
-            return KeyValueCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-
-        memory = empty(batch, patches, c.patch_queries, *read)
+        pooled = jnp.zeros((batch, length, *head), dtype)
         return BLTCache(
             ids=jnp.full((batch, self._look_back() - 1 + length), patching.NO_BYTE, jnp.int32),
             begins=empty_begins(batch, length, c),
@@ -209,9 +206,9 @@ class BLT(nnx.Module):
             patcher=self.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
             encoder=local.empty_caches(batch, length, dtype),
             states=jnp.zeros((batch, length, c.local_dim), dtype),
-            pooled=empty(batch, length, *head),
-            global_layers=self.global_transformer.empty_caches(batch, patches, dtype),
-            memory=(memory,) * c.decoder_layers,
+            pooled=KeyValueCache(pooled, pooled),
+            global_layers=pack(self.global_transformer.empty_caches(batch, patches, dtype), 2),
+            memory=pack(self._empty_memory((batch, patches), dtype), 2),
             decoder=self.decoder.transformer.empty_caches(batch, length, dtype),
             global_calls=jnp.zeros((), jnp.int32),
         )
@@ -230,7 +227,7 @@ class BLT(nnx.Module):
             logits, written = self.patcher.predict_cached(shifted, begins)
             entropies, patcher = entropy(logits), write_prefix(patcher, written)
         starts = patching.patch_starts(c, shifted, entropies, begins)
-        room = cache.memory[0].keys.shape[1]
+        room = cache.memory.shape[1]
         counted = patching.present(shifted, c.vocab, begins)
         plan = patching.plan_patches(starts, counted, min(room, length), begins)
 
@@ -253,8 +250,8 @@ class BLT(nnx.Module):
             encoder=write_prefix(cache.encoder, encoder),
             states=cache.states.at[:, :length].set(states),
             pooled=write_prefix((cache.pooled,), (pooled,))[0],
-            global_layers=write_prefix(cache.global_layers, global_layers),
-            memory=write_prefix(cache.memory, memory),
+            global_layers=write_at(cache.global_layers, pack(global_layers, 2), 0),
+            memory=write_at(cache.memory, pack(memory, 2), 0),
             decoder=write_prefix(cache.decoder, decoder),
         )
 
@@ -312,7 +309,7 @@ class BLT(nnx.Module):
 
         And, where texts start anew, the number of the segment's first patch.
         """
-        c, room = self.config, cache.memory[0].keys.shape[1]
+        c, room = self.config, cache.memory.shape[1]
         patcher, entropies, summed = cache.patcher, None, None
         if c.patcher == "entropy":
             logits, patcher = self.patcher.extend(byte, patcher, index, begin)
@@ -342,45 +339,46 @@ class BLT(nnx.Module):
         """Runs the patches that end here through the global transformer, if any does."""
         mask = self._in_patch(cache, number, index)
 
-        def run() -> tuple[Caches, Caches]:
+        def run() -> tuple[Array, Array]:
             patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
             unrest = self._unrest_of(cache, mask, patch.dtype)
-            patch, layers = self.global_transformer.extend_rows(
-                patch, cache.global_layers, number, unrest, first
-            )
+            like = self.global_transformer.empty_caches(*cache.memory.shape[:2], patch.dtype)
+            layers = unpack(cache.global_layers, like)
+            patch, made = self.global_transformer.extend_rows(patch, layers, number, unrest, first)
             vectors = self.decoder.split(patch)[:, 0]
-            memory = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
-            return layers, memory
+            read = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
+            return pack(made, 1), pack(read, 1)
 
-        def skip() -> tuple[Caches, Caches]:
+        def skip() -> tuple[Array, Array]:
             return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
         some = ends.any()
         layers, memory = jax.lax.cond(some, run, skip)
-        room = cache.memory[0].keys.shape[1]
+        room = cache.memory.shape[1]
         rows, slot = jnp.arange(number.shape[0]), jnp.where(ends, number, room)
-
-        def put(caches: Caches, made: Caches) -> Caches:
-            # A slot past the end is dropped: rows whose patch goes on write nothing.
-            write = lambda room, value: room.at[rows, slot].set(value, mode="drop")  # noqa: E731
-            return jax.tree.map(write, caches, made)
-
+        # A slot past the end is dropped: rows whose patch goes on write nothing.
         return cache._replace(
-            global_layers=put(cache.global_layers, layers),
-            memory=put(cache.memory, memory),
+            global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),
+            memory=cache.memory.at[rows, slot].set(memory, mode="drop"),
             global_calls=cache.global_calls + some,
         )
 
     def _newest(self, cache: BLTCache, newest: Array, first: Array | None) -> Caches:
         """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
+        if first is not None:
+            # A row in a segment that began past the budget reads past the end, and so zeros.
+            room = cache.memory.shape[1]
+            newest = jnp.where(first < room, newest, room)
         rows = jnp.arange(newest.shape[0])
-        if first is None:
-            return jax.tree.map(lambda room: room[rows, newest], cache.memory)
-        # A row in a segment that began past the budget reads past the end, and so zeros.
-        room = cache.memory[0].keys.shape[1]
-        slot = jnp.where(first < room, newest, room)
-        read = lambda room: room.at[rows, slot].get(mode="fill", fill_value=0)  # noqa: E731
-        return jax.tree.map(read, cache.memory)
+        read = cache.memory.at[rows, newest].get(mode="fill", fill_value=0)
+        return unpack(read, self._empty_memory((1,), read.dtype))
+
+    def _empty_memory(self, lead: tuple[int, ...], dtype: jnp.dtype) -> Caches:
+        """Keys and values of patches' vectors for each layer of the decoder, [*lead, M, G, K]."""
+        c = self.config
+        read = (c.decoder_kv_heads or c.decoder_heads, c.local_dim // c.decoder_heads)
+        empty = jnp.zeros((*lead, c.patch_queries, *read), dtype)
+        return (KeyValueCache(empty, empty),) * c.decoder_layers
 
     def _in_patch(self, cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"]:
         """The positions up to `index` that belong to the patch `number` of each row."""
@@ -458,6 +456,8 @@ class BLT(nnx.Module):
         grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
         inside = (byte != c.vocab.pad_id)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
+        # Without the barrier a GPU computes the hashes anew for each element of the embedding.
+        rows = jax.lax.optimization_barrier(rows)
         return self._place(self._combine(x, rows), position)
 
     def _widen(self, patches: Array) -> Array:

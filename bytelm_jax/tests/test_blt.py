@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 from bytelm_jax import patching
+from bytelm_jax.backend import imitate
 from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.cross_attention import CrossAttention
-from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
-from bytelm_jax.layers.segments import segment_max
+from bytelm_jax.layers.grouped_attention import attend_once, causal_attention, grouped_attention
+from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import Params, abstract_params, define_model, split_model
 from parity_tests.tolerances import GRADIENTS, LOGITS
 
@@ -205,6 +206,39 @@ def test_chunks_see_what_the_full_mask_shows(window, x64):
     expected = grouped_attention(q, k, v, (back >= 0) & (back < window))
     found = causal_attention(q, k, v, window)
     assert np.linalg.norm(found - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_query_sees_what_many_would(kv_heads, x64):
+    source = np.random.default_rng(0)
+    q = jnp.asarray(source.normal(size=(3, 1, 4, 6)))
+    k, v = (jnp.asarray(source.normal(size=(3, 9, kv_heads, 6))) for _ in "kv")
+    mask = np.arange(9)[None, None] < np.array([1, 5, 9])[:, None, None]
+    expected = np.asarray(grouped_attention(q, k, v, mask))
+    hidden = jnp.where(mask[:, 0, :, None, None], 0, 1e3)
+    with imitate("gpu"):
+        found, other = (
+            np.asarray(attend_once(q, k + more, v + more, mask)) for more in (0, hidden)
+        )
+    assert np.linalg.norm(found - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
+    np.testing.assert_array_equal(found, other)
+
+
+def test_gradients_of_patches_read_in_16_bits_are_rounded_once():
+    source = np.random.default_rng(0)
+    patch_of = jnp.asarray(np.sort(source.integers(0, 6, (2, 400)), axis=1))
+    x, weights = (jnp.asarray(source.normal(size=s), "bfloat16") for s in ((2, 5, 3), (2, 400, 3)))
+    _, pull = jax.vjp(lambda x: take_segments(x, patch_of), x)
+    (by_scatter,) = pull(weights)
+    with imitate("gpu"):
+        (by_product,) = pull(weights)
+    exact = np.zeros((2, 6, 3))
+    for row in range(2):
+        np.add.at(exact[row], np.asarray(patch_of[row]), np.asarray(weights[row], np.float64))
+    for found in (by_scatter, by_product):
+        assert found.dtype == x.dtype
+        error = np.abs(np.asarray(found, np.float64) - exact[:, :5])
+        assert (error <= 2.0**-8 * np.abs(exact[:, :5]) + 1e-5).all()
 
 
 def test_linear_cross_attention_is_the_dense_one(x64):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm_jax.backend import imitate
 from bytelm_jax.config import ByteVocab, MegabyteConfig
 from bytelm_jax.generate import (
     SamplerConfig,
@@ -323,6 +324,14 @@ def test_ragged_batch_equals_one_by_one(models):
     model = models["paper"]
     for prompts in (RAGGED, [b"", *RAGGED[:5]]):  # with and without a prefill
         assert generate(model, prompts, 24, GREEDY) == one_by_one(model, prompts, 24)
+
+
+@pytest.mark.parametrize("sampler", [CUT, MIXED])
+def test_the_second_row_of_a_gpu_changes_nothing(models, sampler):
+    expected = generate(models["paper"], [TEXT], 10, sampler)
+    with imitate("gpu"):
+        assert generate(models["paper"], [TEXT], 10, sampler) == expected
+        assert b"".join(stream(models["paper"], TEXT, 10, sampler)) == expected[0]
 
 
 @pytest.mark.parametrize("sampler", [CUT, MIXED])

@@ -16,7 +16,7 @@ from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.feedforward import gelu
-from bytelm_jax.layers.norm import LayerNorm
+from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 from bytelm_jax.loss import cross_entropy, token_nats
 from bytelm_jax.models import build_model, define_model, split_model
 from bytelm_jax.models.megabyte import Megabyte
@@ -26,8 +26,8 @@ from bytelm_jax.sixteen_bits import (
     LogitsLinear,
     folded,
     linear_of_rows,
+    normalized,
     normalized_linears,
-    standardized,
 )
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES
@@ -105,10 +105,13 @@ def test_norm_survives_a_large_mean():
     assert relative_error(found, expected) <= tolerances.LOGITS["float32"]
 
 
-def _norm_and_linears(dtype):
+NORMS = pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
+
+
+def _norm_and_linears(kind, dtype):
     """A norm whose scale and bias matter, a linear with and one without bias."""
     source = np.random.default_rng(0)
-    norm, rngs = LayerNorm(6), nnx.Rngs(0)
+    norm, rngs = kind(6), nnx.Rngs(0)
     linears = nnx.Linear(6, 5, rngs=rngs), nnx.Linear(6, 4, use_bias=False, rngs=rngs)
     graph, state = nnx.split((norm, linears))
     state = jax.tree.map(lambda p: jnp.asarray(source.standard_normal(p.shape), dtype), state)
@@ -121,8 +124,9 @@ def _weighed(outputs, weights):
     return sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
 
 
-def test_folded_norm_is_the_norm_before_the_linear(x64):
-    graph, state, x, weights = _norm_and_linears("float64")
+@NORMS
+def test_folded_norm_is_the_norm_before_the_linear(kind, x64):
+    graph, state, x, weights = _norm_and_linears(kind, "float64")
 
     def plain(state, x):
         norm, linears = nnx.merge(graph, state)
@@ -130,7 +134,7 @@ def test_folded_norm_is_the_norm_before_the_linear(x64):
 
     def fold(state, x):
         norm, linears = nnx.merge(graph, state)
-        rows = standardized(x.reshape(-1, 6))
+        rows = normalized(x.reshape(-1, 6), kind is LayerNorm)
         outputs = [folded(norm, linear, rows).reshape(5, 8, -1) for linear in linears]
         return _weighed(outputs, weights)
 
@@ -139,8 +143,9 @@ def test_folded_norm_is_the_norm_before_the_linear(x64):
         assert relative_error(np.asarray(f), np.asarray(w)) <= tolerances.GRADIENTS["float64"]
 
 
-def test_16_bits_fold_where_rows_are_many():
-    graph, state, x, _ = _norm_and_linears("bfloat16")
+@NORMS
+def test_16_bits_fold_where_rows_are_many(kind):
+    graph, state, x, _ = _norm_and_linears(kind, "bfloat16")
     norm, linears = nnx.merge(graph, state)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda p: p.astype("float64"), state)
@@ -155,7 +160,7 @@ def test_16_bits_fold_where_rows_are_many():
         assert relative_error(np.asarray(out, "float64"), want) <= tolerances.BF16_LINEAR
         error = relative_error(np.asarray(first, "float64"), want[:1])
         assert error <= tolerances.BF16_LINEAR
-    kernel = folded(norm, linears[1], standardized(x.reshape(-1, 6)))
+    kernel = folded(norm, linears[1], normalized(x.reshape(-1, 6), kind is LayerNorm))
     np.testing.assert_array_equal(np.asarray(found[1]), np.asarray(kernel).reshape(5, 8, 4))
     np.testing.assert_array_equal(np.asarray(few[0]), np.asarray(linears[0](norm(x[:1]))))
     error = relative_error(np.asarray(linear_of_rows(linears[0], x), "float64"), back)
