@@ -279,7 +279,11 @@ def make_train_step(
         report = report | {"grad_norm": norm} | told
         return state, jax.lax.with_sharding_constraint(report, replicated(mesh))
 
-    return jax.jit(step, donate_argnums=0)
+    # Products that share an input are not to be merged: each step would copy their kernels together
+    # first, 3 % of a step of `blt_767m` on an H100.
+    on_gpu = jax.default_backend() == "gpu"
+    options = {"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def _make_gradients(
