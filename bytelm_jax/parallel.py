@@ -7,8 +7,10 @@ step exists in two forms, equal to rounding: `jit`, where the compiler places th
 `shard_map`, where they are written out.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -211,11 +213,21 @@ def _initialiser(
     return make
 
 
-def abstract_state(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of `state`, for a restore."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+@contextlib.contextmanager
+def compiling(step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh) -> Iterator[None]:
+    """Within, a CPU compiles `step` beside whatever else is done; a later call finds it compiled.
+
+    `state` is abstract, `shape` that of the ids. A GPU measures kernels while it compiles, and
+    nothing else may run beside that.
+    """
+    if jax.default_backend() != "cpu":
+        yield
+        return
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row(mesh))
+    lowered = step.lower(state, ids)
+    with ThreadPoolExecutor(1) as side:
+        side.submit(lowered.compile)
+        yield
 
 
 def _over_micro_batches(function: Callable, rows: Any, parts: int) -> Any:

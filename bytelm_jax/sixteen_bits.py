@@ -66,12 +66,16 @@ def folded(
     return out if bias is None else out + bias[None].astype(rows.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def normalized(x: Float[Array, "*batch D"], centred: bool) -> Float[Array, "*batch D"]:
     """What a norm makes of x before its scale and bias: LayerNorm if `centred`, else RMSNorm.
 
     The backward pass reads the result again, in its own dtype, and no wider copy of it.
     """
+    return _normalized(x, centred)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalized(x: Array, centred: bool) -> Array:
     return _normalized_forward(x, centred)[0]
 
 
@@ -91,7 +95,7 @@ def _normalized_backward(centred: bool, kept: tuple[Array, Array], gradient: Arr
     return ((inverse * rest).astype(out.dtype),)
 
 
-normalized.defvjp(_normalized_forward, _normalized_backward)
+_normalized.defvjp(_normalized_forward, _normalized_backward)
 
 
 class LogitsLinear(nnx.Linear):

@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from collections import deque
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class Ledger:
         self._watchdog = watchdog
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._rates = Throughput(0.0, devices)
-        self._schedule = learning_rate_schedule(recipe.optimizer, recipe.train.steps)
+        self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the step up to which rates reach
         self._skipped = sum("skipped" in record for record in read_metrics(log.path))
         self.saved = start
@@ -222,31 +222,34 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     # ---- data ----
     windows, held_out, identity = open_windows(recipe)
 
-    # ---- model and state, born sharded ----
+    # ---- model and step ----
     prepare_run_dir(run_dir, recipe)
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-    state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
+    like = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
 
-    # ---- restore ----
-    like = parallel.abstract_state(state)
+    # ---- state, restored or born sharded ----
     resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
     start = resumed.step if resumed else 0
-    if resumed:
-        if resumed.metadata["data"] != identity:
-            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
-        step_number = jax.device_put(start, state.step.sharding).astype(state.step.dtype)
-        state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
-    elif run.entropy_from:
-        trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
-        state = state._replace(params=state.params | trained)
-    if isinstance(recipe.model, BLTConfig):
-        recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
+    if resumed and resumed.metadata["data"] != identity:
+        raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+    piece = recipe.data.length_at(start)
+    shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
+    ahead = parallel.compiling(step_function, like, shape, mesh)
+    with ahead if start < run.steps else nullcontext():
+        if resumed:
+            step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
+            state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
+        else:
+            state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+            if run.entropy_from:
+                trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
+                state = state._replace(params=state.params | trained)
+        if isinstance(recipe.model, BLTConfig):
+            recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     if first:
         checkpoint.save_config(run_dir, recipe)
-
-    # ---- step ----
-    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
 
     def validate(step: int) -> dict[str, float] | None:

@@ -88,7 +88,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     for number, row in enumerate(sorted(rows, key=lambda row: row["bits_per_byte"])):
         seconds, held_out, training = zip(*row["curve"], strict=True)
-        label = f"{row['row'].split()[0]}: {row['bits_per_byte']:.3f}"
+        label = f"{re.sub(r' --(model[.])?', ', ', row['row'])}: {row['bits_per_byte']:.3f}"
         axes.plot(seconds, held_out, color=f"C{number}", label=label)
         axes.plot(seconds, training, color=f"C{number}", linewidth=0.8, alpha=0.4)
     ends = [point[1] for row in rows for point in row["curve"] if math.isfinite(point[1])]

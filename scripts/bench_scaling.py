@@ -77,7 +77,7 @@ def plot(path: Path, out: Path) -> None:
     for record in sorted(records, key=lambda r: (r["model"], r["form"], r["devices"], r["fsdp"])):
         print(json.dumps({k: v for k, v in record.items() if k not in ("kinds", "rate")}))
     records = [r for r in records if "weak_efficiency" in r]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for model in dict.fromkeys(r["model"] for r in records):
         for form in dict.fromkeys(r["form"] for r in records):
             for cut in (False, True):
@@ -89,17 +89,17 @@ def plot(path: Path, out: Path) -> None:
                     continue
                 line.sort(key=lambda r: r["devices"])
                 style = "--" if cut else "-"
-                label = f"{model.split(':')[0]} {form}{' fsdp' if cut else ''}"
+                label = f"{':'.join(model.split(':')[:2])} {form}{' fsdp' if cut else ''}"
                 x = [r["devices"] for r in line]
                 left.plot(x, [r["weak_efficiency"] for r in line], style, marker="o", label=label)
                 right.plot(x, [r["state_gib"] for r in line], style, marker="o", label=label)
-    left.set(ylabel="weak-scaling efficiency", ylim=(0.5, 1.05))
+    left.set(ylabel="weak-scaling efficiency", ylim=(0.7, 1.02))
     right.set(ylabel="parameters and optimizer state, GiB a device", yscale="log")
     counts = sorted({r["devices"] for r in records})
     for axes in (left, right):
         axes.set(xlabel="devices", xticks=counts, xticklabels=counts)
-        axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.savefig(out, dpi=130)
 
 

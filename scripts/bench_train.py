@@ -75,18 +75,18 @@ def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
     places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
     (path,) = trace.rglob("*.xplane.pb")
     data = jax.profiler.ProfileData.from_file(str(path))
-    total, between, planes = Counter[str](), 0.0, 0
+    total, between, busy = Counter[str](), 0.0, set[str]()
     for plane in data.planes:
-        planes += plane.name.startswith("/device:GPU") or plane.name.startswith("/device:TPU")
         for line in plane.lines if plane.name.startswith("/device:") else ():
             for event in line.events if line.name.startswith("Stream") else ():
+                busy.add(plane.name)  # a host's other devices have planes, too
                 stats = dict(event.stats)
                 name = str(stats.get("hlo_op", event.name))
                 place = re.sub(r"[.]\d+|layers/\d+/", "", places.get(name, name))
                 total[f"{re.sub(r'[._]?[0-9]+', '', name)} {place}"] += event.duration_ns / 1e6
                 if name.startswith(collectives.KINDS) or "nccl" in event.name.lower():
                     between += event.duration_ns / 1e6
-    parts = steps * max(planes, 1)
+    parts = steps * max(len(busy), 1)
     kernels = {name: round(ms / parts, 3) for name, ms in total.most_common(count)}
     sums = {"all kernels": sum(total.values()), "collectives": between}
     return {name: round(ms / parts, 3) for name, ms in sums.items()} | kernels

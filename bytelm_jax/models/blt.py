@@ -44,8 +44,7 @@ from bytelm_jax.models.entropy import (
     write_begins,
     write_prefix,
 )
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
-from bytelm_jax.models.packed import pack, unpack
+from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, pack, unpack, write_at
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -71,7 +70,7 @@ class BLTCache(NamedTuple):
     pooled: KeyValueCache
     """Keys and values of those states for pooling, [B, L, G, K]."""
     global_layers: Float[Array, "B N F"]
-    """Keys and values of each patch in all layers of the global transformer (`packed.pack`)."""
+    """Keys and values of each patch in all layers of the global transformer (`pack`)."""
     memory: Float[Array, "B N E"]
     """Keys and values of each patch's vectors, [M, G, K], for all layers of the decoder."""
     decoder: Caches
@@ -338,11 +337,12 @@ class BLT(nnx.Module):
     ) -> BLTCache:
         """Runs the patches that end here through the global transformer, if any does."""
         mask = self._in_patch(cache, number, index)
+        batch, room = cache.memory.shape[:2]
 
         def run() -> tuple[Array, Array]:
             patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
             unrest = self._unrest_of(cache, mask, patch.dtype)
-            like = self.global_transformer.empty_caches(*cache.memory.shape[:2], patch.dtype)
+            like = self.global_transformer.empty_caches(batch, room, patch.dtype)
             layers = unpack(cache.global_layers, like)
             patch, made = self.global_transformer.extend_rows(patch, layers, number, unrest, first)
             vectors = self.decoder.split(patch)[:, 0]
@@ -354,8 +354,7 @@ class BLT(nnx.Module):
 
         some = ends.any()
         layers, memory = jax.lax.cond(some, run, skip)
-        room = cache.memory.shape[1]
-        rows, slot = jnp.arange(number.shape[0]), jnp.where(ends, number, room)
+        rows, slot = jnp.arange(batch), jnp.where(ends, number, room)
         # A slot past the end is dropped: rows whose patch goes on write nothing.
         return cache._replace(
             global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),

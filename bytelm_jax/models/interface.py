@@ -1,12 +1,14 @@
 """What training and generation ask of every architecture, with what they share."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 Choose = Callable[[Array, int], Array]
 """`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
@@ -53,6 +55,27 @@ def write_at(rooms: Any, made: Any, index: int | Int[Array, ""]) -> Any:
     return jax.tree.map(
         lambda room, new: jax.lax.dynamic_update_slice_in_dim(room, new, index, axis=1), rooms, made
     )
+
+
+def pack(caches: Any, lead: int) -> Shaped[Array, "*lead F"]:
+    """The arrays of a tree side by side in one, all axes behind the first `lead` laid flat.
+
+    So that one write serves many layers: in cached decoding of one text, time goes by the number of
+    kernels and hardly by their size.
+    """
+    flat = [leaf.reshape(*leaf.shape[:lead], -1) for leaf in jax.tree.leaves(caches)]
+    return jnp.concatenate(flat, axis=-1)
+
+
+def unpack(packed: Shaped[Array, "*lead F"], like: Any) -> Any:
+    """The tree that was packed; `like` has its structure and, behind the same axes, its shapes."""
+    lead, leaves, start = packed.ndim - 1, [], 0
+    for leaf in jax.tree.leaves(like):
+        end = start + math.prod(leaf.shape[lead:])
+        part = jax.lax.slice_in_dim(packed, start, end, axis=lead)
+        leaves.append(part.reshape(*packed.shape[:lead], *leaf.shape[lead:]))
+        start = end
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def check_ids(ids: Array, size: int) -> None:

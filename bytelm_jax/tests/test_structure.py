@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from bytelm_jax import structure
-from bytelm_jax.models.packed import pack, unpack
+from bytelm_jax.models.interface import pack, unpack
 from bytelm_jax.structure import take_apart
 
 
