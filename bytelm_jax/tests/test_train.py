@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, resumed and refused, through the real command."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -9,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import checkpoint, cli
+from bytelm_jax import checkpoint, cli, parallel
 from bytelm_jax.metrics import WALL_CLOCK, read_metrics
 
 TINY = [
@@ -218,3 +221,24 @@ def test_config_json_rebuilds_the_recipe(undisturbed):
     assert recipe.train.steps == 120 and recipe.model.patch_size == 4
     raw = json.loads((undisturbed / "config.json").read_text())
     assert raw["model"]["architecture"] == "megabyte" and raw["name"] == "megabyte_tiny"
+
+
+def test_a_step_compiled_ahead_is_not_compiled_again(caplog):
+    mesh = parallel.make_mesh(2, 1)
+
+    @jax.jit
+    def step(state, ids):
+        return state._replace(step=state.step + ids.sum())
+
+    state = parallel.TrainState(jnp.int32(0), {}, ())
+    state = jax.device_put(state, parallel.replicated(mesh))
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        with parallel.compiling(step, like, (4, 6), mesh):
+            pass
+        state = step(state, parallel.put_batch(mesh, np.ones((4, 6), np.int32)))
+    told = [r.getMessage() for r in caplog.records if "compilation of jit(step)" in r.getMessage()]
+    assert int(state.step) == 24
+    assert not told  # in this thread, whose compilations alone are logged here
