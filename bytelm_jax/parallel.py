@@ -177,16 +177,16 @@ def compute_dtype(train: TrainConfig) -> jnp.dtype:
 
 def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable) -> TrainState:
     """`init() -> params`, run once under jit so that every array is born where it belongs."""
-    return compile_init(mesh, optimizer, init)()
+    return compile_init(optimizer, init, abstract_init(mesh, optimizer, init))()
 
 
 def compile_init(
-    mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable
+    optimizer: optax.GradientTransformation, init: Callable, like: TrainState
 ) -> Callable[[], TrainState]:
-    """What makes the state in `init_state`, compiled."""
+    """What makes the state in `init_state`, compiled; `like` is what `abstract_init` gives."""
     # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_init(mesh, optimizer, init))
+    shardings = jax.tree.map(lambda x: x.sharding, like)
     make = _initialiser(optimizer, init)
     return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
 

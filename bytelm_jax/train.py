@@ -6,6 +6,7 @@ import sys
 from collections import deque
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -227,7 +228,8 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
     step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
-    like = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    draw = partial(init, run.seed)
+    like = parallel.abstract_init(mesh, optimizer, draw)
 
     # ---- state, restored or born sharded ----
     resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
@@ -242,7 +244,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
             state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
         else:
-            state = parallel.init_state(mesh, optimizer, lambda: init(run.seed))
+            state = parallel.compile_init(optimizer, draw, like)()
             if run.entropy_from:
                 trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
                 state = state._replace(params=state.params | trained)

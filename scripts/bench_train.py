@@ -117,7 +117,7 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
     compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    make_state = parallel.compile_init(mesh, optimizer, lambda: init(run.seed))
+    make_state = parallel.compile_init(optimizer, lambda: init(run.seed), state)
     return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
 
 
