@@ -35,7 +35,7 @@ class Structure:
 class _Parts(NamedTuple):
     structure: Structure
     variables: list[nnx.Variable]
-    nodes: list[tuple[dict[str, Any], tuple[Any, ...]]]
+    nodes: list[tuple[dict[str, Any], dict[str, Any]]]
     """The attributes of each module and what they were."""
 
 
@@ -56,8 +56,8 @@ def take_apart(model: nnx.Module) -> tuple[Structure, list[Array]]:
 def _as_before(parts: _Parts) -> bool:
     """Whether no attribute of any module has been set, added or deleted since."""
     return all(
-        len(attributes) == len(values) and all(map(operator.is_, attributes.values(), values))
-        for attributes, values in parts.nodes
+        list(now) == list(before) and all(map(operator.is_, now.values(), before.values()))
+        for now, before in parts.nodes
     )
 
 
@@ -69,7 +69,7 @@ def _parts_of(model: nnx.Module) -> _Parts:
         if isinstance(node, nnx.Variable):
             found[path] = node
         elif isinstance(node, nnx.Pytree):
-            modules.append((vars(node), tuple(vars(node).values())))
+            modules.append((vars(node), dict(vars(node))))
     # A flat state and the leaves of its tree have one order: that of the sorted paths.
     variables = [found[path] for path, _ in nnx.to_flat_state(state)]
     return _Parts(_same(Structure(graphdef, treedef)), variables, modules)
