@@ -30,6 +30,18 @@ def imitate(name: str) -> Iterator[None]:
         _imitated.reset(before)
 
 
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention runs on the machine that layers should suit.
+
+    It does on NVIDIA's GPUs, from compute capability 8.0 on; AMD's are called "gpu" as well.
+    """
+    if backend() != "gpu" or is_imitated():
+        return backend() == "gpu"
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    major, point, _ = capability.partition(".")  # "9.0", or AMD's "gfx942"
+    return bool(point) and int(major) >= 8
+
+
 def is_imitated() -> bool:
     """Whether kernels of another machine are traced, which JAX may refuse to do here."""
     return bool(_imitated.get())

@@ -33,6 +33,8 @@ SHAPES = {
     "one key head, as in MEGABYTE's global stack": (4, 256, 16, 1, 64, 0),
     "BLT's global stack": (2, 512, 16, 16, 96, 0),
     "BLT's windowed local stack": (2, 2048, 12, 12, 64, 512),
+    "BLT's global stack, odd": (2, 691, 16, 16, 96, 0),
+    "a windowed stack, odd": (2, 2047, 12, 12, 64, 512),
 }
 
 

@@ -1,7 +1,6 @@
 """Layers against literal formulas: exact lookups, masks written out, dropout drawn by row."""
 
 import math
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bytelm_jax import parallel
-from bytelm_jax.config import OptimizerConfig, TrainConfig
-from bytelm_jax.layers import attention
 from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
@@ -20,7 +16,6 @@ from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 from bytelm_jax.loss import cross_entropy, token_nats
 from bytelm_jax.models import build_model, define_model, split_model
 from bytelm_jax.models.megabyte import Megabyte
-from bytelm_jax.optim import build_optimizer
 from bytelm_jax.parity import relative_error
 from bytelm_jax.sixteen_bits import (
     LogitsLinear,
@@ -73,27 +68,6 @@ def test_attention_equals_the_literal_formula(with_bias, x64):
                 expected = (weights / weights.sum()) @ v[b, seen]
                 error = relative_error(np.asarray(found[b, t, h]), expected)
                 assert error <= tolerances.LOGITS["float64"]
-
-
-def test_shard_map_has_the_fused_attention_of_a_gpu(monkeypatch):
-    """Lowered for one, which needs none: the kernel itself is `scripts/check_kernels.py`'s."""
-    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
-    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
-    monkeypatch.setattr(attention, "backend", lambda: "gpu")
-    model = replace(MEGABYTES["paper"], max_length=256, global_heads=4)  # 64 patches
-    run = TrainConfig(batch_size=4, parallel="shard_map", compute_dtype="bfloat16", fsdp=2)
-    mesh, (bind, init) = parallel.make_mesh(4, 2), define_model(model)
-    optimizer = build_optimizer(OptimizerConfig(), run.steps)
-    step = parallel.make_train_step(bind, optimizer, run, model.vocab.pad_id, mesh)
-    state = parallel.abstract_init(mesh, optimizer, lambda: init(0))
-    rows = parallel.by_row(mesh)
-    ids = jax.ShapeDtypeStruct((4, model.max_length), np.int32, sharding=rows)
-    traced = step.trace(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    for call in ("fmhaSoftmax", "fmhaSoftmaxBackward"):
-        assert text.count(f"@__cudnn${call}(") == model.global_layers
 
 
 def test_norm_survives_a_large_mean():

@@ -1,0 +1,139 @@
+"""Programs for a GPU, lowered on a CPU: no kernel is asked for what it refuses.
+
+A GPU's compiler is not there, so what it refuses is found by `scripts/check/gpu` alone.
+"""
+
+from dataclasses import fields, replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bytelm_jax import backend, parallel, recipes
+from bytelm_jax.config_blt import EntropyConfig
+from bytelm_jax.layers.attention import fused_attention
+from bytelm_jax.layers.grouped_attention import grouped_attention
+from bytelm_jax.models import define_model
+from bytelm_jax.parity import relative_error
+from parity_tests import tolerances
+
+WRITTEN_OUT = {
+    "transformer_tiny",
+    "megabyte_in_action_132m",
+    "lfbyte_tiny",
+    "lfbyte",
+    "lfbyte_130m",
+}
+"""No fused attention: heads of a width that it does not take, ALiBi, or no attention at all."""
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of which only JAX's own checks are asked: its kind and its version of cuDNN."""
+    cudnn = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    hopper = SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
+
+
+def shallow(config):
+    """The configuration with one layer in each stack: kernels depend on all its other sizes."""
+    stacks = [f.name for f in fields(config) if f.name.endswith("layers")]
+    changes = {name: min(1, getattr(config, name)) for name in stacks}
+    if isinstance(getattr(config, "entropy", None), EntropyConfig):
+        changes["entropy"] = shallow(config.entropy)
+    return replace(config, **changes)
+
+
+def lower_step(recipe, devices=1, fsdp=1):
+    """The text of the recipe's train step, lowered for a GPU, with SGD and no micro-batches."""
+    model, run = shallow(recipe.model), replace(recipe.train, fsdp=fsdp, accumulation_steps=1)
+    mesh, (bind, init) = parallel.make_mesh(devices, fsdp), define_model(model)
+    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+    pad_id, frozen = model.vocab.pad_id, model.frozen_prefixes
+    step = parallel.make_train_step(bind, optimizer, run, pad_id, mesh, frozen)
+    state = parallel.abstract_init(mesh, optimizer, lambda: init(0))
+    shape = run.batch_size, recipe.data.sequence_length
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
+    traced = step.trace(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def calls(text):
+    """How often cuDNN's attention is called, forward and backward."""
+    return [text.count(f"@__cudnn${name}(") for name in ("fmhaSoftmax", "fmhaSoftmaxBackward")]
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_gpu_takes_the_train_step_of_every_recipe_as_shipped(name, gpu):
+    recipe = recipes.get(name)
+    forward, backward = calls(lower_step(recipe))
+    assert (backward > 0) == (name not in WRITTEN_OUT)
+    # A frozen entropy model has no backward pass.
+    assert forward - backward == (getattr(recipe.model, "patcher", "") == "entropy")
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("megabyte_132m", 2040), ("transformer_132m", 2047), ("entropy_100m", 2047)],
+)
+def test_a_gpu_takes_odd_lengths_in_shard_map(name, length, gpu):
+    recipe = recipes.get(name)
+    data = replace(recipe.data, sequence_length=length)
+    run = replace(recipe.train, batch_size=4, parallel="shard_map")
+    forward, backward = calls(lower_step(replace(recipe, data=data, train=run), 4, 2))
+    assert forward == backward > 0
+
+
+@pytest.mark.parametrize(("length", "window"), [(65, 0), (67, 3)])
+def test_fused_attention_at_odd_lengths_is_the_written_out_one(length, window, gpu, monkeypatch):
+    """JAX's own formula stands for cuDNN, which a CPU does not have."""
+    real, lengths = jax.nn.dot_product_attention, []
+
+    def without_cudnn(q, k, v, *, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append(q.shape[1])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
+    source = np.random.default_rng(length)
+    shapes = (2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8)
+    *inputs, weights = (jnp.asarray(source.normal(size=s), jnp.bfloat16) for s in shapes)
+    ahead = np.arange(length)[:, None] - np.arange(length)[None, :]
+    mask = (ahead >= 0) & (ahead < (window or length))
+    results = []
+    for form in (
+        lambda q, k, v: fused_attention(q, k, v, window),
+        lambda q, k, v: grouped_attention(q, k, v, mask),
+    ):
+        out, pull = jax.vjp(jax.jit(form), *inputs)
+        results.append([np.asarray(x, np.float32) for x in (out, *pull(weights))])
+    assert lengths == [length + 1]
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours, theirs) <= tolerances.BF16_LINEAR
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "expected"),
+    [
+        ("gpu", "7.5", False),
+        ("gpu", "8.0", True),
+        ("gpu", "10.3", True),
+        ("gpu", "gfx942", False),
+        ("tpu", None, False),
+        ("cpu", None, False),
+    ],
+)
+def test_which_machines_have_fused_attention(platform, capability, expected, monkeypatch):
+    device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert backend.has_fused_attention() == expected
+    with backend.imitate("gpu"):
+        assert backend.has_fused_attention()
