@@ -49,15 +49,19 @@ def train_command(argv: list[str]) -> int:
     recipe = _with_epochs(recipe, epochs) if epochs else recipe
     # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
+    dry_run.require_memory(recipe)
     try:
         outcome = train(recipe, run_dir)
     except DivergedError as error:
         print(f"bytelm train: {error}", file=sys.stderr)
         return 1
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() > 1:
+            _leave(error)
+        if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        _leave(error)
+        print(_out_of_memory(recipe, error), file=sys.stderr)
+        return 1
     if not processes.is_first():
         return 0
     if outcome.interrupted and not outcome.step:
@@ -178,6 +182,14 @@ def _leave(error: BaseException) -> NoReturn:
         flush=True,
     )
     os._exit(processes.HUNG)
+
+
+def _out_of_memory(recipe: Recipe, error: BaseException) -> str:
+    run, line = recipe.train, " ".join(str(error).split())[:200]
+    return (
+        f"bytelm train: out of memory with batch_size={run.batch_size} ({line}); add --remat or a "
+        "larger --fsdp, or in another --run-dir lower it or raise accumulation_steps"
+    )
 
 
 def _with_epochs(recipe: Recipe, epochs: str) -> Recipe:

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from bytelm_jax import checkpoint, data, parallel, processes
 from bytelm_jax.config import MegabyteConfig, TrainConfig
 from bytelm_jax.loss import cross_entropy
+from bytelm_jax.memory import device_limit
 from bytelm_jax.models import define_model
 
 Form = Literal["jit", "shard_map"]
@@ -177,7 +178,7 @@ def check_devices() -> str:
     kinds = sorted({device.device_kind for device in known})
     if len(kinds) > 1:
         raise SickError(f"{', '.join(kinds)}: kinds of devices do not mix; give the run one kind")
-    memory = (own[0].memory_stats() or {}).get("bytes_limit")
+    memory = device_limit(own[0])
     if memory is None:  # a CPU
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return (

@@ -176,6 +176,11 @@ def total(held: Iterable[Held]) -> int:
     return sum(array.bytes for array in held)
 
 
+def device_limit(device: jax.Device) -> int | None:
+    """Bytes of the device that programs can have; None where it does not say, as a CPU."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
 def _least(program: Program) -> list[Held]:
     """The minimum cut between what is computed once and the program's results."""
     given = set(program.given.values())

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bytelm_jax import cli, dry_run, parallel, recipes
+from bytelm_jax import cli, commands_train, dry_run, parallel, recipes
 from bytelm_jax.collectives import Collective, read_collectives
 from bytelm_jax.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.memory import kept_for_backward, total
@@ -212,3 +212,44 @@ def test_bad_input_is_one_line(options, said, tmp_path, monkeypatch, capsys):
 def test_its_options_need_it(capsys):
     assert cli.main(["train", "megabyte_tiny", "--chip", "H100"]) == 2
     assert "need --dry-run" in capsys.readouterr().err
+
+
+def test_training_is_refused_before_anything_is_made_where_memory_is_short(
+    tmp_path, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(commands_train, "train", lambda recipe, _: asked.append(recipe) or (1 / 0))
+    folder = tmp_path / "run"
+    call = ["train", "megabyte_tiny", *SMALL, "--run-dir", str(folder), "--devices", "1"]
+    data = DataConfig(sequence_length=16)
+    recipe = Recipe(name="x", model=MODEL, data=data, train=TrainConfig(batch_size=16))
+    mesh = parallel.make_mesh(1)
+    memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
+    state = memory.parameters + memory.gradients + memory.optimizer_state
+    enough = int(0.81 * memory.peak)
+    assert state < enough
+    for limit, said in (
+        (state - 1, "model: parameters, gradients and optimizer state take"),
+        (state, "batch_size=16: a step takes about"),
+    ):
+        monkeypatch.setattr(dry_run, "device_limit", lambda device, limit=limit: limit)
+        assert cli.main(call) == 2
+        error = capsys.readouterr().err
+        assert said in error and "0.0 GiB of each device" in error and error.count("\n") == 1
+        assert not asked and not folder.exists()
+    for limit in (enough, None):  # a CPU does not say what it has
+        monkeypatch.setattr(dry_run, "device_limit", lambda device, limit=limit: limit)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(call)
+        assert asked.pop() and not folder.exists()
+
+
+def test_a_device_that_runs_out_of_memory_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
+    def train(recipe, run_dir):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while\n trying")
+
+    monkeypatch.setattr(commands_train, "train", train)
+    assert cli.main(["train", "megabyte_tiny", "--run-dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert "out of memory with batch_size=16 (RESOURCE_EXHAUSTED: Out of memory while try" in error
+    assert error.count("\n") == 1
