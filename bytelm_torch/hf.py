@@ -8,12 +8,9 @@ Importing this module registers the classes. The folder that `save_pretrained` w
 export: `bytelm_torch.from_pretrained`, `bytelm import` and `bytelm parity` read it as it is.
 
 transformers reads `logits[:, t]` as the distribution of id t + 1, ours is that of id t: `forward`
-appends an id that no logit sees and returns ours from position 1 on. B rows, T ids, V vocabulary,
-P bytes a round of the model's decoder.
+appends an id that no logit sees and returns ours from position 1 on. B rows, T ids, V vocabulary.
 """
 
-import contextlib
-from collections.abc import Callable
 from typing import Any, ClassVar, no_type_check
 
 import torch
@@ -26,14 +23,12 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizer,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bytelm_torch import checkpoint
 from bytelm_torch.config import (
     BLTConfig,
-    ByteVocab,
     EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
@@ -41,8 +36,26 @@ from bytelm_torch.config import (
     require,
     to_dict,
 )
+from bytelm_torch.hf_cache import ByteCache
+from bytelm_torch.hf_tokenizer import ByteLMTokenizer, tokenizer_for
 from bytelm_torch.models import build_model
-from bytelm_torch.tokenizer import ByteTokenizer
+
+__all__ = [
+    "BLTForCausalLM",
+    "BLTLMConfig",
+    "ByteCache",
+    "ByteLMConfig",
+    "ByteLMForCausalLM",
+    "ByteLMTokenizer",
+    "EntropyForCausalLM",
+    "EntropyLMConfig",
+    "LFByteForCausalLM",
+    "LFByteLMConfig",
+    "MegabyteForCausalLM",
+    "MegabyteLMConfig",
+    "from_native",
+    "tokenizer_for",
+]
 
 _IGNORED = -100
 """The label that transformers leaves out of the loss."""
@@ -112,136 +125,6 @@ class EntropyLMConfig(ByteLMConfig):
 
     model_type: ClassVar[str] = "bytelm_entropy"
     native: ClassVar[Any] = EntropyConfig
-
-
-# ---- cached decoding ------------------------------------------------------------------------
-
-
-class _Found(Exception):
-    """Ends a round at the byte whose logits are asked for."""
-
-
-class ByteCache:
-    """A decoder's cache for rows whose texts differ in length, one id at a time.
-
-    Rows stand left-justified, so that a row's positions do not depend on its neighbours' padding;
-    rows that have come to the same round are decoded together.
-    """
-
-    is_compileable = False
-
-    def __init__(self, model: Any, rows: int, capacity: int, limit: int | None):
-        patch = model.round_length
-        self._model, self._limit = model, limit
-        device = next(model.parameters()).device
-        self._seen = 0
-        self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._ids = torch.full((rows, 0), model.config.vocab.pad_id, device=device)
-        self._capacity = 0
-        self._reserve(-(-capacity // patch) * patch)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that `forward` was given so far, padding included."""
-        return self._seen
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
-        self._ids, self._lengths = self._ids[beam_idx], self._lengths[beam_idx]
-        self._state = _each_tensor(self._state, lambda x: x[beam_idx])
-
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Takes the prompts [B, T], left-justified; logits [B, 1, V] of each row's next id."""
-        self._seen += ids.shape[1]
-        self._ids[:, : ids.shape[1]] = ids
-        self._lengths = lengths.clone()
-        self._fill()
-        return self._logits()[:, None]
-
-    def append(self, ids: Tensor) -> Tensor:
-        """Takes one more id a row [B]; logits [B, 1, V] of each row's next."""
-        self._seen += 1
-        if grows := int(self._lengths.max()) + 1 >= self._capacity:
-            self._reserve(2 * self._capacity)
-        self._ids.scatter_(1, self._lengths[:, None], ids[:, None])
-        self._lengths += 1
-        if grows:  # only now: the round before the next must be whole
-            self._fill()
-        return self._logits()[:, None]
-
-    def _reserve(self, capacity: int) -> None:
-        patch = self._model.round_length
-        if self._limit is not None:
-            capacity = min(capacity, self._limit)
-            require(
-                capacity > self._capacity,
-                f"max_length={self._limit}: the text has reached it; generate fewer bytes",
-            )
-        more, pad = max(capacity, patch) - self._capacity, self._model.config.vocab.pad_id
-        self._ids = F.pad(self._ids, (0, more), value=pad)
-        self._capacity = self._ids.shape[1]
-        self._state = self._model.init_cache(len(self._ids), self._capacity)
-
-    def _fill(self) -> None:
-        """Writes the rounds that the longest row has finished, in one pass."""
-        patch = self._model.round_length
-        whole = int(self._lengths.max()) // patch * patch
-        if whole:
-            self._state = self._model.prefill(self._ids[:, :whole], self._state)
-
-    def _logits(self) -> Tensor:
-        rounds = self._lengths // self._model.round_length
-        if bool((rounds == rounds[0]).all()):
-            logits, self._state = self._run(self._state, self._ids, self._lengths, int(rounds[0]))
-            return logits
-        found: list[tuple[Tensor, Tensor]] = []
-        for index in rounds.unique().tolist():
-            rows = (rounds == index).nonzero()[:, 0]
-            part = _each_tensor(self._state, lambda x, rows=rows: x[rows])
-            logits, part = self._run(part, self._ids[rows], self._lengths[rows], index)
-            _write_rows(self._state, part, rows)
-            found.append((rows, logits))
-        order = torch.cat([rows for rows, _ in found]).argsort()
-        return torch.cat([logits for _, logits in found])[order]
-
-    def _run(self, state: Any, ids: Tensor, lengths: Tensor, index: int) -> tuple[Tensor, Any]:
-        """Logits [B, V] of the next id of rows that are all in round `index`, and the cache."""
-        patch = self._model.round_length
-        start = index * patch
-        here = ids[:, start : start + patch]
-        pads = torch.full_like(here, self._model.config.vocab.pad_id)
-        previous = ids[:, start - patch : start] if index else pads
-        places = lengths - start
-        last, kept = int(places.max()), []
-
-        def choose(logits: Tensor, i: int) -> Tensor:
-            kept.append(logits)
-            if i == last and i + 1 < patch:
-                raise _Found  # the caches are written in place, so nothing is lost
-            return here[:, i]
-
-        with contextlib.suppress(_Found):
-            state, _ = self._model.decode_round(state, previous, index, choose)
-        rows = torch.arange(len(ids), device=ids.device)
-        return torch.stack(kept, dim=1)[rows, places], state
-
-
-def _each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree of tuples with `change` applied to every tensor that has rows."""
-    if isinstance(tree, Tensor):
-        return change(tree) if tree.ndim else tree
-    if isinstance(tree, tuple):
-        parts = [_each_tensor(part, change) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    return tree
-
-
-def _write_rows(tree: Any, part: Any, rows: Tensor) -> None:
-    if isinstance(tree, Tensor):
-        if tree.ndim:
-            tree[rows] = part
-    elif isinstance(tree, tuple):
-        for old, new in zip(tree, part, strict=True):
-            _write_rows(old, new, rows)
 
 
 # ---- models ---------------------------------------------------------------------------------
@@ -407,88 +290,6 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     made.model = model
     made.config.dtype = next(model.parameters()).dtype
     return made
-
-
-# ---- tokenizer ------------------------------------------------------------------------------
-
-
-class ByteLMTokenizer(PreTrainedTokenizer):
-    """Byte b is id b + `offset`; no text becomes a special id, and none is added.
-
-    Pads on the left, as generation wants it. Texts are encoded and ids decoded as `ByteTokenizer`
-    does; special ids are written <pad>, <bos>, <eos> unless skipped.
-    """
-
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012, as transformers has it
-
-    def __init__(
-        self,
-        size: int = ByteVocab.size,
-        offset: int = ByteVocab.offset,
-        pad_id: int = ByteVocab.pad_id,
-        bos_id: int = ByteVocab.bos_id,
-        eos_id: int = ByteVocab.eos_id,
-        **options: Any,
-    ) -> None:
-        vocab = ByteVocab(size=size, offset=offset, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id)
-        self._bytes = ByteTokenizer(vocab)
-        self._specials = {pad_id: "<pad>", bos_id: "<bos>", eos_id: "<eos>"}
-        options.setdefault("padding_side", "left")
-        options["split_special_tokens"] = True
-        for name in ("pad", "bos", "eos"):
-            options[f"{name}_token"] = f"<{name}>"
-        super().__init__(
-            size=size, offset=offset, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id, **options
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Size of the vocabulary, specials included."""
-        return self._bytes.vocab.size
-
-    def get_vocab(self) -> dict[str, int]:
-        """Token → id: bytes are the characters of Latin-1."""
-        return {self._convert_id_to_token(i): i for i in range(self.vocab_size)}
-
-    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        return 0  # the vocabulary is fixed
-
-    def _tokenize(self, text: str, **options: Any) -> list[str]:
-        offset = self._bytes.vocab.offset
-        return [chr(i - offset) for i in self._bytes.encode(text).tolist()]
-
-    def _convert_token_to_id(self, token: str) -> int | None:
-        if len(token) == 1 and ord(token) < 256:
-            return ord(token) + self._bytes.vocab.offset
-        specials = {name: i for i, name in self._specials.items()}
-        return specials.get(token, int(token[1:-1]) if token[1:-1].isdecimal() else None)
-
-    def _convert_id_to_token(self, index: int) -> str:
-        code = index - self._bytes.vocab.offset
-        return chr(code) if 0 <= code < 256 else self._specials.get(index, f"<{index}>")
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of tokens; special ones are written out."""
-        parts = [t.encode("latin-1") if len(t) == 1 else t.encode() for t in tokens]
-        return b"".join(parts).decode("utf-8", "replace")
-
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str:
-        ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        tokens = [self._convert_id_to_token(int(i)) for i in ids]
-        return self.convert_tokens_to_string(
-            [t for t in tokens if len(t) == 1 or not skip_special_tokens]
-        )
-
-    def save_vocabulary(
-        self, save_directory: str, filename_prefix: str | None = None
-    ) -> tuple[str, ...]:
-        """Nothing: the id map stands in tokenizer_config.json."""
-        return ()
-
-
-def tokenizer_for(config: ModelConfig) -> ByteLMTokenizer:
-    """The tokenizer of a model configuration's vocabulary."""
-    return ByteLMTokenizer(**to_dict(config.vocab))
 
 
 for _kind in _CLASSES:

@@ -30,6 +30,7 @@ from bytelm_torch.config import (
     to_dict,
 )
 from bytelm_torch.generate import SamplerConfig, generate
+from bytelm_torch.tokenizer import ByteTokenizer
 from parity_tests import tolerances
 
 _MEGABYTE = {
@@ -121,7 +122,7 @@ def test_generation(name, folders):
     native = bytelm_torch.from_pretrained(folders[name])
     prompts = [prompt.encode() for prompt in PROMPTS]
     expected = generate(native, prompts, new, SamplerConfig(sampler="greedy"))
-    found = [hf.ByteTokenizer(native.config.vocab).to_bytes(row.numpy()) for row in made]
+    found = [ByteTokenizer(native.config.vocab).to_bytes(row.numpy()) for row in made]
     assert found == expected
     assert len(set(found)) == len(found)
 
