@@ -274,13 +274,19 @@ def save_pretrained(
         raise ValueError(f"model={type(model).__name__}: {why}")
     state = model.state_dict()
     with torch.device("meta"):
-        shapes = {
-            name: tuple(value.shape) for name, value in build_model(config).state_dict().items()
-        }
-    _check({name: _in_memory(value) for name, value in state.items()}, shapes)
+        check_state(state, build_model(config))
     fields, config_sum = describe(model, extra), _sum_of_json(describe(config))
     text = (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
     _replace_export(Path(path), lambda sink: _write_tensors(sink, state, config_sum), text)
+
+
+def check_state(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises `ValueError` for the first tensor that is missing in `model` or `state`, or differs.
+
+    What may differ is the values, and the dtype between those of floating point.
+    """
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _check({name: _in_memory(value) for name, value in state.items()}, shapes)
 
 
 def describe(model: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:

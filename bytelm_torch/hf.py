@@ -11,6 +11,8 @@ transformers reads `logits[:, t]` as the distribution of id t + 1, ours is that 
 appends an id that no logit sees and returns ours from position 1 on. B rows, T ids, V vocabulary.
 """
 
+import sys
+from collections.abc import Mapping
 from typing import Any, ClassVar, no_type_check
 
 import torch
@@ -59,6 +61,9 @@ __all__ = [
 
 _IGNORED = -100
 """The label that transformers leaves out of the loss."""
+
+_PREFIX = "model."
+"""What the wrapper's tensors are called beyond their names in an export."""
 
 
 # ---- configuration --------------------------------------------------------------------------
@@ -148,6 +153,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
         self.model.patching = checkpoint.patching_of(extra)  # pyright: ignore[reportArgumentType]
+        self.register_load_state_dict_pre_hook(_take_names_of_export)
         self.post_init()
         vocab = native.vocab
         known = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
@@ -226,12 +232,46 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         return past
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, save_directory: Any, state_dict: dict[str, Tensor] | None = None, **options: Any
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        max_shard_size: int | str = sys.maxsize,
+        **options: Any,
     ) -> None:
-        """As in transformers; the tensors are called as in an export."""
+        """As in transformers; the tensors are called as in an export, and stand in one file."""
         state = self.state_dict() if state_dict is None else state_dict
-        plain = {name.removeprefix("model."): value for name, value in state.items()}
-        super().save_pretrained(save_directory, state_dict=plain, **options)
+        super().save_pretrained(
+            save_directory,
+            is_main_process,
+            _as_exported(state),
+            max_shard_size=max_shard_size,
+            **options,
+        )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As in torch, by the names of an export or by those of `state_dict()`, but never in part.
+
+        `strict=False`, with which transformers' Trainer resumes, does not help a tensor that is
+        missing, unexpected or of another shape: it raises `ValueError`, and nothing is loaded.
+        `self.model.load_state_dict` does load parts.
+        """
+        checkpoint.check_state(_as_exported(state_dict), self.model)
+        return super().load_state_dict(state_dict, assign=assign)
+
+
+def _as_exported(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(_PREFIX): value for name, value in state.items()}
+
+
+def _take_names_of_export(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Calls the tensors of an export as the wrapper calls them, behind other modules too."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        local = name.removeprefix(prefix)
+        if not local.startswith(_PREFIX):
+            state[prefix + _PREFIX + local] = state.pop(name)
 
 
 def _padding(mask: Tensor) -> Tensor:
