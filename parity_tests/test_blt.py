@@ -18,7 +18,7 @@ from bytelm_jax.models import Params, abstract_params, define_model
 from bytelm_jax.models.entropy import shift_right
 from bytelm_jax.parity import make_twin
 from bytelm_torch import loss as torch_loss
-from parity_tests.tolerances import GRADIENTS, LOGITS, OTHER_SHAPE
+from parity_tests.tolerances import GRADIENTS, LOGITS, OTHER_PLACE
 from parity_tests.twins import random_ids
 
 LENGTH = 29
@@ -189,7 +189,8 @@ def test_rows_are_independent(name, x64):
     config, params, _ = tiny(name)
     run, ids = forward(config), text_ids(config, 3, LENGTH)
     base = np.asarray(run(params, ids).logits)
-    np.testing.assert_array_equal(run(params, ids[::-1].copy()).logits, base[::-1])
+    permuted = run(params, ids[::-1].copy()).logits
+    assert relative(permuted, base[::-1]) <= OTHER_PLACE["float64"]
     changed = random_ids(config, 3, LENGTH)
     changed[1] = ids[1]
     changed[2, 5:] = config.vocab.pad_id
@@ -203,7 +204,7 @@ def test_another_batch_length_and_bucket_give_the_same_logits(name, x64):
     padded = np.full((3, LENGTH), config.vocab.pad_id, np.int32)
     padded[:2, :23] = ids
     whole = np.asarray(run(params, padded).logits)[:2, :23]
-    assert relative(run(params, ids).logits, whole) <= OTHER_SHAPE["float64"]
+    assert relative(run(params, ids).logits, whole) <= OTHER_PLACE["float64"]
 
 
 def test_the_budget_changes_nothing_until_it_overflows(x64):
@@ -227,11 +228,11 @@ def test_the_budget_changes_nothing_until_it_overflows(x64):
 
     room, exact = with_room((needed - 8) / LENGTH)
     assert room == needed and (exact.metrics["patch_overflow"] == 0).all()
-    assert relative(exact.logits, full.logits) <= OTHER_SHAPE["float64"]
+    assert relative(exact.logits, full.logits) <= OTHER_PLACE["float64"]
     room, short = with_room((needed - 10) / LENGTH)
     lost = np.maximum(np.asarray(starts).sum(axis=1) - 1 - room, 0)
     np.testing.assert_array_equal(short.metrics["patch_overflow"], lost)
-    assert lost.max() == 2 and relative(short.logits, full.logits) > OTHER_SHAPE["float64"]
+    assert lost.max() == 2 and relative(short.logits, full.logits) > OTHER_PLACE["float64"]
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])

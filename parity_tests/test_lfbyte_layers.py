@@ -60,7 +60,13 @@ def test_torch_convolution_is_exactly_causal_and_by_row(dtype):
         after = long_convolution(changed, taps, 16)
         assert torch.equal(after[:, :position], before[:, :position])
         assert (after[:, position] != before[:, position]).all()
-    assert torch.equal(long_convolution(x.flip(0), taps, 16).flip(0), before)
+    neighbours = x.clone()
+    neighbours[1:] = 1000 * x[:-1]
+    assert torch.equal(long_convolution(neighbours, taps, 16)[0], before[0])
+    if dtype != torch.bfloat16:
+        permuted = long_convolution(x.flip(0), taps, 16).flip(0)
+        bound = tolerances.OTHER_PLACE[str(dtype).removeprefix("torch.")]
+        assert relative_error(permuted.numpy(), before.numpy()) <= bound
 
 
 def test_torch_sums_bfloat16_in_float32():
@@ -100,8 +106,9 @@ def test_torch_sparse_dispatch_is_the_dense_sum_and_keeps_positions_apart(rank):
             torch.autograd.grad(found.square().sum(), experts.parameters()), wanted, strict=True
         ):
             assert relative_error(one.numpy(), other.numpy()) <= tolerances.GRADIENTS["float32"]
-        seventh.append(found[7])
-    assert torch.equal(seventh[0], seventh[1]) and torch.equal(seventh[0], seventh[2])
+        seventh.append(found[7].detach().numpy())
+    for other in seventh[1:]:  # it stands in groups of other sizes
+        assert relative_error(other, seventh[0]) <= tolerances.OTHER_PLACE["float32"]
 
 
 @pytest.fixture

@@ -78,11 +78,11 @@ def test_no_logit_sees_its_own_byte_or_a_later_one(variant, dtype):
         cast = {name: value.astype(dtype) for name, value in params.items()}
         length = 2 * PATCH + 3
         ids = random_ids(config, 2, length)
-        before = np.asarray(logits(cast, ids).astype(jnp.float32))
+        before = np.asarray(logits(cast, ids), np.float64)
         for position in range(length):
             changed = ids.copy()
             changed[:, position:] = random_ids(config, 2, length, seed=position + 1)[:, position:]
-            after = np.asarray(logits(cast, changed).astype(jnp.float32))
+            after = np.asarray(logits(cast, changed), np.float64)
             np.testing.assert_array_equal(after[:, : position + 1], before[:, : position + 1])
             if position + 1 < length:  # and the change does reach what follows
                 assert (after[:, position + 1 :] != before[:, position + 1 :]).any()
@@ -99,11 +99,12 @@ def test_rows_are_independent(variant, x64):
     neighbours[1:] = config.vocab.pad_id
     np.testing.assert_array_equal(np.asarray(logits(params, neighbours))[0], before[0])
     order = np.array([2, 0, 3, 1])
-    np.testing.assert_array_equal(np.asarray(logits(params, ids[order])), before[order])
+    permuted = np.asarray(logits(params, ids[order]))
+    assert relative_error(permuted, before[order]) <= tolerances.OTHER_PLACE["float64"]
     alone = np.asarray(logits(params, ids[:1]))
-    assert relative_error(alone[0], before[0]) <= tolerances.OTHER_SHAPE["float64"]
+    assert relative_error(alone[0], before[0]) <= tolerances.OTHER_PLACE["float64"]
     shorter = np.asarray(logits(params, ids[:, : PATCH + 1]))
-    assert relative_error(shorter, before[:, : PATCH + 1]) <= tolerances.OTHER_SHAPE["float64"]
+    assert relative_error(shorter, before[:, : PATCH + 1]) <= tolerances.OTHER_PLACE["float64"]
 
 
 @pytest.mark.parametrize(

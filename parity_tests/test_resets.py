@@ -120,7 +120,8 @@ def test_no_logit_sees_its_own_byte_a_later_one_or_another_line(form, x64):
         for i, begin in enumerate((23, 15, 0)):
             np.testing.assert_array_equal(after[i, begin:], before[i, begin:])
         assert (after[0, 5:13] != before[0, 5:13]).any()  # the change does reach its own line
-        np.testing.assert_array_equal(run(ids[::-1].copy()), before[::-1])
+        permuted = run(ids[::-1].copy())
+        assert relative_error(permuted, before[::-1]) <= tolerances.OTHER_PLACE["float64"]
 
 
 @pytest.mark.parametrize("form", ["paper", "in_action", "lfbyte"])
@@ -209,7 +210,7 @@ def test_cached_decoding_of_transformers_with_rows_of_unequal_length(form, reset
     for step, logits in enumerate(found):
         wanted = whole[torch.arange(3), lengths + step]
         error = relative_error(logits[:, 0].numpy(), wanted.numpy())
-        assert error <= tolerances.OTHER_SHAPE["float64"]
+        assert error <= tolerances.OTHER_PLACE["float64"]
 
 
 @pytest.mark.parametrize("taps", [5, 20])

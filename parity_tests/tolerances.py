@@ -9,8 +9,15 @@ from bytelm_jax.parity import GRADIENTS, LOGITS
 
 __all__ = ["GRADIENTS", "LOGITS"]
 
-OTHER_SHAPE = {"float64": 1e-12, "float32": 1e-5}
-"""The same logits under another batch size, bucket or length: XLA tiles differently."""
+OTHER_PLACE = {"float64": 1e-12, "float32": 1e-5}
+"""The same values at another place: rows in another order, another batch size, bucket or length.
+
+Where a value stands in an array decides which code computes it: on some processors a BLAS has other
+kernels for the last rows of a matrix, the last elements of an array that fill no vector get scalar
+code, threads cut at other places, and XLA tiles by shape. So exactness at another place is a
+property of a library and a processor, not of the model. What keeps its shape and place is compared
+with equality: a changed future and changed neighbours move nothing.
+"""
 
 GELU_SHARE = 4e-5
 """Relative error of the normal distribution by which a 16-bit GELU multiplies: a fiftieth of

@@ -100,7 +100,7 @@ def test_eval_counts_every_byte_once_and_agrees_with_torch(size, run, export, tm
             if rows.size:
                 ids = torch.from_numpy(rows.copy())
                 nats += token_nats(twin(ids), ids).double().sum().item()
-    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_SHAPE["float32"]
+    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float32"]
 
 
 def test_eval_in_float64_agrees_with_torch_in_float64(run, export, text, capsys):
@@ -110,7 +110,7 @@ def test_eval_in_float64_agrees_with_torch_in_float64(run, export, text, capsys)
     raw = torch.from_numpy(np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64))
     with torch.no_grad():
         nats = sum(token_nats(twin(r[None]), r[None]).sum().item() for r in raw.split(64))
-    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_SHAPE["float64"]
+    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float64"]
 
 
 def test_bfloat16_stays_close(run, text, capsys):
@@ -470,7 +470,7 @@ def test_resets_are_chosen_at_evaluation_and_generation(run, tmp_path, capsys, m
         found = json.loads(capsys.readouterr().out)
         assert found["bytes"] == sum(map(len, texts))  # the ends of documents are not counted
         wanted = line_nats(run, texts)
-        assert abs(found["nats"] - wanted) <= tolerances.OTHER_SHAPE["float32"] * wanted
+        assert abs(found["nats"] - wanted) <= tolerances.OTHER_PLACE["float32"] * wanted
     models = []
     monkeypatch.setattr(commands, "stream", lambda model, *_, **__: models.append(model) or [])
     assert cli.main(["generate", str(run), "--reset-on", "newline"]) == 0

@@ -85,7 +85,6 @@ import json, sys, warnings
 sys.modules.update(jax=None, flax=None, bytelm_jax=None)
 warnings.filterwarnings("ignore", "patch_size|distributed=True")
 import torch
-torch.set_num_threads(1)
 names = {}
 for part in json.load(open("parts.json")):
     names |= dict.fromkeys(("generated_text", "texts", "seed_text", "start_sequence"))
@@ -134,7 +133,7 @@ def test_the_examples_run_without_jax(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "text").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 4)
     (tmp_path / "parts.json").write_text(json.dumps(snippets() if EXAMPLES else SMALL))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error::UserWarning", "-c", RUNNER]
     done = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
