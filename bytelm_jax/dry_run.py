@@ -195,6 +195,11 @@ def reckon_memory(
     )
 
 
+def can_fit(peak: int, limit: int) -> bool:
+    """Whether a step with this estimated peak can run in `limit` bytes, if the estimate is high."""
+    return (1 - _TOO_HIGH) * peak <= limit
+
+
 def require_memory(recipe: Recipe) -> None:
     """Raises `ValueError` where a step surely needs more memory than this process's devices have.
 
@@ -208,7 +213,7 @@ def require_memory(recipe: Recipe) -> None:
     parallel.check_batch(mesh, run)
     chip = "TPU" if device.platform == "tpu" else "GPU"
     needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), chip)
-    if (1 - _TOO_HIGH) * needed.peak <= limit:
+    if can_fit(needed.peak, limit):
         return
     there = f"GiB of each device, of which JAX has {limit / 2**30:.1f}"
     if device.platform == "gpu":
