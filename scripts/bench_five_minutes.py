@@ -31,7 +31,7 @@ from bytelm_jax.metrics import peak_flops, read_metrics
 
 ROWS = [
     "megabyte_132m",
-    "blt_132m --model.patch-budget 0.246",
+    "blt_132m",
     "lfbyte_130m",
     "transformer_132m --batch-size 16",
 ]
