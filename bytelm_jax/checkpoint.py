@@ -3,7 +3,8 @@
 A checkpoint holds the parameters, the optimizer state, the step (which is also the position in the
 data), the recipe with its vocabulary, the identity of the data, and a fingerprint of every array:
 an integer sum that is the same under any sharding, compared after every restore, because the
-array files themselves carry no checksum.
+array files themselves carry no checksum. Arrays that hold NaN or infinity are neither saved nor
+given back.
 """
 
 import contextlib
@@ -73,39 +74,74 @@ def load_config(run_dir: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def fingerprints(tree: Any) -> list[UInt32[Array, ""]]:
-    """One number a leaf: Σ bits_i · (2 i + 1) mod 2³². Any changed bit changes it."""
-    found = []
-    for leaf in jax.tree.leaves(tree):
-        found.append(_fingerprint(leaf))
-        if jax.default_backend() == "cpu":
-            # Programs of simulated devices share threads: of two under way at once, each can hold
-            # those that the other waits for.
-            found[-1].block_until_ready()
-    return found
+class Mark(NamedTuple):
+    """What one pass over an array finds out about it.
+
+    `fingerprint` is Σ bits_i · (2 i + 1) mod 2³², which any changed bit changes; `non_finite` is 0
+    where every element is a finite number.
+    """
+
+    fingerprint: UInt32[Array, ""]
+    non_finite: UInt32[Array, ""]
+
+
+class NonFiniteError(ValueError):
+    """An array holds NaN or infinity; the message names it."""
+
+
+def examine(arrays: dict[str, Any]) -> dict[str, list[Mark]]:
+    """The marks of each tree's leaves, as numbers of this host; the same in every process."""
+    found: dict[str, list[Mark]] = {name: [] for name in arrays}
+    for name, tree in arrays.items():
+        for leaf in jax.tree.leaves(tree):
+            found[name].append(_mark(leaf))
+            if jax.default_backend() == "cpu":
+                # Programs of simulated devices share threads: of two under way at once, each can
+                # hold those that the other waits for.
+                jax.block_until_ready(found[name][-1])
+    return jax.device_get(found)
 
 
 @jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
-def _fingerprint(leaf: Any) -> UInt32[Array, ""]:
+def _mark(leaf: Any) -> Mark:
     leaf = jnp.asarray(leaf)
+    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    bad = (~jnp.isfinite(leaf) if real else jnp.zeros(leaf.shape, bool)).astype(jnp.uint32)
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
     index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):
         index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
         stride = stride * leaf.shape[axis] % 2**32
-    total = zero = jnp.zeros((), jnp.uint32)
+    total = non_finite = zero = jnp.zeros((), jnp.uint32)
     for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
         word = (bits >> shift).astype(jnp.uint32)
-        # Two sums at once: a single one XLA splits up on a CPU, holding every term in memory.
-        plain, weighted = jax.lax.reduce(
-            (word, word * index),
-            (zero, zero),
-            lambda a, b: (a[0] + b[0], a[1] + b[1]),
+        # All at once: a single sum XLA splits up on a CPU, holding every term in memory.
+        plain, weighted, non_finite = jax.lax.reduce(
+            (word, word * index, bad),
+            (zero, zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
             range(leaf.ndim),
         )
         total = total * 31 + 2 * weighted + plain
-    return total
+    return Mark(total, non_finite)
+
+
+def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = None) -> None:
+    """Raises `NonFiniteError` for the first leaf of `arrays` that is not finite.
+
+    `marks` are those that `examine` gives, where it has been asked already.
+    """
+    for name, found in (examine(arrays) if marks is None else marks).items():
+        bad = next((i for i, mark in enumerate(found) if mark.non_finite), None)
+        if bad is not None:
+            path, _ = jax.tree.leaves_with_path(arrays[name])[bad]
+            leaf = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise NonFiniteError(f"{name}.{leaf} holds NaN or infinity")
+
+
+def _fingerprints(marks: list[Mark]) -> list[int]:
+    return [int(mark.fingerprint) for mark in marks]
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
@@ -149,19 +185,21 @@ def save(
 ) -> None:
     """Starts an asynchronous save; the arrays may be donated as soon as it returns.
 
-    Without an `opt_state` only the parameters are saved, and they must not be donated.
+    Without an `opt_state` only the parameters are saved, and they must not be donated. Raises
+    `NonFiniteError`, before anything is written, for what is not finite.
     """
     arrays = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
     if jax.default_backend() == "cpu" and opt_state is not None:
         # On a CPU the "host copy" is a view of the very buffers that the next step overwrites.
         arrays = jax.tree.map(jnp.copy, arrays)
-    marks = {name: fingerprints(tree) for name, tree in arrays.items()}
+    marks = examine(arrays)
+    check_finite(arrays, marks)
     metadata = {
         "step": step,
         "recipe": to_dict(recipe),
         "data": data,
         "metrics": metrics,
-        "fingerprints": {name: [int(m) for m in jax.device_get(ms)] for name, ms in marks.items()},
+        "fingerprints": {name: _fingerprints(each) for name, each in marks.items()},
     }
     stored: dict[str, Any]
     if opt_state is None:  # the same files, cut so that what waits to be written stays small
@@ -188,11 +226,12 @@ def restore(
 ) -> tuple[Params, Any, dict[str, Any]]:
     """Arrays shaped and sharded as the abstract `params` and `opt_state`, and the metadata.
 
-    Raises `DamagedError` when the checkpoint is damaged or holds other arrays.
+    Raises `DamagedError` when the checkpoint is damaged, holds other arrays or some that are not
+    finite.
     """
     found = _read(manager, step, params, opt_state)
     with _readable(manager, step):
-        _check_marks(found)
+        _check_arrays(found)
     return found.params, found.opt_state, found.metadata
 
 
@@ -229,7 +268,7 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
             if processes.all_agree(found is not None) and found and manager:
                 try:
                     with _readable(manager, step):
-                        _check_marks(found)  # a sum over all processes, so the same for each
+                        _check_arrays(found)  # a sum over all processes, so the same for each
                     break
                 except DamagedError as error:
                     problem = str(error)
@@ -276,13 +315,14 @@ def _read(
         return Recovered(step, found["params"], found.get("optimizer"), metadata)
 
 
-def _check_marks(found: Recovered) -> None:
+def _check_arrays(found: Recovered) -> None:
     arrays = {"params": found.params}
     arrays |= {} if found.opt_state is None else {"optimizer": found.opt_state}
-    for name, tree in arrays.items():
-        marks = [int(m) for m in jax.device_get(fingerprints(tree))]
-        if marks != found.metadata["fingerprints"][name]:
+    marks = examine(arrays)
+    for name, each in marks.items():
+        if _fingerprints(each) != found.metadata["fingerprints"][name]:
             raise ValueError(f"the stored {name} are not those that were saved")
+    check_finite(arrays, marks)
 
 
 def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
@@ -325,7 +365,10 @@ def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]
     }
     with open_checkpoints(run_dir) as manager:
         step = choose_step(manager, which)
-        params, _, metadata = restore(manager, step, abstract)
+        try:
+            params, _, metadata = restore(manager, step, abstract)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; choose another checkpoint") from error
     if _uncalibrated(metadata["recipe"]["model"]) != _uncalibrated(to_dict(recipe.model)):
         raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
     return recipe, params, step
@@ -366,6 +409,10 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
     """Turns whatever a damaged checkpoint raises into one line."""
     try:
         yield
+    except NonFiniteError as error:
+        raise DamagedError(
+            f"checkpoint {step} in {manager.directory}: {error}, so the run had diverged"
+        ) from None
     except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
         raise DamagedError(
             f"checkpoint {step} in {manager.directory}: damaged or not of this model "

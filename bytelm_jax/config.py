@@ -14,7 +14,14 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from .config_base import ByteVocab, require, require_fraction, require_positive
+from .config_base import (
+    LARGEST_FLOAT,
+    ByteVocab,
+    require,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
 from .config_blt import BLTConfig, EntropyConfig, PatchingContract
 from .config_lfbyte import LFByteConfig
 from .config_q_learning import QLearningConfig
@@ -52,6 +59,7 @@ class MegabyteConfig:
     reset_room: float = 1.5
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")
         require_positive(self, "global_layers", "global_heads", "local_heads")
         require(self.local_layers >= 0, f"local_layers={self.local_layers}: must be at least 0")
@@ -64,8 +72,7 @@ class MegabyteConfig:
             self.variant != "paper" or self.max_length % self.patch_size == 0,
             f"max_length={self.max_length}: must be a multiple of patch_size={self.patch_size}",
         )
-        finite = 1 <= self.reset_room < math.inf
-        require(finite, f"reset_room={self.reset_room}: must be a number from 1 up")
+        require(self.reset_room >= 1, f"reset_room={self.reset_room}: must be at least 1")
 
     def patches(self, length: int) -> int:
         """Patches of `length` bytes of one text, at least 1."""
@@ -176,6 +183,7 @@ class OptimizerConfig:
     controller: QLearningConfig = field(default_factory=QLearningConfig)
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
         require(
@@ -187,6 +195,7 @@ class OptimizerConfig:
         for name in numbers:
             value = getattr(self, name)
             require(value >= 0, f"{name}={value}: must be at least 0")
+        self._check_decay()
         self._check_that_every_field_counts()
         if self.name.startswith("q_learning"):
             name = "momentum" if self.name == "q_learning_sgd" else "beta1"
@@ -196,6 +205,16 @@ class OptimizerConfig:
                 f"{name}={value}: must lie within the controller's min_momentum={low} and "
                 f"max_momentum={self.controller.max_momentum}",
             )
+
+    def _check_decay(self) -> None:
+        """Past these bounds a weight that nothing else moves grows from step to step."""
+        most = 2 * (1 + self.momentum) if self.name == "sgd" else 2.0
+        rate, decay = self.learning_rate, self.weight_decay
+        require(
+            rate * decay <= most,
+            f"weight_decay={decay}: times learning_rate={rate} it must be at most {most:g}, or "
+            "weights grow without bound; lower one of them",
+        )
 
     def _check_that_every_field_counts(self) -> None:
         for name, takers in _ONLY_FOR.items():
@@ -237,6 +256,7 @@ class DataConfig:
     warmup_length_steps: int = 100
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "sequence_length", "warmup_length_steps")
         require_fraction(self, "validation_fraction")
         for piece in self.warmup_lengths:
@@ -354,6 +374,8 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
         require(isinstance(value, (list, tuple)), f"{where}={value!r}: must be a list")
         return tuple(from_dict(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        fits = abs(value) <= LARGEST_FLOAT
+        require(fits, f"{where}: must be a finite number, at most {LARGEST_FLOAT:.7g}")
         return float(value)
     require(type(value) is kind, f"{where}={value!r}: must be of type {kind.__name__}")
     return value

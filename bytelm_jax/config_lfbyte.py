@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .config_base import ByteVocab, require, require_fraction, require_positive
+from .config_base import ByteVocab, require, require_finite, require_fraction, require_positive
 
 
 def _lfbyte_vocab() -> ByteVocab:
@@ -60,6 +60,7 @@ class LFByteConfig:
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "embed_dim", "num_layers", "adapt_dim", "num_experts")
         require_positive(self, "rank", "kernel_length")
         require_fraction(self, "dropout")

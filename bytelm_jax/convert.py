@@ -8,9 +8,10 @@ An export is a folder of two files, the contract with `bytelm_torch` and with ev
                         to say, `extra`, an object that loading ignores
 
 Conversion knows kinds of leaves, never models, and is strict both ways: a tensor that is missing,
-unexpected, of another shape or not floating point raises `ValueError`. Values keep their dtype and
-every bit. The metadata of model.safetensors hold SHA-256 sums of the tensors and of config.json but
-for `extra`; loading compares them, where a file has them: other programs leave them out.
+unexpected, of another shape or not floating point raises `ValueError`, and so does one that holds
+NaN or infinity, in a file that is read or to be written. Values keep their dtype and every bit. The
+metadata of model.safetensors hold SHA-256 sums of the tensors and of config.json but for `extra`;
+loading compares them, where a file has them: other programs leave them out.
 `bytelm_torch/checkpoint.py` writes and reads the same two files.
 """
 
@@ -21,7 +22,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -155,6 +156,22 @@ def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]
         require(tensor.dtype in _FLOATS, f"{name}: dtype {tensor.dtype}; {expected}")
 
 
+def is_finite(array: np.ndarray) -> bool:
+    """Whether every element is a finite number; looked at in parts, since the answers take room."""
+    parts = np.array_split(array, max(1, array.size >> 22)) if array.ndim else [array]
+    return all(bool(np.isfinite(part).all()) for part in parts)
+
+
+def check_finite(params: Params) -> None:
+    """Raises `ValueError` for the first parameter that is not finite."""
+    _require_none(name for name, value in params.items() if not is_finite(np.asarray(value)))
+
+
+def _require_none(non_finite: Iterable[str]) -> None:
+    bad = next(iter(non_finite), None)
+    require(bad is None, f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint")
+
+
 # ---- export ---------------------------------------------------------------------------------
 
 
@@ -165,11 +182,12 @@ def export_model(
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
     export as it was. Beyond `params` one tensor at a time is in memory. `extra`, anything JSON,
-    is stored in config.json. Raises `ValueError` when `params` are not those of `config`, when
-    `out` is a file and when it cannot be written.
+    is stored in config.json. Raises `ValueError` when `params` are not those of `config` or not
+    finite, when `out` is a file and when it cannot be written.
     """
     leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     _check({name: _in_memory(value) for name, value in params.items()}, leaves)
+    check_finite(params)
     text, config_sum = _config_text(config, extra), _sum_of_json(_described(config))
     _replace_export(Path(out), lambda sink: _write_tensors(sink, params, config_sum), text)
 
@@ -267,8 +285,8 @@ def load_export(path: str | Path) -> tuple[ModelConfig, Params]:
     """Configuration and parameters of an export, whichever of the two packages wrote it.
 
     Raises `ValueError` when a file is missing or damaged, config.json holds a field or version
-    that is not known, or the tensors are not those of the configuration. One tensor at a time is
-    in memory beyond the result.
+    that is not known, the tensors are not those of the configuration, or one holds NaN or infinity.
+    One tensor at a time is in memory beyond the result.
     """
     config, config_sum = _read_config(Path(path) / CONFIG_FILE)
     with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
@@ -321,12 +339,14 @@ class _Tensors(dict[str, _Tensor]):
     def __init__(self, metadata: Mapping[str, str]):
         super().__init__()
         self.metadata, self.sums = metadata, dict[str, str]()
+        self._non_finite = list[str]()
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Any]) -> None:
         """Adds a tensor that `read` reads."""
 
         def noted() -> np.ndarray:
             array = read()
+            self._non_finite += [] if is_finite(array) else [name]
             if _TENSOR_SUM in self.metadata:
                 self.sums[name] = _sum_of_array(name, array)
             return array
@@ -334,7 +354,7 @@ class _Tensors(dict[str, _Tensor]):
         self[name] = _Tensor(shape, dtype, noted)
 
     def verify(self, config_sum: str) -> None:
-        """Raises `ValueError` unless what was read, and the configuration, are what was written."""
+        """Raises `ValueError` unless all is what was written, and what was read is finite."""
         stored = self.metadata.get(_TENSOR_SUM)
         mend = "give an undamaged copy"
         good = stored is None or stored == _sum_of_sums(self.sums)
@@ -342,6 +362,11 @@ class _Tensors(dict[str, _Tensor]):
         good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
         mend = f"{mend}, or export again"
         require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raises `ValueError` for the first tensor that was read and is not finite."""
+        _require_none(self._non_finite)
 
 
 def _sum_of_json(fields: Any) -> str:

@@ -336,7 +336,7 @@ def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
 
     Values keep their dtype and every bit; beyond the result one tensor at a time is in memory.
     Raises `ValueError` when a file is missing or damaged, for a configuration that cannot be the
-    same here, and for tensors that are not those of the configuration.
+    same here, and for tensors that are not those of the configuration or not finite.
     """
     folder = Path(path)
     with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
@@ -370,10 +370,11 @@ def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
     """Writes a folder that `BltForCausalLM.from_pretrained` loads; makes it if need be.
 
     Both files are put in place whole or not at all. Raises `ValueError` when `params` are not those
-    of `config`, when transformers cannot express it, and when `out` cannot be written.
+    of `config` or not finite, when transformers cannot express it, when `out` cannot be written.
     """
     leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
     convert._check({name: convert._in_memory(value) for name, value in params.items()}, leaves)
+    convert.check_finite(params)
     renamed = {
         f"{_foreign_module(name)}.{name.rpartition('.')[2]}": value
         for name, value in params.items()

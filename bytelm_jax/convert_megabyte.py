@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def import_megabyte(
     the prefix `inner_model.`, and the dictionary may stand under `model_state_dict` or
     `state_dict`. The configuration follows from the weights alone, see `megabyte_config`; `pad_id`
     and `eos_id`, which weights do not tell, are the original's defaults. Raises `ValueError` for
-    anything else, a missing or unknown tensor included.
+    anything else, a tensor that is missing, unknown or not finite included.
     """
     file = Path(path)
     if file.is_dir():
@@ -48,9 +48,9 @@ def import_megabyte(
         prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
         config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
-        return config, convert._assemble(
-            tensors, config, lambda name: prefix + _original_name(name)
-        )
+        params = convert._assemble(tensors, config, lambda name: prefix + _original_name(name))
+        tensors.check_finite()
+        return config, params
 
 
 def megabyte_config(
@@ -144,13 +144,16 @@ def _original_name(name: str) -> str:
 
 
 @contextmanager
-def _open_torch_file(file: Path) -> Iterator[dict[str, convert._Tensor]]:
+def _open_torch_file(file: Path) -> Iterator[convert._Tensors]:
     with convert._about(file, "give a file of torch.save or a .safetensors file"):
         loaded = _load_plain(file)
         require(isinstance(loaded, dict), f"holds a {type(loaded).__name__}; expected a state dict")
         inner = (loaded.get(key) for key in ("model_state_dict", "state_dict"))
         loaded = next((each for each in inner if isinstance(each, dict)), loaded)
-        yield {name: _torch_tensor(name, value) for name, value in loaded.items()}
+        found = convert._Tensors({})
+        for name, value in loaded.items():
+            found.add(*_torch_tensor(name, value))
+        yield found
 
 
 def _load_plain(file: Path) -> Any:
@@ -177,7 +180,10 @@ def _load_plain(file: Path) -> Any:
         raise ValueError(f"not a plain state dict of torch.save ({why})") from None
 
 
-def _torch_tensor(name: Any, value: Any) -> convert._Tensor:
+def _torch_tensor(
+    name: Any, value: Any
+) -> tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]:
+    """What `_Tensors.add` takes of an entry of a state dict."""
     import torch
 
     require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")
@@ -193,4 +199,4 @@ def _torch_tensor(name: Any, value: Any) -> convert._Tensor:
             return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
 
-    return convert._Tensor(tuple(value.shape), str(value.dtype).removeprefix("torch."), read)
+    return name, tuple(value.shape), str(value.dtype).removeprefix("torch."), read

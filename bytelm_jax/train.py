@@ -4,7 +4,8 @@ import math
 import os
 import sys
 from collections import deque
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
 from bytelm_jax import checkpoint, data, parallel, patch_contract, processes
 from bytelm_jax.config import (
@@ -46,7 +48,7 @@ class Outcome(NamedTuple):
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
 
 
 class Ledger:
@@ -54,10 +56,10 @@ class Ledger:
 
     def __init__(
         self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
-        watchdog: processes.Watchdog,
+        watchdog: processes.Watchdog, manager: ocp.CheckpointManager,
     ):  # fmt: skip
         self._recipe, self._log, self._display = recipe, log, display
-        self._watchdog = watchdog
+        self._watchdog, self._manager = watchdog, manager
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._rates = Throughput(0.0, devices)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
@@ -100,15 +102,31 @@ class Ledger:
         bits = record[checkpoint.METRIC]
         self._display.say(f"step {step}: validation {bits:.4f} bits per byte")
 
+    def diverged(self, step: int, why: str) -> DivergedError:
+        """What to raise at `step`; waits until the checkpoint that it names is on disk."""
+        checkpoint.finish(self._manager)
+        kept = f"the checkpoint of step {self.saved} is kept"
+        return DivergedError(
+            f"step {step}: {why}; {kept if self.saved else 'no checkpoint was saved'}; lower "
+            f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
+        )
+
+    @contextmanager
+    def stopping_on_non_finite(self, step: int) -> Iterator[None]:
+        """Within, weights that are not finite end the run: no later step would mend them."""
+        try:
+            yield
+        except checkpoint.NonFiniteError as error:
+            raise self.diverged(step, str(error)) from None
+
     def _skip(self, step: int, values: dict[str, float]) -> None:
         self.bad_in_a_row += 1
         self._skipped += 1
         if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
-            raise DivergedError(
-                f"step {step}: the loss is {values['loss']} and the gradient norm "
-                f"{values['grad_norm']}, at {self.bad_in_a_row} steps in a row; the checkpoint of "
-                f"step {self.saved} is kept; lower "
-                f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
+            raise self.diverged(
+                step,
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
+                f"{self.bad_in_a_row} steps in a row",
             )
         self._display.say(
             f"step {step}: skipped, its loss or gradient norm is not a number "
@@ -199,7 +217,8 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
     overwritten, and `DivergedError` when the loss was no finite number at `max_bad_steps` steps in
-    a row: each of them was skipped. Several processes call it alike. SIGINT and SIGTERM end it
+    a row, each of which was skipped, or at the last ones, and when weights are not finite, which
+    are neither evaluated nor saved. Several processes call it alike. SIGINT and SIGTERM end it
     with everything saved, see `processes.StopSignal`.
     """
     with processes.StopSignal() as stop:
@@ -257,6 +276,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     def validate(step: int) -> dict[str, float] | None:
         if not len(held_out):
             return None
+        checkpoint.check_finite({"params": state.params})
         batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
         watched = watchdog.over(batches, f"the evaluation of step {step}")
         found = evaluate(row_nats, state.params, stop.until(watched), mesh)
@@ -286,7 +306,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
         stack.enter_context(watchdog)
-        ledger = Ledger(recipe, start, mesh.size, log, display, watchdog)
+        ledger = Ledger(recipe, start, mesh.size, log, display, watchdog, manager)
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
@@ -307,13 +327,25 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             evaluates, saves = due(step, run.eval_every), due(step, run.checkpoint_every)
             if evaluates or saves:
                 ledger.settle(0)
-                record = validate(step) if evaluates else None
-                # In the midst of trouble the checkpoint from before it stays the newest.
-                if saves and not ledger.bad_in_a_row:
-                    save(step, record)
+                with ledger.stopping_on_non_finite(step):
+                    record = validate(step) if evaluates else None
+                    # In the midst of trouble the checkpoint from before it stays the newest, but
+                    # at the end, where a validation can show that the weights are good.
+                    good = not ledger.bad_in_a_row or (
+                        step == run.steps and record and math.isfinite(record[checkpoint.METRIC])
+                    )
+                    if saves and good:
+                        save(step, record)
                 ledger.leave_out(step)
         ledger.settle(0)
-        if stop and step > ledger.saved:
-            save(step, None)
+        if step > ledger.saved:
+            if not stop:
+                raise ledger.diverged(
+                    step,
+                    f"the last steps ({ledger.bad_in_a_row}) were skipped, for their loss or "
+                    "gradient norm is not finite, so the end of the run is not saved",
+                )
+            with ledger.stopping_on_non_finite(step):
+                save(step, None)
         checkpoint.finish(manager)
     return Outcome(step, bool(stop) and step < run.steps)

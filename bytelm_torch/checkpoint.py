@@ -5,8 +5,8 @@
                         `library` ("bytelm"), `format_version` (1) and, where there is something
                         to say, `extra`, an object that loading ignores
 
-Both ways are strict: a tensor that is missing, unexpected, of another shape or not floating point
-raises `ValueError`, and so does what the SHA-256 sums in the metadata of the weights contradict.
+Both ways are strict: a tensor that is missing, unexpected, of another shape, not floating point or
+not finite raises `ValueError`, and so does what the weights' SHA-256 sums contradict.
 Nothing here ever unpickles. `bytelm_jax/convert.py` is the other side.
 """
 
@@ -38,6 +38,7 @@ from .config import (
     require,
     to_dict,
 )
+from .finite import first_non_finite, is_finite, require_finite
 from .models import build_model, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
@@ -77,7 +78,8 @@ def from_pretrained(
     `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
     least float32, stay at least float32. `device` is the CPU by default. Leaves torch's random
     generator alone. Raises `ValueError` when a file is missing or damaged, config.json holds a
-    field or version that is not known, or the tensors are not those of the configuration.
+    field or version that is not known, the tensors are not those of the configuration, or one holds
+    NaN or infinity.
     """
     require(
         dtype is None or dtype in _FLOATS,
@@ -182,12 +184,14 @@ class _Tensors(dict[str, _Tensor]):
     def __init__(self, metadata: Mapping[str, str]):
         super().__init__()
         self.metadata, self.sums = metadata, dict[str, str]()
+        self.non_finite = list[str]()
 
     def add(self, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Any]) -> None:
         """Adds a tensor that `read` reads."""
 
         def noted() -> Tensor:
             value = read()
+            self.non_finite += [] if is_finite(value) else [name]
             if _TENSOR_SUM in self.metadata:
                 self.sums[name] = _sum_of_tensor(name, value)
             return value
@@ -195,7 +199,7 @@ class _Tensors(dict[str, _Tensor]):
         self[name] = _Tensor(shape, dtype, noted)
 
     def verify(self, config_sum: str) -> None:
-        """Raises `ValueError` unless what was read, and the configuration, are what was written."""
+        """Raises `ValueError` unless all is what was written, and what was read is finite."""
         stored = self.metadata.get(_TENSOR_SUM)
         mend = "give an undamaged copy"
         good = stored is None or stored == _sum_of_sums(self.sums)
@@ -203,6 +207,7 @@ class _Tensors(dict[str, _Tensor]):
         good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
         mend = f"{mend}, or export again"
         require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+        require_finite(next(iter(self.non_finite), None))
 
 
 def _sum_of_json(fields: Any) -> str:
@@ -265,8 +270,8 @@ def save_pretrained(
     gives it to the file, in `extra`; what `extra` says counts first.
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
-    export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, when
-    `path` is a file and when it cannot be written.
+    export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, or holds
+    NaN or infinity, when `path` is a file and when it cannot be written.
     """
     config = getattr(model, "config", None)
     why = "must be a model of build_model, without wrappers"
@@ -275,6 +280,7 @@ def save_pretrained(
     state = model.state_dict()
     with torch.device("meta"):
         check_state(state, build_model(config))
+    require_finite(first_non_finite(state))
     fields, config_sum = describe(model, extra), _sum_of_json(describe(config))
     text = (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
     _replace_export(Path(path), lambda sink: _write_tensors(sink, state, config_sum), text)
@@ -475,10 +481,15 @@ def read_training(run_dir: Path, step: int) -> dict[str, Any]:
 def restore(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Loads checkpoint `step` into `model` and `optimizer`; gives what was stored beside them."""
+    """Loads checkpoint `step` into `model` and `optimizer`; gives what was stored beside them.
+
+    Raises `ValueError` for what cannot be read, is another optimizer's or is not finite.
+    """
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)
     found = read_training(run_dir, step)
+    with _about(run_dir / "checkpoints" / str(step), ""):
+        require_finite(first_non_finite(found["optimizer"], "optimizer"))
     try:
         optimizer.load_state_dict(found["optimizer"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
+
+LARGEST_FLOAT = 3.4028234663852886e38
+"""The largest number of float32, in which every model and optimizer computes."""
 
 
 def require(condition: bool, message: str) -> None:
     """Raises `ValueError(message)` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_finite(config: Any) -> None:
+    """Raises `ValueError` for the first real field that is not a finite number of float32."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        require(
+            not isinstance(value, float) or abs(value) <= LARGEST_FLOAT,
+            f"{field.name}={value}: must be a finite number, at most {LARGEST_FLOAT:.7g}",
+        )
 
 
 def require_positive(config: Any, *names: str) -> None:

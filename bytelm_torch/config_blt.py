@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .config_base import ByteVocab, require, require_fraction, require_positive
+from .config_base import ByteVocab, require, require_finite, require_fraction, require_positive
 
 HASH_PRIMES = (
     1000000007,
@@ -58,6 +58,7 @@ class EntropyConfig:
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "dim", "layers", "heads", "hidden_dim")
         require_heads("heads", self.dim, self.heads, self.kv_heads)
         require(self.window >= 0, f"window={self.window}: must be at least 0")
@@ -140,6 +141,7 @@ class BLTConfig:
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
+        require_finite(self)
         sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")
         heads = ("encoder_heads", "decoder_heads", "global_heads")
         hidden = ("encoder_hidden_dim", "decoder_hidden_dim", "global_hidden_dim")
@@ -151,7 +153,6 @@ class BLTConfig:
         require(self.local_window >= 0, f"local_window={self.local_window}: must be at least 0")
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
         require_fraction(self, "dropout")
-        require(math.isfinite(self.threshold), f"threshold={self.threshold}: must be finite")
         require(
             self.patcher != "histogram" or 0 <= self.threshold <= HISTOGRAM_LIMIT,
             f"threshold={self.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits a patch",
@@ -295,6 +296,7 @@ class PatchingContract:
     histogram: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "sampled_bytes")
         usable = min(self.histogram, default=-1) >= 0 and sum(self.histogram) > 0
         require(usable, f"histogram={self.histogram}: must hold counts, one of them above 0")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config_base import require, require_fraction, require_positive
+from .config_base import require, require_finite, require_fraction, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class QLearningConfig:
     max_momentum: float = 0.995
 
     def __post_init__(self) -> None:
+        require_finite(self)
         require_positive(self, "interval", "memory")
         require_fraction(self, "gamma", "min_momentum", "max_momentum")
         for name in ("alpha", "epsilon_decay"):

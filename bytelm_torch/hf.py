@@ -38,6 +38,7 @@ from bytelm_torch.config import (
     require,
     to_dict,
 )
+from bytelm_torch.finite import first_non_finite, require_finite
 from bytelm_torch.hf_cache import ByteCache
 from bytelm_torch.hf_tokenizer import ByteLMTokenizer, tokenizer_for
 from bytelm_torch.models import build_model
@@ -241,10 +242,12 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """As in transformers; the tensors are called as in an export, and stand in one file."""
         state = self.state_dict() if state_dict is None else state_dict
+        plain = _as_exported(state)
+        require_finite(first_non_finite(plain))
         super().save_pretrained(
             save_directory,
             is_main_process,
-            _as_exported(state),
+            plain,
             max_shard_size=max_shard_size,
             **options,
         )

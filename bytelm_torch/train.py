@@ -36,6 +36,7 @@ from bytelm_torch.config import (
 )
 from bytelm_torch.config_lfbyte import require_prediction
 from bytelm_torch.evaluate import evaluate, make_row_nats
+from bytelm_torch.finite import first_non_finite
 from bytelm_torch.loss import bits_per_byte
 from bytelm_torch.metrics import MetricsLog, Throughput
 from bytelm_torch.models import build_model
@@ -60,7 +61,7 @@ class Outcome(NamedTuple):
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the message names the step and the last good checkpoint."""
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
 
 
 class StopSignal:
@@ -161,7 +162,8 @@ def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome
 
     `initial` is an export whose parameters a new run starts from. Raises `ValueError` for settings,
     data or checkpoints that do not fit, and `DivergedError` when the loss was no finite number at
-    `max_bad_steps` steps in a row: each of them was skipped.
+    `max_bad_steps` steps in a row, each of which was skipped, or at the last ones, and when weights
+    are not finite, which are neither evaluated nor saved.
     """
     with parallel.join_group(timeout=recipe.train.step_timeout) as group:
         return _train(recipe, run_dir, initial, group)
@@ -220,6 +222,17 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
     saved, asked, bad = start, False, 0
 
+    def diverged(step: int, why: str) -> DivergedError:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
+        rate = recipe.optimizer.learning_rate
+        return DivergedError(f"step {step}: {why}; {kept}; lower optimizer.learning_rate={rate}")
+
+    def stop_on_non_finite(step: int, **trees: Any) -> None:
+        """Ends the run, in all processes alike, as they hold the same: no later step would mend."""
+        found = first_non_finite(trees)
+        if found is not None:
+            raise diverged(step, f"{found} holds NaN or infinity")
+
     def settle(keep: int) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
         nonlocal asked, bad
@@ -231,11 +244,10 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
             bad = 0 if finite else bad + 1
             if bad >= run.max_bad_steps:
-                raise DivergedError(
-                    f"step {step}: the loss is {values['loss']} and the gradient norm "
-                    f"{values['grad_norm']}, at {bad} steps in a row; the checkpoint of step "
-                    f"{saved} is kept; lower "
-                    f"optimizer.learning_rate={recipe.optimizer.learning_rate}"
+                raise diverged(
+                    step,
+                    f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
+                    f"{bad} steps in a row",
                 )
             if bad:
                 display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
@@ -250,6 +262,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     def validate(step: int) -> dict[str, float] | None:
         if not len(held_out):
             return None
+        stop_on_non_finite(step, model=model.state_dict())
         rows = -(-run.batch_size // group.size) * group.size
         batches = data.evaluation_batches(held_out, rows, run.eval_windows, group.rank, group.size)
         found = evaluate(row_nats, batches, vocab.pad_id, group)
@@ -264,6 +277,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
 
     def save(step: int, record: dict[str, float] | None) -> None:
         nonlocal saved
+        stop_on_non_finite(step, model=model.state_dict(), optimizer=optimizer.state_dict())
         if first:
             checkpoint.save(run_dir, step, model, optimizer, recipe, identity, record)
         saved = step
@@ -290,11 +304,20 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             if evaluates or saves:
                 settle(0)
                 record = validate(step) if evaluates else None
-                if saves and not bad:  # in the midst of trouble the one before stays the newest
+                # In the midst of trouble the checkpoint from before it stays the newest, but at the
+                # end, where a validation can show that the weights are good.
+                good = not bad or (last and record and math.isfinite(record[checkpoint.METRIC]))
+                if saves and good:
                     save(step, record)
                 rates.restart()
         settle(0)
-        if asked and step > saved:
+        if step > saved:
+            if not asked:
+                raise diverged(
+                    step,
+                    f"the last steps ({bad}) were skipped, for their loss or gradient norm is not "
+                    "finite, so the end of the run is not saved",
+                )
             save(step, None)
         if log:
             log.close()

@@ -39,15 +39,20 @@ def twin_of(config: ModelConfig) -> Any:
     return build_model(model_from_dict(to_dict(config)))
 
 
-def any_bits(config: ModelConfig, dtype: str) -> Params:
-    """Parameters of random bits, with a signalling NaN, −0.0 and the smallest subnormals first."""
-    source, width = np.random.default_rng(0), np.dtype(dtype).itemsize
-    unsigned, made = np.dtype(f"u{width}"), {}
-    special = np.array([np.inf, -0.0], dtype).view(unsigned)
+def any_bits(config: ModelConfig, dtype: str, finite: bool = False) -> Params:
+    """Parameters of random bits, with a signalling NaN, −0.0 and the smallest subnormals first.
+
+    `finite` ones have subnormals where the bits say NaN or infinity.
+    """
+    source, kind = np.random.default_rng(0), jnp.dtype(dtype)
+    unsigned, made = np.dtype(f"u{kind.itemsize}"), {}
+    special = np.array([np.inf, -0.0], kind).view(unsigned)
     for name, leaf in traced(config).items():
-        raw = np.frombuffer(source.bytes(leaf.size * width), unsigned).copy()
+        raw = np.frombuffer(source.bytes(leaf.size * kind.itemsize), unsigned).copy()
         raw[:4] = [special[0] + 5, special[1], 1, special[1] + 1]
-        made[name] = jnp.array(raw.view(dtype).reshape(leaf.shape))
+        if finite:
+            raw[(raw & special[0]) == special[0]] ^= special[0]
+        made[name] = jnp.array(raw.view(kind).reshape(leaf.shape))
     return made
 
 
@@ -96,9 +101,7 @@ def test_through_files_of_both_packages_every_bit_survives(
     variant: str, dtype: str, x64: None, tmp_path: Path
 ) -> None:
     config = MEGABYTES[variant]
-    params = any_bits(config, "float32" if dtype == "bfloat16" else dtype)
-    if dtype == "bfloat16":
-        params = {name: value.astype(dtype) for name, value in params.items()}
+    params = any_bits(config, dtype, finite=True)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     convert.export_model(config, params, ours)
     bytelm_torch.save_pretrained(bytelm_torch.from_pretrained(ours), theirs)
@@ -169,12 +172,18 @@ def advance(tensors: dict[str, Any], fields: dict[str, Any]) -> None:
     fields["format_version"] = 2
 
 
-@pytest.mark.parametrize("damage", [drop, add, turn, widen, misspell, outgrow, disown, advance])
+def spoil(tensors: dict[str, Any], fields: dict[str, Any]) -> None:
+    tensors["to_logits.bias"][3] = np.inf
+
+
+@pytest.mark.parametrize(
+    "damage", [drop, add, turn, widen, misspell, outgrow, disown, advance, spoil]
+)
 def test_both_refuse_the_same_damage_in_the_same_words(
     damage: Callable[..., None], tmp_path: Path
 ) -> None:
     config = MEGABYTES["in_action"]
-    convert.export_model(config, any_bits(config, "float32"), tmp_path)
+    convert.export_model(config, any_bits(config, "float32", finite=True), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     fields = json.loads((tmp_path / "config.json").read_text())
     damage(tensors, fields)

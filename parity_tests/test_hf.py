@@ -246,3 +246,6 @@ def test_what_cannot_work_is_refused(folders):
     for cached in (True, False):
         with pytest.raises(ValueError, match="max_length=32: "):
             model.generate(**inputs, max_new_tokens=9, use_cache=cached, eos_token_id=300)
+    model.model.to_logits.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=r"^to_logits\.bias: holds NaN or infinity; "):
+        model.save_pretrained(folders["megabyte"])

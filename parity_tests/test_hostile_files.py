@@ -5,9 +5,11 @@ import importlib.util
 import io
 import os
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -82,6 +84,21 @@ def test_what_another_program_wrote_has_no_sums_and_loads(folders, tmp_path):
     config, params = convert.load_export(tmp_path)
     assert config == MODELS["lfbyte"]
     assert len(bytelm_torch.from_pretrained(tmp_path).state_dict()) == len(params)
+
+
+@pytest.mark.parametrize("name", ["hf-blt", "shards"])
+def test_weights_that_are_not_finite_are_not_imported(name, folders, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(folders[name], folder)
+    file = max(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    bad = min(tensors)
+    tensors[bad].reshape(-1)[-1] = -np.inf
+    save_file(tensors, file)
+    with pytest.raises(ValueError) as caught:
+        formats.import_any(folder)
+    said = f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint"
+    assert str(caught.value) == f"{file}: {said}"
 
 
 @pytest.mark.parametrize("target", ["link", "../megabyte/model.safetensors", "/etc/hostname"])

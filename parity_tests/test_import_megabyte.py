@@ -374,6 +374,10 @@ def sparse(state: dict[str, Any]) -> None:
     state["to_logits.bias"] = torch.zeros(300).to_sparse()
 
 
+def spoiled(state: dict[str, Any]) -> None:
+    state["to_logits.bias"] = torch.full((300,), torch.nan)
+
+
 def numbered(state: dict[Any, Any]) -> None:
     state[7] = torch.zeros(1)
 
@@ -395,6 +399,7 @@ def numbered(state: dict[Any, Any]) -> None:
         (not_a_tensor, "to_logits.bias: list; expected a dense tensor stored in full"),
         (pretending, "to_logits.bias: Tensor; expected a dense tensor stored in full"),
         (sparse, "to_logits.bias: Tensor; expected a dense tensor stored in full"),
+        (spoiled, "to_logits.bias: holds NaN or infinity; take the weights of an earlier "),
         (numbered, "7: a name of a state dict must be a string"),
     ],
 )

@@ -24,19 +24,23 @@ def defined(array):
 
 
 @pytest.mark.parametrize("spec", [(), ("a", "b"), (None, ("a", "b"))])
-def test_fingerprints_are_those_defined_under_any_sharding(x64, spec):
+def test_marks_are_those_defined_under_any_sharding(x64, spec):
     random = np.random.default_rng(0).normal(size=(8, 16, 3))
     dtypes = ("float32", "bfloat16", "float64", "int8", "bool")
     leaves = [random.astype(jax.numpy.dtype(dtype)) for dtype in dtypes]
     placed = NamedSharding(jax.make_mesh((4, 2), ("a", "b")), PartitionSpec(*spec))
-    small = [random[:0], np.float32(random[0, 0, 0])]
-    found = checkpoint.fingerprints([*jax.device_put(leaves, placed), *small])
-    assert [int(mark) for mark in found] == [defined(leaf) for leaf in leaves + small]
+    for leaf, bad in zip(leaves, ("nan", "inf", "-inf"), strict=False):
+        leaf[7, 15, 2] = float(bad)
+    small = [random[:0], np.float32(random[0, 0, 0]), np.float32("nan")]
+    (found,) = checkpoint.examine({"x": [*jax.device_put(leaves, placed), *small]}).values()
+    assert [int(mark.fingerprint) for mark in found] == [defined(leaf) for leaf in leaves + small]
+    bad = [mark.non_finite > 0 for mark in found]
+    assert bad == [True, True, True, False, False, False, False, True]
 
 
-def test_fingerprints_hold_no_copy_of_what_they_sum():
+def test_a_mark_holds_no_copy_of_what_it_sums():
     leaf = jax.ShapeDtypeStruct((3, 500, 300), "float32")
-    used = checkpoint._fingerprint.lower(leaf).compile().memory_analysis()
+    used = checkpoint._mark.lower(leaf).compile().memory_analysis()
     assert used.temp_size_in_bytes < used.argument_size_in_bytes / 50
 
 

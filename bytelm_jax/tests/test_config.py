@@ -8,10 +8,12 @@ import pytest
 
 from bytelm_jax import recipes
 from bytelm_jax.config import (
+    MODEL_CONFIGS,
     ByteVocab,
     DataConfig,
     MegabyteConfig,
     OptimizerConfig,
+    PatchingContract,
     QLearningConfig,
     Recipe,
     TrainConfig,
@@ -86,6 +88,39 @@ def test_values_that_cannot_work_are_refused(kind, field, value, says):
     with pytest.raises(ValueError, match=says) as caught:
         replace(kind(), **{field: value})
     assert "\n" not in str(caught.value)
+
+
+NUMBERS = [
+    *(kind() for kind in MODEL_CONFIGS),
+    OptimizerConfig(),
+    QLearningConfig(),
+    PatchingContract(
+        patcher="byte", threshold=0.0, entropy_model="", sampled_bytes=1, histogram=(1,)
+    ),
+]
+
+
+@pytest.mark.parametrize("config", NUMBERS, ids=lambda config: type(config).__name__)
+def test_no_number_is_infinite_or_past_float32(config):
+    names = [name for name, value in to_dict(config).items() if isinstance(value, float)]
+    assert names
+    for name in names:
+        for bad in (float("nan"), float("inf"), float("-inf"), 1e39):
+            with pytest.raises(ValueError, match=rf"^{name}=\S+: must be a finite number, at most"):
+                replace(config, **{name: bad})
+
+
+def test_an_integer_past_every_float_is_refused():
+    with pytest.raises(ValueError, match=r"^config.learning_rate: must be a finite number, at "):
+        from_dict(OptimizerConfig, {"learning_rate": 10**400})
+
+
+@pytest.mark.parametrize(("name", "most"), [("adamw", 200.0), ("sgd", 380.0)])
+def test_a_decay_under_which_weights_grow_is_refused(name, most):
+    OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.99 * most)
+    for bad in (1.01 * most, 1e30):
+        with pytest.raises(ValueError, match=r"^weight_decay=.*: times learning_rate=0.01 it must"):
+            OptimizerConfig(name=name, learning_rate=0.01, weight_decay=bad)
 
 
 @pytest.mark.parametrize(

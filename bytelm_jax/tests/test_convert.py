@@ -45,18 +45,27 @@ def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "abstract_params", abstract_params)
 
 
-def any_bits(config: MegabyteConfig, dtype: Any, seed: int = 0) -> dict[str, Any]:
-    """Parameters of random bits: NaN payloads, infinities, subnormals and −0.0 among them."""
+def any_bits(
+    config: MegabyteConfig, dtype: Any, seed: int = 0, finite: bool = True
+) -> dict[str, Any]:
+    """Parameters of random bits, subnormals and −0.0 among them.
+
+    NaN payloads and infinities, too, where they need not be `finite`.
+    """
     source = np.random.default_rng(seed)
     dtype, params = np.dtype(dtype), {}
-    for name, leaf in abstract_params(config).items():
-        bits = source.bytes(leaf.size * dtype.itemsize)
-        params[name] = np.frombuffer(bits, dtype).reshape(leaf.shape).copy()
     unsigned = np.dtype(f"u{dtype.itemsize}")
+    infinity = np.array(np.inf, dtype).view(unsigned)
+    for name, leaf in abstract_params(config).items():
+        bits = np.frombuffer(source.bytes(leaf.size * dtype.itemsize), unsigned).copy()
+        if finite:
+            bits[(bits & infinity) == infinity] ^= infinity  # subnormals
+        params[name] = bits.view(dtype).reshape(leaf.shape)
     first = params["to_logits.kernel"].reshape(-1).view(unsigned)
     top = 8 * dtype.itemsize - 1
-    nan = int(np.array(np.inf, dtype).view(unsigned)) + 5  # a signalling NaN with a payload
-    first[:4] = [1 << top, 1, (1 << top) + 3, nan]  # −0.0, two subnormals, the NaN
+    first[:3] = [1 << top, 1, (1 << top) + 3]  # −0.0, two subnormals
+    if not finite:
+        first[3] = int(infinity) + 5  # a signalling NaN with a payload
     return {name: jnp.array(value) for name, value in params.items()}
 
 
@@ -119,8 +128,9 @@ def test_each_kind_of_leaf_has_its_name_and_layout() -> None:
 @pytest.mark.parametrize("variant", CONFIGS)
 def test_round_trip_keeps_every_bit(variant: str, dtype: Any, x64: None, tmp_path: Path) -> None:
     config = CONFIGS[variant]
-    params = any_bits(config, dtype)
+    params = any_bits(config, dtype, finite=False)
     assert bits(convert.from_torch(convert.to_torch(params), config)) == bits(params)
+    params = any_bits(config, dtype)
     convert.export_model(config, params, tmp_path)
     again, loaded = convert.load_export(tmp_path)
     assert (again, bits(loaded)) == (config, bits(params))
@@ -196,6 +206,15 @@ def test_parameters_of_another_config_are_not_exported(tmp_path: Path) -> None:
     params["to_logits.bias"] = jnp.zeros(512, jnp.int32)
     text = message(convert.export_model, PAPER, params, tmp_path / "out")
     assert text.startswith("to_logits.bias: dtype int32; expected float16")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_what_is_not_finite_is_not_exported(value: float, tmp_path: Path) -> None:
+    params = any_bits(PAPER, np.float32)
+    params["to_logits.bias"] = params["to_logits.bias"].at[511].set(value)
+    text = message(convert.export_model, PAPER, params, tmp_path / "out")
+    assert text.startswith("to_logits.bias: holds NaN or infinity; ")
     assert not (tmp_path / "out").exists()
 
 
@@ -438,7 +457,7 @@ def changed(**fields: Any) -> str:
         (changed(architecture="gpt"), "config.architecture='gpt': choose one of"),
         (changed(patch_size="2"), "config.patch_size='2': must be of type int"),
         (changed(patch_size=0), "patch_size=0: must be at least 1"),
-        (changed(init_std=float("nan")), "init_std=nan: must be above 0"),
+        (changed(init_std=float("nan")), "init_std=nan: must be a finite number"),
         (changed(extra=3), "extra=3: must be an object"),
     ],
 )

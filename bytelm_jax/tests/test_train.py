@@ -181,7 +181,7 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tmp_path, text
         "--warmup-steps",
         40,
     )
-    rate = ("--lr", "1e4", "--max-grad-norm", 0)
+    rate = ("--lr", "1e4", "--max-grad-norm", 0, "--weight-decay", 0)
     code, _, err = Run(tmp_path / "run", text, environment, *options, *rate).finish()
     assert code == 1, err
     last = err.strip().splitlines()[-1]

@@ -36,12 +36,13 @@ NORM, OTHER = "local_transformer.layers.0.attention.norm.weight", "to_logits.wei
 
 
 def made(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A model whose parameters are random bits: NaN payloads and subnormals among them."""
+    """A model whose parameters are random bits that make finite numbers, subnormals among them."""
     model = build_model(CONFIG).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         raw = parameter.data.reshape(-1).view(torch.uint8)
         raw.copy_(torch.randint(0, 256, raw.shape, generator=generator, dtype=torch.uint8))
+        parameter.data[~parameter.data.isfinite()] = 0.5
     return model
 
 
@@ -261,6 +262,19 @@ def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
     model.to_logits.bias = nn.Parameter(torch.zeros(512, dtype=torch.complex64))
     text = message(bytelm_torch.save_pretrained, model, tmp_path / "out")
     assert text == "to_logits.bias: dtype torch.complex64; expected F16, BF16, F32, F64"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_not_finite_is_neither_saved_nor_loaded(value: float, tmp_path: Path) -> None:
+    bytelm_torch.save_pretrained(made(), tmp_path)
+    rewrite(tmp_path, lambda state: state[OTHER][511].fill_(value))
+    said = f"{OTHER}: holds NaN or infinity; take the weights of an earlier checkpoint"
+    text = message(bytelm_torch.from_pretrained, tmp_path)
+    assert text == f"{tmp_path}/model.safetensors: {said}"
+    model = made()
+    model.to_logits.weight.data[511].fill_(value)
+    assert message(bytelm_torch.save_pretrained, model, tmp_path / "out") == said
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,206 @@
+"""Loss and weights that are not finite: how runs of both packages end, and what they leave."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+import torch
+
+from bytelm_jax import checkpoint as jax_checkpoint
+from bytelm_jax import cli
+from bytelm_jax import parallel as jax_parallel
+from bytelm_jax import recipes as jax_recipes
+from bytelm_jax import train as jax_train
+from bytelm_jax.config import (
+    DataConfig,
+    MegabyteConfig,
+    Recipe,
+    TrainConfig,
+    to_dict,
+)
+from bytelm_torch import checkpoint, parallel, train
+
+MODEL = MegabyteConfig(
+    patch_size=4,
+    global_dim=4,
+    local_dim=8,
+    max_length=16,
+    global_layers=1,
+    global_heads=2,
+    local_layers=1,
+    local_heads=2,
+)
+RECIPE = Recipe(
+    name="megabyte_tiny",
+    model=MODEL,
+    data=DataConfig(sequence_length=16, validation_fraction=0.3),
+    train=TrainConfig(
+        steps=3, batch_size=2, devices=1, log_every=1, eval_every=0, checkpoint_every=1
+    ),
+)
+
+
+def zeros(optimizer, init, like):
+    """In the place of `parallel.compile_init`, which would take most of the time here."""
+    return lambda: jax.tree.map(
+        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), like
+    )
+
+
+class Package:
+    """One package's command on `RECIPE`, its step replaced by one that goes wrong as told.
+
+    `skipped` steps have no finite loss; from step `spoiled` on, the weights are not finite.
+    """
+
+    def __init__(self, name, folder, monkeypatch):
+        self.name, self.run, self._patch = name, folder / "run", monkeypatch
+        self.config = folder / "recipe.json"
+        self.text = folder / "text"
+        self.text.mkdir()
+        for i in range(8):
+            (self.text / str(i)).write_text("some bytes to learn from; " * 4)
+        self.leaf = "params.to_logits.bias" if name == "jax" else "model.to_logits.bias"
+
+    def command(self, skipped=(), spoiled=99, validation=1.0, **changes):
+        """The exit code of training, whose validations give `validation` bits per byte."""
+        recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
+        module, steps = (jax_train, jax_parallel) if self.name == "jax" else (train, parallel)
+        found = SimpleNamespace(nats=validation, count=1, bits_per_byte=validation)
+        self._patch.setattr(module, "evaluate", lambda *_: found)
+        make = self._jax_step if self.name == "jax" else self._torch_step
+        self._patch.setattr(steps, "make_train_step", make(skipped, spoiled))
+        paths = ["--run-dir", str(self.run), "--data", str(self.text)]
+        if self.name == "torch":
+            self.config.write_text(json.dumps(to_dict(recipe)))
+            return train.main([str(self.config), *paths])
+        self._patch.setattr(jax_recipes, "get", lambda _: recipe)
+        self._patch.setattr(jax_parallel, "compile_init", zeros)
+        return cli.main(["train", recipe.name, *paths])
+
+    def _jax_step(self, skipped, spoiled):
+        def make(*_):
+            def step(state, ids):
+                count, params = int(state.step) + 1, dict(state.params)
+                if count >= spoiled:
+                    params["to_logits.bias"] = params["to_logits.bias"].at[300].set(jnp.inf)
+                loss = jnp.float32("nan" if count in skipped else 2.0)
+                report = {"loss": loss, "grad_norm": jnp.float32(1.0)}
+                return state._replace(step=state.step + 1, params=params), report
+
+            step.lower = lambda *_: SimpleNamespace(compile=None)
+            return step
+
+        return make
+
+    def _torch_step(self, skipped, spoiled):
+        def make(model, *_):
+            def step(count, rows, rate, clip, stop):
+                if count + 1 >= spoiled:
+                    model.to_logits.bias.data[300] = torch.inf
+                loss = torch.tensor(torch.nan if count + 1 in skipped else 2.0)
+                one = torch.tensor(1.0)
+                return {"loss": loss, "grad_norm": one, "stop": torch.tensor(float(stop))}
+
+            return step
+
+        return make
+
+    def steps(self):
+        """The steps on disk, all of which can be read."""
+        found = checkpoint.saved_steps(self.run)
+        for step in found:
+            if self.name == "jax":
+                jax_checkpoint.load_run(self.run, str(step))
+            else:
+                checkpoint.from_pretrained(self.run / "checkpoints" / str(step))
+        return found
+
+
+@pytest.fixture(params=["jax", "torch"])
+def package(request, tmp_path, monkeypatch):
+    return Package(request.param, tmp_path, monkeypatch)
+
+
+def last_line(capsys):
+    """The last line on standard error of a command that says nothing on standard output."""
+    said = capsys.readouterr()
+    assert "done" not in said.out and "stopped" not in said.out
+    return said.err.strip().splitlines()[-1]
+
+
+def test_a_run_that_ends_on_skipped_steps_says_what_is_on_disk(package, capsys):
+    assert package.command(skipped=(2, 3), validation=float("nan")) == 1
+    line = last_line(capsys)
+    assert "train: step 3: the last steps (2) were skipped, " in line
+    assert "the checkpoint of step 1 is kept; lower optimizer.learning_rate=0.001" in line
+    assert package.steps() == [1]
+
+
+def test_good_weights_are_saved_at_the_end_even_where_the_last_step_was_skipped(package, capsys):
+    assert package.command(skipped=(3,), checkpoint_every=0) == 0
+    assert capsys.readouterr().out.startswith("done: step 3 is saved")
+    assert package.steps() == [3]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "eval_every", "kept"),
+    [(1, 1, "no checkpoint was saved"), (3, 0, "the checkpoint of step 2 is kept")],
+)
+def test_weights_that_are_not_finite_end_the_run(package, spoiled, eval_every, kept, capsys):
+    assert package.command(spoiled=spoiled, eval_every=eval_every) == 1
+    line = last_line(capsys)
+    assert f"train: step {spoiled}: {package.leaf} holds NaN or infinity; {kept}" in line
+    assert package.steps() == list(range(1, spoiled))
+
+
+@pytest.fixture
+def careless(package, monkeypatch):
+    """A run that saved non-finite weights at step 3, as runs did before saving looked at them."""
+    with monkeypatch.context() as unguarded:
+        unguarded.setattr(jax_checkpoint, "check_finite", lambda *_: None)
+        for module in (checkpoint, train):
+            unguarded.setattr(module, "first_non_finite", lambda *_: None)
+        assert package.command(spoiled=3) == 0
+    assert checkpoint.saved_steps(package.run)[-2:] == [2, 3]
+    return package
+
+
+@pytest.mark.parametrize("package", ["jax"], indirect=True)
+def test_no_command_takes_weights_that_are_not_finite(careless, tmp_path, capsys):
+    run, text = str(careless.run), str(careless.text)
+    capsys.readouterr()
+    for command in (
+        ["eval", run, "--data", text],
+        ["generate", run],
+        ["inspect", "text", "--model", run],
+        ["export", run, "--out", str(tmp_path / "out")],
+        ["calibrate", run, "--data", text],
+        ["parity", run],
+    ):
+        assert cli.main(command) == 2
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == (
+            f"bytelm {command[0]}: checkpoint 3 in {run}/checkpoints: params.to_logits.bias holds "
+            "NaN or infinity, so the run had diverged; choose another checkpoint\n"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_run_goes_on_from_weights_that_are_not_finite(careless, capsys):
+    capsys.readouterr()
+    if careless.name == "jax":
+        assert careless.command() == 0
+        said = capsys.readouterr()
+        assert "checkpoint 3 in " in said.err and "holds NaN or infinity" in said.err
+        assert f"it is now {careless.run}/damaged/3, and the run goes on from" in said.err
+        assert careless.steps()[-2:] == [2, 3]
+    else:
+        assert careless.command() == 2
+        assert last_line(capsys).startswith(
+            f"train: {careless.run}/checkpoints/3/model.safetensors: to_logits.bias: holds NaN"
+        )
