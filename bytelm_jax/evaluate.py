@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax import parallel
+from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.loss import bits_per_byte, token_nats
 from bytelm_jax.models import Params, cast_params
 
@@ -28,7 +29,7 @@ class Evaluation(NamedTuple):
         return bits_per_byte(self.nats, self.count)
 
 
-RowNats = Callable[[Params, Int[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
+RowNats = Callable[[Params, Integer[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
 
 
 def make_row_nats(
@@ -43,7 +44,8 @@ def make_row_nats(
     `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
     """
 
-    def row_nats(params: Params, ids: Int[Array, "B T"]) -> tuple[Array, Array]:
+    def row_nats(params: Params, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:
+        ids = as_ids(ids)
         logits = bind(parallel.gather(mesh, cast_params(params, dtype)))(ids)
         counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)

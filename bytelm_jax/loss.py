@@ -4,30 +4,34 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, Integer
+
+from bytelm_jax.layers.ids import as_ids
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], ids: Int[Array, "B T"], pad_id: int
+    logits: Float[Array, "B T V"], ids: Integer[Array | np.ndarray, "B T"], pad_id: int
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Summed nats of `ids` under `logits`, and how many ids were counted: all but pads.
 
     Computed in at least float32. The mean is left to the caller, because devices and micro-batches
     must add nats and counts before they divide.
     """
+    ids = as_ids(ids)
     counted = ids != pad_id
     nats = jnp.where(counted, token_nats(logits, ids), 0.0)
     return nats.sum(), counted.sum()
 
 
 def token_nats(
-    logits: Float[Array, "*batch V"], ids: Int[Array, "*batch"]
+    logits: Float[Array, "*batch V"], ids: Integer[Array | np.ndarray, "*batch"]
 ) -> Float[Array, "*batch"]:
     """Surprise of each id in nats, in at least float32."""
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     # A comparison instead of a gather: its gradient fuses with the softmax, a gather's is a
     # scatter-add over [B, T, V].
-    hit = jax.nn.one_hot(ids, wide.shape[-1], dtype=jnp.bool_)
+    hit = jax.nn.one_hot(as_ids(ids), wide.shape[-1], dtype=jnp.bool_)
     picked = jnp.where(hit, wide, 0.0).sum(axis=-1)
     return jax.nn.logsumexp(wide, axis=-1) - picked
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Integer
 
 from bytelm_jax.config import TrainConfig
+from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optim import global_norm, optimizer_metrics, without
@@ -255,7 +256,7 @@ def make_train_step(
     mesh: Mesh,
     frozen: tuple[str, ...] = (),
     dtype: jnp.dtype | None = None,
-) -> Callable[[TrainState, Int[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[[TrainState, Integer[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
 
     `dtype` is that of products, by default `compute_dtype(train)`.
@@ -274,7 +275,7 @@ def make_train_step(
     def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        (loss, report), gradients = find(state.step, moving, fixed, ids)
+        (loss, report), gradients = find(state.step, moving, fixed, as_ids(ids))
         norm = global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed

@@ -18,9 +18,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm_jax.config import BLTConfig, ByteVocab
+from bytelm_jax.layers.ids import as_ids
 
 NO_BYTE = -1
 """Stands for an id that is no byte, and for what lies before the first one."""
@@ -70,9 +72,9 @@ class PatchPlan(NamedTuple):
     """The first patch of each patch's segment; None where all is one text."""
 
 
-def to_bytes(ids: Int[Array, "*batch"], vocab: ByteVocab) -> Int[Array, "*batch"]:
+def to_bytes(ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab) -> Int[Array, "*batch"]:
     """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
-    values = ids - vocab.offset
+    values = as_ids(ids) - vocab.offset
     return jnp.where((values >= 0) & (values < 256), values, NO_BYTE)
 
 
@@ -107,7 +109,7 @@ def histogram_entropy(recent: Int[Array, "*batch 7"]) -> Int[Array, "*batch"]:
 
 
 def recent_bytes(
-    ids: Int[Array, "B T"],
+    ids: Integer[Array | np.ndarray, "B T"],
     vocab: ByteVocab,
     count: int,
     begins: Int[Array, "B T"] | None = None,
@@ -152,7 +154,7 @@ def boundary_after(
 
 def patch_starts(
     config: BLTConfig,
-    ids: Int[Array, "B T"],
+    ids: Integer[Array | np.ndarray, "B T"],
     entropies: Float[Array, "B T"] | None = None,
     begins: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B S"]:
@@ -176,7 +178,9 @@ def patch_starts(
 
 
 def held_back(
-    config: BLTConfig, ids: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+    config: BLTConfig,
+    ids: Integer[Array | np.ndarray, "B T"],
+    begins: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
     recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
@@ -231,18 +235,23 @@ def sums_since_start(
 
 
 def present(
-    ids: Int[Array, "B T"], vocab: ByteVocab, begins: Int[Array, "B T"] | None = None
+    ids: Integer[Array | np.ndarray, "B T"],
+    vocab: ByteVocab,
+    begins: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Whether each position comes before the first pad of the row, or of its segment."""
-    pads = jnp.cumsum(ids == vocab.pad_id, axis=1)
+    pads = jnp.cumsum(as_ids(ids) == vocab.pad_id, axis=1)
     return pads == (0 if begins is None else jnp.take_along_axis(pads, begins, axis=1))
 
 
 def shifted(
-    ids: Int[Array, "B T"], count: int, fill: int, begins: Int[Array, "B T"] | None = None
+    ids: Integer[Array | np.ndarray, "B T"],
+    count: int,
+    fill: int,
+    begins: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
-    moved = jnp.pad(ids, ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
+    moved = jnp.pad(as_ids(ids), ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
     if begins is None:
         return moved
     return jnp.where(jnp.arange(ids.shape[1])[None, :] - count >= begins, moved, fill)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bytelm_torch import parallel
+from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.loss import bits_per_byte, token_nats
 
 
@@ -26,7 +27,7 @@ class Evaluation(NamedTuple):
         return bits_per_byte(self.nats, self.count)
 
 
-RowNats = Callable[[Int[Tensor, "B T"]], Float[Tensor, " B"]]
+RowNats = Callable[[Integer[Tensor, "B T"]], Float[Tensor, " B"]]
 
 
 def make_row_nats(
@@ -37,7 +38,8 @@ def make_row_nats(
     `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
     """
 
-    def row_nats(ids: Int[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    def row_nats(ids: Integer[Tensor, "B T"]) -> Float[Tensor, " B"]:
+        ids = as_ids(ids)
         was_training = model.training
         model.eval()
         try:

@@ -4,29 +4,32 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
+
+from bytelm_torch.layers.ids import as_ids
 
 
 def cross_entropy(
-    logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], pad_id: int
+    logits: Float[Tensor, "B T V"], ids: Integer[Tensor, "B T"], pad_id: int
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Summed nats of `ids` under `logits`, and how many ids were counted: all but pads.
 
     Computed in at least float32. The mean is left to the caller, because devices and micro-batches
     must add nats and counts before they divide.
     """
+    ids = as_ids(ids)
     counted = ids != pad_id
     nats = token_nats(logits, ids).masked_fill(~counted, 0.0)
     return nats.sum(), counted.sum()
 
 
 def token_nats(
-    logits: Float[Tensor, "*batch V"], ids: Int[Tensor, "*batch"]
+    logits: Float[Tensor, "*batch V"], ids: Integer[Tensor, "*batch"]
 ) -> Float[Tensor, "*batch"]:
     """Surprise of each id in nats, in at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    flat = F.cross_entropy(wide.flatten(0, -2), ids.flatten().long(), reduction="none")
+    flat = F.cross_entropy(wide.flatten(0, -2), as_ids(ids).flatten().long(), reduction="none")
     return flat.reshape(ids.shape)
 
 

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Int
+from jaxtyping import Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bytelm_torch.config import TrainConfig
+from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.loss import cross_entropy
 from bytelm_torch.optim import clip_by_global_norm, global_norm
 
@@ -113,7 +114,7 @@ class RowLoss(nn.Module):
         super().__init__()
         self.model, self.pad_id, self.remat = model, pad_id, remat
 
-    def forward(self, ids: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, ids: Integer[Tensor, "B T"]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         output = self.model.outputs(ids, self.remat)
         nats, _ = cross_entropy(output.logits, ids, self.pad_id)
         return nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()}
@@ -150,7 +151,7 @@ def make_train_step(
     ) -> dict[str, Tensor]:
         mixed = np.random.SeedSequence((train.seed, count, group.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]))
-        ids = torch.from_numpy(rows).to(group.device)
+        ids = as_ids(torch.from_numpy(rows)).to(group.device)
         counted = all_sum(group, (ids != pad_id).sum()).clamp(min=1)
         optimizer.zero_grad()
         reports = []

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bytelm_torch.config import BLTConfig, ByteVocab
+from bytelm_torch.layers.ids import as_ids
 
 NO_BYTE = -1
 """Stands for an id that is no byte, and for what lies before the first one."""
@@ -62,9 +63,9 @@ class PatchPlan(NamedTuple):
     """The first patch of each patch's segment; None where all is one text."""
 
 
-def to_bytes(ids: Int[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
+def to_bytes(ids: Integer[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
     """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
-    values = ids - vocab.offset
+    values = as_ids(ids) - vocab.offset
     return torch.where((values >= 0) & (values < 256), values, NO_BYTE)
 
 
@@ -100,7 +101,7 @@ def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
 
 
 def recent_bytes(
-    ids: Int[Tensor, "B T"],
+    ids: Integer[Tensor, "B T"],
     vocab: ByteVocab,
     count: int,
     begins: Int[Tensor, "B T"] | None = None,
@@ -145,7 +146,7 @@ def boundary_after(
 
 def patch_starts(
     config: BLTConfig,
-    ids: Int[Tensor, "B T"],
+    ids: Integer[Tensor, "B T"],
     entropies: Float[Tensor, "B T"] | None = None,
     begins: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B S"]:
@@ -169,7 +170,7 @@ def patch_starts(
 
 
 def held_back(
-    config: BLTConfig, ids: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+    config: BLTConfig, ids: Integer[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
 ) -> Bool[Tensor, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
     recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
@@ -222,18 +223,18 @@ def sums_since_start(
 
 
 def present(
-    ids: Int[Tensor, "B T"], vocab: ByteVocab, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"], vocab: ByteVocab, begins: Int[Tensor, "B T"] | None = None
 ) -> Bool[Tensor, "B T"]:
     """Whether each position comes before the first pad of the row, or of its segment."""
-    pads = torch.cumsum(ids == vocab.pad_id, dim=1)
+    pads = torch.cumsum(as_ids(ids) == vocab.pad_id, dim=1)
     return pads == (0 if begins is None else pads.gather(1, begins))
 
 
 def shifted(
-    ids: Int[Tensor, "B T"], count: int, fill: int, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"], count: int, fill: int, begins: Int[Tensor, "B T"] | None = None
 ) -> Int[Tensor, "B T"]:
     """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
-    moved = F.pad(ids, (count, 0), value=fill)[:, : ids.shape[1]]
+    moved = F.pad(as_ids(ids), (count, 0), value=fill)[:, : ids.shape[1]]
     if begins is None:
         return moved
     return moved.where(torch.arange(ids.shape[1], device=ids.device) - count >= begins, fill)

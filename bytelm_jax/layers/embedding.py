@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
+from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.layers.initializers import normal
 
 
@@ -35,9 +36,9 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def look_up(table: Float[Array, "V D"], ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+def look_up(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of the table, NaN outside it: gather forward (exact), one-hot product backward."""
-    return _lookup(table, ids, table.shape[0])
+    return _lookup(table, as_ids(ids), table.shape[0])
 
 
 def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
@@ -61,7 +62,7 @@ class ByteEmbedding(nnx.Module):
         init = init_std if callable(init_std) else normal(init_std)
         self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
-    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    def __call__(self, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
         return look_up(vary_like(self.embedding[...], ids), ids)
 
 

@@ -9,7 +9,7 @@ int64 int32 in silence; so the sum is carried in two uint32 limbs, exact on ever
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Integer
 
 from bytelm_jax.config import BLTConfig
 from bytelm_jax.config_blt import HASH_PRIMES
@@ -19,7 +19,9 @@ from bytelm_jax.layers.initializers import fan_in_normal
 _LIMB = 32
 
 
-def polynomial_hash(grams: Int[Array, "*batch n"], prime: int, rows: int) -> Int32[Array, "*batch"]:
+def polynomial_hash(
+    grams: Integer[Array, "*batch n"], prime: int, rows: int
+) -> Int32[Array, "*batch"]:
     """Hash of the last axis, oldest id first: ids from 0 to 65535, result from 0 to rows − 1.
 
     `rows` is below 2^31.
@@ -58,7 +60,7 @@ def _floor_mod(high: Array, low: Array, rows: int) -> Array:
     return jnp.where(high >> (_LIMB - 1) == 1, negative, remainder)
 
 
-def ngram_rows(grams: Int[Array, "*batch n"], config: BLTConfig) -> Int32[Array, "*batch E"]:
+def ngram_rows(grams: Integer[Array, "*batch n"], config: BLTConfig) -> Int32[Array, "*batch E"]:
     """Row of the fused table for each table, function-major, then by size in the config's order.
 
     `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with

@@ -8,15 +8,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm_jax.config import ByteVocab
+from bytelm_jax.layers.ids import as_ids
 
 
 def ends_segment(
-    ids: Int[Array, "*batch"], vocab: ByteVocab, reset_on: str
+    ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab, reset_on: str
 ) -> Bool[Array, "*batch"]:
     """Whether the text starts anew behind each id: a newline, or with "document" an `eos_id`."""
+    ids = as_ids(ids)
     match reset_on:
         case "newline":
             return ids == vocab.offset + ord("\n")
@@ -26,7 +29,9 @@ def ends_segment(
             return jnp.zeros_like(ids, dtype=bool)
 
 
-def segment_begins(ids: Int[Array, "B T"], vocab: ByteVocab, reset_on: str) -> Int[Array, "B T"]:
+def segment_begins(
+    ids: Integer[Array | np.ndarray, "B T"], vocab: ByteVocab, reset_on: str
+) -> Int[Array, "B T"]:
     """The position at which the segment of each position begins; the id that ends it belongs to it.
 
     `ids` are the ids to be predicted, unshifted; a position's own id does not decide about it.

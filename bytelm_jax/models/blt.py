@@ -21,14 +21,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm_jax import patching
 from bytelm_jax.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
+from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.segments import segment_sum
@@ -44,7 +46,7 @@ from bytelm_jax.models.entropy import (
     write_begins,
     write_prefix,
 )
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, pack, unpack, write_at
+from bytelm_jax.models.interface import Choose, ModelOutput, pack, unpack, write_at
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -106,20 +108,21 @@ class BLT(nnx.Module):
 
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
-        the backward pass. Ids outside the vocabulary raise `ValueError` (NaN under `jit`).
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
+        dropout on. `remat` recomputes the layers in the backward pass.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
     def outputs(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
         starts: Bool[Array, "B S"] | None = None,
@@ -132,7 +135,7 @@ class BLT(nnx.Module):
         of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
         """
         c = self.config
-        check_ids(ids, c.vocab.size)
+        ids = check_ids(ids, c.vocab.size)
         batch, length = ids.shape
         if length == 0:
             empty = jnp.zeros((batch,))
@@ -212,7 +215,7 @@ class BLT(nnx.Module):
             global_calls=jnp.zeros((), jnp.int32),
         )
 
-    def prefill(self, ids: Int[Array, "B T"], cache: BLTCache) -> BLTCache:
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
@@ -257,7 +260,7 @@ class BLT(nnx.Module):
     def decode_round(
         self,
         cache: BLTCache,
-        previous: Int[Array, "B 1"],
+        previous: Integer[Array | np.ndarray, "B 1"],
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[BLTCache, Int[Array, "B 1"]]:
@@ -281,7 +284,7 @@ class BLT(nnx.Module):
         cache = self._finish_patches(cache, ends, number, first, index)
         memory = self._newest(cache, jnp.where(ends, number, number - 1), first)
         x, decoder = self.decoder.extend(x, memory, cache.decoder, index, begin)
-        chosen = choose(self.to_logits(x)[:, 0], 0)
+        chosen = as_ids(choose(self.to_logits(x)[:, 0], 0))
         return cache._replace(decoder=decoder), chosen[:, None]
 
     def _remember(

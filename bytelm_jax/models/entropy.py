@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.embedding import ByteEmbedding
+from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, segment_begins
 from bytelm_jax.layers.transformer import Caches, Transformer
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -45,25 +47,26 @@ class EntropyModel(nnx.Module):
 
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
-        the backward pass. Ids outside the vocabulary raise `ValueError` (NaN under `jit`).
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
+        dropout on. `remat` recomputes the layers in the backward pass.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
     def outputs(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
         """As `__call__`; the one metric is `entropy`, the mean over the row in nats."""
-        check_ids(ids, self.config.vocab.size)
+        ids = check_ids(ids, self.config.vocab.size)
         begins = begins_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, begins)
         logits = self.predict(shifted, begins, dropout_keys, remat)
@@ -104,7 +107,7 @@ class EntropyModel(nnx.Module):
         layers = self.transformer.empty_caches(batch, length, dtype)
         return EntropyCache(layers, empty_begins(batch, length, self.config))
 
-    def prefill(self, ids: Int[Array, "B T"], cache: EntropyCache) -> EntropyCache:
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
@@ -117,7 +120,7 @@ class EntropyModel(nnx.Module):
     def decode_round(
         self,
         cache: EntropyCache,
-        previous: Int[Array, "B 1"],
+        previous: Integer[Array | np.ndarray, "B 1"],
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
@@ -125,7 +128,7 @@ class EntropyModel(nnx.Module):
         index = jnp.asarray(index)
         byte, begins, begin = begin_with(previous, index, cache.begins, self.config)
         logits, layers = self.extend(byte, cache.layers, index, begin)
-        return EntropyCache(layers, begins), choose(logits, 0)[:, None]
+        return EntropyCache(layers, begins), as_ids(choose(logits, 0))[:, None]
 
     def extend(
         self,
@@ -150,17 +153,19 @@ def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 
 
 def shift_right(
-    ids: Int[Array, "B T"], bos_id: int, begins: Int[Array, "B T"] | None = None
+    ids: Integer[Array | np.ndarray, "B T"],
+    bos_id: int,
+    begins: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
-    shifted = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
+    shifted = jnp.pad(as_ids(ids), ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
     if begins is None:
         return shifted
     return jnp.where(begins == jnp.arange(ids.shape[1])[None, :], bos_id, shifted)
 
 
 def begins_of(
-    ids: Int[Array, "B T"], config: BLTConfig | EntropyConfig
+    ids: Integer[Array | np.ndarray, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Array, "B T"] | None:
     """Where the segment of each position begins; None for a model to which all is one text."""
     if config.reset_on == "none":
@@ -179,7 +184,7 @@ def write_begins(room: Int[Array, "B M"], begins: Int[Array, "B T"] | None) -> I
 
 
 def begin_with(
-    previous: Int[Array, "B 1"],
+    previous: Integer[Array | np.ndarray, "B 1"],
     index: Int[Array, ""],
     begins: Int[Array, "B M"],
     config: BLTConfig | EntropyConfig,
@@ -188,6 +193,7 @@ def begin_with(
 
     s_index is the byte before, BOS in the first round and where a segment begins.
     """
+    previous = as_ids(previous)
     bos = jnp.asarray(config.vocab.bos_id, previous.dtype)
     if config.reset_on == "none":
         return jnp.where(index == 0, bos, previous), begins, None

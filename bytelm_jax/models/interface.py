@@ -7,8 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 Choose = Callable[[Array, int], Array]
 """`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
@@ -39,12 +38,16 @@ class Decoder(Protocol):
         """An empty cache for sequences of up to `length` bytes."""
         ...
 
-    def prefill(self, ids: Int[Array, "B T"], cache: Any) -> Any:
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Any) -> Any:
         """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass."""
         ...
 
     def decode_round(
-        self, cache: Any, previous: Int[Array, "B P"], index: Any, choose: Choose
+        self,
+        cache: Any,
+        previous: Integer[Array | np.ndarray, "B P"],
+        index: Any,
+        choose: Choose,
     ) -> tuple[Any, Int[Array, "B P"]]:
         """Appends round number `index`; `previous` holds the round before it (pads at first)."""
         ...
@@ -76,16 +79,3 @@ def unpack(packed: Shaped[Array, "*lead F"], like: Any) -> Any:
         leaves.append(part.reshape(*packed.shape[:lead], *leaf.shape[lead:]))
         start = end
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def check_ids(ids: Array, size: int) -> None:
-    """Raises `ValueError` for an id outside [0, size); traced ids, whose values are unknown, pass.
-
-    A traced id out of range gives NaN logits through the embedding instead.
-    """
-    if ids.size == 0 or isinstance(ids, Tracer):
-        return
-    values = np.asarray(ids)
-    bad = values[(values < 0) | (values >= size)]
-    if bad.size:
-        raise ValueError(f"ids: {bad[0]} is outside the vocabulary; give ids from 0 to {size - 1}")

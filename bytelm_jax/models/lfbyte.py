@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm_jax.config import LFByteConfig
 from bytelm_jax.layers.adaptive import (
@@ -28,10 +29,11 @@ from bytelm_jax.layers.adaptive import (
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
+from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -134,21 +136,22 @@ class LFByteTransformer(nnx.Module):
 
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `dropout_keys` holds one key a row and turns dropout on. `remat` recomputes the layers in
-        the backward pass instead of keeping their activations. Ids outside the vocabulary raise
-        `ValueError` (under `jit`, where values are unknown, they give NaN).
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
+        dropout on. `remat` recomputes the layers in the backward pass instead of keeping their
+        activations.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
     def outputs(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
@@ -159,7 +162,7 @@ class LFByteTransformer(nnx.Module):
         likewise; `expert_load_max`, the greatest share in any layer.
         """
         c = self.config
-        check_ids(ids, c.vocab.size)
+        ids = check_ids(ids, c.vocab.size)
         ages = None
         if c.reset_on != "none":
             ages = age(segment_begins(ids, c.vocab, c.reset_on))
@@ -194,12 +197,12 @@ class LFByteTransformer(nnx.Module):
         layers = tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers)
         return LFByteCache(layers, begins)
 
-    def prefill(self, ids: Int[Array, "B T"], cache: LFByteCache) -> LFByteCache:
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ages = None
+        ids, ages = as_ids(ids), None
         if cache.begins is not None:
             begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
             cache, ages = _with_begins(cache, begins, 0), age(begins)
@@ -209,7 +212,7 @@ class LFByteTransformer(nnx.Module):
     def decode_round(
         self,
         cache: LFByteCache,
-        previous: Int[Array, "B P"],
+        previous: Integer[Array | np.ndarray, "B P"],
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[LFByteCache, Int[Array, "B P"]]:
@@ -217,14 +220,14 @@ class LFByteTransformer(nnx.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        ages = None
+        previous, ages = as_ids(previous), None
         if cache.begins is not None:
             last = jax.lax.dynamic_slice_in_dim(cache.begins, jnp.maximum(index - 1, 0), 1, axis=1)
             anew = (index == 0) | ends_segment(previous, self.config.vocab, self.config.reset_on)
             begins = jnp.where(anew, index, last)
             cache, ages = _with_begins(cache, begins, index), index - begins
         x, cache = self._extend(previous, cache, index, ages)
-        return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
+        return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
 
     def _extend(
         self, ids: Array, cache: LFByteCache, index: int | Array, ages: Array | None

@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm_jax.config import MegabyteConfig
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
+from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
-from bytelm_jax.models.interface import Choose, ModelOutput, check_ids, write_at
+from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 from bytelm_jax.sixteen_bits import LogitsLinear
 
 
@@ -176,22 +177,22 @@ class Megabyte(nnx.Module):
 
     def __call__(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `dropout_keys` holds one key a row and means training: dropout is on, and resets find the
-        room of `reset_room`. `remat` recomputes the blocks in the backward pass instead of keeping
-        their activations. Ids outside the vocabulary raise
-        `ValueError` (under `jit`, where values are unknown, they give NaN).
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and means
+        training: dropout is on, and resets find the room of `reset_room`. `remat` recomputes the
+        blocks in the backward pass instead of keeping their activations.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
     def outputs(
         self,
-        ids: Int[Array, "B T"],
+        ids: Integer[Array | np.ndarray, "B T"],
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
@@ -199,7 +200,7 @@ class Megabyte(nnx.Module):
 
         With resets the metric `reset_overflow` counts those that found no room.
         """
-        check_ids(ids, self.config.vocab.size)
+        ids = check_ids(ids, self.config.vocab.size)
         self._check_length(ids.shape[1])
         if self.config.reset_on != "none":
             return self._outputs_of_segments(ids, dropout_keys, remat)
@@ -264,12 +265,13 @@ class Megabyte(nnx.Module):
         )
 
     def prefill(
-        self, ids: Int[Array, "B T"], cache: MegabyteCache | ResetCache
+        self, ids: Integer[Array | np.ndarray, "B T"], cache: MegabyteCache | ResetCache
     ) -> MegabyteCache | ResetCache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
+        ids = as_ids(ids)
         if isinstance(cache, ResetCache):
             return self._prefill_segments(ids, cache)
         patches = ids.reshape(ids.shape[0], -1, self.config.patch_size)
@@ -311,7 +313,7 @@ class Megabyte(nnx.Module):
     def decode_round(
         self,
         cache: MegabyteCache | ResetCache,
-        previous: Int[Array, "B P"],
+        previous: Integer[Array | np.ndarray, "B P"],
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[MegabyteCache | ResetCache, Int[Array, "B P"]]:
@@ -319,6 +321,7 @@ class Megabyte(nnx.Module):
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
+        previous = as_ids(previous)
         if isinstance(cache, ResetCache):
             return self._decode_byte(cache, previous, jnp.asarray(index), choose)
         batch, patch = previous.shape
@@ -333,7 +336,7 @@ class Megabyte(nnx.Module):
         for i in range(patch):
             hidden = self._local_input(byte[:, None]) + context[:, i : i + 1]
             hidden, local = self.local_transformer.extend(hidden, local, i)
-            byte = choose(self.to_logits(hidden)[:, 0], i)
+            byte = as_ids(choose(self.to_logits(hidden)[:, 0], i))
             chosen.append(byte)
         return MegabyteCache(layers), jnp.stack(chosen, axis=1)
 
@@ -362,7 +365,7 @@ class Megabyte(nnx.Module):
         hidden, near = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
         newest = jax.tree.map(lambda x: x[:, c.patch_size - 1 :], near)
         local = write_at(cache.local, newest, index + c.patch_size - 1)
-        return cache._replace(local=local), choose(self.to_logits(hidden)[:, 0], 0)[:, None]
+        return cache._replace(local=local), as_ids(choose(self.to_logits(hidden)[:, 0], 0))[:, None]
 
     def _begin_patches(
         self, cache: ResetCache, begin: Array, place: Array, starts: Array, index: Array

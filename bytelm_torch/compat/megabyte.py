@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bytelm_torch import config as native
@@ -61,7 +61,7 @@ class Megabyte(_Model):
         super().__init__(config.to_native())
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, ids: Int[Tensor, "B T"], return_loss: bool = False
+        self, ids: Integer[Tensor, "B T"], return_loss: bool = False
     ) -> MegabyteOutput:
         """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`."""
         logits = self.outputs(ids).logits

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
+
+from bytelm_torch.layers.ids import as_ids
 
 
 class ByteEmbedding(nn.Embedding):
@@ -23,8 +25,8 @@ class ByteEmbedding(nn.Embedding):
         else:
             nn.init.normal_(self.weight, std=init_std)
 
-    def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return super().forward(ids)
+    def forward(self, ids: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(as_ids(ids))
 
 
 class PositionEmbedding(nn.Embedding):

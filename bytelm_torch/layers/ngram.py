@@ -5,7 +5,7 @@ wrapping signed 64-bit arithmetic, then the remainder (never negative) by the ro
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm_torch.config import BLTConfig
@@ -13,7 +13,9 @@ from bytelm_torch.config_blt import HASH_PRIMES
 from bytelm_torch.layers.initializers import fan_in_normal
 
 
-def polynomial_hash(grams: Int[Tensor, "*batch n"], prime: int, rows: int) -> Int[Tensor, "*batch"]:
+def polynomial_hash(
+    grams: Integer[Tensor, "*batch n"], prime: int, rows: int
+) -> Int[Tensor, "*batch"]:
     """Hash of the last axis, oldest id first: ids from 0 to 65535, result from 0 to rows − 1."""
     total = torch.zeros(grams.shape[:-1], dtype=torch.int64, device=grams.device)
     for j in range(grams.shape[-1]):
@@ -22,7 +24,7 @@ def polynomial_hash(grams: Int[Tensor, "*batch n"], prime: int, rows: int) -> In
     return total % rows
 
 
-def ngram_rows(grams: Int[Tensor, "*batch n"], config: BLTConfig) -> Int[Tensor, "*batch E"]:
+def ngram_rows(grams: Integer[Tensor, "*batch n"], config: BLTConfig) -> Int[Tensor, "*batch E"]:
     """Row of the fused table for each table, function-major, then by size in the config's order.
 
     `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with

@@ -8,16 +8,18 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bytelm_torch.config import ByteVocab
+from bytelm_torch.layers.ids import as_ids
 
 
 def ends_segment(
-    ids: Int[Tensor, "*batch"], vocab: ByteVocab, reset_on: str
+    ids: Integer[Tensor, "*batch"], vocab: ByteVocab, reset_on: str
 ) -> Bool[Tensor, "*batch"]:
     """Whether the text starts anew behind each id: a newline, or with "document" an `eos_id`."""
+    ids = as_ids(ids)
     match reset_on:
         case "newline":
             return ids == vocab.offset + ord("\n")
@@ -27,7 +29,9 @@ def ends_segment(
             return torch.zeros_like(ids, dtype=torch.bool)
 
 
-def segment_begins(ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str) -> Int[Tensor, "B T"]:
+def segment_begins(
+    ids: Integer[Tensor, "B T"], vocab: ByteVocab, reset_on: str
+) -> Int[Tensor, "B T"]:
     """The position at which the segment of each position begins; the id that ends it belongs to it.
 
     `ids` are the ids to be predicted, unshifted; a position's own id does not decide about it.

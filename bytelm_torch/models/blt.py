@@ -8,13 +8,14 @@ The mirror of `bytelm_jax/models/blt.py`, which says where this differs from the
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm_torch import patching
 from bytelm_torch.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.embedding import sinusoids
+from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_sum
 from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
@@ -29,7 +30,7 @@ from bytelm_torch.models.entropy import (
     write_begins,
     write_prefix,
 )
-from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.models.interface import Choose, ModelOutput
 from bytelm_torch.sixteen_bits import LogitsLinear
 
 
@@ -82,17 +83,17 @@ class BLT(nn.Module):
         self.decoder = Decoder(c)
         self.to_logits = bias_free(c.local_dim, c.vocab.size, LogitsLinear)
 
-    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+    def forward(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `remat` recomputes the layers in the backward pass. Ids outside the vocabulary raise
-        `ValueError`.
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError`. `remat`
+        recomputes the layers in the backward pass.
         """
         return self.outputs(ids, remat).logits
 
     def outputs(
         self,
-        ids: Int[Tensor, "B T"],
+        ids: Integer[Tensor, "B T"],
         remat: bool = False,
         starts: Bool[Tensor, "B S"] | None = None,
     ) -> ModelOutput:
@@ -104,7 +105,7 @@ class BLT(nn.Module):
         of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
         """
         c = self.config
-        check_ids(ids, c.vocab.size)
+        ids = check_ids(ids, c.vocab.size)
         batch, length = ids.shape
         if length == 0:
             empty = self.to_logits.weight.new_zeros(batch)
@@ -191,7 +192,7 @@ class BLT(nn.Module):
             global_calls=integers(),
         )
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: BLTCache) -> BLTCache:
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
@@ -233,7 +234,7 @@ class BLT(nn.Module):
         return cache
 
     def decode_round(
-        self, cache: BLTCache, previous: Int[Tensor, "B 1"], index: int, choose: Choose
+        self, cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first).
 
@@ -251,7 +252,7 @@ class BLT(nn.Module):
         self._finish_patches(cache, ends, number, first, index)
         memory = self._newest(cache, torch.where(ends, number, number - 1), first)
         x, _ = self.decoder.extend(x, memory, cache.decoder, index, begin)
-        chosen = choose(self.to_logits(x)[:, 0], 0)
+        chosen = as_ids(choose(self.to_logits(x)[:, 0], 0))
         return cache, chosen[:, None]
 
     def _remember(self, cache: BLTCache, byte: Tensor, index: int, begin: Tensor | None) -> Tensor:

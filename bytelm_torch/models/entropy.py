@@ -8,16 +8,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm_torch.config import BLTConfig, EntropyConfig
 from bytelm_torch.layers.embedding import ByteEmbedding
+from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.resets import ends_segment, segment_begins
 from bytelm_torch.layers.transformer import Caches, Transformer
-from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.models.interface import Choose, ModelOutput
 from bytelm_torch.sixteen_bits import LogitsLinear
 
 
@@ -42,17 +43,17 @@ class EntropyModel(nn.Module):
         self.to_logits = LogitsLinear(c.dim, c.vocab.size, bias=False)
         fan_in_normal(c.dim)(self.to_logits.weight)
 
-    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+    def forward(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `remat` recomputes the layers in the backward pass. Ids outside the vocabulary raise
-        `ValueError`.
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError`. `remat`
+        recomputes the layers in the backward pass.
         """
         return self.outputs(ids, remat).logits
 
-    def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
+    def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
         """As `forward`; the one metric is `entropy`, the mean over the row in nats."""
-        check_ids(ids, self.config.vocab.size)
+        ids = check_ids(ids, self.config.vocab.size)
         begins = begins_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, begins)
         logits = self.predict(shifted, begins, remat)
@@ -92,7 +93,7 @@ class EntropyModel(nn.Module):
         layers = self.transformer.empty_caches(batch, length, weight.dtype)
         return EntropyCache(layers, empty_begins(batch, length, self.config, weight.device))
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: EntropyCache) -> EntropyCache:
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
@@ -105,12 +106,12 @@ class EntropyModel(nn.Module):
         return cache
 
     def decode_round(
-        self, cache: EntropyCache, previous: Int[Tensor, "B 1"], index: int, choose: Choose
+        self, cache: EntropyCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
         byte, begin = begin_with(previous, index, cache.begins, self.config)
         logits, _ = self.extend(byte, cache.layers, index, begin)
-        return cache, choose(logits, 0)[:, None]
+        return cache, as_ids(choose(logits, 0))[:, None]
 
     def extend(
         self,
@@ -134,17 +135,17 @@ def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
 
 
 def shift_right(
-    ids: Int[Tensor, "B T"], bos_id: int, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"], bos_id: int, begins: Int[Tensor, "B T"] | None = None
 ) -> Int[Tensor, "B T"]:
     """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
-    shifted = F.pad(ids, (1, 0), value=bos_id)[:, : ids.shape[1]]
+    shifted = F.pad(as_ids(ids), (1, 0), value=bos_id)[:, : ids.shape[1]]
     if begins is None:
         return shifted
     return shifted.where(begins != torch.arange(ids.shape[1], device=ids.device), bos_id)
 
 
 def begins_of(
-    ids: Int[Tensor, "B T"], config: BLTConfig | EntropyConfig
+    ids: Integer[Tensor, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Tensor, "B T"] | None:
     """Where the segment of each position begins; None for a model to which all is one text."""
     if config.reset_on == "none":
@@ -168,7 +169,7 @@ def write_begins(room: Int[Tensor, "B M"], begins: Int[Tensor, "B T"] | None) ->
 
 
 def begin_with(
-    previous: Int[Tensor, "B 1"],
+    previous: Integer[Tensor, "B 1"],
     index: int,
     begins: Int[Tensor, "B M"],
     config: BLTConfig | EntropyConfig,
@@ -177,6 +178,7 @@ def begin_with(
 
     s_index is the byte before, BOS in the first round and where a segment begins.
     """
+    previous = as_ids(previous)
     bos = torch.full_like(previous, config.vocab.bos_id)
     if config.reset_on == "none":
         return bos if index == 0 else previous, None

@@ -1,10 +1,9 @@
-"""What training and generation ask of every architecture, and the check of ids that all share."""
+"""What training and generation ask of every architecture."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -36,26 +35,12 @@ class Decoder(Protocol):
         """An empty cache for sequences of up to `length` bytes."""
         ...
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: Any) -> Any:
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
         """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass."""
         ...
 
     def decode_round(
-        self, cache: Any, previous: Int[Tensor, "B P"], index: int, choose: Choose
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: int, choose: Choose
     ) -> tuple[Any, Int[Tensor, "B P"]]:
         """Appends round number `index`; `previous` holds the round before it (pads at first)."""
         ...
-
-
-def check_ids(ids: Tensor, size: int) -> None:
-    """Raises `ValueError` for an id outside [0, size).
-
-    On an accelerator the look would stall the device at every call; there the embedding's own
-    device assertion catches the same fault.
-    """
-    if ids.numel() == 0 or ids.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= size:
-        bad = low if low < 0 else high
-        raise ValueError(f"ids: {bad} is outside the vocabulary; give ids from 0 to {size - 1}")

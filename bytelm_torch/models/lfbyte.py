@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,9 +30,10 @@ from bytelm_torch.layers.adaptive import (
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
+from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.layers.resets import age, ends_segment, pad_begins, segment_begins
-from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.models.interface import Choose, ModelOutput
 from bytelm_torch.sixteen_bits import LogitsLinear
 
 
@@ -129,15 +130,15 @@ class LFByteTransformer(nn.Module):
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
         self.to_logits = _linear(c.embed_dim, c.logit_width, c.init_std, LogitsLinear)
 
-    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+    def forward(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `remat` recomputes the layers in the backward pass instead of keeping their activations.
-        Ids outside the vocabulary raise `ValueError`.
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError`. `remat`
+        recomputes the layers in the backward pass instead of keeping their activations.
         """
         return self.outputs(ids, remat).logits
 
-    def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
+    def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
         """As `forward`; with sparse experts also the balance loss and the load of the experts.
 
         The extra loss is `balance_coefficient` times the sum of the layers' balance. Metrics:
@@ -145,7 +146,7 @@ class LFByteTransformer(nn.Module):
         likewise; `expert_load_max`, the greatest share in any layer.
         """
         c = self.config
-        check_ids(ids, c.vocab.size)
+        ids = check_ids(ids, c.vocab.size)
         ages = None
         if c.reset_on != "none":
             ages = age(segment_begins(ids, c.vocab, c.reset_on))
@@ -182,12 +183,12 @@ class LFByteTransformer(nn.Module):
         device = self.to_logits.weight.device
         return LFByteCache(layers, torch.zeros(batch, length, dtype=torch.int32, device=device))
 
-    def prefill(self, ids: Int[Tensor, "B T"], cache: LFByteCache) -> LFByteCache:
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ages = None
+        ids, ages = as_ids(ids), None
         if cache.begins is not None:
             begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
             cache.begins[:, : ids.shape[1]] = begins
@@ -196,13 +197,13 @@ class LFByteTransformer(nn.Module):
         return cache
 
     def decode_round(
-        self, cache: LFByteCache, previous: Int[Tensor, "B P"], index: int, choose: Choose
+        self, cache: LFByteCache, previous: Integer[Tensor, "B P"], index: int, choose: Choose
     ) -> tuple[LFByteCache, Int[Tensor, "B P"]]:
         """Appends byte number `index`; `previous` is the byte before it (pad for the first).
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        ages = None
+        previous, ages = as_ids(previous), None
         if cache.begins is not None:
             last = cache.begins[:, max(index - 1, 0)].long()[:, None]
             anew = ends_segment(previous, self.config.vocab, self.config.reset_on)
@@ -210,7 +211,7 @@ class LFByteTransformer(nn.Module):
             cache.begins[:, index] = begins[:, 0]
             ages = index - begins
         x, cache = self._extend(previous, cache, index, ages)
-        return cache, choose(self._to_logits(x)[:, 0], 0)[:, None]
+        return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
 
     def _extend(
         self, ids: Tensor, cache: LFByteCache, index: int, ages: Tensor | None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,8 +18,9 @@ from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Sc
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
+from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
-from bytelm_torch.models.interface import Choose, ModelOutput, check_ids
+from bytelm_torch.models.interface import Choose, ModelOutput
 from bytelm_torch.sixteen_bits import LogitsLinear
 
 
@@ -147,21 +148,21 @@ class Megabyte(nn.Module):
         self.local_transformer = transformer(c.local_dim, c.local_layers, c.local_heads)
         self.to_logits = linear(c.local_dim, c.vocab.size, LogitsLinear)
 
-    def forward(self, ids: Int[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
+    def forward(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> Float[Tensor, "B T V"]:
         """Logits in at least float32; the compute dtype is that of the parameters.
 
-        `remat` recomputes the blocks in the backward pass instead of keeping their activations.
-        In training mode dropout is on, and resets find the room of `reset_room`. Ids outside the
-        vocabulary raise `ValueError`.
+        `ids` may have any integer dtype; one outside the vocabulary raises `ValueError`. `remat`
+        recomputes the blocks in the backward pass instead of keeping their activations. In training
+        mode dropout is on, and resets find the room of `reset_room`.
         """
         return self.outputs(ids, remat).logits
 
-    def outputs(self, ids: Int[Tensor, "B T"], remat: bool = False) -> ModelOutput:
+    def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
         """As `forward`, and no further loss.
 
         With resets the metric `reset_overflow` counts those that found no room.
         """
-        check_ids(ids, self.config.vocab.size)
+        ids = check_ids(ids, self.config.vocab.size)
         self._check_length(ids.shape[1])
         if self.config.reset_on != "none":
             return self._outputs_of_segments(ids, remat)
@@ -223,12 +224,13 @@ class Megabyte(nn.Module):
         )
 
     def prefill(
-        self, ids: Int[Tensor, "B T"], cache: MegabyteCache | ResetCache
+        self, ids: Integer[Tensor, "B T"], cache: MegabyteCache | ResetCache
     ) -> MegabyteCache | ResetCache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
+        ids = as_ids(ids)
         if isinstance(cache, ResetCache):
             return self._prefill_segments(ids, cache)
         patches = ids.reshape(ids.shape[0], -1, self.config.patch_size)
@@ -272,7 +274,7 @@ class Megabyte(nn.Module):
     def decode_round(
         self,
         cache: MegabyteCache | ResetCache,
-        previous: Int[Tensor, "B P"],
+        previous: Integer[Tensor, "B P"],
         index: int,
         choose: Choose,
     ) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
@@ -280,6 +282,7 @@ class Megabyte(nn.Module):
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
+        previous = as_ids(previous)
         if isinstance(cache, ResetCache):
             return self._decode_byte(cache, previous, index, choose)
         batch, patch = previous.shape
@@ -294,7 +297,7 @@ class Megabyte(nn.Module):
         for i in range(patch):
             hidden = self._local_input(byte[:, None]) + context[:, i : i + 1]
             hidden, local = self.local_transformer.extend(hidden, local, i)
-            byte = choose(self.to_logits(hidden)[:, 0], i)
+            byte = as_ids(choose(self.to_logits(hidden)[:, 0], i))
             chosen.append(byte)
         return MegabyteCache(layers), torch.stack(chosen, dim=1)
 
@@ -321,7 +324,7 @@ class Megabyte(nn.Module):
         inside = slots - (c.patch_size - 1 - offset)[:, None]
         scope = Scope((inside >= 0)[:, None, :], inside.clamp(min=0))
         hidden, _ = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
-        return cache, choose(self.to_logits(hidden)[:, 0], 0)[:, None]
+        return cache, as_ids(choose(self.to_logits(hidden)[:, 0], 0))[:, None]
 
     def _begin_patches(
         self, cache: ResetCache, begin: Tensor, place: Tensor, starts: Tensor, index: int
