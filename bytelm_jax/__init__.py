@@ -1,7 +1,7 @@
 """bytelm: byte-level language models, trained in JAX and proven equal in PyTorch."""
 
-from bytelm_jax import recipes
-from bytelm_jax.config import BLTConfig, ByteVocab, LFByteConfig, MegabyteConfig, Recipe
+from bytelm import recipes
+from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, MegabyteConfig, Recipe
 from bytelm_jax.models import build_model
 
 __all__ = [

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from bytelm_jax.config import Recipe, require, require_positive
-from bytelm_jax.config_lfbyte import require_prediction
+from bytelm.config import Recipe, require, require_positive
+from bytelm.config.lfbyte import require_prediction
+from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.generate import SamplerConfig, stream
 from bytelm_jax.inspection import Inspection, characters, describe, make_inspector, shade
 from bytelm_jax.models import Params, define_model
-from bytelm_jax.tokenizer import ByteTokenizer, StreamingDecoder
 
 SAMPLERS = ("greedy", "categorical", "entropy")
 Number = int | float | None

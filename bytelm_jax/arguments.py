@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bytelm_jax.config import Recipe
+from bytelm.config import Recipe
 
 T = TypeVar("T")
 

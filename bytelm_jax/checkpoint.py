@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from bytelm.config import Recipe, TrainConfig, from_dict, to_dict
 from bytelm_jax import processes
-from bytelm_jax.config import Recipe, TrainConfig, from_dict, to_dict
 from bytelm_jax.models import Params, abstract_params
 
 METRIC = "validation_bits_per_byte"

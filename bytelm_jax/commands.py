@@ -9,6 +9,18 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from bytelm import data as corpora
+from bytelm.config import (
+    BLTConfig,
+    MegabyteConfig,
+    PatchingContract,
+    Recipe,
+    from_dict,
+    require_document_ends,
+    to_dict,
+)
+from bytelm.config.lfbyte import require_prediction
+from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax import checkpoint as checkpoints
 from bytelm_jax import (
     convert,
@@ -19,22 +31,10 @@ from bytelm_jax import (
     parity,
     patch_contract,
 )
-from bytelm_jax import data as corpora
 from bytelm_jax.arguments import UsageError
-from bytelm_jax.config import (
-    BLTConfig,
-    MegabyteConfig,
-    PatchingContract,
-    Recipe,
-    from_dict,
-    require_document_ends,
-    to_dict,
-)
-from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.generate import SamplerConfig, stream
 from bytelm_jax.models import Params, define_model
-from bytelm_jax.tokenizer import StreamingDecoder
 
 
 def eval_command(

@@ -11,7 +11,10 @@ from typing import NamedTuple, NoReturn
 
 import jax
 
-from bytelm_jax import dry_run, processes, recipes
+from bytelm import recipes
+from bytelm.config import Recipe, require_document_ends
+from bytelm.config.lfbyte import require_prediction
+from bytelm_jax import dry_run, processes
 from bytelm_jax.arguments import (
     ALIASES,
     UsageError,
@@ -20,8 +23,6 @@ from bytelm_jax.arguments import (
     take_flag,
     take_option,
 )
-from bytelm_jax.config import Recipe, require_document_ends
-from bytelm_jax.config_lfbyte import require_prediction
 from bytelm_jax.train import DivergedError, open_windows, train
 
 

@@ -31,8 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .config import ModelConfig, model_from_dict, require, to_dict
-from .models import Params, abstract_params
+from bytelm.config import ModelConfig, model_from_dict, require, to_dict
+from bytelm_jax.models import Params, abstract_params
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from . import convert
-from .config import BLTConfig, ByteVocab, EntropyConfig, require
-from .models import Params, abstract_params
+from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
+from bytelm_jax import convert
+from bytelm_jax.models import Params, abstract_params
 
 INDEX_FILE = "model.safetensors.index.json"
 

@@ -17,9 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from . import convert
-from .config import ByteVocab, MegabyteConfig, require
-from .models import Params
+from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm_jax import convert
+from bytelm_jax.models import Params
 
 FOREIGN_FILES = (
     convert.MODEL_FILE,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .config import BLTConfig, ByteVocab, ModelConfig, require
-from .models import Params, abstract_params
+from bytelm.config import BLTConfig, ByteVocab, ModelConfig, require
+from bytelm_jax.models import Params, abstract_params
 
 SILENT = -1e4
 """Bias of an id that is never predicted: its probability is 0 in every dtype."""

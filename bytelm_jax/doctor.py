@@ -24,8 +24,9 @@ import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from bytelm_jax import checkpoint, data, parallel, processes
-from bytelm_jax.config import MegabyteConfig, TrainConfig
+from bytelm import data
+from bytelm.config import MegabyteConfig, TrainConfig
+from bytelm_jax import checkpoint, parallel, processes
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.memory import device_limit
 from bytelm_jax.models import define_model

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from bytelm.config import Recipe, training_flops_per_byte
+from bytelm.metrics import PEAK_FLOPS
 from bytelm_jax import parallel
 from bytelm_jax.backend import imitate
 from bytelm_jax.collectives import Collective, read_collectives
-from bytelm_jax.config import Recipe, training_flops_per_byte
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.memory import Held, device_limit, kept_for_backward, total
-from bytelm_jax.metrics import PEAK_FLOPS
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optim import build_optimizer, without
 

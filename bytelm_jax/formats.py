@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig, require
-from .convert import CONFIG_FILE, LIBRARY, _read_json, load_export
-from .convert_blt import INDEX_FILE, import_hf_blt
-from .convert_megabyte import FOREIGN_FILES, import_megabyte
-from .models import Params
+from bytelm.config import ModelConfig, require
+from bytelm_jax.convert import CONFIG_FILE, LIBRARY, _read_json, load_export
+from bytelm_jax.convert_blt import INDEX_FILE, import_hf_blt
+from bytelm_jax.convert_megabyte import FOREIGN_FILES, import_megabyte
+from bytelm_jax.models import Params
 
 
 def import_any(path: str | Path, format: str = "auto") -> tuple[ModelConfig, Params]:

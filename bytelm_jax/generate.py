@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bytelm.config import ByteVocab, MegabyteConfig, require
 from bytelm_jax.backend import backend
-from bytelm_jax.config import ByteVocab, MegabyteConfig, require
 from bytelm_jax.structure import Structure, take_apart
 
 _NO_LIMIT = 2**31 - 1

@@ -18,8 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int
 from rich.text import Text
 
-from bytelm_jax import patch_contract, patching
-from bytelm_jax.config import (
+from bytelm.config import (
     BLTConfig,
     EntropyConfig,
     LFByteConfig,
@@ -27,12 +26,13 @@ from bytelm_jax.config import (
     ModelConfig,
     Recipe,
 )
-from bytelm_jax.config_lfbyte import require_prediction
+from bytelm.config.lfbyte import require_prediction
+from bytelm.tokenizer import ByteTokenizer
+from bytelm_jax import patch_contract, patching
 from bytelm_jax.layers.resets import age, segment_begins
 from bytelm_jax.loss import token_nats
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.models.entropy import begins_of, entropy, shift_right
-from bytelm_jax.tokenizer import ByteTokenizer
 
 _LEAST = 64  # ids: shorter texts share one program
 _ROW = 8  # bytes a row of the table

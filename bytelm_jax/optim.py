@@ -15,7 +15,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.config import OptimizerConfig
+from bytelm.config import OptimizerConfig
 from bytelm_jax.models import is_norm
 from bytelm_jax.q_learning import (
     QLearningSGDState,

@@ -20,7 +20,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array, Integer
 
-from bytelm_jax.config import TrainConfig
+from bytelm.config import TrainConfig
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, cast_params

@@ -16,13 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm_jax import checkpoint, convert, data
-from bytelm_jax.config import BLTConfig, ModelConfig, to_dict
+from bytelm import data
+from bytelm.config import BLTConfig, ModelConfig, to_dict
+from bytelm.tokenizer import ByteTokenizer
+from bytelm_jax import checkpoint, convert
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.recording import Place, Shelf, listen_jax, listen_torch
-from bytelm_jax.tokenizer import ByteTokenizer
 
 LOGITS = {"float64": 1e-12, "float32": 1e-5}
 """Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss; integers and booleans must be equal."""
@@ -173,7 +174,7 @@ def make_twin(config: ModelConfig, params: Params) -> Any:
     """The torch model with the same configuration and parameters."""
     import torch
 
-    from bytelm_torch.config import model_from_dict
+    from bytelm.config import model_from_dict
     from bytelm_torch.models import build_model
 
     twin = build_model(model_from_dict(to_dict(config)))

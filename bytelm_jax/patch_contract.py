@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from bytelm.config import BLTConfig, EntropyConfig, PatchingContract, Recipe, require
+from bytelm.config.blt import HISTOGRAM_LIMIT
+from bytelm.data import Windows, evaluation_batches
 from bytelm_jax import checkpoint, patching
-from bytelm_jax.config import BLTConfig, EntropyConfig, PatchingContract, Recipe, require
-from bytelm_jax.config_blt import HISTOGRAM_LIMIT
-from bytelm_jax.data import Windows, evaluation_batches
 from bytelm_jax.layers.transformer import positions_in
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.models.entropy import begins_of, entropy, shift_right
@@ -287,7 +287,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
 
 
 def _defaults(recipe: Recipe) -> Any:
-    from bytelm_jax import recipes
+    from bytelm import recipes
 
     return recipes.get(recipe.name).model if recipe.name in recipes.names() else recipe.model
 

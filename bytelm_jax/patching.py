@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from bytelm_jax.config import BLTConfig, ByteVocab
+from bytelm.config import BLTConfig, ByteVocab
 from bytelm_jax.layers.ids import as_ids
 
 NO_BYTE = -1

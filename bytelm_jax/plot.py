@@ -18,9 +18,9 @@ import numpy as np
 import optax
 from jaxtyping import Float32
 
+from bytelm.config import PatchingContract, Recipe, to_dict
+from bytelm.metrics import read_metrics
 from bytelm_jax import checkpoint
-from bytelm_jax.config import PatchingContract, Recipe, to_dict
-from bytelm_jax.metrics import read_metrics
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optim import build_optimizer
 from bytelm_jax.q_agent import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, QLearningState

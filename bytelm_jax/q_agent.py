@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from bytelm_jax.config_q_learning import QLearningConfig
+from bytelm.config.q_learning import QLearningConfig
 from bytelm_jax.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]

@@ -17,8 +17,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.config_base import require
-from bytelm_jax.config_q_learning import QLearningConfig
+from bytelm.config.base import require
+from bytelm.config.q_learning import QLearningConfig
 from bytelm_jax.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,

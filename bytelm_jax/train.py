@@ -15,22 +15,24 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from bytelm_jax import checkpoint, data, parallel, patch_contract, processes
-from bytelm_jax.config import (
+from bytelm import data
+from bytelm.config import (
     BLTConfig,
     Recipe,
     TrainConfig,
     require_document_ends,
     training_flops_per_byte,
 )
-from bytelm_jax.config_lfbyte import require_prediction
+from bytelm.config.lfbyte import require_prediction
+from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm.tracking import check_trackers, open_trackers
+from bytelm_jax import checkpoint, parallel, patch_contract, processes
+from bytelm_jax.batches import training_batches
 from bytelm_jax.display import Display
 from bytelm_jax.evaluate import evaluate, make_row_nats
 from bytelm_jax.loss import bits_per_byte
-from bytelm_jax.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer, learning_rate_schedule
-from bytelm_jax.tracking import check_trackers, open_trackers
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
@@ -298,7 +300,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         return step == run.steps or bool(every and step % every == 0)
 
     # ---- loop ----
-    batches = data.batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
+    batches = training_batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
     step, piece = start, 0
     with ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir, run))

@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .config import (
+from bytelm.config import (
     MODEL_CONFIGS,
     ModelConfig,
     PatchingContract,
@@ -38,8 +38,8 @@ from .config import (
     require,
     to_dict,
 )
-from .finite import first_non_finite, is_finite, require_finite
-from .models import build_model, name_parameters
+from bytelm_torch.finite import first_non_finite, is_finite, require_finite
+from bytelm_torch.models import build_model, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import require
+from bytelm.config import require
 
 
 def is_finite(value: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm_torch.config import ByteVocab, MegabyteConfig, require
+from bytelm.config import ByteVocab, MegabyteConfig, require
 
 _BLOCK = 64  # random numbers drawn at a time
 

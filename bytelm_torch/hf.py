@@ -28,8 +28,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bytelm_torch import checkpoint
-from bytelm_torch.config import (
+from bytelm.config import (
     BLTConfig,
     EntropyConfig,
     LFByteConfig,
@@ -38,6 +37,7 @@ from bytelm_torch.config import (
     require,
     to_dict,
 )
+from bytelm_torch import checkpoint
 from bytelm_torch.finite import first_non_finite, require_finite
 from bytelm_torch.hf_cache import ByteCache
 from bytelm_torch.hf_tokenizer import ByteLMTokenizer, tokenizer_for

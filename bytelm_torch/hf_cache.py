@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bytelm_torch.config import require
+from bytelm.config import require
 
 
 class _Found(Exception):

@@ -4,8 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizer
 
-from bytelm_torch.config import ByteVocab, ModelConfig, to_dict
-from bytelm_torch.tokenizer import ByteTokenizer
+from bytelm.config import ByteVocab, ModelConfig, to_dict
+from bytelm.tokenizer import ByteTokenizer
 
 
 class ByteLMTokenizer(PreTrainedTokenizer):

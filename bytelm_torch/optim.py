@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm_torch.config import MODEL_CONFIGS, OptimizerConfig
-from bytelm_torch.config_base import require
+from bytelm.config import MODEL_CONFIGS, OptimizerConfig
+from bytelm.config.base import require
 from bytelm_torch.models import is_norm
 from bytelm_torch.q_learning import EnhancedSGD, q_learning
 

@@ -20,7 +20,7 @@ from jaxtyping import Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bytelm_torch.config import TrainConfig
+from bytelm.config import TrainConfig
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.loss import cross_entropy
 from bytelm_torch.optim import clip_by_global_norm, global_norm

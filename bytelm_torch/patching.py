@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from bytelm_torch.config import BLTConfig, ByteVocab
+from bytelm.config import BLTConfig, ByteVocab
 from bytelm_torch.layers.ids import as_ids
 
 NO_BYTE = -1

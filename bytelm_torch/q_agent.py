@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bytelm_torch.config_q_learning import QLearningConfig
+from bytelm.config.q_learning import QLearningConfig
 from bytelm_torch.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]

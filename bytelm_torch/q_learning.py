@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm_torch.config_base import require
-from bytelm_torch.config_q_learning import QLearningConfig
+from bytelm.config.base import require
+from bytelm.config.q_learning import QLearningConfig
 from bytelm_torch.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,

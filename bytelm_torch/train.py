@@ -25,23 +25,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bytelm_torch import checkpoint, data, parallel
-from bytelm_torch.config import (
-    Recipe,
-    TrainConfig,
-    from_dict,
-    require,
-    require_document_ends,
-    to_dict,
-)
-from bytelm_torch.config_lfbyte import require_prediction
+from bytelm import data
+from bytelm.config import Recipe, TrainConfig, from_dict, require, require_document_ends, to_dict
+from bytelm.config.lfbyte import require_prediction
+from bytelm.metrics import MetricsLog, Throughput
+from bytelm.tracking import check_trackers, open_trackers
+from bytelm_torch import checkpoint, parallel
+from bytelm_torch.batches import training_batches
 from bytelm_torch.evaluate import evaluate, make_row_nats
 from bytelm_torch.finite import first_non_finite
 from bytelm_torch.loss import bits_per_byte
-from bytelm_torch.metrics import MetricsLog, Throughput
 from bytelm_torch.models import build_model
 from bytelm_torch.optim import build_optimizer, learning_rate_schedule
-from bytelm_torch.tracking import check_trackers, open_trackers
 
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -283,7 +278,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         saved = step
 
     # ---- loop ----
-    batches = data.batches(
+    batches = training_batches(
         windows, run.batch_size, recipe.data.shuffle_seed, start, group.rank, group.size
     )
     step = start

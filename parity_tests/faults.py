@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 import bytelm_torch
+from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
 from bytelm_jax import cli, convert, parity
-from bytelm_jax.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
 from bytelm_jax.models import abstract_params
 from bytelm_torch import patching
 from bytelm_torch.layers import (

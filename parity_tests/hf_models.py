@@ -1,6 +1,6 @@
 """Tiny models of every architecture, for the tests of the interface to transformers."""
 
-from bytelm_torch.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
+from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
 
 _MEGABYTE = {
     "patch_size": 4,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import BLTConfig, EntropyConfig, ModelConfig
 from bytelm_jax import patching
-from bytelm_jax.config import BLTConfig, EntropyConfig, ModelConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, abstract_params, define_model

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import BLTConfig
 from bytelm_jax import patching
-from bytelm_jax.config import BLTConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import Params, define_model

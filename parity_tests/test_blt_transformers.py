@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax import cli
 from bytelm_jax.checkpoint import load_run
-from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.convert import to_torch
 from bytelm_jax.convert_blt import (
     blt_config_from_hf,

@@ -17,10 +17,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 import bytelm_torch
+from bytelm.config import ModelConfig, model_from_dict, to_dict
 from bytelm_jax import convert
-from bytelm_jax.config import ModelConfig, to_dict
 from bytelm_jax.models import Params, abstract_params, cast_params, define_model
-from bytelm_torch.config import model_from_dict
 from bytelm_torch.models import build_model
 from parity_tests.tolerances import LOGITS
 from parity_tests.twins import MEGABYTES, random_ids

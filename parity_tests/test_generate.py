@@ -11,10 +11,10 @@ import torch
 
 import bytelm_jax.generate as ours
 import bytelm_torch.generate as theirs
-from bytelm_jax.config import ByteVocab, MegabyteConfig
+from bytelm.config import ByteVocab, MegabyteConfig
+from bytelm.config import ByteVocab as TorchVocab
 from bytelm_jax.models import define_model
 from bytelm_jax.parity import make_twin
-from bytelm_torch.config import ByteVocab as TorchVocab
 from parity_tests.tolerances import LOGITS
 from parity_tests.twins import random_params
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, model_from_dict, to_dict
 from bytelm_jax import evaluate, loss, parallel, patching
-from bytelm_jax.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, to_dict
 from bytelm_jax.layers import embedding, ids, ngram, resets
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_torch import evaluate as torch_evaluate
 from bytelm_torch import loss as torch_loss
 from bytelm_torch import patching as torch_patching
-from bytelm_torch.config import model_from_dict
 from bytelm_torch.layers import embedding as torch_embedding
 from bytelm_torch.layers import ids as torch_ids
 from bytelm_torch.layers import ngram as torch_ngram

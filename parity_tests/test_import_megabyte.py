@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm_jax import convert, convert_megabyte, formats
-from bytelm_jax.config import ByteVocab, MegabyteConfig
 from bytelm_jax.models import abstract_params, define_model
 from parity_tests.tolerances import LOGITS
 

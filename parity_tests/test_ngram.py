@@ -9,9 +9,9 @@ import pytest
 import torch
 from flax import nnx
 
-import bytelm_torch.config as torch_config
-from bytelm_jax.config import BLTConfig, to_dict
-from bytelm_jax.config_blt import HASH_PRIMES
+import bytelm.config as torch_config
+from bytelm.config import BLTConfig, to_dict
+from bytelm.config.blt import HASH_PRIMES
 from bytelm_jax.layers import ngram
 from bytelm_jax.models import split_model
 from bytelm_torch.layers import ngram as torch_ngram

@@ -9,18 +9,12 @@ import jax.numpy as jnp
 import pytest
 import torch
 
+from bytelm import recipes as jax_recipes
+from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_dict
 from bytelm_jax import checkpoint as jax_checkpoint
 from bytelm_jax import cli
 from bytelm_jax import parallel as jax_parallel
-from bytelm_jax import recipes as jax_recipes
 from bytelm_jax import train as jax_train
-from bytelm_jax.config import (
-    DataConfig,
-    MegabyteConfig,
-    Recipe,
-    TrainConfig,
-    to_dict,
-)
 from bytelm_torch import checkpoint, parallel, train
 
 MODEL = MegabyteConfig(

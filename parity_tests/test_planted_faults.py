@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config import LFByteConfig
 from bytelm_jax import cli, convert
-from bytelm_jax.config import LFByteConfig
 from bytelm_jax.models import abstract_params
 from bytelm_jax.recording import Shelf
 from parity_tests import faults

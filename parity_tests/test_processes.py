@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bytelm.metrics import read_metrics
 from bytelm_jax import checkpoint, cli
-from bytelm_jax.metrics import read_metrics
 from bytelm_jax.parity import relative_error
 from parity_tests import tolerances
 

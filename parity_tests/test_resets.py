@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import LFByteConfig, MegabyteConfig
 from bytelm_jax import convert
-from bytelm_jax.config import LFByteConfig, MegabyteConfig
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.layers.long_convolution import segmented_convolution
 from bytelm_jax.layers.resets import age, segment_begins

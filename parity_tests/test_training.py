@@ -10,20 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm.config import OptimizerConfig, QLearningConfig, TrainConfig, from_dict, to_dict
+from bytelm.config import OptimizerConfig as TorchOptimizerConfig
+from bytelm.config import from_dict as torch_from_dict
 from bytelm_jax import parallel
-from bytelm_jax.config import (
-    OptimizerConfig,
-    QLearningConfig,
-    TrainConfig,
-    from_dict,
-    to_dict,
-)
 from bytelm_jax.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
 from bytelm_jax.parity import relative_error
-from bytelm_torch.config import OptimizerConfig as TorchOptimizerConfig
-from bytelm_torch.config import from_dict as torch_from_dict
 from bytelm_torch.loss import cross_entropy as torch_cross_entropy
 from bytelm_torch.optim import build_optimizer as build_torch_optimizer
 from bytelm_torch.optim import clip_by_global_norm, learning_rate_schedule

@@ -9,14 +9,8 @@ import pytest
 import torch
 
 import bytelm_torch
+from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, LFByteConfig, MegabyteConfig
 from bytelm_jax import convert
-from bytelm_jax.config import (
-    BLTConfig,
-    ByteVocab,
-    EntropyConfig,
-    LFByteConfig,
-    MegabyteConfig,
-)
 from bytelm_jax.convert_vocab import remap_vocab
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import abstract_params, define_model

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm_jax.config import MegabyteConfig, ModelConfig
+from bytelm.config import MegabyteConfig, ModelConfig
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.parity import make_twin
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from equal_time import Trainer, machine, read_row
 
-from bytelm_jax.config import Recipe
+from bytelm.config import Recipe
 
 
 def measure(trainer: Trainer, seed: int, cpu_seconds: float) -> dict[str, Any]:

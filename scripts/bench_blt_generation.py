@@ -27,7 +27,7 @@ from bench_blt_vs_transformers import (
     timed,
 )
 
-from bytelm_jax import recipes
+from bytelm import recipes
 
 PATCH = 4
 
@@ -79,7 +79,8 @@ def our_generation(
     import jax
     from equal_time import machine
 
-    from bytelm_jax import data, parallel, patch_contract
+    from bytelm import data
+    from bytelm_jax import parallel, patch_contract
     from bytelm_jax.generate import generate
     from bytelm_jax.models import cast_params, define_model
 

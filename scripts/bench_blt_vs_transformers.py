@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from bytelm_jax import recipes
-from bytelm_jax.config import BLTConfig
+from bytelm import recipes
+from bytelm.config import BLTConfig
 
 
 def configuration(recipe: str) -> BLTConfig:

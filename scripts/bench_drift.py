@@ -20,7 +20,8 @@ import numpy as np
 from equal_time import machine, side_by_side
 from jaxtyping import Array, Int
 
-from bytelm_jax import checkpoint, data
+from bytelm import data
+from bytelm_jax import checkpoint
 from bytelm_jax.loss import bits_per_byte, token_nats
 from bytelm_jax.models import Params, cast_params, define_model
 

@@ -25,9 +25,10 @@ from typing import Any
 
 from equal_time import Trainer, add_options, machine, read_row, side_by_side
 
-from bytelm_jax import checkpoint, data, parallel, patch_contract
-from bytelm_jax.config import BLTConfig, training_flops_per_byte
-from bytelm_jax.metrics import peak_flops, read_metrics
+from bytelm import data
+from bytelm.config import BLTConfig, training_flops_per_byte
+from bytelm.metrics import peak_flops, read_metrics
+from bytelm_jax import checkpoint, parallel, patch_contract
 
 ROWS = [
     "megabyte_132m",

@@ -13,7 +13,8 @@ import time
 
 import jax
 
-from bytelm_jax import parallel, recipes
+from bytelm import recipes
+from bytelm_jax import parallel
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.models import cast_params, define_model
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bytelm_jax.config import LFByteConfig
+from bytelm.config import LFByteConfig
 from bytelm_jax.models import Params, cast_params, define_model
 
 

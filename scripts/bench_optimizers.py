@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm_jax import data
-from bytelm_jax.config import ByteVocab, MegabyteConfig, OptimizerConfig, QLearningConfig
+from bytelm import data
+from bytelm.config import ByteVocab, MegabyteConfig, OptimizerConfig, QLearningConfig
+from bytelm_jax.batches import training_batches
 from bytelm_jax.loss import bits_per_byte, cross_entropy
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
@@ -96,7 +97,7 @@ def measure(
     run = make_run(configure(row, options.steps), options.steps, jnp.asarray(held_out))
     ends, start = [], time.process_time()
     for seed in range(options.seeds):
-        source = data.batches(windows, BATCH, seed, 0)
+        source = training_batches(windows, BATCH, seed, 0)
         batches = np.stack([next(source) for _ in range(options.steps)])
         nats = run(jnp.asarray(rates, jnp.float32), jnp.int32(seed), jnp.asarray(batches))
         count = int(np.sum(held_out != MODEL.vocab.pad_id))

@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm_jax import parallel, recipes
-from bytelm_jax.config import OptimizerConfig
+from bytelm import recipes
+from bytelm.config import OptimizerConfig
+from bytelm_jax import parallel
 from bytelm_jax.loss import cross_entropy
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optim import build_optimizer

@@ -34,9 +34,10 @@ import flax
 import jax
 import numpy as np
 
-from bytelm_jax import collectives, parallel, recipes
-from bytelm_jax.config import BLTConfig, Recipe, training_flops_per_byte
-from bytelm_jax.metrics import peak_flops
+from bytelm import recipes
+from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
+from bytelm.metrics import peak_flops
+from bytelm_jax import collectives, parallel
 from bytelm_jax.models import define_model
 from bytelm_jax.optim import build_optimizer
 

@@ -19,8 +19,8 @@ import httpx
 import jax
 from gradio_client import Client
 
+from bytelm.config import MegabyteConfig, Recipe
 from bytelm_jax import checkpoint
-from bytelm_jax.config import MegabyteConfig, Recipe
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.models import define_model
 

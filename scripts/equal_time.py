@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import flax
 import jax
 
-from bytelm_jax import data, parallel, patch_contract, recipes
+from bytelm import data, recipes
+from bytelm.config import Recipe
+from bytelm_jax import parallel, patch_contract
 from bytelm_jax.arguments import parse_recipe
-from bytelm_jax.config import Recipe
+from bytelm_jax.batches import training_batches
 from bytelm_jax.evaluate import Evaluation, evaluate, make_row_nats
 from bytelm_jax.loss import bits_per_byte
 from bytelm_jax.models import Params, define_model
@@ -135,7 +137,7 @@ class Trainer:
         return state
 
     def _batches(self, seed: int) -> Iterator[Any]:
-        rows = data.batches(self.windows, self.recipe.train.batch_size, seed, 0)
+        rows = training_batches(self.windows, self.recipe.train.batch_size, seed, 0)
         return (parallel.put_batch(self._mesh, ids) for ids in rows)
 
     def _program(self, steps: int) -> Callable:

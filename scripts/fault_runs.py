@@ -26,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from bytelm.metrics import WALL_CLOCK, read_metrics
 from bytelm_jax import checkpoint
-from bytelm_jax.metrics import WALL_CLOCK, read_metrics
 from bytelm_jax.parity import relative_error
 from bytelm_jax.processes import HUNG
 

@@ -27,9 +27,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import bytelm_torch
+from bytelm.config import to_dict
 from bytelm_jax import checkpoint, cli, convert, convert_blt, formats
 from bytelm_jax.models import abstract_params
-from bytelm_torch.config import to_dict
 from parity_tests.damage import damage_folder, make_folders
 
 SECONDS, MEMORY = 20, 2**28

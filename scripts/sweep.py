@@ -25,10 +25,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bytelm_jax import checkpoint, recipes
+from bytelm import recipes
+from bytelm.config import Recipe
+from bytelm.metrics import read_metrics
+from bytelm_jax import checkpoint
 from bytelm_jax.arguments import parse_recipe
-from bytelm_jax.config import Recipe
-from bytelm_jax.metrics import read_metrics
 from bytelm_jax.train import DivergedError, train
 
 Point = dict[str, str]

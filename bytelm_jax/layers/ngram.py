@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, Integer
 
-from bytelm_jax.config import BLTConfig
-from bytelm_jax.config_blt import HASH_PRIMES
+from bytelm.config import BLTConfig
+from bytelm.config.blt import HASH_PRIMES
 from bytelm_jax.layers.embedding import vary_like
 from bytelm_jax.layers.initializers import fan_in_normal
 

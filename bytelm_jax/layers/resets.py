@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from bytelm_jax.config import ByteVocab
+from bytelm.config import ByteVocab
 from bytelm_jax.layers.ids import as_ids
 
 

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm_jax.config import (
-    BLTConfig,
-    EntropyConfig,
-    LFByteConfig,
-    MegabyteConfig,
-    ModelConfig,
-)
+from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
 from bytelm_jax.layers.initializers import deferring, draw_all
 from bytelm_jax.models.blt import BLT
 from bytelm_jax.models.entropy import EntropyModel

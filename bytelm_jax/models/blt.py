@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from bytelm.config import BLTConfig
 from bytelm_jax import patching
-from bytelm_jax.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids

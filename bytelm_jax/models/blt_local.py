@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bytelm_jax.config import BLTConfig
+from bytelm.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.dropout import fold_rows

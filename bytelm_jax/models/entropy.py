@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from bytelm_jax.config import BLTConfig, EntropyConfig
+from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from bytelm_jax.config import LFByteConfig
+from bytelm.config import LFByteConfig
 from bytelm_jax.layers.adaptive import (
     ChannelMixing,
     TokenMixing,

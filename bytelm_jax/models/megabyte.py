@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from bytelm_jax.config import MegabyteConfig
+from bytelm.config import MegabyteConfig
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config import LFByteConfig, MegabyteConfig, Recipe
 from bytelm_jax import app, checkpoint, cli, commands_view
-from bytelm_jax.config import LFByteConfig, MegabyteConfig, Recipe
 from bytelm_jax.generate import SamplerConfig, generate
 from bytelm_jax.inspection import Inspection
 from bytelm_jax.models import abstract_params, define_model

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax import patching
 from bytelm_jax.backend import imitate
-from bytelm_jax.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.grouped_attention import attend_once, causal_attention, grouped_attention
 from bytelm_jax.layers.segments import segment_max, take_segments

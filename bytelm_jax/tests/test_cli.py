@@ -20,10 +20,11 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm_jax import cli, commands, commands_train, processes, recipes
+from bytelm import recipes
+from bytelm.config import BLTConfig
+from bytelm_jax import cli, commands, commands_train, processes
 from bytelm_jax.arguments import UsageError, expand_names, take_option
 from bytelm_jax.checkpoint import load_run
-from bytelm_jax.config import BLTConfig
 from bytelm_jax.parity import make_twin
 from bytelm_jax.train import Outcome, open_windows
 from bytelm_torch.loss import token_nats

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bytelm_jax import recipes
-from bytelm_jax.config import (
+from bytelm import recipes
+from bytelm.config import (
     MODEL_CONFIGS,
     ByteVocab,
     DataConfig,

@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytelm_jax import data
-from bytelm_jax.config import ByteVocab
-from bytelm_jax.data import MAGIC, Corpus, Windows, batches, evaluation_batches, open_corpus
+from bytelm import data
+from bytelm.config import ByteVocab
+from bytelm.data import MAGIC, Corpus, Windows, evaluation_batches, open_corpus
+from bytelm_jax.batches import training_batches
 
 VOCAB = ByteVocab()
 SHIFTED = ByteVocab(size=300, offset=3, pad_id=0, bos_id=1, eos_id=2)
@@ -380,7 +381,7 @@ def test_very_large_corpora(tmp_path: Path) -> None:
     assert windows[np.int32((5 << 20) - 1)][-3:].tolist() == list(b"end")
     assert windows[5 << 20].tolist() == [VOCAB.eos_id] + [VOCAB.pad_id] * 1023
     with refuses("length=1: more than 2.*32 windows; choose longer ones"):
-        batches(Windows(corpus, VOCAB, 1, False), 4, 0, 0)
+        training_batches(Windows(corpus, VOCAB, 1, False), 4, 0, 0)
 
 
 @pytest.fixture
@@ -390,7 +391,7 @@ def numbered(tmp_path: Path) -> Windows:
 
 
 def first_ids(windows: Windows, batch_size: int, steps: int, start: int = 0) -> list[int]:
-    taken = list(islice(batches(windows, batch_size, 3, start), steps))
+    taken = list(islice(training_batches(windows, batch_size, 3, start), steps))
     assert all(b.shape == (batch_size, 4) and b.dtype == np.int32 for b in taken)
     assert all(b[:, 1:].tolist() == [[1, 2, 3]] * batch_size for b in taken)
     return np.concatenate(taken)[:, 0].tolist()
@@ -400,7 +401,7 @@ def test_every_window_once_an_epoch_newly_shuffled(numbered: Windows) -> None:
     order = first_ids(numbered, 8, 25)
     epochs = [order[begin : begin + 50] for begin in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    other = np.concatenate(list(islice(batches(numbered, 10, 4, 0), 5)))[:, 0].tolist()
+    other = np.concatenate(list(islice(training_batches(numbered, 10, 4, 0), 5)))[:, 0].tolist()
     assert sorted(other) == list(range(50))
     assert len({tuple(each) for each in [*epochs, other, range(50)]}) == 6
 
@@ -423,9 +424,12 @@ def test_restart_in_the_middle(numbered: Windows, start: int) -> None:
 @pytest.mark.parametrize("process_count", [1, 2, 4])
 def test_processes_share_the_global_batch(numbered: Windows, process_count: int) -> None:
     for batch_size in (4, 12):
-        whole = list(islice(batches(numbered, batch_size, 3, 5), 15))
+        whole = list(islice(training_batches(numbered, batch_size, 3, 5), 15))
         sizes = (batch_size, 3, 5)
-        shares = [batches(numbered, *sizes, index, process_count) for index in range(process_count)]
+        shares = [
+            training_batches(numbered, *sizes, index, process_count)
+            for index in range(process_count)
+        ]
         for batch, *parts in zip(whole, *shares, strict=False):
             assert {part.shape for part in parts} == {(batch_size // process_count, 4)}
             np.testing.assert_array_equal(np.concatenate(parts), batch)
@@ -438,13 +442,13 @@ def test_nothing_before_the_start_is_read(numbered: Windows) -> None:
             return super().__getitem__(index)
 
     reads: list[int] = []
-    next(iter(batches(Counting(numbered.corpus, VOCAB, 4, False), 2, 3, 10**12)))
+    next(iter(training_batches(Counting(numbered.corpus, VOCAB, 4, False), 2, 3, 10**12)))
     assert 0 < len(reads) <= 2 * (1 + data._READY_BATCHES)
 
 
-@pytest.mark.parametrize("kind", [batches, evaluation_batches])
+@pytest.mark.parametrize("kind", [training_batches, evaluation_batches])
 def test_batches_that_cannot_work_are_refused(numbered: Windows, kind: Callable) -> None:
-    position = (0, 0) if kind is batches else (None,)
+    position = (0, 0) if kind is training_batches else (None,)
     with refuses("corpus: holds no bytes"):
         kind(Windows(numbered.corpus.subset([]), VOCAB, 4, True), 4, *position)
     for batch_size, count in ((6, 4), (2, 4), (0, 1), (-4, 2)):
@@ -454,9 +458,9 @@ def test_batches_that_cannot_work_are_refused(numbered: Windows, kind: Callable)
         with refuses(f"process_index={index}: must be from 0 to {count - 1}"):
             kind(numbered, 4, *position, index, count)
     with refuses("shuffle_seed=-1: must be at least 0"):
-        batches(numbered, 4, -1, 0)
+        training_batches(numbered, 4, -1, 0)
     with refuses("start_step=-2: must be at least 0"):
-        batches(numbered, 4, 0, -2)
+        training_batches(numbered, 4, 0, -2)
     with refuses("limit=0: must be at least 1"):
         evaluation_batches(numbered, 4, 0)
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bytelm_jax import cli, commands_train, dry_run, parallel, recipes
+from bytelm import recipes
+from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
+from bytelm_jax import cli, commands_train, dry_run, parallel
 from bytelm_jax.collectives import Collective, read_collectives
-from bytelm_jax.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.memory import kept_for_backward, total
 from bytelm_jax.models import cast_params
 from parity_tests import tolerances

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytelm_jax import data, recipes
-from bytelm_jax.config import MegabyteConfig
+from bytelm import data, recipes
+from bytelm.config import MegabyteConfig
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 SIZES = dict.fromkeys(("global_heads", "local_heads", "global_layers", "local_layers"), 1)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm_jax.backend import imitate
-from bytelm_jax.config import ByteVocab, MegabyteConfig
 from bytelm_jax.generate import (
     SamplerConfig,
     _begin,

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from bytelm_jax import backend, parallel, recipes
-from bytelm_jax.config_blt import EntropyConfig
+from bytelm import recipes
+from bytelm.config.blt import EntropyConfig
+from bytelm_jax import backend, parallel
 from bytelm_jax.layers.attention import fused_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.models import define_model

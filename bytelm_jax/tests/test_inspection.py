@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bytelm_jax import checkpoint, cli, inspection, patch_contract
-from bytelm_jax.config import (
+from bytelm.config import (
     BLTConfig,
     ByteVocab,
     EntropyConfig,
@@ -19,7 +18,8 @@ from bytelm_jax.config import (
     PatchingContract,
     Recipe,
 )
-from bytelm_jax.data import Windows, open_corpus
+from bytelm.data import Windows, open_corpus
+from bytelm_jax import checkpoint, cli, inspection, patch_contract
 from bytelm_jax.models import abstract_params, define_model
 
 TEXT = "def é(self):\n  🎉".encode()

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config import BLTConfig, EntropyConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
+from bytelm.config import OptimizerConfig as TorchOptimizerConfig
+from bytelm.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax import parallel
-from bytelm_jax.config import BLTConfig, EntropyConfig, OptimizerConfig, TrainConfig, to_dict
-from bytelm_jax.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optim import (
     build_optimizer,
@@ -17,8 +18,6 @@ from bytelm_jax.optim import (
     decay_mask,
     learning_rate_schedule,
 )
-from bytelm_torch.config import OptimizerConfig as TorchOptimizerConfig
-from bytelm_torch.config import from_dict
 from bytelm_torch.optim import learning_rate_schedule as torch_schedule
 from parity_tests.twins import MEGABYTES
 
@@ -137,7 +136,7 @@ def test_metrics_file_is_cut_back_to_the_restored_step(tmp_path):
 
 def test_throughput_counts_what_was_added_since_the_last_reading(monkeypatch):
     now = 100.0
-    monkeypatch.setattr("bytelm_jax.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("bytelm.metrics.time.perf_counter", lambda: now)
     rates = Throughput(flops_per_byte=10.0, devices=1)
     rates.add(500)
     now = 102.0

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import arguments, checkpoint, cli, data, parallel, patch_contract, recipes
-from bytelm_jax.config import (
+from bytelm import data, recipes
+from bytelm.config import (
     BLTConfig,
     EntropyConfig,
     MegabyteConfig,
@@ -20,7 +20,8 @@ from bytelm_jax.config import (
     from_dict,
     to_dict,
 )
-from bytelm_jax.metrics import read_metrics
+from bytelm.metrics import read_metrics
+from bytelm_jax import arguments, checkpoint, cli, parallel, patch_contract
 from bytelm_jax.models import define_model
 from bytelm_jax.tests.test_cli import contents, refused
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config import BLTConfig
+from bytelm.config.blt import HISTOGRAM_LIMIT
+from bytelm.tokenizer import ByteTokenizer
 from bytelm_jax import patching
-from bytelm_jax.config import BLTConfig
-from bytelm_jax.config_blt import HISTOGRAM_LIMIT
-from bytelm_jax.tokenizer import ByteTokenizer
 
 CONFIG = BLTConfig(patcher="space")
 VOCAB = CONFIG.vocab

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config import MegabyteConfig, OptimizerConfig, PatchingContract, Recipe, TrainConfig
 from bytelm_jax import checkpoint, cli, plot
-from bytelm_jax.config import MegabyteConfig, OptimizerConfig, PatchingContract, Recipe, TrainConfig
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optim import build_optimizer
 from bytelm_jax.q_agent import CELLS

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bytelm_jax import cli, recipes
+from bytelm import recipes
+from bytelm_jax import cli
 from bytelm_jax.arguments import expand_names, take_option
 from bytelm_jax.commands_train import take_dry_run, take_processes
 

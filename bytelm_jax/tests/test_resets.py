@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from bytelm_jax.config import ByteVocab, MegabyteConfig
+from bytelm.config import ByteVocab, MegabyteConfig
+from bytelm.config import ByteVocab as TorchByteVocab
 from bytelm_jax.layers import resets
-from bytelm_torch.config import ByteVocab as TorchByteVocab
 from bytelm_torch.layers import resets as torch_resets
 from parity_tests import tolerances
 

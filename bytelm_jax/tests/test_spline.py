@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import BSpline
 
-from bytelm_jax.config_blt import SPLINE_BASES
+from bytelm.config.blt import SPLINE_BASES
 from bytelm_jax.layers.grouped_attention import grouped_attention, guide
 from bytelm_jax.layers.spline import EDGE, INTERVALS, spline_activation
 from parity_tests.tolerances import LOGITS

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bytelm_jax.config import ByteVocab
-from bytelm_jax.tokenizer import ByteTokenizer, StreamingDecoder
+from bytelm.config import ByteVocab
+from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 
 ROOT = Path(__file__).parents[2]
 VOCABS = [ByteVocab(), ByteVocab(size=259, offset=3, pad_id=0, bos_id=1, eos_id=2)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bytelm_jax import cli, recipes, tracking
+from bytelm import recipes, tracking
+from bytelm.metrics import MetricsLog, read_metrics
+from bytelm_jax import cli
 from bytelm_jax import display as jax_display
-from bytelm_jax.metrics import MetricsLog, read_metrics
 from bytelm_torch import train as torch_train
 
 RECORDS = [

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.metrics import WALL_CLOCK, read_metrics
 from bytelm_jax import checkpoint, cli, parallel
-from bytelm_jax.metrics import WALL_CLOCK, read_metrics
 
 TINY = [
     *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from bytelm_jax import checkpoint, parallel, recipes
-from bytelm_jax.config import (
+from bytelm import recipes
+from bytelm.config import (
     DataConfig,
     MegabyteConfig,
     OptimizerConfig,
     QLearningConfig,
     TrainConfig,
 )
-from bytelm_jax.metrics import WALL_CLOCK, read_metrics
+from bytelm.metrics import WALL_CLOCK, read_metrics
+from bytelm_jax import checkpoint, parallel
 from bytelm_jax.train import DivergedError, train
 
 MODEL = MegabyteConfig(

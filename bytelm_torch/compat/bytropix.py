@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from bytelm.config import BLTConfig, require
+from bytelm.data import Windows, open_corpus
+from bytelm.tokenizer import ByteTokenizer
 from bytelm_torch import generate, parallel
-from bytelm_torch.config import BLTConfig, require
-from bytelm_torch.data import Windows, open_corpus
 from bytelm_torch.loss import bits_per_byte
 from bytelm_torch.models.blt import BLT
 from bytelm_torch.q_learning import EnhancedSGD
-from bytelm_torch.tokenizer import ByteTokenizer
 
 __all__ = [
     "EnhancedByteTransformer",

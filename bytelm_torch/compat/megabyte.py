@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from bytelm_torch import config as native
+from bytelm import config as native
 from bytelm_torch import hf
 from bytelm_torch.loss import cross_entropy
 from bytelm_torch.models.megabyte import Megabyte as _Model

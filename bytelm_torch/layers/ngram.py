@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from bytelm_torch.config import BLTConfig
-from bytelm_torch.config_blt import HASH_PRIMES
+from bytelm.config import BLTConfig
+from bytelm.config.blt import HASH_PRIMES
 from bytelm_torch.layers.initializers import fan_in_normal
 
 

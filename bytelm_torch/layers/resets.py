@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
-from bytelm_torch.config import ByteVocab
+from bytelm.config import ByteVocab
 from bytelm_torch.layers.ids import as_ids
 
 

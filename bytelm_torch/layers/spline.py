@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm_torch.config_blt import SPLINE_BASES
+from bytelm.config.blt import SPLINE_BASES
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 

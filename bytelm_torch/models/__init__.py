@@ -2,13 +2,7 @@
 
 from torch import nn
 
-from bytelm_torch.config import (
-    BLTConfig,
-    EntropyConfig,
-    LFByteConfig,
-    MegabyteConfig,
-    ModelConfig,
-)
+from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
 from bytelm_torch.models.blt import BLT
 from bytelm_torch.models.entropy import EntropyModel
 from bytelm_torch.models.lfbyte import LFByteTransformer

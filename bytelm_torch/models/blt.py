@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
+from bytelm.config import BLTConfig
 from bytelm_torch import patching
-from bytelm_torch.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ids import as_ids, check_ids

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bytelm_torch.config import BLTConfig
+from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.cross_attention import CrossAttention
 from bytelm_torch.layers.embedding import ByteEmbedding

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 
-from bytelm_torch.config import BLTConfig, EntropyConfig
+from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal

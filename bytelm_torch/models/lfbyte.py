@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bytelm_torch.config import LFByteConfig
+from bytelm.config import LFByteConfig
 from bytelm_torch.layers.adaptive import (
     ChannelMixing,
     TokenMixing,

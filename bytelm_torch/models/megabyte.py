@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bytelm_torch.config import MegabyteConfig
+from bytelm.config import MegabyteConfig
 from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bytelm_torch
+from bytelm.config import MegabyteConfig, to_dict
 from bytelm_torch import checkpoint
-from bytelm_torch.config import MegabyteConfig, to_dict
 from bytelm_torch.models import build_model
 
 CONFIG = MegabyteConfig(

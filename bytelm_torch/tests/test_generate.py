@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bytelm_torch.config import MegabyteConfig
+from bytelm.config import MegabyteConfig
 from bytelm_torch.generate import SamplerConfig, _begin, generate, generate_uncached, stream
 from bytelm_torch.models.megabyte import Megabyte, MegabyteCache
 

@@ -1,7 +1,4 @@
-"""What every configuration is built from: checks of fields, and the vocabulary.
-
-`bytelm_torch/config_base.py` is the same text but for this docstring; a test holds that.
-"""
+"""What every configuration is built from: checks of fields, and the vocabulary."""
 
 from __future__ import annotations
 

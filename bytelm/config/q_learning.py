@@ -1,10 +1,10 @@
-"""The configuration of the Q-learning agent, word for word that of `bytelm_jax`."""
+"""The configuration of the Q-learning agent that steers an optimizer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config_base import require, require_finite, require_fraction, require_positive
+from bytelm.config.base import require, require_finite, require_fraction, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import jax
 
-from bytelm_torch.tracking import Tracker
+from bytelm.tracking import Tracker
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
 
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
 """Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
 
 
 def peak_flops() -> float | None:
     """Operations a second of one device of this machine, None where the data sheet is unknown."""
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return next((peak for name, peak in _PEAK_FLOPS.items() if name in kind), None)
+    kind = jax.devices()[0].device_kind
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
 
 
 class MetricsLog:
@@ -37,6 +37,7 @@ class MetricsLog:
             beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
             beside.write_text("".join(line + "\n" for line in kept), "utf-8")
             os.replace(beside, path)
+        self.path = path
         self._trackers = trackers
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
@@ -76,9 +77,10 @@ class Throughput:
     """Bytes a second and model FLOP utilisation since the last reading."""
 
     def __init__(self, flops_per_byte: float, devices: int):
-        """`flops_per_byte` is the model's forward cost; training costs three times that."""
-        self._flops, self._devices = 3 * flops_per_byte, devices
+        """`flops_per_byte` is the cost of training on a byte."""
+        self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops()
+        self._reading: dict[str, float] = {}
         self.restart()
 
     def add(self, count: int) -> None:
@@ -86,14 +88,21 @@ class Throughput:
         self._count += count
 
     def read(self) -> dict[str, float]:
-        """The rates since the last reading or restart."""
+        """The rates since the last reading or restart; the last reading where nothing was added."""
+        if self._reading and not self._count:
+            return self._reading
         seconds = time.perf_counter() - self._since
         rates = {"bytes_per_second": self._count / seconds, "seconds": seconds}
         if self._peak is not None:
             rates["mfu"] = rates["bytes_per_second"] * self._flops / (self._peak * self._devices)
         self.restart()
+        self._reading = rates
         return rates
 
-    def restart(self) -> None:
-        """Leaves out the time and bytes since the last reading (compilation, evaluation)."""
+    def restart(self, flops_per_byte: float | None = None) -> None:
+        """Leaves out the time and bytes since the last reading (compilation, evaluation).
+
+        `flops_per_byte` is the cost from here on, where it changes.
+        """
+        self._flops = self._flops if flops_per_byte is None else flops_per_byte
         self._count, self._since = 0, time.perf_counter()

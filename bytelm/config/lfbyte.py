@@ -1,6 +1,6 @@
 """The configuration of the LFByteTransformer.
 
-`bytelm_torch/config_lfbyte.py` is the same text but for this docstring; a test holds that.
+`bytelm/config/lfbyte.py` is the same text but for this docstring; a test holds that.
 """
 
 from __future__ import annotations
@@ -8,7 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .config_base import ByteVocab, require, require_finite, require_fraction, require_positive
+from bytelm.config.base import (
+    ByteVocab,
+    require,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
 
 
 def _lfbyte_vocab() -> ByteVocab:

@@ -1,7 +1,4 @@
-"""The configurations of the Byte Latent Transformer and of its entropy model.
-
-`bytelm_torch/config_blt.py` is the same text but for this docstring; a test holds that.
-"""
+"""The configurations of the Byte Latent Transformer and of its entropy model."""
 
 from __future__ import annotations
 
@@ -9,7 +6,13 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .config_base import ByteVocab, require, require_finite, require_fraction, require_positive
+from bytelm.config.base import (
+    ByteVocab,
+    require,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
 
 HASH_PRIMES = (
     1000000007,

@@ -1,6 +1,7 @@
-"""Text to byte ids and back, word for word `bytelm_jax/tokenizer.py`.
+"""Text to byte ids and back, and a decoder for streams that never splits a character.
 
-Neither package imports the other, so the text stands twice; a test holds the two equal.
+`bytelm/tokenizer.py` is the same text but for this docstring; a test holds that. Standard
+library and numpy only.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .config import ByteVocab, require
+from bytelm.config import ByteVocab, require
 
 _UNPAIRED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 

@@ -1,6 +1,6 @@
 """The metrics of a run in TensorBoard and Weights & Biases, beside `metrics.jsonl`.
 
-`bytelm_torch/tracking.py` is the same text but for this docstring; a test holds that. The extra
+`bytelm/tracking.py` is the same text but for this docstring; a test holds that. The extra
 `track` installs what this needs; nothing of it is imported before a run asks for it.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from .config import Recipe, require, to_dict
+from bytelm.config import Recipe, require, to_dict
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 

@@ -6,7 +6,7 @@ Each docstring says what it is and the command; measured figures stand in the RE
 from dataclasses import replace
 from difflib import get_close_matches
 
-from bytelm_jax.config import (
+from bytelm.config import (
     BLTConfig,
     DataConfig,
     EntropyConfig,

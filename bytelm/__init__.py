@@ -1,0 +1,34 @@
+"""bytelm: byte-level language models. What both frameworks share: neither is imported here."""
+
+from importlib.metadata import version as _version
+
+from bytelm import recipes
+from bytelm.config import (
+    BLTConfig,
+    ByteVocab,
+    EntropyConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    OptimizerConfig,
+    Recipe,
+)
+from bytelm.tokenizer import ByteTokenizer
+
+__all__ = [
+    "BLTConfig",
+    "ByteTokenizer",
+    "ByteVocab",
+    "EntropyConfig",
+    "LFByteConfig",
+    "MegabyteConfig",
+    "OptimizerConfig",
+    "Recipe",
+    "__version__",
+    "recipes",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":  # read from the disk, and seldom wanted
+        return _version("bytelm")
+    raise AttributeError(f"module 'bytelm' has no attribute {name!r}")

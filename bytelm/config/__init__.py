@@ -1,0 +1,39 @@
+"""Every configuration: frozen, keyword-only, JSON both ways.
+
+Defaults live here and nowhere else. A value that cannot work raises `ValueError` with one line that
+names the field, the value and what to do.
+"""
+
+from bytelm.config.base import ByteVocab, require, require_fraction, require_positive
+from bytelm.config.blt import BLTConfig, EntropyConfig, PatchingContract
+from bytelm.config.lfbyte import LFByteConfig
+from bytelm.config.megabyte import MegabyteConfig
+from bytelm.config.models import MODEL_CONFIGS, ModelConfig, training_flops_per_byte
+from bytelm.config.optimizer import OptimizerConfig
+from bytelm.config.q_learning import QLearningConfig
+from bytelm.config.run import DataConfig, Recipe, TrainConfig, require_document_ends
+from bytelm.config.serialize import from_dict, model_from_dict, to_dict
+
+__all__ = [
+    "MODEL_CONFIGS",
+    "BLTConfig",
+    "ByteVocab",
+    "DataConfig",
+    "EntropyConfig",
+    "LFByteConfig",
+    "MegabyteConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PatchingContract",
+    "QLearningConfig",
+    "Recipe",
+    "TrainConfig",
+    "from_dict",
+    "model_from_dict",
+    "require",
+    "require_document_ends",
+    "require_fraction",
+    "require_positive",
+    "to_dict",
+    "training_flops_per_byte",
+]

@@ -1,0 +1,112 @@
+"""The configuration of MEGABYTE and, with patches of one byte, of a plain transformer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from bytelm.config.base import (
+    ByteVocab,
+    require,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegabyteConfig:
+    """MEGABYTE (Yu et al. 2023, arXiv 2305.07185). The global width is patch_size * global_dim.
+
+    `patch_size=1, local_layers=0` makes it a plain byte transformer, the yardstick of comparisons.
+    `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
+    ignores it.
+
+    `reset_on`: the text starts anew behind each newline, or behind each document. What lies between
+    is a text of its own, with its own patches, the last one filled up with pads. In training these
+    find room for `reset_room` times the patches of an undivided row: a reset that finds none left
+    is not made, so that the rest of that row is one text. Evaluation and generation make them all.
+    """
+
+    architecture: ClassVar[str] = "megabyte"
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
+    variant: Literal["paper", "in_action"] = "paper"
+    vocab: ByteVocab = field(default_factory=ByteVocab)
+    patch_size: int = 8
+    global_dim: int = 128
+    local_dim: int = 256
+    max_length: int = 2048
+    global_layers: int = 12
+    global_heads: int = 16
+    local_layers: int = 6
+    local_heads: int = 4
+    init_std: float = 0.02
+    dropout: float = 0.0
+    reset_on: Literal["none", "newline", "document"] = "none"
+    reset_room: float = 1.5
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")
+        require_positive(self, "global_layers", "global_heads", "local_heads")
+        require(self.local_layers >= 0, f"local_layers={self.local_layers}: must be at least 0")
+        require_fraction(self, "dropout")
+        require(self.init_std > 0, f"init_std={self.init_std}: must be above 0")
+        for name, width in (("global_heads", self.global_width), ("local_heads", self.local_dim)):
+            heads = getattr(self, name)
+            require(heads <= width, f"{name}={heads}: must be at most the width {width}")
+        require(
+            self.variant != "paper" or self.max_length % self.patch_size == 0,
+            f"max_length={self.max_length}: must be a multiple of patch_size={self.patch_size}",
+        )
+        require(self.reset_room >= 1, f"reset_room={self.reset_room}: must be at least 1")
+
+    def patches(self, length: int) -> int:
+        """Patches of `length` bytes of one text, at least 1."""
+        return max(1, -(-length // self.patch_size))
+
+    def reset_patches(self, length: int) -> int:
+        """Patches that training has room for in a row of `length` bytes with resets."""
+        return math.ceil(self.reset_room * self.patches(length))
+
+    @property
+    def global_width(self) -> int:
+        """Width of the global transformer: one patch of concatenated byte embeddings."""
+        return self.patch_size * self.global_dim
+
+    def parameter_count(self) -> int:
+        """Number of parameters, in closed form."""
+        vocab, narrow, local = self.vocab.size, self.global_dim, self.local_dim
+        count = self.global_layers * _block_parameters(self.global_width, self.global_heads)
+        count += self.local_layers * _block_parameters(local, self.local_heads)
+        count += vocab * narrow + (narrow * local + local) + (local * vocab + vocab)
+        if self.variant == "paper":
+            return count + self.max_length * narrow + vocab * local
+        return count + narrow * local + local
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward floating-point operations a byte at `length` bytes; causal attention half.
+
+        Of one text: the room that resets need is not counted.
+        """
+        patches = -(-length // self.patch_size)
+        wide, heads = self.global_width, self.global_heads
+        work = self.global_layers * _block_flops(wide, heads, patches) / self.patch_size
+        work += self.local_layers * _block_flops(self.local_dim, self.local_heads, self.patch_size)
+        work += 2 * self.local_dim * (self.global_dim + self.vocab.size)
+        return work + (2 * self.global_dim * self.local_dim if self.variant == "in_action" else 0)
+
+
+def _block_parameters(width: int, heads: int) -> int:
+    """Parameters of one multi-query attention block and its feed-forward of four widths."""
+    head = width // heads
+    attention = 2 * width + width * heads * head + width * 2 * head + heads * head * width
+    return attention + 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)
+
+
+def _block_flops(width: int, heads: int, keys: int) -> int:
+    """Forward floating-point operations of that block for one position out of `keys`."""
+    head = width // heads
+    products = 2 * width * heads * head + width * 2 * head + 8 * width * width
+    return 2 * products + 2 * heads * head * keys  # scores and values, each half of 2 * keys

@@ -1,0 +1,26 @@
+"""The registry of model configurations, and what is asked of any of them."""
+
+from __future__ import annotations
+
+from bytelm.config.blt import BLTConfig, EntropyConfig
+from bytelm.config.lfbyte import LFByteConfig
+from bytelm.config.megabyte import MegabyteConfig
+
+ModelConfig = MegabyteConfig | EntropyConfig | BLTConfig | LFByteConfig
+
+
+MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (
+    MegabyteConfig,
+    EntropyConfig,
+    BLTConfig,
+    LFByteConfig,
+)
+
+
+def training_flops_per_byte(config: ModelConfig, length: int) -> float:
+    """Operations a byte of a training step: the backward pass costs twice the forward one.
+
+    A frozen entropy model runs forward alone.
+    """
+    frozen = config.frozen_flops_per_byte(length) if isinstance(config, BLTConfig) else 0.0
+    return 3 * config.flops_per_byte(length) - 2 * frozen

@@ -1,0 +1,130 @@
+"""The configuration of a run: data, training, and the recipe that holds all parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bytelm.config.base import (
+    require,
+    require_finite,
+    require_fraction,
+    require_positive,
+)
+from bytelm.config.blt import PatchingContract
+from bytelm.config.models import ModelConfig
+from bytelm.config.optimizer import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where bytes come from and how they become windows of `sequence_length` ids.
+
+    `paths` empty means the source of the running interpreter's standard library. Documents are
+    split into training and validation by a hash of `split_seed` and the document's index, so that
+    about `validation_fraction` of them are held out; `append_eos` closes each document with the
+    end-of-sequence id.
+
+    `warmup_lengths`: the first steps train on pieces of that many ids, into which the windows of a
+    batch are cut, `warmup_length_steps` steps on each length in turn; a step's bytes stay the same.
+    """
+
+    paths: tuple[str, ...] = ()
+    sequence_length: int = 512
+    validation_fraction: float = 0.02
+    split_seed: int = 0
+    shuffle_seed: int = 0
+    append_eos: bool = True
+    warmup_lengths: tuple[int, ...] = ()
+    warmup_length_steps: int = 100
+
+    def __post_init__(self) -> None:
+        require_finite(self)
+        require_positive(self, "sequence_length", "warmup_length_steps")
+        require_fraction(self, "validation_fraction")
+        for piece in self.warmup_lengths:
+            require(
+                piece >= 1 and self.sequence_length % piece == 0,
+                f"warmup_lengths={self.warmup_lengths}: each must divide "
+                f"sequence_length={self.sequence_length}",
+            )
+
+    def length_at(self, step: int) -> int:
+        """Ids in each row that the step numbered `step`, from 0, trains on."""
+        stage = step // self.warmup_length_steps
+        return (*self.warmup_lengths, self.sequence_length)[min(stage, len(self.warmup_lengths))]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run. `batch_size` is global and counts windows; 0 for `devices` means all there are.
+
+    Each `fsdp` of the devices hold one copy of parameters and optimizer state together, cut in as
+    many parts; 1 means a whole copy on every device.
+
+    `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
+    float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
+    `eval_windows` bounds the validation windows of each evaluation during training.
+    A step whose loss or gradient is no number is skipped; `max_bad_steps` of them in a row end the
+    run. So does a process that shows no progress for `step_timeout` seconds (0: never).
+    `track` names what gets the metrics besides `metrics.jsonl`.
+    `entropy_from` names a calibrated run folder, from which BLT with patcher="entropy" takes its
+    entropy model: sizes, weights, threshold and mean patch length.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation_steps: int = 1
+    seed: int = 0
+    devices: int = 0
+    fsdp: int = 1
+    parallel: Literal["jit", "shard_map"] = "jit"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False
+    log_every: int = 10
+    eval_every: int = 250
+    eval_windows: int = 64
+    checkpoint_every: int = 250
+    keep_last: int = 2
+    keep_best: int = 1
+    max_bad_steps: int = 20
+    step_timeout: int = 1800
+    entropy_from: str = ""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
+        require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
+        counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "seed", "step_timeout")
+        for name in counts:
+            value = getattr(self, name)
+            require(value >= 0, f"{name}={value}: must be at least 0")
+        require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"batch_size={self.batch_size}: must be a multiple of "
+            f"accumulation_steps={self.accumulation_steps}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named run: everything that `bytelm train NAME` needs.
+
+    `patching`, which no recipe sets, is what `train` and `calibrate` found out about the patches.
+    """
+
+    name: str
+    model: ModelConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    patching: PatchingContract | None = None
+
+
+def require_document_ends(recipe: Recipe) -> None:
+    """Raises `ValueError` where a model resets behind documents whose ends the data do not tell."""
+    require(
+        recipe.model.reset_on != "document" or recipe.data.append_eos,
+        "model.reset_on=document: needs data.append_eos=True, for it is the end-of-sequence id "
+        "behind each document that resets; or choose newline",
+    )

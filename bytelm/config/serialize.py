@@ -1,0 +1,76 @@
+"""Configurations to JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any, Literal
+
+from bytelm.config.base import (
+    LARGEST_FLOAT,
+    require,
+)
+from bytelm.config.models import MODEL_CONFIGS
+
+
+def to_dict(config: Any) -> Any:
+    """JSON-ready form of a config; a model config carries its `architecture`."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        tag = getattr(config, "architecture", None)
+        return fields if tag is None else {"architecture": tag, **fields}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(item) for item in config]
+    return config
+
+
+def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
+    """Builds `kind` from what `to_dict` gave. Unknown, missing or ill-typed fields raise."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if type(None) in arguments:
+        return None if value is None else from_dict(arguments[0], value, where)
+    if origin in (types.UnionType, typing.Union) or kind in MODEL_CONFIGS:
+        return model_from_dict(value, where)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_dict(kind, value, where)
+    if origin is Literal:
+        require(value in arguments, f"{where}={value!r}: choose one of {', '.join(arguments)}")
+        return value
+    if origin is tuple:
+        require(isinstance(value, (list, tuple)), f"{where}={value!r}: must be a list")
+        return tuple(from_dict(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        fits = abs(value) <= LARGEST_FLOAT
+        require(fits, f"{where}: must be a finite number, at most {LARGEST_FLOAT:.7g}")
+        return float(value)
+    require(type(value) is kind, f"{where}={value!r}: must be of type {kind.__name__}")
+    return value
+
+
+def model_from_dict(value: Any, where: str = "model") -> Any:
+    """The model config whose `architecture` the dictionary names."""
+    require(isinstance(value, dict), f"{where}={value!r}: must be an object")
+    fields = dict(value)
+    tag = fields.pop("architecture", None)
+    known = {kind.architecture: kind for kind in MODEL_CONFIGS}
+    require(
+        isinstance(tag, str) and tag in known,
+        f"{where}.architecture={tag!r}: choose one of {', '.join(known)}",
+    )
+    return _dataclass_from_dict(known[tag], fields, where)
+
+
+def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
+    require(isinstance(value, dict), f"{where}={value!r}: must be an object")
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(value) - names)
+    require(
+        not unknown, f"{where}.{unknown[0] if unknown else ''}: unknown field of {kind.__name__}"
+    )
+    values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:  # a field without default is missing
+        raise ValueError(f"{where}: {error}") from None

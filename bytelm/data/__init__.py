@@ -1,0 +1,18 @@
+"""Bytes on disk to windows of ids: corpora, prepared files, the split, windows, the shuffle."""
+
+from bytelm.data.corpus import MAGIC, Corpus, SourceFile, open_corpus
+from bytelm.data.prepared import Prepared, prepare
+from bytelm.data.split import split
+from bytelm.data.windows import Windows, evaluation_batches
+
+__all__ = [
+    "MAGIC",
+    "Corpus",
+    "Prepared",
+    "SourceFile",
+    "Windows",
+    "evaluation_batches",
+    "open_corpus",
+    "prepare",
+    "split",
+]

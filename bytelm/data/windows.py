@@ -1,0 +1,93 @@
+"""The stream of all documents cut into windows of equal length, and batches of them in order."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import SupportsIndex
+
+import numpy as np
+from jaxtyping import Int32
+
+from bytelm.config import ByteVocab, require
+from bytelm.data.corpus import Corpus
+
+SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and wraps larger ones silently
+
+
+class Windows:
+    """The stream of a corpus' documents as rows of `length` ids; a random-access sequence.
+
+    Each document is followed by `eos_id` if `append_eos`; the last row is filled up with `pad_id`.
+    """
+
+    def __init__(self, corpus: Corpus, vocab: ByteVocab, length: int, append_eos: bool) -> None:
+        require(length >= 1, f"length={length}: must be at least 1")
+        self.corpus, self.vocab, self.length, self.append_eos = corpus, vocab, length, append_eos
+        self._ends = np.cumsum(corpus.lengths + int(append_eos))
+
+    def __len__(self) -> int:
+        total = int(self._ends[-1]) if len(self._ends) else 0
+        return -(-total // self.length)
+
+    def __getitem__(self, index: SupportsIndex) -> Int32[np.ndarray, " T"]:
+        """Row `index`, int32 [length]. Raises `IndexError` outside the sequence."""
+        number, count = operator.index(index), len(self)
+        if not -count <= number < count:
+            raise IndexError(f"window {number} of {count}")
+        begin = number % count * self.length
+        ids = np.full(self.length, self.vocab.pad_id, np.int32)
+        document = int(np.searchsorted(self._ends, begin, side="right"))
+        at = begin - (int(self._ends[document - 1]) if document else 0)
+        filled = 0
+        while filled < self.length and document < self.corpus.documents:
+            size = int(self.corpus.lengths[document])
+            taken = min(size - at, self.length - filled)
+            part = ids[filled : filled + taken]
+            part[:] = self.corpus.read(document, at, at + taken)
+            part += np.int32(self.vocab.offset)
+            filled += taken
+            if self.append_eos and filled < self.length:
+                ids[filled] = self.vocab.eos_id
+                filled += 1
+            document, at = document + 1, 0
+        return ids
+
+
+def evaluation_batches(
+    windows: Windows,
+    batch_size: int,
+    limit: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Int32[np.ndarray, "B T"]]:
+    """Every window once and in order, int32 [batch_size // process_count, length].
+
+    The last batch is filled up with rows of `pad_id`. `limit` takes at most that many windows,
+    evenly spaced. Process p gets the p-th of the equal parts that each batch is cut into. Raises
+    `ValueError` at once for a corpus without bytes and for sizes that do not fit.
+    """
+    rows = process_rows(windows, batch_size, process_index, process_count)
+    require(limit is None or limit >= 1, f"limit={limit}: must be at least 1")
+    count = len(windows) if limit is None else min(limit, len(windows))
+
+    def generate() -> Iterator[np.ndarray]:
+        for begin in range(process_index * rows, -(-count // batch_size) * batch_size, batch_size):
+            batch = np.full((rows, windows.length), windows.vocab.pad_id, np.int32)
+            for row, number in enumerate(range(begin, min(begin + rows, count))):
+                batch[row] = windows[number * len(windows) // count]
+            yield batch
+
+    return generate()
+
+
+def process_rows(windows: Windows, batch_size: int, process_index: int, process_count: int) -> int:
+    """Rows of each batch that belong to one process."""
+    require(len(windows) > 0, "corpus: holds no bytes; give data, or hold less of it out")
+    known = 0 <= process_index < process_count
+    require(known, f"process_index={process_index}: must be from 0 to {process_count - 1}")
+    require(
+        batch_size >= 1 and batch_size % process_count == 0,
+        f"batch_size={batch_size}: must be a positive multiple of process_count={process_count}",
+    )
+    return batch_size // process_count

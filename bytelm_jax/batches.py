@@ -1,0 +1,46 @@
+"""Shuffled batches for training, read ahead by grain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int32
+
+from bytelm.config import require
+from bytelm.data.windows import SHUFFLE_LIMIT, Windows, process_rows
+
+_READ_THREADS = 4
+
+
+_READY_BATCHES = 8
+
+
+def training_batches(
+    windows: Windows,
+    batch_size: int,
+    shuffle_seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Int32[np.ndarray, "B T"]]:
+    """Endless shuffled batches from `start_step` on, int32 [batch_size // process_count, length].
+
+    The batch of step s is rows s * batch_size to (s + 1) * batch_size of an endless order in which
+    every epoch visits each window once, newly shuffled; process p gets the p-th of the equal parts
+    that it is cut into. Nothing before `start_step` is read; batches ahead are read by threads.
+    Raises `ValueError` at once for a corpus without bytes and for sizes that do not fit.
+    """
+    rows = process_rows(windows, batch_size, process_index, process_count)
+    for name, value in (("shuffle_seed", shuffle_seed), ("start_step", start_step)):
+        require(value >= 0, f"{name}={value}: must be at least 0")
+    fits = len(windows) <= SHUFFLE_LIMIT
+    require(fits, f"length={windows.length}: more than 2**32 windows; choose longer ones")
+    import grain  # here, since tokenizing and evaluation run on machines without it
+
+    order = grain.MapDataset.source(windows).seed(shuffle_seed).shuffle().repeat(None)
+    # Without drop_remainder grain rounds the endless length up to one that does not fit an int.
+    parts = order.batch(rows, drop_remainder=True)
+    mine = parts[start_step * process_count + process_index :: process_count]
+    options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READY_BATCHES)
+    return iter(mine.to_iter_dataset(options))

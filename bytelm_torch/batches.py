@@ -1,0 +1,47 @@
+"""Shuffled batches for training, in grain's order and read ahead by torch's loader."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Int32
+from torch.utils.data import DataLoader
+
+from bytelm.config import require
+from bytelm.data.shuffle import shuffled_index
+from bytelm.data.windows import SHUFFLE_LIMIT, Windows, process_rows
+
+
+def training_batches(
+    windows: Windows,
+    batch_size: int,
+    shuffle_seed: int,
+    start_step: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Int32[np.ndarray, "B T"]]:
+    """Endless shuffled batches from `start_step` on, int32 [batch_size // process_count, length].
+
+    The batch of step s is rows s * batch_size to (s + 1) * batch_size of an endless order in which
+    every epoch visits each window once, newly shuffled; process p gets the p-th of the equal parts
+    that it is cut into. Nothing before `start_step` is read. The order is grain's, and so that of
+    `bytelm_jax`. Raises `ValueError` at once for a corpus without bytes and for sizes that do not
+    fit.
+    """
+    rows = process_rows(windows, batch_size, process_index, process_count)
+    for name, value in (("shuffle_seed", shuffle_seed), ("start_step", start_step)):
+        require(value >= 0, f"{name}={value}: must be at least 0")
+    fits = len(windows) <= SHUFFLE_LIMIT
+    require(fits, f"length={windows.length}: more than 2**32 windows; choose longer ones")
+
+    def order() -> Iterator[list[int]]:
+        for step in itertools.count(start_step):
+            begin = step * batch_size + process_index * rows
+            yield [
+                shuffled_index(position, len(windows), shuffle_seed)
+                for position in range(begin, begin + rows)
+            ]
+
+    return iter(DataLoader(windows, batch_sampler=order(), collate_fn=np.stack))  # pyright: ignore
