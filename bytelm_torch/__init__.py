@@ -1,9 +1,9 @@
 """bytelm in PyTorch: the twin of `bytelm_jax`, needing no JAX. The public names, nothing else."""
 
 from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, MegabyteConfig
-from bytelm_torch.checkpoint import from_pretrained, save_pretrained
+from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.models import build_model
-from bytelm_torch.q_learning import EnhancedSGD
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
 
 __all__ = [
     "BLTConfig",

@@ -13,7 +13,8 @@ import numpy as np
 
 import bytelm_torch
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, LFByteConfig, MegabyteConfig
-from bytelm_jax import convert, convert_blt, formats
+from bytelm_jax.interop import convert, formats
+from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
 
 _SMALL = {"local_dim": 4, "encoder_heads": 2, "encoder_hidden_dim": 2, "decoder_layers": 1}

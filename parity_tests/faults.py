@@ -19,9 +19,10 @@ import torch
 
 import bytelm_torch
 from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
-from bytelm_jax import cli, convert, parity
+from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import convert
 from bytelm_jax.models import abstract_params
-from bytelm_torch import patching
+from bytelm_jax.parity import report as parity
 from bytelm_torch.layers import (
     attention,
     cross_attention,
@@ -31,7 +32,7 @@ from bytelm_torch.layers import (
     spline,
 )
 from bytelm_torch.layers.rotary import rotate
-from bytelm_torch.models import blt_local, lfbyte
+from bytelm_torch.models import blt_local, lfbyte, patching
 
 _HEADS = {"encoder_heads": 2, "decoder_heads": 2, "global_heads": 2}
 _WIDTHS = {"local_dim": 8, "encoder_hidden_dim": 6, "decoder_hidden_dim": 6, "decoder_layers": 1}

@@ -16,15 +16,14 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig
-from bytelm_jax import patching
-from bytelm_jax.convert import to_torch
-from bytelm_jax.loss import cross_entropy
-from bytelm_jax.models import Params, define_model
+from bytelm_jax.interop.convert import to_torch
+from bytelm_jax.models import Params, define_model, patching
 from bytelm_jax.models.entropy import begins_of, shift_right
-from bytelm_jax.parity import make_twin
-from bytelm_torch import loss as torch_loss
-from bytelm_torch import patching as torch_patching
+from bytelm_jax.parity.report import make_twin
+from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.models import entropy as torch_entropy
+from bytelm_torch.models import patching as torch_patching
+from bytelm_torch.training import loss as torch_loss
 from parity_tests import test_blt
 from parity_tests.test_blt import TINY, random_leaves, relative
 from parity_tests.tolerances import GRADIENTS, LOGITS

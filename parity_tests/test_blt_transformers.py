@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
-from bytelm_jax import cli
-from bytelm_jax.checkpoint import load_run
-from bytelm_jax.convert import to_torch
-from bytelm_jax.convert_blt import (
+from bytelm_jax.cli import main as cli
+from bytelm_jax.interop.convert import to_torch
+from bytelm_jax.interop.hf_blt import (
     blt_config_from_hf,
     blt_config_to_hf,
     export_hf_blt,
@@ -26,8 +25,9 @@ from bytelm_jax.convert_blt import (
     import_hf_blt,
 )
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.parity import make_twin
-from bytelm_torch import patching
+from bytelm_jax.parity.report import make_twin
+from bytelm_jax.training.checkpoint import load_run
+from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
 from parity_tests.tolerances import LOGITS
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bytelm_torch
 from bytelm.config import ModelConfig, model_from_dict, to_dict
-from bytelm_jax import convert
+from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params, cast_params, define_model
 from bytelm_torch.models import build_model
 from parity_tests.tolerances import LOGITS

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 import bytelm_torch
-from bytelm_torch import hf
+from bytelm_torch.interop import transformers as hf
 from parity_tests.hf_models import CONFIGS
 
 STEPS = 3

@@ -15,12 +15,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import bytelm_torch
-from bytelm_jax import cli, convert, convert_blt, formats
+from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import convert, formats
+from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
-from bytelm_torch import checkpoint
+from bytelm_torch.training import checkpoint as run_checkpoint
 from parity_tests.damage import MODELS, make_folders
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "fuzz_files.py"
+SCRIPT = Path(__file__).parent.parent / "scripts" / "check" / "fuzz_files.py"
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def test_no_loader_runs_a_pickle(kind, folders, tmp_path):
         lambda: formats.import_any(folder),
         lambda: formats.import_any(folder, "megabyte"),
         lambda: bytelm_torch.from_pretrained(folder),
-        lambda: checkpoint.read_training(tmp_path / "run", 3),
+        lambda: run_checkpoint.read_training(tmp_path / "run", 3),
     ):
         with pytest.raises(ValueError) as caught:
             load()

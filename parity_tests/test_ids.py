@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, model_from_dict, to_dict
-from bytelm_jax import evaluate, loss, parallel, patching
 from bytelm_jax.layers import embedding, ids, ngram, resets
-from bytelm_jax.models import abstract_params, define_model
-from bytelm_torch import evaluate as torch_evaluate
-from bytelm_torch import loss as torch_loss
-from bytelm_torch import patching as torch_patching
+from bytelm_jax.models import abstract_params, define_model, patching
+from bytelm_jax.training import evaluate, loss, parallel
 from bytelm_torch.layers import embedding as torch_embedding
 from bytelm_torch.layers import ids as torch_ids
 from bytelm_torch.layers import ngram as torch_ngram
 from bytelm_torch.layers import resets as torch_resets
 from bytelm_torch.models import build_model as build_torch
+from bytelm_torch.models import patching as torch_patching
+from bytelm_torch.training import evaluate as torch_evaluate
+from bytelm_torch.training import loss as torch_loss
 from parity_tests.test_blt import CONFIGS as BLTS
 from parity_tests.twins import MEGABYTES
 

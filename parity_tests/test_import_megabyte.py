@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, MegabyteConfig
-from bytelm_jax import convert, convert_megabyte, formats
+from bytelm_jax.interop import convert, formats
+from bytelm_jax.interop import megabyte as convert_megabyte
 from bytelm_jax.models import abstract_params, define_model
 from parity_tests.tolerances import LOGITS
 

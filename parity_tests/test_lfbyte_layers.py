@@ -7,7 +7,7 @@ import torch
 
 from bytelm.config import LFByteConfig, model_from_dict, to_dict
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.parity import relative_error
+from bytelm_jax.parity.report import relative_error
 from bytelm_torch.layers.adaptive import running_mean
 from bytelm_torch.layers.experts import AdaptiveExperts
 from bytelm_torch.layers.long_convolution import LongConvolution, long_convolution

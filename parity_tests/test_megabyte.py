@@ -10,7 +10,7 @@ from flax import nnx
 from bytelm.config import MegabyteConfig, model_from_dict, to_dict
 from bytelm_jax.layers.attention import multi_query_attention
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.parity import compare_twins, relative_error
+from bytelm_jax.parity.report import compare_twins, relative_error
 from bytelm_torch.models import build_model as build_torch
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, twins

@@ -11,11 +11,13 @@ import torch
 
 from bytelm import recipes as jax_recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_dict
-from bytelm_jax import checkpoint as jax_checkpoint
-from bytelm_jax import cli
-from bytelm_jax import parallel as jax_parallel
-from bytelm_jax import train as jax_train
-from bytelm_torch import checkpoint, parallel, train
+from bytelm_jax.cli import main as cli
+from bytelm_jax.training import checkpoint as jax_checkpoint
+from bytelm_jax.training import loop as jax_train
+from bytelm_jax.training import parallel as jax_parallel
+from bytelm_torch.interop import export as checkpoint
+from bytelm_torch.training import loop as train
+from bytelm_torch.training import parallel
 
 MODEL = MegabyteConfig(
     patch_size=4,

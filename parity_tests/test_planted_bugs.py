@@ -25,7 +25,7 @@ BUGS = {
     ),
     "wrong eps": ("bytelm_jax/layers/norm.py", {"variance + EPSILON": "variance + 1e-6"}, LAYERS),
     "square kernels are not transposed": (
-        "bytelm_jax/convert.py",
+        "bytelm_jax/interop/convert.py",
         {
             "if _kind(name)[1] else array": "if _kind(name)[1] "
             "and array.shape[0] != array.shape[1] else array"
@@ -43,7 +43,7 @@ BUGS = {
     # Under shard_map the gradient of a replicated parameter arrives summed over the devices;
     # averaging it afterwards leaves it as many times too large as there are devices.
     "gradients averaged instead of the loss": (
-        "bytelm_jax/parallel.py",
+        "bytelm_jax/training/parallel.py",
         {
             "nats, extra, metrics = over_devices(": "nats, extra, metrics = tuple(",
             "jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)": "jnp.sum(ids != pad_id)",
@@ -62,7 +62,7 @@ BUGS = {
         "parity_tests/test_ngram.py::test_order_of_tables",
     ),
     "the decoder reads the patch that is still open": (
-        "bytelm_jax/patching.py",
+        "bytelm_jax/models/patching.py",
         {"PatchPlan(patch_of, capped[:, 1:] - 1,": "PatchPlan(patch_of, capped[:, :-1],"},
         "parity_tests/test_blt.py::test_a_changed_future_changes_nothing[fixed]",
     ),

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from bytelm.config import LFByteConfig
-from bytelm_jax import cli, convert
+from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import convert
 from bytelm_jax.models import abstract_params
-from bytelm_jax.recording import Shelf
+from bytelm_jax.parity.recording import Shelf
 from parity_tests import faults
 
 

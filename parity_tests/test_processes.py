@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from bytelm.metrics import read_metrics
-from bytelm_jax import checkpoint, cli
-from bytelm_jax.parity import relative_error
+from bytelm_jax.cli import main as cli
+from bytelm_jax.parity.report import relative_error
+from bytelm_jax.training import checkpoint
 from parity_tests import tolerances
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch" / "local"

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import bytelm_jax.q_agent
-import bytelm_jax.threefry
-import bytelm_torch.q_agent
-import bytelm_torch.threefry
-from bytelm_jax.q_learning import q_learning_metrics, q_learning_sgd
-from bytelm_torch.q_learning import EnhancedSGD
-from bytelm_torch.q_learning import q_learning_metrics as torch_metrics
+import bytelm_jax.optimizers.q_agent
+import bytelm_jax.optimizers.threefry
+import bytelm_torch.optimizers.q_agent
+import bytelm_torch.optimizers.threefry
+from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
+from bytelm_torch.optimizers.q_learning import q_learning_metrics as torch_metrics
 from parity_tests.tolerances import AFTER_200_STEPS, LOGITS
 
 SHAPES = {
@@ -63,7 +63,7 @@ CHUNK = 50
 @functools.cache
 def trainer(name: str) -> Any:
     """An optimizer, and its compiled run over CHUNK batches, which the tests share."""
-    optimizer = q_learning_sgd(**arguments_of(name, bytelm_jax.q_agent))
+    optimizer = q_learning_sgd(**arguments_of(name, bytelm_jax.optimizers.q_agent))
 
     def step(carry, batch):
         params, state = carry
@@ -150,30 +150,33 @@ def arguments_of(name: str, package: Any) -> dict[str, Any]:
 
 
 def both(name: str) -> tuple[JaxRun, TorchRun]:
-    return JaxRun(name), TorchRun(**arguments_of(name, bytelm_torch.q_agent))
+    return JaxRun(name), TorchRun(**arguments_of(name, bytelm_torch.optimizers.q_agent))
 
 
 def test_bits_are_the_same(x64):
-    key, twin = bytelm_jax.threefry.seed_key(2**31 + 5), bytelm_torch.threefry.seed_key(2**31 + 5)
+    key, twin = (
+        bytelm_jax.optimizers.threefry.seed_key(2**31 + 5),
+        bytelm_torch.optimizers.threefry.seed_key(2**31 + 5),
+    )
     for data in (0, 1, 2**32 - 1):
-        key = bytelm_jax.threefry.fold_in(key, np.uint32(data))
-        twin = bytelm_torch.threefry.fold_in(twin, data)
+        key = bytelm_jax.optimizers.threefry.fold_in(key, np.uint32(data))
+        twin = bytelm_torch.optimizers.threefry.fold_in(twin, data)
         assert tuple(np.asarray(key)) == twin
         source = np.random.default_rng(data)
         counters = np.append(source.integers(0, 2**32, 4096), [0, 1, 2**32 - 1])
         high, low = np.uint32(data), jnp.asarray(counters, jnp.uint32)
-        bits = bytelm_jax.threefry.random_bits(key, jnp.asarray(high), low)
-        same = bytelm_torch.threefry.random_bits(twin, data, torch.as_tensor(counters))
+        bits = bytelm_jax.optimizers.threefry.random_bits(key, jnp.asarray(high), low)
+        same = bytelm_torch.optimizers.threefry.random_bits(twin, data, torch.as_tensor(counters))
         np.testing.assert_array_equal(np.asarray(bits, np.int64), same.numpy())
-        assert int(bits[-1]) == bytelm_torch.threefry.random_bits(twin, data, 2**32 - 1)
+        assert int(bits[-1]) == bytelm_torch.optimizers.threefry.random_bits(twin, data, 2**32 - 1)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_normals_are_the_same(x64, dtype):
-    key = bytelm_jax.threefry.seed_key(11)
-    ours = bytelm_jax.threefry.normals(key, (3, 40, 50), (0, 2, 1), dtype)
-    other = bytelm_torch.threefry.normals(
-        bytelm_torch.threefry.seed_key(11), (3, 50, 40), getattr(torch, dtype)
+    key = bytelm_jax.optimizers.threefry.seed_key(11)
+    ours = bytelm_jax.optimizers.threefry.normals(key, (3, 40, 50), (0, 2, 1), dtype)
+    other = bytelm_torch.optimizers.threefry.normals(
+        bytelm_torch.optimizers.threefry.seed_key(11), (3, 50, 40), getattr(torch, dtype)
     )
     a, b = np.asarray(ours), other.mT.numpy()
     assert a.dtype == b.dtype == np.dtype(dtype)
@@ -205,8 +208,12 @@ def test_actions_are_the_same_for_2000_steps(x64):
         for told, same in rows:
             np.testing.assert_array_equal(told[what], same[what])
     same = rows[-1][1]
-    assert len(np.unique(same["actions"][:, 0])) == len(bytelm_jax.q_agent.LEARNING_RATE_ACTIONS)
-    assert len(np.unique(same["actions"][:, 1])) == len(bytelm_jax.q_agent.MOMENTUM_ACTIONS)
+    assert len(np.unique(same["actions"][:, 0])) == len(
+        bytelm_jax.optimizers.q_agent.LEARNING_RATE_ACTIONS
+    )
+    assert len(np.unique(same["actions"][:, 1])) == len(
+        bytelm_jax.optimizers.q_agent.MOMENTUM_ACTIONS
+    )
     assert same["judged"][-1] == 1999
 
 
@@ -220,21 +227,23 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
     norms[source.random(1000) < 0.05] = np.inf
     signals = losses.astype(dtype), norms.astype(dtype)
 
-    config = bytelm_jax.q_agent.QLearningConfig(interval=interval)
-    agent = bytelm_jax.q_agent.init_agent(config, 0.9, 4, dtype)
+    config = bytelm_jax.optimizers.q_agent.QLearningConfig(interval=interval)
+    agent = bytelm_jax.optimizers.q_agent.init_agent(config, 0.9, 4, dtype)
 
     def step(agent, signal):
-        agent, _ = bytelm_jax.q_agent.step_agent(agent, *signal, config, steers_momentum=True)
+        agent, _ = bytelm_jax.optimizers.q_agent.step_agent(
+            agent, *signal, config, steers_momentum=True
+        )
         return agent, (agent.actions, agent.cell, agent.skipped, agent.explored)
 
     agent, told = jax.jit(functools.partial(jax.lax.scan, step))(agent, signals)
 
-    other_config = bytelm_torch.q_agent.QLearningConfig(interval=interval)
+    other_config = bytelm_torch.optimizers.q_agent.QLearningConfig(interval=interval)
     kind, device = getattr(torch, dtype), torch.device("cpu")
-    other = bytelm_torch.q_agent.init_agent(other_config, 0.9, 4, kind, device)
+    other = bytelm_torch.optimizers.q_agent.init_agent(other_config, 0.9, 4, kind, device)
     same = []
     for signal in zip(*map(torch.from_numpy, signals), strict=True):
-        other, _ = bytelm_torch.q_agent.step_agent(other, *signal, other_config, True)
+        other, _ = bytelm_torch.optimizers.q_agent.step_agent(other, *signal, other_config, True)
         same.append((other.actions, other.cell, other.skipped, other.explored))
     for a, b in zip(told, zip(*same, strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(a), torch.stack(b).numpy())
@@ -245,7 +254,9 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
 
 def test_a_state_dict_in_the_middle_changes_nothing(x64, tmp_path):
     batches = inputs(60)
-    straight, first = (TorchRun(**arguments_of("noise", bytelm_torch.q_agent)) for _ in range(2))
+    straight, first = (
+        TorchRun(**arguments_of("noise", bytelm_torch.optimizers.q_agent)) for _ in range(2)
+    )
     straight.train(*batches)
     first.train(*(rows[:35] for rows in batches))
     torch.save(first.optimizer.state_dict(), tmp_path / "state.pt")
@@ -275,7 +286,7 @@ def test_steps_that_are_not_finite_are_skipped_alike(x64):
 
 
 def test_the_configurations_are_the_same():
-    ours, theirs = bytelm_jax.q_agent, bytelm_torch.q_agent
+    ours, theirs = bytelm_jax.optimizers.q_agent, bytelm_torch.optimizers.q_agent
     for name in ("EDGES", "CELLS", "LEARNING_RATE_ACTIONS", "MOMENTUM_ACTIONS"):
         assert getattr(ours, name) == getattr(theirs, name), name
     assert repr(ours.QLearningConfig()) == repr(theirs.QLearningConfig())

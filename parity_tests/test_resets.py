@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from bytelm.config import LFByteConfig, MegabyteConfig
-from bytelm_jax import convert
-from bytelm_jax.generate import SamplerConfig, generate
+from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm_jax.interop import convert
 from bytelm_jax.layers.long_convolution import segmented_convolution
 from bytelm_jax.layers.resets import age, segment_begins
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.parity import make_twin, relative_error
-from bytelm_torch.generate import SamplerConfig as TorchSamplerConfig
-from bytelm_torch.generate import generate as torch_generate
-from bytelm_torch.generate import generate_uncached as torch_generate_uncached
+from bytelm_jax.parity.report import make_twin, relative_error
+from bytelm_torch.inference.generate import SamplerConfig as TorchSamplerConfig
+from bytelm_torch.inference.generate import generate as torch_generate
+from bytelm_torch.inference.generate import generate_uncached as torch_generate_uncached
 from bytelm_torch.layers.long_convolution import segmented_convolution as torch_convolution
 from parity_tests import tolerances
 
@@ -197,7 +197,7 @@ def test_cached_generation_is_uncached_generation(form, bias, quick_compilation)
 @pytest.mark.parametrize("form", ["in_action", "lfbyte"])
 @pytest.mark.parametrize("resets", [True, False])
 def test_cached_decoding_of_transformers_with_rows_of_unequal_length(form, resets):
-    from bytelm_torch.hf import ByteCache
+    from bytelm_torch.interop.transformers import ByteCache
 
     twin = models(form)[3 if resets else 4]
     ids, lengths = torch.from_numpy(rows()).long(), torch.tensor([6, 12, 5])

@@ -29,13 +29,14 @@ from bytelm.config import (
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index
 from bytelm.metrics import read_metrics
-from bytelm_jax import convert
-from bytelm_jax import train as jax_train
-from bytelm_jax.batches import training_batches as jax_batches
+from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
-from bytelm_torch import parallel, train
-from bytelm_torch.batches import training_batches as torch_batches
-from bytelm_torch.checkpoint import saved_steps
+from bytelm_jax.training import loop as jax_train
+from bytelm_jax.training.batches import training_batches as jax_batches
+from bytelm_torch.training import loop as train
+from bytelm_torch.training import parallel
+from bytelm_torch.training.batches import training_batches as torch_batches
+from bytelm_torch.training.checkpoint import saved_steps
 from parity_tests import tolerances
 
 MODEL = MegabyteConfig(

@@ -13,16 +13,16 @@ import torch
 from bytelm.config import OptimizerConfig, QLearningConfig, TrainConfig, from_dict, to_dict
 from bytelm.config import OptimizerConfig as TorchOptimizerConfig
 from bytelm.config import from_dict as torch_from_dict
-from bytelm_jax import parallel
-from bytelm_jax.convert import to_torch
+from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
-from bytelm_jax.optim import build_optimizer
-from bytelm_jax.parity import relative_error
-from bytelm_torch.loss import cross_entropy as torch_cross_entropy
-from bytelm_torch.optim import build_optimizer as build_torch_optimizer
-from bytelm_torch.optim import clip_by_global_norm, learning_rate_schedule
-from bytelm_torch.q_learning import EnhancedSGD, QLearning
-from bytelm_torch.q_learning import q_learning_metrics as torch_q_learning_metrics
+from bytelm_jax.optimizers.build import build_optimizer
+from bytelm_jax.parity.report import relative_error
+from bytelm_jax.training import parallel
+from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
+from bytelm_torch.optimizers.build import clip_by_global_norm, learning_rate_schedule
+from bytelm_torch.optimizers.q_learning import EnhancedSGD, QLearning
+from bytelm_torch.optimizers.q_learning import q_learning_metrics as torch_q_learning_metrics
+from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, twins
 

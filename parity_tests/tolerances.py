@@ -5,7 +5,7 @@ equality. float64 is the verdict; float32 runs at the highest matmul precision.
 The first two bounds are those of `bytelm parity`, which ships without the tests.
 """
 
-from bytelm_jax.parity import GRADIENTS, LOGITS
+from bytelm_jax.parity.report import GRADIENTS, LOGITS
 
 __all__ = ["GRADIENTS", "LOGITS"]
 

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.backend import backend
+from bytelm_jax.kernels.backend import backend
 from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution

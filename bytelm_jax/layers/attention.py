@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.backend import has_fused_attention, is_imitated, traced_attention
+from bytelm_jax.kernels.backend import has_fused_attention, is_imitated, traced_attention
+from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
-from bytelm_jax.sixteen_bits import linear_of_rows, normalized_linears
 
 
 class KeyValueCache(NamedTuple):

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.backend import backend
-from bytelm_jax.grouped_product import (
+from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.grouped_matmul import (
     block_length,
     grouped_bias,
     grouped_product,

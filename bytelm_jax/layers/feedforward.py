@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import LayerNorm, RMSNorm
-from bytelm_jax.sixteen_bits import linear_of_rows, normalized_linears
 
 
 def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

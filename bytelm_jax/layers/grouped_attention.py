@@ -10,12 +10,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.backend import backend
+from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.layers.attention import KeyValueCache, fused_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
-from bytelm_jax.sixteen_bits import normalized_linears
 
 _GUIDE = 8
 """Features that `guide` adds to queries and keys."""

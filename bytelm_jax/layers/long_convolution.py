@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.backend import backend
+from bytelm_jax.kernels.backend import backend
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.backend import backend
+from bytelm_jax.kernels.backend import backend
 
 _FEW = 1024
 """Patches up to which `_sum_by_product` serves: its zeros and ones are so many for each byte."""

@@ -26,7 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig
-from bytelm_jax import patching
+from bytelm_jax.kernels.low_precision import LogitsLinear
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
@@ -35,6 +35,7 @@ from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.segments import segment_sum
 from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
+from bytelm_jax.models import patching
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import (
     EntropyModel,
@@ -47,7 +48,6 @@ from bytelm_jax.models.entropy import (
     write_prefix,
 )
 from bytelm_jax.models.interface import Choose, ModelOutput, pack, unpack, write_at
-from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class BLTCache(NamedTuple):

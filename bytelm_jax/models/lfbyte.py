@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm.config import LFByteConfig
+from bytelm_jax.kernels.low_precision import LogitsLinear
 from bytelm_jax.layers.adaptive import (
     ChannelMixing,
     TokenMixing,
@@ -34,7 +35,6 @@ from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_jax.models.interface import Choose, ModelOutput, write_at
-from bytelm_jax.sixteen_bits import LogitsLinear
 
 
 class LayerCache(NamedTuple):

@@ -18,10 +18,13 @@ import numpy as np
 import pytest
 
 from bytelm.config import LFByteConfig, MegabyteConfig, Recipe
-from bytelm_jax import app, checkpoint, cli, commands_view
-from bytelm_jax.generate import SamplerConfig, generate
-from bytelm_jax.inspection import Inspection
+from bytelm_jax.cli import main as cli
+from bytelm_jax.cli import view as commands_view
+from bytelm_jax.inference.generate import SamplerConfig, generate
 from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.tools import app
+from bytelm_jax.tools.inspection import Inspection
+from bytelm_jax.training import checkpoint
 
 # Libraries that a page needs warn of each other.
 pytestmark = pytest.mark.filterwarnings("ignore")

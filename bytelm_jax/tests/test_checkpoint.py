@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bytelm.config import MegabyteConfig, Recipe
-from bytelm_jax import checkpoint
+from bytelm_jax.training import checkpoint
 
 MODEL = MegabyteConfig(patch_size=2, global_dim=4, local_dim=4, global_heads=1, local_heads=1)
 

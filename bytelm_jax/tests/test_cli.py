@@ -22,12 +22,15 @@ import torch
 import bytelm_torch
 from bytelm import recipes
 from bytelm.config import BLTConfig
-from bytelm_jax import cli, commands, commands_train, processes
-from bytelm_jax.arguments import UsageError, expand_names, take_option
-from bytelm_jax.checkpoint import load_run
-from bytelm_jax.parity import make_twin
-from bytelm_jax.train import Outcome, open_windows
-from bytelm_torch.loss import token_nats
+from bytelm_jax.cli import main as cli
+from bytelm_jax.cli import model as commands
+from bytelm_jax.cli import train as commands_train
+from bytelm_jax.cli.arguments import UsageError, expand_names, take_option
+from bytelm_jax.parity.report import make_twin
+from bytelm_jax.training import processes
+from bytelm_jax.training.checkpoint import load_run
+from bytelm_jax.training.loop import Outcome, open_windows
+from bytelm_torch.training.loss import token_nats
 from parity_tests import tolerances
 
 TINY = [

@@ -18,7 +18,7 @@ import pytest
 from safetensors import safe_open
 
 from bytelm.config import MegabyteConfig, to_dict
-from bytelm_jax import convert, formats
+from bytelm_jax.interop import convert, formats
 from bytelm_jax.models import abstract_params as trace_params
 
 CONFIGS = {

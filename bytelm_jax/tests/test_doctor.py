@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import cli, doctor, parallel
-from bytelm_jax.doctor import SickError
+from bytelm_jax.cli import main as cli
+from bytelm_jax.tools import doctor
+from bytelm_jax.tools.doctor import SickError
+from bytelm_jax.training import parallel
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,13 @@ import pytest
 
 from bytelm import recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
-from bytelm_jax import cli, commands_train, dry_run, parallel
-from bytelm_jax.collectives import Collective, read_collectives
-from bytelm_jax.memory import kept_for_backward, total
+from bytelm_jax.cli import main as cli
+from bytelm_jax.cli import train as commands_train
 from bytelm_jax.models import cast_params
+from bytelm_jax.tools import dry_run
+from bytelm_jax.tools.collectives import Collective, read_collectives
+from bytelm_jax.tools.memory import kept_for_backward, total
+from bytelm_jax.training import parallel
 from parity_tests import tolerances
 
 SMALL = [

@@ -1,4 +1,4 @@
-"""scripts/equal_time.py and the benchmarks on it: times, steps, curves, processes, tables."""
+"""scripts/bench/equal_time.py and the benchmarks on it: times, steps, curves, processes, tables."""
 
 import importlib
 import json

@@ -9,8 +9,7 @@ import pytest
 from flax import nnx
 
 from bytelm.config import ByteVocab, MegabyteConfig
-from bytelm_jax.backend import imitate
-from bytelm_jax.generate import (
+from bytelm_jax.inference.generate import (
     SamplerConfig,
     _begin,
     draw,
@@ -20,6 +19,7 @@ from bytelm_jax.generate import (
     probabilities,
     stream,
 )
+from bytelm_jax.kernels.backend import imitate
 from bytelm_jax.models.megabyte import Megabyte, MegabyteCache
 from parity_tests.tolerances import LOGITS
 

@@ -14,11 +14,12 @@ import pytest
 
 from bytelm import recipes
 from bytelm.config.blt import EntropyConfig
-from bytelm_jax import backend, parallel
+from bytelm_jax.kernels import backend
 from bytelm_jax.layers.attention import fused_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.models import define_model
-from bytelm_jax.parity import relative_error
+from bytelm_jax.parity.report import relative_error
+from bytelm_jax.training import parallel
 from parity_tests import tolerances
 
 WRITTEN_OUT = {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax.grouped_product import (
+from bytelm_jax.kernels.grouped_matmul import (
     block_length,
     grouped_bias,
     grouped_product,
@@ -13,7 +13,7 @@ from bytelm_jax.grouped_product import (
     mix,
     spread,
 )
-from bytelm_jax.parity import GRADIENTS, LOGITS, relative_error
+from bytelm_jax.parity.report import GRADIENTS, LOGITS, relative_error
 
 GROUPS, INPUTS, OUTPUTS = 5, 6, 4
 SPREADS = {

@@ -19,8 +19,11 @@ from bytelm.config import (
     Recipe,
 )
 from bytelm.data import Windows, open_corpus
-from bytelm_jax import checkpoint, cli, inspection, patch_contract
+from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.tools import inspection
+from bytelm_jax.training import checkpoint
+from bytelm_jax.training import patch_calibration as patch_contract
 
 TEXT = "def é(self):\n  🎉".encode()
 SIZES = {"global_dim": 8, "local_dim": 16, "global_heads": 2, "local_heads": 2}

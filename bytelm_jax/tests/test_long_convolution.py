@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from bytelm_jax.layers.long_convolution import LongConvolution, long_convolution, toeplitz
-from bytelm_jax.parity import relative_error
+from bytelm_jax.parity.report import relative_error
 from parity_tests import tolerances
 
 CHUNK = 64

@@ -10,15 +10,15 @@ import pytest
 from bytelm.config import BLTConfig, EntropyConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
 from bytelm.config import OptimizerConfig as TorchOptimizerConfig
 from bytelm.metrics import MetricsLog, Throughput, read_metrics
-from bytelm_jax import parallel
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.optim import (
+from bytelm_jax.optimizers.build import (
     build_optimizer,
     clip_by_global_norm,
     decay_mask,
     learning_rate_schedule,
 )
-from bytelm_torch.optim import learning_rate_schedule as torch_schedule
+from bytelm_jax.training import parallel
+from bytelm_torch.optimizers.build import learning_rate_schedule as torch_schedule
 from parity_tests.twins import MEGABYTES
 
 

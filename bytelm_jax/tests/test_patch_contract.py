@@ -21,9 +21,12 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.metrics import read_metrics
-from bytelm_jax import arguments, checkpoint, cli, parallel, patch_contract
+from bytelm_jax.cli import arguments
+from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.tests.test_cli import contents, refused
+from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training import patch_calibration as patch_contract
 
 ENTROPY = ["--dim", "8", "--layers", "1", "--heads", "2", "--hidden-dim", "8", "--window", "16"]
 LOCAL = ["--local-dim", "8", "--local-window", "16", "--ngram-rows", "31", "--ngram-sizes", "3"]

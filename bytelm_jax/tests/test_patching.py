@@ -12,7 +12,7 @@ import pytest
 from bytelm.config import BLTConfig
 from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.tokenizer import ByteTokenizer
-from bytelm_jax import patching
+from bytelm_jax.models import patching
 
 CONFIG = BLTConfig(patcher="space")
 VOCAB = CONFIG.vocab

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from bytelm.config import MegabyteConfig, OptimizerConfig, PatchingContract, Recipe, TrainConfig
-from bytelm_jax import checkpoint, cli, plot
+from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params
-from bytelm_jax.optim import build_optimizer
-from bytelm_jax.q_agent import CELLS
+from bytelm_jax.optimizers.build import build_optimizer
+from bytelm_jax.optimizers.q_agent import CELLS
+from bytelm_jax.tools import plot
+from bytelm_jax.training import checkpoint
 
 MODEL = MegabyteConfig(
     patch_size=4,

@@ -10,8 +10,8 @@ import time
 import jax
 import pytest
 
-from bytelm_jax import processes
-from bytelm_jax.processes import HUNG, StopSignal, Watchdog
+from bytelm_jax.training import processes
+from bytelm_jax.training.processes import HUNG, StopSignal, Watchdog
 
 
 @pytest.mark.parametrize(

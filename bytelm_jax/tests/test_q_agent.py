@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm_jax import q_agent
-from bytelm_jax.q_agent import (
+from bytelm_jax.optimizers import q_agent
+from bytelm_jax.optimizers.q_agent import (
     CELLS,
     EDGES,
     LEARNING_RATE_ACTIONS,
@@ -18,7 +18,7 @@ from bytelm_jax.q_agent import (
     init_agent,
     step_agent,
 )
-from bytelm_jax.q_learning import q_learning_metrics, q_learning_sgd
+from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
 from parity_tests.tolerances import AFTER_200_STEPS
 
 EVERY_STEP = QLearningConfig(interval=1)

@@ -14,10 +14,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-import bytelm_jax.q_learning
-from bytelm_jax import threefry
-from bytelm_jax.q_agent import QLearningConfig
-from bytelm_jax.q_learning import q_learning, q_learning_metrics, q_learning_sgd
+import bytelm_jax.optimizers.q_learning
+from bytelm_jax.optimizers import threefry
+from bytelm_jax.optimizers.q_agent import QLearningConfig
+from bytelm_jax.optimizers.q_learning import q_learning, q_learning_metrics, q_learning_sgd
 from parity_tests.tolerances import GRADIENTS
 
 EVERY_STEP = QLearningConfig(interval=1)
@@ -86,7 +86,7 @@ def close(a, b, bound):
 
 
 def test_the_examples_in_the_docstrings_run():
-    result = doctest.testmod(bytelm_jax.q_learning)
+    result = doctest.testmod(bytelm_jax.optimizers.q_learning)
     assert result.attempted >= 10
     assert result.failed == 0
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bytelm import recipes
-from bytelm_jax import cli
-from bytelm_jax.arguments import expand_names, take_option
-from bytelm_jax.commands_train import take_dry_run, take_processes
+from bytelm_jax.cli import main as cli
+from bytelm_jax.cli.arguments import expand_names, take_option
+from bytelm_jax.cli.train import take_dry_run, take_processes
 
 ROOT = Path(__file__).parent.parent.parent
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bytelm_jax import structure
+from bytelm_jax.inference import compiled as structure
+from bytelm_jax.inference.compiled import take_apart
 from bytelm_jax.models.interface import pack, unpack
-from bytelm_jax.structure import take_apart
 
 
 class Pair(nnx.Module):

@@ -1,4 +1,4 @@
-"""scripts/sweep.py: its points, what it runs, what it skips, and its table."""
+"""scripts/check/sweep.py: its points, what it runs, what it skips, and its table."""
 
 import csv
 import importlib.util
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from bytelm_jax import checkpoint
-from bytelm_jax.train import DivergedError, Outcome
+from bytelm_jax.training import checkpoint
+from bytelm_jax.training.loop import DivergedError, Outcome
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "sweep.py"
+SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "check" / "sweep.py"
 
 
 @pytest.fixture

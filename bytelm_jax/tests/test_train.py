@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from bytelm.metrics import WALL_CLOCK, read_metrics
-from bytelm_jax import checkpoint, cli, parallel
+from bytelm_jax.cli import main as cli
+from bytelm_jax.training import checkpoint, parallel
 
 TINY = [
     *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),

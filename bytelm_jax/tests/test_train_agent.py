@@ -17,8 +17,8 @@ from bytelm.config import (
     TrainConfig,
 )
 from bytelm.metrics import WALL_CLOCK, read_metrics
-from bytelm_jax import checkpoint, parallel
-from bytelm_jax.train import DivergedError, train
+from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training.loop import DivergedError, train
 
 MODEL = MegabyteConfig(
     patch_size=4,

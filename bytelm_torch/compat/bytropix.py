@@ -15,10 +15,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from bytelm.config import BLTConfig, require
 from bytelm.data import Windows, open_corpus
 from bytelm.tokenizer import ByteTokenizer
-from bytelm_torch import generate, parallel
-from bytelm_torch.loss import bits_per_byte
+from bytelm_torch.inference import generate
 from bytelm_torch.models.blt import BLT
-from bytelm_torch.q_learning import EnhancedSGD
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
+from bytelm_torch.training import parallel
+from bytelm_torch.training.loss import bits_per_byte
 
 __all__ = [
     "EnhancedByteTransformer",

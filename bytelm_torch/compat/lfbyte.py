@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bytelm.config import LFByteConfig
-from bytelm_torch import generate
+from bytelm_torch.inference import generate
 from bytelm_torch.models.lfbyte import LFByteTransformer as _Model
 
 

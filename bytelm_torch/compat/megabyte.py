@@ -7,9 +7,9 @@ from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bytelm import config as native
-from bytelm_torch import hf
-from bytelm_torch.loss import cross_entropy
+from bytelm_torch.interop import transformers as hf
 from bytelm_torch.models.megabyte import Megabyte as _Model
+from bytelm_torch.training.loss import cross_entropy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,14 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import BLTConfig
-from bytelm_torch import patching
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ids import as_ids, check_ids
+from bytelm_torch.layers.low_precision import LogitsLinear
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_sum
 from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
+from bytelm_torch.models import patching
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import (
     EntropyModel,
@@ -31,7 +32,6 @@ from bytelm_torch.models.entropy import (
     write_prefix,
 )
 from bytelm_torch.models.interface import Choose, ModelOutput
-from bytelm_torch.sixteen_bits import LogitsLinear
 
 
 class BLTCache(NamedTuple):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
-from bytelm_torch import patching
-from bytelm_torch.models import build_model
+from bytelm_torch.models import build_model, patching
 from bytelm_torch.models.entropy import begins_of, shift_right
 from parity_tests.tolerances import LOGITS
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import bytelm_torch
 from bytelm.config import MegabyteConfig, to_dict
-from bytelm_torch import checkpoint
+from bytelm_torch.interop import export as checkpoint
 from bytelm_torch.models import build_model
 
 CONFIG = MegabyteConfig(

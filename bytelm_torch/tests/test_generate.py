@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from bytelm.config import MegabyteConfig
-from bytelm_torch.generate import SamplerConfig, _begin, generate, generate_uncached, stream
+from bytelm_torch.inference.generate import (
+    SamplerConfig,
+    _begin,
+    generate,
+    generate_uncached,
+    stream,
+)
 from bytelm_torch.models.megabyte import Megabyte, MegabyteCache
 
 PATCH, MAX_LENGTH = 4, 40

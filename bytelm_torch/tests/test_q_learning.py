@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-import bytelm_torch.q_learning
-from bytelm_torch import threefry
-from bytelm_torch.q_agent import QLearningConfig
-from bytelm_torch.q_learning import EnhancedSGD, _layout, q_learning_metrics
+import bytelm_torch.optimizers.q_learning
+from bytelm_torch.optimizers import threefry
+from bytelm_torch.optimizers.q_agent import QLearningConfig
+from bytelm_torch.optimizers.q_learning import EnhancedSGD, _layout, q_learning_metrics
 
 EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts
@@ -44,7 +44,7 @@ def equal(one, other):
 
 
 def test_the_example_in_the_docstring_runs():
-    result = doctest.testmod(bytelm_torch.q_learning)
+    result = doctest.testmod(bytelm_torch.optimizers.q_learning)
     assert result.attempted >= 5
     assert result.failed == 0
 
@@ -81,7 +81,7 @@ def test_it_learns_from_a_closure_with_plain_parameters():
 
 
 def test_patch_size_warns_once():
-    bytelm_torch.q_learning._warn_of_patch_size.cache_clear()
+    bytelm_torch.optimizers.q_learning._warn_of_patch_size.cache_clear()
     with pytest.warns(UserWarning, match="patch_size has no effect") as caught:
         for _ in range(3):
             EnhancedSGD(model().parameters(), lr=1e-3, entropy_threshold=0.3, patch_size=6)

@@ -1,0 +1,82 @@
+"""`bytelm doctor`: its command line."""
+
+from pathlib import Path
+
+from bytelm_jax.cli.arguments import UsageError
+from bytelm_jax.cli.train import Joining, join_processes
+from bytelm_jax.tools import doctor
+from bytelm_jax.training import processes
+
+
+def doctor_command(
+    run_dir: Path = Path("runs"),
+    data: tuple[Path, ...] = (),
+    devices: int = 0,
+    fsdp: int = 1,
+    distributed: bool = False,
+    coordinator: str = "",
+    num_processes: int = 0,
+    process_id: int | None = None,
+    limit: float = 300.0,
+) -> int:
+    """Before a run: do devices, arithmetic, gradients, checkpoints and data work here?
+
+    One line a check, ok or FAIL and what to do; exit code 1 when one fails. Several processes take
+    the options of `bytelm train` and check together.
+
+    Example: bytelm doctor --run-dir runs/first --fsdp 1
+
+    Args:
+        run_dir: a folder for checkpoints, as of `bytelm train`; left as it was.
+        data: files, folders or a prepared file that should be readable.
+        devices: how many to use; 0 means all.
+        fsdp: as of `bytelm train`; must divide the number of devices.
+        distributed: join the processes of a SLURM or MPI job or a TPU pod.
+        coordinator: HOST:PORT of process 0, elsewhere.
+        num_processes: how many there are, with a coordinator.
+        process_id: which this one is, from 0, with a coordinator.
+        limit: seconds that any check may take.
+    """
+    for name, value, least in (("devices", devices, 0), ("fsdp", fsdp, 1), ("limit", limit, 1)):
+        if value < least:
+            raise UsageError(f"--{name} {value}: must be at least {least}")
+    if (num_processes or process_id is not None) and not coordinator:
+        raise UsageError("--num-processes, --process-id: need --coordinator HOST:PORT")
+    joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
+    found = [_reach(joining)] if coordinator else []
+    if all(finding.ok for finding in found):
+        found += _join(joining)
+    for finding in found:
+        doctor.report(finding)
+    if not all(finding.ok for finding in found):
+        return 1  # alone, the rest would say nothing about the run
+    well = True
+    for finding in doctor.examine(run_dir, devices, fsdp, data, limit):
+        doctor.report(finding)
+        well = well and finding.ok
+    return 0 if processes.all_agree(well) else 1
+
+
+def _reach(joining: Joining) -> doctor.Finding:
+    """Whether the coordinator can be reached; raises `UsageError` for an address that is none."""
+    address = processes.address(joining.coordinator)
+    if address is None:
+        raise UsageError(f"--coordinator {joining.coordinator}: must be HOST:PORT")
+    if joining.index is None or not 0 <= joining.index < joining.processes:
+        raise UsageError("--coordinator: needs --num-processes N and --process-id I below it")
+    try:
+        said = doctor.check_coordinator(*address, joining.index == 0)
+    except doctor.SickError as error:
+        return doctor.Finding("coordinator", False, str(error))
+    return doctor.Finding("coordinator", True, said)
+
+
+def _join(joining: Joining) -> list[doctor.Finding]:
+    """Joins the other processes; what went wrong, if they did not come."""
+    try:
+        join_processes(joining, "doctor")
+    except ValueError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        return [doctor.Finding("processes", False, str(error))]
+    return []

@@ -1,0 +1,75 @@
+"""The `bytelm` command. Bad input: exit code 2 and one line on standard error."""
+
+import importlib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from bytelm_jax.cli.arguments import UsageError, parse_call
+
+COMMANDS = {
+    "train": "train a recipe; resumes by itself",
+    "eval": "exact bits per byte over files",
+    "generate": "stream text from a trained model",
+    "inspect": "show patches, entropy and surprise of a text, byte by byte",
+    "export": "write a model for PyTorch",
+    "import": "make a run folder of other weights",
+    "parity": "compare the JAX and torch twins",
+    "calibrate": "find the entropy threshold for a mean patch length",
+    "plot": "draw a run: PNG and one HTML file",
+    "prepare": "pack files into one byte file",
+    "serve": "a page in the browser to try a model",
+    "doctor": "check devices, disk and data before a run",
+}
+
+_MODULES = {"train": "train", "doctor": "doctor"} | dict.fromkeys(
+    ("inspect", "plot", "serve"), "view"
+)
+"""Where the commands are that are not in `model`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if arguments else 2
+    name = arguments[0]
+    try:
+        if name not in COMMANDS:
+            raise UsageError(f"{name}: unknown command; choose one of {', '.join(COMMANDS)}")
+        return _command(name)(arguments[1:])
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        # A failed Orbax write leaves coroutines that speak of themselves as the process ends, after
+        # the one line that says what to do.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        prefix = f"bytelm {name}: " if name in COMMANDS else "bytelm: "
+        print(prefix + _one_line(error), file=sys.stderr)
+        return 2
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    # Imported only now: a command line that is wrong, or asks for help, should not wait for JAX.
+    commands = importlib.import_module(f"bytelm_jax.cli.{_MODULES.get(name, 'model')}")
+    function = getattr(commands, f"{name}_command")
+    if "argv" in inspect.signature(function).parameters:
+        return function
+    return lambda argv: parse_call(function, argv, f"bytelm {name}")
+
+
+def _overview() -> str:
+    lines = ["usage: bytelm COMMAND …   (bytelm COMMAND --help tells more)", ""]
+    lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,332 @@
+"""The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
+
+import sys
+from dataclasses import replace
+from json import dumps as dump_json
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from bytelm import data as corpora
+from bytelm.config import (
+    BLTConfig,
+    MegabyteConfig,
+    PatchingContract,
+    Recipe,
+    from_dict,
+    require_document_ends,
+    to_dict,
+)
+from bytelm.config.lfbyte import require_prediction
+from bytelm.tokenizer import StreamingDecoder
+from bytelm_jax.cli.arguments import UsageError
+from bytelm_jax.inference.generate import SamplerConfig, stream
+from bytelm_jax.interop import convert, formats
+from bytelm_jax.interop import hf_blt as convert_blt
+from bytelm_jax.interop import vocab as convert_vocab
+from bytelm_jax.models import Params, define_model
+from bytelm_jax.parity import report as parity
+from bytelm_jax.training import checkpoint as checkpoints
+from bytelm_jax.training import parallel
+from bytelm_jax.training import patch_calibration as patch_contract
+from bytelm_jax.training.evaluate import evaluate, make_row_nats
+
+
+def eval_command(
+    run: Path,
+    /,
+    data: tuple[Path, ...],
+    checkpoint: str = "latest",
+    batch_size: int = 16,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    json: bool = False,
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """Exact bits per byte: total nats and total bytes, every byte counted once.
+
+    Example: bytelm eval runs/megabyte_tiny --data README.md
+
+    Args:
+        run: the run folder.
+        data: files, folders or a prepared file; their bytes are cut into windows as long as those
+            of the training.
+        checkpoint: latest, best or a step.
+        batch_size: windows a step; a multiple of the number of devices.
+        dtype: of the arithmetic.
+        json: print one JSON object instead of a sentence.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    if not data:
+        raise UsageError("--data: name at least one file or folder")
+    corpus = corpora.open_corpus(data)
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    recipe = with_resets(recipe, reset_on)
+    require_prediction(recipe.model)
+    vocab, mesh = recipe.model.vocab, parallel.make_mesh()
+    by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
+    windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=by_document)
+    end_id = vocab.eos_id if by_document else None
+    rows = -(-batch_size // mesh.size) * mesh.size
+    batches = corpora.evaluation_batches(windows, rows)
+    bind, _ = define_model(recipe.model)
+    with jax.enable_x64(dtype == "float64"):
+        wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
+        wide = parallel.place(mesh, wide)
+        row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
+        found = evaluate(row_nats, wide, batches, mesh)
+    record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
+    record |= _check_patches(recipe, params, windows)
+    if json:
+        print(dump_json(record | {"step": step, "dtype": dtype}))
+    else:
+        print(
+            f"{found.bits_per_byte:.6f} bits per byte: {found.nats:.6f} nats over "
+            f"{found.count} bytes (step {step}, {dtype})"
+        )
+    return 0
+
+
+def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
+    """The recipe with its model starting texts anew as asked for, or as it was trained."""
+    if reset_on != "trained":
+        recipe = replace(recipe, model=patch_contract.resetting(recipe.model, reset_on))
+    require_document_ends(recipe)
+    return recipe
+
+
+def _check_patches(recipe: Recipe, params: Params, windows: corpora.Windows) -> dict[str, float]:
+    """The mean patch length of a BLT on these data; a line on stderr where the run knows others."""
+    if not isinstance(recipe.model, BLTConfig):
+        return {}
+    found = patch_contract.measure(recipe.model, params, windows)
+    wrong = patch_contract.outside(recipe.patching, found) if recipe.patching else None
+    if wrong:
+        print(f"bytelm eval: warning: data: {wrong}", file=sys.stderr, flush=True)
+    return {"bytes_per_patch": found.mean_length}
+
+
+_PARAMETERS = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
+"""The dtype of the parameters under each dtype of the arithmetic."""
+
+
+def generate_command(
+    run: Path,
+    /,
+    prompt: str = "",
+    max_new_bytes: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    sampler: Literal["greedy", "categorical", "entropy"] = "categorical",
+    seed: int = 0,
+    checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """Streams text that goes on from the prompt; never splits a UTF-8 character.
+
+    Example: bytelm generate runs/megabyte_tiny --prompt "def " --max-new-bytes 64
+
+    Args:
+        run: the run folder.
+        prompt: what the text starts with; it is printed first.
+        max_new_bytes: how many bytes at most; the model may end earlier.
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep only the k likeliest bytes; 0 keeps all.
+        top_p: keep the likeliest bytes that together reach this probability.
+        sampler: greedy, categorical, or by the entropy of each distribution.
+        seed: of the random choices.
+        checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
+    recipe, params, _ = checkpoints.load_run(run, checkpoint)
+    recipe = with_resets(recipe, reset_on)
+    bind, _ = define_model(recipe.model)
+    decoder = StreamingDecoder(recipe.model.vocab)
+    offset = recipe.model.vocab.offset
+    start = prompt.encode("utf-8", "surrogateescape")
+    print(prompt, end="", flush=True)
+    for piece in stream(bind(params), start, max_new_bytes, sampler=config, seed=seed):
+        print(decoder.push([byte + offset for byte in piece]), end="", flush=True)
+    print(decoder.finish())
+    return 0
+
+
+def export_command(
+    run: Path,
+    /,
+    out: Path,
+    checkpoint: str = "latest",
+    format: Literal["bytelm", "hf-blt"] = "bytelm",
+    vocab_size: int = -1,
+    vocab_offset: int = -1,
+    pad_id: int = -1,
+    bos_id: int = -1,
+    eos_id: int = -1,
+) -> int:
+    """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
+
+    Or, with --format hf-blt, for `BltForCausalLM.from_pretrained(OUT)` of transformers.
+
+    Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        out: the folder to write.
+        checkpoint: latest, best or a step.
+        format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        vocab_size: ids of the export; -1, here and below, keeps what the model has.
+        vocab_offset: the id of byte 0; the model is the same, its rows move with their ids.
+        pad_id: the id of padding.
+        bos_id: the id of the beginning of a sequence.
+        eos_id: the id of the end of a sequence.
+    """
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    asked = {"size": vocab_size, "offset": vocab_offset}
+    asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+    vocab = replace(recipe.model.vocab, **{k: v for k, v in asked.items() if v != -1})
+    model, params = convert_vocab.remap_vocab(recipe.model, params, vocab)
+    recipe = replace(recipe, model=model)
+    if format == "hf-blt":
+        if not isinstance(recipe.model, BLTConfig):
+            raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
+        convert_blt.export_hf_blt(recipe.model, params, out)
+    else:
+        extra = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        convert.export_model(recipe.model, params, out, extra)
+    print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
+    return 0
+
+
+def import_command(
+    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte", "hf-blt"] = "auto"
+) -> int:
+    """Makes a run folder of an export or of other people's weights.
+
+    Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
+    `BltForCausalLM`, in one file or in shards.
+
+    Example: bytelm import exports/megabyte_tiny --out runs/imported
+
+    Args:
+        source: an export folder, a folder of transformers, or a .pt or .safetensors file with a
+            state dict.
+        out: the run folder to make; it must not hold a run yet.
+        format: what SOURCE is; auto looks at it.
+    """
+    checkpoints.check_unused(out)
+    config, params = formats.import_any(source, format)
+    patching = formats.stored_extra(source).get("patching")
+    patching = None if patching is None else from_dict(PatchingContract, patching, "extra.patching")
+    recipe = Recipe(name="imported", model=config, patching=patching)
+    if isinstance(config, MegabyteConfig) and config.variant == "paper":
+        length = min(recipe.data.sequence_length, config.max_length)
+        recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
+    checkpoints.create_run(out, recipe, params)
+    print(
+        f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
+    )
+    return 0
+
+
+def calibrate_command(
+    run: Path,
+    /,
+    data: tuple[Path, ...],
+    bytes_per_patch: float = 4.5,
+    check: tuple[Path, ...] = (),
+    windows: int = 4096,
+) -> int:
+    """Finds the entropy threshold for a wanted mean patch length and stores it in the run.
+
+    RUN is an entropy model, from which `bytelm train blt_… --entropy-from RUN` takes model and
+    threshold, or a Byte Latent Transformer, whose patches then change at once.
+
+    Example: bytelm calibrate runs/entropy_tiny --data README.md --bytes-per-patch 4.5
+
+    Args:
+        run: the run folder.
+        data: files, folders or a prepared file, cut into windows as in the training.
+        bytes_per_patch: the wanted mean.
+        check: other data, whose mean at that threshold is shown beside.
+        windows: how many windows to look at, evenly spaced; 0 is all.
+    """
+    if not data:
+        raise UsageError("--data: name at least one file or folder")
+    if windows < 0:
+        raise UsageError(f"--windows={windows}: must be at least 0")
+
+    def cut(paths: tuple[Path, ...]) -> corpora.Windows:
+        options = (recipe.model.vocab, recipe.data.sequence_length, recipe.data.append_eos)
+        return corpora.Windows(corpora.open_corpus(paths), *options)
+
+    recipe, params, step = checkpoints.load_run(run)
+    made = patch_contract.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
+    contract = made.patching
+    assert contract is not None
+    unit = "bits a patch" if contract.patcher == "histogram" else "nats"
+    lines = [
+        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
+        f"bytes a patch over {contract.sampled_bytes} bytes of --data"
+    ]
+    if check:
+        model, params = patch_contract.as_blt(made, params)
+        model = replace(model, threshold=contract.threshold)
+        seen = patch_contract.measure(model, params, cut(check), windows or None)
+        lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
+    checkpoints.save_config(run, made)
+    print("\n".join(lines))
+    known = recipe.patching if isinstance(recipe.model, BLTConfig) else None
+    wrong = patch_contract.outside(known, contract) if known else None
+    if wrong:
+        print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
+    return 0
+
+
+def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
+    """Packs files and folders into one memory-mapped byte file with document bounds.
+
+    Example: bytelm prepare README.md bytelm_jax --out corpus.bytes
+
+    Args:
+        paths: files and folders; each file is a document.
+        out: the file to write.
+    """
+    if not paths:
+        raise UsageError("PATH: name at least one file or folder")
+    made = corpora.prepare(paths, out)
+    print(f"wrote {out}: {made.documents} documents, {made.bytes} bytes")
+    return 0
+
+
+def parity_command(
+    path: Path,
+    /,
+    dtype: Literal["float64", "float32"] = "float64",
+    data: tuple[Path, ...] = (),
+    rows: int = 2,
+    length: int = 0,
+    checkpoint: str = "latest",
+) -> int:
+    """Runs the JAX and torch twins in lock-step on real bytes and reports where they part.
+
+    Prints one line a layer, then logits, loss, gradients and generation; the first tensor past its
+    tolerance is named. Exit code 1 when one is.
+
+    Example: bytelm parity runs/megabyte_tiny
+
+    Args:
+        path: a run folder or an export.
+        dtype: float64 is the verdict.
+        data: real bytes to compare on; empty takes Python's standard library.
+        rows: windows to compare on.
+        length: bytes a window; 0 takes a little more than four patches, an odd number.
+        checkpoint: of a run folder: latest, best or a step.
+    """
+    report = parity.compare(path, dtype, data, rows, length, checkpoint)
+    print(report.text)
+    return 0 if report.passed else 1

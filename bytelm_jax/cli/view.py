@@ -1,0 +1,152 @@
+"""The commands that show a model or a run to a person; as `commands.py`, one function each."""
+
+import signal
+import sys
+import threading
+from contextlib import suppress
+from json import dumps as dump_json
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from bytelm_jax.cli.arguments import UsageError
+from bytelm_jax.cli.model import with_resets
+from bytelm_jax.training import checkpoint as checkpoints
+
+
+def inspect_command(
+    text: str,
+    /,
+    model: Path,
+    max_bytes: int = 1024,
+    table: bool = True,
+    json: bool = False,
+    checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """Shows patches, entropy and surprise (bits) of every byte; colours only on a terminal.
+
+    The entropy is that of the model's own distribution of the next byte. The background tells the
+    surprise: green for 0 bits, yellow for 4, red for 8 and more.
+
+    Example: bytelm inspect "def main():" --model runs/megabyte_tiny
+
+    Args:
+        text: a text, or a file if there is one of that name.
+        model: the run folder.
+        max_bytes: look at so many bytes at most; what is left out is told.
+        table: print the rows of numbers below the text.
+        json: print one JSON object instead: bytes, surprise, entropy, starts.
+        checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    from bytelm_jax.tools import inspection
+
+    if max_bytes < 1:
+        raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
+    given, name, size = _text_or_file(text, max_bytes)
+    if not given:
+        raise ValueError(f"{name}: is empty; give at least one byte")
+    recipe, params, _ = checkpoints.load_run(model, checkpoint)
+    recipe = with_resets(recipe, reset_on)
+    kept = given[: inspection.longest_text(recipe.model)]
+    found = inspection.make_inspector(recipe, params)(kept)
+    if len(kept) < size:
+        why = "--max-bytes" if len(kept) == max_bytes else "the model's max_length"
+        note = f"bytelm inspect: {name}: the first {len(kept):,} of {size:,} bytes ({why})"
+        print(note, file=sys.stderr, flush=True)
+    if json:
+        print(dump_json(found.to_dict()))
+        return 0
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(inspection.describe(recipe, found), markup=False)
+    console.print(inspection.paint_text(found))
+    if table:
+        console.print(inspection.paint_table(found), end="")
+    return 0
+
+
+def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
+    """The first `limit` bytes of a file or a text, what to call it, and its size in bytes."""
+    try:
+        is_file = Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        is_file = False
+    if is_file:
+        with open(text, "rb") as file:
+            return file.read(limit), text, Path(text).stat().st_size
+    data = text.encode("utf-8", "surrogateescape")
+    return data[:limit], "TEXT", len(data)
+
+
+def plot_command(run: Path, /, out: Path | None = None) -> int:
+    """Draws a run: OUT/plot.png, and OUT/plot.html with the picture inside.
+
+    Loss, bits per byte, learning rate, momentum, gradient norms; where the run has them, actions
+    and tables of the Q-learning agent, patch lengths, and the load of the experts.
+
+    Example: bytelm plot runs/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        out: the folder to write to; the run folder if not given.
+    """
+    from bytelm_jax.tools.plot import write_plots
+
+    png, page = write_plots(run, run if out is None else out)
+    print(f"wrote {png} and {page}")
+    return 0
+
+
+def serve_command(
+    run: Path,
+    /,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    max_prompt_bytes: int = 4096,
+    max_new_bytes: int = 1024,
+    time_limit: float = 60.0,
+    queue: int = 128,
+    checkpoint: str = "latest",
+    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+) -> int:
+    """A page in the browser: text as it is generated, and what the model thinks of each byte.
+
+    Only this machine reaches it, unless --host says otherwise. One request runs at a time.
+
+    Example: bytelm serve runs/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        host: the address to listen on; 0.0.0.0 is every network that this machine is in.
+        port: the port to listen on.
+        max_prompt_bytes: the longest starting text.
+        max_new_bytes: the longest continuation.
+        time_limit: seconds after which a generation is stopped.
+        queue: how many requests may wait; more are refused.
+        checkpoint: latest, best or a step.
+        reset_on: where the text starts anew for the model; as it was trained, if not given.
+    """
+    from bytelm_jax.tools import app
+
+    limits = app.Limits(
+        prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue
+    )
+    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    page = app.build_page(app.Service(with_resets(recipe, reset_on), params, limits))
+    address = app.launch(page, host, port)
+    if not app.is_loopback(host):
+        print(f"note: whoever reaches {host}:{port} can use this page; it has no password")
+    print(f"{run} (step {step}) at {address} until Ctrl-C", flush=True)
+    _wait_for_interrupt()
+    page.close(verbose=False)
+    return 0
+
+
+def _wait_for_interrupt() -> None:
+    """Returns at SIGINT or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -1,0 +1,1 @@
+"""Generation: sampling, cached decoding, compiled programs."""

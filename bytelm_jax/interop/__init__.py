@@ -1,0 +1,1 @@
+"""Weights to files and back, and other people's formats."""

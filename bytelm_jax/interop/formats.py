@@ -1,0 +1,51 @@
+"""What a path holds, and the function that reads it: our exports and other people's weights."""
+
+from pathlib import Path
+from typing import Any
+
+from bytelm.config import ModelConfig, require
+from bytelm_jax.interop.convert import CONFIG_FILE, LIBRARY, _read_json, load_export
+from bytelm_jax.interop.hf_blt import INDEX_FILE, import_hf_blt
+from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte
+from bytelm_jax.models import Params
+
+
+def import_any(path: str | Path, format: str = "auto") -> tuple[ModelConfig, Params]:
+    """Configuration and parameters from an export of this library or from a known foreign format.
+
+    `format` is "bytelm", "megabyte", "hf-blt" or "auto", which looks: a file holds MEGABYTE
+    weights, a folder what its config.json says, an export where that says nothing. Raises
+    `ValueError` as `load_export`, `import_megabyte` and `import_hf_blt` do.
+    """
+    readers = {"bytelm": load_export, "megabyte": import_megabyte, "hf-blt": import_hf_blt}
+    known = ", ".join(("auto", *readers))
+    require(format in ("auto", *readers), f"format={format!r}: choose one of {known}")
+    return readers[_recognise(Path(path)) if format == "auto" else format](path)
+
+
+def _recognise(path: Path) -> str:
+    if not path.is_dir():
+        return "megabyte"
+    fields = _fields(path)
+    if fields.get("model_type") == "blt":
+        return "hf-blt"
+    weights = any((path / name).is_file() for name in (*FOREIGN_FILES, INDEX_FILE))
+    ours = fields.get("library") == LIBRARY or "bytelm" in fields  # where transformers wrote it
+    foreign = weights and bool(fields) and not ours
+    return "megabyte" if foreign else "bytelm"  # `load_export` says what is wrong
+
+
+def _fields(folder: Path) -> dict[str, Any]:
+    try:
+        fields = _read_json(folder / CONFIG_FILE)
+    except (OSError, ValueError, RecursionError, OverflowError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def stored_extra(path: str | Path) -> dict[str, Any]:
+    """What an export says beside its configuration; empty for anything else."""
+    fields = _fields(Path(path))
+    described = fields.get("bytelm", fields)  # where transformers wrote the file
+    extra = described.get("extra") if isinstance(described, dict) else None
+    return extra if isinstance(extra, dict) else {}

@@ -1,0 +1,435 @@
+"""Byte Latent Transformers of Hugging Face transformers (`BltForCausalLM`) to files and back.
+
+A folder holds `config.json` and either `model.safetensors` or shards of it with their index. Names
+and configuration are translated here; layouts and strictness are those of `convert.py`. What
+transformers has and this library has not, or the other way round, is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
+from bytelm_jax.interop import convert
+from bytelm_jax.models import Params, abstract_params
+
+INDEX_FILE = "model.safetensors.index.json"
+
+# What a transformers of any version leaves out of config.json where it equals its default.
+_STACK = {"rms_norm_eps": 1e-5, "dropout": 0.0, "hidden_act": "silu", "num_key_value_heads": None}
+_LOCAL = {"vocab_size": 260, "hidden_size": 1024, "num_attention_heads": 16}
+_LOCAL |= {"cross_attn_k": 2, "hidden_size_global": 2048, **_STACK}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "encoder_config": _LOCAL
+    | {"num_hidden_layers": 1, "intermediate_size": None, "cross_attn_all_layers": False},
+    "decoder_config": _LOCAL
+    | {"num_hidden_layers": 9, "intermediate_size": 2816, "cross_attn_all_layers": True},
+    "global_config": _STACK
+    | {"hidden_size": 2048, "num_attention_heads": 16, "num_hidden_layers": 25}
+    | {"intermediate_size": 5632},
+    "patcher_config": _STACK
+    | {"vocab_size": 260, "hidden_size": 768, "num_hidden_layers": 14, "num_attention_heads": 12}
+    | {"intermediate_size": 2048, "sliding_window": 512},
+}
+_TOP = {
+    "vocab_size": 260,
+    "patch_in_forward": True,
+    "patch_size": 4,
+    "patching_mode": "entropy",
+    "patching_threshold": 1.335442066192627,
+    "max_patch_length": None,
+    "local_attention_window_len": 512,
+    "cross_attn_k": 2,
+    "encoder_hash_byte_group_size": None,
+    "encoder_hash_byte_group_vocab": 500_002,
+    "encoder_hash_byte_group_nb_functions": 1,
+    "tie_word_embeddings": False,
+}
+_THETA = {"patcher_config": 10_000.0}  # and 500,000 elsewhere
+_GROUPS = (3, 4, 5, 6, 7, 8)
+
+_SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "cross_attn_k", "hidden_size_global")
+_SIZES += ("num_hidden_layers", "patch_size", "encoder_hash_byte_group_vocab")
+_SIZES += ("encoder_hash_byte_group_nb_functions",)
+_SIZES_OR_NONE = ("intermediate_size", "num_key_value_heads", "sliding_window", "max_patch_length")
+_SIZES_OR_NONE += ("local_attention_window_len", "head_dim")
+_NUMBERS = ("rms_norm_eps", "dropout", "patching_threshold", "rope_theta")
+
+
+# ---- names ----------------------------------------------------------------------------------
+
+_MODULES = {
+    "patcher.transformer.layers": "model.patcher.layers",
+    "patcher.embed": "model.patcher.embed_tokens",
+    "patcher.norm": "model.patcher.norm",
+    "patcher.to_logits": "model.patcher.lm_head",
+    "encoder.embed": "model.local_encoder.embed_tokens",
+    "encoder.ngrams": "model.encoder_hash_tok_embedding",
+    "encoder.transformer.layers": "model.local_encoder.layers",
+    "encoder.to_queries": "model.local_encoder.patch_embedding_projection",
+    "encoder.cross_attention": "model.local_encoder.cross_attn_layers.0",
+    "to_global": "model.global_transformer.token_embedding_projection",
+    "global_transformer.layers": "model.global_transformer.layers",
+    "decoder.to_memory": "model.local_decoder.patch_embedding_projection",
+    "decoder.cross_attentions": "model.local_decoder.cross_attn_layers",
+    "decoder.transformer.layers": "model.local_decoder.layers",
+    "decoder.norm": "model.local_decoder.norm",
+    "to_logits": "lm_head",
+}
+_IN_LAYER = {
+    ".attention.norm": ".input_layernorm",
+    ".attention.": ".self_attn.",
+    ".feedforward.norm": ".post_attention_layernorm",
+    ".feedforward.gate": ".mlp.gate_proj",
+    ".feedforward.up": ".mlp.up_proj",
+    ".feedforward.down": ".mlp.down_proj",
+    ".to_q": ".q_proj",
+    ".to_k": ".k_proj",
+    ".to_v": ".v_proj",
+    ".to_out": ".o_proj",
+}
+
+
+def hf_blt_names(config: BLTConfig) -> dict[str, str]:
+    """The name in transformers' state dict of each of our parameters."""
+    return {name: _foreign_module(name) + ".weight" for name in abstract_params(config)}
+
+
+def _foreign_module(name: str) -> str:
+    """`encoder.cross_attention.to_q.kernel` → `model.local_encoder.cross_attn_layers.0.q_proj`."""
+    module = name.rpartition(".")[0]
+    ours = next(m for m in _MODULES if module == m or module.startswith(m + "."))
+    rest = module[len(ours) :]
+    for mine, theirs in _IN_LAYER.items():
+        rest = rest.replace(mine, theirs)
+    return _MODULES[ours] + rest
+
+
+# ---- configuration --------------------------------------------------------------------------
+
+
+def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
+    """The configuration that a transformers `config.json` describes.
+
+    The patch budget is that of transformers, none. Raises `ValueError` for what cannot be the same
+    here, naming the field.
+    """
+    _check_kinds(fields, "")
+    top = _TOP | dict(fields)
+    require(
+        top.get("model_type", "blt") == "blt",
+        f"model_type={top.get('model_type')!r}: must be 'blt'",
+    )
+    parts = {name: known | dict(top.get(name) or {}) for name, known in _DEFAULTS.items()}
+    encoder, decoder = parts["encoder_config"], parts["decoder_config"]
+    wide, patcher = parts["global_config"], parts["patcher_config"]
+    by_entropy = bool(top["patch_in_forward"])
+    _refuse_differences(top, parts, by_entropy)
+    vocab = ByteVocab(size=top["vocab_size"], offset=4, pad_id=3, bos_id=1, eos_id=2)
+    entropy = EntropyConfig(vocab=vocab)
+    if by_entropy:
+        entropy = EntropyConfig(
+            vocab=vocab,
+            dim=patcher["hidden_size"],
+            layers=patcher["num_hidden_layers"],
+            heads=patcher["num_attention_heads"],
+            kv_heads=_kv_heads(patcher),
+            hidden_dim=_hidden(patcher),
+            window=patcher["sliding_window"] or 0,
+            rope_theta=_theta(patcher, "patcher_config"),
+        )
+    return BLTConfig(
+        vocab=vocab,
+        patcher="entropy" if by_entropy else "byte",
+        threshold=float(top["patching_threshold"]),
+        patch_size=top["patch_size"],
+        whole_characters=False,
+        patch_budget=1.0,
+        entropy=entropy,
+        ngram_sizes=tuple(top["encoder_hash_byte_group_size"] or _GROUPS),
+        ngram_functions=top["encoder_hash_byte_group_nb_functions"],
+        ngram_rows=top["encoder_hash_byte_group_vocab"],
+        patch_queries=top["cross_attn_k"],
+        local_dim=encoder["hidden_size"],
+        local_window=top["local_attention_window_len"] or 0,
+        encoder_layers=encoder["num_hidden_layers"],
+        encoder_heads=encoder["num_attention_heads"],
+        encoder_kv_heads=_kv_heads(encoder),
+        encoder_hidden_dim=_hidden(encoder),
+        decoder_layers=decoder["num_hidden_layers"],
+        decoder_heads=decoder["num_attention_heads"],
+        decoder_kv_heads=_kv_heads(decoder),
+        decoder_hidden_dim=_hidden(decoder),
+        global_dim=wide["hidden_size"],
+        global_layers=wide["num_hidden_layers"],
+        global_heads=wide["num_attention_heads"],
+        global_kv_heads=_kv_heads(wide),
+        global_hidden_dim=_hidden(wide),
+        rope_theta=_theta(encoder, "encoder_config"),
+    )
+
+
+def _check_kinds(fields: Mapping[Any, Any], where: str) -> None:
+    """Raises `ValueError` for the first field that is read here and not of its kind."""
+    for key, value in fields.items():
+        name = str(key)
+        inside, kind, good = name.endswith("_config") or name.startswith("rope_p"), "", True
+        if name in _SIZES or (name in _SIZES_OR_NONE and value is not None):
+            least = 0 if "window" in name else 1
+            kind = f"a whole number from {least} on"
+            good = type(value) is int and value >= least
+        elif name in _NUMBERS:
+            kind, good = "a number", type(value) in (int, float)
+        elif name == "encoder_hash_byte_group_size" and value is not None:
+            whole = isinstance(value, list) and all(type(size) is int for size in value)
+            kind, good = "a list of whole numbers", whole
+        elif (inside or name == "rope_scaling") and value is not None:
+            kind, good = "an object", isinstance(value, dict)
+        require(good, f"{where}{name}={value!r:.100}: must be {kind}")
+        if isinstance(value, dict):
+            _check_kinds(value, f"{where}{name}.")
+
+
+def _refuse_differences(top: dict[str, Any], parts: dict[str, Any], by_entropy: bool) -> None:
+    """Raises `ValueError` for the first field whose value has no counterpart here."""
+    encoder, wide = parts["encoder_config"], parts["global_config"]
+    needed: list[tuple[str, Any, Any]] = [
+        ("tie_word_embeddings", top["tie_word_embeddings"], False),
+        ("max_patch_length", top["max_patch_length"], None),
+        ("encoder_config.cross_attn_all_layers", encoder["cross_attn_all_layers"], False),
+    ]
+    decoder = parts["decoder_config"]
+    needed += [
+        ("decoder_config.cross_attn_all_layers", decoder["cross_attn_all_layers"], True),
+        ("decoder_config.hidden_size", decoder["hidden_size"], encoder["hidden_size"]),
+        ("decoder_config.hidden_size_global", decoder["hidden_size_global"], wide["hidden_size"]),
+    ]
+    if by_entropy:
+        needed.append(("patching_mode", top["patching_mode"], "entropy"))
+    else:
+        parts = {name: part for name, part in parts.items() if name != "patcher_config"}
+    theta = _theta(encoder, "encoder_config")
+    for name, part in parts.items():
+        needed += [
+            (f"{name}.rms_norm_eps", part["rms_norm_eps"], 1e-5),
+            (f"{name}.hidden_act", part["hidden_act"], "silu"),
+            (f"{name}.dropout", part["dropout"], 0),
+            (f"{name}.vocab_size", part.get("vocab_size", top["vocab_size"]), top["vocab_size"]),
+            (
+                f"{name}.cross_attn_k",
+                part.get("cross_attn_k", top["cross_attn_k"]),
+                top["cross_attn_k"],
+            ),
+            (f"{name}.rope_type", _rope(part).get("rope_type", "default"), "default"),
+        ]
+        if name != "patcher_config":
+            needed.append((f"{name}.rope_theta", _theta(part, name), theta))
+        head = part["hidden_size"] // part["num_attention_heads"]
+        needed.append((f"{name}.head_dim", part.get("head_dim") or head, head))
+    for field, value, expected in needed:
+        require(value == expected, f"{field}={value!r}: only {expected!r} can be imported")
+
+
+def _rope(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    return part.get("rope_parameters") or part.get("rope_scaling") or {}
+
+
+def _theta(part: Mapping[str, Any], name: str) -> float:
+    flat = part.get("rope_theta", _THETA.get(name, 500_000.0))  # where version 4 wrote it
+    return float(_rope(part).get("rope_theta", flat))
+
+
+def _kv_heads(part: Mapping[str, Any]) -> int:
+    heads = part["num_key_value_heads"]
+    return 0 if heads in (None, part["num_attention_heads"]) else heads
+
+
+def _hidden(part: Mapping[str, Any]) -> int:
+    return part["intermediate_size"] or int(8 * part["hidden_size"] / 3)
+
+
+def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The `config.json` of transformers for `config`, whose weights are of type `dtype`.
+
+    Raises `ValueError` for what transformers cannot express, naming the field.
+    """
+    c, vocab = config, config.vocab
+    by_entropy = c.patcher == "entropy"
+    require(
+        c.patcher in ("entropy", "byte"),
+        f"patcher={c.patcher!r}: transformers knows 'entropy' and 'byte' alone",
+    )
+    require(
+        not (by_entropy and c.whole_characters),
+        "whole_characters=True: transformers has no such rule; set it to False",
+    )
+    ids = (vocab.offset, vocab.bos_id, vocab.eos_id)
+    require(ids == (4, 1, 2), f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)")
+    plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
+    plain |= {"positions": "rotary", "reset_on": "none"}
+    for name, known in plain.items():
+        value = getattr(c, name)
+        require(value == known, f"{name}={value!r}: transformers knows {known!r} alone")
+    require(c.ngram_tables > 0, "ngram_sizes=(): transformers needs at least one")
+    require(c.dropout == 0, f"dropout={c.dropout}: transformers places it elsewhere; set 0")
+    local = {"vocab_size": vocab.size, "hidden_size": c.local_dim}
+    local |= {"cross_attn_k": c.patch_queries, "hidden_size_global": c.global_dim}
+    encoder = _stack(c.encoder_layers, c.encoder_heads, c.encoder_kv_heads, c.encoder_hidden_dim)
+    decoder = _stack(c.decoder_layers, c.decoder_heads, c.decoder_kv_heads, c.decoder_hidden_dim)
+    wide = _stack(c.global_layers, c.global_heads, c.global_kv_heads, c.global_hidden_dim)
+    e, rope = c.entropy, {"rope_parameters": {"rope_type": "default", "rope_theta": c.rope_theta}}
+    patcher_rope = {"rope_parameters": {"rope_type": "default", "rope_theta": e.rope_theta}}
+    return {
+        "architectures": ["BltForCausalLM"],
+        "model_type": "blt",
+        "dtype": dtype,
+        "vocab_size": vocab.size,
+        "patch_in_forward": by_entropy,
+        "patch_size": c.patch_size,
+        "patching_mode": "entropy",
+        "patching_threshold": c.threshold,
+        "max_patch_length": None,
+        "local_attention_window_len": c.local_window or None,
+        "cross_attn_k": c.patch_queries,
+        "encoder_hash_byte_group_size": list(c.ngram_sizes),
+        "encoder_hash_byte_group_vocab": c.ngram_rows,
+        "encoder_hash_byte_group_nb_functions": c.ngram_functions,
+        "tie_word_embeddings": False,
+        **rope,
+        "encoder_config": local | encoder | rope | {"cross_attn_all_layers": False},
+        "decoder_config": local | decoder | rope | {"cross_attn_all_layers": True},
+        "global_config": {"hidden_size": c.global_dim} | wide | rope,
+        "patcher_config": {"vocab_size": vocab.size, "hidden_size": e.dim}
+        | _stack(e.layers, e.heads, e.kv_heads, e.hidden_dim)
+        | {"sliding_window": e.window or None}
+        | patcher_rope,
+    }
+
+
+def _stack(layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads or heads,
+        "intermediate_size": hidden,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "dropout": 0.0,
+    }
+
+
+# ---- folders --------------------------------------------------------------------------------
+
+
+def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
+    """Configuration and parameters from a transformers folder, sharded or not.
+
+    Values keep their dtype and every bit; beyond the result one tensor at a time is in memory.
+    Raises `ValueError` when a file is missing or damaged, for a configuration that cannot be the
+    same here, and for tensors that are not those of the configuration or not finite.
+    """
+    folder = Path(path)
+    with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
+        fields = convert._read_json(folder / convert.CONFIG_FILE)
+        require(isinstance(fields, dict), "must hold a JSON object")
+        config = blt_config_from_hf(fields)
+    tensors: dict[str, convert._Tensor] = {}
+    shards = {file: _listed(file) for file in _shards(folder)}
+    for held in shards.values():
+        tensors |= held
+    convert._check_size(tensors, config)
+    leaves, names = abstract_params(config), hf_blt_names(config)
+    shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
+    convert._check(tensors, shapes)
+    params = {name: _placed(name, tensors[names[name]]) for name in leaves}
+    for file, held in shards.items():
+        with convert._about(file, ""):
+            held.verify(convert._sum_of_json(fields))
+    return config, params
+
+
+def _placed(name: str, tensor: convert._Tensor) -> Array:
+    """A tensor as a JAX array, without another copy of it in between."""
+    wide = tensor.dtype == "float64" and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    mend = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
+    require(not wide, f"{name}: dtype float64, and {mend}")
+    return jax.device_put(convert._turned(name, tensor.read()))  # the buffer is nobody else's
+
+
+def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
+    """Writes a folder that `BltForCausalLM.from_pretrained` loads; makes it if need be.
+
+    Both files are put in place whole or not at all. Raises `ValueError` when `params` are not those
+    of `config` or not finite, when transformers cannot express it, when `out` cannot be written.
+    """
+    leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
+    convert._check({name: convert._in_memory(value) for name, value in params.items()}, leaves)
+    convert.check_finite(params)
+    renamed = {
+        f"{_foreign_module(name)}.{name.rpartition('.')[2]}": value
+        for name, value in params.items()
+    }
+    dtype = params["to_logits.kernel"].dtype.name
+    fields = blt_config_to_hf(config, dtype)
+
+    def write(sink: BinaryIO) -> None:
+        convert._write_tensors(sink, renamed, convert._sum_of_json(fields))
+
+    text = json.dumps(fields, indent=2) + "\n"
+    convert._replace_export(Path(out), write, text.encode())
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files of a folder."""
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        return [folder / convert.MODEL_FILE]
+    with convert._about(index, "download the folder again"):
+        fields = convert._read_json(index)
+        files = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not (isinstance(files, dict) and files):
+            raise ValueError("weight_map: must name the tensors")
+        names = sorted({str(name) for name in files.values()})
+        here = os.path.realpath(folder)
+        plain = all(
+            Path(name).name == name
+            and len(name) < 256
+            and "\0" not in name
+            and os.path.dirname(os.path.realpath(folder / name)) == here
+            for name in names
+        )
+        require(plain, "weight_map: must name files of this folder, no links out of it")
+        return [folder / name for name in names]
+
+
+def _listed(file: Path) -> convert._Tensors:
+    """The tensors of a safetensors file; each is read by itself, through no memory map.
+
+    A map's pages count as memory of this process until the file is closed, so that a table that
+    fills its shard would be there twice.
+    """
+    with convert._open_safetensors(file) as tensors:  # checks the header
+        known, metadata = dict(tensors), tensors.metadata
+    with open(file, "rb") as source:
+        size = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(size))
+
+    def read(name: str, tensor: convert._Tensor) -> np.ndarray:
+        begin, end = header[name]["data_offsets"]
+        data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
+        return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
+
+    listed = convert._Tensors(metadata)
+    for name, tensor in known.items():
+        listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
+    return listed

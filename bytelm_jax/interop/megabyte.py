@@ -1,0 +1,202 @@
+"""Weights of the PyTorch MEGABYTE of shjwudp/megabyte, out of any file that holds its state dict.
+
+Names and sizes are translated here; layouts and strictness are those of `convert.py`. Nothing that
+a file of `torch.save` says is ever run.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm_jax.interop import convert
+from bytelm_jax.models import Params
+
+FOREIGN_FILES = (
+    convert.MODEL_FILE,
+    "pytorch_model.bin",
+)  # what transformers' save_pretrained writes
+
+
+def import_megabyte(
+    path: str | Path, *, pad_id: int = ByteVocab.pad_id, eos_id: int = ByteVocab.eos_id
+) -> tuple[MegabyteConfig, Params]:
+    """Configuration and parameters from a state dict of the PyTorch MEGABYTE of shjwudp/megabyte.
+
+    `path` is a .safetensors file, a file of `torch.save` (loaded without running any code in it;
+    needs PyTorch), or a folder with `model.safetensors` or `pytorch_model.bin`. All names may carry
+    the prefix `inner_model.`, and the dictionary may stand under `model_state_dict` or
+    `state_dict`. The configuration follows from the weights alone, see `megabyte_config`; `pad_id`
+    and `eos_id`, which weights do not tell, are the original's defaults. Raises `ValueError` for
+    anything else, a tensor that is missing, unknown or not finite included.
+    """
+    file = Path(path)
+    if file.is_dir():
+        inside = [file / name for name in FOREIGN_FILES]
+        file = next(filter(Path.is_file, inside), inside[0])
+    opened = convert._open_safetensors if file.suffix == ".safetensors" else _open_torch_file
+    with opened(file) as tensors:
+        prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
+        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
+        config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
+        params = convert._assemble(tensors, config, lambda name: prefix + _original_name(name))
+        tensors.check_finite()
+        return config, params
+
+
+def megabyte_config(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    pad_id: int = ByteVocab.pad_id,
+    eos_id: int = ByteVocab.eos_id,
+) -> MegabyteConfig:
+    """The configuration that the shapes of an original MEGABYTE state dict imply.
+
+    The head width is half the rows of `to_kv`, the number of heads the rows of `to_q` over it; the
+    number of layers is counted. Raises `ValueError` where the shapes contradict each other and for
+    a head width other than floor(width / heads), which `MegabyteConfig` cannot express.
+    """
+    paper = shapes.keys().isdisjoint(("to_embed.weight", "to_l_embed.weight"))
+    vocab, narrow = _matrix(shapes, "g_embedder.weight" if paper else "to_embed.weight")
+    local, _ = _matrix(shapes, "gl_linear.1.weight")
+    query = "g_transformer.layers.0.0.to_q.weight"
+    _, wide = _matrix(shapes, query)
+    require(wide % narrow == 0, f"{query}: width {wide}; expected a multiple of {narrow}")
+    global_layers, global_heads = _stack(shapes, "g_transformer", wide)
+    local_layers, local_heads = _stack(shapes, "l_transformer", local)
+    free = (i for i in range(ByteVocab.bos_id, vocab) if i not in (pad_id, eos_id))
+    bos_id = next(free, ByteVocab.bos_id)  # the original has none, so any other id will do
+    positions = _matrix(shapes, "g_pos_embedder.weight")[0] if paper else MegabyteConfig.max_length
+    return MegabyteConfig(
+        variant="paper" if paper else "in_action",
+        vocab=ByteVocab(size=vocab, pad_id=pad_id, bos_id=bos_id, eos_id=eos_id),
+        patch_size=wide // narrow,
+        global_dim=narrow,
+        local_dim=local,
+        max_length=positions,
+        global_layers=global_layers,
+        global_heads=global_heads,
+        local_layers=local_layers,
+        local_heads=local_heads,
+    )
+
+
+def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]:
+    require(name in shapes, f"{name}: missing; expected in a MEGABYTE state dict")
+    shape = shapes[name]
+    require(len(shape) == 2 and min(shape) > 0, f"{name}: shape {shape}; expected a matrix")
+    return shape[0], shape[1]
+
+
+def _stack(shapes: Mapping[str, tuple[int, ...]], name: str, width: int) -> tuple[int, int]:
+    """(layers, heads) of a transformer; one head where there is no layer to tell."""
+    found = (re.match(rf"{name}\.layers\.(\d+)\.", each) for each in shapes)
+    layers = len({match[1] for match in found if match})
+    if layers == 0:
+        return 0, 1
+    inner, _ = _matrix(shapes, f"{name}.layers.0.0.to_q.weight")
+    kv = f"{name}.layers.0.0.to_kv.weight"
+    rows, _ = _matrix(shapes, kv)
+    head = rows // 2
+    fits = rows % 2 == 0 and inner % head == 0
+    require(fits, f"{kv}: {rows} rows; expected twice a head width that divides to_q's {inner}")
+    heads = inner // head
+    require(
+        head == width // heads,
+        f"{kv}: head width {head}; {heads} heads on width {width} need {width // heads}",
+    )
+    return layers, heads
+
+
+_ORIGINAL = {
+    "global_embed": "g_embedder",
+    "global_position": "g_pos_embedder",
+    "local_embed": "l_embedder",
+    "embed": "to_embed",
+    "embed_to_local": "to_l_embed",
+    "global_transformer": "g_transformer",
+    "global_to_local": "gl_linear.1",
+    "local_transformer": "l_transformer",
+}
+_ORIGINAL_IN_BLOCK = {
+    ".attention.": ".0.",
+    ".feedforward.norm.": ".1.0.",
+    ".feedforward.up.": ".1.1.",
+    ".feedforward.down.": ".1.4.",
+}
+
+
+def _original_name(name: str) -> str:
+    """`local_transformer.layers.2.feedforward.up.bias` → `l_transformer.layers.2.1.1.bias`."""
+    module, rest = name.split(".", 1)
+    for ours, theirs in _ORIGINAL_IN_BLOCK.items():
+        rest = rest.replace(ours, theirs)
+    return f"{_ORIGINAL.get(module, module)}.{rest}"
+
+
+@contextmanager
+def _open_torch_file(file: Path) -> Iterator[convert._Tensors]:
+    with convert._about(file, "give a file of torch.save or a .safetensors file"):
+        loaded = _load_plain(file)
+        require(isinstance(loaded, dict), f"holds a {type(loaded).__name__}; expected a state dict")
+        inner = (loaded.get(key) for key in ("model_state_dict", "state_dict"))
+        loaded = next((each for each in inner if isinstance(each, dict)), loaded)
+        found = convert._Tensors({})
+        for name, value in loaded.items():
+            found.add(*_torch_tensor(name, value))
+        yield found
+
+
+def _load_plain(file: Path) -> Any:
+    """What `torch.save` stored, as long as that is tensors and plain containers; runs no code."""
+    try:
+        import torch
+    except ImportError:
+        why = "install it (pip install 'bytelm[torch]') or convert the file to .safetensors"
+        raise ValueError(f"reading a file of torch.save needs PyTorch; {why}") from None
+    mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no archive
+    try:
+        if mapped:
+            with zipfile.ZipFile(file) as archive:
+                stored = {each.compress_type for each in archive.infolist()} <= {zipfile.ZIP_STORED}
+            require(stored, "the archive is compressed, and torch.save never does that")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other versions of the format: it reads them or not
+            # Mapped, so that the optimizer's moments beside the weights are never read.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except OSError:
+        raise
+    except Exception as error:  # damaged and hostile files make torch raise nearly anything
+        why = convert._one_line(error, 160)
+        raise ValueError(f"not a plain state dict of torch.save ({why})") from None
+
+
+def _torch_tensor(
+    name: Any, value: Any
+) -> tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]:
+    """What `_Tensors.add` takes of an entry of a state dict."""
+    import torch
+
+    require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    # An expanded view can pretend to any size.
+    whole = plain and value.device.type == "cpu"
+    whole = whole and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    require(whole, f"{name}: {type(value).__name__}; expected a dense tensor stored in full")
+
+    def read() -> np.ndarray:
+        tensor = value.detach()
+        if tensor.dtype is torch.bfloat16:  # numpy has no such type of its own
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    return name, tuple(value.shape), str(value.dtype).removeprefix("torch."), read

@@ -1,0 +1,1 @@
+"""Optimizers by configuration, their schedule, and the Q-learning agent."""

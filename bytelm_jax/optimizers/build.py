@@ -1,0 +1,158 @@
+"""Learning-rate schedule, clipping, decay mask, and the optimizer that a config names.
+
+The schedule and the clip are our own formulas, so that the torch twin can compute the same numbers:
+optax's ready schedules return float32 even in a float64 run, and torch's clip adds 1e-6 to the
+norm; either alone moves 200 steps of float64 training apart by 3e-6.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
+
+from bytelm.config import OptimizerConfig
+from bytelm_jax.models import is_norm
+from bytelm_jax.optimizers.q_learning import (
+    QLearningSGDState,
+    QLearningWrapperState,
+    q_learning,
+    q_learning_metrics,
+    q_learning_sgd,
+)
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, steps: int
+) -> Callable[[Any], Float[Array, ""]]:
+    """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
+
+    The first step has learning_rate / warmup_steps and the last step of warm-up the full rate;
+    from step `steps` on the rate stays at learning_rate · final_fraction.
+    """
+    warmup, floor = config.warmup_steps, config.final_fraction
+    decay_steps = max(steps - warmup, 1)
+
+    def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
+        at = jnp.asarray(count).astype(jnp.result_type(float))  # float64 under x64
+        rising = (at + 1) / max(warmup, 1)
+        done = jnp.clip((at - warmup) / decay_steps, 0.0, 1.0)
+        falling = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * done))
+        return config.learning_rate * jnp.where(at < warmup, rising, falling)
+
+    return schedule
+
+
+def global_norm(tree: optax.Updates) -> Float[Array, ""]:
+    """Euclidean norm over all leaves, in at least float32."""
+    leaves = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(jnp.sum(jnp.square(x)) for x in leaves))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """g · min(1, max_norm / ‖g‖), Pascanu et al. 2013; `max_norm=0` leaves g alone."""
+
+    def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
+        del params
+        if max_norm == 0:
+            return updates, state
+        norm = global_norm(updates)
+        scale = jnp.minimum(1.0, max_norm / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
+
+    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    """
+    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
+
+
+def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
+    """For each parameter whether weight decay applies."""
+    return {name: decays(name) for name in params}
+
+
+def freeze(
+    inner: optax.GradientTransformationExtraArgs, prefixes: tuple[str, ...]
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` for every parameter but those whose names begin with one of `prefixes`.
+
+    They cost no state, count in no norm, are not decayed, and updates of 0 come back for them.
+    """
+
+    def init(params: Any) -> optax.OptState:
+        return inner.init(without(params, prefixes))
+
+    def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any):
+        kept = None if params is None else without(params, prefixes)
+        moves: Any
+        moves, state = inner.update(without(updates, prefixes), state, kept, **extra)
+        return {k: moves[k] if k in moves else jnp.zeros_like(v) for k, v in updates.items()}, state
+
+    return optax.GradientTransformationExtraArgs(init, update) if prefixes else inner
+
+
+def without(params: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters whose names begin with none of `prefixes`."""
+    return {name: value for name, value in params.items() if not name.startswith(prefixes)}
+
+
+def build_optimizer(
+    config: OptimizerConfig, steps: int, seed: ArrayLike = 0, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer that `config` names, for a run of `steps` steps; `update` wants `value=loss`.
+
+    It leaves alone the parameters whose names begin with one of `frozen`.
+    `adamw`: Loshchilov & Hutter 2019. `sgd`: heavy-ball momentum, the decay added to the gradient,
+    as torch.optim.SGD does. `q_learning_sgd`, `q_learning_adamw`: see `q_learning.py`; `seed` is
+    that of the agent's choices. The agent sees the gradient norm from before the clip.
+    """
+    return freeze(_optimizer(config, steps, seed), frozen)
+
+
+def _optimizer(
+    config: OptimizerConfig, steps: int, seed: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    schedule = learning_rate_schedule(config, steps)
+    if config.name == "q_learning_sgd":
+        return q_learning_sgd(
+            schedule,
+            config.momentum,
+            config.weight_decay,
+            config.max_grad_norm,
+            config.entropy_threshold,
+            config.noise_scale,
+            config.centralize,
+            config.controller,
+            seed,
+        )
+    clip = clip_by_global_norm(config.max_grad_norm)
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+    if config.name == "q_learning_adamw":
+        betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+        adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b2", "eps"))(**betas)
+        rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule)
+        return q_learning(optax.chain(clip, adam, decay, rate), config.controller, seed)
+    match config.name:
+        case "adamw":
+            adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+            inner = optax.chain(adam, decay)
+        case "sgd":
+            inner = optax.chain(decay, optax.trace(config.momentum))
+    rate = optax.scale_by_learning_rate(schedule)
+    return optax.with_extra_args_support(optax.chain(clip, inner, rate))
+
+
+def optimizer_metrics(state: optax.OptState) -> dict[str, Array]:
+    """What the optimizer with this state says of its last step, as scalars on the device: see
+    `q_learning_metrics`; nothing without an agent."""
+    wrapped = isinstance(state, QLearningSGDState | QLearningWrapperState)
+    return q_learning_metrics(state) if wrapped else {}

@@ -1,0 +1,1 @@
+"""The two frameworks compared, tensor by tensor."""

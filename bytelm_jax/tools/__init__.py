@@ -1,0 +1,1 @@
+"""What looks at models, runs and machines."""

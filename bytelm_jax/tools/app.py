@@ -1,0 +1,288 @@
+"""`bytelm serve`: a page that generates text and shows what the model thinks of every byte.
+
+`Service` holds all the logic and knows no page; `build_page` wraps it in Gradio, of the extra
+`app`, which brings the queue: one request runs at a time, a bounded number waits in order.
+"""
+
+import html
+import importlib
+import ipaddress
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from bytelm.config import Recipe, require, require_positive
+from bytelm.config.lfbyte import require_prediction
+from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
+from bytelm_jax.inference.generate import SamplerConfig, stream
+from bytelm_jax.models import Params, define_model
+from bytelm_jax.tools.inspection import Inspection, characters, describe, make_inspector, shade
+
+SAMPLERS = ("greedy", "categorical", "entropy")
+Number = int | float | None
+"""What a field of the page holds: nothing where somebody emptied it."""
+
+_CHUNK = 16  # bytes a device call: what a reader sees appear at once
+_SHADES = 16  # classes of the style sheet, two a bit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may ask for; `seconds` of generation, `queue` requests that wait."""
+
+    prompt_bytes: int = 4096
+    new_bytes: int = 1024
+    seconds: float = 60.0
+    queue: int = 128
+
+    def __post_init__(self) -> None:
+        require_positive(self, "prompt_bytes", "new_bytes", "queue")
+        require(self.seconds > 0, f"seconds={self.seconds}: must be above 0")
+
+
+class Reply(NamedTuple):
+    """What the page shows: prompt and text so far, its bytes in colours, and a line about it."""
+
+    text: str
+    cells: str
+    status: str
+
+
+class Service:
+    """A model that answers one request at a time."""
+
+    def __init__(self, recipe: Recipe, params: Params, limits: Limits):
+        require_prediction(recipe.model)
+        self.recipe, self.limits = recipe, limits
+        self._model = define_model(recipe.model)[0](params)
+        self._inspect = make_inspector(recipe, params)
+        self._tokenizer = ByteTokenizer(recipe.model.vocab)
+
+    def reply(
+        self,
+        prompt: str | None,
+        max_new_bytes: Number = 256,
+        temperature: Number = 1.0,
+        top_k: Number = 0,
+        top_p: Number = 1.0,
+        sampler: str | None = "categorical",
+        seed: Number = 0,
+    ) -> Iterator[Reply]:
+        """Replies, each with more text than the one before, the last one with coloured bytes.
+
+        No text ends inside a character. Raises `ValueError` for what cannot be asked for, before
+        anything runs. Generation stops after `limits.seconds`, counted from the first bytes on, so
+        that a compilation does not use them up.
+        """
+        limits, vocab = self.limits, self.recipe.model.vocab
+        data = self._tokenizer.to_bytes(self._tokenizer.encode(prompt or ""))
+        room = limits.prompt_bytes
+        require(len(data) <= room, f"starting text: {len(data):,} bytes; at most {room:,}")
+        count = _whole("length", max_new_bytes)
+        require(1 <= count <= limits.new_bytes, f"length={count}: from 1 to {limits.new_bytes:,}")
+        known = ", ".join(SAMPLERS)
+        require(sampler in SAMPLERS, f"sampler={sampler!r}: choose {known}")
+        config = SamplerConfig(
+            sampler=sampler,  # type: ignore[arg-type]  (one of them)
+            temperature=_number("temperature", temperature),
+            top_k=_whole("top-k", top_k),
+            top_p=_number("top-p", top_p),
+        )
+        pieces = stream(self._model, data, count, config, _whole("seed", seed), chunk_bytes=_CHUNK)
+        decoder, made = StreamingDecoder(vocab), b""
+        text = decoder.push(self._tokenizer.encode(data))
+        clock, stopped = _Clock(), False
+        for piece in pieces:
+            made += piece
+            text += decoder.push(self._tokenizer.encode(piece))
+            clock.count(len(piece))
+            yield Reply(text, "", clock.say())
+            stopped = clock.running() > limits.seconds
+            if stopped:
+                break
+        text += decoder.finish()
+        status = clock.say()
+        if stopped:
+            status += f"; stopped after {limits.seconds:g} seconds"
+        elif len(made) < count:
+            status += "; the model ended the text"
+        if not data + made:
+            yield Reply("", "", status)
+            return
+        found = self._inspect(data + made)
+        status += f". {describe(self.recipe, found)}"
+        yield Reply(text, paint_cells(found, len(data)), status)
+
+
+class _Clock:
+    """Bytes a second from the first piece on: what comes before it is mostly compilation."""
+
+    def __init__(self) -> None:
+        self._began, self._first, self._bytes, self._counted = time.perf_counter(), 0.0, 0, 0
+        self._last = self._began
+
+    def count(self, size: int) -> None:
+        self._last = time.perf_counter()
+        if self._first:
+            self._counted += size
+        else:
+            self._first = self._last
+        self._bytes += size
+
+    def running(self) -> float:
+        return time.perf_counter() - self._first if self._first else 0.0
+
+    def say(self) -> str:
+        said = f"{self._bytes:,} bytes in {self._last - self._began:.2f} s"
+        if not self._counted:
+            return said
+        rate = self._counted / max(self._last - self._first, 1e-9)
+        return f"{said}, {rate:,.0f} bytes a second once begun"
+
+
+def _number(name: str, value: Number) -> float:
+    require(isinstance(value, int | float), f"{name}={value!r}: give a number")
+    return float(value)  # type: ignore[arg-type]  (required to be a number)
+
+
+def _whole(name: str, value: Number) -> int:
+    number = _number(name, value)
+    require(number.is_integer(), f"{name}={value}: give a whole number")
+    return int(number)
+
+
+# ---- coloured bytes -----------------------------------------------------------------------------
+
+
+def style_sheet() -> str:
+    """The colours of surprises, from 0 to 8 bits, and the marks of patches."""
+    shades = [
+        f".b{i}{{background:rgb({red},{green},{blue})}}"
+        for i in range(_SHADES + 1)
+        for red, green, blue in [shade(i / 2)]
+    ]
+    rules = [
+        ".cells{font-family:monospace;line-height:1.9;overflow-wrap:anywhere;direction:ltr}",
+        ".cells span{color:#000;padding:1px 0;unicode-bidi:isolate;white-space:pre}",
+        ".cells .p{border-left:2px solid #333;margin-left:2px}",
+        ".cells .o{text-decoration:underline}",
+    ]
+    return "\n".join([*rules, *shades])
+
+
+def paint_cells(found: Inspection, prompt_bytes: int) -> str:
+    """HTML with one span a byte: colour by surprise, both numbers on hover, a bar before a patch.
+
+    A character stands in the span of its first byte, a dot in those of the others; a byte of no
+    character is escaped. What was generated is underlined.
+    """
+    spans = []
+    for at, piece, character in characters(found.data):
+        for offset, byte in enumerate(piece, at):
+            bits, nats = float(found.surprise[offset]), float(found.entropy[offset])
+            names = [f"b{min(max(round(2 * bits), 0), _SHADES)}"]
+            names += ["p"] if found.starts is not None and found.starts[offset] else []
+            names += ["o"] if offset >= prompt_bytes else []
+            shown = _shown(character, byte) if offset == at else "·"
+            said = f"byte {byte:02x}, surprise {bits:.2f} bits, entropy {nats:.2f} bits"
+            spans.append(f'<span class="{" ".join(names)}" title="{said}">{shown}</span>')
+        if character == "\n":
+            spans.append("<br>")
+    return f'<div class="cells">{"".join(spans)}</div>'
+
+
+def _shown(character: str | None, byte: int) -> str:
+    if character == "\n":
+        return "⏎"
+    if character is None or not character.isprintable():
+        return f"\\x{byte:02x}"
+    return html.escape(character)
+
+
+# ---- the page -----------------------------------------------------------------------------------
+
+
+def build_page(service: Service) -> Any:
+    """The Gradio page of a service. Raises `ValueError` when Gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # else it asks a server for its version
+    try:
+        gr: Any = importlib.import_module("gradio")
+    except ImportError:
+        raise ValueError("gradio: is not installed; pip install 'bytelm[app]'") from None
+    limits, model = service.limits, service.recipe.model
+
+    def answer(request: tuple[Any, ...]) -> Iterator[Reply]:
+        try:
+            yield from service.reply(*request)
+        except ValueError as error:
+            told = {"title": "Bad input", "duration": None, "print_exception": False}
+            raise gr.Error(str(error), **told) from None
+
+    # Gradio streams only what is itself a generator function; the tests' type checks wrap `answer`.
+    generate = lambda *request: (yield from answer(request))  # noqa: E731
+
+    with gr.Blocks(title="bytelm", analytics_enabled=False) as page:
+        size = f"{model.architecture}, {model.parameter_count():,} parameters"
+        gr.Markdown(f"# bytelm: {service.recipe.name}\n{size}")
+        with gr.Row():
+            with gr.Column(scale=1):
+                prompt = gr.Textbox(
+                    label=f"Starting text, at most {limits.prompt_bytes:,} bytes", lines=4
+                )
+                inputs = [prompt, *_controls(gr, limits)]
+                button = gr.Button("Generate", variant="primary")
+            with gr.Column(scale=2):
+                text = gr.Textbox(label="Text", lines=8, interactive=False)
+                status = gr.Markdown()
+                cells = gr.HTML(label="Bytes: hover for bits; a bar begins a patch")
+        outputs = [text, cells, status]
+        shared = {"concurrency_limit": 1, "concurrency_id": "model"}
+        button.click(generate, inputs, outputs, api_name="generate", **shared)
+        prompt.submit(generate, inputs, outputs, api_visibility="private", **shared)
+    page.queue(max_size=limits.queue, default_concurrency_limit=1)
+    return page
+
+
+def _controls(gr: Any, limits: Limits) -> list[Any]:
+    length = min(256, limits.new_bytes)
+    return [
+        gr.Number(length, label=f"Length in bytes, at most {limits.new_bytes:,}", precision=0),
+        gr.Number(1.0, label="Temperature (0 is greedy)", step=0.1),
+        gr.Number(0, label="Top-k (0 keeps all bytes)", precision=0),
+        gr.Number(1.0, label="Top-p (1 keeps all bytes)", step=0.05),
+        gr.Dropdown(list(SAMPLERS), value="categorical", label="Sampler"),
+        gr.Number(0, label="Seed", precision=0),
+    ]
+
+
+def launch(page: Any, host: str, port: int) -> str:
+    """Starts the page in threads of this process; returns its address.
+
+    Raises `OSError` when the port is taken.
+    """
+    gr: Any = importlib.import_module("gradio")
+    own_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        show_error=True,
+        ssr_mode=False,
+        enable_monitoring=False,
+        footer_links=[],
+        theme=own_fonts,
+        css=style_sheet(),
+    )
+    return address
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

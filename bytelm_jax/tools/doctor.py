@@ -1,0 +1,358 @@
+"""`bytelm doctor`: will a run work here? Versions, devices, arithmetic, gradients, disk, data.
+
+Every check gives one line. None of them changes anything but a folder that it removes again. With
+several processes all of them check, and gradients and checkpoints are checked across them.
+"""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from bytelm import data
+from bytelm.config import MegabyteConfig, TrainConfig
+from bytelm_jax.models import define_model
+from bytelm_jax.tools.memory import device_limit
+from bytelm_jax.training import checkpoint, parallel, processes
+from bytelm_jax.training.loss import cross_entropy
+
+Form = Literal["jit", "shard_map"]
+"""The two forms of the train step."""
+
+FREE = 2**30
+"""Bytes that a folder for checkpoints should have free at the very least."""
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+
+_BANDS = {"float32": (0.0, 1e-5), "bfloat16": (2e-4, 5e-3)}
+"""Relative errors that a product of matrices may have: bfloat16 keeps 8 bits of each result, which
+costs about 2e-3; much less would mean that it is computed in something else."""
+
+_GRADIENT_ERROR = 1e-4
+"""Relative, in float32; a sum taken twice would be off by the number of devices."""
+
+_TINY = MegabyteConfig(
+    patch_size=1, global_dim=16, local_dim=16, max_length=8,
+    global_layers=1, global_heads=2, local_layers=0, local_heads=1, init_std=0.2,
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    check: str
+    ok: bool
+    said: str
+
+
+class SickError(Exception):
+    """A check failed; the message says what is wrong and what to do."""
+
+
+def examine(
+    run_dir: Path, devices: int, fsdp: int, paths: tuple[Path, ...], limit: float
+) -> Iterator[Finding]:
+    """All checks that come after joining the processes, in turn.
+
+    A check that takes longer than `limit` seconds ends the process: a collective that others do
+    not take part in never returns.
+    """
+    yield _run("versions", check_versions, limit)
+    yield _run("devices", check_devices, limit)
+    try:
+        mesh = parallel.make_mesh(devices, fsdp)
+    except ValueError as error:
+        yield Finding("mesh", False, str(error))
+        mesh = None
+    if mesh is not None:
+        yield _run("mesh", partial(check_mesh, mesh), limit)
+    yield _run("precision", check_precision, limit)
+    if mesh is not None:
+        yield _run("gradients", partial(check_gradients, mesh), limit)
+        yield _run("checkpoints", partial(check_checkpoints, run_dir, mesh), limit)
+    if paths:
+        yield _run("data", partial(check_data, paths), limit)
+
+
+def _run(name: str, check: Callable[[], str], limit: float) -> Finding:
+    timer = threading.Timer(limit, _give_up, (name, limit))
+    timer.daemon = True
+    timer.start()
+    try:
+        return Finding(name, True, check())
+    except SickError as error:
+        return Finding(name, False, str(error))
+    except Exception as error:  # whatever it is, the other checks are worth making
+        line = (str(error).strip().splitlines() or [""])[0]
+        return Finding(name, False, f"{type(error).__name__}: {line}")
+    finally:
+        timer.cancel()
+
+
+def _give_up(name: str, limit: float) -> None:
+    print(
+        f"FAIL {name}: no answer in {limit:g} s; look at the other processes, and at the network "
+        "between them",
+        flush=True,
+    )
+    os._exit(1)
+
+
+def check_coordinator(host: str, port: int, here: bool, patience: float = 60.0) -> str:
+    """Whether the coordinator answers; with `here`, which is process 0, whether it could be.
+
+    Others are given `patience` seconds to come up. Nothing of JAX is used.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise SickError(f"{host}: no such host ({error.strerror}); check the name") from error
+    if here:
+        family, kind, number, _, address = found[0]
+        with socket.socket(family, kind, number) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise SickError(
+                    f"{host}:{port}: cannot be listened on ({error.strerror}); process 0 has to "
+                    "run on that host, and the port has to be free"
+                ) from error
+        return f"{host}:{port} is this host's, and free"
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return f"{host}:{port} answers"
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise SickError(
+                    f"{host}:{port}: {error.strerror or error}; is process 0 running there, and is "
+                    "the port open between the hosts?"
+                ) from error
+        time.sleep(1.0)
+
+
+def check_versions() -> str:
+    """Python and the packages that matter, none older than what is asked for."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    try:
+        asked = importlib.metadata.requires("bytelm") or []
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        asked = []
+    for line in asked:
+        needs = re.match(r"([\w-]+)>=([\d.]+)$", line)
+        if needs and _number(importlib.metadata.version(needs[1])) < _number(needs[2]):
+            have = importlib.metadata.version(needs[1])
+            raise SickError(f"{needs[1]} {have}: pip install '{needs[0]}'")
+    if _number(found["jaxlib"]) > _number(found["jax"]):
+        raise SickError(
+            f"jaxlib {found['jaxlib']} is newer than jax {found['jax']}: pip install "
+            f"jaxlib=={found['jax']}"
+        )
+    said = [f"{name} {version}" for name, version in found.items()]
+    return ", ".join([f"Python {platform.python_version()}", *said])
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def check_devices() -> str:
+    """What there is, of all processes, and how much memory this one's devices have."""
+    known, own = jax.devices(), jax.local_devices()
+    kinds = sorted({device.device_kind for device in known})
+    if len(kinds) > 1:
+        raise SickError(f"{', '.join(kinds)}: kinds of devices do not mix; give the run one kind")
+    memory = device_limit(own[0])
+    if memory is None:  # a CPU
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return (
+        f"{len(known)} x {kinds[0]} in {jax.process_count()} processes, {len(own)} of them here, "
+        f"{memory / 2**30:.1f} GiB {'each' if own[0].platform != 'cpu' else 'of the host'}"
+    )
+
+
+def check_mesh(mesh: Mesh) -> str:
+    """Its shape, and which rows of a batch this process feeds."""
+    part, parts = parallel.own_part(mesh)
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return f"{shape}; this process feeds part {part + 1} of {parts} of each batch"
+
+
+def check_precision() -> str:
+    """A product of matrices on each device of this process, against float64 on the host."""
+    if jax.config.read("jax_enable_x64"):
+        raise SickError("JAX_ENABLE_X64 is set: training is not meant for it; unset it")
+    source, worst = np.random.default_rng(0), dict.fromkeys(_BANDS, 0.0)
+    left, right = (source.standard_normal((256, 256)) for _ in range(2))
+    for device in jax.local_devices():
+        for name, (least, most) in _BANDS.items():
+            a, b = (jax.device_put(jnp.asarray(x, jnp.dtype(name)), device) for x in (left, right))
+            got = np.asarray(_product(a, b)).astype(np.float64)
+            exact = np.asarray(a).astype(np.float64) @ np.asarray(b).astype(np.float64)
+            error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+            worst[name] = max(worst[name], error)
+            if not least <= error <= most:
+                raise SickError(
+                    f"{device}: a product in {name} is off by {error:.1e}, where {least:.0e} to "
+                    f"{most:.0e} are right; leave this device out"
+                )
+    return ", ".join(f"{name} off by {error:.1e}" for name, error in worst.items())
+
+
+@jax.jit
+def _product(a: Any, b: Any) -> Any:
+    return jnp.matmul(a, b, precision="highest")
+
+
+def check_gradients(mesh: Mesh) -> str:
+    """Gradients over the mesh, by plain SGD, against those of one device by a formula of its own.
+
+    AdamW would hide gradients that are too large by the same factor everywhere. Both forms of the
+    step are looked at.
+    """
+    rows, pad_id = 2 * mesh.size, _TINY.vocab.pad_id
+    ids = np.random.default_rng(0).integers(0, 256, (rows, _TINY.max_length), np.int32)
+    bind, init = define_model(_TINY)
+
+    def loss(params: Any) -> Any:
+        nats, count = cross_entropy(bind(params)(jnp.asarray(ids)), jnp.asarray(ids), pad_id)
+        return nats / count
+
+    with jax.default_matmul_precision("highest"):
+        before = jax.device_get(jax.jit(init, static_argnums=0)(0))
+        exact = jax.device_get(jax.jit(jax.grad(loss))(before))
+        errors = []
+        for form in get_args(Form):
+            found = _gradients(mesh, form, bind, before, ids)
+            error = _norm({name: found[name] - exact[name] for name in exact}) / _norm(exact)
+            if not error <= _GRADIENT_ERROR:
+                raise SickError(
+                    f"{form} over {mesh.size} devices makes them {_norm(found) / _norm(exact):.3g} "
+                    f"times as long as one device does, off by {error:.1e}: do not train on this "
+                    "mesh; try the other --parallel, --fsdp 1, or fewer devices"
+                )
+            errors.append(f"{form} to {error:.1e}")
+    return f"those of {mesh.size} devices are those of one: {', '.join(errors)}"
+
+
+def _gradients(
+    mesh: Mesh, form: Form, bind: Any, before: dict[str, np.ndarray], ids: np.ndarray
+) -> dict[str, np.ndarray]:
+    """By how much a step of SGD at rate 1 lessens each parameter."""
+    groups = mesh.shape[parallel.FSDP]
+    run = TrainConfig(batch_size=len(ids), fsdp=groups, compute_dtype="float32", parallel=form)
+    optimizer = optax.with_extra_args_support(optax.sgd(1.0))
+    params = {name: jnp.asarray(value) for name, value in before.items()}
+    state = parallel.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = parallel.make_train_step(bind, optimizer, run, _TINY.vocab.pad_id, mesh)
+    own, parts = parallel.own_part(mesh)
+    mine = ids[own * len(ids) // parts : (own + 1) * len(ids) // parts]
+    state, _ = step(parallel.place(mesh, state), parallel.put_batch(mesh, mine))
+    after = parallel.fetch(mesh, state.params)
+    return {name: before[name] - after[name] for name in before}
+
+
+def _norm(tree: dict[str, Any]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(np.float64(leaf))) for leaf in tree.values())))
+
+
+def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
+    """A file and a sharded array are written under `run_dir`, read back and removed."""
+    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    probe, problem = run_dir.absolute() / ".doctor", ""
+    try:
+        # No process may stay behind in a collective because another one found something.
+        if processes.is_first():
+            problem = _write(probe)
+        if not processes.all_agree(not problem):
+            raise SickError(problem or "process 0 cannot write there; see its line")
+        problem = _read(probe)
+        if not processes.all_agree(not problem):
+            raise SickError(problem or "another process cannot read there; see its line")
+        seconds = _through_orbax(probe / "arrays", mesh)
+        free = shutil.disk_usage(run_dir).free
+        if free < FREE:
+            raise SickError(f"{run_dir}: {free / 2**30:.2f} GiB free; make room or name another")
+        return f"{run_dir} keeps what is written ({seconds:.1f} s), {free / 2**30:.0f} GiB free"
+    finally:
+        if processes.is_first():
+            shutil.rmtree(probe, ignore_errors=True)
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+
+
+def _write(probe: Path) -> str:
+    """Writes a file; what is wrong, if anything."""
+    try:
+        shutil.rmtree(probe, ignore_errors=True)
+        probe.mkdir(parents=True)
+        checkpoint.write_text(probe / "file", "written")
+    except OSError as error:
+        where = error.filename or probe
+        return f"{where}: {error.strerror}; name a folder that can be written with --run-dir"
+    return ""
+
+
+def _read(probe: Path) -> str:
+    """Reads it back; what is wrong, if anything."""
+    folder = probe.parent
+    try:
+        same = (probe / "file").read_text("utf-8") == "written"
+    except FileNotFoundError:
+        return f"{folder}: not the folder that process 0 sees; name one that all hosts share"
+    except OSError as error:
+        return f"{folder}: {error.strerror}; name another folder with --run-dir"
+    return "" if same else f"{folder}: gives back other bytes than were written; name another"
+
+
+def _through_orbax(path: Path, mesh: Mesh) -> float:
+    """Seconds that saving and restoring a sharded array took; raises where it came back changed."""
+    start = time.perf_counter()
+    rows = parallel.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))
+    tree = {"rows": rows}
+    like = {"rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+        checkpointer.wait_until_finished()
+        back = checkpointer.restore(path, like)
+    same = bool(jnp.array_equal(back["rows"], rows))
+    if not processes.all_agree(same):
+        raise SickError(f"{path.parent.parent}: arrays come back changed; name another folder")
+    return time.perf_counter() - start
+
+
+def check_data(paths: tuple[Path, ...]) -> str:
+    """Whether the corpus can be read."""
+    corpus = data.open_corpus(paths)
+    return f"{corpus.total_bytes:,} bytes in {corpus.documents:,} documents"
+
+
+def report(finding: Finding) -> None:
+    """Prints one line: what is well in the first process alone, what is not in each."""
+    who = f" (process {jax.process_index()})" if _joined() and not finding.ok else ""
+    if finding.ok and _joined() and not processes.is_first():
+        return
+    print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}{who}: {finding.said}", flush=True)
+
+
+def _joined() -> bool:
+    """Whether this is one of several processes; does not start JAX's backends by asking."""
+    return jax.distributed.is_initialized()

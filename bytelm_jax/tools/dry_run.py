@@ -1,0 +1,317 @@
+"""`bytelm train --dry-run`: a run on any number of devices, foretold on one CPU.
+
+The sharded step is compiled for simulated devices, which tells the collectives. Memory is that of
+an accelerator, which a CPU's compilation knows nothing of: parameters, gradients and optimizer
+state by their shapes and shardings, activations by what the backward pass needs (`memory.py`) when
+the model is traced for that accelerator. Nothing is computed, read or written.
+"""
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from bytelm.config import Recipe, training_flops_per_byte
+from bytelm.metrics import PEAK_FLOPS
+from bytelm_jax.kernels.backend import imitate
+from bytelm_jax.models import cast_params, define_model
+from bytelm_jax.optimizers.build import build_optimizer, without
+from bytelm_jax.tools.collectives import Collective, read_collectives
+from bytelm_jax.tools.memory import Held, device_limit, kept_for_backward, total
+from bytelm_jax.training import parallel
+from bytelm_jax.training.loss import cross_entropy
+
+LINK_GBYTES = 50.0
+"""Gigabytes a second from device to device: 400 Gbit/s InfiniBand for each GPU."""
+
+_TOO_HIGH = 0.2
+"""The share of a peak by which its estimate may be too high: 19 % is the most that was seen."""
+
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""The compiled program never runs."""
+
+
+class Machine(NamedTuple):
+    """What time is reckoned with: a chip, the share of it that is used, the link between chips."""
+
+    chip: str = "H100"
+    mfu: float = 0.4
+    link_gbytes: float = LINK_GBYTES
+
+    def check(self) -> None:
+        """Raises `ValueError` for an unknown chip and shares and speeds that cannot be."""
+        if self.chip not in PEAK_FLOPS:
+            raise ValueError(f"chip={self.chip}: unknown; choose one of {', '.join(PEAK_FLOPS)}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu}: must be above 0 and at most 1")
+        if not 0 < self.link_gbytes < math.inf:
+            raise ValueError(f"link_gbytes={self.link_gbytes}: must be a number above 0")
+
+
+class Memory(NamedTuple):
+    """Bytes on each device."""
+
+    parameters: int
+    copies: int
+    """The parameters in the compute dtype, and whole where they are cut over `fsdp`."""
+    gradients: int
+    optimizer_state: int
+    activations: int
+    logits: int
+    peak: int
+    """The most that is there at once; gradients and activations are not."""
+
+
+class Forecast(NamedTuple):
+    """What a dry run finds. Times are seconds a step."""
+
+    devices: int
+    fsdp: int
+    form: str
+    compute_dtype: str
+    rows: int
+    """Rows of a micro-batch on each device."""
+    bytes_per_step: int
+    memory: Memory
+    collectives: list[Collective]
+    machine: Machine
+    compute_seconds: float
+    collective_seconds: float
+
+    @property
+    def collective_share(self) -> float:
+        """Of a step, if nothing is computed while collectives are under way."""
+        return self.collective_seconds / (self.collective_seconds + self.compute_seconds)
+
+
+def simulate_devices(count: int) -> None:
+    """Gives this process `count` simulated CPU devices, before anything else is done with JAX."""
+    if count < 1:
+        raise ValueError("devices=0: a dry run has to know how many; write --devices 256")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:  # JAX was used before
+        if jax.default_backend() != "cpu" or len(jax.devices()) < count:
+            raise ValueError(
+                f"devices={count}: this process began with {len(jax.devices())}; ask for at most "
+                "that, or start another one"
+            ) from None
+
+
+def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
+    """Compiles the step of `recipe` for its `train.devices` and reckons memory and time.
+
+    `compute_dtype="auto"` is bfloat16, as on an accelerator. Raises `ValueError` for settings that
+    do not fit.
+    """
+    machine.check()
+    run = recipe.train
+    if run.compute_dtype == "auto":
+        run = replace(run, compute_dtype="bfloat16")
+    recipe = replace(recipe, train=run)
+    simulate_devices(run.devices)
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
+    parallel.check_batch(mesh, run)
+    state = abstract_state(recipe, mesh)
+    count = run.batch_size * recipe.data.sequence_length
+    seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
+    seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
+    found = read_collectives(compile_step(recipe, mesh, state), mesh.size)
+    return Forecast(
+        devices=mesh.size,
+        fsdp=run.fsdp,
+        form=run.parallel,
+        compute_dtype=run.compute_dtype,
+        rows=_rows(recipe, mesh),
+        bytes_per_step=count,
+        memory=reckon_memory(recipe, mesh, state, machine.chip),
+        collectives=found,
+        machine=machine,
+        compute_seconds=seconds,
+        collective_seconds=sum(each.seconds(1e9 * machine.link_gbytes) for each in found),
+    )
+
+
+def abstract_state(recipe: Recipe, mesh: Mesh) -> parallel.TrainState:
+    """Shapes, dtypes and shardings of what `parallel.init_state` would make."""
+    run, frozen = recipe.train, recipe.model.frozen_prefixes
+    _, init = define_model(recipe.model)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    return parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+
+
+def compile_step(recipe: Recipe, mesh: Mesh, state: parallel.TrainState) -> str:
+    """The text of the compiled step."""
+    run, frozen = recipe.train, recipe.model.frozen_prefixes
+    # A CPU's compiler widens bfloat16, collectives included; float16, as many bytes, it does not.
+    dtype = parallel.compute_dtype(run)
+    dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
+    bind, _ = define_model(recipe.model)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    step = parallel.make_train_step(
+        bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen, dtype
+    )
+    ids = jax.ShapeDtypeStruct(
+        (run.batch_size, recipe.data.sequence_length), jnp.int32, sharding=parallel.by_row(mesh)
+    )
+    lowered = step.lower(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
+    return lowered.compile(compiler_options=_QUICKLY).as_text()
+
+
+def reckon_memory(
+    recipe: Recipe, mesh: Mesh, state: parallel.TrainState, chip: str = "H100"
+) -> Memory:
+    """The bytes of a step on each device, of which kind, and how many at once."""
+    run = recipe.train
+    moving = without(state.params, recipe.model.frozen_prefixes)
+    parameters, gradients = _part(state.params), _part(moving)
+    optimizer_state = _part(state.opt_state)
+    dtype = parallel.compute_dtype(run)
+    working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
+    # Where nothing is cut, what needs no cast is its own copy.
+    copies = sum(
+        _whole(leaf)
+        for name, leaf in working.items()
+        if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
+    )
+    kept = residuals(recipe, mesh, working, chip)
+    shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
+    about_logits = [x for x in kept if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
+    rest = [x for x in kept if x not in about_logits]
+    # The gradient of an array exists before what was kept beside it is let go.
+    logits = total(about_logits) + math.prod(shape) * dtype.itemsize
+    largest = max((x.bytes for x in rest), default=0)
+    activations = total(rest)
+    sums = gradients if run.accumulation_steps > 1 else 0
+    passes = sums + copies + activations + max(logits, largest)
+    peak = parameters + optimizer_state + max(passes, gradients + sums)
+    return Memory(
+        parameters, copies, gradients, optimizer_state, activations + largest, logits, peak
+    )
+
+
+def can_fit(peak: int, limit: int) -> bool:
+    """Whether a step with this estimated peak can run in `limit` bytes, if the estimate is high."""
+    return (1 - _TOO_HIGH) * peak <= limit
+
+
+def require_memory(recipe: Recipe) -> None:
+    """Raises `ValueError` where a step surely needs more memory than this process's devices have.
+
+    Nothing is allocated. Devices that do not say what they have, CPUs, are not asked for more.
+    """
+    device, run = jax.local_devices()[0], recipe.train
+    limit = device_limit(device)
+    if limit is None:
+        return
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
+    parallel.check_batch(mesh, run)
+    chip = "TPU" if device.platform == "tpu" else "GPU"
+    needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), chip)
+    if can_fit(needed.peak, limit):
+        return
+    there = f"GiB of each device, of which JAX has {limit / 2**30:.1f}"
+    if device.platform == "gpu":
+        there += " (more than its usual 75 % with XLA_CLIENT_MEM_FRACTION=0.95)"
+    state = needed.parameters + needed.gradients + needed.optimizer_state
+    if state > limit:
+        raise ValueError(
+            "model: parameters, gradients and optimizer state take "
+            f"{state / 2**30:.1f} {there}; take larger devices, or more of them and a larger fsdp"
+        )
+    raise ValueError(
+        f"batch_size={run.batch_size}: a step takes about {needed.peak / 2**30:.1f} {there}; lower "
+        "it, raise accumulation_steps or fsdp, or add --remat"
+    )
+
+
+def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
+    """What one device keeps for the backward pass of a micro-batch, on such a chip."""
+    bind, _ = define_model(recipe.model)
+    frozen, pad_id = recipe.model.frozen_prefixes, recipe.model.vocab.pad_id
+    rows = _rows(recipe, mesh)
+    moving = without(working, frozen)
+    fixed = {name: leaf for name, leaf in working.items() if name not in moving}
+    ids = jax.ShapeDtypeStruct((rows, recipe.data.sequence_length), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+
+    def nats(moving: Any, fixed: Any, ids: Any, keys: Any) -> Any:
+        output = bind(moving | fixed).outputs(ids, keys, recipe.train.remat)
+        found, _ = cross_entropy(output.logits, ids, pad_id)
+        return found + output.extra_loss.sum()
+
+    with imitate("tpu" if chip.startswith("TPU") else "gpu"):
+        return kept_for_backward(nats, moving, fixed, ids, keys)
+
+
+def _rows(recipe: Recipe, mesh: Mesh) -> int:
+    return recipe.train.batch_size // (mesh.size * recipe.train.accumulation_steps)
+
+
+def _logit_width(recipe: Recipe) -> int:
+    return getattr(recipe.model, "logit_width", recipe.model.vocab.size)
+
+
+def _count(array: Held) -> int:
+    return math.prod(array.shape)
+
+
+def _whole(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
+
+
+def _part(tree: Any) -> int:
+    """Bytes of a device's part of sharded arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def describe(name: str, found: Forecast) -> str:
+    """The forecast in lines for people."""
+    gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in found.memory._asdict().items()}
+    machine = found.machine
+    lines = [
+        f"{name} on {found.devices} devices, data {found.devices // found.fsdp} x fsdp "
+        f"{found.fsdp}, {found.form}, {found.compute_dtype}: {found.bytes_per_step:,} bytes a "
+        f"step, {found.rows} rows at a time on a device",
+        "memory of a device",
+        f"  parameters       {gib['parameters']}",
+        f"  working copies   {gib['copies']}   of the parameters, as products read them",
+        f"  gradients        {gib['gradients']}",
+        f"  optimizer state  {gib['optimizer_state']}",
+        f"  activations      {gib['activations']}",
+        f"  logits           {gib['logits']}   the loss's copies and their gradient included",
+        f"  sum              {sum(found.memory[:-1]) / 2**30:9.3f} GiB",
+        f"  at once          {gib['peak']}   at most",
+        "collectives of a step",
+    ]
+    for each in found.collectives:
+        many = f"{each.count} x {each.kind} over {each.group}"
+        milliseconds = 1e3 * each.seconds(1e9 * machine.link_gbytes)
+        lines.append(f"  {many:32} {each.bytes:>15,} bytes {milliseconds:9.2f} ms")
+    lines += [] if found.collectives else ["  none"]
+    lines.append(
+        f"a step: {1e3 * found.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} % of "
+        f"{machine.chip}, {1e3 * found.collective_seconds:.1f} ms of collectives at "
+        f"{machine.link_gbytes:g} GB/s: {100 * found.collective_share:.1f} % of it, where nothing "
+        "overlaps"
+    )
+    return "\n".join(lines)
+
+
+def as_json(name: str, found: Forecast) -> dict[str, Any]:
+    """The forecast as one object; memory in bytes, times in seconds."""
+    fields = found._asdict() | {"memory": found.memory._asdict()}
+    fields |= {"machine": found.machine._asdict()}
+    speed = 1e9 * found.machine.link_gbytes
+    fields["collectives"] = [
+        each._asdict() | {"seconds": each.seconds(speed)} for each in found.collectives
+    ]
+    return {"recipe": name} | fields | {"collective_share": found.collective_share}

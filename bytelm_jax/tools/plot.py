@@ -1,0 +1,316 @@
+"""`bytelm plot`: the story of a run in one picture, as PNG and as one self-contained HTML file.
+
+What to draw (`panels`) is apart from the drawing (`draw`), so that the numbers can be tested.
+matplotlib, of the extra `plot`, is imported by `draw` alone.
+"""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float32
+
+from bytelm.config import PatchingContract, Recipe, to_dict
+from bytelm.metrics import read_metrics
+from bytelm_jax.models import abstract_params
+from bytelm_jax.optimizers.build import build_optimizer
+from bytelm_jax.optimizers.q_agent import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, QLearningState
+from bytelm_jax.training import checkpoint
+
+_LABELS = {
+    "validation_loss": "validation",
+    "validation_bits_per_byte": "validation",
+    "learning_rate_action": "of the learning rate",
+    "momentum_action": "of 1 / (1 − momentum)",
+}
+_MOST_EXPERTS = 12  # lines that a reader still tells apart
+_MOST_ROWS = 20  # names that fit beside a heat map
+
+Points = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One drawing: lines over steps, bars, or a heat map with one row a state."""
+
+    title: str
+    y: str
+    x: str = "step"
+    lines: dict[str, Points] = field(default_factory=dict)
+    dotted: tuple[str, ...] = ()
+    """Lines of single decisions, drawn as points."""
+    logarithmic: bool = False
+    bars: Points | None = None
+    heat: Float32[np.ndarray, "states actions"] | None = None
+    rows: tuple[int, ...] = ()
+    columns: tuple[str, ...] = ()
+
+
+def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
+    """The run's recipe, and a panel for everything that the run knows of.
+
+    Raises `ValueError` for a folder that is no run or has not logged a step yet.
+    """
+    recipe = checkpoint.load_config(run_dir)
+    path = run_dir / "metrics.jsonl"
+    records = read_metrics(path) if path.is_file() else []
+    if not any("loss" in record for record in records):
+        raise ValueError(f"{path}: no metrics there yet; train first")
+    made = [
+        _over_steps(records, "Loss", "nats a byte", "loss", "validation_loss"),
+        _over_steps(
+            records,
+            "Bits per byte",
+            "bits a byte",
+            "bits_per_byte",
+            "validation_bits_per_byte",
+        ),
+        _over_steps(records, "Learning rate", "", "learning_rate"),
+        _over_steps(records, "Momentum", "", "momentum"),
+        _over_steps(
+            records,
+            "Actions of the agent",
+            "factor",
+            "learning_rate_action",
+            "momentum_action",
+            dotted=True,
+        ),
+        _over_steps(records, "Gradient norm", "", "grad_norm", logarithmic=True),
+        _expert_load(records),
+        _histogram(recipe.patching) if recipe.patching else None,
+        *_tables(run_dir, recipe),
+    ]
+    return recipe, [panel for panel in made if panel]
+
+
+def _over_steps(
+    records: Sequence[dict[str, Any]],
+    title: str,
+    y: str,
+    *names: str,
+    logarithmic: bool = False,
+    dotted: bool = False,
+) -> Panel | None:
+    lines = {}
+    for name in names:
+        points = _points(records, name)
+        if points[0]:
+            lines[_LABELS.get(name, "training" if len(names) > 1 else name)] = points
+    if not lines:
+        return None
+    logarithmic = logarithmic and all(min(values) > 0 for _, values in lines.values())
+    dots = tuple(lines) if dotted else ()
+    return Panel(title=title, y=y, lines=lines, logarithmic=logarithmic, dotted=dots)
+
+
+def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
+    holders = [record for record in records if name in record]
+    return [float(r["step"]) for r in holders], [float(r[name]) for r in holders]
+
+
+def _expert_load(records: Sequence[dict[str, Any]]) -> Panel | None:
+    """The share of each expert over the steps; of many, its last value as bars."""
+    found = {
+        int(name.removeprefix("expert_load_")): name
+        for record in records
+        for name in record
+        if name.removeprefix("expert_load_").isdigit()
+    }
+    experts = sorted(found)
+    if not experts:
+        return None
+    if len(experts) <= _MOST_EXPERTS:
+        lines = {f"expert {expert}": _points(records, found[expert]) for expert in experts}
+        return Panel(title="Expert load", y="share of the bytes", lines=lines)
+    last = [record for record in records if found[experts[0]] in record][-1]
+    return Panel(
+        title=f"Expert load at step {last['step']}",
+        x="expert",
+        y="share of the bytes",
+        bars=([float(e) for e in experts], [last[found[e]] for e in experts]),
+    )
+
+
+def _histogram(contract: PatchingContract) -> Panel:
+    used = max(i for i, count in enumerate(contract.histogram, 1) if count)
+    cut = ", the last bar: and longer" if used == len(contract.histogram) else ""
+    return Panel(
+        title=f"Patch lengths, mean {contract.mean_length:.2f} ({contract.patcher})",
+        x="bytes" + cut,
+        y=f"patches of {contract.sampled_bytes:,} bytes",
+        bars=(
+            [float(i) for i in range(1, used + 1)],
+            [float(c) for c in contract.histogram[:used]],
+        ),
+    )
+
+
+def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
+    """The agent's two tables in the latest checkpoint, of the states that it has learned about."""
+    agent = read_agent(run_dir, recipe)
+    if agent is None:
+        return []
+    made = []
+    for name, table, actions in (
+        ("learning rate", agent.q_learning_rate, LEARNING_RATE_ACTIONS),
+        ("momentum", agent.q_momentum, MOMENTUM_ACTIONS),
+    ):
+        values = np.asarray(table, np.float32)
+        known, order = np.flatnonzero((values != 0).any(axis=1)), np.argsort(actions)
+        made.append(
+            Panel(
+                title=f"Q-table of the {name}: {len(known)} of {len(values)} states",
+                x="factor",
+                y="state",
+                heat=values[np.ix_(known, order)],
+                rows=tuple(known.tolist()),
+                columns=tuple(f"{np.exp(actions[i]):.3f}" for i in order),
+            )
+        )
+    return made
+
+
+def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
+    """The Q-learning agent of the latest checkpoint; None where none has been saved."""
+    if not recipe.optimizer.name.startswith("q_learning"):
+        return None
+    if not (run_dir / "checkpoints").is_dir():
+        return None
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    optimizer = build_optimizer(
+        recipe.optimizer, recipe.train.steps, recipe.train.seed, recipe.model.frozen_prefixes
+    )
+    params = abstract_params(recipe.model)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree
+        )
+
+    state = jax.eval_shape(optimizer.init, params)
+    with checkpoint.open_checkpoints(run_dir) as manager:
+        if manager.latest_step() is None:
+            return None
+        step = checkpoint.choose_step(manager, "latest")
+        _, found, _ = checkpoint.restore(manager, step, placed(params), placed(state))
+    return _agent_in(found)
+
+
+def _agent_in(state: optax.OptState) -> QLearningState:
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, QLearningState))
+    return next(leaf for leaf in leaves if isinstance(leaf, QLearningState))
+
+
+# ---- drawing ------------------------------------------------------------------------------------
+
+
+def draw(made: Sequence[Panel], title: str) -> Any:
+    """A matplotlib `Figure`, three panels a row."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib: is not installed; pip install 'bytelm[plot]'") from None
+    columns = min(3, len(made))
+    rows = -(-len(made) // columns)
+    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
+    figure.suptitle(title)
+    for index, panel in enumerate(made):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(panel.title, fontsize="medium")
+        axes.set_xlabel(panel.x)
+        axes.set_ylabel(panel.y)
+        _choose(panel)(figure, axes, panel)
+    return figure
+
+
+def _choose(panel: Panel) -> Callable[[Any, Any, Panel], None]:
+    if panel.heat is not None:
+        return _draw_heat
+    return _draw_lines if panel.bars is None else _draw_bars
+
+
+def _draw_lines(figure: Any, axes: Any, panel: Panel) -> None:
+    for name, (steps, values) in panel.lines.items():
+        style = {"marker": "o", "markersize": 3} if len(steps) < 30 else {}
+        style = {"linestyle": "", "marker": ".", "alpha": 0.6} if name in panel.dotted else style
+        axes.plot(steps, values, label=name, **style)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if panel.logarithmic:
+        axes.set_yscale("log")
+    if len(panel.lines) > 1:
+        axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def _draw_bars(figure: Any, axes: Any, panel: Panel) -> None:
+    assert panel.bars is not None
+    axes.bar(*panel.bars, width=0.9)
+    axes.grid(alpha=0.3, axis="y")
+
+
+def _draw_heat(figure: Any, axes: Any, panel: Panel) -> None:
+    heat = panel.heat
+    assert heat is not None
+    axes.set_xticks(range(len(panel.columns)), panel.columns, rotation=60, fontsize="small")
+    every = -(-len(panel.rows) // _MOST_ROWS) or 1
+    named = range(0, len(panel.rows), every)
+    axes.set_yticks(named, [panel.rows[i] for i in named], fontsize="small")
+    if not heat.size:
+        axes.text(0.5, 0.5, "nothing learned yet", transform=axes.transAxes, ha="center")
+        return
+    most = float(np.abs(heat).max())
+    image = axes.imshow(
+        heat, aspect="auto", cmap="RdBu", vmin=-most, vmax=most, interpolation="nearest"
+    )
+    figure.colorbar(image, ax=axes, label="value")
+
+
+def write_plots(run_dir: Path, out: Path) -> tuple[Path, Path]:
+    """Writes OUT/plot.png and OUT/plot.html, each whole or not at all; returns the two paths."""
+    recipe, made = panels(run_dir)
+    figure = draw(made, f"{recipe.name}: {recipe.model.architecture}, {recipe.optimizer.name}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    out.mkdir(parents=True, exist_ok=True)
+    png, page = out / "plot.png", out / "plot.html"
+    checkpoint.write_bytes(png, buffer.getvalue())
+    checkpoint.write_text(page, _page(recipe, made, buffer.getvalue()))
+    return png, page
+
+
+def _page(recipe: Recipe, made: Sequence[Panel], png: bytes) -> str:
+    name = html.escape(recipe.name)
+    picture = base64.b64encode(png).decode("ascii")
+    rows = "".join(
+        f"<tr><td>{html.escape(panel.title)}</td><td>{html.escape(line)}</td>"
+        f"<td>{steps[-1]:,.0f}</td><td>{values[-1]:.6g}</td><td>{min(values):.6g}</td>"
+        f"<td>{max(values):.6g}</td></tr>"
+        for panel in made
+        for line, (steps, values) in panel.lines.items()
+    )
+    config = html.escape(json.dumps(to_dict(recipe), indent=2))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>
+body {{ font-family: sans-serif; margin: 2em auto; max-width: 1700px; padding: 0 1em }}
+img {{ max-width: 100% }} td, th {{ padding: .2em .8em; text-align: right }}
+td:nth-child(-n+2), th:nth-child(-n+2) {{ text-align: left }}
+</style></head><body>
+<h1>{name}</h1>
+<p>{html.escape(recipe.model.architecture)}, {recipe.model.parameter_count():,} parameters,
+{html.escape(recipe.optimizer.name)}</p>
+<img alt="The plots of this run" src="data:image/png;base64,{picture}">
+<h2>Numbers</h2>
+<table><tr><th>panel</th><th>line</th><th>last step</th>
+<th>last</th><th>least</th><th>most</th></tr>
+{rows}</table>
+<details><summary>Configuration</summary><pre>{config}</pre></details>
+</body></html>
+"""

@@ -1,0 +1,1 @@
+"""Training: mesh, step, loop, loss, evaluation, checkpoints, processes."""

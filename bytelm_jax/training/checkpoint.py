@@ -1,0 +1,437 @@
+"""Run folders: `config.json`, and Orbax checkpoints of everything a run needs to go on.
+
+A checkpoint holds the parameters, the optimizer state, the step (which is also the position in the
+data), the recipe with its vocabulary, the identity of the data, and a fingerprint of every array:
+an integer sum that is the same under any sharding, compared after every restore, because the
+array files themselves carry no checksum. Arrays that hold NaN or infinity are neither saved nor
+given back.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from bytelm.config import Recipe, TrainConfig, from_dict, to_dict
+from bytelm_jax.models import Params, abstract_params
+from bytelm_jax.training import processes
+
+METRIC = "validation_bits_per_byte"
+"""What "best" means: the lowest of this."""
+
+_MOST_TRIED = 64
+"""Checkpoints that a run looks at, newest first, for one that is whole."""
+
+_FILE_BYTES = 2**24
+"""Of an import's array files: Orbax gathers one in memory, of 2 GB unless told, then writes it."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file in UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file so that the old or the new content stands there at any moment."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_config(run_dir: Path, recipe: Recipe) -> None:
+    """Writes `config.json`."""
+    write_text(run_dir / "config.json", json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def load_config(run_dir: Path) -> Recipe:
+    """Reads `config.json`; raises `ValueError` when the folder is no run folder."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run_dir}: no config.json there; give a folder that `train` made")
+    try:
+        return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error}); restore it from a backup") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class Mark(NamedTuple):
+    """What one pass over an array finds out about it.
+
+    `fingerprint` is Σ bits_i · (2 i + 1) mod 2³², which any changed bit changes; `non_finite` is 0
+    where every element is a finite number.
+    """
+
+    fingerprint: UInt32[Array, ""]
+    non_finite: UInt32[Array, ""]
+
+
+class NonFiniteError(ValueError):
+    """An array holds NaN or infinity; the message names it."""
+
+
+def examine(arrays: dict[str, Any]) -> dict[str, list[Mark]]:
+    """The marks of each tree's leaves, as numbers of this host; the same in every process."""
+    found: dict[str, list[Mark]] = {name: [] for name in arrays}
+    for name, tree in arrays.items():
+        for leaf in jax.tree.leaves(tree):
+            found[name].append(_mark(leaf))
+            if jax.default_backend() == "cpu":
+                # Programs of simulated devices share threads: of two under way at once, each can
+                # hold those that the other waits for.
+                jax.block_until_ready(found[name][-1])
+    return jax.device_get(found)
+
+
+@jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
+def _mark(leaf: Any) -> Mark:
+    leaf = jnp.asarray(leaf)
+    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    bad = (~jnp.isfinite(leaf) if real else jnp.zeros(leaf.shape, bool)).astype(jnp.uint32)
+    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+    bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
+    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    for axis in reversed(range(leaf.ndim)):
+        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+        stride = stride * leaf.shape[axis] % 2**32
+    total = non_finite = zero = jnp.zeros((), jnp.uint32)
+    for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
+        word = (bits >> shift).astype(jnp.uint32)
+        # All at once: a single sum XLA splits up on a CPU, holding every term in memory.
+        plain, weighted, non_finite = jax.lax.reduce(
+            (word, word * index, bad),
+            (zero, zero, zero),
+            lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
+            range(leaf.ndim),
+        )
+        total = total * 31 + 2 * weighted + plain
+    return Mark(total, non_finite)
+
+
+def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = None) -> None:
+    """Raises `NonFiniteError` for the first leaf of `arrays` that is not finite.
+
+    `marks` are those that `examine` gives, where it has been asked already.
+    """
+    for name, found in (examine(arrays) if marks is None else marks).items():
+        bad = next((i for i, mark in enumerate(found) if mark.non_finite), None)
+        if bad is not None:
+            path, _ = jax.tree.leaves_with_path(arrays[name])[bad]
+            leaf = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise NonFiniteError(f"{name}.{leaf} holds NaN or infinity")
+
+
+def _fingerprints(marks: list[Mark]) -> list[int]:
+    return [int(mark.fingerprint) for mark in marks]
+
+
+def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
+    """The run's checkpoints; `train` says how many to keep, None opens them for reading."""
+    # Orbax reports every step of its work, and tells of errors that it also raises.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if train is None:
+        # Each process reads for itself: none waits for another that found the files damaged.
+        own = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader{own}"
+        )
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, create=False, multiprocessing_options=alone
+        )
+    else:
+        best = BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC],
+            reverse=True,
+            n=train.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+            preservation_policy=AnyPreservationPolicy([LatestN(n=train.keep_last), best]),
+            cleanup_tmp_directories=True,
+        )
+    return ocp.CheckpointManager(run_dir.absolute() / "checkpoints", options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Params,
+    opt_state: Any,
+    recipe: Recipe,
+    data: str,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Starts an asynchronous save; the arrays may be donated as soon as it returns.
+
+    Without an `opt_state` only the parameters are saved, and they must not be donated. Raises
+    `NonFiniteError`, before anything is written, for what is not finite.
+    """
+    arrays = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
+    if jax.default_backend() == "cpu" and opt_state is not None:
+        # On a CPU the "host copy" is a view of the very buffers that the next step overwrites.
+        arrays = jax.tree.map(jnp.copy, arrays)
+    marks = examine(arrays)
+    check_finite(arrays, marks)
+    metadata = {
+        "step": step,
+        "recipe": to_dict(recipe),
+        "data": data,
+        "metrics": metrics,
+        "fingerprints": {name: _fingerprints(each) for name, each in marks.items()},
+    }
+    stored: dict[str, Any]
+    if opt_state is None:  # the same files, cut so that what waits to be written stays small
+        stored = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
+    else:
+        stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+    items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **stored)
+    with _writable(manager):
+        manager.save(step, args=items, metrics=metrics, force=True)
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Waits until every save is on disk; raises `ValueError` when one failed."""
+    with _writable(manager):
+        manager.wait_until_finished()
+
+
+class DamagedError(ValueError):
+    """A checkpoint cannot be read as it was written; the message names it."""
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None = None
+) -> tuple[Params, Any, dict[str, Any]]:
+    """Arrays shaped and sharded as the abstract `params` and `opt_state`, and the metadata.
+
+    Raises `DamagedError` when the checkpoint is damaged, holds other arrays or some that are not
+    finite.
+    """
+    found = _read(manager, step, params, opt_state)
+    with _readable(manager, step):
+        _check_arrays(found)
+    return found.params, found.opt_state, found.metadata
+
+
+class Recovered(NamedTuple):
+    """What a run goes on from."""
+
+    step: int
+    params: Params
+    opt_state: Any
+    metadata: dict[str, Any]
+
+
+def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
+    """The newest whole checkpoint of a run, on devices as the abstract arrays say, if there is one.
+
+    Newer, damaged ones are set aside in the folder `damaged`, and a line on standard error says so.
+    Every process reads its own parts and all agree on what they found. Raises `ValueError` when
+    there are checkpoints but no whole one, and leaves them where they are.
+    """
+    bad: list[tuple[int, str]] = []
+    found = None
+    with contextlib.ExitStack() as stack:
+        # Whether there are any is the first process's word: another may look when the folder for
+        # the next ones is being made.
+        there = (run_dir / "checkpoints").is_dir()
+        manager = stack.enter_context(open_checkpoints(run_dir)) if there else None
+        own = sorted(manager.all_steps(), reverse=True) if manager else []
+        for step in processes.from_first(own, _MOST_TRIED):
+            problem = ""
+            try:
+                found = _read(manager, step, params, opt_state) if manager else None
+            except DamagedError as error:
+                problem = str(error)
+            if processes.all_agree(found is not None) and found and manager:
+                try:
+                    with _readable(manager, step):
+                        _check_arrays(found)  # a sum over all processes, so the same for each
+                    break
+                except DamagedError as error:
+                    problem = str(error)
+            bad.append((step, problem or f"checkpoint {step}: another process cannot read it"))
+            found = None
+    if bad and found is None:
+        raise ValueError(f"{bad[0][1]}; there is no whole one; train in another run_dir")
+    for step, problem in bad:
+        _set_aside(run_dir, step, problem)
+    if bad:
+        processes.wait_for_all("damaged checkpoints are set aside")
+    return found
+
+
+def _set_aside(run_dir: Path, step: int, problem: str) -> None:
+    """Moves a damaged checkpoint out of the way of the one that will be saved in its place."""
+    if not processes.is_first():
+        return
+    folder = run_dir / "damaged"
+    folder.mkdir(exist_ok=True)
+    taken = sum(path.name.split(".")[0] == str(step) for path in folder.iterdir())
+    target = folder / (f"{step}.{taken}" if taken else str(step))
+    os.replace(run_dir / "checkpoints" / str(step), target)
+    print(
+        f"bytelm train: warning: {problem}; it is now {target}, and the run goes on from the "
+        "checkpoint before",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None
+) -> Recovered:
+    metadata = read_metadata(manager, step)
+    if opt_state is not None and "optimizer" not in metadata["fingerprints"]:
+        raise ValueError(
+            f"{manager.directory}: imported weights, not a run to go on with; name another"
+        )
+    wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
+    arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+    with _readable(manager, step):
+        found = manager.restore(step, args=ocp.args.Composite(**arguments))
+        return Recovered(step, found["params"], found.get("optimizer"), metadata)
+
+
+def _check_arrays(found: Recovered) -> None:
+    arrays = {"params": found.params}
+    arrays |= {} if found.opt_state is None else {"optimizer": found.opt_state}
+    marks = examine(arrays)
+    for name, each in marks.items():
+        if _fingerprints(each) != found.metadata["fingerprints"][name]:
+            raise ValueError(f"the stored {name} are not those that were saved")
+    check_finite(arrays, marks)
+
+
+def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
+    """The step that `which` names: "latest", "best" or a number that is there."""
+    steps = sorted(manager.all_steps())
+    if not steps:
+        raise ValueError(f"{manager.directory}: no checkpoint there; train first")
+    if which == "latest":
+        return steps[-1]
+    if which == "best":
+        scores = {}
+        for step in steps:
+            metrics = read_metadata(manager, step)["metrics"]
+            if metrics:
+                scores[step] = metrics[METRIC]
+        if not scores:
+            raise ValueError("checkpoint=best: no checkpoint was evaluated; choose latest")
+        return min(scores, key=lambda step: scores[step])
+    if which.isdigit() and int(which) in steps:
+        return int(which)
+    raise ValueError(f"checkpoint={which}: choose latest, best or one of {steps}")
+
+
+def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What the checkpoint says of itself."""
+    with _readable(manager, step):
+        items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+        return manager.restore(step, args=items)["metadata"]
+
+
+def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
+    """Recipe, parameters (on the default device) and step of a run folder's checkpoint."""
+    recipe = load_config(run_dir)
+    if not (run_dir / "checkpoints").is_dir():
+        raise ValueError(f"{run_dir}: no checkpoints there; train first")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in abstract_params(recipe.model).items()
+    }
+    with open_checkpoints(run_dir) as manager:
+        step = choose_step(manager, which)
+        try:
+            params, _, metadata = restore(manager, step, abstract)
+        except DamagedError as error:
+            raise DamagedError(f"{error}; choose another checkpoint") from error
+    if _uncalibrated(metadata["recipe"]["model"]) != _uncalibrated(to_dict(recipe.model)):
+        raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
+    return recipe, params, step
+
+
+def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:
+    """A model but for what `calibrate` changes in `config.json`, for every checkpoint at once."""
+    return {k: v for k, v in model.items() if k not in ("threshold", "bytes_per_patch")}
+
+
+def check_unused(run_dir: Path) -> None:
+    """Raises `ValueError` unless a new run folder can be made at `run_dir`."""
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir}: exists and is not an empty folder; name another")
+
+
+def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
+    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all.
+
+    Nobody can go on training from it, not knowing its data, so no optimizer state is stored.
+    """
+    check_unused(run_dir)
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
+    try:
+        with open_checkpoints(beside, recipe.train) as manager:
+            save(manager, 0, params, None, recipe, "", None)
+            finish(manager)
+        save_config(beside, recipe)
+        beside.chmod(0o755)
+        os.replace(beside, run_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint raises into one line."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise DamagedError(
+            f"checkpoint {step} in {manager.directory}: {error}, so the run had diverged"
+        ) from None
+    except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
+        raise DamagedError(
+            f"checkpoint {step} in {manager.directory}: damaged or not of this model "
+            f"({_first_line(error)})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns whatever a failed save raises into one line."""
+    try:
+        yield
+    except Exception as error:  # from tensorstore's and Orbax's threads, of many kinds
+        raise ValueError(
+            f"{manager.directory}: a checkpoint could not be written ({_first_line(error)}); "
+            "earlier ones are whole; free some space and run the same command again"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(" See full TensorStore")[0][:200]

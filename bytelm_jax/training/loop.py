@@ -1,0 +1,360 @@
+"""The whole training story, top to bottom: setup, data, model, state, restore, step, loop."""
+
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from bytelm import data
+from bytelm.config import (
+    BLTConfig,
+    Recipe,
+    TrainConfig,
+    require_document_ends,
+    training_flops_per_byte,
+)
+from bytelm.config.lfbyte import require_prediction
+from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm.tracking import check_trackers, open_trackers
+from bytelm_jax.models import define_model
+from bytelm_jax.optimizers.build import build_optimizer, learning_rate_schedule
+from bytelm_jax.training import (
+    checkpoint,
+    parallel,
+    processes,
+)
+from bytelm_jax.training import (
+    patch_calibration as patch_contract,
+)
+from bytelm_jax.training.batches import training_batches
+from bytelm_jax.training.display import Display
+from bytelm_jax.training.evaluate import evaluate, make_row_nats
+from bytelm_jax.training.loss import bits_per_byte
+
+_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
+_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
+"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
+
+_IN_FLIGHT = 4
+"""Steps queued on the devices: simulated CPU devices deadlock when many are left un-awaited."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: at which step, and whether a signal stopped it before the last one."""
+
+    step: int
+    interrupted: bool
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
+
+
+class Ledger:
+    """The reports of steps on the devices: waited for, checked, counted, logged and shown."""
+
+    def __init__(
+        self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
+        watchdog: processes.Watchdog, manager: ocp.CheckpointManager,
+    ):  # fmt: skip
+        self._recipe, self._log, self._display = recipe, log, display
+        self._watchdog, self._manager = watchdog, manager
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
+        self._rates = Throughput(0.0, devices)
+        self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
+        self._counted = start  # the step up to which rates reach
+        self._skipped = sum("skipped" in record for record in read_metrics(log.path))
+        self.saved = start
+        self.bad_in_a_row = 0
+
+    def add(self, step: int, report: dict[str, Any]) -> None:
+        """Takes the report of a step that may still be under way."""
+        self._pending.append((step, report))
+
+    def settle(self, keep: int) -> None:
+        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        run = self._recipe.train
+        while len(self._pending) > keep:
+            step, report = self._pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(report).items()}
+            self._watchdog.progress(f"the steps after {step}")
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                self._skip(step, values)
+                continue
+            self.bad_in_a_row = 0
+            if step % run.log_every == 0 or step == run.steps:
+                self._tell(step, values)
+
+    def leave_out(self, step: int, sequence_length: int = 0) -> None:
+        """Settles all; what was done since the last step up to `step` belongs to no rate.
+
+        `sequence_length` is that of the steps from here on, where it changes.
+        """
+        self.settle(0)
+        self._counted = step
+        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
+        self._rates.restart(cost if sequence_length else None)
+
+    def evaluated(self, step: int, record: dict[str, float]) -> None:
+        """Logs and shows an evaluation."""
+        self._log.write({"step": step, **record})
+        bits = record[checkpoint.METRIC]
+        self._display.say(f"step {step}: validation {bits:.4f} bits per byte")
+
+    def diverged(self, step: int, why: str) -> DivergedError:
+        """What to raise at `step`; waits until the checkpoint that it names is on disk."""
+        checkpoint.finish(self._manager)
+        kept = f"the checkpoint of step {self.saved} is kept"
+        return DivergedError(
+            f"step {step}: {why}; {kept if self.saved else 'no checkpoint was saved'}; lower "
+            f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
+        )
+
+    @contextmanager
+    def stopping_on_non_finite(self, step: int) -> Iterator[None]:
+        """Within, weights that are not finite end the run: no later step would mend them."""
+        try:
+            yield
+        except checkpoint.NonFiniteError as error:
+            raise self.diverged(step, str(error)) from None
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        self.bad_in_a_row += 1
+        self._skipped += 1
+        if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
+            raise self.diverged(
+                step,
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
+                f"{self.bad_in_a_row} steps in a row",
+            )
+        self._display.say(
+            f"step {step}: skipped, its loss or gradient norm is not a number "
+            f"({self._skipped} so far)"
+        )
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        self._log.write({"step": step, "skipped": self._skipped} | finite)
+
+    def _tell(self, step: int, values: dict[str, float]) -> None:
+        run, length = self._recipe.train, self._recipe.data.sequence_length
+        values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+        values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
+        # The host may come late: steps behind this one may be finished, too.
+        finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
+        self._rates.add((finished - self._counted) * run.batch_size * length)
+        self._counted = finished
+        values |= self._rates.read()
+        self._log.write({"step": step, **values})
+        self._display.show(step, values)
+
+
+def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Makes the folder, or makes sure that it holds this recipe; raises `ValueError` otherwise."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
+    if (run_dir / "config.json").exists():
+        check_same_run(checkpoint.load_config(run_dir), recipe, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
+    """Raises `ValueError` for the first field whose change would make this another run."""
+    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
+    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
+    for part, old, new in pairs:
+        names = [f.name for f in fields(old)] if type(old) is type(new) else []
+        if not names:
+            raise ValueError(
+                f"{part}: {run_dir} holds another architecture; choose another run_dir"
+            )
+        for name in names:
+            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after and not free:
+                raise ValueError(
+                    f"{part}.{name}={after}: {run_dir} was started with {before}; "
+                    "keep that value or choose another run_dir"
+                )
+
+
+def agree_on_patches(
+    recipe: Recipe, state: parallel.TrainState, mesh: Any, windows: data.Windows, resumed: bool
+) -> Recipe:
+    """`recipe` with its patching contract; says so where these data break the one it came with."""
+    model, known = recipe.model, recipe.patching
+    assert isinstance(model, BLTConfig)
+    own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
+    # On one device of this process: every process measures for itself.
+    whole = {name: jnp.asarray(value) for name, value in parallel.fetch(mesh, own).items()}
+    found = patch_contract.measure(model, whole, windows)
+    wrong = patch_contract.outside(known, found) if known else None
+    if wrong and processes.is_first():
+        print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
+    return recipe if resumed and known else replace(recipe, patching=found)
+
+
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    kept = recipe.data
+    corpus = data.open_corpus(kept.paths)
+    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()
+
+
+def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
+    """What the first process writes, trackers included; the others write nowhere."""
+    if not processes.is_first():
+        return MetricsLog(Path(os.devnull), start)
+    return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
+
+
+def train(recipe: Recipe, run_dir: Path) -> Outcome:
+    """Trains `recipe` in `run_dir`, from its latest whole checkpoint when it holds one.
+
+    Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
+    overwritten, and `DivergedError` when the loss was no finite number at `max_bad_steps` steps in
+    a row, each of which was skipped, or at the last ones, and when weights are not finite, which
+    are neither evaluated nor saved. Several processes call it alike. SIGINT and SIGTERM end it
+    with everything saved, see `processes.StopSignal`.
+    """
+    with processes.StopSignal() as stop:
+        return _train(recipe, run_dir, stop)
+
+
+def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome:
+    require_prediction(recipe.model)
+    require_document_ends(recipe)
+
+    # ---- setup ----
+    check_trackers(recipe.train.track)
+    recipe = patch_contract.adopt(recipe, run_dir)
+    run, vocab = recipe.train, recipe.model.vocab
+    frozen = recipe.model.frozen_prefixes
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
+    parallel.check_batch(mesh, run)
+    part = parallel.own_part(mesh)
+    first = processes.is_first()
+
+    # ---- data ----
+    windows, held_out, identity = open_windows(recipe)
+
+    # ---- model and step ----
+    prepare_run_dir(run_dir, recipe)
+    bind, init = define_model(recipe.model)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
+    draw = partial(init, run.seed)
+    like = parallel.abstract_init(mesh, optimizer, draw)
+
+    # ---- state, restored or born sharded ----
+    resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
+    start = resumed.step if resumed else 0
+    if resumed and resumed.metadata["data"] != identity:
+        raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+    piece = recipe.data.length_at(start)
+    shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
+    ahead = parallel.compiling(step_function, like, shape, mesh)
+    with ahead if start < run.steps else nullcontext():
+        if resumed:
+            step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
+            state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
+        else:
+            state = parallel.compile_init(optimizer, draw, like)()
+            if run.entropy_from:
+                trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
+                state = state._replace(params=state.params | trained)
+        if isinstance(recipe.model, BLTConfig):
+            recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
+    if first:
+        checkpoint.save_config(run_dir, recipe)
+    row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
+
+    def validate(step: int) -> dict[str, float] | None:
+        if not len(held_out):
+            return None
+        checkpoint.check_finite({"params": state.params})
+        batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
+        watched = watchdog.over(batches, f"the evaluation of step {step}")
+        found = evaluate(row_nats, state.params, stop.until(watched), mesh)
+        if stop:
+            return None
+        record = {
+            "validation_loss": found.nats / found.count,
+            checkpoint.METRIC: found.bits_per_byte,
+        }
+        ledger.evaluated(step, record)
+        return record
+
+    def save(step: int, record: dict[str, float] | None) -> None:
+        watchdog.progress(f"the checkpoint of step {step}")
+        checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
+        ledger.saved = step
+
+    def due(step: int, every: int) -> bool:
+        return step == run.steps or bool(every and step % every == 0)
+
+    # ---- loop ----
+    batches = training_batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
+    step, piece = start, 0
+    with ExitStack() as stack:
+        manager = stack.enter_context(checkpoint.open_checkpoints(run_dir, run))
+        log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
+        display = stack.enter_context(Display(recipe.name, start, run.steps, first))
+        watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
+        stack.enter_context(watchdog)
+        ledger = Ledger(recipe, start, mesh.size, log, display, watchdog, manager)
+        display.say(
+            f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
+        )
+        if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
+            validate(start)  # which a signal cut short
+        while step < run.steps and not stop.agreed():
+            before, piece = piece, recipe.data.length_at(step)
+            if piece != before:
+                ledger.settle(0)
+            rows = next(batches).reshape(-1, piece)
+            state, report = step_function(state, parallel.put_batch(mesh, rows))
+            step += 1
+            ledger.add(step, report)
+            if piece != before:  # compiled
+                ledger.leave_out(step, piece)
+            ledger.settle(_IN_FLIGHT)
+
+            evaluates, saves = due(step, run.eval_every), due(step, run.checkpoint_every)
+            if evaluates or saves:
+                ledger.settle(0)
+                with ledger.stopping_on_non_finite(step):
+                    record = validate(step) if evaluates else None
+                    # In the midst of trouble the checkpoint from before it stays the newest, but
+                    # at the end, where a validation can show that the weights are good.
+                    good = not ledger.bad_in_a_row or (
+                        step == run.steps and record and math.isfinite(record[checkpoint.METRIC])
+                    )
+                    if saves and good:
+                        save(step, record)
+                ledger.leave_out(step)
+        ledger.settle(0)
+        if step > ledger.saved:
+            if not stop:
+                raise ledger.diverged(
+                    step,
+                    f"the last steps ({ledger.bad_in_a_row}) were skipped, for their loss or "
+                    "gradient norm is not finite, so the end of the run is not saved",
+                )
+            with ledger.stopping_on_non_finite(step):
+                save(step, None)
+        checkpoint.finish(manager)
+    return Outcome(step, bool(stop) and step < run.steps)

@@ -1,0 +1,1 @@
+"""Exports, and transformers' Auto classes."""

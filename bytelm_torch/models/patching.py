@@ -1,0 +1,301 @@
+"""Patch boundaries: pure functions of static shape, in a whole-text form and one byte at a time.
+
+The mirror of `bytelm_jax/models/patching.py`, which explains the rules.
+Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. Where texts start
+anew, `begins` [B, T] holds the first position of each position's segment.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor
+
+from bytelm.config import BLTConfig, ByteVocab
+from bytelm_torch.layers.ids import as_ids
+
+NO_BYTE = -1
+"""Stands for an id that is no byte, and for what lies before the first one."""
+
+CONTEXT = 3
+"""Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+
+
+WINDOWS = (3, 5, 7)
+"""Bytes in the windows whose histograms `histogram_entropy` reads."""
+
+BIT = 2**22
+"""Histogram entropies are integers, so many a bit: their sums are exact in any order."""
+
+_SHARES = [
+    [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
+    for n in range(8)
+]
+"""What a byte seen c times among n adds to the entropy of a window, over the number of windows."""
+
+MOST = BIT * math.log2(WINDOWS[-1])
+"""The entropy of seven different bytes, by which entropies become parts of 1."""
+
+
+class PatchPlan(NamedTuple):
+    """Which byte belongs to which patch, for a budget of N patches.
+
+    Patches past the budget merge into one open last patch, number N, which is neither pooled nor
+    read, since it never ends.
+    """
+
+    patch_of: Int[Tensor, "B T"]
+    """Patch of each byte, at most N; N also for padding."""
+    read_of: Int[Tensor, "B T"]
+    """The newest patch that is complete before s_{t+1}: what the decoder reads at position t.
+
+    Number N, none, in a segment that begins past the budget.
+    """
+    lengths: Int[Tensor, "B N+1"]
+    """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
+    overflow: Int[Tensor, " B"]
+    """Boundaries that the budget made disappear."""
+    numbers: Int[Tensor, "B S"]
+    """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
+    begins: Int[Tensor, "B N"] | None
+    """The first patch of each patch's segment; None where all is one text."""
+
+
+def to_bytes(ids: Integer[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
+    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
+    values = as_ids(ids) - vocab.offset
+    return torch.where((values >= 0) & (values < 256), values, NO_BYTE)
+
+
+def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
+    """Whether a text that ends in these bytes, oldest first, ends inside a UTF-8 character.
+
+    So it does when the end is the beginning of a valid character (Unicode 15, table 3-7): an
+    overlong form, a surrogate or a stray continuation byte is no character and holds nothing up.
+    """
+    third, second, last = recent[..., 0], recent[..., 1], recent[..., 2]
+    after_one = (last >= 0xC2) & (last <= 0xF4)
+    after_two = (second >= 0xE0) & (second <= 0xF4) & _valid_second(second, last)
+    after_three = (third >= 0xF0) & (third <= 0xF4) & _valid_second(third, second)
+    return after_one | after_two | (after_three & _continues(last))
+
+
+def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
+    """Shannon entropy of the histograms of the last 3, 5 and 7 bytes, averaged, in 1 / `BIT` bits.
+
+    `recent` holds the bytes that end there, oldest first; what is no byte is not counted, so the
+    windows of the first bytes are shorter.
+    """
+    shares = torch.tensor(_SHARES, device=recent.device).flatten()
+    total = torch.zeros_like(recent[..., 0])
+    for window in WINDOWS:
+        last = recent[..., -window:]
+        real = last >= 0
+        same = (last[..., :, None] == last[..., None, :]) & real[..., None, :]
+        among = real.sum(dim=-1, keepdim=True).expand(last.shape)
+        seen = same.sum(dim=-1).where(real, 0)
+        total = total + shares[among * 8 + seen].sum(dim=-1)
+    return total
+
+
+def recent_bytes(
+    ids: Integer[Tensor, "B T"],
+    vocab: ByteVocab,
+    count: int,
+    begins: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T n"]:
+    """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
+    values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
+    return torch.stack([shifted(values, n, NO_BYTE, begins) for n in back], dim=-1)
+
+
+def boundary_after(
+    config: BLTConfig,
+    recent: Int[Tensor, "*batch 3"],
+    position: Int[Tensor, "*batch"],
+    entropies: Float[Tensor, "*batch"] | None,
+    summed: Int[Tensor, "*batch"] | None = None,
+) -> Bool[Tensor, "*batch"]:
+    """Whether a patch starts behind a byte, by the patcher of `config`.
+
+    `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
+    them in its segment of s, `entropies`, which only the patcher `entropy` needs, that of the
+    prediction after it, in nats, and `summed`, which only `histogram` needs, the sum of
+    `histogram_entropy` since the patch began.
+    """
+    match config.patcher:
+        case "entropy":
+            if entropies is None:
+                raise ValueError("entropies=None: the patcher 'entropy' needs them; pass them")
+            boundary = entropies > config.threshold
+        case "histogram":
+            if summed is None:
+                raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
+            boundary = summed > math.floor(config.threshold * BIT)
+        case "space":
+            # A run's end shows only in the byte behind it, so its first byte draws the boundary.
+            boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
+        case "fixed":
+            boundary = position % config.patch_size == 0
+        case "byte":
+            return torch.ones_like(position, dtype=torch.bool)
+    return boundary & ~inside_character(recent) if config.whole_characters else boundary
+
+
+def patch_starts(
+    config: BLTConfig,
+    ids: Integer[Tensor, "B T"],
+    entropies: Float[Tensor, "B T"] | None = None,
+    begins: Int[Tensor, "B T"] | None = None,
+) -> Bool[Tensor, "B S"]:
+    """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
+
+    `ids` is s; `entropies` as in `boundary_after`. Where a segment begins, this is what the patcher
+    would have said had the one before gone on, which is what may be read there; that a patch starts
+    in any case is for `plan_patches`.
+    """
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
+    position = position if begins is None else position - begins
+    summed = None
+    if config.patcher == "histogram":
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], begins))
+        limit = math.floor(config.threshold * BIT)
+        summed = sums_since_start(found, held_back(config, ids, begins), limit, begins)
+    after = boundary_after(config, recent, position, entropies, summed)
+    after = (after | (position == 0)) & present(ids, config.vocab, begins)
+    return F.pad(after, (1, 0), value=True)
+
+
+def held_back(
+    config: BLTConfig, ids: Integer[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B T"]:
+    """Whether no patch may start behind each position, a character being unfinished there."""
+    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    inside = inside_character(recent)
+    return inside if config.whole_characters else torch.zeros_like(inside)
+
+
+def sums_since_start(
+    found: Int[Tensor, "B T"],
+    held: Bool[Tensor, "B T"],
+    limit: int,
+    begins: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T"]:
+    """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
+
+    Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
+    log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
+    reaches, by doubling, then which positions are starts, by following those jumps twice as far
+    each time.
+    """
+    length = found.shape[1]
+    index = torch.arange(length + 1, device=found.device)[None, :].expand(found.shape[0], -1)
+    read = lambda x, at: x.gather(1, at.clamp(max=length))  # noqa: E731
+    cap, powers = limit + 1, []
+    sums = F.pad(found.clamp(max=cap), (0, 1), value=cap)
+    for k in range(length.bit_length()):
+        powers.append(sums)  # of 2^k positions from each on, saturated
+        sums = (sums + read(sums, index + 2**k)).clamp(max=cap)
+    total, end = torch.zeros_like(index), index
+    for k in reversed(range(length.bit_length())):
+        longer = total + read(powers[k], end)
+        fits = longer <= limit
+        total, end = longer.where(fits, total), torch.where(fits, end + 2**k, end)
+    free = torch.where(F.pad(held, (0, 1)), length, index)
+    free = free.flip(1).cummin(dim=1).values.flip(1)
+    anew = index == 0
+    if begins is not None:
+        anew = F.pad(begins == index[:, :-1], (0, 1))
+    jump = torch.where(anew, index + 1, (read(free, end) + 1).clamp(max=length))
+    if begins is not None:  # no sum reaches past the next segment's first position
+        ahead = index.where(anew, length).flip(1).cummin(dim=1).values.flip(1)
+        jump = jump.minimum(F.pad(ahead[:, 1:], (0, 1), value=length))
+    starts = (anew | (index <= 1)).long()
+    for _ in range(length.bit_length()):
+        starts = starts.scatter_reduce(1, jump, starts, "amax")
+        jump = read(jump, jump)
+    upto = found.cumsum(dim=1)
+    begin = torch.where(starts[:, :-1] > 0, index[:, :-1], 0).cummax(dim=1).values
+    return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, begin)
+
+
+def present(
+    ids: Integer[Tensor, "B T"], vocab: ByteVocab, begins: Int[Tensor, "B T"] | None = None
+) -> Bool[Tensor, "B T"]:
+    """Whether each position comes before the first pad of the row, or of its segment."""
+    pads = torch.cumsum(as_ids(ids) == vocab.pad_id, dim=1)
+    return pads == (0 if begins is None else pads.gather(1, begins))
+
+
+def shifted(
+    ids: Integer[Tensor, "B T"], count: int, fill: int, begins: Int[Tensor, "B T"] | None = None
+) -> Int[Tensor, "B T"]:
+    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
+    moved = F.pad(as_ids(ids), (count, 0), value=fill)[:, : ids.shape[1]]
+    if begins is None:
+        return moved
+    return moved.where(torch.arange(ids.shape[1], device=ids.device) - count >= begins, fill)
+
+
+def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor, "B {length}+1"]:
+    """Starts from the lengths of patches that cover `length` bytes.
+
+    A length of 0 behind the last patch says that the byte still to come starts a patch.
+    """
+    begins = torch.cumsum(lengths, dim=1) - lengths
+    starts = lengths.new_zeros((lengths.shape[0], max(length, int(begins.max())) + 1))
+    return starts.scatter(1, begins, 1)[:, : length + 1].bool()
+
+
+def plan_patches(
+    starts: Bool[Tensor, "B S"],
+    counted: Bool[Tensor, "B T"],
+    budget: int,
+    begins: Int[Tensor, "B T"] | None = None,
+) -> PatchPlan:
+    """Patches of a text from its starts; `counted` leaves out the padding.
+
+    Starts at the first two positions of each segment are added where they are missing: without a
+    complete patch before every prediction there would be nothing to read.
+    """
+    starts = starts | (torch.arange(starts.shape[1], device=starts.device) < 2)[None, :]
+    after = starts[:, 1:]
+    if begins is not None:
+        anew = begins == torch.arange(begins.shape[1], device=begins.device)[None, :]
+        after = after | anew
+        starts = F.pad(after, (1, 0), value=True) | F.pad(anew, (0, 1))
+    number = torch.cumsum(starts, dim=1) - 1
+    capped = number.clamp(max=budget)
+    lengths = number.new_zeros((starts.shape[0], budget + 1))
+    lengths = lengths.scatter_add(1, capped[:, :-1], counted.to(lengths.dtype))
+    patch_of = capped[:, :-1].where(counted, budget)
+    lost = number[:, -1] - capped[:, -1]
+    if begins is None:
+        return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, lost, capped, None)
+    first = capped.gather(1, begins)
+    newest = (number[:, :-1] + after).clamp(max=budget) - 1
+    read_of = newest.where(first < budget, budget)
+    firsts = torch.zeros_like(lengths).scatter_reduce(1, capped[:, :-1], first, "amax")
+    return PatchPlan(patch_of, read_of, lengths, lost, capped, firsts[:, :budget])
+
+
+def _separates(value: Tensor) -> Tensor:
+    """Whether a byte is neither letter, digit nor part of a character beyond ASCII."""
+    lower = value | 0x20
+    letter = (lower >= ord("a")) & (lower <= ord("z"))
+    digit = (value >= ord("0")) & (value <= ord("9"))
+    return (value >= 0) & (value < 0x80) & ~letter & ~digit
+
+
+def _continues(value: Tensor) -> Tensor:
+    return (value >= 0x80) & (value <= 0xBF)
+
+
+def _valid_second(lead: Tensor, value: Tensor) -> Tensor:
+    """Whether `value` may follow `lead`, the first byte of a character of three or four bytes."""
+    least = torch.where(lead == 0xE0, 0xA0, torch.where(lead == 0xF0, 0x90, 0x80))
+    most = torch.where(lead == 0xED, 0x9F, torch.where(lead == 0xF4, 0x8F, 0xBF))
+    return (value >= least) & (value <= most)

@@ -1,0 +1,349 @@
+"""The tabular Q-learning agent that steers learning rate and momentum: its table and one step.
+
+Watkins & Dayan 1992. Every `interval` steps the agent sees a cell of its table (where learning rate
+and momentum stand, how the smoothed loss falls, how steady the gradient norm is), picks one factor
+for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
+It works on tensors of the parameters' device and never asks for their values: no step waits.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bytelm.config.q_learning import QLearningConfig
+from bytelm_torch.optimizers.threefry import random_bits, seed_key
+
+Scalar = Float[Tensor, ""]
+Flag = Bool[Tensor, ""]
+
+
+# ---- the table: its cells and actions -------------------------------------------------------
+
+
+def log_memory(momentum: float) -> float:
+    """log of 1 / (1 - momentum), the scale on which momentum is binned and changed."""
+    return -math.log1p(-momentum)
+
+
+def _actions(*factors: float) -> tuple[float, ...]:
+    """Logarithms of the factors: no change, then nearest first, each before its inverse."""
+    return (0.0, *(sign * math.log(f) for f in factors for sign in (1.0, -1.0)))
+
+
+SCALE_EDGES = tuple(math.log(x) for x in (0.15, 0.4, 0.8, 1.25, 2.5, 6.0))
+MOMENTUM_EDGES = tuple(log_memory(x) for x in (0.6, 0.8, 0.87, 0.93, 0.96, 0.985))
+TREND_EDGES = (-2.0, -1.0, -0.3, 0.3, 1.0, 2.0)
+STABILITY_EDGES = (0.05, 0.1, 0.2, 0.3, 0.5)
+EDGES = (SCALE_EDGES, MOMENTUM_EDGES, TREND_EDGES, STABILITY_EDGES)
+CELLS = math.prod(len(edges) + 1 for edges in EDGES)
+
+LEARNING_RATE_ACTIONS = _actions(1.025, 1.05, 1.1, 1.15)
+MOMENTUM_ACTIONS = _actions(1.025, 1.05, 1.1)
+COUNTS = len(LEARNING_RATE_ACTIONS), len(MOMENTUM_ACTIONS)
+MOVES = LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS + (0.0,) * (COUNTS[0] - COUNTS[1])
+
+_TRENDS, _STABILITIES = len(TREND_EDGES) + 1, len(STABILITY_EDGES) + 1
+_TREND_LIMIT = 10.0
+_FALL_LIMIT = 1e3  # a finite loss of 1e30 must not make the table NaN
+_CLEAR = 2.0  # deviations from which on a reward is learned faster
+_LEAST_SPREAD, _LEAST_SHARE = 1e-7, 1e-3  # of a fall, and of its mean: what is below is rounding
+_TINY = 1e-30
+
+
+def _bounds(config: QLearningConfig) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Least and greatest positions of (learning rate, momentum)."""
+    least = math.log(config.min_scale), log_memory(config.min_momentum)
+    return least, (math.log(config.max_scale), log_memory(config.max_momentum))
+
+
+# ---- the agent ------------------------------------------------------------------------------
+
+
+class QLearningState(NamedTuple):
+    """The agent. Pairs are (learning rate, momentum); tables are float32 and changed in place,
+    other reals float32, or float64 with float64 parameters. `position` is (log of rate / base
+    rate, log of 1 / (1 - μ))."""
+
+    count: int
+    skipped: Int[Tensor, ""]
+    surges: Int[Tensor, ""]
+    last_surge: Int[Tensor, ""]
+    judged: Int[Tensor, ""]
+    key: tuple[int, int]
+    q_learning_rate: Float[Tensor, "cells 9"]
+    q_momentum: Float[Tensor, "cells 7"]
+    position: Float[Tensor, "2"]
+    before: Float[Tensor, "2"]
+    actions: Int[Tensor, "2"]
+    explored: Bool[Tensor, "2"]
+    cell: Int[Tensor, ""]
+    pending: Flag
+    epsilon: Scalar
+    first: Scalar
+    smoothed: Scalar
+    reference: Scalar
+    fall: Scalar
+    last_fall: Scalar
+    norms: Float[Tensor, "window"]
+    means: Float[Tensor, "2"]
+    variances: Float[Tensor, "2"]
+    baselines: Float[Tensor, "trends"]
+    trend: Scalar
+    stability: Scalar
+    reward: Scalar
+    learning_rate: Scalar
+
+
+@functools.cache
+def _constant(
+    values: tuple[float, ...] | tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A tensor copied to its device once: a copy in every step would wait for the device."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def init_agent(
+    config: QLearningConfig, momentum: float, seed: int, dtype: torch.dtype, device: torch.device
+) -> QLearningState:
+    """A fresh agent at the base learning rate and at `momentum`; its reals have `dtype`."""
+
+    def zeros(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.zeros(shape, dtype=kind, device=device)
+
+    position = torch.stack([zeros(), -torch.log1p(zeros() - momentum)])
+    return QLearningState(
+        count=0,
+        skipped=zeros(kind=torch.int64),
+        surges=zeros(kind=torch.int64),
+        last_surge=zeros(kind=torch.int64) - config.window,
+        judged=zeros(kind=torch.int64),
+        key=seed_key(seed),
+        q_learning_rate=zeros(CELLS, len(LEARNING_RATE_ACTIONS), kind=torch.float32),
+        q_momentum=zeros(CELLS, len(MOMENTUM_ACTIONS), kind=torch.float32),
+        position=position,
+        before=position.clone(),
+        actions=zeros(2, kind=torch.int64),
+        explored=zeros(2, kind=torch.bool),
+        cell=zeros(kind=torch.int64),
+        pending=zeros(kind=torch.bool),
+        epsilon=zeros() + config.epsilon,
+        first=zeros(),
+        smoothed=zeros(),
+        reference=zeros(),
+        fall=zeros(),
+        last_fall=zeros(),
+        norms=zeros(config.window),
+        means=zeros(2),
+        variances=zeros(2),
+        baselines=zeros(_TRENDS),
+        trend=zeros(),
+        stability=zeros(),
+        reward=zeros(),
+        learning_rate=zeros(),
+    )
+
+
+def step_agent(
+    state: QLearningState,
+    loss: Scalar,
+    norm: Scalar,
+    config: QLearningConfig,
+    steers_momentum: bool,
+) -> tuple[QLearningState, Flag]:
+    """The agent after seeing `loss` and gradient `norm`, and whether both are finite.
+
+    The position that it returns is that of this very step.
+    """
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    first = torch.where(finite & (state.count == state.skipped), loss, state.first)
+    if config.surge == 0:
+        surges = torch.zeros_like(finite)
+    else:
+        calm = state.count - state.last_surge >= config.window
+        high = config.surge * first
+        surges = finite & calm & (first > 0) & (loss > high) & (state.smoothed > high)
+        # What stands far above would stay in the running deviations and hide all that follows.
+        loss = torch.where(first > 0, torch.minimum(loss, 2 * high), loss)
+    sound = finite & ~surges
+    due = sound & (state.count % config.interval == 0)
+    learns = state.pending & (due | ~sound)
+    state = _observe(state, loss, norm, finite, config)
+    state, alpha = _judge(state, due, sound, config)
+    cell = _cell(state)
+    _learn(state, cell, learns, alpha, config)
+    state = _choose(state, cell, due, config, steers_momentum)
+    state = state._replace(
+        count=state.count + 1,
+        skipped=state.skipped + ~finite,
+        surges=state.surges + surges,
+        last_surge=torch.where(surges, state.count, state.last_surge),
+        pending=due | (state.pending & sound),
+        first=first,
+        reference=torch.where(due, state.smoothed, state.reference),
+        fall=torch.where(due, 0.0, state.fall),
+    )
+    return state, finite
+
+
+def _observe(
+    state: QLearningState, loss: Scalar, norm: Scalar, finite: Flag, config: QLearningConfig
+) -> QLearningState:
+    """Smooths the loss and keeps the gradient norm.
+
+    The fall is added up, not taken between two smoothed losses, where float32 would lose it.
+    """
+    seen = state.count - state.skipped
+    rate = 1 - 0.5 ** (1 / config.window)
+    drop = torch.where(finite & (seen > 0), rate * (state.smoothed - loss), 0.0)
+    places = torch.arange(config.window, device=norm.device)
+    norms = torch.where(finite & (places == seen % config.window), norm, state.norms)
+    seen = seen + finite
+    held = places < seen
+    length = seen.clamp(1, config.window).to(norms.dtype)
+    mean = (norms / length).sum().clamp(min=_TINY)
+    variance = (torch.where(held, (norms / mean - 1).square(), 0.0) / length).sum()
+    return state._replace(
+        smoothed=torch.where(finite & (seen == 1), loss, state.smoothed - drop),
+        fall=state.fall + drop,
+        norms=norms,
+        stability=variance.sqrt(),
+    )
+
+
+def _judge(
+    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
+) -> tuple[QLearningState, Scalar]:
+    """Rewards the last decision, takes back an exploration that did not pay, and says how large
+    a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
+
+    What is rewarded is the fresh fall: the fall without what the smoothing carries over from
+    before the decision, which would credit it with the work of earlier ones. It is compared with
+    its own mean before it is squashed, or a loss that falls steadily saturates every reward.
+    """
+    settled = due & state.pending
+    judged = state.judged + settled
+    fall = state.fall / state.reference.abs().clamp(min=_TINY)
+    fall = fall.clamp(-_FALL_LIMIT, _FALL_LIMIT)
+    carried = 0.5 ** (config.interval / config.window) * state.last_fall
+    falls = torch.stack([fall, fall - carried])
+    weight = (1 / judged.clamp(min=1).to(fall.dtype)).clamp(min=1 / config.memory)
+    surprise = falls - state.means
+    means = state.means + weight * surprise
+    variances = (1 - weight) * (state.variances + weight * surprise.square())
+    spread = variances.sqrt() + _LEAST_SPREAD + _LEAST_SHARE * means.abs()
+    slot = torch.arange(_TRENDS, device=fall.device) == state.cell // _STABILITIES % _TRENDS
+    baseline = torch.where(slot, state.baselines, 0.0).sum()
+    standing = (falls[1] - means[1]) / spread[1]
+    reward = torch.tanh(standing / 2) - baseline
+    clear = torch.where(settled, (standing / _CLEAR).square(), 1.0)
+    alpha = (config.alpha * clear.clamp(min=1.0)).clamp(max=1.0)
+    trend = (fall / spread[0]).clamp(-_TREND_LIMIT, _TREND_LIMIT)
+    baselines = torch.where(settled & slot, state.baselines + weight * reward, state.baselines)
+    undone = settled & state.explored & (reward <= config.undo_margin)
+    position = torch.where(undone, state.before, state.position)
+    state = state._replace(
+        judged=judged,
+        position=torch.where(sound, position, _halved(state.position, config)),
+        means=torch.where(settled, means, state.means),
+        variances=torch.where(settled, variances, state.variances),
+        baselines=baselines,
+        trend=torch.where(settled, trend, state.trend),
+        reward=torch.where(settled, reward, torch.where(sound, state.reward, -1.0)),
+        last_fall=torch.where(due, fall, state.last_fall),
+    )
+    return state, alpha
+
+
+def _halved(position: Float[Tensor, "2"], config: QLearningConfig) -> Float[Tensor, "2"]:
+    least = _bounds(config)[0][0]
+    return torch.stack([(position[0] - math.log(2)).clamp(min=least), position[1]])
+
+
+def _cell(state: QLearningState) -> Int[Tensor, ""]:
+    """Index of the table's row for what the agent sees now."""
+    signals = (state.position[0], state.position[1], state.trend, state.stability)
+    cell = torch.zeros_like(state.cell)
+    for signal, edges in zip(signals, EDGES, strict=True):
+        digit = (signal > _constant(edges, signal.dtype, signal.device)).sum()
+        cell = cell * (len(edges) + 1) + digit
+    return cell
+
+
+def _rows(state: QLearningState, cell: Int[Tensor, ""]) -> Float[Tensor, "2 9"]:
+    """Both tables' rows of values, momentum's filled up with what is never chosen."""
+    place = cell.reshape(1)  # a scalar index would ask the device for its value
+    momentum = state.q_momentum.index_select(0, place)
+    missing = momentum.new_full((1, COUNTS[0] - COUNTS[1]), -math.inf)
+    rate = state.q_learning_rate.index_select(0, place)
+    return torch.cat([rate, torch.cat([momentum, missing], dim=1)])
+
+
+def _learn(
+    state: QLearningState,
+    cell: Int[Tensor, ""],
+    learns: Flag,
+    alpha: Scalar,
+    config: QLearningConfig,
+) -> None:
+    """Q ← Q + α clip(r + γ max Q[s'] − Q, ±1) for the last decision's two actions."""
+    tables = [table.view(-1) for table in (state.q_learning_rate, state.q_momentum)]
+    places = state.cell * _constant(COUNTS, torch.int64, cell.device) + state.actions
+    old = torch.cat([tables[i].index_select(0, places[i : i + 1]) for i in range(2)])
+    target = state.reward.to(old.dtype) + config.gamma * _rows(state, cell).amax(dim=1)
+    new = old + alpha.to(old.dtype) * (target - old).clamp(-1.0, 1.0)
+    new = torch.where(learns, new, old)
+    for i in range(2):
+        tables[i].index_copy_(0, places[i : i + 1], new[i : i + 1])
+
+
+def _choose(
+    state: QLearningState,
+    cell: Int[Tensor, ""],
+    due: Flag,
+    config: QLearningConfig,
+    steers_momentum: bool,
+) -> QLearningState:
+    """Picks both actions, ε-greedily, and moves the position by them."""
+    step = state.count + 1  # 0 is the counter of fold_in
+    draws = [random_bits(state.key, step, i) for i in range(6)]
+    actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
+    position = state.position
+    low, high = (_constant(b, position.dtype, position.device) for b in _bounds(config))
+    moves = [_constant(m, position.dtype, position.device) for m in MOVES]
+    moves = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(moves)]
+    moved = (position + torch.cat(moves)).clamp(low, high)
+    if not steers_momentum:
+        actions = torch.stack([actions[0], torch.zeros_like(actions[1])])
+        explored = torch.stack([explored[0], torch.zeros_like(explored[1])])
+        moved = torch.stack([moved[0], position[1]])
+    epsilon = (state.epsilon * config.epsilon_decay).clamp(min=config.epsilon_floor)
+    return state._replace(
+        position=torch.where(due, moved, position),
+        before=torch.where(due, position, state.before),
+        actions=torch.where(due, actions, state.actions),
+        explored=torch.where(due, explored, state.explored),
+        cell=torch.where(due, cell, state.cell),
+        epsilon=torch.where(due, epsilon, state.epsilon),
+    )
+
+
+def _pick(
+    values: Float[Tensor, "2 9"], draws: list[int], epsilon: Scalar, config: QLearningConfig
+) -> tuple[Int[Tensor, "2"], Bool[Tensor, "2"]]:
+    """Actions, and which were explored; a coin decides between a factor and its inverse."""
+    orders = []
+    for coin in draws[2::3]:
+        pairs = [(i + 1, i) if coin % 2 == 1 else (i, i + 1) for i in range(1, COUNTS[0], 2)]
+        order = (0, *(rank for pair in pairs for rank in pair))
+        orders.append(_constant(order, torch.int64, values.device))
+    good = values >= values.amax(dim=1, keepdim=True) - config.indifference
+    greedy = torch.where(good, torch.stack(orders), COUNTS[0]).argmin(dim=1)
+    explores = torch.stack([epsilon > (draw >> 8) / 2**24 for draw in draws[::3]])
+    uniform = [draw % count for draw, count in zip(draws[1::3], COUNTS, strict=True)]
+    choices = [torch.where(explores[i], uniform[i], greedy[i]) for i in range(2)]
+    actions = torch.stack(choices)
+    return actions, explores & (actions != 0)

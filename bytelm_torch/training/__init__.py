@@ -1,0 +1,1 @@
+"""Training: step, loop, loss, evaluation, checkpoints."""

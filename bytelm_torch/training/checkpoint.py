@@ -1,0 +1,143 @@
+"""Run folders of the trainer: the configuration, and checkpoints that are exports with optimizer state beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bytelm.config import (
+    Recipe,
+    TrainConfig,
+    from_dict,
+    require,
+    to_dict,
+)
+from bytelm_torch.interop.export import (
+    CONFIG_FILE,
+    about,
+    from_pretrained,
+    one_line,
+    save_pretrained,
+    write_synced,
+)
+from bytelm_torch.interop.finite import first_non_finite, require_finite
+
+METRIC = "validation_bits_per_byte"
+"""What "best" means: the lowest of this."""
+
+
+_TRAINING_FILE = "training.pt"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that the old or the new content stands there at any moment."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(beside, lambda sink: sink.write(text.encode()))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_config(run_dir: Path, recipe: Recipe) -> None:
+    """Writes `config.json`."""
+    write_text(run_dir / CONFIG_FILE, json.dumps(to_dict(recipe), indent=2) + "\n")
+
+
+def load_config(path: Path) -> Recipe:
+    """Reads a recipe: a JSON file, or the `config.json` of a run folder; raises `ValueError`."""
+    file = path / CONFIG_FILE if path.is_dir() else path
+    with about(file, "give a run folder or a JSON file with a recipe"):
+        return from_dict(Recipe, json.loads(file.read_text("utf-8")))
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of which `run_dir` holds a checkpoint, rising."""
+    folder = run_dir / "checkpoints"
+    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    data: str,
+    metrics: dict[str, float] | None,
+) -> None:
+    """Writes `checkpoints/<step>`, whole or not at all, and removes what need not be kept.
+
+    The folder is an export, for `from_pretrained` and `bytelm import`, and beside it
+    `training.pt` holds the optimizer, the identity of the data and the metrics.
+    """
+    folder = run_dir / "checkpoints"
+    beside = folder / f".{step}.{os.getpid()}.partial"
+    state = {"step": step, "data": data, "metrics": metrics, "optimizer": optimizer.state_dict()}
+    try:
+        extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        save_pretrained(model, beside, extra)
+        write_synced(beside / _TRAINING_FILE, lambda sink: torch.save(state, sink))
+        shutil.rmtree(folder / str(step), ignore_errors=True)
+        os.replace(beside, folder / str(step))
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        raise ValueError(f"{folder}: cannot be written ({why}); earlier ones are whole") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    for old in _not_kept(run_dir, recipe.train):
+        shutil.rmtree(folder / str(old))
+
+
+def _not_kept(run_dir: Path, train: TrainConfig) -> list[int]:
+    steps = saved_steps(run_dir)
+    scores = {step: (read_training(run_dir, step)["metrics"] or {}).get(METRIC) for step in steps}
+    scored = sorted((score, step) for step, score in scores.items() if score is not None)
+    best = {step for _, step in scored[: train.keep_best]}
+    return [step for step in steps[: -train.keep_last] if step not in best]
+
+
+def read_training(run_dir: Path, step: int) -> dict[str, Any]:
+    """What stands beside the export of a checkpoint; no code in it is run."""
+    file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
+    with about(file, "delete that checkpoint to go on from the one before"):
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except OSError:
+            raise
+        except Exception as error:  # damaged files make torch raise nearly anything
+            raise ValueError(f"damaged ({one_line(error, 160)}); delete that folder") from None
+        whole = isinstance(found, dict) and {"step", "data", "metrics", "optimizer"} <= set(found)
+        require(whole, "not what training writes; delete that folder")
+        return found
+
+
+def restore(
+    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Loads checkpoint `step` into `model` and `optimizer`; gives what was stored beside them.
+
+    Raises `ValueError` for what cannot be read, is another optimizer's or is not finite.
+    """
+    loaded = from_pretrained(run_dir / "checkpoints" / str(step))
+    model.load_state_dict(loaded.state_dict(), strict=True)
+    found = read_training(run_dir, step)
+    with about(run_dir / "checkpoints" / str(step), ""):
+        require_finite(first_non_finite(found["optimizer"], "optimizer"))
+    try:
+        optimizer.load_state_dict(found["optimizer"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{run_dir}/checkpoints/{step}: another optimizer's state ({one_line(error)}); "
+            "keep the optimizer or choose another run_dir"
+        ) from None
+    return found

@@ -1,0 +1,370 @@
+"""The whole training story, top to bottom: setup, data, model, restore, step, loop.
+
+    python -m bytelm_torch.train recipe.json --run-dir runs/mine
+    torchrun --nproc-per-node 2 -m bytelm_torch.train recipe.json --run-dir runs/mine
+
+The recipe is JSON as in a run folder's `config.json`; what it leaves out has its default. The same
+recipe trains on the same windows in the same order as `bytelm train`.
+"""
+
+import argparse
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bytelm import data
+from bytelm.config import Recipe, TrainConfig, from_dict, require, require_document_ends, to_dict
+from bytelm.config.lfbyte import require_prediction
+from bytelm.metrics import MetricsLog, Throughput
+from bytelm.tracking import check_trackers, open_trackers
+from bytelm_torch.interop.export import from_pretrained
+from bytelm_torch.interop.finite import first_non_finite
+from bytelm_torch.models import build_model
+from bytelm_torch.optimizers.build import build_optimizer, learning_rate_schedule
+from bytelm_torch.training import checkpoint, parallel
+from bytelm_torch.training.batches import training_batches
+from bytelm_torch.training.evaluate import evaluate, make_row_nats
+from bytelm_torch.training.loss import bits_per_byte
+
+_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
+"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
+
+_IN_FLIGHT = 4
+"""Steps queued on the device before their metrics are looked at."""
+
+_LINE_SECONDS = 10.0
+"""At most one progress line in this many seconds."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: at which step, and whether a signal stopped it before the last one."""
+
+    step: int
+    interrupted: bool
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
+
+
+class StopSignal:
+    """True once SIGINT or SIGTERM arrived; a second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def __bool__(self) -> bool:
+        return self._seen
+
+    def __enter__(self) -> "StopSignal":
+        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._seen:
+            os._exit(128 + number)
+        self._seen = True
+        print("stopping soon; once more to stop at once", file=sys.stderr, flush=True)
+
+
+class Display:
+    """Plain progress lines on standard error, from the first process alone."""
+
+    def __init__(self, steps: int, shown: bool):
+        self._steps, self._shown, self._last = steps, shown, float("-inf")
+        self._first: tuple[int, float] | None = None
+
+    def say(self, message: str) -> None:
+        """Prints one line."""
+        if self._shown:
+            print(message, file=sys.stderr, flush=True)
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Prints a finished step's rates, if some time has passed since the last."""
+        now = time.monotonic()
+        since, begun = self._first = self._first or (step, now)
+        if now - self._last > _LINE_SECONDS:
+            self._last = now
+            bits, rate = record["bits_per_byte"], record["bytes_per_second"] / 1e3
+            said = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
+            if "mfu" in record:
+                said += f"  MFU {record['mfu']:.1%}"
+            if step > since:
+                left = (now - begun) / (step - since) * (self._steps - step)
+                said += f"  {timedelta(seconds=round(left))} left"
+            self.say(said)
+
+
+def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Makes the folder, or makes sure that it holds this recipe; raises `ValueError` otherwise."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
+    if (run_dir / "config.json").exists():
+        check_same_run(checkpoint.load_config(run_dir), recipe, run_dir)
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+
+
+def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
+    """Raises `ValueError` for the first field whose change would make this another run."""
+    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
+    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
+    for part, old, new in pairs:
+        names = [f.name for f in fields(old)] if type(old) is type(new) else []
+        if not names:
+            raise ValueError(
+                f"{part}: {run_dir} holds another architecture; choose another run_dir"
+            )
+        for name in names:
+            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
+            before, after = getattr(old, name), getattr(new, name)
+            if before != after and not free:
+                raise ValueError(
+                    f"{part}.{name}={after}: {run_dir} was started with {before}; "
+                    "keep that value or choose another run_dir"
+                )
+
+
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    kept = recipe.data
+    corpus = data.open_corpus(kept.paths)
+    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()
+
+
+def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome:
+    """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
+
+    `initial` is an export whose parameters a new run starts from. Raises `ValueError` for settings,
+    data or checkpoints that do not fit, and `DivergedError` when the loss was no finite number at
+    `max_bad_steps` steps in a row, each of which was skipped, or at the last ones, and when weights
+    are not finite, which are neither evaluated nor saved.
+    """
+    with parallel.join_group(timeout=recipe.train.step_timeout) as group:
+        return _train(recipe, run_dir, initial, group)
+
+
+def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) -> Any:
+    if initial is None:
+        torch.manual_seed(recipe.train.seed)
+        return build_model(recipe.model).to(group.device)
+    model = from_pretrained(initial, device=group.device).float()
+    same = model.config == recipe.model
+    require(same, f"initial={initial}: another model than the recipe's; give one of its own")
+    return model
+
+
+def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group) -> Outcome:
+    run, vocab = recipe.train, recipe.model.vocab
+    first = group.rank == 0
+    require_prediction(recipe.model)
+    require_document_ends(recipe)
+
+    # ---- setup ----
+    check_trackers(run.track)
+    parallel.check_batch(group, run)
+
+    # ---- data ----
+    length = recipe.data.sequence_length
+    windows, held_out, identity = open_windows(recipe)
+
+    # ---- model and optimizer ----
+    if first:
+        prepare_run_dir(run_dir, recipe)
+    model = _start_model(recipe, initial, group).train()
+    optimizer = build_optimizer(recipe.optimizer, model, run.seed)
+
+    # ---- restore ----
+    parallel.wait_for_all(group)
+    start = (checkpoint.saved_steps(run_dir) or [0])[-1]
+    if start:
+        found = checkpoint.restore(run_dir, start, model, optimizer)
+        if found["data"] != identity:
+            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+    if first:
+        checkpoint.save_config(run_dir, recipe)
+
+    # ---- step ----
+    step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
+    row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
+    schedule = learning_rate_schedule(recipe.optimizer, run.steps)
+    log = None
+    if first:
+        trackers = open_trackers(recipe, run_dir, start)
+        log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
+    rates = Throughput(recipe.model.flops_per_byte(length), group.size)
+    display = Display(run.steps, first)
+    pending: deque[tuple[int, dict[str, Tensor]]] = deque()
+    saved, asked, bad = start, False, 0
+
+    def diverged(step: int, why: str) -> DivergedError:
+        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
+        rate = recipe.optimizer.learning_rate
+        return DivergedError(f"step {step}: {why}; {kept}; lower optimizer.learning_rate={rate}")
+
+    def stop_on_non_finite(step: int, **trees: Any) -> None:
+        """Ends the run, in all processes alike, as they hold the same: no later step would mend."""
+        found = first_non_finite(trees)
+        if found is not None:
+            raise diverged(step, f"{found} holds NaN or infinity")
+
+    def settle(keep: int) -> None:
+        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        nonlocal asked, bad
+        while len(pending) > keep:
+            step, report = pending.popleft()
+            values = {name: float(value) for name, value in report.items()}
+            asked |= values.pop("stop") > 0  # in every process at the same step
+            rates.add(run.batch_size * length)
+            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
+            bad = 0 if finite else bad + 1
+            if bad >= run.max_bad_steps:
+                raise diverged(
+                    step,
+                    f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
+                    f"{bad} steps in a row",
+                )
+            if bad:
+                display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
+                continue
+            if log and (step % run.log_every == 0 or step == run.steps):
+                values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+                values["learning_rate"] = schedule(step - 1)
+                values |= rates.read()
+                log.write({"step": step, **values})
+                display.show(step, values)
+
+    def validate(step: int) -> dict[str, float] | None:
+        if not len(held_out):
+            return None
+        stop_on_non_finite(step, model=model.state_dict())
+        rows = -(-run.batch_size // group.size) * group.size
+        batches = data.evaluation_batches(held_out, rows, run.eval_windows, group.rank, group.size)
+        found = evaluate(row_nats, batches, vocab.pad_id, group)
+        record = {
+            "validation_loss": found.nats / found.count,
+            checkpoint.METRIC: found.bits_per_byte,
+        }
+        if log:
+            log.write({"step": step, **record})
+        display.say(f"step {step}: validation {found.bits_per_byte:.4f} bits per byte")
+        return record
+
+    def save(step: int, record: dict[str, float] | None) -> None:
+        nonlocal saved
+        stop_on_non_finite(step, model=model.state_dict(), optimizer=optimizer.state_dict())
+        if first:
+            checkpoint.save(run_dir, step, model, optimizer, recipe, identity, record)
+        saved = step
+
+    # ---- loop ----
+    batches = training_batches(
+        windows, run.batch_size, recipe.data.shuffle_seed, start, group.rank, group.size
+    )
+    step = start
+    with StopSignal() as stop:
+        display.say(
+            f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
+        )
+        while step < run.steps and not asked:
+            clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
+            report = step_function(step, next(batches), rate, clip, bool(stop))
+            step += 1
+            pending.append((step, report))
+            settle(0 if group.device.type == "cpu" else _IN_FLIGHT)
+
+            last = step == run.steps
+            evaluates = last or (run.eval_every and step % run.eval_every == 0)
+            saves = last or (run.checkpoint_every and step % run.checkpoint_every == 0)
+            if evaluates or saves:
+                settle(0)
+                record = validate(step) if evaluates else None
+                # In the midst of trouble the checkpoint from before it stays the newest, but at the
+                # end, where a validation can show that the weights are good.
+                good = not bad or (last and record and math.isfinite(record[checkpoint.METRIC]))
+                if saves and good:
+                    save(step, record)
+                rates.restart()
+        settle(0)
+        if step > saved:
+            if not asked:
+                raise diverged(
+                    step,
+                    f"the last steps ({bad}) were skipped, for their loss or gradient norm is not "
+                    "finite, so the end of the run is not saved",
+                )
+            save(step, None)
+        if log:
+            log.close()
+        parallel.wait_for_all(group)
+    return Outcome(step, asked and step < run.steps)
+
+
+def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with fields set by `section.field=value`; values are JSON, or plain text."""
+    tree = to_dict(recipe)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        *path, last = name.split(".")
+        place = tree
+        for part in path:
+            place = place.get(part) if isinstance(place, dict) else None
+        known = bool(equals) and isinstance(place, dict) and last in place
+        require(known, f"{change}: no such field; write for example train.steps=100")
+        try:
+            place[last] = json.loads(text)  # pyright: ignore[reportOptionalSubscript]
+        except json.JSONDecodeError:
+            place[last] = text  # pyright: ignore[reportOptionalSubscript]
+    return from_dict(Recipe, tree)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. Bad input: 2 and one line on standard error."""
+    parser = argparse.ArgumentParser(prog="python -m bytelm_torch.train", description=__doc__)
+    parser.add_argument("recipe", type=Path, help="a JSON file or a run folder")
+    parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
+    parser.add_argument("--run-dir", type=Path, help="default runs/NAME")
+    parser.add_argument("--data", nargs="+", help="files and folders with bytes to train on")
+    parser.add_argument("--initial", type=Path, help="an export to start from")
+    options = parser.parse_intermixed_args(argv)
+    try:
+        recipe = with_changes(checkpoint.load_config(options.recipe), options.changes)
+        if options.data:
+            recipe = replace(recipe, data=replace(recipe.data, paths=tuple(options.data)))
+        run_dir = options.run_dir or Path("runs") / recipe.name
+        outcome = train(recipe, run_dir, options.initial)
+    except DivergedError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if int(os.environ.get("RANK", 0)) == 0:
+        how = "stopped" if outcome.interrupted else "done"
+        print(f"{how}: step {outcome.step} is saved in {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Processes: the group that `torchrun` started, and the train step over it.
+
+Models and losses run in one process unchanged. Each process holds one device, a copy of the
+parameters and its share of every batch's rows; gradients and losses are sums over all of them, so
+that the number of processes changes nothing but rounding.
+"""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Integer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bytelm.config import TrainConfig
+from bytelm_torch.layers.ids import as_ids
+from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm
+from bytelm_torch.training.loss import cross_entropy
+
+
+class Group(NamedTuple):
+    """This process among `size` of them, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def join_group(device: str = "auto", timeout: int = 0) -> Iterator[Group]:
+    """The group of this process: what `torchrun` says in the environment, else one process alone.
+
+    A process that waits for the others for more than `timeout` seconds ends (0: torch's default).
+
+    `device` "auto" is the process's own GPU where there are any, else the CPU. GPUs speak over
+    nccl, CPUs over gloo.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(
+                f"LOCAL_RANK={local}: this machine has {torch.cuda.device_count()} GPUs; "
+                "start at most that many processes on it"
+            )
+        torch.cuda.set_device(local)
+        kind = f"cuda:{local}"
+    mine = torch.device(kind)
+    if size == 1 or dist.is_initialized():
+        known = dist.is_initialized()
+        yield Group(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, mine)
+        return
+    limit = timedelta(seconds=timeout) if timeout else None
+    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=limit)
+    try:
+        yield Group(dist.get_rank(), size, mine)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_batch(group: Group, train: TrainConfig) -> None:
+    """Raises `ValueError` unless the batch divides evenly over processes and micro-batches."""
+    if train.fsdp != 1:
+        raise ValueError(
+            f"fsdp={train.fsdp}: every process of this package holds a whole copy; set it to 1"
+        )
+    parts = group.size * train.accumulation_steps
+    if train.batch_size % parts:
+        raise ValueError(
+            f"batch_size={train.batch_size}: must be a multiple of {parts} ({group.size} processes "
+            f"x {train.accumulation_steps} accumulation_steps); or start fewer processes"
+        )
+
+
+def compute_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype of products: what the config says, or what suits this device."""
+    name = train.compute_dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+    return getattr(torch, name)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> Any:
+    """Products in `dtype` where that is narrower than the parameters, which stay as they are."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is torch.bfloat16)
+
+
+def all_sum(group: Group, values: Tensor) -> Tensor:
+    """The sum of `values` over all processes."""
+    if group.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def wait_for_all(group: Group) -> None:
+    """Returns when every process has come here."""
+    if group.size > 1:
+        dist.barrier()
+
+
+class RowLoss(nn.Module):
+    """Summed nats, summed extra loss and summed metrics of rows; what DDP wraps."""
+
+    def __init__(self, model: Any, pad_id: int, remat: bool):
+        super().__init__()
+        self.model, self.pad_id, self.remat = model, pad_id, remat
+
+    def forward(self, ids: Integer[Tensor, "B T"]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        output = self.model.outputs(ids, self.remat)
+        nats, _ = cross_entropy(output.logits, ids, self.pad_id)
+        return nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()}
+
+
+def make_train_step(
+    model: Any, optimizer: torch.optim.Optimizer, train: TrainConfig, pad_id: int, group: Group
+) -> Callable[[int, np.ndarray, float, float, bool], dict[str, Tensor]]:
+    """`step(count, rows, learning_rate, max_grad_norm, stop) -> metrics`, after `count` steps.
+
+    `rows` are this process's ids of the global batch. Metrics: `loss` (nats, mean over all counted
+    ids of the global batch), `grad_norm`, what the model reports, averaged over rows, and `stop`,
+    above 0 when any process asks for it. Gradients of micro-batches are added before they are
+    used. A step whose loss or gradient norm is not a finite number moves nothing. Dropout depends
+    on seed, step and process alone, so a resumed run draws the same.
+    """
+    check_batch(group, train)
+    dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
+    whole: nn.Module = RowLoss(model, pad_id, train.remat)
+    if group.size > 1:
+        devices = None if group.device.type == "cpu" else [group.device]
+        whole = DistributedDataParallel(whole, device_ids=devices)
+
+    def backward(ids: Tensor, count: Tensor) -> dict[str, Tensor]:
+        with autocast(group.device, dtype):
+            nats, extra, metrics = whole(ids)
+        # DDP averages the gradients of the processes; theirs is a sum.
+        ((nats / count + extra / train.batch_size) * group.size).backward()
+        found = {"loss": nats / count, **{k: v / train.batch_size for k, v in metrics.items()}}
+        return {name: value.detach() for name, value in found.items()}
+
+    def step(
+        count: int, rows: np.ndarray, learning_rate: float, max_grad_norm: float, stop: bool
+    ) -> dict[str, Tensor]:
+        mixed = np.random.SeedSequence((train.seed, count, group.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(mixed[0]))
+        ids = as_ids(torch.from_numpy(rows)).to(group.device)
+        counted = all_sum(group, (ids != pad_id).sum()).clamp(min=1)
+        optimizer.zero_grad()
+        reports = []
+        for part in range(parts):
+            quiet = isinstance(whole, DistributedDataParallel) and part + 1 < parts
+            with whole.no_sync() if quiet else nullcontext():  # pyright: ignore
+                reports.append(backward(ids[part::parts], counted))
+        names = sorted(reports[0])
+        wide = reports[0]["loss"].dtype
+        own = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
+        sums = all_sum(group, torch.stack([*own, own[0].new_tensor(float(stop))]))
+        report = dict(zip([*names, "stop"], sums, strict=True))
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        report["grad_norm"] = global_norm(gradients)
+        _move(optimizer, model, report, learning_rate, max_grad_norm)
+        return report
+
+    return step
+
+
+def _move(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    report: dict[str, Tensor],
+    learning_rate: float,
+    max_grad_norm: float,
+) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss, norm = report["loss"], report["grad_norm"]
+    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips and skips itself
+        optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]
+        return
+    if not torch.isfinite(loss + norm):
+        return
+    clip_by_global_norm(model.parameters(), max_grad_norm)
+    optimizer.step()

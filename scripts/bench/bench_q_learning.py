@@ -1,0 +1,104 @@
+"""What the agent and its noise cost: milliseconds of each optimizer's update, one JSON line each.
+
+    python scripts/bench/bench_q_learning.py --recipe megabyte_tiny --batch 16
+
+The gradient and each update are compiled and timed by themselves, after warm-up: medians of single
+calls, each waited for; processor time on a CPU, since its cores may be busy, wall time elsewhere.
+`share_over_sgd` is what an update takes beyond that of SGD with momentum, over the gradient's time
+plus SGD's. `state_bytes` is the optimizer's memory.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bytelm import recipes
+from bytelm.config import OptimizerConfig
+from bytelm_jax.models import cast_params, define_model
+from bytelm_jax.optimizers.build import build_optimizer
+from bytelm_jax.training import parallel
+from bytelm_jax.training.loss import cross_entropy
+
+ROWS = {
+    "sgd": OptimizerConfig(name="sgd"),
+    "q_learning_sgd": OptimizerConfig(name="q_learning_sgd"),
+    "q_learning_sgd, noise": OptimizerConfig(name="q_learning_sgd", noise_scale=1e-3),
+    "q_learning_sgd, not centred": OptimizerConfig(name="q_learning_sgd", centralize=False),
+    "adamw": OptimizerConfig(),
+    "q_learning_adamw": OptimizerConfig(name="q_learning_adamw"),
+}
+
+
+def milliseconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median time of `call`, whose arrays are waited for."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    times = []
+    for _ in range(repeats + 2):
+        start = clock()
+        jax.block_until_ready(call())
+        times.append(clock() - start)
+    return 1e3 * statistics.median(times[2:])
+
+
+def main() -> None:
+    """Prints a line an optimizer."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--recipe", default="megabyte_tiny")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=20)
+    options = parser.parse_args()
+    recipe = recipes.get(options.recipe)
+    bind, init = define_model(recipe.model)
+    dtype = parallel.compute_dtype(recipe.train)
+    params, vocab = jax.jit(init)(0), recipe.model.vocab
+    shape = options.batch, recipe.data.sequence_length
+    source = np.random.default_rng(0)
+    ids = jnp.asarray(source.integers(vocab.offset, vocab.offset + 256, shape, np.int32))
+
+    @jax.jit
+    def gradient(params: Any) -> Any:
+        def mean_loss(params: Any) -> Any:
+            nats, count = cross_entropy(bind(cast_params(params, dtype))(ids), ids, vocab.pad_id)
+            return nats / count
+
+        return jax.value_and_grad(mean_loss)(params)
+
+    loss, gradients = gradient(params)
+    base = milliseconds(lambda: gradient(params), max(options.repeats // 4, 3))
+    plain = 0.0
+    for name, config in ROWS.items():
+        optimizer = build_optimizer(config, recipe.train.steps)
+        state, start = optimizer.init(params), time.perf_counter()
+        update = jax.jit(optimizer.update).lower(gradients, state, params, value=loss).compile()
+        compiled = time.perf_counter() - start
+        spent = milliseconds(
+            lambda update=update, state=state: update(gradients, state, params, value=loss),
+            options.repeats,
+        )
+        plain = plain or spent
+        row = {
+            "optimizer": name,
+            "update_ms": round(spent, 3),
+            "compile_seconds": round(compiled, 1),
+            "gradient_ms": round(base, 1),
+            "share_over_sgd": round((spent - plain) / (base + plain), 4),
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            "recipe": recipe.name,
+            "batch": shape,
+            "dtype": str(dtype),
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

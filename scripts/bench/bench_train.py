@@ -1,0 +1,260 @@
+"""Training speed of recipes, side by side in one run: one JSON line a row.
+
+    python scripts/bench/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 blt_767m:8:2048:4
+
+A row is RECIPE:BATCH[:LENGTH[:PATCH]][@DEVICES[xFSDP][xFORM]]; bytes are random, windows as long as
+the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of so
+many bytes in the place of its patcher. BATCH is that of all DEVICES (1 if left out), of which each
+FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype is bfloat16 on an
+accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
+step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
+warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
+half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step and the
+time in collectives.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import numpy as np
+
+from bytelm import recipes
+from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
+from bytelm.metrics import peak_flops
+from bytelm_jax.models import define_model
+from bytelm_jax.optimizers.build import build_optimizer
+from bytelm_jax.tools import collectives
+from bytelm_jax.training import parallel
+
+STEPS = 10
+
+_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+
+
+def read_row(row: str) -> Recipe:
+    """The recipe that a row names, with the row's batch, length, patches and devices."""
+    what, _, where = row.partition("@")
+    name, *numbers = what.split(":")
+    batch, length, patch = (*map(int, numbers), *(0,) * (3 - len(numbers)))
+    devices, fsdp, form = (*where.split("x"), *("", "", "")[where.count("x") + 1 :])
+    recipe = recipes.get(name)
+    if patch and isinstance(recipe.model, BLTConfig):
+        model = replace(
+            recipe.model, patcher="fixed", patch_size=patch, whole_characters=False,
+            bytes_per_patch=float(patch),
+        )  # fmt: skip
+        recipe = replace(recipe, model=model)
+    run = replace(
+        recipe.train, batch_size=batch or 32, eval_every=0, devices=int(devices or 1),
+        fsdp=int(fsdp or 1), parallel="shard_map" if form == "shard_map" else "jit",
+    )  # fmt: skip
+    data = replace(recipe.data, sequence_length=length or recipe.data.sequence_length)
+    return replace(recipe, train=run, data=data)
+
+
+def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
+    """Milliseconds a step and device of what takes longest, by place in the program, and of all.
+
+    "collectives" are those between devices, waiting for the slowest of them included.
+    """
+    hlo = (trace / "hlo.txt").read_text()
+    places = dict(re.findall(r"%?([\w.-]+) = .*?op_name=\"([^\"]*)\"", hlo))
+    (path,) = trace.rglob("*.xplane.pb")
+    data = jax.profiler.ProfileData.from_file(str(path))
+    total, between, busy = Counter[str](), 0.0, set[str]()
+    for plane in data.planes:
+        for line in plane.lines if plane.name.startswith("/device:") else ():
+            for event in line.events if line.name.startswith("Stream") else ():
+                busy.add(plane.name)  # a host's other devices have planes, too
+                stats = dict(event.stats)
+                name = str(stats.get("hlo_op", event.name))
+                place = re.sub(r"[.]\d+|layers/\d+/", "", places.get(name, name))
+                total[f"{re.sub(r'[._]?[0-9]+', '', name)} {place}"] += event.duration_ns / 1e6
+                if name.startswith(collectives.KINDS) or "nccl" in event.name.lower():
+                    between += event.duration_ns / 1e6
+    parts = steps * max(len(busy), 1)
+    kernels = {name: round(ms / parts, 3) for name, ms in total.most_common(count)}
+    sums = {"all kernels": sum(total.values()), "collectives": between}
+    return {name: round(ms / parts, 3) for name, ms in sums.items()} | kernels
+
+
+class Prepared(NamedTuple):
+    """A row, compiled; the devices hold nothing of it yet."""
+
+    row: str
+    recipe: Recipe
+    mesh: jax.sharding.Mesh
+    step: jax.stages.Compiled
+    make_state: Callable[[], parallel.TrainState]
+    seconds: float
+
+
+def prepare(row: str, remat: bool = False) -> Prepared:
+    """Compiles a row's step and its first state."""
+    recipe = read_row(row)
+    recipe = replace(recipe, train=replace(recipe.train, remat=remat))
+    run, start = recipe.train, time.perf_counter()
+    mesh = parallel.make_mesh(run.devices, run.fsdp)
+    bind, init = define_model(recipe.model)
+    frozen = recipe.model.frozen_prefixes
+    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
+    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    shape = (run.batch_size, recipe.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
+    compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
+    make_state = parallel.compile_init(optimizer, lambda: init(run.seed), state)
+    return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
+
+
+def measure(
+    prepared: Prepared, repeats: int, trace: Path | None
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Seconds a step, bytes of memory; a profile of ten steps goes to `trace`."""
+    recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
+    shape = (run.batch_size, recipe.data.sequence_length)
+    offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
+    batches = [
+        parallel.put_batch(mesh, source.integers(offset, offset + 256, shape, np.int32))
+        for _ in range(4)
+    ]
+    report: dict[str, Any] = {}
+    state = prepared.make_state()
+
+    def some_steps() -> float:
+        nonlocal state, report
+        start = time.perf_counter()
+        for i in range(STEPS):
+            state, report = prepared.step(state, batches[i % len(batches)])
+        jax.block_until_ready((state, report))
+        return (time.perf_counter() - start) / STEPS
+
+    some_steps()
+    times = [some_steps() for _ in range(repeats)]
+    used = [device.memory_stats() or {} for device in mesh.devices.flat]
+    first = mesh.devices.flat[0]
+    kept = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
+               if s.device == first)  # fmt: skip
+    if trace:
+        with jax.profiler.trace(str(trace)):
+            some_steps()
+    spread, loss = max(times) - min(times), float(report["loss"])
+    found = {"seconds": statistics.median(times), "spread": spread, "loss": loss}
+    peak = max(m.get("peak_bytes_in_use", 0) for m in used)
+    return found, {"peak": peak, "state": kept}
+
+
+def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    """One row: milliseconds a step, megabytes a second, MFU, memory."""
+    run, length = prepared.recipe.train, prepared.recipe.data.sequence_length
+    rate, peak = run.batch_size * length / times["seconds"], peak_flops()
+    planned: Any = prepared.step.memory_analysis()
+    step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
+            planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
+    flops = training_flops_per_byte(prepared.recipe.model, length)
+    return {
+        "row": prepared.row,
+        "ms": round(1e3 * times["seconds"], 2),
+        "spread_ms": round(1e3 * times["spread"], 2),
+        "megabytes_per_second": round(rate / 1e6, 4),
+        "mfu": peak and round(flops * rate / peak / prepared.mesh.size, 4),
+        "peak_gib": round(sizes["peak"] / 2**30, 2),
+        "step_gib": round(sum(step) / 2**30, 2),
+        "state_gib": round(sizes["state"] / 2**30, 4),
+        "loss": round(times["loss"], 4),
+        "dtype": str(parallel.compute_dtype(run)),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def run_row(row: str, remat: bool, repeats: int, lock: Path, trace: Path | None) -> dict[str, Any]:
+    """Compiles a row, waits for the devices and measures; the devices are its own until it ends."""
+    prepared = prepare(row, remat)
+    fcntl.flock(os.open(lock, os.O_RDWR), fcntl.LOCK_EX)
+    times, sizes = measure(prepared, repeats, trace)
+    if trace:
+        (trace / "hlo.txt").write_text(prepared.step.as_text() or "")
+    return describe(prepared, times, sizes)
+
+
+def measure_all(
+    rows: list[str], rest: list[str], workers: int, profile: int
+) -> Iterator[dict[str, Any]]:
+    """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
+
+    First all are compiled, `workers` side by side: the compiler tries out kernels on the devices
+    and keeps memory there. Then other processes take the programs from the cache, a few ahead of
+    the one that is on the devices. Rows come as they are measured.
+    """
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
+        lock = Path(folder, "lock")
+        lock.touch()
+        cache = {
+            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+        def run(row: str, *more: str) -> dict[str, Any]:
+            call = [sys.executable, __file__, "--rows", row, *rest, *more]
+            done = subprocess.run(call, env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True)
+            return {"failed": True} if done.returncode else json.loads(done.stdout)
+
+        def run_on_devices(row: str) -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as trace:
+                traced = ["--trace", trace] if profile else []
+                found = run(row, "--lock", str(lock), *traced)
+                if profile and "failed" not in found:
+                    found["kernels"] = longest_kernels(Path(trace), STEPS, profile)
+            return found
+
+        compiled = dict(zip(rows, pool.map(lambda row: run(row, "--compile"), rows), strict=True))
+        jobs = {pool.submit(run_on_devices, row): row for row in rows}
+        for job in as_completed(jobs):
+            yield {"row": jobs[job]} | job.result() | compiled[jobs[job]]
+
+
+def main() -> None:
+    """Prints a line a row."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="ROW")
+    parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
+    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
+    parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.compile:
+        seconds = prepare(options.rows[0], options.remat).seconds
+        print(json.dumps({"compile_seconds": round(seconds, 1)}))
+    elif options.lock:
+        given = options.remat, options.repeats, options.lock, options.trace
+        print(json.dumps(run_row(options.rows[0], *given)), flush=True)
+    else:
+        rest = ["--repeats", str(options.repeats)] + ["--remat"] * options.remat
+        for found in measure_all(options.rows, rest, options.workers, options.profile):
+            print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()

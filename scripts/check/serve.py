@@ -1,0 +1,153 @@
+"""Puts a load on `bytelm serve` with a tiny model and prints what it saw as one JSON object.
+
+`python scripts/check/serve.py [REQUESTS]`: 64 requests at once (none lost, each the answer to its
+own prompt, finished in the order they came), prompts of every awkward kind, then REQUESTS (500) one
+after another, between which the memory of the server is read. Traffic goes to 127.0.0.1 alone.
+"""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import jax
+from gradio_client import Client
+
+from bytelm.config import MegabyteConfig, Recipe
+from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm_jax.models import define_model
+from bytelm_jax.training import checkpoint
+
+AT_ONCE, LENGTH = 64, 24
+PATIENT: dict = {"timeout": 120}  # the server may be compiling
+AWKWARD = {
+    "empty": "",
+    "emoji": "👩‍👩‍👧 🎉",
+    "right to left": "שלום עולם مرحبا",
+    "control characters": "\x00\x01\x1b[31m\x7f",
+    "no text": "\x89PNG\r\n\x1a\n\xff\ufffd",
+    "HTML": "<script>alert(1)</script>",
+}
+REFUSED = {
+    "oversize": ("x" * 5000, 8, 1.0, 0, 1.0, "categorical", 0),
+    "too long": ("x", 5000, 1.0, 0, 1.0, "categorical", 0),
+    "temperature": ("x", 8, -1.0, 0, 1.0, "categorical", 0),
+}
+
+
+def make_run(folder: Path) -> None:
+    model = MegabyteConfig(
+        patch_size=4, global_dim=8, local_dim=16, max_length=8192, variant="in_action",
+        global_layers=1, local_layers=1, global_heads=2, local_heads=2,
+    )  # fmt: skip
+    params = jax.jit(define_model(model)[1], static_argnums=0)(0)
+    checkpoint.create_run(folder, Recipe(name="tiny", model=model), params)
+
+
+def start(folder: Path) -> tuple[subprocess.Popen, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "bytelm_jax.cli", "serve", str(folder), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout and "until Ctrl-C" in server.stdout.readline()
+    return server, f"http://127.0.0.1:{port}"
+
+
+def resident(server: subprocess.Popen) -> float:
+    """MiB of memory that the server holds."""
+    status = Path(f"/proc/{server.pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+    return round(int(line.split()[1]) / 1024, 1)
+
+
+def ask(address: str, request: tuple) -> str:
+    """Puts a request into the queue, which returns its number."""
+    said = httpx.post(f"{address}/gradio_api/call/generate", json={"data": request}, **PATIENT)
+    return said.json()["event_id"]
+
+
+def answer(address: str, event: str) -> tuple[float, str]:
+    """When the answer was complete, and its text."""
+    url, complete = f"{address}/gradio_api/call/generate/{event}", False
+    with httpx.stream("GET", url, timeout=300) as lines:
+        for line in lines.iter_lines():
+            if complete:
+                return time.perf_counter(), json.loads(line.removeprefix("data: "))[0]
+            complete = line == "event: complete"
+    return time.perf_counter(), "lost"
+
+
+def at_once(address: str, folder: Path) -> dict:
+    prompts = [f"prompt number {i}: " for i in range(AT_ONCE)]
+    with ThreadPoolExecutor(AT_ONCE) as readers:
+        jobs = []
+        for i, prompt in enumerate(prompts):
+            event = ask(address, (prompt, LENGTH, 1.0, 0, 1.0, "categorical", i))
+            jobs.append(readers.submit(answer, address, event))
+        waiting = sum(not job.done() for job in jobs)
+        found = [job.result() for job in jobs]
+    recipe, params, _ = checkpoint.load_run(folder)
+    model = define_model(recipe.model)[0](params)
+    wanted = []
+    for i, prompt in enumerate(prompts):
+        (new,) = generate(model, [prompt.encode()], LENGTH, SamplerConfig(), seed=i)
+        wanted.append((prompt.encode() + new).decode("utf-8", "replace"))
+    return {
+        "requests at once": AT_ONCE,
+        "unanswered when the last one was asked": waiting,
+        "answered": sum(text != "lost" for _, text in found),
+        "right": sum(text == right for (_, text), right in zip(found, wanted, strict=True)),
+        "finished in the order asked": found == sorted(found, key=lambda one: one[0]),
+    }
+
+
+def awkward(client: Client) -> dict:
+    found = {}
+    for name, prompt in AWKWARD.items():
+        text, cells, _ = client.predict(
+            prompt, LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate"
+        )
+        size = len(prompt.encode())
+        found[name] = text.startswith(prompt) and size < cells.count("<span") <= size + LENGTH
+    for name, request in REFUSED.items():
+        try:
+            client.predict(*request, api_name="/generate")
+            found[name] = False
+        except Exception as error:  # gradio_client raises AppError, a ValueError in older ones
+            found[name] = str(error)
+    return found
+
+
+def main(requests: int) -> None:
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made) / "run"
+        make_run(folder)
+        server, address = start(folder)
+        found: dict = {}
+        try:
+            found |= at_once(address, folder)
+            client = Client(address, verbose=False, httpx_kwargs=PATIENT)
+            found |= awkward(client)
+            memory, began = {}, time.perf_counter()
+            for i in range(requests + 1):
+                if i % max(1, requests // 5) == 0:
+                    memory[i] = resident(server)
+                settings = (f"{i}", LENGTH, 1.0, 0, 1.0, "categorical", i)
+                client.predict(*settings, api_name="/generate")
+            found["MiB after so many requests"] = memory
+            found["requests a second"] = round(requests / (time.perf_counter() - began), 1)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            found["exit code"] = server.wait(30)
+    print(json.dumps(found, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 500)
