@@ -15,7 +15,8 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training import parallel as jax_parallel
-from bytelm_torch.interop import export as checkpoint
+from bytelm_torch.interop import export
+from bytelm_torch.training import checkpoint
 from bytelm_torch.training import loop as train
 from bytelm_torch.training import parallel
 
@@ -112,7 +113,7 @@ class Package:
             if self.name == "jax":
                 jax_checkpoint.load_run(self.run, str(step))
             else:
-                checkpoint.from_pretrained(self.run / "checkpoints" / str(step))
+                export.from_pretrained(self.run / "checkpoints" / str(step))
         return found
 
 
@@ -158,7 +159,7 @@ def careless(package, monkeypatch):
     """A run that saved non-finite weights at step 3, as runs did before saving looked at them."""
     with monkeypatch.context() as unguarded:
         unguarded.setattr(jax_checkpoint, "check_finite", lambda *_: None)
-        for module in (checkpoint, train):
+        for module in (export, checkpoint, train):
             unguarded.setattr(module, "first_non_finite", lambda *_: None)
         assert package.command(spoiled=3) == 0
     assert checkpoint.saved_steps(package.run)[-2:] == [2, 3]

@@ -1,4 +1,4 @@
-"""Configurations: the same text in both packages, JSON both ways, one-line refusals."""
+"""Configurations: JSON both ways, one-line refusals."""
 
 import json
 from dataclasses import FrozenInstanceError, replace
@@ -23,19 +23,6 @@ from bytelm.config import (
 from bytelm_jax.models import abstract_params
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-def body(path):
-    """The text after the docstring, with the package's own name taken out."""
-    text = path.read_text("utf-8")
-    return text.split('"""', 2)[2].replace("bytelm_jax", "bytelm").replace("bytelm_torch", "bytelm")
-
-
-def test_both_packages_hold_the_same_text():
-    ours = sorted((ROOT / "bytelm_jax").glob("config*.py"))
-    assert ROOT / "bytelm_jax" / "config.py" in ours
-    for path in [*ours, ROOT / "bytelm_jax" / "tokenizer.py"]:
-        assert body(path) == body(ROOT / "bytelm_torch" / path.name), path.name
 
 
 @pytest.mark.parametrize("name", recipes.names())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
 import numpy as np
@@ -120,13 +119,3 @@ def test_a_character_appears_when_it_is_complete(vocab: ByteVocab) -> None:
     assert decoder.push(ids[1:4]) == ""
     assert decoder.finish() == "\ufffd"
     assert decoder.push(ids) == "a😀"  # nothing is left over from before
-
-
-def test_the_torch_package_has_the_same_text() -> None:
-    texts = []
-    for package in ("bytelm_jax", "bytelm_torch"):
-        text = (ROOT / package / "tokenizer.py").read_text()
-        docstring = ast.parse(text).body[0]
-        texts.append(text.splitlines()[docstring.end_lineno :])
-    assert texts[0] == texts[1]
-    assert len(texts[0]) > 50

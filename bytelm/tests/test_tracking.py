@@ -3,7 +3,6 @@
 import json
 import struct
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -111,15 +110,6 @@ def test_a_missing_package_is_one_line_before_anything_is_made(
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and f"train.track={name}: the package {package} is not" in said
     assert "pip install 'bytelm[track]'" in said and not (tmp_path / "run").exists()
-
-
-def test_both_packages_track_alike():
-    root = Path(__file__).parent.parent.parent
-    texts = [
-        (root / package / "tracking.py").read_text("utf-8").split('"""', 2)[2]
-        for package in ("bytelm_jax", "bytelm_torch")
-    ]
-    assert texts[0] == texts[1] and len(texts[0]) > 1000
 
 
 @pytest.mark.parametrize("package", ["bytelm_jax", "bytelm_torch"])

@@ -2,7 +2,8 @@
 
 Gradient centring: Yong et al. 2020. Annealed gradient noise: Neelakantan et al. 2015. Decoupled
 weight decay: Loshchilov & Hutter 2019. The agent (`q_agent.py`), its table and its random key live
-in the optimizer state on the device. `bytelm_torch/optimizers/q_learning.py` walks the same trajectory.
+in the optimizer state on the device. `bytelm_torch/optimizers/q_learning.py` walks the same
+trajectory.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """Samplers and cached decoding: bytes in, bytes out.
 
-The mirror of `bytelm_jax/inference/generate.py`, which tells how a batch of unequal prompts is decoded.
+The mirror of `bytelm_jax/inference/generate.py`, which tells how a batch of unequal prompts is
+decoded.
 Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary, S candidates.
 
 Greedy choices are those of the JAX package; random numbers come from torch and differ from JAX's.

@@ -37,7 +37,7 @@ from bytelm.config import (
     require,
     to_dict,
 )
-from bytelm_torch.interop import export as checkpoint
+from bytelm_torch.interop import export
 from bytelm_torch.interop.finite import first_non_finite, require_finite
 from bytelm_torch.interop.transformers_cache import ByteCache
 from bytelm_torch.interop.transformers_tokenizer import ByteLMTokenizer, tokenizer_for
@@ -85,11 +85,11 @@ class ByteLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **fields: Any) -> None:
         kind = type(self).native
-        named = {"library": checkpoint.LIBRARY, "format_version": checkpoint.FORMAT_VERSION}
-        config, extra = checkpoint.parse_description(named | (self.bytelm or to_dict(kind())))
+        named = {"library": export.LIBRARY, "format_version": export.FORMAT_VERSION}
+        config, extra = export.parse_description(named | (self.bytelm or to_dict(kind())))
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
-        self.bytelm = checkpoint.describe(config, extra)
+        self.bytelm = export.describe(config, extra)
         super().__post_init__(**fields)
         vocab = config.vocab
         self.vocab_size, self.tie_word_embeddings = vocab.size, False
@@ -98,7 +98,7 @@ class ByteLMConfig(PreTrainedConfig):
 
     def to_native(self) -> ModelConfig:
         """The configuration for `build_model`."""
-        return checkpoint.parse_description(self.bytelm or {})[0]
+        return export.parse_description(self.bytelm or {})[0]
 
 
 @no_type_check
@@ -153,7 +153,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         require(getattr(native, "causal", True), "causal=False: generation needs a causal model")
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
-        self.model.patching = checkpoint.patching_of(extra)  # pyright: ignore[reportArgumentType]
+        self.model.patching = export.patching_of(extra)  # pyright: ignore[reportArgumentType]
         self.register_load_state_dict_pre_hook(_take_names_of_export)
         self.post_init()
         vocab = native.vocab
@@ -261,7 +261,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         missing, unexpected or of another shape: it raises `ValueError`, and nothing is loaded.
         `self.model.load_state_dict` does load parts.
         """
-        checkpoint.check_state(_as_exported(state_dict), self.model)
+        export.check_state(_as_exported(state_dict), self.model)
         return super().load_state_dict(state_dict, assign=assign)
 
 
@@ -329,7 +329,7 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     require(type(native) in kinds, f"model={type(model).__name__}: must be of build_model")
     chosen: Any = kind or kinds[type(native)]
     with torch.device("meta"):
-        made = chosen(chosen.config_class(bytelm=checkpoint.describe(model)))
+        made = chosen(chosen.config_class(bytelm=export.describe(model)))
     made.model = model
     made.config.dtype = next(model.parameters()).dtype
     return made

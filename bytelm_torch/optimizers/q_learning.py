@@ -2,7 +2,8 @@
 
 Gradient centring: Yong et al. 2020. Annealed gradient noise: Neelakantan et al. 2015. Decoupled
 weight decay: Loshchilov & Hutter 2019. The agent (`q_agent.py`), its table and its random key live
-in the optimizer and in its state dict. `bytelm_jax/optimizers/q_learning.py` walks the same trajectory.
+in the optimizer and in its state dict. `bytelm_jax/optimizers/q_learning.py` walks the same
+trajectory.
 """
 
 import dataclasses

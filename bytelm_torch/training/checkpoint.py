@@ -1,4 +1,7 @@
-"""Run folders of the trainer: the configuration, and checkpoints that are exports with optimizer state beside them."""
+"""Run folders of the trainer: the configuration, and checkpoints.
+
+A checkpoint is an export with the state of the optimizer beside it.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """MEGABYTE (P=8), its "in action" variant and GPT-2 124M trained for the same time on one text.
 
-    python scripts/bench/bench_seed_table.py --train english_train.txt --valid english_valid.txt --gpus 3
+    python scripts/bench/bench_seed_table.py --train english_train.txt \\
+        --valid english_valid.txt --gpus 3
 
 A JSON line a model: parameters, training speed in KB/s, peak memory, evaluation loss and bits per
 byte. One GPU and one process a row, `--seconds` of training each. Ours are rows of

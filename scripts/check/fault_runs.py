@@ -31,7 +31,7 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.processes import HUNG
 
-LAUNCH = Path(__file__).parent / "launch" / "local"
+LAUNCH = Path(__file__).parents[1] / "launch" / "local"
 DEADLINE, TIMEOUT, STEPS, EVERY, EVALUATES = 400.0, 40, 40, 5, 20
 PHASES = ("compile", "step", "save", "evaluation")
 # Besides the status of a run that is hurt so: 0 only where nothing is wrong.

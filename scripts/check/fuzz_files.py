@@ -1,6 +1,6 @@
 """Hostile files: seeded damage to exports, which must end in one clear error or be harmless.
 
-    python scripts/check/fuzz_files.py 10000        # trials; prints a line for each failure, and a table
+    python scripts/check/fuzz_files.py 10000  # trials; prints a line for each failure, and a table
 
 A trial damages config.json, model.safetensors or the shard index of a small model once and loads
 the folder, in PyTorch (`from_pretrained`) and in JAX (what `bytelm import` does; every 25th by the
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import bytelm_torch
 from bytelm.config import to_dict
 from bytelm_jax.cli import main as cli

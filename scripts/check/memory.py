@@ -2,9 +2,9 @@
 
     python scripts/check/memory.py megabyte_132m:32=7.43 megabyte_132m:128@4x4xjit=6.5
 
-A row is one of `scripts/bench/bench_train.py`, behind `=` its `peak_gib`. One JSON line a row; nothing is
-compiled, so each takes seconds on a CPU, which stands in for eight devices. Without rows, those of
-the README.
+A row is one of `scripts/bench/bench_train.py`, behind `=` its `peak_gib`. One JSON line a row;
+nothing is compiled, so each takes seconds on a CPU, which stands in for eight devices. Without
+rows, those of the README.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Plants one fault after another into the torch twin: does `bytelm parity` name the right layer?
 
-    python scripts/check/planted_faults.py            # a table: fault, the layer named, right, exit code
+    python scripts/check/planted_faults.py  # a table: fault, the layer named, right, exit code
 
 Exits 1 when a fault goes unnoticed or another layer is named. The faults: `parity_tests/faults.py`.
 """
@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from parity_tests.faults import FAULTS, MODELS, Bench, named
 
 

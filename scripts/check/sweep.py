@@ -1,8 +1,10 @@
 """Hyperparameter sweeps: `bytelm train` at every point of a grid, or at random points.
 
-    python scripts/check/sweep.py megabyte_tiny --vary learning_rate=1e-3,3e-3 optimizer=adamw,sgd \\
-        --out runs/rates -- --steps 200 --train.seed 1
-    python scripts/check/sweep.py megabyte_tiny --random 9 --vary learning_rate=1e-4:.1:log beta1=.8:.9
+    python scripts/check/sweep.py megabyte_tiny \\
+        --vary learning_rate=1e-3,3e-3 optimizer=adamw,sgd --out runs/rates \\
+        -- --steps 200 --train.seed 1
+    python scripts/check/sweep.py megabyte_tiny --random 9 \\
+        --vary learning_rate=1e-4:.1:log beta1=.8:.9
 
 A field goes by its name on the command line of `bytelm train`; what stands after `--` holds for
 every point. `FIELD=A,B,…` lists values. `FIELD=LOW:HIGH` is a range, `FIELD=LOW:HIGH:log` one with

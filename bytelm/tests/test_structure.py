@@ -1,0 +1,115 @@
+"""The house: imports go down only, no folder is in a cycle, files stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("bytelm", "bytelm_jax", "bytelm_torch")
+FLOORS = (
+    "cli", "compat", "tools", "parity", "training", "interop", "inference", "optimizers", "models",
+    "layers", "kernels",
+)  # fmt: skip
+"""The folders of the two framework packages, from the top down; below them all is `bytelm`."""
+
+SHARED_FLOORS = ("recipes", "data", "export", "metrics", "tracking", "tokenizer", "config")
+"""The same of `bytelm`, where a floor is a folder or a file."""
+
+LONGEST_FILE, LONGEST_CLASS, LONGEST_FUNCTION, LONGEST_LOOP = 500, 250, 60, 150
+
+
+def modules():
+    """Dotted name → its file, of everything but tests."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    named = {}
+    for path in files:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if "tests" not in parts:
+            named[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return named
+
+
+def imports(tree: ast.AST, package: str, known: set[str]):
+    """The modules that a file imports, in whatever form, wherever it stands in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1]
+            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
+            for alias in node.names:
+                name = f"{base}.{alias.name}"
+                yield name if name in known else base
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
+            called = called.id if isinstance(called, ast.Name) else called
+            if called in ("import_module", "__import__"):
+                yield node.args[0].value
+
+
+def floor(module: str) -> tuple[int, str] | None:
+    """(height, name) of the folder that a module is in; None for a package's own front door."""
+    package, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    order = SHARED_FLOORS if package == "bytelm" else FLOORS
+    if not rest or (package != "bytelm" and not (ROOT / package / name).is_dir()):
+        return None
+    assert name in order, f"{module}: {name} has no floor; give it one in this test"
+    height = len(order) - order.index(name)
+    return (height + (100 if package != "bytelm" else 0), f"{package}.{name}")
+
+
+def arrows():
+    """(importing module, imported module) inside the project."""
+    known = modules()
+    for module, path in known.items():
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        tree = ast.parse(path.read_text("utf-8"))
+        for imported in imports(tree, package, set(known)):
+            if imported.partition(".")[0] in PACKAGES:
+                yield module, imported
+
+
+def test_imports_go_down():
+    up = []
+    for module, imported in arrows():
+        here, there = floor(module), floor(imported)
+        if here is None:
+            continue
+        front = there is None and imported.partition(".")[0] in ("bytelm_jax", "bytelm_torch")
+        if front or (there and there[0] > here[0]):
+            up.append(f"{module} imports {imported}")
+    assert not up, "\n".join(up)
+
+
+def test_the_frameworks_do_not_know_each_other():
+    others = {"bytelm_jax": "bytelm_torch", "bytelm_torch": "bytelm_jax"}
+    wrong = []
+    for module, imported in arrows():
+        package, other = module.partition(".")[0], imported.partition(".")[0]
+        compares = module.startswith("bytelm_jax.parity.")  # the one place that compares the two
+        if other == others.get(package) and not compares:
+            wrong.append(f"{module} imports {imported}")
+        if package == "bytelm" and other != "bytelm":
+            wrong.append(f"{module} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_files_classes_and_functions_stay_short(package):
+    long = []
+    for path in (ROOT / package).rglob("*.py"):
+        text = path.read_text("utf-8")
+        name = str(path.relative_to(ROOT))
+        if len(text.splitlines()) > LONGEST_FILE:
+            long.append(name)
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                is_loop = path.name == "loop.py" and node.name == "_train"
+                most = LONGEST_LOOP if is_loop else LONGEST_FUNCTION
+                most = LONGEST_CLASS if isinstance(node, ast.ClassDef) else most
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                if node.end_lineno - first + 1 > most:
+                    long.append(f"{name}: {node.name}, {node.end_lineno - first + 1} lines")
+    assert not long, "\n".join(long)
