@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, model_from_dict, to_dict
-from bytelm_jax.layers import embedding, ids, ngram, resets
+from bytelm_jax.layers import ids, ngram, resets
 from bytelm_jax.models import abstract_params, define_model, patching
 from bytelm_jax.training import evaluate, loss, parallel
 from bytelm_torch.layers import embedding as torch_embedding
@@ -169,7 +169,7 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
 
     def gradient(rows: Any) -> Any:
         if not other:
-            weigh = lambda table: (embedding.look_up(table, rows) ** 2).sum()  # noqa: E731
+            weigh = lambda table: (lookup.look_up(table, rows) ** 2).sum()  # noqa: E731
             return jax.grad(weigh)(jnp.asarray(table))
         layer = torch_embedding.ByteEmbedding(*table.shape, 1.0)
         layer.weight.data = torch.from_numpy(table)
@@ -225,5 +225,5 @@ def test_a_wide_id_in_a_compiled_program_becomes_no_other(
 ) -> None:
     made = jax.jit(ids.as_ids)(jnp.asarray([[number]], dtype))
     assert made.dtype == jnp.int32
-    row = embedding.look_up(jnp.zeros((300, 2)), made)
+    row = lookup.look_up(jnp.zeros((300, 2)), made)
     assert np.isnan(np.asarray(row)).all()

@@ -16,9 +16,8 @@ from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training import parallel as jax_parallel
 from bytelm_torch.interop import export
-from bytelm_torch.training import checkpoint
+from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training import loop as train
-from bytelm_torch.training import parallel
 
 MODEL = MegabyteConfig(
     patch_size=4,

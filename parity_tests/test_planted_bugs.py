@@ -23,7 +23,11 @@ BUGS = {
         {"approximate=False": "approximate=True"},
         LAYERS,
     ),
-    "wrong eps": ("bytelm_jax/layers/norm.py", {"variance + EPSILON": "variance + 1e-6"}, LAYERS),
+    "wrong eps": (
+        "bytelm_jax/kernels/normalization.py",
+        {"variance + EPSILON": "variance + 1e-6"},
+        LAYERS,
+    ),
     "square kernels are not transposed": (
         "bytelm_jax/interop/convert.py",
         {

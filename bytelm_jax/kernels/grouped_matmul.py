@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.layers.embedding import look_up, vary_like
+from bytelm_jax.kernels.lookup import look_up, vary_like
 
 _LARGEST_BLOCK = 512
 

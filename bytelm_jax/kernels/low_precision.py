@@ -13,28 +13,42 @@ Logits are not rounded: in bfloat16 two of them are the same number at about one
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.layers.embedding import vary_like
-from bytelm_jax.layers.norm import LayerNorm, RMSNorm, rescale, standardize
+from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.normalization import rescale, standardize
 
 _ROWS = 4
 """Rows for each input of the kernel from which on folding pays: it is a pass over the kernel."""
 
 
+@runtime_checkable
+class Norm(Protocol):
+    """What is asked of a normalisation layer."""
+
+    centred: ClassVar[bool]
+    """Whether the mean is taken off, and a bias `bias` added."""
+    scale: Any
+
+    def __call__(self, x: Any, /) -> Any:
+        """The layer itself."""
+        ...
+
+
 def normalized_linears(
-    norm: LayerNorm | RMSNorm, x: Float[Array, "*batch D"], *linears: nnx.Linear
+    norm: Norm, x: Float[Array, "*batch D"], *linears: nnx.Linear
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """Each of `linears` of norm(x)."""
     count = math.prod(x.shape[:-1])
     if x.dtype.itemsize != 2 or count < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
-    rows = normalized(x.reshape(count, x.shape[-1]), isinstance(norm, LayerNorm))
+    rows = normalized(x.reshape(count, x.shape[-1]), norm.centred)
     outputs = (folded(norm, linear, rows) for linear in linears)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs)
 
@@ -44,14 +58,24 @@ def linear_of_rows(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Arr
     return _on_rows(linear, x) if x.dtype.itemsize == 2 else linear(x)
 
 
+def unrounded_linear(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """linear(x) in at least float32; of 16-bit inputs, the products are, too."""
+    if x.dtype.itemsize != 2:
+        return nnx.Linear.__call__(linear, x)
+
+    def on_matrix(rows: Array) -> Array:
+        out = _wide_product(rows, vary_like(linear.kernel[...].astype(rows.dtype), rows))
+        return out if linear.bias is None else out + linear.bias[...].astype(out.dtype)[None]
+
+    return _on_rows(on_matrix, x)
+
+
 def _on_rows(function: Callable[[Array], Array], x: Array) -> Array:
     out = function(x.reshape(math.prod(x.shape[:-1]), x.shape[-1]))
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def folded(
-    norm: LayerNorm | RMSNorm, linear: nnx.Linear, rows: Float[Array, "N D"]
-) -> Float[Array, "N _"]:
+def folded(norm: Norm, linear: nnx.Linear, rows: Float[Array, "N D"]) -> Float[Array, "N _"]:
     """The linear of the norm whose `normalized` values are `rows`.
 
     The scale goes into the kernel, and the norm's bias through it, in at least float32.
@@ -60,8 +84,9 @@ def folded(
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     scaled = (wide * norm.scale[...].astype(wide.dtype)[:, None]).astype(kernel.dtype)
     out, bias = rows @ scaled, None if linear.bias is None else linear.bias[...].astype(wide.dtype)
-    if isinstance(norm, LayerNorm):
-        moved = jnp.sum(wide * norm.bias[...].astype(wide.dtype)[:, None], axis=0)
+    if norm.centred:
+        shift: Any = norm
+        moved = jnp.sum(wide * shift.bias[...].astype(wide.dtype)[:, None], axis=0)
         bias = moved if bias is None else moved + bias
     return out if bias is None else out + bias[None].astype(rows.dtype)
 
@@ -96,19 +121,6 @@ def _normalized_backward(centred: bool, kept: tuple[Array, Array], gradient: Arr
 
 
 _normalized.defvjp(_normalized_forward, _normalized_backward)
-
-
-class LogitsLinear(nnx.Linear):
-    """A linear whose results are in at least float32; of 16-bit inputs, the products are, too."""
-
-    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        if inputs.dtype.itemsize != 2:
-            return super().__call__(inputs)
-        return _on_rows(self._unrounded, inputs)
-
-    def _unrounded(self, rows: Float[Array, "N D"]) -> Float[Array, "N V"]:
-        out = _wide_product(rows, vary_like(self.kernel[...].astype(rows.dtype), rows))
-        return out if self.bias is None else out + self.bias[...].astype(out.dtype)[None]
 
 
 @jax.custom_vjp

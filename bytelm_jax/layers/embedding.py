@@ -1,7 +1,5 @@
 """Byte and position embeddings."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,47 +7,8 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int, Integer
 
-from bytelm_jax.layers.ids import as_ids
+from bytelm_jax.kernels.lookup import look_up, vary_like
 from bytelm_jax.layers.initializers import normal
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(table: Array, ids: Array, rows: int) -> Array:
-    # An id outside the table gives NaN, which every check downstream notices; clamping would not.
-    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
-
-
-def _lookup_forward(table: Array, ids: Array, rows: int) -> tuple[Array, Array]:
-    return _lookup(table, ids, rows), ids
-
-
-def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, None]:
-    # As a matrix product: the transpose of a gather is a scatter-add, and the pads that start
-    # every patch all hit one row, where colliding atomics make a GPU step six times slower.
-    flat = gradient.reshape(-1, gradient.shape[-1])
-    hot = jax.nn.one_hot(ids.reshape(-1), rows, dtype=flat.dtype)
-    accumulate = jnp.promote_types(flat.dtype, jnp.float32)
-    table = jnp.einsum("bv,bd->vd", hot, flat, preferred_element_type=accumulate)
-    return table.astype(flat.dtype), None
-
-
-_lookup.defvjp(_lookup_forward, _lookup_backward)
-
-
-def look_up(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
-    """Rows of the table, NaN outside it: gather forward (exact), one-hot product backward."""
-    return _lookup(table, as_ids(ids), table.shape[0])
-
-
-def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
-    """`table`, varying over the devices over which `data` vary; nothing outside `shard_map`.
-
-    Inside it the data vary over devices and the table does not; the cast makes the cotangent type
-    of a custom gradient match, and its transpose sums over the devices.
-    """
-    axes = [jax.typeof(x).manual_axis_type.varying for x in (data, table)]
-    varying = tuple(sorted(axes[0] - axes[1]))
-    return jax.lax.pcast(table, varying, to="varying") if varying else table
 
 
 class ByteEmbedding(nnx.Module):
@@ -78,7 +37,7 @@ class PositionEmbedding(nnx.Module):
     def patches(self, places: Int[Array, "B N"], count: int, patch: int) -> Float[Array, "B N W"]:
         """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
         table = self.embedding[...][: count * patch].reshape(count, -1)
-        return _lookup(vary_like(table, places), places, count)
+        return look_up(vary_like(table, places), places)
 
 
 def sinusoidal_positions(

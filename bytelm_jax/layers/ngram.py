@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Int32, Integer
 
 from bytelm.config import BLTConfig
 from bytelm.config.blt import HASH_PRIMES
-from bytelm_jax.layers.embedding import vary_like
+from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.layers.initializers import fan_in_normal
 
 _LIMB = 32

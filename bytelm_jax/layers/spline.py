@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from bytelm.config.blt import SPLINE_BASES
 from bytelm_jax.kernels.backend import backend
-from bytelm_jax.layers.embedding import vary_like
+from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import RMSNorm
 

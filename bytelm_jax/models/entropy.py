@@ -13,10 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig, EntropyConfig
-from bytelm_jax.kernels.low_precision import LogitsLinear
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
+from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, segment_begins
 from bytelm_jax.layers.transformer import Caches, Transformer

@@ -20,7 +20,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm.config import LFByteConfig
-from bytelm_jax.kernels.low_precision import LogitsLinear
 from bytelm_jax.layers.adaptive import (
     ChannelMixing,
     TokenMixing,
@@ -32,6 +31,7 @@ from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions, sin
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
+from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_jax.models.interface import Choose, ModelOutput, write_at

@@ -21,13 +21,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm.config import MegabyteConfig
-from bytelm_jax.kernels.low_precision import LogitsLinear
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
+from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
 from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 

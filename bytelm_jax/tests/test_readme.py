@@ -33,8 +33,7 @@ def test_the_file_map_names_every_folder_and_nothing_else():
 def test_the_torch_package_mirrors_layers_and_models():
     for folder in ("layers", "models"):
         ours, theirs = (
-            {p.name for p in (ROOT / package / folder).glob("*.py")}
-            for package in PACKAGES
+            {p.name for p in (ROOT / package / folder).glob("*.py")} for package in PACKAGES
         )
         assert ours == theirs
 

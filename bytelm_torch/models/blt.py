@@ -15,7 +15,7 @@ from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ids import as_ids, check_ids
-from bytelm_torch.layers.low_precision import LogitsLinear
+from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_sum
 from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in

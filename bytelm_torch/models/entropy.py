@@ -15,7 +15,7 @@ from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
-from bytelm_torch.layers.low_precision import LogitsLinear
+from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.resets import ends_segment, segment_begins
 from bytelm_torch.layers.transformer import Caches, Transformer

@@ -31,7 +31,7 @@ from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.ids import as_ids, check_ids
-from bytelm_torch.layers.low_precision import LogitsLinear
+from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.layers.resets import age, ends_segment, pad_begins, segment_begins
 from bytelm_torch.models.interface import Choose, ModelOutput

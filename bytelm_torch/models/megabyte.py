@@ -19,7 +19,7 @@ from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
 from bytelm_torch.layers.ids import as_ids, check_ids
-from bytelm_torch.layers.low_precision import LogitsLinear
+from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
 from bytelm_torch.models.interface import Choose, ModelOutput
 

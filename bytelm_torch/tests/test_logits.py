@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bytelm_torch.layers.low_precision import LogitsLinear
+from bytelm_torch.layers.logits import LogitsLinear
 from parity_tests import tolerances
 
 

@@ -1,6 +1,6 @@
-"""What linear layers do otherwise in 16 bits, for exactness.
+"""The last layer. Logits are not rounded to 16 bits.
 
-Logits are not rounded: in bfloat16 two of them are the same number at about one byte in a hundred.
+In bfloat16 two of them would be the same number at about one byte in a hundred.
 """
 
 import torch
