@@ -169,7 +169,7 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
 
     def gradient(rows: Any) -> Any:
         if not other:
-            weigh = lambda table: (lookup.look_up(table, rows) ** 2).sum()  # noqa: E731
+            weigh = lambda table: (embedding.embed(table, rows) ** 2).sum()  # noqa: E731
             return jax.grad(weigh)(jnp.asarray(table))
         layer = torch_embedding.ByteEmbedding(*table.shape, 1.0)
         layer.weight.data = torch.from_numpy(table)
@@ -225,5 +225,5 @@ def test_a_wide_id_in_a_compiled_program_becomes_no_other(
 ) -> None:
     made = jax.jit(ids.as_ids)(jnp.asarray([[number]], dtype))
     assert made.dtype == jnp.int32
-    row = lookup.look_up(jnp.zeros((300, 2)), made)
+    row = embedding.embed(jnp.zeros((300, 2)), made)
     assert np.isnan(np.asarray(row)).all()

@@ -275,7 +275,7 @@ def test_a_killed_prepare_leaves_the_old_file(folder: Path, tmp_path: Path) -> N
     data.prepare([folder / "b.txt"], out)
     before = out.read_bytes()
     program = (
-        "import os, signal, sys; from bytelm_jax import data\n"
+        "import os, signal, sys; from bytelm import data\n"
         "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
         "data.prepare([sys.argv[1]], sys.argv[2])"
     )
@@ -491,14 +491,3 @@ def test_evaluation_shares_and_limits(numbered: Windows) -> None:
     some = np.concatenate(list(evaluation_batches(numbered, 4, 10)))
     assert some[:, 0].tolist() == [*range(0, 50, 5), VOCAB.pad_id, VOCAB.pad_id]
     assert len(list(evaluation_batches(numbered, 12, 1000))) == 5
-
-
-def test_grain_is_needed_for_shuffled_batches_alone(folder: Path) -> None:
-    program = (
-        "import sys; sys.modules['grain'] = None\n"
-        "from bytelm_jax.config import ByteVocab\n"
-        "from bytelm_jax.data import *\n"
-        "windows = Windows(open_corpus([sys.argv[1]]), ByteVocab(), 4, True)\n"
-        "print(sum(batch.size for batch in evaluation_batches(windows, 2)))"
-    )
-    assert run_program(program, folder / "b.txt").stdout == b"8\n"

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from bytelm_jax.layers.ids import as_ids
-
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table: Array, ids: Array, rows: int) -> Array:
@@ -34,7 +32,7 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 def look_up(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of the table, NaN outside it: gather forward (exact), one-hot product backward."""
-    return _lookup(table, as_ids(ids), table.shape[0])
+    return _lookup(table, ids, table.shape[0])
 
 
 def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:

@@ -8,7 +8,14 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax.kernels.lookup import look_up, vary_like
+from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.layers.initializers import normal
+
+
+def embed(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    """Rows of a table at ids of any integer dtype; NaN for an id outside it."""
+    ids = as_ids(ids)
+    return look_up(vary_like(table, ids), ids)
 
 
 class ByteEmbedding(nnx.Module):
@@ -22,7 +29,7 @@ class ByteEmbedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (size, dim), jnp.float32))
 
     def __call__(self, ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        return look_up(vary_like(self.embedding[...], ids), ids)
+        return embed(self.embedding[...], ids)
 
 
 class PositionEmbedding(nnx.Module):

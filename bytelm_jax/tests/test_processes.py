@@ -92,7 +92,7 @@ def test_a_process_that_hangs_leaves_with_its_own_status(tmp_path):
     """Its main thread never comes back, as in a collective whose other side is gone."""
     code = (
         "import sys, pathlib, threading\n"
-        "from bytelm_jax.processes import Watchdog\n"
+        "from bytelm_jax.training.processes import Watchdog\n"
         "with Watchdog(pathlib.Path(sys.argv[1]), 1) as dog:\n"
         "    dog.progress('the steps after 3')\n"
         "    threading.Event().wait()\n"
