@@ -1,6 +1,7 @@
 """`metrics.jsonl`, throughput, and model FLOP utilisation."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -42,8 +43,9 @@ class MetricsLog:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line and flushes it."""
-        self._file.write(json.dumps(record) + "\n")
+        """Appends one line and flushes it; null stands for numbers that JSON does not have."""
+        record = {name: None if _is_no_json(value) else value for name, value in record.items()}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
         for tracker in self._trackers:
             tracker.write(record)
@@ -64,6 +66,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue  # a line that a kill cut short
     return records
+
+
+def _is_no_json(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _keeps(line: str, step: int) -> bool:

@@ -25,7 +25,7 @@ class Tracker(Protocol):
     """Takes the same records as `metrics.jsonl`."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Takes one record: `step`, and numbers by their names."""
+        """Takes one record: `step`, and numbers by their names, None for one that is not finite."""
         ...
 
     def close(self) -> None:
@@ -68,7 +68,7 @@ class TensorBoardTracker:
     def write(self, record: dict[str, Any]) -> None:
         """Writes a scalar for each number."""
         for name, value in record.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
         self._writer.flush()
 
@@ -110,7 +110,7 @@ class WandbTracker:
 
     def write(self, record: dict[str, Any]) -> None:
         """Logs the numbers at their step."""
-        values = {name: value for name, value in record.items() if name != "step"}
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
         self._run.log(values, step=record["step"])
 
     def close(self) -> None:

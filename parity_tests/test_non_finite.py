@@ -49,7 +49,8 @@ def zeros(optimizer, init, like):
 class Package:
     """One package's command on `RECIPE`, its step replaced by one that goes wrong as told.
 
-    `skipped` steps have no finite loss; from step `spoiled` on, the weights are not finite.
+    `skipped` steps have no finite loss; from step `spoiled` on, the weights are not finite;
+    `validations` are the bits per byte that one evaluation after another gives.
     """
 
     def __init__(self, name, folder, monkeypatch):
@@ -61,12 +62,12 @@ class Package:
             (self.text / str(i)).write_text("some bytes to learn from; " * 4)
         self.leaf = "params.to_logits.bias" if name == "jax" else "model.to_logits.bias"
 
-    def command(self, skipped=(), spoiled=99, validation=1.0, **changes):
-        """The exit code of training, whose validations give `validation` bits per byte."""
+    def command(self, skipped=(), spoiled=99, validations=(1.0, 1.0, 1.0), **changes):
+        """The exit code of training."""
         recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
         module, steps = (jax_train, jax_parallel) if self.name == "jax" else (train, parallel)
-        found = SimpleNamespace(nats=validation, count=1, bits_per_byte=validation)
-        self._patch.setattr(module, "evaluate", lambda *_: found)
+        found = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
+        self._patch.setattr(module, "evaluate", lambda *_: next(found))
         make = self._jax_step if self.name == "jax" else self._torch_step
         self._patch.setattr(steps, "make_train_step", make(skipped, spoiled))
         paths = ["--run-dir", str(self.run), "--data", str(self.text)]
@@ -129,7 +130,7 @@ def last_line(capsys):
 
 
 def test_a_run_that_ends_on_skipped_steps_says_what_is_on_disk(package, capsys):
-    assert package.command(skipped=(2, 3), validation=float("nan")) == 1
+    assert package.command(skipped=(2, 3), validations=[float("nan")]) == 1
     line = last_line(capsys)
     assert "train: step 3: the last steps (2) were skipped, " in line
     assert "the checkpoint of step 1 is kept; lower optimizer.learning_rate=0.001" in line
@@ -200,3 +201,32 @@ def test_no_run_goes_on_from_weights_that_are_not_finite(careless, capsys):
         assert last_line(capsys).startswith(
             f"train: {careless.run}/checkpoints/3/model.safetensors: to_logits.bias: holds NaN"
         )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_evaluation_to_no_finite_number_is_never_the_best(package, value, capsys):
+    changes = {"steps": 4, "eval_every": 1, "keep_last": 1, "keep_best": 1}
+    assert package.command(validations=(3.0, value, 2.0, value), **changes) == 0
+    assert "step 2: validation is not a finite number" in capsys.readouterr().err
+    assert package.steps() == [3, 4]
+    if package.name == "jax":
+        assert jax_checkpoint.load_run(package.run, "best")[2] == 3
+    lines = (package.run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    scores = [r[checkpoint.METRIC] for r in records if checkpoint.METRIC in r]
+    assert scores == [3.0, None, 2.0, None]
+
+
+def test_what_older_runs_stored_is_never_the_best_either(package, monkeypatch):
+    with monkeypatch.context() as older:
+        for module in (jax_checkpoint, checkpoint):
+            older.setattr(module, "score", lambda metrics: metrics and metrics[checkpoint.METRIC])
+        older.setattr(jax_checkpoint, "_rank", lambda metrics: 0.0)
+        options = {"eval_every": 1, "keep_last": 3}
+        assert package.command(validations=(3.0, 2.0, float("nan")), **options) == 0
+    assert package.steps() == [1, 2, 3]
+    if package.name == "jax":
+        assert jax_checkpoint.load_run(package.run, "best")[2] == 2
+    options = {"eval_every": 1, "keep_last": 1, "keep_best": 1, "steps": 4}
+    assert package.command(validations=(5.0,), **options) == 0
+    assert package.steps() == [2, 4]

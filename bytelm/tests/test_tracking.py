@@ -15,7 +15,7 @@ from bytelm_torch.training import loop as torch_train
 RECORDS = [
     {"step": 1, "loss": 2.5, "bits_per_byte": 3.6067376},
     {"step": 2, "loss": 1.5, "grad_norm": 0.25},
-    {"step": 2, "validation_loss": 9.0},
+    {"step": 2, "validation_loss": 9.0, "validation_bits_per_byte": None},
 ]
 MORE = [{"step": 3, "loss": 1.25}, {"step": 4, "loss": 1.0}]
 
@@ -35,7 +35,8 @@ def logged(folder, start, records, *names):
 
 
 def scalars(records):
-    return {(name, r["step"]): v for r in records for name, v in r.items() if name != "step"}
+    numbers = ((name, r["step"], v) for r in records for name, v in r.items() if name != "step")
+    return {(name, step): v for name, step, v in numbers if v is not None}
 
 
 def test_tensorboard_reads_what_the_metrics_file_says(tmp_path):

@@ -46,6 +46,7 @@ VALIDATION = [
     {"step": step, "validation_loss": 5 - step / 20, "validation_bits_per_byte": 7 - step / 20}
     for step in (20, 40)
 ]
+VALIDATION += [{"step": 30, "validation_loss": None, "validation_bits_per_byte": None}]
 
 
 def make_run(folder, records, **fields):
@@ -62,7 +63,7 @@ def lines_of(axes):
 
 def logged(folder, name):
     text = (folder / "metrics.jsonl").read_text().splitlines()[:-1]
-    return [[r["step"], r[name]] for r in map(json.loads, text) if name in r]
+    return [[r["step"], r[name]] for r in map(json.loads, text) if r.get(name) is not None]
 
 
 @pytest.fixture(scope="module")

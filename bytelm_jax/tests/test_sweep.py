@@ -57,6 +57,17 @@ def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
     assert json.loads((tmp_path / "results.json").read_text()) == rows
 
 
+def test_a_point_without_a_finite_validation_is_ranked_last(sweep, tmp_path):
+    scores = {"1": None, "2": 3.0, "3": 2.0}
+    rows = [
+        ({"learning_rate": rate}, {"outcome": "finished", checkpoint.METRIC: score})
+        for rate, score in scores.items()
+    ]
+    sweep.report(rows, tmp_path)
+    ranked = json.loads((tmp_path / "results.json").read_text())
+    assert [row["learning_rate"] for row in ranked] == ["3", "2", "1"]
+
+
 def test_a_signal_stops_the_sweep_at_its_point(sweep, tmp_path):
     call = ["megabyte_tiny", "--out", str(tmp_path), "--vary", "learning_rate=1,8,2"]
     assert sweep.main(call) == 0

@@ -112,7 +112,7 @@ def _over_steps(
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
-    holders = [record for record in records if name in record]
+    holders = [record for record in records if record.get(name) is not None]
     return [float(r["step"]) for r in holders], [float(r[name]) for r in holders]
 
 
@@ -135,7 +135,7 @@ def _expert_load(records: Sequence[dict[str, Any]]) -> Panel | None:
         title=f"Expert load at step {last['step']}",
         x="expert",
         y="share of the bytes",
-        bars=([float(e) for e in experts], [last[found[e]] for e in experts]),
+        bars=([float(e) for e in experts], [last[found[e]] or 0.0 for e in experts]),
     )
 
 

@@ -10,6 +10,7 @@ given back.
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -29,7 +30,7 @@ from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
 
 METRIC = "validation_bits_per_byte"
-"""What "best" means: the lowest of this."""
+"""What "best" means: the lowest of this that is finite."""
 
 _MOST_TRIED = 64
 """Checkpoints that a run looks at, newest first, for one that is whole."""
@@ -144,6 +145,18 @@ def _fingerprints(marks: list[Mark]) -> list[int]:
     return [int(mark.fingerprint) for mark in marks]
 
 
+def score(metrics: dict[str, Any] | None) -> float | None:
+    """What "best" compares; None for what was not evaluated, or to no finite number."""
+    value = (metrics or {}).get(METRIC)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _rank(metrics: dict[str, Any]) -> float:
+    """`score` for Orbax, which cannot order the NaN that older runs stored."""
+    found = score(metrics)
+    return math.inf if found is None else found
+
+
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
     """The run's checkpoints; `train` says how many to keep, None opens them for reading."""
     # Orbax reports every step of its work, and tells of errors that it also raises.
@@ -160,13 +173,13 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
         )
     else:
         best = BestN(
-            get_metric_fn=lambda metrics: metrics[METRIC],
+            get_metric_fn=_rank,
             reverse=True,
             n=train.keep_best,
             keep_checkpoints_without_metrics=False,
         )
         options = ocp.CheckpointManagerOptions(
-            best_fn=lambda metrics: metrics[METRIC],
+            best_fn=_rank,
             best_mode="min",
             preservation_policy=AnyPreservationPolicy([LatestN(n=train.keep_last), best]),
             cleanup_tmp_directories=True,
@@ -208,7 +221,8 @@ def save(
         stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
     items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **stored)
     with _writable(manager):
-        manager.save(step, args=items, metrics=metrics, force=True)
+        ranked = None if score(metrics) is None else metrics
+        manager.save(step, args=items, metrics=ranked, force=True)
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
@@ -333,14 +347,11 @@ def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
     if which == "latest":
         return steps[-1]
     if which == "best":
-        scores = {}
-        for step in steps:
-            metrics = read_metadata(manager, step)["metrics"]
-            if metrics:
-                scores[step] = metrics[METRIC]
-        if not scores:
+        scores = {step: score(read_metadata(manager, step)["metrics"]) for step in steps}
+        ranked = [(found, step) for step, found in scores.items() if found is not None]
+        if not ranked:
             raise ValueError("checkpoint=best: no checkpoint was evaluated; choose latest")
-        return min(scores, key=lambda step: scores[step])
+        return min(ranked)[1]
     if which.isdigit() and int(which) in steps:
         return int(which)
     raise ValueError(f"checkpoint={which}: choose latest, best or one of {steps}")

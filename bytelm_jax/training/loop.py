@@ -108,8 +108,9 @@ class Ledger:
     def evaluated(self, step: int, record: dict[str, float]) -> None:
         """Logs and shows an evaluation."""
         self._log.write({"step": step, **record})
-        bits = record[checkpoint.METRIC]
-        self._display.say(f"step {step}: validation {bits:.4f} bits per byte")
+        bits = checkpoint.score(record)
+        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        self._display.say(f"step {step}: validation {said}")
 
     def diverged(self, step: int, why: str) -> DivergedError:
         """What to raise at `step`; waits until the checkpoint that it names is on disk."""
@@ -341,7 +342,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
                     # In the midst of trouble the checkpoint from before it stays the newest, but
                     # at the end, where a validation can show that the weights are good.
                     good = not ledger.bad_in_a_row or (
-                        step == run.steps and record and math.isfinite(record[checkpoint.METRIC])
+                        step == run.steps and checkpoint.score(record) is not None
                     )
                     if saves and good:
                         save(step, record)

@@ -27,12 +27,13 @@ from bytelm_torch.interop.export import (
     from_pretrained,
     one_line,
     save_pretrained,
+    score,
     write_synced,
 )
 from bytelm_torch.interop.finite import first_non_finite, require_finite
 
 METRIC = "validation_bits_per_byte"
-"""What "best" means: the lowest of this."""
+"""What "best" means: the lowest of this that is finite."""
 
 
 _TRAINING_FILE = "training.pt"
@@ -103,9 +104,9 @@ def save(
 
 def _not_kept(run_dir: Path, train: TrainConfig) -> list[int]:
     steps = saved_steps(run_dir)
-    scores = {step: (read_training(run_dir, step)["metrics"] or {}).get(METRIC) for step in steps}
-    scored = sorted((score, step) for step, score in scores.items() if score is not None)
-    best = {step for _, step in scored[: train.keep_best]}
+    scores = {step: score(read_training(run_dir, step)["metrics"]) for step in steps}
+    ranked = sorted((found, step) for step, found in scores.items() if found is not None)
+    best = {step for _, step in ranked[: train.keep_best]}
     return [step for step in steps[: -train.keep_last] if step not in best]
 
 

@@ -268,7 +268,9 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         }
         if log:
             log.write({"step": step, **record})
-        display.say(f"step {step}: validation {found.bits_per_byte:.4f} bits per byte")
+        bits = checkpoint.score(record)
+        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        display.say(f"step {step}: validation {said}")
         return record
 
     def save(step: int, record: dict[str, float] | None) -> None:
@@ -302,7 +304,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
                 record = validate(step) if evaluates else None
                 # In the midst of trouble the checkpoint from before it stays the newest, but at the
                 # end, where a validation can show that the weights are good.
-                good = not bad or (last and record and math.isfinite(record[checkpoint.METRIC]))
+                good = not bad or (last and checkpoint.score(record) is not None)
                 if saves and good:
                     save(step, record)
                 rates.restart()

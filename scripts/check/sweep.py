@@ -110,8 +110,8 @@ def report(rows: list[tuple[Point, dict[str, Any]]], out: Path) -> None:
 
     def rank(row: tuple[Point, dict[str, Any]]) -> float:
         _, result = row
-        best = result.get(checkpoint.METRIC, result.get("bits_per_byte", math.inf))
-        return best if result["outcome"] == "finished" else math.inf
+        best = result.get(checkpoint.METRIC, result.get("bits_per_byte"))
+        return math.inf if result["outcome"] != "finished" or best is None else best
 
     records = [point | result for point, result in sorted(rows, key=rank)]
     columns = list(dict.fromkeys(name for record in records for name in record))
