@@ -13,7 +13,8 @@ import torch
 from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, model_from_dict, to_dict
 from bytelm_jax.layers import ids, ngram, resets
 from bytelm_jax.models import abstract_params, define_model, patching
-from bytelm_jax.training import evaluate, loss, parallel
+from bytelm_jax.training import evaluate, loss
+from bytelm_jax.training import mesh as meshes
 from bytelm_torch.layers import embedding as torch_embedding
 from bytelm_torch.layers import ids as torch_ids
 from bytelm_torch.layers import ngram as torch_ngram
@@ -144,7 +145,7 @@ def test_evaluation_counts_every_byte(package: str) -> None:
         row_nats = torch_evaluate.make_row_nats(Model(), VOCAB.pad_id, torch.float32, VOCAB.eos_id)
         nats = row_nats(torch.from_numpy(TEXT.copy())).numpy()
     else:
-        mesh = parallel.make_mesh()
+        mesh = meshes.make_mesh()
         made = evaluate.make_row_nats(
             lambda params: lambda rows: params["a.logits"],
             VOCAB.pad_id,

@@ -14,7 +14,7 @@ from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_di
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
-from bytelm_jax.training import parallel as jax_parallel
+from bytelm_jax.training import step as jax_step
 from bytelm_torch.interop import export
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training import loop as train
@@ -40,7 +40,7 @@ RECIPE = Recipe(
 
 
 def zeros(optimizer, init, like):
-    """In the place of `parallel.compile_init`, which would take most of the time here."""
+    """In the place of `steps.compile_init`, which would take most of the time here."""
     return lambda: jax.tree.map(
         lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), like
     )
@@ -65,7 +65,7 @@ class Package:
     def command(self, skipped=(), spoiled=99, validations=(1.0, 1.0, 1.0), **changes):
         """The exit code of training."""
         recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
-        module, steps = (jax_train, jax_parallel) if self.name == "jax" else (train, parallel)
+        module, steps = (jax_train, jax_step) if self.name == "jax" else (train, parallel)
         found = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
         self._patch.setattr(module, "evaluate", lambda *_: next(found))
         make = self._jax_step if self.name == "jax" else self._torch_step
@@ -75,7 +75,7 @@ class Package:
             self.config.write_text(json.dumps(to_dict(recipe)))
             return train.main([str(self.config), *paths])
         self._patch.setattr(jax_recipes, "get", lambda _: recipe)
-        self._patch.setattr(jax_parallel, "compile_init", zeros)
+        self._patch.setattr(jax_step, "compile_init", zeros)
         return cli.main(["train", recipe.name, *paths])
 
     def _jax_step(self, skipped, spoiled):

@@ -47,7 +47,7 @@ BUGS = {
     # Under shard_map the gradient of a replicated parameter arrives summed over the devices;
     # averaging it afterwards leaves it as many times too large as there are devices.
     "gradients averaged instead of the loss": (
-        "bytelm_jax/training/parallel.py",
+        "bytelm_jax/training/step.py",
         {
             "nats, extra, metrics = over_devices(": "nats, extra, metrics = tuple(",
             "jnp.maximum(over_devices(jnp.sum(ids != pad_id)), 1)": "jnp.sum(ids != pad_id)",

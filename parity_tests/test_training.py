@@ -17,7 +17,8 @@ from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.parity.report import relative_error
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
 from bytelm_torch.optimizers.build import clip_by_global_norm, learning_rate_schedule
 from bytelm_torch.optimizers.q_learning import EnhancedSGD, QLearning
@@ -31,15 +32,15 @@ GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 def run_jax(config, optimizer, train, batches, params=None):
     """Losses and final state of a few steps on int32[S, B, T] batches."""
-    mesh = parallel.make_mesh(train.devices, train.fsdp)
+    mesh = meshes.make_mesh(train.devices, train.fsdp)
     bind, init = define_model(config)
     transformation = build_optimizer(optimizer, train.steps)
     start = (lambda: init(train.seed)) if params is None else (lambda: params)
-    state = parallel.init_state(mesh, transformation, start)
-    step = parallel.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh)
+    state = steps.init_state(mesh, transformation, start)
+    step = steps.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh)
     reports = []
     for ids in batches:
-        state, report = step(state, parallel.put_batch(mesh, ids))
+        state, report = step(state, meshes.put_batch(mesh, ids))
         reports.append({name: float(value) for name, value in report.items()})
     return reports, state
 
@@ -83,7 +84,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
     batches = ragged_batches(config, 200, 4, 11)
     # float64 all the way: cast_params would make the products float32.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parallel, "compute_dtype", lambda train: jnp.dtype("float64"))
+        patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params)
     try:
         told = run_torch(twin, optimizer, batches)
@@ -194,13 +195,13 @@ def test_dropout_is_on_in_training_and_differs_between_steps_and_seeds(one_devic
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    mesh = parallel.make_mesh(8)
+    mesh = meshes.make_mesh(8)
     with pytest.raises(ValueError, match="batch_size=12: must be a multiple of 8"):
-        parallel.check_batch(mesh, TrainConfig(batch_size=12))
+        meshes.check_batch(mesh, TrainConfig(batch_size=12))
     with pytest.raises(ValueError, match="devices=9: there are 8"):
-        parallel.make_mesh(9)
+        meshes.make_mesh(9)
     with pytest.raises(ValueError, match="fsdp=3: must divide the number of devices, 8"):
-        parallel.make_mesh(8, 3)
+        meshes.make_mesh(8, 3)
 
 
 def golden_run():

@@ -29,7 +29,7 @@ from bytelm_jax.interop import vocab as convert_vocab
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.parity import report as parity
 from bytelm_jax.training import checkpoint as checkpoints
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training.evaluate import evaluate, make_row_nats
 
@@ -64,7 +64,7 @@ def eval_command(
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
-    vocab, mesh = recipe.model.vocab, parallel.make_mesh()
+    vocab, mesh = recipe.model.vocab, meshes.make_mesh()
     by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
     windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=by_document)
     end_id = vocab.eos_id if by_document else None
@@ -73,7 +73,7 @@ def eval_command(
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
-        wide = parallel.place(mesh, wide)
+        wide = meshes.place(mesh, wide)
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
         found = evaluate(row_nats, wide, batches, mesh)
     record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}

@@ -13,12 +13,13 @@ import pytest
 from bytelm_jax.cli import main as cli
 from bytelm_jax.tools import doctor
 from bytelm_jax.tools.doctor import SickError
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 
 
 @pytest.fixture(scope="module")
 def mesh():
-    return parallel.make_mesh(4, 2)
+    return meshes.make_mesh(4, 2)
 
 
 def test_a_machine_that_is_well(tmp_path, mesh, monkeypatch, capsys):
@@ -44,13 +45,13 @@ def test_gradients_of_many_devices_are_those_of_one(mesh):
 
 def test_gradients_summed_once_too_often_are_found(mesh, monkeypatch):
     """The bug that AdamW hides: as many times too large as there are devices."""
-    right = parallel._over_micro_batches
+    right = steps._over_micro_batches
 
     def wrong(*args):
         found, gradients = right(*args)
         return found, jax.tree.map(lambda g: 4 * g, gradients)
 
-    monkeypatch.setattr(parallel, "_over_micro_batches", wrong)
+    monkeypatch.setattr(steps, "_over_micro_batches", wrong)
     with pytest.raises(SickError, match="jit over 4 devices makes them 4 times as long"):
         doctor.check_gradients(mesh)
 

@@ -19,7 +19,7 @@ from bytelm_jax.models import cast_params
 from bytelm_jax.tools import dry_run
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.memory import kept_for_backward, total
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
 from parity_tests import tolerances
 
 SMALL = [
@@ -81,7 +81,7 @@ def test_rematerialisation_keeps_its_inputs_and_one_part_of_what_it_spares():
 def test_memory_of_132_million_parameters_is_what_was_measured():
     recipe = recipes.get("megabyte_132m")
     recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
-    mesh = parallel.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
     measured = 7.43 * 2**30  # the README's, 32 rows of 2,048 bytes
     assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
@@ -92,7 +92,7 @@ def test_scores_are_kept_where_attention_is_written_out():
     model = replace(MODEL, max_length=128)
     recipe = Recipe(name="x", model=model, data=DataConfig(sequence_length=128),
                     train=TrainConfig(batch_size=1, compute_dtype="bfloat16"))  # fmt: skip
-    mesh = parallel.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     state = dry_run.abstract_state(recipe, mesh)
     working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
     for chip, written_out in (("H100", False), ("TPU v4", True)):  # cuDNN keeps none
@@ -102,7 +102,7 @@ def test_scores_are_kept_where_attention_is_written_out():
 
 
 def test_state_is_cut_by_fsdp():
-    mesh = parallel.make_mesh(8, 4)
+    mesh = meshes.make_mesh(8, 4)
     recipe = Recipe(
         name="x", model=MODEL, train=TrainConfig(batch_size=8, fsdp=4, compute_dtype="float32"),
         data=DataConfig(sequence_length=16),
@@ -180,7 +180,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
     forecast = dry_run.dry_run(recipe, dry_run.Machine())
     found = {(each.kind, each.group): each for each in forecast.collectives}
-    params = dry_run.abstract_state(recipe, parallel.make_mesh(8, 4)).params
+    params = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
     cut = sum(x.size for x in params.values() if x.sharding.spec)
     # In bfloat16, as on an accelerator. The compiler gathers once for all three micro-batches, the
     # gradients of each are scattered, and their parts then summed from group to group.
@@ -227,7 +227,7 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
     call = ["train", "megabyte_tiny", *SMALL, "--run-dir", str(folder), "--devices", "1"]
     data = DataConfig(sequence_length=16)
     recipe = Recipe(name="x", model=MODEL, data=data, train=TrainConfig(batch_size=16))
-    mesh = parallel.make_mesh(1)
+    mesh = meshes.make_mesh(1)
     memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
     state = memory.parameters + memory.gradients + memory.optimizer_state
     enough = int(0.81 * memory.peak)

@@ -19,7 +19,8 @@ from bytelm_jax.layers.attention import fused_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.report import relative_error
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 from parity_tests import tolerances
 
 WRITTEN_OUT = {
@@ -56,13 +57,13 @@ def shallow(config):
 def lower_step(recipe, devices=1, fsdp=1):
     """The text of the recipe's train step, lowered for a GPU, with SGD and no micro-batches."""
     model, run = shallow(recipe.model), replace(recipe.train, fsdp=fsdp, accumulation_steps=1)
-    mesh, (bind, init) = parallel.make_mesh(devices, fsdp), define_model(model)
+    mesh, (bind, init) = meshes.make_mesh(devices, fsdp), define_model(model)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     pad_id, frozen = model.vocab.pad_id, model.frozen_prefixes
-    step = parallel.make_train_step(bind, optimizer, run, pad_id, mesh, frozen)
-    state = parallel.abstract_init(mesh, optimizer, lambda: init(0))
+    step = steps.make_train_step(bind, optimizer, run, pad_id, mesh, frozen)
+    state = steps.abstract_init(mesh, optimizer, lambda: init(0))
     shape = run.batch_size, recipe.data.sequence_length
-    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))
     traced = step.trace(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 

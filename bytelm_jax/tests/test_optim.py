@@ -17,7 +17,8 @@ from bytelm_jax.optimizers.build import (
     decay_mask,
     learning_rate_schedule,
 )
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 from bytelm_torch.optimizers.build import learning_rate_schedule as torch_schedule
 from parity_tests.twins import MEGABYTES
 
@@ -87,17 +88,17 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
     frozen = config.frozen_prefixes
     optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), 3, frozen=frozen)
     train = TrainConfig(steps=3, batch_size=2, devices=2, parallel="shard_map")
-    mesh = parallel.make_mesh(2)
+    mesh = meshes.make_mesh(2)
     bind, init = define_model(config)
-    state = parallel.init_state(mesh, optimizer, lambda: init(0))
+    state = steps.init_state(mesh, optimizer, lambda: init(0))
     # A zero whose sign an added zero would turn.
     name = "patcher.norm.scale"
     state = state._replace(params=state.params | {name: state.params[name] * -0.0})
     before = jax.tree.map(np.asarray, state.params)
-    step = parallel.make_train_step(bind, optimizer, train, config.vocab.pad_id, mesh, frozen)
+    step = steps.make_train_step(bind, optimizer, train, config.vocab.pad_id, mesh, frozen)
     ids = np.random.default_rng(0).integers(4, 260, (2, 12)).astype(np.int32)
     for _ in range(2):
-        state, report = step(state, parallel.put_batch(mesh, ids))
+        state, report = step(state, meshes.put_batch(mesh, ids))
     assert np.isfinite(float(report["grad_norm"])) and float(report["grad_norm"]) > 0
     for key, value in state.params.items():
         same = np.asarray(value).tobytes() == before[key].tobytes()
@@ -108,7 +109,7 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
     name = "to_logits.kernel"
     state = state._replace(params=state.params | {name: state.params[name] * np.nan})
     before = jax.tree.map(np.asarray, state)
-    state, report = step(state, parallel.put_batch(mesh, ids))
+    state, report = step(state, meshes.put_batch(mesh, ids))
     assert np.isnan(float(report["loss"])) and int(state.step) == 3
     for old, new in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(state[1:]), strict=True):
         assert np.asarray(new).tobytes() == old.tobytes()

@@ -25,8 +25,9 @@ from bytelm_jax.cli import arguments
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.tests.test_cli import contents, refused
-from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
+from bytelm_jax.training import step as steps
 
 ENTROPY = ["--dim", "8", "--layers", "1", "--heads", "2", "--hidden-dim", "8", "--window", "16"]
 LOCAL = ["--local-dim", "8", "--local-window", "16", "--ngram-rows", "31", "--ngram-sizes", "3"]
@@ -108,13 +109,13 @@ def test_the_same_command_goes_on_without_its_source(blt_run, text):
 @pytest.mark.slow
 def test_three_lengths_compile_three_times(tmp_path, text, monkeypatch):
     """A bucket is a length of rows: the windows' own, and those of the warm-up."""
-    shapes, original = [], parallel.cross_entropy
+    shapes, original = [], steps.cross_entropy
 
     def counted(logits, ids, pad_id):
         shapes.append(ids.shape)
         return original(logits, ids, pad_id)
 
-    monkeypatch.setattr(parallel, "cross_entropy", counted)
+    monkeypatch.setattr(steps, "cross_entropy", counted)
     lengths = ["--patcher", "space", "--warmup-lengths", "16", "32", "--warmup-length-steps", "2"]
     argv = [*BLT, *lengths, "--data", str(text), "--run-dir", str(tmp_path / "run")]
     assert cli.main([*argv, "--steps", "7", "--log-every", "1", "--warmup-steps", "1"]) == 0

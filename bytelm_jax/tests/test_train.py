@@ -17,7 +17,9 @@ import pytest
 
 from bytelm.metrics import WALL_CLOCK, read_metrics
 from bytelm_jax.cli import main as cli
-from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training import checkpoint
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 
 TINY = [
     *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),
@@ -225,21 +227,21 @@ def test_config_json_rebuilds_the_recipe(undisturbed):
 
 
 def test_a_step_compiled_ahead_is_not_compiled_again(caplog):
-    mesh = parallel.make_mesh(2, 1)
+    mesh = meshes.make_mesh(2, 1)
 
     @jax.jit
     def step(state, ids):
         return state._replace(step=state.step + ids.sum())
 
-    state = parallel.TrainState(jnp.int32(0), {}, ())
-    state = jax.device_put(state, parallel.replicated(mesh))
+    state = steps.TrainState(jnp.int32(0), {}, ())
+    state = jax.device_put(state, meshes.replicated(mesh))
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        with parallel.compiling(step, like, (4, 6), mesh):
+        with steps.compiling(step, like, (4, 6), mesh):
             pass
-        state = step(state, parallel.put_batch(mesh, np.ones((4, 6), np.int32)))
+        state = step(state, meshes.put_batch(mesh, np.ones((4, 6), np.int32)))
     told = [r.getMessage() for r in caplog.records if "compilation of jit(step)" in r.getMessage()]
     assert int(state.step) == 24
     assert not told  # in this thread, whose compilations alone are logged here

@@ -17,7 +17,8 @@ from bytelm.config import (
     TrainConfig,
 )
 from bytelm.metrics import WALL_CLOCK, read_metrics
-from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training import checkpoint
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.loop import DivergedError, train
 
 MODEL = MegabyteConfig(
@@ -58,13 +59,13 @@ def records(run_dir):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
-    make, made = parallel.make_train_step, []  # both runs share the compiled step
+    make, made = steps.make_train_step, []  # both runs share the compiled step
 
     def make_once(*arguments):
         made.extend([] if made else [make(*arguments)])
         return made[0]
 
-    monkeypatch.setattr(parallel, "make_train_step", make_once)
+    monkeypatch.setattr(steps, "make_train_step", make_once)
     train(recipe, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "8")
@@ -100,7 +101,7 @@ def test_a_run_stops_where_its_optimizer_cannot_go_on(
         step.lower = lambda *_: SimpleNamespace(compile=None)
         return step
 
-    monkeypatch.setattr(parallel, "make_train_step", make_train_step)
+    monkeypatch.setattr(steps, "make_train_step", make_train_step)
     recipe = replace(recipe, train=replace(recipe.train, steps=24, log_every=24))
     if stops:
         with pytest.raises(DivergedError, match=f"step {stops}: the loss is nan"):

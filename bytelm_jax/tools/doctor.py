@@ -28,7 +28,9 @@ from bytelm import data
 from bytelm.config import MegabyteConfig, TrainConfig
 from bytelm_jax.models import define_model
 from bytelm_jax.tools.memory import device_limit
-from bytelm_jax.training import checkpoint, parallel, processes
+from bytelm_jax.training import checkpoint, processes
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
 Form = Literal["jit", "shard_map"]
@@ -75,7 +77,7 @@ def examine(
     yield _run("versions", check_versions, limit)
     yield _run("devices", check_devices, limit)
     try:
-        mesh = parallel.make_mesh(devices, fsdp)
+        mesh = meshes.make_mesh(devices, fsdp)
     except ValueError as error:
         yield Finding("mesh", False, str(error))
         mesh = None
@@ -190,7 +192,7 @@ def check_devices() -> str:
 
 def check_mesh(mesh: Mesh) -> str:
     """Its shape, and which rows of a batch this process feeds."""
-    part, parts = parallel.own_part(mesh)
+    part, parts = meshes.process_slice(mesh)
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return f"{shape}; this process feeds part {part + 1} of {parts} of each batch"
 
@@ -256,16 +258,16 @@ def _gradients(
     mesh: Mesh, form: Form, bind: Any, before: dict[str, np.ndarray], ids: np.ndarray
 ) -> dict[str, np.ndarray]:
     """By how much a step of SGD at rate 1 lessens each parameter."""
-    groups = mesh.shape[parallel.FSDP]
+    groups = mesh.shape[meshes.FSDP]
     run = TrainConfig(batch_size=len(ids), fsdp=groups, compute_dtype="float32", parallel=form)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     params = {name: jnp.asarray(value) for name, value in before.items()}
-    state = parallel.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    step = parallel.make_train_step(bind, optimizer, run, _TINY.vocab.pad_id, mesh)
-    own, parts = parallel.own_part(mesh)
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    step = steps.make_train_step(bind, optimizer, run, _TINY.vocab.pad_id, mesh)
+    own, parts = meshes.process_slice(mesh)
     mine = ids[own * len(ids) // parts : (own + 1) * len(ids) // parts]
-    state, _ = step(parallel.place(mesh, state), parallel.put_batch(mesh, mine))
-    after = parallel.fetch(mesh, state.params)
+    state, _ = step(meshes.place(mesh, state), meshes.put_batch(mesh, mine))
+    after = meshes.fetch(mesh, state.params)
     return {name: before[name] - after[name] for name in before}
 
 
@@ -326,7 +328,7 @@ def _read(probe: Path) -> str:
 def _through_orbax(path: Path, mesh: Mesh) -> float:
     """Seconds that saving and restoring a sharded array took; raises where it came back changed."""
     start = time.perf_counter()
-    rows = parallel.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))
+    rows = meshes.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))
     tree = {"rows": rows}
     like = {"rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)}
     with ocp.StandardCheckpointer() as checkpointer:

@@ -22,7 +22,8 @@ from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.memory import Held, device_limit, kept_for_backward, total
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
 LINK_GBYTES = 50.0
@@ -115,8 +116,8 @@ def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
         run = replace(run, compute_dtype="bfloat16")
     recipe = replace(recipe, train=run)
     simulate_devices(run.devices)
-    mesh = parallel.make_mesh(run.devices, run.fsdp)
-    parallel.check_batch(mesh, run)
+    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
     seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
@@ -137,41 +138,40 @@ def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
     )
 
 
-def abstract_state(recipe: Recipe, mesh: Mesh) -> parallel.TrainState:
-    """Shapes, dtypes and shardings of what `parallel.init_state` would make."""
+def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
+    """Shapes, dtypes and shardings of what `steps.init_state` would make."""
     run, frozen = recipe.train, recipe.model.frozen_prefixes
     _, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-    return parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    return steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
 
 
-def compile_step(recipe: Recipe, mesh: Mesh, state: parallel.TrainState) -> str:
+def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     """The text of the compiled step."""
     run, frozen = recipe.train, recipe.model.frozen_prefixes
     # A CPU's compiler widens bfloat16, collectives included; float16, as many bytes, it does not.
-    dtype = parallel.compute_dtype(run)
+    dtype = steps.compute_dtype(run)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
     bind, _ = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-    step = parallel.make_train_step(
+    step = steps.make_train_step(
         bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen, dtype
     )
-    ids = jax.ShapeDtypeStruct(
-        (run.batch_size, recipe.data.sequence_length), jnp.int32, sharding=parallel.by_row(mesh)
-    )
+    shape = (run.batch_size, recipe.data.sequence_length)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch_sharding(mesh))
     lowered = step.lower(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
     return lowered.compile(compiler_options=_QUICKLY).as_text()
 
 
 def reckon_memory(
-    recipe: Recipe, mesh: Mesh, state: parallel.TrainState, chip: str = "H100"
+    recipe: Recipe, mesh: Mesh, state: steps.TrainState, chip: str = "H100"
 ) -> Memory:
     """The bytes of a step on each device, of which kind, and how many at once."""
     run = recipe.train
     moving = without(state.params, recipe.model.frozen_prefixes)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part(state.opt_state)
-    dtype = parallel.compute_dtype(run)
+    dtype = steps.compute_dtype(run)
     working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
     # Where nothing is cut, what needs no cast is its own copy.
     copies = sum(
@@ -209,8 +209,8 @@ def require_memory(recipe: Recipe) -> None:
     limit = device_limit(device)
     if limit is None:
         return
-    mesh = parallel.make_mesh(run.devices, run.fsdp)
-    parallel.check_batch(mesh, run)
+    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    meshes.check_batch(mesh, run)
     chip = "TPU" if device.platform == "tpu" else "GPU"
     needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), chip)
     if can_fit(needed.peak, limit):

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training.loss import bits_per_byte, token_nats
 
 
@@ -46,12 +46,12 @@ def make_row_nats(
 
     def row_nats(params: Params, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:
         ids = as_ids(ids)
-        logits = bind(parallel.gather(mesh, cast_params(params, dtype)))(ids)
+        logits = bind(meshes.gather(mesh, cast_params(params, dtype)))(ids)
         counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
         return nats, counted.sum(axis=1)
 
-    return jax.jit(row_nats, out_shardings=parallel.replicated(mesh))
+    return jax.jit(row_nats, out_shardings=meshes.replicated(mesh))
 
 
 def evaluate(
@@ -70,7 +70,7 @@ def evaluate(
             count += int(counts.sum())
 
     for ids in batches:
-        waiting.append(row_nats(params, parallel.put_batch(mesh, ids)))
+        waiting.append(row_nats(params, meshes.put_batch(mesh, ids)))
         settle(4)  # more steps in flight can deadlock simulated devices on few cores
     settle(0)
     return Evaluation(math.fsum(nats), count)

@@ -28,14 +28,12 @@ from bytelm.metrics import MetricsLog, Throughput, read_metrics
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer, learning_rate_schedule
-from bytelm_jax.training import (
-    checkpoint,
-    parallel,
-    processes,
-)
+from bytelm_jax.training import checkpoint, processes
+from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import (
     patch_calibration as patch_contract,
 )
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate, make_row_nats
@@ -188,14 +186,14 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
 
 
 def agree_on_patches(
-    recipe: Recipe, state: parallel.TrainState, mesh: Any, windows: data.Windows, resumed: bool
+    recipe: Recipe, state: steps.TrainState, mesh: Any, windows: data.Windows, resumed: bool
 ) -> Recipe:
     """`recipe` with its patching contract; says so where these data break the one it came with."""
     model, known = recipe.model, recipe.patching
     assert isinstance(model, BLTConfig)
     own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
     # On one device of this process: every process measures for itself.
-    whole = {name: jnp.asarray(value) for name, value in parallel.fetch(mesh, own).items()}
+    whole = {name: jnp.asarray(value) for name, value in meshes.fetch(mesh, own).items()}
     found = patch_contract.measure(model, whole, windows)
     wrong = patch_contract.outside(known, found) if known else None
     if wrong and processes.is_first():
@@ -244,9 +242,9 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     recipe = patch_contract.adopt(recipe, run_dir)
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
-    mesh = parallel.make_mesh(run.devices, run.fsdp)
-    parallel.check_batch(mesh, run)
-    part = parallel.own_part(mesh)
+    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    meshes.check_batch(mesh, run)
+    part = meshes.process_slice(mesh)
     first = processes.is_first()
 
     # ---- data ----
@@ -256,9 +254,9 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     prepare_run_dir(run_dir, recipe)
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-    step_function = parallel.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
+    step_function = steps.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
     draw = partial(init, run.seed)
-    like = parallel.abstract_init(mesh, optimizer, draw)
+    like = steps.abstract_init(mesh, optimizer, draw)
 
     # ---- state, restored or born sharded ----
     resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
@@ -267,21 +265,21 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
-    ahead = parallel.compiling(step_function, like, shape, mesh)
+    ahead = steps.compiling(step_function, like, shape, mesh)
     with ahead if start < run.steps else nullcontext():
         if resumed:
             step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
-            state = parallel.TrainState(step_number, resumed.params, resumed.opt_state)
+            state = steps.TrainState(step_number, resumed.params, resumed.opt_state)
         else:
-            state = parallel.compile_init(optimizer, draw, like)()
+            state = steps.compile_init(optimizer, draw, like)()
             if run.entropy_from:
-                trained = parallel.place(mesh, patch_contract.load_entropy_model(recipe))
+                trained = meshes.place(mesh, patch_contract.load_entropy_model(recipe))
                 state = state._replace(params=state.params | trained)
         if isinstance(recipe.model, BLTConfig):
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     if first:
         checkpoint.save_config(run_dir, recipe)
-    row_nats = make_row_nats(bind, vocab.pad_id, mesh, parallel.compute_dtype(run))
+    row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
 
     def validate(step: int) -> dict[str, float] | None:
         if not len(held_out):
@@ -327,7 +325,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             if piece != before:
                 ledger.settle(0)
             rows = next(batches).reshape(-1, piece)
-            state, report = step_function(state, parallel.put_batch(mesh, rows))
+            state, report = step_function(state, meshes.put_batch(mesh, rows))
             step += 1
             ledger.add(step, report)
             if piece != before:  # compiled

@@ -37,7 +37,6 @@ from bytelm.config import (
 )
 from bytelm_torch.interop.finite import first_non_finite, is_finite, require_finite
 from bytelm_torch.models import build_model, name_parameters
-from bytelm_torch.training.checkpoint import METRIC
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
@@ -380,12 +379,3 @@ def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         write(sink)
         sink.flush()
         os.fsync(sink.fileno())
-
-
-# ---- run folders ----------------------------------------------------------------------------
-
-
-def score(metrics: dict[str, Any] | None) -> float | None:
-    """What "best" compares; None for what was not evaluated, or to no finite number."""
-    value = (metrics or {}).get(METRIC)
-    return value if value is not None and math.isfinite(value) else None

@@ -6,6 +6,7 @@ A checkpoint is an export with the state of the optimizer beside it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -27,7 +28,6 @@ from bytelm_torch.interop.export import (
     from_pretrained,
     one_line,
     save_pretrained,
-    score,
     write_synced,
 )
 from bytelm_torch.interop.finite import first_non_finite, require_finite
@@ -145,3 +145,9 @@ def restore(
             "keep the optimizer or choose another run_dir"
         ) from None
     return found
+
+
+def score(metrics: dict[str, Any] | None) -> float | None:
+    """What "best" compares; None for what was not evaluated, or to no finite number."""
+    value = (metrics or {}).get(METRIC)
+    return value if value is not None and math.isfinite(value) else None

@@ -82,11 +82,11 @@ def our_generation(
     from bytelm import data
     from bytelm_jax.inference.generate import generate
     from bytelm_jax.models import cast_params, define_model
-    from bytelm_jax.training import parallel
     from bytelm_jax.training import patch_calibration as patch_contract
+    from bytelm_jax.training import step as steps
 
     config = configuration(recipe)
-    dtype = parallel.compute_dtype(recipes.get(recipe).train)
+    dtype = steps.compute_dtype(recipes.get(recipe).train)
     params = jax.jit(lambda: cast_params(define_model(config)[1](0), dtype))()
 
     def windows(text: bytes) -> data.Windows:

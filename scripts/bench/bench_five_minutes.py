@@ -28,8 +28,9 @@ from equal_time import Trainer, add_options, machine, read_row, side_by_side
 from bytelm import data
 from bytelm.config import BLTConfig, training_flops_per_byte
 from bytelm.metrics import peak_flops, read_metrics
-from bytelm_jax.training import checkpoint, parallel
+from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
+from bytelm_jax.training import step as steps
 
 ROWS = [
     "megabyte_132m",
@@ -70,7 +71,7 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
         "peak_gib": round(trained.peak_gib, 2),
         "batch_size": recipe.train.batch_size,
         "learning_rate": recipe.optimizer.learning_rate,
-        "dtype": str(parallel.compute_dtype(recipe.train)),
+        "dtype": str(steps.compute_dtype(recipe.train)),
         **machine(),
         "curve": [[round(number, 4) for number in point] for point in trained.curve],
     }

@@ -16,7 +16,7 @@ import jax
 from bytelm import recipes
 from bytelm_jax.inference.generate import SamplerConfig, generate
 from bytelm_jax.models import cast_params, define_model
-from bytelm_jax.training import parallel
+from bytelm_jax.training import step as steps
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     recipe = recipes.get(options.recipe)
-    dtype = parallel.compute_dtype(recipe.train)
+    dtype = steps.compute_dtype(recipe.train)
     bind, init = define_model(recipe.model)
     model = bind(jax.jit(lambda: cast_params(init(0), dtype))())
     greedy = SamplerConfig(sampler="greedy")

@@ -23,7 +23,7 @@ from bytelm import recipes
 from bytelm.config import OptimizerConfig
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
-from bytelm_jax.training import parallel
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
 ROWS = {
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     recipe = recipes.get(options.recipe)
     bind, init = define_model(recipe.model)
-    dtype = parallel.compute_dtype(recipe.train)
+    dtype = steps.compute_dtype(recipe.train)
     params, vocab = jax.jit(init)(0), recipe.model.vocab
     shape = options.batch, recipe.data.sequence_length
     source = np.random.default_rng(0)

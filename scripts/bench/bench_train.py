@@ -40,7 +40,8 @@ from bytelm.metrics import peak_flops
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.tools import collectives
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
 
 STEPS = 10
 
@@ -101,7 +102,7 @@ class Prepared(NamedTuple):
     recipe: Recipe
     mesh: jax.sharding.Mesh
     step: jax.stages.Compiled
-    make_state: Callable[[], parallel.TrainState]
+    make_state: Callable[[], steps.TrainState]
     seconds: float
 
 
@@ -110,16 +111,16 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     recipe = read_row(row)
     recipe = replace(recipe, train=replace(recipe.train, remat=remat))
     run, start = recipe.train, time.perf_counter()
-    mesh = parallel.make_mesh(run.devices, run.fsdp)
+    mesh = meshes.make_mesh(run.devices, run.fsdp)
     bind, init = define_model(recipe.model)
     frozen = recipe.model.frozen_prefixes
     optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
-    step = parallel.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
-    state = parallel.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    step = steps.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    state = steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
     shape = (run.batch_size, recipe.data.sequence_length)
-    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=parallel.by_row(mesh))
+    ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))
     compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    make_state = parallel.compile_init(optimizer, lambda: init(run.seed), state)
+    make_state = steps.compile_init(optimizer, lambda: init(run.seed), state)
     return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
 
 
@@ -131,7 +132,7 @@ def measure(
     shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
     batches = [
-        parallel.put_batch(mesh, source.integers(offset, offset + 256, shape, np.int32))
+        meshes.put_batch(mesh, source.integers(offset, offset + 256, shape, np.int32))
         for _ in range(4)
     ]
     report: dict[str, Any] = {}
@@ -178,7 +179,7 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
         "step_gib": round(sum(step) / 2**30, 2),
         "state_gib": round(sizes["state"] / 2**30, 4),
         "loss": round(times["loss"], 4),
-        "dtype": str(parallel.compute_dtype(run)),
+        "dtype": str(steps.compute_dtype(run)),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
         "flax": flax.__version__,

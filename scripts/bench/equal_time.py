@@ -27,8 +27,9 @@ from bytelm.config import Recipe
 from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import patch_calibration as patch_contract
+from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.evaluate import Evaluation, evaluate, make_row_nats
 from bytelm_jax.training.loop import open_windows
@@ -91,9 +92,9 @@ class Trainer:
         self._limit, self.held_out = (
             (run.eval_windows, own) if held_out is None else (None, held_out)
         )
-        self._mesh = parallel.make_mesh(1)
+        self._mesh = meshes.make_mesh(1)
         self._bind, self._init = define_model(recipe.model)
-        dtype = parallel.compute_dtype(run)
+        dtype = steps.compute_dtype(run)
         self._row_nats = make_row_nats(self._bind, vocab.pad_id, self._mesh, dtype)
         self._programs: dict[int, Callable] = {}
 
@@ -128,25 +129,25 @@ class Trainer:
         params = run.state.params
         return Trained(params, run.count, run.used, peak, self._look(params, self._limit), curve)
 
-    def _start(self, seed: int) -> parallel.TrainState:
+    def _start(self, seed: int) -> steps.TrainState:
         recipe, frozen = self.recipe, self.recipe.model.frozen_prefixes
         optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, frozen=frozen)
-        state = parallel.init_state(self._mesh, optimizer, lambda: self._init(seed))
+        state = steps.init_state(self._mesh, optimizer, lambda: self._init(seed))
         if recipe.train.entropy_from:
-            trained = parallel.place(self._mesh, patch_contract.load_entropy_model(recipe))
+            trained = meshes.place(self._mesh, patch_contract.load_entropy_model(recipe))
             state = state._replace(params=state.params | trained)
         return state
 
     def _batches(self, seed: int) -> Iterator[Any]:
         rows = training_batches(self.windows, self.recipe.train.batch_size, seed, 0)
-        return (parallel.put_batch(self._mesh, ids) for ids in rows)
+        return (meshes.put_batch(self._mesh, ids) for ids in rows)
 
     def _program(self, steps: int) -> Callable:
         if steps not in self._programs:
             recipe, frozen = self.recipe, self.recipe.model.frozen_prefixes
             optimizer = build_optimizer(recipe.optimizer, steps, frozen=frozen)
             pad_id = recipe.model.vocab.pad_id
-            self._programs[steps] = parallel.make_train_step(
+            self._programs[steps] = steps.make_train_step(
                 self._bind, optimizer, recipe.train, pad_id, self._mesh, frozen
             )
         return self._programs[steps]

@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 from bench_train import read_row
 
 from bytelm_jax.tools.dry_run import abstract_state, reckon_memory
-from bytelm_jax.training import parallel
+from bytelm_jax.training import mesh as meshes
 
 MEASURED = (
     "megabyte_132m:32=7.43 megabyte_132m:128=24.53 megabyte_132m:256=44.46 "
@@ -32,7 +32,7 @@ def main(rows: list[str]) -> None:
     for text in rows or MEASURED.split():
         row, _, measured = text.partition("=")
         recipe = read_row(row)
-        mesh = parallel.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
         memory = reckon_memory(recipe, mesh, abstract_state(recipe, mesh))
         found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
