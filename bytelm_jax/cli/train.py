@@ -24,7 +24,8 @@ from bytelm_jax.cli.arguments import (
 )
 from bytelm_jax.tools import dry_run
 from bytelm_jax.training import processes
-from bytelm_jax.training.loop import DivergedError, open_windows, train
+from bytelm_jax.training.loop import open_windows, train
+from bytelm_jax.training.reporter import DivergedError
 
 
 def train_command(argv: list[str]) -> int:

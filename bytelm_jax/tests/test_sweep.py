@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bytelm_jax.training import checkpoint
-from bytelm_jax.training.loop import DivergedError, Outcome
+from bytelm_jax.training.loop import Outcome
+from bytelm_jax.training.reporter import DivergedError
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "check" / "sweep.py"
 

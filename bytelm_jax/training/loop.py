@@ -1,11 +1,8 @@
 """The whole training story, top to bottom: setup, data, model, state, restore, step, loop."""
 
-import math
 import os
 import sys
-from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from bytelm import data
 from bytelm.config import (
@@ -21,13 +17,12 @@ from bytelm.config import (
     Recipe,
     TrainConfig,
     require_document_ends,
-    training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
-from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm.metrics import MetricsLog
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
-from bytelm_jax.optimizers.build import build_optimizer, learning_rate_schedule
+from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import (
@@ -37,7 +32,7 @@ from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate, make_row_nats
-from bytelm_jax.training.loss import bits_per_byte
+from bytelm_jax.training.reporter import StepReporter
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
@@ -52,108 +47,6 @@ class Outcome(NamedTuple):
 
     step: int
     interrupted: bool
-
-
-class DivergedError(RuntimeError):
-    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
-
-
-class Ledger:
-    """The reports of steps on the devices: waited for, checked, counted, logged and shown."""
-
-    def __init__(
-        self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
-        watchdog: processes.Watchdog, manager: ocp.CheckpointManager,
-    ):  # fmt: skip
-        self._recipe, self._log, self._display = recipe, log, display
-        self._watchdog, self._manager = watchdog, manager
-        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
-        self._rates = Throughput(0.0, devices)
-        self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
-        self._counted = start  # the step up to which rates reach
-        self._skipped = sum("skipped" in record for record in read_metrics(log.path))
-        self.saved = start
-        self.bad_in_a_row = 0
-
-    def add(self, step: int, report: dict[str, Any]) -> None:
-        """Takes the report of a step that may still be under way."""
-        self._pending.append((step, report))
-
-    def settle(self, keep: int) -> None:
-        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        run = self._recipe.train
-        while len(self._pending) > keep:
-            step, report = self._pending.popleft()
-            values = {name: float(value) for name, value in jax.device_get(report).items()}
-            self._watchdog.progress(f"the steps after {step}")
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-                self._skip(step, values)
-                continue
-            self.bad_in_a_row = 0
-            if step % run.log_every == 0 or step == run.steps:
-                self._tell(step, values)
-
-    def leave_out(self, step: int, sequence_length: int = 0) -> None:
-        """Settles all; what was done since the last step up to `step` belongs to no rate.
-
-        `sequence_length` is that of the steps from here on, where it changes.
-        """
-        self.settle(0)
-        self._counted = step
-        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
-        self._rates.restart(cost if sequence_length else None)
-
-    def evaluated(self, step: int, record: dict[str, float]) -> None:
-        """Logs and shows an evaluation."""
-        self._log.write({"step": step, **record})
-        bits = checkpoint.score(record)
-        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
-        self._display.say(f"step {step}: validation {said}")
-
-    def diverged(self, step: int, why: str) -> DivergedError:
-        """What to raise at `step`; waits until the checkpoint that it names is on disk."""
-        checkpoint.finish(self._manager)
-        kept = f"the checkpoint of step {self.saved} is kept"
-        return DivergedError(
-            f"step {step}: {why}; {kept if self.saved else 'no checkpoint was saved'}; lower "
-            f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
-        )
-
-    @contextmanager
-    def stopping_on_non_finite(self, step: int) -> Iterator[None]:
-        """Within, weights that are not finite end the run: no later step would mend them."""
-        try:
-            yield
-        except checkpoint.NonFiniteError as error:
-            raise self.diverged(step, str(error)) from None
-
-    def _skip(self, step: int, values: dict[str, float]) -> None:
-        self.bad_in_a_row += 1
-        self._skipped += 1
-        if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
-            raise self.diverged(
-                step,
-                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
-                f"{self.bad_in_a_row} steps in a row",
-            )
-        self._display.say(
-            f"step {step}: skipped, its loss or gradient norm is not a number "
-            f"({self._skipped} so far)"
-        )
-        finite = {k: v for k, v in values.items() if math.isfinite(v)}
-        self._log.write({"step": step, "skipped": self._skipped} | finite)
-
-    def _tell(self, step: int, values: dict[str, float]) -> None:
-        run, length = self._recipe.train, self._recipe.data.sequence_length
-        values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
-        values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
-        # The host may come late: steps behind this one may be finished, too.
-        finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
-        self._rates.add((finished - self._counted) * run.batch_size * length)
-        self._counted = finished
-        values |= self._rates.read()
-        self._log.write({"step": step, **values})
-        self._display.show(step, values)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -281,31 +174,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         checkpoint.save_config(run_dir, recipe)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
 
-    def validate(step: int) -> dict[str, float] | None:
-        if not len(held_out):
-            return None
-        checkpoint.check_finite({"params": state.params})
-        batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
-        watched = watchdog.over(batches, f"the evaluation of step {step}")
-        found = evaluate(row_nats, state.params, stop.until(watched), mesh)
-        if stop:
-            return None
-        record = {
-            "validation_loss": found.nats / found.count,
-            checkpoint.METRIC: found.bits_per_byte,
-        }
-        ledger.evaluated(step, record)
-        return record
-
-    def save(step: int, record: dict[str, float] | None) -> None:
-        watchdog.progress(f"the checkpoint of step {step}")
-        checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
-        ledger.saved = step
-
-    def due(step: int, every: int) -> bool:
-        return step == run.steps or bool(every and step % every == 0)
-
-    # ---- loop ----
+    # ---- what is open for the length of the run ----
     batches = training_batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
     step, piece = start, 0
     with ExitStack() as stack:
@@ -314,46 +183,72 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
         stack.enter_context(watchdog)
-        ledger = Ledger(recipe, start, mesh.size, log, display, watchdog, manager)
+        reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager)
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
+
+        def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
+            if not len(held_out):
+                return None
+            checkpoint.check_finite({"params": state.params})
+            batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
+            watched = watchdog.over(batches, f"the evaluation of step {step}")
+            found = evaluate(row_nats, state.params, stop.until(watched), mesh)
+            if stop:
+                return None
+            record = {
+                "validation_loss": found.nats / found.count,
+                checkpoint.METRIC: found.bits_per_byte,
+            }
+            reporter.evaluated(step, record)
+            return record
+
+        def save(step: int, state: steps.TrainState, record: dict[str, float] | None) -> None:
+            watchdog.progress(f"the checkpoint of step {step}")
+            checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
+            reporter.saved = step
+
+        def due(step: int, every: int) -> bool:
+            return step == run.steps or bool(every and step % every == 0)
+
+        # ---- loop ----
         if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
-            validate(start)  # which a signal cut short
+            validate(start, state)  # which a signal cut short
         while step < run.steps and not stop.agreed():
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
-                ledger.settle(0)
+                reporter.drain(0)
             rows = next(batches).reshape(-1, piece)
             state, report = step_function(state, meshes.put_batch(mesh, rows))
             step += 1
-            ledger.add(step, report)
+            reporter.add(step, report)
             if piece != before:  # compiled
-                ledger.leave_out(step, piece)
-            ledger.settle(_IN_FLIGHT)
+                reporter.exclude_from_rates(step, piece)
+            reporter.drain(_IN_FLIGHT)
 
             evaluates, saves = due(step, run.eval_every), due(step, run.checkpoint_every)
             if evaluates or saves:
-                ledger.settle(0)
-                with ledger.stopping_on_non_finite(step):
-                    record = validate(step) if evaluates else None
+                reporter.drain(0)
+                with reporter.stopping_on_non_finite(step):
+                    record = validate(step, state) if evaluates else None
                     # In the midst of trouble the checkpoint from before it stays the newest, but
                     # at the end, where a validation can show that the weights are good.
-                    good = not ledger.bad_in_a_row or (
+                    good = not reporter.bad_in_a_row or (
                         step == run.steps and checkpoint.score(record) is not None
                     )
                     if saves and good:
-                        save(step, record)
-                ledger.leave_out(step)
-        ledger.settle(0)
-        if step > ledger.saved:
+                        save(step, state, record)
+                reporter.exclude_from_rates(step)
+        reporter.drain(0)
+        if step > reporter.saved:
             if not stop:
-                raise ledger.diverged(
+                raise reporter.diverged(
                     step,
-                    f"the last steps ({ledger.bad_in_a_row}) were skipped, for their loss or "
+                    f"the last steps ({reporter.bad_in_a_row}) were skipped, for their loss or "
                     "gradient norm is not finite, so the end of the run is not saved",
                 )
-            with ledger.stopping_on_non_finite(step):
-                save(step, None)
+            with reporter.stopping_on_non_finite(step):
+                save(step, state, None)
         checkpoint.finish(manager)
     return Outcome(step, bool(stop) and step < run.steps)

@@ -176,7 +176,7 @@ def make_train_step(
 class _Form(NamedTuple):
     """What differs between the two forms of the step, inside the compiled program."""
 
-    sum_over_devices: Callable[[Any], Any]
+    over_devices: Callable[[Any], Any]
     gather: Callable[[Params], Params]
     """Parameters whole on every device; their gradients come back partitioned."""
     first_row: Any
@@ -250,7 +250,7 @@ def _gradients(
         # The sum over devices belongs inside the differentiated function: the gradient of a
         # replicated parameter is summed by shard_map itself, and averaging it once more outside
         # would be wrong by the number of devices, which AdamW would hide.
-        nats, extra, metrics = form.sum_over_devices(
+        nats, extra, metrics = form.over_devices(
             (nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()})
         )
         return nats / count + extra / form.total_rows, (nats, metrics)
@@ -258,7 +258,7 @@ def _gradients(
     step_key = jax.random.fold_in(seed, step)
     rows = form.first_row + jnp.arange(ids.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
-    count = jnp.maximum(form.sum_over_devices(jnp.sum(ids != pad_id)), 1)
+    count = jnp.maximum(form.over_devices(jnp.sum(ids != pad_id)), 1)
     differentiate = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (nats, metrics)), gradients = _over_micro_batches(
         lambda *part: differentiate(moving, *part), (ids, keys), train.accumulation_steps

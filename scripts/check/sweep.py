@@ -32,7 +32,8 @@ from bytelm.config import Recipe
 from bytelm.metrics import read_metrics
 from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.training import checkpoint
-from bytelm_jax.training.loop import DivergedError, train
+from bytelm_jax.training.loop import train
+from bytelm_jax.training.reporter import DivergedError
 
 Point = dict[str, str]
 

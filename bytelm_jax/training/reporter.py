@@ -1,0 +1,123 @@
+"""What is said of steps: waited for, checked, counted, logged and shown."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from bytelm.config import (
+    Recipe,
+    training_flops_per_byte,
+)
+from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm_jax.optimizers.build import learning_rate_schedule
+from bytelm_jax.training import checkpoint, processes
+from bytelm_jax.training.display import Display
+from bytelm_jax.training.loss import bits_per_byte
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
+
+
+class StepReporter:
+    """The reports of steps on the devices: waited for, checked, counted, logged and shown."""
+
+    def __init__(
+        self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
+        watchdog: processes.Watchdog, manager: ocp.CheckpointManager,
+    ):  # fmt: skip
+        self._recipe, self._log, self._display = recipe, log, display
+        self._watchdog, self._manager = watchdog, manager
+        self._pending: deque[tuple[int, dict[str, Any]]] = deque()
+        self._rates = Throughput(0.0, devices)
+        self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
+        self._counted = start  # the step up to which rates reach
+        self._skipped = sum("skipped" in record for record in read_metrics(log.path))
+        self.saved = start
+        self.bad_in_a_row = 0
+
+    def add(self, step: int, report: dict[str, Any]) -> None:
+        """Takes the report of a step that may still be under way."""
+        self._pending.append((step, report))
+
+    def drain(self, keep: int) -> None:
+        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
+        run = self._recipe.train
+        while len(self._pending) > keep:
+            step, report = self._pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(report).items()}
+            self._watchdog.progress(f"the steps after {step}")
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+                self._skip(step, values)
+                continue
+            self.bad_in_a_row = 0
+            if step % run.log_every == 0 or step == run.steps:
+                self._report(step, values)
+
+    def exclude_from_rates(self, step: int, sequence_length: int = 0) -> None:
+        """Settles all; what was done since the last step up to `step` belongs to no rate.
+
+        `sequence_length` is that of the steps from here on, where it changes.
+        """
+        self.drain(0)
+        self._counted = step
+        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
+        self._rates.restart(cost if sequence_length else None)
+
+    def evaluated(self, step: int, record: dict[str, float]) -> None:
+        """Logs and shows an evaluation."""
+        self._log.write({"step": step, **record})
+        bits = checkpoint.score(record)
+        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        self._display.say(f"step {step}: validation {said}")
+
+    def diverged(self, step: int, why: str) -> DivergedError:
+        """What to raise at `step`; waits until the checkpoint that it names is on disk."""
+        checkpoint.finish(self._manager)
+        kept = f"the checkpoint of step {self.saved} is kept"
+        return DivergedError(
+            f"step {step}: {why}; {kept if self.saved else 'no checkpoint was saved'}; lower "
+            f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
+        )
+
+    @contextmanager
+    def stopping_on_non_finite(self, step: int) -> Iterator[None]:
+        """Within, weights that are not finite end the run: no later step would mend them."""
+        try:
+            yield
+        except checkpoint.NonFiniteError as error:
+            raise self.diverged(step, str(error)) from None
+
+    def _skip(self, step: int, values: dict[str, float]) -> None:
+        self.bad_in_a_row += 1
+        self._skipped += 1
+        if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
+            raise self.diverged(
+                step,
+                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
+                f"{self.bad_in_a_row} steps in a row",
+            )
+        self._display.say(
+            f"step {step}: skipped, its loss or gradient norm is not a number "
+            f"({self._skipped} so far)"
+        )
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        self._log.write({"step": step, "skipped": self._skipped} | finite)
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        run, length = self._recipe.train, self._recipe.data.sequence_length
+        values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+        values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
+        # The host may come late: steps behind this one may be finished, too.
+        finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
+        self._rates.add((finished - self._counted) * run.batch_size * length)
+        self._counted = finished
+        values |= self._rates.read()
+        self._log.write({"step": step, **values})
+        self._display.show(step, values)
