@@ -16,6 +16,8 @@ import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import convert
+from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.interop.hf_blt import (
     blt_config_from_hf,
@@ -26,6 +28,7 @@ from bytelm_jax.interop.hf_blt import (
 )
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import make_twin
+from bytelm_jax.training import checkpoint
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
@@ -36,6 +39,15 @@ transformers = pytest.importorskip(
 )
 
 LENGTH = 40
+traced = functools.cache(abstract_params)
+
+
+@pytest.fixture(autouse=True)
+def traced_once(monkeypatch):
+    """Shapes are the same every time, and tracing a model takes seconds."""
+    for module in (checkpoint, convert_blt):
+        monkeypatch.setattr(module, "abstract_params", traced)
+
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -188,16 +200,19 @@ def test_weights_there_and_back_bit_for_bit(dtype, tmp_path):
     assert blt_config_from_hf(model.config.to_dict()) == config
 
 
-def test_there_and_back_through_the_commands(tmp_path, capsys):
-    model = reference("grouped heads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_there_and_back_through_the_commands(dtype, tmp_path, capsys):
+    model = transformers.BltForCausalLM(reference("grouped heads").config).to(dtype)
+    model.lm_head.weight.data.div_(3)  # so that float32 cannot hold what was float64
     source = save(model, tmp_path / "theirs", max_shard_size="20KB")
     assert cli.main(["import", str(source), "--out", str(tmp_path / "run")]) == 0
     export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "ours")]
     assert cli.main([*export, "--format", "hf-blt"]) == 0
+    assert ("float64 was rounded" in capsys.readouterr().err) is (dtype is torch.float64)
     back = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     for key, tensor in model.state_dict().items():
-        assert torch.equal(back.state_dict()[key], tensor), key
-    config, params = import_hf_blt(source)
+        assert torch.equal(back.state_dict()[key], tensor.float()), key
+    config, params = import_hf_blt(source, convert.Float32Cast())
     recipe, restored, _ = load_run(tmp_path / "run")
     assert recipe.model == config
     for key, value in params.items():

@@ -7,8 +7,10 @@ structure and so its state-dict names. It shares nothing with the two packages.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -23,9 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, MegabyteConfig
+from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import megabyte as convert_megabyte
 from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.training import checkpoint
+from bytelm_torch import from_pretrained
 from parity_tests.tolerances import LOGITS
 
 PAD = 257
@@ -305,13 +310,58 @@ def test_every_form_gives_every_bit(
     save: Callable[..., Path], dtype: torch.dtype, tmp_path: Path
 ) -> None:
     state = original(dtype=dtype).state_dict()
-    config, params = formats.import_any(save(state, tmp_path))
+    config, params = formats.import_any(save(state, tmp_path), cast=lambda _, array: array)
     assert config.parameter_count() == sum(value.numel() for value in state.values())
     raw = sorted(value.contiguous().view(torch.uint8).numpy().tobytes() for value in state.values())
     assert sorted(array.tobytes() for array in convert.to_torch(params).values()) == raw
     query = params["local_transformer.layers.1.attention.to_q.kernel"]
     expected = state["l_transformer.layers.1.0.to_q.weight"]
     assert torch.equal(torch.from_numpy(np.array(query.astype(np.float32)).T), expected.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_float32_becomes_it_and_opens(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = original(dtype=torch.float64).to(dtype).state_dict()
+    command = ["import", str(save_plain(state, tmp_path)), "--out", str(tmp_path / "run")]
+    assert cli.main(command) == 0
+    rounded = r"bytelm import: float64 was rounded to float32, .* at most [1-6]\.\de-08 \(in .*\)\n"
+    said = capsys.readouterr().err
+    assert re.fullmatch(rounded, said) if dtype is torch.float64 else not said
+    recipe, params, _ = checkpoint.load_run(tmp_path / "run")  # as every command opens it
+    assert {array.dtype.name for array in params.values()} == {"float32"}
+    _, expected = convert_megabyte.import_megabyte(
+        save_safe({name: value.float() for name, value in state.items()}, tmp_path)
+    )
+    assert all((params[name] == value).all() for name, value in expected.items())
+    assert cli.main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert vars(from_pretrained(tmp_path / "out").config.vocab) == vars(recipe.model.vocab)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "number", "why"),
+    [
+        (torch.bfloat16, math.nan, "NaN or infinity; take the weights of an earlier checkpoint"),
+        (torch.float16, -math.inf, "NaN or infinity; take the weights of an earlier checkpoint"),
+        (torch.float64, math.inf, "NaN or infinity; take the weights of an earlier checkpoint"),
+        (torch.float64, 1e39, "1e+39, too large for float32"),
+    ],
+)
+def test_what_float32_cannot_hold_makes_no_run(
+    dtype: torch.dtype,
+    number: float,
+    why: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    state = original(dtype=dtype).state_dict()
+    state["to_logits.weight"][2, 5] = number
+    file = save_plain(state, tmp_path)
+    assert cli.main(["import", str(file), "--out", str(tmp_path / "run")]) == 2
+    expected = f"bytelm import: {file}: to_logits.weight: holds {why}\n"
+    assert capsys.readouterr().err == expected
+    assert not (tmp_path / "run").exists()
 
 
 # ---- refused --------------------------------------------------------------------------------
@@ -363,6 +413,14 @@ def integer(state: dict[str, Any]) -> None:
     state["to_logits.bias"] = torch.zeros(300, dtype=torch.int64)
 
 
+def eight_bits(state: dict[str, Any]) -> None:
+    state["to_logits.bias"] = torch.zeros(300).to(torch.float8_e4m3fn)
+
+
+def complex_numbers(state: dict[str, Any]) -> None:
+    state["to_logits.bias"] = torch.zeros(300, dtype=torch.complex64)
+
+
 def not_a_tensor(state: dict[str, Any]) -> None:
     state["to_logits.bias"] = [0.0] * 300
 
@@ -397,6 +455,8 @@ def numbered(state: dict[Any, Any]) -> None:
         (not_a_matrix, "gl_linear.1.weight: shape (16,); expected a matrix"),
         (no_embedding, "g_embedder.weight: missing; expected in a MEGABYTE state dict"),
         (integer, "to_logits.bias: dtype int64; expected float16, "),
+        (eight_bits, "to_logits.bias: dtype float8_e4m3fn; expected float16, "),
+        (complex_numbers, "to_logits.bias: dtype complex64; expected float16, "),
         (not_a_tensor, "to_logits.bias: list; expected a dense tensor stored in full"),
         (pretending, "to_logits.bias: Tensor; expected a dense tensor stored in full"),
         (sparse, "to_logits.bias: Tensor; expected a dense tensor stored in full"),

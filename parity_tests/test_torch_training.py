@@ -178,6 +178,19 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_other_did(
         (corpus / "i").unlink()
 
 
+def test_initial_weights_of_any_dtype_become_float32(corpus, start, tmp_path):
+    model = bytelm_torch.from_pretrained(start, torch.bfloat16)
+    recipe, alone = torch_recipe(corpus), parallel.Group(0, 1, torch.device("cpu"))
+    bytelm_torch.save_pretrained(model, tmp_path / "sixteen")
+    made = train._start_model(recipe, tmp_path / "sixteen", alone)
+    assert {value.dtype for value in made.parameters()} == {torch.float32}
+    model.double().to_logits.bias.data[3] = 1e39
+    bytelm_torch.save_pretrained(model, tmp_path / "large")
+    line = r"large: to_logits\.bias holds a number too large for float32$"
+    with pytest.raises(ValueError, match=line):
+        train._start_model(recipe, tmp_path / "large", alone)
+
+
 def test_two_processes_and_accumulation_change_nothing(corpus, start, one_process, tmp_path):
     config = tmp_path / "recipe.json"
     config.write_text(json.dumps(to_dict(torch_recipe(corpus))))

@@ -99,6 +99,15 @@ def test_the_map_is_that_of_the_config_in_torch_too(x64, tmp_path):
     assert added == 0 and shares.sum() == pytest.approx(3)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_id_without_probability_stays_so_in_every_dtype(dtype):
+    config, _ = MODELS["megabyte"]
+    made, moved = remap_vocab(config, drawn(config), WIDE)
+    narrow = {name: value.astype(dtype).astype("float32") for name, value in moved.items()}
+    back, _ = remap_vocab(made, narrow, config.vocab)  # leaves out the ids that were added
+    assert back == config
+
+
 def test_what_has_no_equal_is_refused(x64):
     config = replace(MODELS["blt"][0], ngram_sizes=(3,), ngram_rows=5)
     shifted = ByteVocab(size=260, offset=0, pad_id=256, bos_id=257, eos_id=258)

@@ -208,7 +208,8 @@ def import_command(
     """Makes a run folder of an export or of other people's weights.
 
     Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
-    `BltForCausalLM`, in one file or in shards.
+    `BltForCausalLM`, in one file or in shards. The run's parameters are float32: float16 and
+    bfloat16 fit exactly, float64 is rounded, and a line on stderr says by how much.
 
     Example: bytelm import exports/megabyte_tiny --out runs/imported
 
@@ -219,7 +220,8 @@ def import_command(
         format: what SOURCE is; auto looks at it.
     """
     checkpoints.check_unused(out)
-    config, params = formats.import_any(source, format)
+    cast = convert.Float32Cast()
+    config, params = formats.import_any(source, format, cast)
     patching = formats.stored_extra(source).get("patching")
     patching = None if patching is None else from_dict(PatchingContract, patching, "extra.patching")
     recipe = Recipe(name="imported", model=config, patching=patching)
@@ -227,6 +229,12 @@ def import_command(
         length = min(recipe.data.sequence_length, config.max_length)
         recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
     checkpoints.create_run(out, recipe, params)
+    if cast.rounded:
+        print(
+            f"bytelm import: float64 was rounded to float32, by a relative error of at most "
+            f"{cast.rounding:.1e} (in {cast.rounded})",
+            file=sys.stderr,
+        )
     print(
         f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
     )

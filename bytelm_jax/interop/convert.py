@@ -9,9 +9,10 @@ An export is a folder of two files, the contract with `bytelm_torch` and with ev
 
 Conversion knows kinds of leaves, never models, and is strict both ways: a tensor that is missing,
 unexpected, of another shape or not floating point raises `ValueError`, and so does one that holds
-NaN or infinity, in a file that is read or to be written. Values keep their dtype and every bit. The
-metadata of model.safetensors hold SHA-256 sums of the tensors and of config.json but for `extra`;
-loading compares them, where a file has them: other programs leave them out.
+NaN or infinity, in a file that is read or to be written. Values keep their dtype and every bit,
+unless the caller gives a `Cast`. The metadata of model.safetensors hold SHA-256 sums of the tensors
+and of config.json but for `extra`; loading compares them, where a file has them: other programs
+leave them out.
 `bytelm_torch/interop/export.py` writes and reads the same two files.
 """
 
@@ -54,6 +55,9 @@ _LEAVES = {
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """The dtypes that a parameter may have: name → code in a safetensors file."""
 
+Cast = Callable[[str, np.ndarray], np.ndarray]
+"""`cast(name, array)`: applied to each tensor of a file, which calls it `name`, as it is read."""
+
 
 # ---- names and layouts ----------------------------------------------------------------------
 
@@ -73,6 +77,37 @@ def from_torch(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params
     point, and for float64 tensors while JAX's 64-bit mode is off.
     """
     return _assemble({name: _in_memory(value) for name, value in tensors.items()}, config)
+
+
+class Float32Cast:
+    """A `Cast` to float32, the dtype of every parameter of a run, that keeps account of rounding.
+
+    float16 and bfloat16 fit exactly. `rounding` is the largest relative error of what was float64,
+    in the tensor `rounded`; a value below float32's normal range counts as the least one in it.
+    Raises `ValueError` for a number that is too large for float32.
+    """
+
+    def __init__(self) -> None:
+        self.rounding, self.rounded = 0.0, ""
+
+    def __call__(self, name: str, array: np.ndarray) -> np.ndarray:
+        """The array in float32: itself where it is that already."""
+        with np.errstate(over="ignore"):  # refused below, by name
+            made = array.astype(np.float32, copy=False)
+        if array.dtype == np.float64:
+            for given, kept in zip(_in_parts(array), _in_parts(made), strict=True):
+                self._compare(name, given, kept)
+        return made
+
+    def _compare(self, name: str, given: np.ndarray, kept: np.ndarray) -> None:
+        large = given[np.isinf(kept) & np.isfinite(given)]
+        if large.size:
+            raise ValueError(f"{name}: holds {large[0]:g}, too large for float32")
+        with np.errstate(invalid="ignore"):  # infinite weights are refused where they are read
+            errors = np.abs(given - kept) / np.maximum(np.abs(given), np.finfo(np.float32).tiny)
+        worst = float(np.fmax.reduce(errors, axis=None, initial=0.0))
+        if worst > self.rounding:
+            self.rounding, self.rounded = worst, name
 
 
 class _Tensor(NamedTuple):
@@ -114,24 +149,29 @@ def _assemble(
     tensors: Mapping[str, _Tensor],
     config: ModelConfig,
     file_name: Callable[[str], str] = lambda name: name,
+    cast: Cast | None = None,
 ) -> Params:
     """Parameters from tensors that are called `file_name(the twin's name)`, read one by one."""
     leaves = abstract_params(config)
     sources = {name: file_name(_torch_name(name)) for name in leaves}
     expected = {sources[name]: _torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
     _check(tensors, expected)
-    return {name: _jax_array(name, source, tensors) for name, source in sources.items()}
+    return {name: _jax_array(name, source, tensors, cast) for name, source in sources.items()}
 
 
-def _jax_array(name: str, source: str, tensors: Mapping[str, _Tensor]) -> Any:
+def _jax_array(
+    name: str, source: str, tensors: Mapping[str, _Tensor], cast: Cast | None = None
+) -> Any:
     # jnp.array, not jnp.asarray: the latter may share memory with its source, a live torch model.
-    value = jnp.array(_turned(name, tensors[source].read()))
-    require(
-        value.dtype.name == tensors[source].dtype,
-        f"{source}: dtype {tensors[source].dtype}, and JAX's 64-bit mode is off; "
-        "set JAX_ENABLE_X64=1 or store float32",
-    )
-    return value
+    return jnp.array(_turned(name, _read_tensor(source, tensors[source], cast)))
+
+
+def _read_tensor(source: str, tensor: _Tensor, cast: Cast | None) -> np.ndarray:
+    array = tensor.read() if cast is None else cast(source, tensor.read())
+    kept = jnp.asarray(array[:0]).dtype == array.dtype
+    mend = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
+    require(kept, f"{source}: dtype {array.dtype}, and {mend}")
+    return array
 
 
 def _check_size(tensors: Mapping[str, _Tensor], config: ModelConfig) -> None:
@@ -157,9 +197,13 @@ def _check(tensors: Mapping[str, _Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether every element is a finite number; looked at in parts, since the answers take room."""
-    parts = np.array_split(array, max(1, array.size >> 22)) if array.ndim else [array]
-    return all(bool(np.isfinite(part).all()) for part in parts)
+    """Whether every element is a finite number."""
+    return all(bool(np.isfinite(part).all()) for part in _in_parts(array))
+
+
+def _in_parts(array: np.ndarray) -> list[np.ndarray]:
+    """Views that make up an array: what is computed of all of it at once takes as much room."""
+    return np.array_split(array, max(1, array.size >> 22)) if array.ndim else [array]
 
 
 def check_finite(params: Params) -> None:
@@ -281,17 +325,18 @@ def _write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 # ---- load -----------------------------------------------------------------------------------
 
 
-def load_export(path: str | Path) -> tuple[ModelConfig, Params]:
+def load_export(path: str | Path, cast: Cast | None = None) -> tuple[ModelConfig, Params]:
     """Configuration and parameters of an export, whichever of the two packages wrote it.
 
-    Raises `ValueError` when a file is missing or damaged, config.json holds a field or version
-    that is not known, the tensors are not those of the configuration, or one holds NaN or infinity.
-    One tensor at a time is in memory beyond the result.
+    Values keep their dtype and every bit, unless `cast` changes them. Raises `ValueError` when a
+    file is missing or damaged, config.json holds a field or version that is not known, the tensors
+    are not those of the configuration, or one holds NaN or infinity. One tensor at a time is in
+    memory beyond the result.
     """
     config, config_sum = _read_config(Path(path) / CONFIG_FILE)
     with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
         _check_size(tensors, config)
-        params = _assemble(tensors, config)
+        params = _assemble(tensors, config, cast=cast)
         tensors.verify(config_sum)
         return config, params
 

@@ -4,23 +4,34 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.config import ModelConfig, require
-from bytelm_jax.interop.convert import CONFIG_FILE, LIBRARY, _read_json, load_export
+from bytelm_jax.interop.convert import (
+    CONFIG_FILE,
+    LIBRARY,
+    Cast,
+    Float32Cast,
+    _read_json,
+    load_export,
+)
 from bytelm_jax.interop.hf_blt import INDEX_FILE, import_hf_blt
 from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte
 from bytelm_jax.models import Params
 
 
-def import_any(path: str | Path, format: str = "auto") -> tuple[ModelConfig, Params]:
+def import_any(
+    path: str | Path, format: str = "auto", cast: Cast | None = None
+) -> tuple[ModelConfig, Params]:
     """Configuration and parameters from an export of this library or from a known foreign format.
 
     `format` is "bytelm", "megabyte", "hf-blt" or "auto", which looks: a file holds MEGABYTE
-    weights, a folder what its config.json says, an export where that says nothing. Raises
-    `ValueError` as `load_export`, `import_megabyte` and `import_hf_blt` do.
+    weights, a folder what its config.json says, an export where that says nothing. Parameters are
+    float32, whatever the file holds, unless another `cast` than `Float32Cast` is given. Raises
+    `ValueError` as that, `load_export`, `import_megabyte` and `import_hf_blt` do.
     """
     readers = {"bytelm": load_export, "megabyte": import_megabyte, "hf-blt": import_hf_blt}
     known = ", ".join(("auto", *readers))
     require(format in ("auto", *readers), f"format={format!r}: choose one of {known}")
-    return readers[_recognise(Path(path)) if format == "auto" else format](path)
+    reader = readers[_recognise(Path(path)) if format == "auto" else format]
+    return reader(path, cast=Float32Cast() if cast is None else cast)
 
 
 def _recognise(path: Path) -> str:

@@ -331,12 +331,13 @@ def _stack(layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, Any
 # ---- folders --------------------------------------------------------------------------------
 
 
-def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
+def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[BLTConfig, Params]:
     """Configuration and parameters from a transformers folder, sharded or not.
 
-    Values keep their dtype and every bit; beyond the result one tensor at a time is in memory.
-    Raises `ValueError` when a file is missing or damaged, for a configuration that cannot be the
-    same here, and for tensors that are not those of the configuration or not finite.
+    Values keep their dtype and every bit, unless `cast` changes them; beyond the result one tensor
+    at a time is in memory. Raises `ValueError` when a file is missing or damaged, for a
+    configuration that cannot be the same here, and for tensors that are not those of the
+    configuration or not finite.
     """
     folder = Path(path)
     with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
@@ -351,19 +352,19 @@ def import_hf_blt(path: str | Path) -> tuple[BLTConfig, Params]:
     leaves, names = abstract_params(config), hf_blt_names(config)
     shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
     convert._check(tensors, shapes)
-    params = {name: _placed(name, tensors[names[name]]) for name in leaves}
+    params = {
+        name: _placed(name, convert._read_tensor(source, tensors[source], cast))
+        for name, source in names.items()
+    }
     for file, held in shards.items():
         with convert._about(file, ""):
             held.verify(convert._sum_of_json(fields))
     return config, params
 
 
-def _placed(name: str, tensor: convert._Tensor) -> Array:
+def _placed(name: str, array: np.ndarray) -> Array:
     """A tensor as a JAX array, without another copy of it in between."""
-    wide = tensor.dtype == "float64" and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-    mend = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
-    require(not wide, f"{name}: dtype float64, and {mend}")
-    return jax.device_put(convert._turned(name, tensor.read()))  # the buffer is nobody else's
+    return jax.device_put(convert._turned(name, array))  # the buffer is nobody else's
 
 
 def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:

@@ -28,7 +28,11 @@ FOREIGN_FILES = (
 
 
 def import_megabyte(
-    path: str | Path, *, pad_id: int = ByteVocab.pad_id, eos_id: int = ByteVocab.eos_id
+    path: str | Path,
+    *,
+    pad_id: int = ByteVocab.pad_id,
+    eos_id: int = ByteVocab.eos_id,
+    cast: convert.Cast | None = None,
 ) -> tuple[MegabyteConfig, Params]:
     """Configuration and parameters from a state dict of the PyTorch MEGABYTE of shjwudp/megabyte.
 
@@ -36,8 +40,9 @@ def import_megabyte(
     needs PyTorch), or a folder with `model.safetensors` or `pytorch_model.bin`. All names may carry
     the prefix `inner_model.`, and the dictionary may stand under `model_state_dict` or
     `state_dict`. The configuration follows from the weights alone, see `megabyte_config`; `pad_id`
-    and `eos_id`, which weights do not tell, are the original's defaults. Raises `ValueError` for
-    anything else, a tensor that is missing, unknown or not finite included.
+    and `eos_id`, which weights do not tell, are the original's defaults. Values keep their dtype
+    and every bit, unless `cast` changes them. Raises `ValueError` for anything else, a tensor that
+    is missing, unknown or not finite included.
     """
     file = Path(path)
     if file.is_dir():
@@ -48,7 +53,8 @@ def import_megabyte(
         prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
         config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
-        params = convert._assemble(tensors, config, lambda name: prefix + _original_name(name))
+        names = lambda name: prefix + _original_name(name)  # noqa: E731
+        params = convert._assemble(tensors, config, names, cast)
         tensors.check_finite()
         return config, params
 

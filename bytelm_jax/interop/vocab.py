@@ -13,8 +13,9 @@ from jaxtyping import Array
 from bytelm.config import BLTConfig, ByteVocab, ModelConfig, require
 from bytelm_jax.models import Params, abstract_params
 
-SILENT = -1e4
-"""Bias of an id that is never predicted: its probability is 0 in every dtype."""
+SILENT = -(2.0**13)
+"""Bias of an id that is never predicted: its probability is 0 in every dtype, and casting to any of
+them leaves it as it is."""
 
 
 def remap_vocab(

@@ -141,7 +141,7 @@ def compare(
 
     def load() -> Params:
         if exported:
-            return convert.load_export(path)[1]
+            return convert.load_export(path, lambda _, array: array.astype(dtype))[1]
         return checkpoint.load_run(path, which)[1]
 
     def twin() -> Any:

@@ -59,3 +59,10 @@ def test_a_made_run_is_written_in_small_files_and_read_back(tmp_path, monkeypatc
         found, _, _ = checkpoint.restore(manager, 0, params)
     for name, value in params.items():
         np.testing.assert_array_equal(found[name], value)
+
+
+def test_a_run_of_parameters_that_would_not_be_restored_is_not_made(tmp_path):
+    params = {"norm.scale": jax.numpy.ones(8, jax.numpy.bfloat16)}
+    with pytest.raises(ValueError, match=r"^norm\.scale: dtype bfloat16; a run holds float32$"):
+        checkpoint.create_run(tmp_path / "run", Recipe(name="made", model=MODEL), params)
+    assert not (tmp_path / "run").exists()

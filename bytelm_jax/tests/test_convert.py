@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -197,6 +198,39 @@ def test_float64_is_never_silently_rounded() -> None:
     found["to_logits.bias"] = np.full(512, 0.1)
     text = message(convert.from_torch, found, PAPER)
     assert text.startswith("to_logits.bias: dtype float64, and JAX's 64-bit mode is off; ")
+
+
+def test_a_cast_to_float32_tells_what_it_rounded() -> None:
+    cast = convert.Float32Cast()
+    for dtype in (np.float32, np.float16, jnp.bfloat16, np.float64):
+        exact = np.array([[0.5, -3.0, 0.0]] * 5, dtype)
+        made = cast("exact", exact)
+        assert made.dtype == np.float32 and (made == exact).all()
+    assert (cast.rounding, cast.rounded) == (0.0, "")
+    tiny = cast("tiny", np.array([[1e-44], [1e-300]]))  # below the normal range: no error of 100 %
+    assert tiny.tolist() == [[np.float32(1e-44)], [0]] and cast.rounding <= 2**-24
+    cast("worst", np.array([0.0, 1 + 2**-24]))  # halfway between two numbers
+    cast("better", np.array([1.0, 0.1]))
+    assert cast.rounded == "worst" and cast.rounding == pytest.approx(2**-24)
+    assert not np.isfinite(cast("left to the reader", np.array([np.nan, -np.inf]))).any()
+    assert message(cast, "large", np.array([1.0, -1e300])) == (
+        "large: holds -1e+300, too large for float32"
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, jnp.bfloat16])
+def test_an_export_in_another_dtype_is_imported_as_float32(
+    dtype: Any, x64: None, tmp_path: Path
+) -> None:
+    source = np.random.default_rng(0)
+    params = {
+        name: jnp.asarray(source.standard_normal(leaf.shape), dtype)
+        for name, leaf in abstract_params(PAPER).items()
+    }
+    convert.export_model(PAPER, params, tmp_path)
+    with jax.enable_x64(False):
+        _, made = formats.import_any(tmp_path)
+    assert bits(made) == bits({k: v.astype(jnp.float32) for k, v in params.items()})
 
 
 def test_parameters_of_another_config_are_not_exported(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from bytelm.config import Recipe, TrainConfig, from_dict, to_dict
+from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
 from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
 
@@ -399,9 +399,12 @@ def check_unused(run_dir: Path) -> None:
 def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
     """Makes a run folder that holds `params` as its step 0; it appears whole or not at all.
 
-    Nobody can go on training from it, not knowing its data, so no optimizer state is stored.
+    Nobody can go on training from it, not knowing its data, so no optimizer state is stored. Raises
+    `ValueError` when a parameter is not float32, as which all of them are restored.
     """
     check_unused(run_dir)
+    for name, value in params.items():
+        require(value.dtype == jnp.float32, f"{name}: dtype {value.dtype}; a run holds float32")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:

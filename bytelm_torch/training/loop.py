@@ -172,6 +172,8 @@ def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) ->
     model = from_pretrained(initial, device=group.device).float()
     same = model.config == recipe.model
     require(same, f"initial={initial}: another model than the recipe's; give one of its own")
+    bad = first_non_finite(model.state_dict())
+    require(bad is None, f"initial={initial}: {bad} holds a number too large for float32")
     return model
 
 
