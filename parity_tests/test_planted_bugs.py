@@ -98,13 +98,14 @@ for node in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # Shapes in annotations are no matter here; checking them doubles what importing takes.
-HOOK = 'install_import_hook(["bytelm_jax", "bytelm_torch"], f"{shapes.__name__}.checked")\n'
+PACKAGES = '["bytelm", "bytelm_jax", "bytelm_torch"]'
+HOOK = f'install_import_hook({PACKAGES}, f"{{shapes.__name__}}.checked")\n'
 
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
-    for name in ("bytelm_jax", "bytelm_torch", "parity_tests"):
+    for name in ("bytelm", "bytelm_jax", "bytelm_torch", "parity_tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     conftest = (ROOT / "conftest.py").read_text()

@@ -26,7 +26,7 @@ METHODS = (
 """Methods that are calls of a layer, beside `__call__` and torch's `forward`."""
 
 FUNCTIONS = {
-    "patching": ("histogram_entropy", "sums_since_start", "boundary_after", "plan_patches"),
+    "models.patching": ("histogram_entropy", "sums_since_start", "boundary_after", "plan_patches"),
     "layers.attention": ("multi_query_attention",),
     "layers.grouped_attention": ("rotate", "guide", "causal_attention", "grouped_attention"),
     "layers.cross_attention": ("segment_max", "grouped_attention"),
