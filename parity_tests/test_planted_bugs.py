@@ -19,7 +19,7 @@ CAUSAL = f"{MEGABYTE}::test_no_logit_sees_its_own_byte_or_a_later_one"
 
 BUGS = {
     "gelu is the tanh form": (
-        "bytelm_jax/layers/feedforward.py",
+        "bytelm_jax/kernels/gelu.py",
         {"approximate=False": "approximate=True"},
         LAYERS,
     ),

@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.kernels.backend import backend
-from bytelm_jax.layers.feedforward import gelu
+from bytelm_jax.kernels.gelu import gelu
+from bytelm_jax.kernels.running_mean import mean_by_products, mean_by_sums, prefix_counts
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
@@ -25,9 +25,6 @@ from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
 """`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
-
-_CHUNK = 64
-"""Positions that one product of `_running_sums` adds."""
 
 
 class AdaptiveWeights(NamedTuple):
@@ -141,50 +138,6 @@ def running_mean(
     return mean_by_sums(x)
 
 
-def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The running mean by a scan."""
-    sums = jnp.cumsum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=1)
-    return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
-
-
-@jax.custom_vjp
-def mean_by_products(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The running mean of 16-bit numbers by triangular products, which add up in float32."""
-    sums = _running_sums(x, backward=False)
-    return (sums / _counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
-
-
-def _mean_forward(x: Array) -> tuple[Array, None]:
-    return mean_by_products(x), None
-
-
-def _mean_backward(_: None, gradient: Array) -> tuple[Array]:
-    shares = gradient / _counts(0, gradient.shape[1], jnp.dtype("float32"))
-    sums = _running_sums(shares.astype(gradient.dtype), backward=True)
-    return (sums.astype(gradient.dtype),)
-
-
-mean_by_products.defvjp(_mean_forward, _mean_backward)
-
-
-def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T D"]:
-    """Sums up to each position, or from it on, in float32."""
-    batch, length, dim = x.shape
-    count = -(-length // _CHUNK)
-    blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
-    blocks = blocks.reshape(batch * count, _CHUNK, dim)
-    kept = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
-    # One for each block: a product that shares a matrix would have its result transposed.
-    kept = jnp.broadcast_to(jnp.asarray(kept, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
-    inside = jnp.einsum("nts,nsd->ntd", kept, blocks, preferred_element_type=jnp.float32)
-    inside = inside.reshape(batch, count, _CHUNK, dim)
-    whole = inside[:, :, 0 if backward else -1]
-    before = jnp.cumsum(whole[:, ::-1] if backward else whole, axis=1)[:, :-1]
-    before = jnp.pad(before, ((0, 0), (1, 0), (0, 0)))
-    before = before[:, ::-1] if backward else before
-    return (inside + before[:, :, None]).reshape(batch, -1, dim)[:, :length]
-
-
 def extend_running_mean(
     x: Float[Array, "B T D"],
     sums: Float[Array, "B S D"],
@@ -209,14 +162,9 @@ def extend_running_mean(
     # Read back what was written: a use of `more` would let the compiler read `before` once more,
     # after the write, for which it would copy the whole buffer in every step.
     written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
-    counts = _counts(index, x.shape[1], sums.dtype)
+    counts = prefix_counts(index, x.shape[1], sums.dtype)
     counts = counts if ages is None else (ages + 1).astype(sums.dtype)[..., None]
     return (written / counts).astype(x.dtype), sums
-
-
-def _counts(start: int | Array, count: int, dtype: jnp.dtype) -> Array:
-    """[1, T, 1]: how many positions each mean is over."""
-    return (start + 1 + jnp.arange(count)).astype(dtype).reshape(1, -1, 1)
 
 
 class TokenMixing(nnx.Module):

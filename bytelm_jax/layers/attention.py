@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.kernels.backend import has_fused_attention, is_imitated, traced_attention
+from bytelm_jax.kernels.attention import fused_attention
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
@@ -66,32 +66,6 @@ def multi_query_attention(
     visible = jnp.asarray(mask).reshape(*lead, mask.shape[-2], 1, mask.shape[-1])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("...ths,...sk->...thk", weights.astype(v.dtype), v)
-
-
-def fused_attention(
-    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
-) -> Float[Array, "B T H K"] | None:
-    """Causal attention by cuDNN, which never stores the scores; None where it cannot serve.
-
-    It serves 16-bit numbers on an NVIDIA GPU. Each position sees itself and the `window` − 1 before
-    it, everything before it with 0; scale K^-0.5.
-    """
-    width, length = q.shape[-1], q.shape[1]
-    fits = q.dtype.itemsize == 2 and width == v.shape[-1] and width % 8 == 0 and width <= 128
-    if length < 64 or not fits or not has_fused_attention():
-        return None
-    if length % 2:
-        # JAX has its gradient at even lengths alone. One more key behind all others is seen by one
-        # more query alone, which is left out again: nothing else changes.
-        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    if is_imitated():
-        out = traced_attention(q, k, v)
-    else:
-        near = (window - 1, 0) if 0 < window < length else None
-        out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
-        )
-    return out[:, :length] if length % 2 else out
 
 
 class MultiQueryAttention(nnx.Module):

@@ -14,11 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.kernels.low_precision import normalized_linears
+from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.grouped_attention import attend_once, grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
-from bytelm_jax.layers.segments import segment_max, segment_sum, take_segments
+from bytelm_jax.layers.segments import segment_max, take_segments
 
 
 class CrossAttention(nnx.Module):

@@ -10,9 +10,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.kernels.attention import fused_attention
 from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.low_precision import normalized_linears
-from bytelm_jax.layers.attention import KeyValueCache, fused_attention
+from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate

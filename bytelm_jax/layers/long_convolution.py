@@ -1,15 +1,10 @@
 """Depthwise causal convolution with long filters: y[t] = Σ_j taps[j] · x[t − j] in each channel.
 
-Axes: B batch, T positions, K taps, D channels, C positions per chunk, M blocks.
+Axes: B batch, T positions, S positions of a cache, R of them that a filter reaches, K taps, D
+channels.
 
-Exactly causal: one Fourier transform over the sequence would be causal in exact arithmetic only,
-its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
-whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
-them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter. A GPU or TPU multiplies
-matrices so fast that filters of a few chunks take one product with all that a chunk reaches. Where
-the text falls into segments, a transform would carry one into the next: there the plain sum is
-taken, tap by tap.
+How `kernels.convolution` sums is exactly causal. Where the text falls into segments, it would carry
+one into the next: there the plain sum is taken, tap by tap.
 """
 
 import jax
@@ -17,119 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.convolution import long_convolution
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16
 """Taps that `segmented_convolution` adds in one pass over the inputs."""
-
-_DIRECT_CHUNKS = 8
-"""Chunks that `direct_convolution` may reach back, being as many copies of the inputs."""
-
-
-def long_convolution(
-    x: Float[Array, "B T D"], taps: Float[Array, "K D"], chunk: int
-) -> Float[Array, "B T D"]:
-    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result as `x`.
-
-    `chunk` moves work between the triangular product (2 · chunk operations a value) and the
-    transforms, and changes the result by rounding alone.
-    """
-    length = x.shape[1]
-    if length == 0:
-        return x
-    rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
-    size = min(chunk, length)
-    short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
-    direct = short and backend() != "cpu"
-    total = (direct_convolution if direct else transformed_convolution)(rows, kernel, size)
-    return jnp.moveaxis(total, 0, -1).astype(x.dtype)
-
-
-def direct_convolution(
-    rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
-) -> Float[Array, "D B T"]:
-    """The sums in at least float32, K <= T: each chunk by one product with all that it reaches."""
-    dim, batch, length = rows.shape
-    count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
-    padding = (before * chunk, count * chunk - length)
-    padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, before + count, chunk)
-    near = [padded[:, :, i : i + count] for i in range(before + 1)]
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    summed = jnp.einsum(
-        "dbns,dst->dbnt",
-        jnp.concatenate(near, axis=-1),
-        # Wide, so that the gradients along a diagonal are summed wide.
-        toeplitz(kernel.astype(wide), chunk, before * chunk).astype(rows.dtype),
-        preferred_element_type=wide,
-    )
-    return summed.reshape(dim, batch, count * chunk)[:, :, :length]
-
-
-def transformed_convolution(
-    rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
-) -> Float[Array, "D B T"]:
-    """The same by products within chunks and transforms from block to block; chunk <= T."""
-    length, size, reach = rows.shape[2], chunk, kernel.shape[1] - 1
-    total = _within_chunks(rows, kernel, size)
-    rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
-    while size < length and reach > 0:
-        covers = size >= reach
-        total = total + _from_block_before(rows, kernel, size, every=covers)
-        if covers:
-            break
-        size *= 2
-    return total
-
-
-def _within_chunks(rows: Array, kernel: Array, chunk: int) -> Array:
-    """[D, B, T] → [D, B, T], at least float32: the sums over sources in the output's own chunk."""
-    dim, batch, length = rows.shape
-    count = -(-length // chunk)
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, count * chunk - length)))
-    wide = jnp.promote_types(rows.dtype, jnp.float32)
-    summed = jnp.einsum(
-        "dbns,dst->dbnt",
-        padded.reshape(dim, batch, count, chunk),
-        toeplitz(kernel, chunk),
-        preferred_element_type=wide,
-    )
-    return summed.reshape(dim, batch, count * chunk)[:, :, :length]
-
-
-def toeplitz(
-    kernel: Float[Array, "D K"], chunk: int, before: int = 0
-) -> Float[Array, "D {before}+{chunk} {chunk}"]:
-    """[d, s, t] = kernel[d, t + before − s], and 0 where there is no such tap.
-
-    By tiling and cutting, which a row of odd length shifts by one step a row: the transpose is a
-    sum, where that of an indexed read would be a scatter of chunk² colliding values.
-    """
-    dim, rows = kernel.shape[0], before + chunk
-    period, kept = rows + chunk, kernel[:, :rows]
-    line = jnp.pad(kept, ((0, 0), (0, period - kept.shape[1])))
-    line = jnp.roll(line, -before, axis=1)
-    tiled = jnp.tile(line, (1, rows))[:, : rows * (period - 1)]
-    return tiled.reshape(dim, rows, period - 1)[:, :, :chunk]
-
-
-def _from_block_before(rows: Array, kernel: Array, size: int, every: bool) -> Array:
-    """[D, B, T] → [D, B, T]: what blocks of `size` positions add to the block after them.
-
-    `every` block hands on, or the even ones only: an odd one's successor belongs to another block
-    of twice the size, whose turn comes later.
-    """
-    dim, batch, length = rows.shape
-    step = size if every else 2 * size
-    count = -(-(length - size) // step)  # blocks that have a successor
-    padded = jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, count * step - length))))
-    blocks = padded[:, :, : count * step].reshape(dim, batch, count, step)[..., :size]
-    # A circular transform of 2 · size wraps only onto its first half, which is dropped.
-    spectrum = jnp.fft.rfft(blocks, 2 * size) * jnp.fft.rfft(kernel, 2 * size)[:, None, None]
-    after = jnp.fft.irfft(spectrum, 2 * size)[..., size:]
-    after = jnp.pad(after, ((0, 0), (0, 0), (0, 0), (0, step - size)))
-    after = after.reshape(dim, batch, count * step)
-    return jnp.pad(after, ((0, 0), (0, 0), (size, 0)))[:, :, :length]
 
 
 def segmented_convolution(

@@ -4,101 +4,14 @@ arXiv 2404.19756, section 2.2), inside a feed-forward layer.
 Axes: B batch, T positions, D width, F channels.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from bytelm.config.blt import SPLINE_BASES
-from bytelm_jax.kernels.backend import backend
-from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.spline import INTERVALS, spline_activation
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import RMSNorm
-
-EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
-"""The grid: `INTERVALS` equal intervals over [−EDGE, EDGE]."""
-
-_SCALE = INTERVALS / (2 * EDGE)
-
-
-def bump(distance: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-    """The uniform cubic B-spline at a distance from its middle, in intervals; 0 from 2 on.
-
-    Written in powers of what is left to the ends of its pieces, it has no case to tell apart, and
-    automatic differentiation gives the derivative that is right at the knots, too.
-    """
-    away = jnp.abs(distance)
-    return (jnp.maximum(2 - away, 0) ** 3 - 4 * jnp.maximum(1 - away, 0) ** 3) / 6
-
-
-def _slope(distance: Array) -> Array:
-    """The derivative of `bump`."""
-    away = jnp.abs(distance)
-    return jnp.sign(distance) * (
-        2 * jnp.maximum(1 - away, 0) ** 2 - jnp.maximum(2 - away, 0) ** 2 / 2
-    )
-
-
-def spline_activation(
-    x: Float[Array, "*batch F"], gain: Float[Array, " F"], coefficients: Float[Array, "F 11"]
-) -> Float[Array, "*batch F"]:
-    """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32.
-
-    All basis functions are evaluated: picking the four that are not zero would bring a gather,
-    whose backward pass is a scatter. Nothing but x is kept for that pass.
-    """
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    gain, coefficients = (vary_like(p.astype(wide), x) for p in (gain, coefficients))
-    flat = _activate(x.astype(wide).reshape(-1, x.shape[-1]), gain, coefficients)
-    return flat.reshape(x.shape).astype(x.dtype)
-
-
-@jax.custom_vjp
-def _activate(x: Array, gain: Array, coefficients: Array) -> Array:
-    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:
-        middle, weight = term
-        return total + weight[None] * bump(_place(x) - middle), None
-
-    return _over_basis(add, gain[None] * jax.nn.silu(x), coefficients.T)[0]
-
-
-def _forward(x: Array, gain: Array, coefficients: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _activate(x, gain, coefficients), (x, gain, coefficients)
-
-
-def _backward(residual: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
-    # By hand: differentiated automatically, the loop took five times as long on a CPU. The sum over
-    # positions for each coefficient is a product with ones here.
-    x, gain, coefficients = residual
-    ones, share = jnp.ones(x.shape[0], x.dtype), jax.nn.sigmoid(x)
-
-    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle, weight = term
-        distance = _place(x) - middle
-        return total + weight[None] * _slope(distance), ones @ (gradient * bump(distance))
-
-    slope, by_coefficient = _over_basis(add, jnp.zeros_like(x), coefficients.T)
-    slope = slope * _SCALE + gain[None] * share * (1 + x * (1 - share))
-    return gradient * slope, ones @ (gradient * x * share), by_coefficient.T
-
-
-_activate.defvjp(_forward, _backward)
-
-
-def _place(x: Array) -> Array:
-    """Where x lies, in intervals: at the middle of B_0 it is 0, at that of B_1 1, and so on."""
-    return (x + EDGE) * _SCALE + 1
-
-
-def _over_basis(function: Callable, start: Array, weights: Array) -> tuple[Array, Any]:
-    """`function` over all basis functions: a loop on a CPU, where one fused expression takes eight
-    times as long, and that expression elsewhere, where each turn would read all of x again."""
-    middles = jnp.arange(SPLINE_BASES, dtype=start.dtype)
-    whole = backend() != "cpu"
-    return jax.lax.scan(function, start, (middles, weights), unroll=SPLINE_BASES if whole else 1)
 
 
 class Spline(nnx.Module):

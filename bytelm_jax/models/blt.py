@@ -26,6 +26,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig
+from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
@@ -33,7 +34,6 @@ from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.ngram import ngram_rows
-from bytelm_jax.layers.segments import segment_sum
 from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
 from bytelm_jax.models import patching
 from bytelm_jax.models.blt_local import Decoder, Encoder

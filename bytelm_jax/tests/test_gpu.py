@@ -15,7 +15,7 @@ import pytest
 from bytelm import recipes
 from bytelm.config.blt import EntropyConfig
 from bytelm_jax.kernels import backend
-from bytelm_jax.layers.attention import fused_attention
+from bytelm_jax.kernels.attention import fused_attention, has_fused_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.report import relative_error
@@ -137,6 +137,6 @@ def test_which_machines_have_fused_attention(platform, capability, expected, mon
     device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert backend.has_fused_attention() == expected
+    assert has_fused_attention() == expected
     with backend.imitate("gpu"):
-        assert backend.has_fused_attention()
+        assert has_fused_attention()

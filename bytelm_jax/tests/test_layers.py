@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm_jax.kernels.gelu import gelu
 from bytelm_jax.kernels.low_precision import folded, linear_of_rows, normalized, normalized_linears
 from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
-from bytelm_jax.layers.feedforward import gelu
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 from bytelm_jax.models import build_model, define_model, split_model

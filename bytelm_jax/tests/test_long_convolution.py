@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bytelm_jax.layers.long_convolution import LongConvolution, long_convolution, toeplitz
+from bytelm_jax.kernels.convolution import long_convolution, toeplitz
+from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.parity.report import relative_error
 from parity_tests import tolerances
 

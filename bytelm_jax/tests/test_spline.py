@@ -7,8 +7,8 @@ import pytest
 from scipy.interpolate import BSpline
 
 from bytelm.config.blt import SPLINE_BASES
+from bytelm_jax.kernels.spline import EDGE, INTERVALS, spline_activation
 from bytelm_jax.layers.grouped_attention import grouped_attention, guide
-from bytelm_jax.layers.spline import EDGE, INTERVALS, spline_activation
 from parity_tests.tolerances import LOGITS
 
 CHANNELS = 3

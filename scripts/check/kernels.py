@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bytelm_jax.kernels import attention, convolution, gelu, running_mean
 from bytelm_jax.kernels.grouped_matmul import (
     block_length,
     grouped_product,
@@ -26,7 +27,7 @@ from bytelm_jax.kernels.grouped_matmul import (
     mix,
     spread,
 )
-from bytelm_jax.layers import adaptive, attention, feedforward, grouped_attention, long_convolution
+from bytelm_jax.layers import grouped_attention, long_convolution
 from bytelm_jax.parity.report import relative_error
 
 SHAPES = {
@@ -165,18 +166,18 @@ def check_elementwise() -> list[dict[str, Any]]:
         return run
 
     forms = {
-        "direct": convolve(long_convolution.direct_convolution),
-        "transforms": convolve(long_convolution.transformed_convolution),
+        "direct": convolve(convolution.direct_convolution),
+        "transforms": convolve(convolution.transformed_convolution),
     }
     rows = [compare("convolution", "transforms", forms, (x, filters))]
     later = x.at[:, length // 2 + 1 :].add(1)
     run = jax.jit(forms["direct"])
     before, after = (run(values, filters)[:, : length // 2 + 1] for values in (x, later))
     rows[0]["causal"] = bool((before == after).all())
-    forms = {"products": adaptive.mean_by_products, "sums": adaptive.mean_by_sums}
+    forms = {"products": running_mean.mean_by_products, "sums": running_mean.mean_by_sums}
     rows.append(compare("running mean", "sums", forms, (x,)))
     plain = functools.partial(jax.nn.gelu, approximate=False)
-    return [*rows, compare("GELU", "plain", {"keeps x": feedforward.gelu, "plain": plain}, (x,))]
+    return [*rows, compare("GELU", "plain", {"keeps x": gelu.gelu, "plain": plain}, (x,))]
 
 
 def main() -> None:

@@ -1,0 +1,76 @@
+"""Causal attention that never stores its scores, by cuDNN on NVIDIA's GPUs.
+
+Axes: B batch, T positions, H heads in G groups, K head width, J head width of queries and keys.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bytelm_jax.kernels.backend import backend, is_imitated
+
+
+def has_fused_attention() -> bool:
+    """Whether cuDNN's attention runs on the machine that layers should suit.
+
+    It does on NVIDIA's GPUs, from compute capability 8.0 on; AMD's are called "gpu" as well.
+    """
+    if backend() != "gpu" or is_imitated():
+        return backend() == "gpu"
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    major, point, _ = capability.partition(".")  # "9.0", or AMD's "gfx942"
+    return bool(point) and int(major) >= 8
+
+
+@jax.custom_vjp
+def traced_attention(
+    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"]
+) -> Float[Array, "B T H K"]:
+    """Stands for cuDNN's attention in a trace: its shapes, and what it keeps for its gradient."""
+    return _traced_forward(q, k, v)[0]
+
+
+def _traced_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    batch, length, heads, _ = q.shape
+    out = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)
+    statistics = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    made = jax.pure_callback(_refuse, (out, statistics), q, k, v)
+    return made[0], (q, k, v, *made)
+
+
+def _traced_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3])
+    return jax.pure_callback(_refuse, shapes, *kept, gradient)
+
+
+traced_attention.defvjp(_traced_forward, _traced_backward)
+
+
+def _refuse(*_: Array) -> None:
+    raise RuntimeError("a program traced for another machine was run")
+
+
+def fused_attention(
+    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
+) -> Float[Array, "B T H K"] | None:
+    """Causal attention by cuDNN, which never stores the scores; None where it cannot serve.
+
+    It serves 16-bit numbers on an NVIDIA GPU. Each position sees itself and the `window` − 1 before
+    it, everything before it with 0; scale K^-0.5.
+    """
+    width, length = q.shape[-1], q.shape[1]
+    fits = q.dtype.itemsize == 2 and width == v.shape[-1] and width % 8 == 0 and width <= 128
+    if length < 64 or not fits or not has_fused_attention():
+        return None
+    if length % 2:
+        # JAX has its gradient at even lengths alone. One more key behind all others is seen by one
+        # more query alone, which is left out again: nothing else changes.
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    if is_imitated():
+        out = traced_attention(q, k, v)
+    else:
+        near = (window - 1, 0) if 0 < window < length else None
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
+        )
+    return out[:, :length] if length % 2 else out
