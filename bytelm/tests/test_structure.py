@@ -134,3 +134,42 @@ def test_files_classes_and_functions_stay_short(package):
                 if node.end_lineno - first + 1 > most:
                     long.append(f"{name}: {node.name}, {node.end_lineno - first + 1} lines")
     assert not long, "\n".join(long)
+
+
+MACHINE_QUESTIONS = {"default_backend", "backend", "is_imitated", "has_fused_attention", "itemsize"}
+PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
+
+
+def machine_questions(tree: ast.AST):
+    """(line, name) of each question about the platform or about a dtype's width."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Name | ast.Attribute):
+            names = [node.id if isinstance(node, ast.Name) else node.attr]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Compare | ast.match_case):
+            asked = node if isinstance(node, ast.Compare) else node.pattern
+            constants = [x.value for x in ast.walk(asked) if isinstance(x, ast.Constant)]
+            yield from ((asked.lineno, repr(x)) for x in constants if x in PLATFORMS)
+        yield from ((node.lineno, name) for name in names if name in MACHINE_QUESTIONS)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["jax.default_backend()", "backend() == x", "from a.backend import is_imitated", "x.itemsize",
+     "device.platform != 'tpu'", "x in ('cpu', 'gpu')", "match x:\n case 'gpu': pass"],
+)  # fmt: skip
+def test_a_question_about_the_machine_is_seen(question):
+    assert list(machine_questions(ast.parse(question)))
+
+
+def test_kernels_and_training_alone_ask_about_the_machine():
+    asked = []
+    for module, path in modules().items():
+        if module.partition(".")[0] != "bytelm_jax":
+            continue
+        if not module.startswith(("bytelm_jax.kernels", "bytelm_jax.training")):
+            found = machine_questions(ast.parse(path.read_text("utf-8")))
+            asked += [f"{module}, line {line}: {name}" for line, name in found]
+    assert not asked, "\n".join(asked)

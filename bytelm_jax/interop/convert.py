@@ -33,6 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bytelm.config import ModelConfig, model_from_dict, require, to_dict
+from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.models import Params, abstract_params
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
@@ -255,7 +256,8 @@ def _write_tensors(sink: BinaryIO, params: Params, config_sum: str) -> None:
     whatever the umask says.
     """
     names = {_torch_name(name): name for name in params}
-    ordered = sorted(names, key=lambda target: (-params[names[target]].dtype.itemsize, target))
+    widths = {target: array_bytes((), params[name].dtype) for target, name in names.items()}
+    ordered = sorted(names, key=lambda target: (-widths[target], target))
     arrays = ((target, _torch_array(names[target], params[names[target]])) for target in ordered)
     sums = {target: _sum_of_array(target, array) for target, array in arrays}
     metadata = {"format": "pt", _TENSOR_SUM: _sum_of_sums(sums), _CONFIG_SUM: config_sum}

@@ -195,7 +195,7 @@ def _torch_tensor(
     require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")
     plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
     # An expanded view can pretend to any size.
-    whole = plain and value.device.type == "cpu"
+    whole = plain and value.is_cpu
     whole = whole and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     require(whole, f"{name}: {type(value).__name__}; expected a dense tensor stored in full")
 

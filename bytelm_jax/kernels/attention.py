@@ -3,11 +3,14 @@
 Axes: B batch, T positions, H heads in G groups, K head width, J head width of queries and keys.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend, is_imitated
+from bytelm_jax.kernels.dtypes import is_low_precision
 
 
 def has_fused_attention() -> bool:
@@ -50,6 +53,18 @@ def _refuse(*_: Array) -> None:
     raise RuntimeError("a program traced for another machine was run")
 
 
+def fused_or_plain(
+    q: Float[Array, "B T H J"],
+    k: Float[Array, "B T G J"],
+    v: Float[Array, "B T G K"],
+    window: int,
+    plain: Callable[[], Float[Array, "B T H K"]],
+) -> Float[Array, "B T H K"]:
+    """Causal softmax attention by `fused_attention`, or where it cannot serve by `plain()`."""
+    out = fused_attention(q, k, v, window)
+    return plain() if out is None else out
+
+
 def fused_attention(
     q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
 ) -> Float[Array, "B T H K"] | None:
@@ -59,7 +74,7 @@ def fused_attention(
     it, everything before it with 0; scale K^-0.5.
     """
     width, length = q.shape[-1], q.shape[1]
-    fits = q.dtype.itemsize == 2 and width == v.shape[-1] and width % 8 == 0 and width <= 128
+    fits = is_low_precision(q) and width == v.shape[-1] and width % 8 == 0 and width <= 128
     if length < 64 or not fits or not has_fused_attention():
         return None
     if length % 2:

@@ -31,3 +31,26 @@ def imitate(name: str) -> Iterator[None]:
 def is_imitated() -> bool:
     """Whether kernels of another machine are traced, which JAX may refuse to do here."""
     return bool(_imitated.get())
+
+
+def platform_of(chip: str) -> str:
+    """The platform of an accelerator, "gpu" or "tpu", by its name ("H100", "TPU v4") or kind."""
+    return "tpu" if chip.lower().startswith("tpu") else "gpu"
+
+
+def has_preallocation(device: jax.Device) -> bool:
+    """Whether JAX takes a fixed share of the device's memory at its start, as it does on a GPU."""
+    return device.platform == "gpu"
+
+
+def simulate_devices(count: int) -> bool:
+    """Gives this process `count` simulated CPU devices, before anything else is done with JAX.
+
+    False where JAX was used before and does not have as many.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:
+        return jax.default_backend() == "cpu" and len(jax.devices()) >= count
+    return True

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.dtypes import is_low_precision
+
 
 def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x Φ(x) with the normal distribution Φ (Hendrycks & Gimpel 2016), not its tanh form.
 
     In 16 bits it keeps x alone for the backward pass, and errs less than the result is rounded.
     """
-    if x.dtype.itemsize == 2:
+    if is_low_precision(x):
         return _gelu(x)
     # erf, not tanh: flax's and jax's default is the tanh form, torch's is not.
     return jax.nn.gelu(x, approximate=False)

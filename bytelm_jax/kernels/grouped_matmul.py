@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.lookup import look_up, vary_like
 
 _LARGEST_BLOCK = 512
@@ -42,9 +43,11 @@ def block_length(rows: int, groups: int) -> int:
     return min(1 << max(share.bit_length() - 1, 3), _LARGEST_BLOCK) if rows > groups else 1
 
 
-def make_groups(group: Int[Array, " M"], count: int, block: int) -> Groups:
-    """Sorts rows by group; `block` as in `block_length`, or 0."""
+def make_groups(group: Int[Array, " M"], count: int, block: int | None = None) -> Groups:
+    """Sorts rows by group; `block` as in `Groups`, None for what is fast on this platform."""
     rows = group.shape[0]
+    if block is None:
+        block = block_length(rows, count) if backend() == "gpu" else 0
     order = jnp.argsort(group)
     rank = jnp.argsort(order)
     sizes = jnp.sum(group[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.normalization import rescale, standardize
 
@@ -45,7 +46,7 @@ def normalized_linears(
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """Each of `linears` of norm(x)."""
     count = math.prod(x.shape[:-1])
-    if x.dtype.itemsize != 2 or count < _ROWS * x.shape[-1]:
+    if not is_low_precision(x) or count < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
     rows = normalized(x.reshape(count, x.shape[-1]), norm.centred)
@@ -55,12 +56,12 @@ def normalized_linears(
 
 def linear_of_rows(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Array, "*batch _"]:
     """linear(x)."""
-    return _on_rows(linear, x) if x.dtype.itemsize == 2 else linear(x)
+    return _on_rows(linear, x) if is_low_precision(x) else linear(x)
 
 
 def unrounded_linear(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """linear(x) in at least float32; of 16-bit inputs, the products are, too."""
-    if x.dtype.itemsize != 2:
+    if not is_low_precision(x):
         return nnx.Linear.__call__(linear, x)
 
     def on_matrix(rows: Array) -> Array:

@@ -8,8 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.dtypes import is_low_precision
+
 _CHUNK = 64
 """Positions that one product of `_running_sums` adds."""
+
+
+def prefix_mean(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Mean over the positions up to each, summed in at least float32."""
+    if is_low_precision(x) and backend() != "cpu":
+        return mean_by_products(x)
+    return mean_by_sums(x)
 
 
 def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.gelu import gelu
-from bytelm_jax.kernels.running_mean import mean_by_products, mean_by_sums, prefix_counts
+from bytelm_jax.kernels.running_mean import prefix_counts, prefix_mean
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
@@ -133,9 +132,7 @@ def running_mean(
     if ages is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
         return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
-    if x.dtype.itemsize == 2 and backend() != "cpu":
-        return mean_by_products(x)
-    return mean_by_sums(x)
+    return prefix_mean(x)
 
 
 def extend_running_mean(

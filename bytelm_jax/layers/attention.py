@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.kernels.attention import fused_attention
+from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
@@ -91,12 +91,11 @@ class MultiQueryAttention(nnx.Module):
         q, k, v = self._project(x)
         if scope is not None:
             return self._attend(q, k, v, *scope)
-        length = x.shape[-2]
-        if x.ndim == 3 and not self.alibi:
-            out = fused_attention(q, k[:, :, None], v[:, :, None], 0)
-            if out is not None:
-                return self._back(out)
-        return self._attend(q, k, v, np.tri(length, dtype=bool))
+        mask = np.tri(x.shape[-2], dtype=bool)
+        if x.ndim != 3 or self.alibi:
+            return self._attend(q, k, v, mask)
+        plain = lambda: multi_query_attention(q, k, v, mask)  # noqa: E731
+        return self._back(fused_or_plain(q, k[:, :, None], v[:, :, None], 0, plain))
 
     def extend(
         self,

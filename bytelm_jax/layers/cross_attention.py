@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
-from bytelm_jax.layers.grouped_attention import attend_once, grouped_attention
+from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.segments import segment_max, take_segments
@@ -104,7 +105,7 @@ class CrossAttention(nnx.Module):
     def read_one(self, x: Float[Array, "B 1 D"], cache: KeyValueCache) -> Float[Array, "B 1 D"]:
         """The same for one byte a row and the keys and values [B, M, G, K] of its patch."""
         mask = jnp.ones((1, 1, cache.keys.shape[1]), bool)
-        return self._add(x, attend_once(self._queries(x), *cache, mask))
+        return self._add(x, attend_once(self._queries(x), *cache, mask, grouped_attention))
 
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""

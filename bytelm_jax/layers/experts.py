@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.grouped_matmul import (
-    block_length,
     grouped_bias,
     grouped_product,
     make_groups,
@@ -101,8 +99,7 @@ class AdaptiveExperts(nnx.Module):
         """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
         weights, count = self._weights(), self.base.kernels.shape[0]
         expert = chosen.reshape(-1)
-        on_gpu = backend() == "gpu"
-        groups = make_groups(expert, count, block_length(len(expert), count) if on_gpu else 0)
+        groups = make_groups(expert, count)
 
         def product(values: Array, kernels: Array) -> Array:
             return grouped_product(values, kernels, groups)

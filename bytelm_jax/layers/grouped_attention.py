@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.kernels.attention import fused_attention
-from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.attention import fused_or_plain
+from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.initializers import fan_in_normal
@@ -43,27 +43,6 @@ def grouped_attention(
     scores = jnp.where(visible, scores * v.shape[-1] ** -0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("...grts,...sgk->...tgrk", weights, v).reshape(*q.shape[:-1], v.shape[-1])
-
-
-def attend_once(
-    q: Float[Array, "B 1 H J"],
-    k: Float[Array, "B S G J"],
-    v: Float[Array, "B S G K"],
-    mask: Bool[Array | np.ndarray, "#B 1 S"],
-) -> Float[Array, "B 1 H K"]:
-    """`grouped_attention` of one query a row, in fewer kernels where no heads share a key.
-
-    A product with a single row is no product to XLA on a GPU but multiplications and a sum, the one
-    written to memory for the other; these here fuse.
-    """
-    if backend() != "gpu" or q.shape[2] != k.shape[2]:
-        return grouped_attention(q, k, v, mask)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = (q.astype(wide) * k.astype(wide)).sum(axis=-1) * v.shape[-1] ** -0.5
-    scores = jnp.where(jnp.asarray(mask)[:, 0, :, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
-    mixed = (weights[..., None] * v.astype(wide)).sum(axis=1)
-    return (mixed / weights.sum(axis=1)[..., None]).astype(v.dtype)[:, None]
 
 
 def guide(
@@ -100,10 +79,14 @@ def causal_attention(
     linear in T: the text is cut into chunks of `window` positions, and a chunk sees the chunk
     before it and itself.
     """
+    plain = lambda: _written_out(q, k, v, window, begins)  # noqa: E731
+    return plain() if begins is not None else fused_or_plain(q, k, v, window, plain)
+
+
+def _written_out(
+    q: Array, k: Array, v: Array, window: int, begins: Array | None
+) -> Float[Array, "B T H K"]:
     length = q.shape[1]
-    fused = fused_attention(q, k, v, window) if begins is None else None
-    if fused is not None:
-        return fused
     if window == 0 or length <= window:
         mask = np.tri(length, dtype=bool)
         if begins is not None:
@@ -199,7 +182,7 @@ class GroupedAttention(nnx.Module):
         mask = (slots <= index)[None, None, :]
         if begins is not None:
             mask = mask & (slots[None, None, :] >= begins[:, None, None])
-        mixed = attend_once(q, near_keys, near_values, mask)
+        mixed = attend_once(q, near_keys, near_values, mask, grouped_attention)
         return self._out(mixed), KeyValueCache(keys, values)
 
     def extend_rows(
@@ -223,7 +206,8 @@ class GroupedAttention(nnx.Module):
         mask = (slots <= index[:, None])[:, None, :]
         if begins is not None:
             mask = mask & (slots >= begins[:, None])[:, None, :]
-        return self._out(attend_once(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
+        mixed = attend_once(q, keys, values, mask, grouped_attention)
+        return self._out(mixed), KeyValueCache(k[:, 0], v[:, 0])
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
         """A cache for `length` positions."""

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.backend import backend
-from bytelm_jax.kernels.segment_sum import FEW, segment_sum, sum_by_product
+from bytelm_jax.kernels.segment_sum import rounded_segment_sum, segment_sum
 
 
 @jax.custom_vjp
@@ -27,12 +26,7 @@ def _take_forward(x: Array, patch_of: Array) -> tuple[Array, tuple[Array, Array]
 
 def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
     x, patch_of = residual
-    count = x.shape[1]
-    if gradient.dtype.itemsize == 2 and count <= FEW and backend() == "gpu":
-        return sum_by_product(gradient, patch_of, count), None
-    # All bytes of a patch add to one row: in bfloat16 a long patch would lose its digits.
-    wide = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    return segment_sum(wide, patch_of, count).astype(gradient.dtype), None
+    return rounded_segment_sum(gradient, patch_of, x.shape[1]), None
 
 
 take_segments.defvjp(_take_forward, _take_backward)

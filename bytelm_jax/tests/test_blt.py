@@ -12,8 +12,9 @@ from flax import nnx
 
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax.kernels.backend import imitate
+from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.layers.cross_attention import CrossAttention
-from bytelm_jax.layers.grouped_attention import attend_once, causal_attention, grouped_attention
+from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
 from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import Params, abstract_params, define_model, patching, split_model
 from parity_tests.tolerances import GRADIENTS, LOGITS

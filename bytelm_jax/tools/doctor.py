@@ -181,12 +181,12 @@ def check_devices() -> str:
     kinds = sorted({device.device_kind for device in known})
     if len(kinds) > 1:
         raise SickError(f"{', '.join(kinds)}: kinds of devices do not mix; give the run one kind")
-    memory = device_limit(own[0])
+    memory, share = device_limit(own[0]), "each"
     if memory is None:  # a CPU
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of the host"
     return (
         f"{len(known)} x {kinds[0]} in {jax.process_count()} processes, {len(own)} of them here, "
-        f"{memory / 2**30:.1f} GiB {'each' if own[0].platform != 'cpu' else 'of the host'}"
+        f"{memory / 2**30:.1f} GiB {share}"
     )
 
 

@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.metrics import PEAK_FLOPS
-from bytelm_jax.kernels.backend import imitate
+from bytelm_jax.kernels.backend import (
+    has_preallocation,
+    imitate,
+    platform_of,
+    simulate_devices,
+)
+from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
@@ -89,19 +94,15 @@ class Forecast(NamedTuple):
         return self.collective_seconds / (self.collective_seconds + self.compute_seconds)
 
 
-def simulate_devices(count: int) -> None:
-    """Gives this process `count` simulated CPU devices, before anything else is done with JAX."""
+def require_devices(count: int) -> None:
+    """Raises `ValueError` where this process cannot have `count` simulated CPU devices."""
     if count < 1:
         raise ValueError("devices=0: a dry run has to know how many; write --devices 256")
-    try:
-        jax.config.update("jax_num_cpu_devices", count)
-        jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:  # JAX was used before
-        if jax.default_backend() != "cpu" or len(jax.devices()) < count:
-            raise ValueError(
-                f"devices={count}: this process began with {len(jax.devices())}; ask for at most "
-                "that, or start another one"
-            ) from None
+    if not simulate_devices(count):
+        raise ValueError(
+            f"devices={count}: this process began with {len(jax.devices())}; ask for at most "
+            "that, or start another one"
+        )
 
 
 def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
@@ -115,7 +116,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
     if run.compute_dtype == "auto":
         run = replace(run, compute_dtype="bfloat16")
     recipe = replace(recipe, train=run)
-    simulate_devices(run.devices)
+    require_devices(run.devices)
     mesh = meshes.make_mesh(run.devices, run.fsdp)
     meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
@@ -184,7 +185,7 @@ def reckon_memory(
     about_logits = [x for x in kept if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in kept if x not in about_logits]
     # The gradient of an array exists before what was kept beside it is let go.
-    logits = total(about_logits) + math.prod(shape) * dtype.itemsize
+    logits = total(about_logits) + array_bytes(shape, dtype)
     largest = max((x.bytes for x in rest), default=0)
     activations = total(rest)
     sums = gradients if run.accumulation_steps > 1 else 0
@@ -211,12 +212,11 @@ def require_memory(recipe: Recipe) -> None:
         return
     mesh = meshes.make_mesh(run.devices, run.fsdp)
     meshes.check_batch(mesh, run)
-    chip = "TPU" if device.platform == "tpu" else "GPU"
-    needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), chip)
+    needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
     if can_fit(needed.peak, limit):
         return
     there = f"GiB of each device, of which JAX has {limit / 2**30:.1f}"
-    if device.platform == "gpu":
+    if has_preallocation(device):
         there += " (more than its usual 75 % with XLA_CLIENT_MEM_FRACTION=0.95)"
     state = needed.parameters + needed.gradients + needed.optimizer_state
     if state > limit:
@@ -245,7 +245,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
         found, _ = cross_entropy(output.logits, ids, pad_id)
         return found + output.extra_loss.sum()
 
-    with imitate("tpu" if chip.startswith("TPU") else "gpu"):
+    with imitate(platform_of(chip)):
         return kept_for_backward(nats, moving, fixed, ids, keys)
 
 
@@ -262,13 +262,13 @@ def _count(array: Held) -> int:
 
 
 def _whole(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize
+    return array_bytes(leaf.shape, leaf.dtype)
 
 
 def _part(tree: Any) -> int:
     """Bytes of a device's part of sharded arrays."""
     return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for leaf in jax.tree.leaves(tree)
     )
 

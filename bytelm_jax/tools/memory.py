@@ -8,13 +8,14 @@ sums, reads by index and transcendental functions are computed once, and what a 
 in both passes is in memory anyway.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
+
+from bytelm_jax.kernels.dtypes import array_bytes
 
 
 def _names(text: str) -> frozenset[str]:
@@ -55,7 +56,7 @@ class Held(NamedTuple):
     @property
     def bytes(self) -> int:
         """Its size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return array_bytes(self.shape, self.dtype)
 
 
 class _Value:

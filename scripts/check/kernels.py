@@ -48,8 +48,7 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
 
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, window: int) -> jax.Array:
     """The fused form, or the written-out one where there is none."""
-    out = attention.fused_attention(q, k, v, window)
-    return plain(q, k, v, window) if out is None else out
+    return attention.fused_or_plain(q, k, v, window, lambda: plain(q, k, v, window))
 
 
 def with_gradients(form: Callable[..., jax.Array], weights: jax.Array) -> Callable[..., Any]:
