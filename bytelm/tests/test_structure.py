@@ -136,7 +136,13 @@ def test_files_classes_and_functions_stay_short(package):
     assert not long, "\n".join(long)
 
 
-MACHINE_QUESTIONS = {"default_backend", "backend", "is_imitated", "has_fused_attention", "itemsize"}
+MACHINE_QUESTIONS = {
+    "default_backend",
+    "backend",
+    "is_pretended",
+    "has_fused_attention",
+    "itemsize",
+}
 PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
 
 
@@ -157,7 +163,7 @@ def machine_questions(tree: ast.AST):
 
 @pytest.mark.parametrize(
     "question",
-    ["jax.default_backend()", "backend() == x", "from a.backend import is_imitated", "x.itemsize",
+    ["jax.default_backend()", "backend() == x", "from a.backend import is_pretended", "x.itemsize",
      "device.platform != 'tpu'", "x in ('cpu', 'gpu')", "match x:\n case 'gpu': pass"],
 )  # fmt: skip
 def test_a_question_about_the_machine_is_seen(question):

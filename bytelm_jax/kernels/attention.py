@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.backend import backend, is_imitated
+from bytelm_jax.kernels.backend import backend, is_pretended
 from bytelm_jax.kernels.dtypes import is_low_precision
 
 
@@ -18,7 +18,7 @@ def has_fused_attention() -> bool:
 
     It does on NVIDIA's GPUs, from compute capability 8.0 on; AMD's are called "gpu" as well.
     """
-    if backend() != "gpu" or is_imitated():
+    if backend() != "gpu" or is_pretended():
         return backend() == "gpu"
     capability = getattr(jax.local_devices()[0], "compute_capability", "")
     major, point, _ = capability.partition(".")  # "9.0", or AMD's "gfx942"
@@ -81,7 +81,7 @@ def fused_attention(
         # JAX has its gradient at even lengths alone. One more key behind all others is seen by one
         # more query alone, which is left out again: nothing else changes.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    if is_imitated():
+    if is_pretended():
         out = traced_attention(q, k, v)
     else:
         near = (window - 1, 0) if 0 < window < length else None

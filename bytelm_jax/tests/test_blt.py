@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from bytelm.config import BLTConfig, EntropyConfig
-from bytelm_jax.kernels.backend import imitate
+from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
@@ -216,7 +216,7 @@ def test_one_query_sees_what_many_would(kv_heads, x64):
     mask = np.arange(9)[None, None] < np.array([1, 5, 9])[:, None, None]
     expected = np.asarray(grouped_attention(q, k, v, mask))
     hidden = jnp.where(mask[:, 0, :, None, None], 0, 1e3)
-    with imitate("gpu"):
+    with pretend_platform("gpu"):
         found, other = (
             np.asarray(attend_once(q, k + more, v + more, mask)) for more in (0, hidden)
         )
@@ -230,7 +230,7 @@ def test_gradients_of_patches_read_in_16_bits_are_rounded_once():
     x, weights = (jnp.asarray(source.normal(size=s), "bfloat16") for s in ((2, 5, 3), (2, 400, 3)))
     _, pull = jax.vjp(lambda x: take_segments(x, patch_of), x)
     (by_scatter,) = pull(weights)
-    with imitate("gpu"):
+    with pretend_platform("gpu"):
         (by_product,) = pull(weights)
     exact = np.zeros((2, 6, 3))
     for row in range(2):

@@ -19,7 +19,7 @@ from bytelm_jax.inference.generate import (
     probabilities,
     stream,
 )
-from bytelm_jax.kernels.backend import imitate
+from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.models.megabyte import Megabyte, MegabyteCache
 from parity_tests.tolerances import LOGITS
 
@@ -329,7 +329,7 @@ def test_ragged_batch_equals_one_by_one(models):
 @pytest.mark.parametrize("sampler", [CUT, MIXED])
 def test_the_second_row_of_a_gpu_changes_nothing(models, sampler):
     expected = generate(models["paper"], [TEXT], 10, sampler)
-    with imitate("gpu"):
+    with pretend_platform("gpu"):
         assert generate(models["paper"], [TEXT], 10, sampler) == expected
         assert b"".join(stream(models["paper"], TEXT, 10, sampler)) == expected[0]
 

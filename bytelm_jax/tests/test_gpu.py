@@ -138,5 +138,5 @@ def test_which_machines_have_fused_attention(platform, capability, expected, mon
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert has_fused_attention() == expected
-    with backend.imitate("gpu"):
+    with backend.pretend_platform("gpu"):
         assert has_fused_attention()

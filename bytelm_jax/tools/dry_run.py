@@ -18,8 +18,8 @@ from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.metrics import PEAK_FLOPS
 from bytelm_jax.kernels.backend import (
     has_preallocation,
-    imitate,
     platform_of,
+    pretend_platform,
     simulate_devices,
 )
 from bytelm_jax.kernels.dtypes import array_bytes
@@ -245,7 +245,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
         found, _ = cross_entropy(output.logits, ids, pad_id)
         return found + output.extra_loss.sum()
 
-    with imitate(platform_of(chip)):
+    with pretend_platform(platform_of(chip)):
         return kept_for_backward(nats, moving, fixed, ids, keys)
 
 
