@@ -90,7 +90,7 @@ def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
 _spread.defvjp(_spread_forward, _spread_backward)
 
 
-def grouped_product(
+def grouped_matmul(
     x: Float[Array, "S I"], kernels: Float[Array, "G I O"], groups: Groups
 ) -> Float[Array, "S O"]:
     """Each slot times the matrix of its group; empty slots hold anything."""

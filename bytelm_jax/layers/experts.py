@@ -1,7 +1,7 @@
 """Mixture of adaptive-linear experts: all of them, weighted, or the best few for each position.
 
 Sparse dispatch sorts (position, expert) pairs by expert and multiplies each run by its expert's
-matrix (`grouped_product`): no capacity, so no position is ever dropped, and neither later bytes nor
+matrix (`grouped_matmul`): no capacity, so no position is ever dropped, and neither later bytes nor
 other rows change a position through the routing.
 
 Axes: B batch, T positions, N = B·T, M = N·k pairs, D width, A adaptation width, R rank, E experts.
@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm_jax.kernels.grouped_matmul import (
     grouped_bias,
-    grouped_product,
+    grouped_matmul,
     make_groups,
     mix,
     spread,
@@ -102,7 +102,7 @@ class AdaptiveExperts(nnx.Module):
         groups = make_groups(expert, count)
 
         def product(values: Array, kernels: Array) -> Array:
-            return grouped_product(values, kernels, groups)
+            return grouped_matmul(values, kernels, groups)
 
         inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
         if weights.down is not None and weights.up is not None:

@@ -22,7 +22,7 @@ import numpy as np
 from bytelm_jax.kernels import attention, convolution, gelu, running_mean
 from bytelm_jax.kernels.grouped_matmul import (
     block_length,
-    grouped_product,
+    grouped_matmul,
     make_groups,
     mix,
     spread,
@@ -119,7 +119,7 @@ def check_experts() -> dict[str, Any]:
 
     def multiply(x: jax.Array, kernels: jax.Array, biases: jax.Array, block: int) -> jax.Array:
         groups = make_groups(expert, count, block)
-        out = grouped_product(spread(x, 1, groups), kernels, groups)
+        out = grouped_matmul(spread(x, 1, groups), kernels, groups)
         return mix(out, biases, gates, expert[:, None], groups)
 
     forms = {

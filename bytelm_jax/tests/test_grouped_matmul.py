@@ -8,7 +8,7 @@ import pytest
 from bytelm_jax.kernels.grouped_matmul import (
     block_length,
     grouped_bias,
-    grouped_product,
+    grouped_matmul,
     make_groups,
     mix,
     spread,
@@ -39,7 +39,7 @@ def arrays(rows, copies):
 
 def multiply(x, kernels, biases, gates, chosen, block):
     groups = make_groups(chosen.reshape(-1), GROUPS, block)
-    out = grouped_product(spread(x, chosen.shape[1], groups), kernels, groups)
+    out = grouped_matmul(spread(x, chosen.shape[1], groups), kernels, groups)
     # The bias twice: in the slots, and where they are mixed.
     return mix(out + grouped_bias(biases, groups), biases, gates, chosen, groups)
 
