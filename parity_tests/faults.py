@@ -96,9 +96,9 @@ def swapped_gate(twin: Any, patches: contextlib.ExitStack) -> None:
 def split_halves(real: Any) -> Any:
     """Rotary pairs (i, i + K/2) instead of (2i, 2i + 1)."""
 
-    def rotated(x: Any, turn: Any) -> Any:
+    def rotated(x: Any, rope: Any) -> Any:
         mixed = x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        return rotate(mixed, turn).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return rotate(mixed, rope).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
     return rotated
 

@@ -154,24 +154,24 @@ class GroupedAttention(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         unrest: Float[Array, "B T"] | None = None,
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """Also gives the (turned) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, turn, unrest)
+        """Also gives the (rotated) keys and the values, [B, T, G, K]."""
+        q, k, v = self._project(x, rope, unrest)
         return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
 
     def extend(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`."""
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, rope)
         keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
         seen = min(self.window or keys.shape[1], keys.shape[1])
@@ -188,7 +188,7 @@ class GroupedAttention(nnx.Module):
     def extend_rows(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
         unrest: Float[Array, "B 1"] | None = None,
@@ -199,7 +199,7 @@ class GroupedAttention(nnx.Module):
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, turn, unrest)
+        q, k, v = self._project(x, rope, unrest)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
@@ -216,12 +216,12 @@ class GroupedAttention(nnx.Module):
         return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))
 
     def _project(
-        self, x: Array, turn: Rotation | None, unrest: Array | None = None
+        self, x: Array, rope: Rotation | None, unrest: Array | None = None
     ) -> tuple[Array, Array, Array]:
         made = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
         q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in made)
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if unrest is not None:
             q, k = guide(q, k, unrest, self.gamma[...], self.beta[...])
         return q, k, v

@@ -32,12 +32,12 @@ def rotation(
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x: Float[Array, "B T H K"], turn: Rotation) -> Float[Array, "B T H K"]:
+def rotate(x: Float[Array, "B T H K"], rope: Rotation) -> Float[Array, "B T H K"]:
     """Turns each pair (2i, 2i + 1) of the last axis by its angle."""
     # Neighbours by shifts: to split the axis into pairs is a transpose on a GPU.
-    wide, even = x.astype(turn.cos.dtype), np.arange(x.shape[-1]) % 2 == 0
+    wide, even = x.astype(rope.cos.dtype), np.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(_last(even), jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
-    cos, sin = (jnp.repeat(part, 2, axis=-1)[:, :, None, :] for part in turn)
+    cos, sin = (jnp.repeat(part, 2, axis=-1)[:, :, None, :] for part in rope)
     return (wide * cos + partner * jnp.where(_last(even), -sin, sin)).astype(x.dtype)
 
 

@@ -44,40 +44,40 @@ class TransformerLayer(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         keys: Key[Array, " B"] | None = None,
         unrest: Float[Array, "B T"] | None = None,
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, turn, unrest, begins)
+        attended, cache = self.attention(x, rope, unrest, begins)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
 
     def extend(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, turn, cache, index, begins)
+        attended, cache = self.attention.extend(x, rope, cache, index, begins)
         x = x + attended
         return x + self.feedforward(x), cache
 
     def extend_rows(
         self,
         x: Float[Array, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
         unrest: Float[Array, "B 1"] | None = None,
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest, begins)
+        attended, new = self.attention.extend_rows(x, rope, cache, index, unrest, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -119,10 +119,10 @@ class Transformer(nnx.Module):
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
-        turn, written = self.turn(positions_in(x.shape[1], begins), x.dtype), []
+        rope, written = self.rope(positions_in(x.shape[1], begins), x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, cache = run(x, turn, fold_rows(keys, i), unrest, begins)
+            x, cache = run(x, rope, fold_rows(keys, i), unrest, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -134,9 +134,9 @@ class Transformer(nnx.Module):
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        turn, written = self.turn(position_in(index, begins), x.dtype), []
+        rope, written = self.rope(position_in(index, begins), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, turn, cache, index, begins)
+            x, cache = layer.extend(x, rope, cache, index, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -150,13 +150,13 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if begins is None else index - begins
-        turn, made = self.turn(inside[:, None], x.dtype), []
+        rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, turn, cache, index, unrest, begins)
+            x, new = layer.extend_rows(x, rope, cache, index, unrest, begins)
             made.append(new)
         return x, tuple(made)
 
-    def turn(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
+    def rope(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None where `theta` is 0."""
         return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
 

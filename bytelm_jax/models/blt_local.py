@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches, Caches]:
         """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        turn = self.transformer.turn(positions_in(x.shape[1], begins), x.dtype)
+        rope = self.transformer.rope(positions_in(x.shape[1], begins), x.dtype)
         memory, read, written = self.split(patches), [], []
         for i, (cross, layer) in enumerate(self._layers()):
             if remat:
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
             else:
                 cross = cross.read
             x, vectors = cross(x, memory, read_of)
-            x, cache = layer(x, turn, fold_rows(keys, i), None, begins)
+            x, cache = layer(x, rope, fold_rows(keys, i), None, begins)
             read.append(vectors)
             written.append(cache)
         return self.norm(x), tuple(read), tuple(written)
@@ -117,9 +117,9 @@ class Decoder(nnx.Module):
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        turn, written = self.transformer.turn(position_in(index, begins), x.dtype), []
+        rope, written = self.transformer.rope(position_in(index, begins), x.dtype), []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), turn, cache, index, begins)
+            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, begins)
             written.append(cache)
         return self.norm(x), tuple(written)
 

@@ -131,18 +131,18 @@ class GroupedAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         unrest: Float[Tensor, "B T"] | None = None,
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """Also gives the (turned) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, turn, unrest)
+        """Also gives the (rotated) keys and the values, [B, T, G, K]."""
+        q, k, v = self._project(x, rope, unrest)
         return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
 
     def extend(
         self,
         x: Float[Tensor, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: int,
         begins: Int[Tensor, " B"] | None = None,
@@ -151,7 +151,7 @@ class GroupedAttention(nn.Module):
 
         The cache's tensors are written in place, and returned.
         """
-        q, k, v = self._project(x, turn)
+        q, k, v = self._project(x, rope)
         cache.keys[:, index], cache.values[:, index] = k[:, 0], v[:, 0]
         first = max(index + 1 - (self.window or index + 1), 0)
         keys, values = cache.keys[:, first : index + 1], cache.values[:, first : index + 1]
@@ -164,7 +164,7 @@ class GroupedAttention(nn.Module):
     def extend_rows(
         self,
         x: Float[Tensor, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
         unrest: Float[Tensor, "B 1"] | None = None,
@@ -175,7 +175,7 @@ class GroupedAttention(nn.Module):
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, turn, unrest)
+        q, k, v = self._project(x, rope, unrest)
         slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
@@ -193,15 +193,15 @@ class GroupedAttention(nn.Module):
         )
 
     def _project(
-        self, x: Tensor, turn: Rotation | None, unrest: Tensor | None = None
+        self, x: Tensor, rope: Rotation | None, unrest: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm(x)
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
         k, v = (
             to(x).unflatten(-1, (self.kv_heads, self.head_dim)) for to in (self.to_k, self.to_v)
         )
-        if turn is not None:
-            q, k = rotate(q, turn), rotate(k, turn)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if unrest is not None:
             q, k = guide(q, k, unrest, self.gamma, self.beta)
         return q, k, v

@@ -33,9 +33,9 @@ def rotation(
     return Rotation(angles.cos(), angles.sin())
 
 
-def rotate(x: Float[Tensor, "B T H K"], turn: Rotation) -> Float[Tensor, "B T H K"]:
+def rotate(x: Float[Tensor, "B T H K"], rope: Rotation) -> Float[Tensor, "B T H K"]:
     """Turns each pair (2i, 2i + 1) of the last axis by its angle."""
-    first, second = x.to(turn.cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turn.cos[:, :, None, :], turn.sin[:, :, None, :]
-    turned = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    first, second = x.to(rope.cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
+    rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return rotated.flatten(-2).to(x.dtype)

@@ -43,39 +43,39 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         unrest: Float[Tensor, "B T"] | None = None,
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, turn, unrest, begins)
+        attended, cache = self.attention(x, rope, unrest, begins)
         x = x + dropout(attended, self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training), cache
 
     def extend(
         self,
         x: Float[Tensor, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: int,
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, turn, cache, index, begins)
+        attended, cache = self.attention.extend(x, rope, cache, index, begins)
         x = x + attended
         return x + self.feedforward(x), cache
 
     def extend_rows(
         self,
         x: Float[Tensor, "B 1 D"],
-        turn: Rotation | None,
+        rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
         unrest: Float[Tensor, "B 1"] | None = None,
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, turn, cache, index, unrest, begins)
+        attended, new = self.attention.extend_rows(x, rope, cache, index, unrest, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -115,12 +115,12 @@ class Transformer(nn.Module):
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]."""
-        turn, written = self.turn(positions_in(x.shape[1], begins, x.device), x.dtype), []
+        rope, written = self.rope(positions_in(x.shape[1], begins, x.device), x.dtype), []
         for layer in self.layers:
             if remat:
-                x, cache = checkpoint(layer, x, turn, unrest, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+                x, cache = checkpoint(layer, x, rope, unrest, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                x, cache = layer(x, turn, unrest, begins)
+                x, cache = layer(x, rope, unrest, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -132,9 +132,9 @@ class Transformer(nn.Module):
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        turn, written = self.turn(position_in(index, begins, x.device), x.dtype), []
+        rope, written = self.rope(position_in(index, begins, x.device), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, turn, cache, index, begins)  # pyright: ignore[reportCallIssue]
+            x, cache = layer.extend(x, rope, cache, index, begins)  # pyright: ignore[reportCallIssue]
             written.append(cache)
         return x, tuple(written)
 
@@ -148,13 +148,13 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if begins is None else index - begins
-        turn, made = self.turn(inside[:, None], x.dtype), []
+        rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, turn, cache, index, unrest, begins)  # pyright: ignore[reportCallIssue]
+            x, new = layer.extend_rows(x, rope, cache, index, unrest, begins)  # pyright: ignore[reportCallIssue]
             made.append(new)
         return x, tuple(made)
 
-    def turn(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation | None:
+    def rope(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None where `theta` is 0."""
         return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
 
