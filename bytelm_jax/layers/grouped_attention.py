@@ -48,16 +48,16 @@ def grouped_attention(
 def guide(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
-    unrest: Float[Array, "B T"],
+    patch_entropy: Float[Array, "B T"],
     gamma: Float[Array, " H"],
     beta: Float[Array, " H"],
 ) -> tuple[Float[Array, "B T H J"], Float[Array, "B T G J"]]:
-    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e being `unrest`.
+    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e the entropy.
 
     β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
     width a multiple of 8 where K is one.
     """
-    entropy = unrest[:, :, None, None].astype(q.dtype)
+    entropy = patch_entropy[:, :, None, None].astype(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).astype(q.dtype)[None, None, :, None]
     more = ((0, 0),) * 3 + ((0, _GUIDE - 1),)
     q_more = jnp.pad(jnp.broadcast_to(tilt, (*q.shape[:-1], 1)), more)
@@ -121,7 +121,7 @@ def _chunk_before(x: Array) -> Array:
 class GroupedAttention(nnx.Module):
     """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
 
-    `guided` adds γ and β a head, 0 at first, by which `unrest` guides the attention (`guide`).
+    `guided` adds γ and β per head, 0 at first, by which `patch_entropy` guides it (`guide`).
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class GroupedAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rope: Rotation | None,
-        unrest: Float[Array, "B T"] | None = None,
+        patch_entropy: Float[Array, "B T"] | None = None,
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the (rotated) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, rope, unrest)
+        q, k, v = self._project(x, rope, patch_entropy)
         return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
 
     def extend(
@@ -191,7 +191,7 @@ class GroupedAttention(nnx.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
-        unrest: Float[Array, "B 1"] | None = None,
+        patch_entropy: Float[Array, "B 1"] | None = None,
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
@@ -199,7 +199,7 @@ class GroupedAttention(nnx.Module):
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, rope, unrest)
+        q, k, v = self._project(x, rope, patch_entropy)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
@@ -216,14 +216,14 @@ class GroupedAttention(nnx.Module):
         return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))
 
     def _project(
-        self, x: Array, rope: Rotation | None, unrest: Array | None = None
+        self, x: Array, rope: Rotation | None, patch_entropy: Array | None = None
     ) -> tuple[Array, Array, Array]:
         made = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
         q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in made)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if unrest is not None:
-            q, k = guide(q, k, unrest, self.gamma[...], self.beta[...])
+        if patch_entropy is not None:
+            q, k = guide(q, k, patch_entropy, self.gamma[...], self.beta[...])
         return q, k, v
 
     def _out(self, x: Array) -> Array:

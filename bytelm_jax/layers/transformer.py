@@ -46,11 +46,11 @@ class TransformerLayer(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rotation | None,
         keys: Key[Array, " B"] | None = None,
-        unrest: Float[Array, "B T"] | None = None,
+        patch_entropy: Float[Array, "B T"] | None = None,
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, rope, unrest, begins)
+        attended, cache = self.attention(x, rope, patch_entropy, begins)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
 
@@ -73,11 +73,11 @@ class TransformerLayer(nnx.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
-        unrest: Float[Array, "B 1"] | None = None,
+        patch_entropy: Float[Array, "B 1"] | None = None,
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, rope, cache, index, unrest, begins)
+        attended, new = self.attention.extend_rows(x, rope, cache, index, patch_entropy, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -86,7 +86,7 @@ class Transformer(nnx.Module):
     """A stack of layers without a final norm.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
-    `guided` attention is given `unrest`, one number a position (`grouped_attention.guide`).
+    `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
     `begins` holds the first position of each position's segment, a text of its own: positions count
     from there and nothing before it is seen. Without it all is one text.
     """
@@ -115,14 +115,14 @@ class Transformer(nnx.Module):
         x: Float[Array, "B T D"],
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
-        unrest: Float[Array, "B T"] | None = None,
+        patch_entropy: Float[Array, "B T"] | None = None,
         begins: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
         rope, written = self.rope(positions_in(x.shape[1], begins), x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, cache = run(x, rope, fold_rows(keys, i), unrest, begins)
+            x, cache = run(x, rope, fold_rows(keys, i), patch_entropy, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -145,14 +145,14 @@ class Transformer(nnx.Module):
         x: Float[Array, "B 1 D"],
         caches: Caches,
         index: Int[Array, " B"],
-        unrest: Float[Array, "B 1"] | None = None,
+        patch_entropy: Float[Array, "B 1"] | None = None,
         begins: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if begins is None else index - begins
         rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, rope, cache, index, unrest, begins)
+            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, begins)
             made.append(new)
         return x, tuple(made)
 

@@ -159,7 +159,7 @@ class BLT(nnx.Module):
             self._widen(patches),
             fold_rows(dropout_keys, 1),
             remat,
-            self._unrest(histograms, shifted, plan, patches.dtype),
+            self._patch_entropy(histograms, shifted, plan, patches.dtype),
             plan.begins,
         )
         x, _, _ = self.decoder(
@@ -237,9 +237,9 @@ class BLT(nnx.Module):
         states, encoder = self.encoder.transformer(embedded, begins=begins)
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
         histograms = self._histograms(shifted, counted, begins)
-        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
+        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
         patches, global_layers = self.global_transformer(
-            self._widen(patches), unrest=unrest, begins=plan.begins
+            self._widen(patches), patch_entropy=patch_entropy, begins=plan.begins
         )
         _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
         first = self._look_back() - 1
@@ -344,10 +344,12 @@ class BLT(nnx.Module):
 
         def run() -> tuple[Array, Array]:
             patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-            unrest = self._unrest_of(cache, mask, patch.dtype)
+            patch_entropy = self._patch_entropy_of(cache, mask, patch.dtype)
             like = self.global_transformer.empty_caches(batch, room, patch.dtype)
             layers = unpack(cache.global_layers, like)
-            patch, made = self.global_transformer.extend_rows(patch, layers, number, unrest, first)
+            patch, made = self.global_transformer.extend_rows(
+                patch, layers, number, patch_entropy, first
+            )
             vectors = self.decoder.split(patch)[:, 0]
             read = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
             return pack(made, 1), pack(read, 1)
@@ -396,7 +398,7 @@ class BLT(nnx.Module):
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
-    def _unrest(
+    def _patch_entropy(
         self, histograms: Array, shifted: Array, plan: patching.PatchPlan, dtype: jnp.dtype
     ) -> Float[Array, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
@@ -408,7 +410,7 @@ class BLT(nnx.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
 
-    def _unrest_of(
+    def _patch_entropy_of(
         self, cache: BLTCache, mask: Array, dtype: jnp.dtype
     ) -> Float[Array, "B 1"] | None:
         """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""

@@ -81,17 +81,17 @@ def attention_inputs():
 
 def test_folded_attention_is_the_literal_formula(x64):
     q, k, v, gamma, beta = attention_inputs()
-    unrest = jnp.asarray(np.random.default_rng(4).uniform(0, 1, (2, 9)))
+    patch_entropy = jnp.asarray(np.random.default_rng(4).uniform(0, 1, (2, 9)))
     mask = np.tri(9, dtype=bool)
 
     @jax.jit
     def folded(q, k, v, gamma, beta):
-        return grouped_attention(*guide(q, k, unrest, gamma, beta), v, mask)
+        return grouped_attention(*guide(q, k, patch_entropy, gamma, beta), v, mask)
 
     @jax.jit
     def literal(q, keys, values, gamma, beta):
         scores = jnp.einsum("btk,bsk->bts", q, keys) / 6**0.5
-        scores = scores * (1 + gamma * unrest[:, :, None]) + beta * unrest[:, None, :]
+        scores = scores * (1 + gamma * patch_entropy[:, :, None]) + beta * patch_entropy[:, None, :]
         weights = jax.nn.softmax(jnp.where(mask[None], scores, -jnp.inf), axis=-1)
         return jnp.einsum("bts,bsk->btk", weights, values)
 
@@ -109,9 +109,9 @@ def test_folded_attention_is_the_literal_formula(x64):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_without_guidance_it_is_plain_attention_exactly(dtype, x64):
     q, k, v, _, _ = (x.astype(dtype) for x in attention_inputs())
-    unrest, zero = jnp.full((2, 9), 0.7, dtype), jnp.zeros(4, dtype)
+    patch_entropy, zero = jnp.full((2, 9), 0.7, dtype), jnp.zeros(4, dtype)
     mask = np.tri(9, dtype=bool)
-    guided = guide(q, k, unrest, zero, zero)
+    guided = guide(q, k, patch_entropy, zero, zero)
     # Padded to the width of those: sums of another length may be taken in another order.
     more = ((0, 0),) * 3 + ((0, guided[0].shape[-1] - q.shape[-1]),)
     plain = grouped_attention(jnp.pad(q, more), jnp.pad(k, more), v, mask)

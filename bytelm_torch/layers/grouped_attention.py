@@ -43,16 +43,16 @@ def grouped_attention(
 def guide(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
-    unrest: Float[Tensor, "B T"],
+    patch_entropy: Float[Tensor, "B T"],
     gamma: Float[Tensor, " H"],
     beta: Float[Tensor, " H"],
 ) -> tuple[Float[Tensor, "B T H J"], Float[Tensor, "B T G J"]]:
-    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e being `unrest`.
+    """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e the entropy.
 
     β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
     width a multiple of 8 where K is one.
     """
-    entropy = unrest[:, :, None, None].to(q.dtype)
+    entropy = patch_entropy[:, :, None, None].to(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).to(q.dtype)[:, None]
     q_more = F.pad(tilt.expand(*q.shape[:-1], 1), (0, _GUIDE - 1))
     k_more = F.pad(entropy.expand(*k.shape[:-1], 1), (0, _GUIDE - 1))
@@ -108,7 +108,7 @@ def _chunk_before(x: Tensor) -> Tensor:
 class GroupedAttention(nn.Module):
     """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
 
-    `guided` adds γ and β a head, 0 at first, by which `unrest` guides the attention (`guide`).
+    `guided` adds γ and β per head, 0 at first, by which `patch_entropy` guides it (`guide`).
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, window: int, guided: bool = False):
@@ -132,11 +132,11 @@ class GroupedAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rope: Rotation | None,
-        unrest: Float[Tensor, "B T"] | None = None,
+        patch_entropy: Float[Tensor, "B T"] | None = None,
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the (rotated) keys and the values, [B, T, G, K]."""
-        q, k, v = self._project(x, rope, unrest)
+        q, k, v = self._project(x, rope, patch_entropy)
         return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
 
     def extend(
@@ -167,7 +167,7 @@ class GroupedAttention(nn.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
-        unrest: Float[Tensor, "B 1"] | None = None,
+        patch_entropy: Float[Tensor, "B 1"] | None = None,
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
@@ -175,7 +175,7 @@ class GroupedAttention(nn.Module):
         Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
         row is the caller's to decide.
         """
-        q, k, v = self._project(x, rope, unrest)
+        q, k, v = self._project(x, rope, patch_entropy)
         slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
@@ -193,7 +193,7 @@ class GroupedAttention(nn.Module):
         )
 
     def _project(
-        self, x: Tensor, rope: Rotation | None, unrest: Tensor | None = None
+        self, x: Tensor, rope: Rotation | None, patch_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = self.norm(x)
         q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
@@ -202,8 +202,8 @@ class GroupedAttention(nn.Module):
         )
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if unrest is not None:
-            q, k = guide(q, k, unrest, self.gamma, self.beta)
+        if patch_entropy is not None:
+            q, k = guide(q, k, patch_entropy, self.gamma, self.beta)
         return q, k, v
 
     def _out(self, x: Tensor) -> Tensor:

@@ -44,11 +44,11 @@ class TransformerLayer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         rope: Rotation | None,
-        unrest: Float[Tensor, "B T"] | None = None,
+        patch_entropy: Float[Tensor, "B T"] | None = None,
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, rope, unrest, begins)
+        attended, cache = self.attention(x, rope, patch_entropy, begins)
         x = x + dropout(attended, self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training), cache
 
@@ -71,11 +71,11 @@ class TransformerLayer(nn.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
-        unrest: Float[Tensor, "B 1"] | None = None,
+        patch_entropy: Float[Tensor, "B 1"] | None = None,
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, rope, cache, index, unrest, begins)
+        attended, new = self.attention.extend_rows(x, rope, cache, index, patch_entropy, begins)
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
     """A stack of layers without a final norm.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
-    `guided` attention is given `unrest`, one number a position (`grouped_attention.guide`).
+    `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
     `begins` holds the first position of each position's segment, a text of its own: positions count
     from there and nothing before it is seen. Without it all is one text.
     """
@@ -111,16 +111,16 @@ class Transformer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         remat: bool = False,
-        unrest: Float[Tensor, "B T"] | None = None,
+        patch_entropy: Float[Tensor, "B T"] | None = None,
         begins: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]."""
         rope, written = self.rope(positions_in(x.shape[1], begins, x.device), x.dtype), []
         for layer in self.layers:
             if remat:
-                x, cache = checkpoint(layer, x, rope, unrest, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+                x, cache = checkpoint(layer, x, rope, patch_entropy, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                x, cache = layer(x, rope, unrest, begins)
+                x, cache = layer(x, rope, patch_entropy, begins)
             written.append(cache)
         return x, tuple(written)
 
@@ -143,14 +143,14 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B 1 D"],
         caches: Caches,
         index: Int[Tensor, " B"],
-        unrest: Float[Tensor, "B 1"] | None = None,
+        patch_entropy: Float[Tensor, "B 1"] | None = None,
         begins: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if begins is None else index - begins
         rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, rope, cache, index, unrest, begins)  # pyright: ignore[reportCallIssue]
+            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, begins)  # pyright: ignore[reportCallIssue]
             made.append(new)
         return x, tuple(made)
 

@@ -123,8 +123,10 @@ class BLT(nn.Module):
         states, _ = self.encoder.transformer(self._embed(shifted, begins), remat, begins=begins)
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
         histograms = self._histograms(shifted, counted, begins)
-        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
-        patches, _ = self.global_transformer(self._widen(patches), remat, unrest, plan.begins)
+        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
+        patches, _ = self.global_transformer(
+            self._widen(patches), remat, patch_entropy, plan.begins
+        )
         x, _, _ = self.decoder(states, patches, plan.read_of, remat, begins)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
@@ -215,9 +217,9 @@ class BLT(nn.Module):
         states, encoder = self.encoder.transformer(embedded, begins=begins)
         patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
         histograms = self._histograms(shifted, counted, begins)
-        unrest = self._unrest(histograms, shifted, plan, patches.dtype)
+        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
         patches, global_layers = self.global_transformer(
-            self._widen(patches), unrest=unrest, begins=plan.begins
+            self._widen(patches), patch_entropy=patch_entropy, begins=plan.begins
         )
         _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
         first = self._look_back() - 1
@@ -307,9 +309,9 @@ class BLT(nn.Module):
             return
         mask = self._in_patch(cache, number, index)
         patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-        unrest = self._unrest_of(cache, mask, patch.dtype)
+        patch_entropy = self._patch_entropy_of(cache, mask, patch.dtype)
         patch, layers = self.global_transformer.extend_rows(
-            patch, cache.global_layers, number, unrest, first
+            patch, cache.global_layers, number, patch_entropy, first
         )
         vectors = self.decoder.split(patch)[:, 0]
         memory = [cross.keys_values(vectors) for cross in self.decoder.cross_attentions]  # pyright: ignore
@@ -345,7 +347,7 @@ class BLT(nn.Module):
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return patching.histogram_entropy(recent).where(counted, 0)
 
-    def _unrest(
+    def _patch_entropy(
         self, histograms: Tensor, shifted: Tensor, plan: patching.PatchPlan, dtype: torch.dtype
     ) -> Float[Tensor, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
@@ -357,7 +359,7 @@ class BLT(nn.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
 
-    def _unrest_of(
+    def _patch_entropy_of(
         self, cache: BLTCache, mask: Tensor, dtype: torch.dtype
     ) -> Float[Tensor, "B 1"] | None:
         """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
