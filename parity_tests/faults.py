@@ -170,7 +170,7 @@ FAULTS: list[Fault] = [
     ("ALiBi slope", "megabyte", f"{GLOBAL}.0.attention",
      function(attention, "alibi_bias", lambda f: lambda heads, n: f(heads, n) * 2)),
     ("shifted patch", "megabyte", "Megabyte",
-     attribute("", "_shift", lambda f: lambda ids, axis: f(ids.flatten(1), 1).reshape(ids.shape))),
+     attribute("", "shift", lambda f: lambda ids, axis: f(ids.flatten(1), 1).reshape(ids.shape))),
     ("stale cache", "megabyte", f"{GLOBAL}.0.attention.extend",
      attribute(f"{GLOBAL}.0.attention", "extend", stale)),
     ("gradient of a norm", "megabyte", f"{GLOBAL}.1.feedforward.norm",

@@ -39,8 +39,8 @@ BUGS = {
     "patch shift off by one byte": (
         "bytelm_jax/models/megabyte.py",
         {
-            "self._global_input(self._shift(patches, axis=1), 0), fold_rows": "self._global_input("
-            "self._shift(padded, axis=1).reshape(patches.shape), 0), fold_rows"
+            "self.global_input(self.shift(patches, axis=1), 0), fold_rows": "self.global_input("
+            "self.shift(padded, axis=1).reshape(patches.shape), 0), fold_rows"
         },
         f"{CAUSAL}[paper-float64]",
     ),
@@ -74,7 +74,7 @@ BUGS = {
     "one future byte leaks": (
         "bytelm_jax/models/megabyte.py",
         {
-            "self._shift(patches, axis=2)\n        hidden": "patches\n        hidden",
+            "self.shift(patches, axis=2)\n        hidden": "patches\n        hidden",
         },
         f"{CAUSAL}[paper-float64]",
     ),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm.config import ByteVocab
+from bytelm_jax.layers.attention import Scope
 from bytelm_jax.layers.ids import as_ids
 
 
@@ -103,6 +104,12 @@ def lay_out(
     patches = jnp.take_along_axis(padded, places, axis=1).reshape(ids.shape[0], room, patch)
     overflow = (wanted & ~fits).sum(axis=1)
     return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+
+
+def scope_of(layout: Layout) -> Scope:
+    """What each patch sees: itself and those before it in its segment."""
+    here = layout.begins[:, :, None] == layout.begins[:, None, :]
+    return Scope(here & np.tri(here.shape[1], dtype=bool)[None], layout.places)
 
 
 @jax.custom_vjp

@@ -17,8 +17,6 @@ Bytropix is the same skeleton with other parts, each a field of the configuratio
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,58 +24,29 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig
+<<<<<<< HEAD
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
+=======
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
-from bytelm_jax.layers.ids import as_ids, check_ids
+from bytelm_jax.layers.ids import check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.ngram import ngram_rows
+<<<<<<< HEAD
 from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
 from bytelm_jax.models import patching
+=======
+from bytelm_jax.layers.segments import segment_sum
+from bytelm_jax.layers.transformer import Transformer, positions_in
+from bytelm_jax.models import blt_decoding, patching
+from bytelm_jax.models.blt_decoding import BLTCache
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 from bytelm_jax.models.blt_local import Decoder, Encoder
-from bytelm_jax.models.entropy import (
-    EntropyModel,
-    begin_with,
-    begins_of,
-    empty_begins,
-    entropy,
-    shift_right,
-    write_begins,
-    write_prefix,
-)
-from bytelm_jax.models.interface import Choose, ModelOutput, pack, unpack, write_at
-
-
-class BLTCache(NamedTuple):
-    """What cached decoding keeps, by position in s or by patch, so that a round may be run again.
-
-    L positions, N patches. Whatever a prefill wrote past the true prompt is written once more by
-    the round of its position, or of its patch, before anything reads it.
-    """
-
-    ids: Int[Array, "B L"]
-    """s behind as many −1 as the longest look back needs."""
-    begins: Int[Array, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
-    patches: Int[Array, "B L+1"]
-    """The patch of each position, known before its byte is, unless that begins a segment."""
-    histograms: Int[Array, "B M"]
-    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
-    patcher: Caches
-    encoder: Caches
-    states: Float[Array, "B L D"]
-    """The encoder's byte states, of which a complete patch takes the maximum."""
-    pooled: KeyValueCache
-    """Keys and values of those states for pooling, [B, L, G, K]."""
-    global_layers: Float[Array, "B N F"]
-    """Keys and values of each patch in all layers of the global transformer (`pack`)."""
-    memory: Float[Array, "B N E"]
-    """Keys and values of each patch's vectors, [M, G, K], for all layers of the decoder."""
-    decoder: Caches
-    global_calls: Int[Array, ""]
-    """Rounds in which the global transformer ran."""
+from bytelm_jax.models.entropy import EntropyModel, begins_of, entropy, shift_right
+from bytelm_jax.models.interface import Choose, ModelOutput
 
 
 class BLT(nnx.Module):
@@ -151,15 +120,19 @@ class BLT(nnx.Module):
         plan = patching.plan_patches(starts, counted, c.budget(length), begins)
 
         states, _ = self.encoder.transformer(
-            self._embed(shifted, begins), fold_rows(dropout_keys, 0), remat, begins=begins
+            self.embed(shifted, begins), fold_rows(dropout_keys, 0), remat, begins=begins
         )
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        histograms = self._histograms(shifted, counted, begins)
+        histograms = self.histograms(shifted, counted, begins)
         patches, _ = self.global_transformer(
-            self._widen(patches),
+            self.widen(patches),
             fold_rows(dropout_keys, 1),
             remat,
+<<<<<<< HEAD
             self._patch_entropy(histograms, shifted, plan, patches.dtype),
+=======
+            self.unrest(histograms, shifted, plan, patches.dtype),
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
             plan.begins,
         )
         x, _, _ = self.decoder(
@@ -187,7 +160,7 @@ class BLT(nnx.Module):
             return None
         return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted, begins)))
 
-    # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
+    # Cached decoding: `models.blt_decoding`.
 
     @property
     def round_length(self) -> int:
@@ -196,30 +169,14 @@ class BLT(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""
-        c, dtype = self.config, self.to_logits.kernel[...].dtype
-        local, patches = self.encoder.transformer, c.budget(length)
-        head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
-        pooled = jnp.zeros((batch, length, *head), dtype)
-        return BLTCache(
-            ids=jnp.full((batch, self._look_back() - 1 + length), patching.NO_BYTE, jnp.int32),
-            begins=empty_begins(batch, length, c),
-            patches=jnp.zeros((batch, length + 1), jnp.int32),
-            histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
-            patcher=self.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
-            encoder=local.empty_caches(batch, length, dtype),
-            states=jnp.zeros((batch, length, c.local_dim), dtype),
-            pooled=KeyValueCache(pooled, pooled),
-            global_layers=pack(self.global_transformer.empty_caches(batch, patches, dtype), 2),
-            memory=pack(self._empty_memory((batch, patches), dtype), 2),
-            decoder=self.decoder.transformer.empty_caches(batch, length, dtype),
-            global_calls=jnp.zeros((), jnp.int32),
-        )
+        return blt_decoding.init_cache(self, batch, length)
 
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
+<<<<<<< HEAD
         c, length = self.config, ids.shape[1]
         if length == 0:
             return cache
@@ -256,6 +213,9 @@ class BLT(nnx.Module):
             memory=write_at(cache.memory, pack(memory, 2), 0),
             decoder=write_prefix(cache.decoder, decoder),
         )
+=======
+        return blt_decoding.prefill(self, ids, cache)
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 
     def decode_round(
         self,
@@ -268,12 +228,9 @@ class BLT(nnx.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        index = jnp.asarray(index)
-        byte, begins, begin = begin_with(previous, index, cache.begins, self.config)
-        cache = cache._replace(begins=begins)
-        cache, recent = self._remember(cache, byte, index, begin)
-        cache, ends, number, first = self._mark(cache, byte, recent, index, begin)
+        return blt_decoding.decode_round(self, cache, previous, index, choose)
 
+<<<<<<< HEAD
         x = self._embed_recent(byte, recent, index, begin)
         x, encoder = self.encoder.transformer.extend(x, cache.encoder, index, begin)
         new = self.encoder.cross_attention.keys_values(x)
@@ -391,15 +348,31 @@ class BLT(nnx.Module):
 
     def _histograms(
         self, shifted: Array, counted: Array, begins: Array | None
+=======
+    def histograms(
+        self,
+        shifted: Int[Array, "B T"],
+        counted: Bool[Array, "B T"],
+        begins: Int[Array, "B T"] | None,
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Int[Array, "B M"]:
-        """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
+        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
             return jnp.zeros((shifted.shape[0], 0), jnp.int32)
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
+<<<<<<< HEAD
     def _patch_entropy(
         self, histograms: Array, shifted: Array, plan: patching.PatchPlan, dtype: jnp.dtype
+=======
+    def unrest(
+        self,
+        histograms: Int[Array, "B M"],
+        shifted: Int[Array, "B T"],
+        plan: patching.PatchPlan,
+        dtype: jnp.dtype,
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Float[Array, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
         if not self.config.entropy_attention:
@@ -410,6 +383,7 @@ class BLT(nnx.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
 
+<<<<<<< HEAD
     def _patch_entropy_of(
         self, cache: BLTCache, mask: Array, dtype: jnp.dtype
     ) -> Float[Array, "B 1"] | None:
@@ -430,41 +404,39 @@ class BLT(nnx.Module):
 
     def _embed(self, shifted: Array, begins: Array | None) -> Array:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
+=======
+    def embed(
+        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None
+    ) -> Float[Array, "B T D"]:
+        """The encoder's input; no n-gram is looked up from the first pad on."""
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
         x, c = self.encoder.embed(shifted), self.config
         positions = positions_in(shifted.shape[1], begins)
         if not c.ngram_tables:
-            return self._place(x, positions)
+            return self.add_positions(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
         grams = jnp.stack([patching.shifted(shifted, n, 0, begins) for n in back], axis=-1)
         inside = patching.present(shifted, c.vocab, begins)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), positions)
+        return self.add_positions(self.add_ngrams(x, rows), positions)
 
-    def _combine(self, x: Array, rows: Array) -> Array:
-        """Byte embeddings and those of the n-grams."""
+    def add_ngrams(
+        self, x: Float[Array, "B T D"], rows: Int[Array, "B T E"]
+    ) -> Float[Array, "B T D"]:
+        """Byte embeddings and those of the n-grams, in these rows of the fused table."""
         total = x + self.encoder.ngrams(rows)
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
 
-    def _place(self, x: Array, positions: Array) -> Array:
+    def add_positions(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
+    ) -> Float[Array, "B T D"]:
         """Embeddings with their positions, where those are not rotations."""
         if self.config.positions == "rotary":
             return x
         return x + sinusoids(positions, x.shape[2], x.dtype)
 
-    def _embed_recent(self, byte: Array, recent: Array, index: Array, begin: Array | None) -> Array:
-        """The same for one position, given the ids that end there, −1 before the first."""
-        x, c, position = self.encoder.embed(byte), self.config, position_in(index, begin)
-        if not c.ngram_tables:
-            return self._place(x, position)
-        grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
-        inside = (byte != c.vocab.pad_id)[..., None]
-        rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-        # Without the barrier a GPU computes the hashes anew for each element of the embedding.
-        rows = jax.lax.optimization_barrier(rows)
-        return self._place(self._combine(x, rows), position)
-
-    def _widen(self, patches: Array) -> Array:
-        """Pooled patches → the global width."""
+    def widen(self, patches: Float[Array, "B N W"]) -> Float[Array, "B N D"]:
+        """Pooled patches → the global width D."""
         wide = self.config.patch_queries * self.config.local_dim
         return patches if wide == self.config.global_dim else self.to_global(patches)

@@ -12,8 +12,6 @@ smallest form). A length that is no multiple of P is padded on the right and cut
 filled up with pads, and nothing is seen of other segments.
 """
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,36 +23,13 @@ from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scop
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
-from bytelm_jax.layers.ids import as_ids, check_ids
+from bytelm_jax.layers.ids import check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.logits import LogitsLinear
-from bytelm_jax.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
-from bytelm_jax.models.interface import Choose, ModelOutput, write_at
-
-
-class MegabyteCache(NamedTuple):
-    """What cached decoding keeps: the global layers' keys and values, S = patches."""
-
-    layers: tuple[KeyValueCache, ...]
-
-
-class ResetCache(NamedTuple):
-    """The same with `reset_on`, where each row is at its own place of its own patch.
-
-    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
-    I = P + L with what comes before the first.
-    """
-
-    layers: tuple[KeyValueCache, ...]
-    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
-    local: tuple[KeyValueCache, ...]
-    """The local layers', [B, S, K], after P − 1 zeros."""
-    shares: Float[Array, "B S D"]
-    """Each byte's share of its patch's context, those of the patch begun last included."""
-    ids: Int[Array, "B I"]
-    """After P pads."""
-    begins: Int[Array, "B L"]
-    """Where the segment of each position begins."""
+from bytelm_jax.layers.resets import Layout, lay_out, scope_of, take_once
+from bytelm_jax.models import megabyte_decoding
+from bytelm_jax.models.interface import Choose, ModelOutput
+from bytelm_jax.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
 class Block(nnx.Module):
@@ -201,7 +176,7 @@ class Megabyte(nnx.Module):
         With resets the metric `reset_overflow` counts those that found no room.
         """
         ids = check_ids(ids, self.config.vocab.size)
-        self._check_length(ids.shape[1])
+        self.check_length(ids.shape[1])
         if self.config.reset_on != "none":
             return self._outputs_of_segments(ids, dropout_keys, remat)
         patch, pad = self.config.patch_size, self.config.vocab.pad_id
@@ -211,13 +186,13 @@ class Megabyte(nnx.Module):
         patches = padded.reshape(batch, count, patch)
 
         context = self.global_transformer(
-            self._global_input(self._shift(patches, axis=1), 0), fold_rows(dropout_keys, 0), remat
+            self.global_input(self.shift(patches, axis=1), 0), fold_rows(dropout_keys, 0), remat
         )
         if self.config.variant == "in_action":
-            before = self._shift(padded, axis=1).reshape(batch, count, patch)
+            before = self.shift(padded, axis=1).reshape(batch, count, patch)
         else:
-            before = self._shift(patches, axis=2)
-        hidden = self._local_input(before) + self._split(context)
+            before = self.shift(patches, axis=2)
+        hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, fold_rows(dropout_keys, 1), remat)
         logits = self.to_logits(hidden).reshape(batch, count * patch, -1)[:, :length]
         return ModelOutput(logits, jnp.zeros((batch,)), {})
@@ -229,19 +204,18 @@ class Megabyte(nnx.Module):
         most = max(1, length)
         room = most if dropout_keys is None else min(most, c.reset_patches(length))
         layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, room)
-        inputs, before = self._inputs_of_segments(layout, c.patches(length))
+        inputs, before = self.inputs_of_segments(layout, c.patches(length))
         context = self.global_transformer(
-            inputs, fold_rows(dropout_keys, 0), remat, _scope_of(layout)
+            inputs, fold_rows(dropout_keys, 0), remat, scope_of(layout)
         )
-        hidden = self._local_input(before) + self._split(context)
+        hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, fold_rows(dropout_keys, 1), remat)
         hidden = hidden.reshape(batch, layout.bytes.shape[1], -1)
         logits = self.to_logits(take_once(hidden, layout.slots, layout.bytes))
         overflow = {"reset_overflow": layout.overflow.astype(jnp.float32)}
         return ModelOutput(logits, jnp.zeros((batch,)), overflow)
 
-    # Cached decoding: one round is one patch, the global transformer runs once a round. With resets
-    # a round is one byte, and the global transformer runs where a patch begins in some row.
+    # Cached decoding: `models.megabyte_decoding`.
 
     @property
     def round_length(self) -> int:
@@ -250,19 +224,7 @@ class Megabyte(nnx.Module):
 
     def init_cache(self, batch: int, length: int) -> MegabyteCache | ResetCache:
         """An empty cache for sequences of up to `length` bytes."""
-        self._check_length(length)
-        patch, dtype = self.config.patch_size, self.to_logits.kernel[...].dtype
-        if self.config.reset_on == "none":
-            patches = -(-length // patch)
-            return MegabyteCache(self.global_transformer.empty_caches(batch, patches, dtype))
-        behind = length + patch - 1
-        return ResetCache(
-            self.global_transformer.empty_caches(batch, length, dtype),
-            self.local_transformer.empty_caches(batch, behind, dtype),
-            jnp.zeros((batch, behind, self.config.local_dim), dtype),
-            jnp.full((batch, patch + length), self.config.vocab.pad_id, jnp.int32),
-            jnp.zeros((batch, length), jnp.int32),
-        )
+        return megabyte_decoding.init_cache(self, batch, length)
 
     def prefill(
         self, ids: Integer[Array | np.ndarray, "B T"], cache: MegabyteCache | ResetCache
@@ -271,44 +233,7 @@ class Megabyte(nnx.Module):
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ids = as_ids(ids)
-        if isinstance(cache, ResetCache):
-            return self._prefill_segments(ids, cache)
-        patches = ids.reshape(ids.shape[0], -1, self.config.patch_size)
-        inputs = self._global_input(self._shift(patches, axis=1), 0)
-        _, layers = self.global_transformer.extend(inputs, cache.layers, 0)
-        return MegabyteCache(layers)
-
-    def _prefill_segments(self, ids: Array, cache: ResetCache) -> ResetCache:
-        c, (batch, length) = self.config, ids.shape
-        # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
-        behind = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
-        most = behind.shape[1]
-        layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
-        inputs, before = self._inputs_of_segments(layout, c.patches(length))
-        dtype = inputs.dtype
-        empty = self.global_transformer.empty_caches(batch, most, dtype)
-        context, layers = self.global_transformer.extend(inputs, empty, 0, _scope_of(layout))
-        shares = self._split(context)
-        hidden = (self._local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
-        empty = self.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
-        _, local = self.local_transformer.extend(hidden, empty, 0)
-
-        def at_bytes(x: Array, slots: Array) -> Array:
-            flat = x.reshape(batch, -1, x.shape[-1])
-            return jnp.take_along_axis(flat, slots[..., None], axis=1)
-
-        slots = layout.slots[:, :length]
-        layers = jax.tree.map(lambda x: at_bytes(x, slots // c.patch_size), layers)
-        local = jax.tree.map(lambda x: at_bytes(x, slots), local)
-        begins = segment_begins(ids, c.vocab, c.reset_on)
-        return ResetCache(
-            write_at(cache.layers, layers, 0),
-            write_at(cache.local, local, c.patch_size - 1),
-            write_at(cache.shares, at_bytes(shares, layout.slots), 0),
-            write_at(cache.ids, ids.astype(jnp.int32), c.patch_size),
-            write_at(cache.begins, begins, 0),
-        )
+        return megabyte_decoding.prefill(self, ids, cache)
 
     def decode_round(
         self,
@@ -321,84 +246,10 @@ class Megabyte(nnx.Module):
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
-        previous = as_ids(previous)
-        if isinstance(cache, ResetCache):
-            return self._decode_byte(cache, previous, jnp.asarray(index), choose)
-        batch, patch = previous.shape
-        pad = self.config.vocab.pad_id
-        inputs = self._global_input(previous[:, None, :], index * patch)
-        context, layers = self.global_transformer.extend(inputs, cache.layers, index)
-        context = self._split(context)[:, 0]
-        local = self.local_transformer.empty_caches(batch, patch, context.dtype)
-        first = jnp.full_like(previous[:, 0], pad)
-        byte = previous[:, -1] if self.config.variant == "in_action" else first
-        chosen = []
-        for i in range(patch):
-            hidden = self._local_input(byte[:, None]) + context[:, i : i + 1]
-            hidden, local = self.local_transformer.extend(hidden, local, i)
-            byte = as_ids(choose(self.to_logits(hidden)[:, 0], i))
-            chosen.append(byte)
-        return MegabyteCache(layers), jnp.stack(chosen, axis=1)
+        return megabyte_decoding.decode_round(self, cache, previous, index, choose)
 
-    def _decode_byte(
-        self, cache: ResetCache, previous: Array, index: Array, choose: Choose
-    ) -> tuple[ResetCache, Array]:
-        c, pad = self.config, self.config.vocab.pad_id
-        before = jax.lax.dynamic_index_in_dim(
-            cache.begins, jnp.maximum(index - 1, 0), axis=1, keepdims=False
-        )
-        anew = (index == 0) | ends_segment(previous[:, 0], c.vocab, c.reset_on)
-        begin = jnp.where(anew, index.astype(before.dtype), before)
-        place, offset = jnp.divmod(index - begin, c.patch_size)
-        cache = cache._replace(
-            ids=write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
-            begins=write_at(cache.begins, begin[:, None], index),
-        )
-        cache = self._begin_patches(cache, begin, place, offset == 0, index)
-
-        share = jax.lax.dynamic_slice_in_dim(cache.shares, index, 1, axis=1)
-        first = anew if c.variant == "in_action" else offset == 0
-        hidden = self._local_input(jnp.where(first[:, None], pad, previous)) + share
-        near = _read_at(cache.local, index, c.patch_size)
-        inside = jnp.arange(c.patch_size)[None, :] - (c.patch_size - 1 - offset)[:, None]
-        scope = Scope((inside >= 0)[:, None, :], jnp.maximum(inside, 0))
-        hidden, near = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
-        newest = jax.tree.map(lambda x: x[:, c.patch_size - 1 :], near)
-        local = write_at(cache.local, newest, index + c.patch_size - 1)
-        return cache._replace(local=local), as_ids(choose(self.to_logits(hidden)[:, 0], 0))[:, None]
-
-    def _begin_patches(
-        self, cache: ResetCache, begin: Array, place: Array, starts: Array, index: Array
-    ) -> ResetCache:
-        """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
-
-        The other rows write keys where no patch of theirs begins, which nobody reads.
-        """
-        patch, pad = self.config.patch_size, self.config.vocab.pad_id
-
-        def run() -> tuple[Array, tuple[KeyValueCache, ...]]:
-            recent = jax.lax.dynamic_slice_in_dim(cache.ids, index, patch, axis=1)
-            recent = jnp.where((place == 0)[:, None], pad, recent)[:, None]
-            slots = jnp.arange(cache.begins.shape[1])[None, :]
-            inside = slots - begin[:, None]
-            seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
-            scope = Scope(seen[:, None, :], jnp.maximum(inside, 0) // patch)
-            inputs = self._place(recent, place[:, None], self._most_places())
-            context, layers = self.global_transformer.extend(inputs, cache.layers, index, scope)
-            return self._split(context)[:, 0], _read_at(layers, index, 1)
-
-        def skip() -> tuple[Array, tuple[KeyValueCache, ...]]:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
-
-        shares, layers = jax.lax.cond(starts.any(), run, skip)
-        kept = jax.lax.dynamic_slice_in_dim(cache.shares, index, patch, axis=1)
-        shares = jnp.where(starts[:, None, None], shares, kept)
-        return cache._replace(
-            layers=write_at(cache.layers, layers, index),
-            shares=write_at(cache.shares, shares, index),
-        )
-
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises `ValueError` where there are more bytes than learned positions."""
         limit = self.config.max_length
         if self.config.variant == "paper" and length > limit:
             raise ValueError(
@@ -406,14 +257,16 @@ class Megabyte(nnx.Module):
                 'input, or train with a larger max_length or variant="in_action"'
             )
 
-    def _shift(self, ids: Array, axis: int) -> Array:
+    def shift(self, ids: Int[Array, "*batch"], axis: int) -> Int[Array, "*batch"]:
         """Moves ids one step right along `axis`; pads come in, the last step drops out."""
         pads = jnp.full_like(jax.lax.slice_in_dim(ids, 0, 1, axis=axis), self.config.vocab.pad_id)
         kept = jax.lax.slice_in_dim(ids, 0, ids.shape[axis] - 1, axis=axis)
         return jnp.concatenate([pads, kept], axis=axis)
 
-    def _global_input(self, patches: Array, start: int | Array) -> Array:
-        """[B, N, P] ids whose first byte stands at position `start` → [B, N, P·D_G]."""
+    def global_input(
+        self, patches: Int[Array, "B N P"], start: int | Int[Array, ""]
+    ) -> Float[Array, "B N W"]:
+        """Ids whose first byte stands at position `start` → W = P·D_G features a patch."""
         batch, count, patch = patches.shape
         if self.config.variant == "in_action":
             embedded = self.embed(patches)
@@ -422,47 +275,38 @@ class Megabyte(nnx.Module):
             embedded = self.global_embed(patches) + positions.reshape(1, count, patch, -1)
         return embedded.reshape(batch, count, -1)
 
-    def _inputs_of_segments(self, layout: Layout, count: int) -> tuple[Array, Array]:
-        """Input of the global stack [B, N, P·D_G], and the ids before each byte [B, N, P]."""
+    def inputs_of_segments(
+        self, layout: Layout, count: int
+    ) -> tuple[Float[Array, "B N W"], Int[Array, "B N P"]]:
+        """Input of the global stack, W = P·D_G, and the ids before each byte.
+
+        No segment has more than `count` patches that are read.
+        """
         patches, first = layout.patches, (layout.places == 0)[..., None]
-        previous = jnp.where(first, self.config.vocab.pad_id, self._shift(patches, axis=1))
-        before = self._shift(patches, axis=2)
+        previous = jnp.where(first, self.config.vocab.pad_id, self.shift(patches, axis=1))
+        before = self.shift(patches, axis=2)
         if self.config.variant == "in_action":
             before = jnp.concatenate([previous[..., -1:], patches[..., :-1]], axis=-1)
-        return self._place(previous, layout.places, count), before
+        return self.global_input_at(previous, layout.places, count), before
 
-    def _place(self, previous: Array, places: Array, count: int) -> Array:
-        """[B, N, P] ids of the patches before, and numbers below `count` → [B, N, P·D_G]."""
+    def global_input_at(
+        self, previous: Int[Array, "B N P"], places: Int[Array, "B N"], count: int
+    ) -> Float[Array, "B N W"]:
+        """Ids of the patches before, and each patch's number in its text, below `count`."""
         if self.config.variant == "in_action":
-            return self._global_input(previous, 0)
+            return self.global_input(previous, 0)
         embedded = self.global_embed(previous).reshape(*places.shape, -1)
         # What lies behind the longest text is never read, but must be finite.
         places = jnp.minimum(places, count - 1)
         return embedded + self.global_position.patches(places, count, self.config.patch_size)
 
-    def _most_places(self) -> int:
-        return self.config.patches(self.config.max_length)
-
-    def _local_input(self, before: Array) -> Array:
-        """Ids of the bytes before → [..., D_L]."""
+    def local_input(self, before: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """Embedded ids of the bytes before, D = D_L."""
         if self.config.variant == "in_action":
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
-    def _split(self, context: Array) -> Array:
-        """[B, N, P·D_G] → [B, N, P, D_L]: each byte's share of its patch's context."""
+    def split(self, context: Float[Array, "B N W"]) -> Float[Array, "B N P D"]:
+        """W = P·D_G, D = D_L: each byte's share of its patch's context."""
         patch = self.config.patch_size
         return self.global_to_local(context.reshape(*context.shape[:-1], patch, -1))
-
-
-def _scope_of(layout: Layout) -> Scope:
-    """Each patch sees itself and those before it in its segment."""
-    here = layout.begins[:, :, None] == layout.begins[:, None, :]
-    return Scope(here & np.tri(here.shape[1], dtype=bool)[None], layout.places)
-
-
-def _read_at(rooms: Any, index: int | Array, count: int) -> Any:
-    """Positions `index` … `index + count − 1` of axis 1 of every array in a tree."""
-    return jax.tree.map(
-        lambda room: jax.lax.dynamic_slice_in_dim(room, index, count, axis=1), rooms
-    )

@@ -231,13 +231,13 @@ def test_patches_shift_as_written_out():
     pad = model.config.vocab.pad_id
     patches = jnp.array([[[1, 2, 3, 4], [5, 6, 7, 8]]])
     np.testing.assert_array_equal(
-        np.asarray(model._shift(patches, axis=1)), [[[pad] * 4, [1, 2, 3, 4]]]
+        np.asarray(model.shift(patches, axis=1)), [[[pad] * 4, [1, 2, 3, 4]]]
     )
     np.testing.assert_array_equal(
-        np.asarray(model._shift(patches, axis=2)), [[[pad, 1, 2, 3], [pad, 5, 6, 7]]]
+        np.asarray(model.shift(patches, axis=2)), [[[pad, 1, 2, 3], [pad, 5, 6, 7]]]
     )
     np.testing.assert_array_equal(
-        np.asarray(model._shift(patches.reshape(1, 8), axis=1)), [[pad, 1, 2, 3, 4, 5, 6, 7]]
+        np.asarray(model.shift(patches.reshape(1, 8), axis=1)), [[pad, 1, 2, 3, 4, 5, 6, 7]]
     )
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bytelm.config import ByteVocab
+from bytelm_torch.layers.attention import Scope
 from bytelm_torch.layers.ids import as_ids
 
 
@@ -105,6 +106,12 @@ def lay_out(
     overflow = (wanted & ~fits).sum(dim=1)
     patches = patches.reshape(batch, room, patch)
     return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+
+
+def scope_of(layout: Layout) -> Scope:
+    """What each patch sees: itself and those before it in its segment."""
+    here = layout.begins[:, :, None] == layout.begins[:, None, :]
+    return Scope(here.tril(), layout.places)
 
 
 def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

@@ -5,63 +5,22 @@ together), G key heads, K head width, D width, V vocabulary.
 The mirror of `bytelm_jax/models/blt.py`, which says where this differs from the published form.
 """
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import BLTConfig
-from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.embedding import sinusoids
-from bytelm_torch.layers.ids import as_ids, check_ids
+from bytelm_torch.layers.ids import check_ids
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_sum
-from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
-from bytelm_torch.models import patching
+from bytelm_torch.layers.transformer import Transformer, positions_in
+from bytelm_torch.models import blt_decoding, patching
+from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
-from bytelm_torch.models.entropy import (
-    EntropyModel,
-    begin_with,
-    begins_of,
-    empty_begins,
-    entropy,
-    shift_right,
-    write_begins,
-    write_prefix,
-)
+from bytelm_torch.models.entropy import EntropyModel, begins_of, entropy, shift_right
 from bytelm_torch.models.interface import Choose, ModelOutput
-
-
-class BLTCache(NamedTuple):
-    """What cached decoding keeps, by position in s or by patch, so that a round may be run again.
-
-    L positions, N patches. Whatever a prefill wrote past the true prompt is written once more by
-    the round of its position, or of its patch, before anything reads it. The tensors are written
-    in place.
-    """
-
-    ids: Int[Tensor, "B L"]
-    """s behind as many −1 as the longest look back needs."""
-    begins: Int[Tensor, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
-    patches: Int[Tensor, "B L+1"]
-    """The patch of each position, known before its byte is, unless that begins a segment."""
-    histograms: Int[Tensor, "B M"]
-    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
-    patcher: Caches
-    encoder: Caches
-    states: Float[Tensor, "B L D"]
-    """The encoder's byte states, of which a complete patch takes the maximum."""
-    pooled: KeyValueCache
-    """Keys and values of those states for pooling, [B, L, G, K]."""
-    global_layers: Caches
-    memory: Caches
-    """Keys and values of each patch's vectors for every layer of the decoder, [B, N, M, G, K]."""
-    decoder: Caches
-    global_calls: Int[Tensor, ""]
-    """Rounds in which the global transformer ran."""
 
 
 class BLT(nn.Module):
@@ -120,13 +79,19 @@ class BLT(nn.Module):
         counted = patching.present(shifted, c.vocab, begins)
         plan = patching.plan_patches(starts, counted, c.budget(length), begins)
 
-        states, _ = self.encoder.transformer(self._embed(shifted, begins), remat, begins=begins)
+        states, _ = self.encoder.transformer(self.embed(shifted, begins), remat, begins=begins)
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
+<<<<<<< HEAD
         histograms = self._histograms(shifted, counted, begins)
         patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
         patches, _ = self.global_transformer(
             self._widen(patches), remat, patch_entropy, plan.begins
         )
+=======
+        histograms = self.histograms(shifted, counted, begins)
+        unrest = self.unrest(histograms, shifted, plan, patches.dtype)
+        patches, _ = self.global_transformer(self.widen(patches), remat, unrest, plan.begins)
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
         x, _, _ = self.decoder(states, patches, plan.read_of, remat, begins)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
@@ -158,7 +123,7 @@ class BLT(nn.Module):
             self.patcher.eval()
         return self
 
-    # Cached decoding: one round is one byte, the global transformer runs where a patch ends.
+    # Cached decoding: `models.blt_decoding`.
 
     @property
     def round_length(self) -> int:
@@ -167,38 +132,14 @@ class BLT(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""
-        c, weight = self.config, self.to_logits.weight
-        local, patches = self.encoder.transformer, c.budget(length)
-        head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
-        read = (c.decoder_kv_heads or c.decoder_heads, c.local_dim // c.decoder_heads)
-
-        def empty(*shape: int) -> KeyValueCache:
-            return KeyValueCache(weight.new_zeros(shape), weight.new_zeros(shape))
-
-        def integers(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64, device=weight.device)
-
-        memory = (empty(batch, patches, c.patch_queries, *read) for _ in range(c.decoder_layers))
-        return BLTCache(
-            ids=integers(batch, self._look_back() - 1 + length).fill_(patching.NO_BYTE),
-            begins=empty_begins(batch, length, c, weight.device),
-            patches=integers(batch, length + 1),
-            histograms=integers(batch, length if c.reads_histograms else 0),
-            patcher=self.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
-            encoder=local.empty_caches(batch, length, weight.dtype),
-            states=weight.new_zeros((batch, length, c.local_dim)),
-            pooled=empty(batch, length, *head),
-            global_layers=self.global_transformer.empty_caches(batch, patches, weight.dtype),
-            memory=tuple(memory),
-            decoder=self.decoder.transformer.empty_caches(batch, length, weight.dtype),
-            global_calls=integers(),
-        )
+        return blt_decoding.init_cache(self, batch, length)
 
     def prefill(self, ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
+<<<<<<< HEAD
         c, length = self.config, ids.shape[1]
         if length == 0:
             return cache
@@ -234,6 +175,9 @@ class BLT(nn.Module):
         write_prefix(cache.memory, memory)
         write_prefix(cache.decoder, decoder)
         return cache
+=======
+        return blt_decoding.prefill(self, ids, cache)
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 
     def decode_round(
         self, cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
@@ -242,10 +186,9 @@ class BLT(nn.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        byte, begin = begin_with(previous, index, cache.begins, self.config)
-        recent = self._remember(cache, byte, index, begin)
-        ends, number, first = self._mark(cache, byte, recent, index, begin)
+        return blt_decoding.decode_round(self, cache, previous, index, choose)
 
+<<<<<<< HEAD
         x = self._embed_recent(byte, recent, index, begin)
         x, _ = self.encoder.transformer.extend(x, cache.encoder, index, begin)
         new = self.encoder.cross_attention.keys_values(x)
@@ -340,15 +283,31 @@ class BLT(nn.Module):
 
     def _histograms(
         self, shifted: Tensor, counted: Tensor, begins: Tensor | None
+=======
+    def histograms(
+        self,
+        shifted: Int[Tensor, "B T"],
+        counted: Bool[Tensor, "B T"],
+        begins: Int[Tensor, "B T"] | None,
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Int[Tensor, "B M"]:
-        """`patching.histogram_entropy` of each position, 0 for padding; empty if not read."""
+        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
             return torch.zeros_like(shifted[:, :0])
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return patching.histogram_entropy(recent).where(counted, 0)
 
+<<<<<<< HEAD
     def _patch_entropy(
         self, histograms: Tensor, shifted: Tensor, plan: patching.PatchPlan, dtype: torch.dtype
+=======
+    def unrest(
+        self,
+        histograms: Int[Tensor, "B M"],
+        shifted: Int[Tensor, "B T"],
+        plan: patching.PatchPlan,
+        dtype: torch.dtype,
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Float[Tensor, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
         if not self.config.entropy_attention:
@@ -359,6 +318,7 @@ class BLT(nn.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
 
+<<<<<<< HEAD
     def _patch_entropy_of(
         self, cache: BLTCache, mask: Tensor, dtype: torch.dtype
     ) -> Float[Tensor, "B 1"] | None:
@@ -379,42 +339,39 @@ class BLT(nn.Module):
 
     def _embed(self, shifted: Tensor, begins: Tensor | None) -> Tensor:
         """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
+=======
+    def embed(
+        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None
+    ) -> Float[Tensor, "B T D"]:
+        """The encoder's input; no n-gram is looked up from the first pad on."""
+>>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
         x, c = self.encoder.embed(shifted), self.config
         positions = positions_in(shifted.shape[1], begins, x.device)
         if not c.ngram_tables:
-            return self._place(x, positions)
+            return self.add_positions(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
         grams = torch.stack([patching.shifted(shifted, n, 0, begins) for n in back], dim=-1)
         inside = patching.present(shifted, c.vocab, begins)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), positions)
+        return self.add_positions(self.add_ngrams(x, rows), positions)
 
-    def _combine(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Byte embeddings and those of the n-grams."""
+    def add_ngrams(
+        self, x: Float[Tensor, "B T D"], rows: Int[Tensor, "B T E"]
+    ) -> Float[Tensor, "B T D"]:
+        """Byte embeddings and those of the n-grams, in these rows of the fused table."""
         total = x + self.encoder.ngrams(rows)
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
 
-    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
+    def add_positions(
+        self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "#B T"]
+    ) -> Float[Tensor, "B T D"]:
         """Embeddings with their positions, where those are not rotations."""
         if self.config.positions == "rotary":
             return x
         return x + sinusoids(positions, x.shape[2], x.dtype)
 
-    def _embed_recent(
-        self, byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
-    ) -> Tensor:
-        """The same for one position, given the ids that end there, −1 before the first."""
-        x, c = self.encoder.embed(byte), self.config
-        position = position_in(index, begin, x.device)
-        if not c.ngram_tables:
-            return self._place(x, position)
-        grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]
-        inside = (byte != c.vocab.pad_id)[..., None]
-        rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
-        return self._place(self._combine(x, rows), position)
-
-    def _widen(self, patches: Tensor) -> Tensor:
-        """Pooled patches → the global width."""
+    def widen(self, patches: Float[Tensor, "B N W"]) -> Float[Tensor, "B N D"]:
+        """Pooled patches → the global width D."""
         wide = self.config.patch_queries * self.config.local_dim
         return patches if wide == self.config.global_dim else self.to_global(patches)

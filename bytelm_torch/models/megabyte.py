@@ -5,8 +5,6 @@ Yu et al. 2023, "MEGABYTE: Predicting Million-byte Sequences with Multiscale Tra
 The mirror of `bytelm_jax/models/megabyte.py`, which says where this differs from the paper.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
@@ -18,35 +16,12 @@ from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Sc
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
-from bytelm_torch.layers.ids import as_ids, check_ids
+from bytelm_torch.layers.ids import check_ids
 from bytelm_torch.layers.logits import LogitsLinear
-from bytelm_torch.layers.resets import Layout, ends_segment, lay_out, segment_begins, take_once
+from bytelm_torch.layers.resets import Layout, lay_out, scope_of, take_once
+from bytelm_torch.models import megabyte_decoding
 from bytelm_torch.models.interface import Choose, ModelOutput
-
-
-class MegabyteCache(NamedTuple):
-    """What cached decoding keeps: the global layers' keys and values, S = patches."""
-
-    layers: tuple[KeyValueCache, ...]
-
-
-class ResetCache(NamedTuple):
-    """The same with `reset_on`, where each row is at its own place of its own patch.
-
-    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
-    I = P + L with what comes before the first.
-    """
-
-    layers: tuple[KeyValueCache, ...]
-    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
-    local: tuple[KeyValueCache, ...]
-    """The local layers', [B, S, K], after P − 1 zeros."""
-    shares: Float[Tensor, "B S D"]
-    """Each byte's share of its patch's context, those of the patch begun last included."""
-    ids: Int[Tensor, "B I"]
-    """After P pads."""
-    begins: Int[Tensor, "B L"]
-    """Where the segment of each position begins."""
+from bytelm_torch.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
 class Block(nn.Module):
@@ -163,7 +138,7 @@ class Megabyte(nn.Module):
         With resets the metric `reset_overflow` counts those that found no room.
         """
         ids = check_ids(ids, self.config.vocab.size)
-        self._check_length(ids.shape[1])
+        self.check_length(ids.shape[1])
         if self.config.reset_on != "none":
             return self._outputs_of_segments(ids, remat)
         patch, pad = self.config.patch_size, self.config.vocab.pad_id
@@ -172,14 +147,12 @@ class Megabyte(nn.Module):
         padded = F.pad(ids, (0, count * patch - length), value=pad)
         patches = padded.reshape(batch, count, patch)
 
-        context = self.global_transformer(
-            self._global_input(self._shift(patches, axis=1), 0), remat
-        )
+        context = self.global_transformer(self.global_input(self.shift(patches, axis=1), 0), remat)
         if self.config.variant == "in_action":
-            before = self._shift(padded, axis=1).reshape(batch, count, patch)
+            before = self.shift(padded, axis=1).reshape(batch, count, patch)
         else:
-            before = self._shift(patches, axis=2)
-        hidden = self._local_input(before) + self._split(context)
+            before = self.shift(patches, axis=2)
+        hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, remat)
         logits = self.to_logits(hidden).reshape(batch, count * patch, -1)[:, :length]
         return ModelOutput(logits, logits.new_zeros(batch), {})
@@ -189,17 +162,16 @@ class Megabyte(nn.Module):
         most = max(1, length)
         room = min(most, c.reset_patches(length)) if self.training else most
         layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, room)
-        inputs, before = self._inputs_of_segments(layout, c.patches(length))
-        context = self.global_transformer(inputs, remat, _scope_of(layout))
-        hidden = self._local_input(before) + self._split(context)
+        inputs, before = self.inputs_of_segments(layout, c.patches(length))
+        context = self.global_transformer(inputs, remat, scope_of(layout))
+        hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, remat)
         hidden = hidden.reshape(batch, layout.bytes.shape[1], -1)
         logits = self.to_logits(take_once(hidden, layout.slots))
         overflow = {"reset_overflow": layout.overflow.to(torch.float32)}
         return ModelOutput(logits, logits.new_zeros(batch), overflow)
 
-    # Cached decoding: one round is one patch, the global transformer runs once a round. With resets
-    # a round is one byte, and the global transformer runs where a patch begins in some row.
+    # Cached decoding: `models.megabyte_decoding`.
 
     @property
     def round_length(self) -> int:
@@ -208,20 +180,7 @@ class Megabyte(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> MegabyteCache | ResetCache:
         """An empty cache for sequences of up to `length` bytes."""
-        self._check_length(length)
-        patch, weight = self.config.patch_size, self.to_logits.weight
-        if self.config.reset_on == "none":
-            patches = -(-length // patch)
-            return MegabyteCache(self.global_transformer.empty_caches(batch, patches, weight.dtype))
-        behind = length + patch - 1
-        ids = torch.full((batch, patch + length), self.config.vocab.pad_id, device=weight.device)
-        return ResetCache(
-            self.global_transformer.empty_caches(batch, length, weight.dtype),
-            self.local_transformer.empty_caches(batch, behind, weight.dtype),
-            weight.new_zeros(batch, behind, self.config.local_dim),
-            ids,
-            torch.zeros(batch, length, dtype=torch.int64, device=weight.device),
-        )
+        return megabyte_decoding.init_cache(self, batch, length)
 
     def prefill(
         self, ids: Integer[Tensor, "B T"], cache: MegabyteCache | ResetCache
@@ -230,46 +189,7 @@ class Megabyte(nn.Module):
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ids = as_ids(ids)
-        if isinstance(cache, ResetCache):
-            return self._prefill_segments(ids, cache)
-        patches = ids.reshape(ids.shape[0], -1, self.config.patch_size)
-        inputs = self._global_input(self._shift(patches, axis=1), 0)
-        _, layers = self.global_transformer.extend(inputs, cache.layers, 0)
-        return MegabyteCache(layers)
-
-    def _prefill_segments(self, ids: Tensor, cache: ResetCache) -> ResetCache:
-        c, (batch, length) = self.config, ids.shape
-        # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
-        behind = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
-        most = behind.shape[1]
-        layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
-        inputs, before = self._inputs_of_segments(layout, c.patches(length))
-        dtype = inputs.dtype
-        empty = self.global_transformer.empty_caches(batch, most, dtype)
-        context, layers = self.global_transformer.extend(inputs, empty, 0, _scope_of(layout))
-        shares = self._split(context)
-        hidden = (self._local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
-        empty = self.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
-        _, local = self.local_transformer.extend(hidden, empty, 0)
-
-        def at_bytes(x: Tensor, slots: Tensor) -> Tensor:
-            flat = x.reshape(batch, -1, x.shape[-1])
-            return flat.take_along_dim(slots[..., None], dim=1)
-
-        slots = layout.slots[:, :length]
-        for caches, made, where in (
-            (cache.layers, layers, slots // c.patch_size),
-            (cache.local, local, slots),
-        ):
-            start = c.patch_size - 1 if caches is cache.local else 0
-            for rooms, values in zip(caches, made, strict=True):
-                for room, value in zip(rooms, values, strict=True):
-                    room[:, start : start + length] = at_bytes(value, where)
-        cache.shares[:, :most] = at_bytes(shares, layout.slots)
-        cache.ids[:, c.patch_size : c.patch_size + length] = ids
-        cache.begins[:, :length] = segment_begins(ids, c.vocab, c.reset_on)
-        return cache
+        return megabyte_decoding.prefill(self, ids, cache)
 
     def decode_round(
         self,
@@ -282,72 +202,10 @@ class Megabyte(nn.Module):
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
-        previous = as_ids(previous)
-        if isinstance(cache, ResetCache):
-            return self._decode_byte(cache, previous, index, choose)
-        batch, patch = previous.shape
-        pad = self.config.vocab.pad_id
-        inputs = self._global_input(previous[:, None, :], index * patch)
-        context, layers = self.global_transformer.extend(inputs, cache.layers, index)
-        context = self._split(context)[:, 0]
-        local = self.local_transformer.empty_caches(batch, patch, context.dtype)
-        first = torch.full_like(previous[:, 0], pad)
-        byte = previous[:, -1] if self.config.variant == "in_action" else first
-        chosen = []
-        for i in range(patch):
-            hidden = self._local_input(byte[:, None]) + context[:, i : i + 1]
-            hidden, local = self.local_transformer.extend(hidden, local, i)
-            byte = as_ids(choose(self.to_logits(hidden)[:, 0], i))
-            chosen.append(byte)
-        return MegabyteCache(layers), torch.stack(chosen, dim=1)
+        return megabyte_decoding.decode_round(self, cache, previous, index, choose)
 
-    def _decode_byte(
-        self, cache: ResetCache, previous: Tensor, index: int, choose: Choose
-    ) -> tuple[ResetCache, Tensor]:
-        c, pad = self.config, self.config.vocab.pad_id
-        anew = ends_segment(previous[:, 0], c.vocab, c.reset_on)
-        anew = anew if index else torch.ones_like(anew)
-        begin = torch.where(anew, index, cache.begins[:, max(index - 1, 0)])
-        place, offset = (index - begin) // c.patch_size, (index - begin) % c.patch_size
-        cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
-        cache.begins[:, index] = begin
-        self._begin_patches(cache, begin, place, offset == 0, index)
-
-        share = cache.shares[:, index : index + 1]
-        first = anew if c.variant == "in_action" else offset == 0
-        hidden = self._local_input(torch.where(first[:, None], pad, previous)) + share
-        near = tuple(  # views: what is written there is written in the cache
-            KeyValueCache(*(room[:, index : index + c.patch_size] for room in rooms))
-            for rooms in cache.local
-        )
-        slots = torch.arange(c.patch_size, device=previous.device)[None, :]
-        inside = slots - (c.patch_size - 1 - offset)[:, None]
-        scope = Scope((inside >= 0)[:, None, :], inside.clamp(min=0))
-        hidden, _ = self.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
-        return cache, as_ids(choose(self.to_logits(hidden)[:, 0], 0))[:, None]
-
-    def _begin_patches(
-        self, cache: ResetCache, begin: Tensor, place: Tensor, starts: Tensor, index: int
-    ) -> None:
-        """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
-
-        The other rows write keys where no patch of theirs begins, which nobody reads.
-        """
-        if not bool(starts.any()):
-            return
-        patch, pad = self.config.patch_size, self.config.vocab.pad_id
-        recent = cache.ids[:, index : index + patch]
-        recent = torch.where((place == 0)[:, None], pad, recent)[:, None]
-        slots = torch.arange(cache.begins.shape[1], device=begin.device)[None, :]
-        inside = slots - begin[:, None]
-        seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
-        scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
-        inputs = self._place(recent, place[:, None], self._most_places())
-        context, _ = self.global_transformer.extend(inputs, cache.layers, index, scope)
-        shares = cache.shares[:, index : index + patch]
-        shares[:] = torch.where(starts[:, None, None], self._split(context)[:, 0], shares)
-
-    def _check_length(self, length: int) -> None:
+    def check_length(self, length: int) -> None:
+        """Raises `ValueError` where there are more bytes than learned positions."""
         limit = self.config.max_length
         if self.config.variant == "paper" and length > limit:
             raise ValueError(
@@ -355,13 +213,13 @@ class Megabyte(nn.Module):
                 'input, or train with a larger max_length or variant="in_action"'
             )
 
-    def _shift(self, ids: Tensor, axis: int) -> Tensor:
+    def shift(self, ids: Int[Tensor, "*batch"], axis: int) -> Int[Tensor, "*batch"]:
         """Moves ids one step right along `axis`; pads come in, the last step drops out."""
         pads = torch.full_like(ids.narrow(axis, 0, 1), self.config.vocab.pad_id)
         return torch.cat([pads, ids.narrow(axis, 0, ids.shape[axis] - 1)], dim=axis)
 
-    def _global_input(self, patches: Tensor, start: int) -> Tensor:
-        """[B, N, P] ids whose first byte stands at position `start` → [B, N, P·D_G]."""
+    def global_input(self, patches: Int[Tensor, "B N P"], start: int) -> Float[Tensor, "B N W"]:
+        """Ids whose first byte stands at position `start` → W = P·D_G features a patch."""
         batch, count, patch = patches.shape
         if self.config.variant == "in_action":
             embedded = self.embed(patches)
@@ -370,39 +228,37 @@ class Megabyte(nn.Module):
             embedded = self.global_embed(patches) + positions.reshape(1, count, patch, -1)
         return embedded.reshape(batch, count, -1)
 
-    def _inputs_of_segments(self, layout: Layout, count: int) -> tuple[Tensor, Tensor]:
-        """Input of the global stack [B, N, P·D_G], and the ids before each byte [B, N, P]."""
+    def inputs_of_segments(
+        self, layout: Layout, count: int
+    ) -> tuple[Float[Tensor, "B N W"], Int[Tensor, "B N P"]]:
+        """Input of the global stack, W = P·D_G, and the ids before each byte.
+
+        No segment has more than `count` patches that are read.
+        """
         patches, first = layout.patches, (layout.places == 0)[..., None]
-        previous = torch.where(first, self.config.vocab.pad_id, self._shift(patches, axis=1))
-        before = self._shift(patches, axis=2)
+        previous = torch.where(first, self.config.vocab.pad_id, self.shift(patches, axis=1))
+        before = self.shift(patches, axis=2)
         if self.config.variant == "in_action":
             before = torch.cat([previous[..., -1:], patches[..., :-1]], dim=-1)
-        return self._place(previous, layout.places, count), before
+        return self.global_input_at(previous, layout.places, count), before
 
-    def _place(self, previous: Tensor, places: Tensor, count: int) -> Tensor:
-        """[B, N, P] ids of the patches before, and numbers below `count` → [B, N, P·D_G]."""
+    def global_input_at(
+        self, previous: Int[Tensor, "B N P"], places: Int[Tensor, "B N"], count: int
+    ) -> Float[Tensor, "B N W"]:
+        """Ids of the patches before, and each patch's number in its text, below `count`."""
         if self.config.variant == "in_action":
-            return self._global_input(previous, 0)
+            return self.global_input(previous, 0)
         embedded = self.global_embed(previous).flatten(-2)
         # What lies behind the longest text is never read, but must be finite.
         places = places.clamp(max=count - 1)
         return embedded + self.global_position.patches(places, count, self.config.patch_size)
 
-    def _most_places(self) -> int:
-        return self.config.patches(self.config.max_length)
-
-    def _local_input(self, before: Tensor) -> Tensor:
-        """Ids of the bytes before → [..., D_L]."""
+    def local_input(self, before: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
+        """Embedded ids of the bytes before, D = D_L."""
         if self.config.variant == "in_action":
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
-    def _split(self, context: Tensor) -> Tensor:
-        """[B, N, P·D_G] → [B, N, P, D_L]: each byte's share of its patch's context."""
+    def split(self, context: Float[Tensor, "B N W"]) -> Float[Tensor, "B N P D"]:
+        """W = P·D_G, D = D_L: each byte's share of its patch's context."""
         return self.global_to_local(context.unflatten(-1, (self.config.patch_size, -1)))
-
-
-def _scope_of(layout: Layout) -> Scope:
-    """Each patch sees itself and those before it in its segment."""
-    here = layout.begins[:, :, None] == layout.begins[:, None, :]
-    return Scope(here.tril(), layout.places)

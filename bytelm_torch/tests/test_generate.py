@@ -11,7 +11,8 @@ from bytelm_torch.inference.generate import (
     generate_uncached,
     stream,
 )
-from bytelm_torch.models.megabyte import Megabyte, MegabyteCache
+from bytelm_torch.models.megabyte import Megabyte
+from bytelm_torch.models.megabyte_decoding import MegabyteCache
 
 PATCH, MAX_LENGTH = 4, 40
 TEXT = b"Patches of 4: \xc3\xa9!"

@@ -1,0 +1,193 @@
+"""Cached decoding of MEGABYTE, for the methods of `models.megabyte.Megabyte`.
+
+One round is one patch, and the global transformer runs once a round. With `reset_on` a round is one
+byte, and the global transformer runs where a patch begins in some row. Axes: B batch, T bytes, L
+positions of a cache, P bytes per patch, D width, K head width, V vocabulary.
+The mirror of `bytelm_jax/models/megabyte_decoding.py`.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Integer
+from torch import Tensor
+
+from bytelm_torch.layers.attention import KeyValueCache, Scope
+from bytelm_torch.layers.ids import as_ids
+from bytelm_torch.layers.resets import ends_segment, lay_out, scope_of, segment_begins
+from bytelm_torch.models.interface import Choose
+
+if TYPE_CHECKING:
+    from bytelm_torch.models.megabyte import Megabyte
+
+
+class MegabyteCache(NamedTuple):
+    """What cached decoding keeps: the global layers' keys and values, S = patches."""
+
+    layers: tuple[KeyValueCache, ...]
+
+
+class ResetCache(NamedTuple):
+    """The same with `reset_on`, where each row is at its own place of its own patch.
+
+    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
+    I = P + L with what comes before the first.
+    """
+
+    layers: tuple[KeyValueCache, ...]
+    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
+    local: tuple[KeyValueCache, ...]
+    """The local layers', [B, S, K], after P − 1 zeros."""
+    shares: Float[Tensor, "B S D"]
+    """Each byte's share of its patch's context, those of the patch begun last included."""
+    ids: Int[Tensor, "B I"]
+    """After P pads."""
+    begins: Int[Tensor, "B L"]
+    """Where the segment of each position begins."""
+
+
+def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
+    """A `ResetCache` where texts start anew within a row, else a `MegabyteCache`."""
+    model.check_length(length)
+    patch, weight = model.config.patch_size, model.to_logits.weight
+    if model.config.reset_on == "none":
+        patches = -(-length // patch)
+        return MegabyteCache(model.global_transformer.empty_caches(batch, patches, weight.dtype))
+    behind = length + patch - 1
+    ids = torch.full((batch, patch + length), model.config.vocab.pad_id, device=weight.device)
+    return ResetCache(
+        model.global_transformer.empty_caches(batch, length, weight.dtype),
+        model.local_transformer.empty_caches(batch, behind, weight.dtype),
+        weight.new_zeros(batch, behind, model.config.local_dim),
+        ids,
+        torch.zeros(batch, length, dtype=torch.int64, device=weight.device),
+    )
+
+
+def prefill(
+    model: "Megabyte", ids: Integer[Tensor, "B T"], cache: MegabyteCache | ResetCache
+) -> MegabyteCache | ResetCache:
+    """Runs the prompt's patches through the global transformer.
+
+    Only resets keep what the local one did: without them a round is a whole patch, and the local
+    transformer starts empty in each.
+    """
+    ids = as_ids(ids)
+    if isinstance(cache, ResetCache):
+        return _prefill_segments(model, ids, cache)
+    patches = ids.reshape(ids.shape[0], -1, model.config.patch_size)
+    inputs = model.global_input(model.shift(patches, axis=1), 0)
+    _, layers = model.global_transformer.extend(inputs, cache.layers, 0)
+    return MegabyteCache(layers)
+
+
+def decode_round(
+    model: "Megabyte",
+    cache: MegabyteCache | ResetCache,
+    previous: Integer[Tensor, "B P"],
+    index: int,
+    choose: Choose,
+) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
+    """Runs the global transformer once, on the round before, and the local one byte by byte."""
+    previous = as_ids(previous)
+    if isinstance(cache, ResetCache):
+        return _decode_byte(model, cache, previous, index, choose)
+    batch, patch = previous.shape
+    pad = model.config.vocab.pad_id
+    inputs = model.global_input(previous[:, None, :], index * patch)
+    context, layers = model.global_transformer.extend(inputs, cache.layers, index)
+    context = model.split(context)[:, 0]
+    local = model.local_transformer.empty_caches(batch, patch, context.dtype)
+    first = torch.full_like(previous[:, 0], pad)
+    byte = previous[:, -1] if model.config.variant == "in_action" else first
+    chosen = []
+    for i in range(patch):
+        hidden = model.local_input(byte[:, None]) + context[:, i : i + 1]
+        hidden, local = model.local_transformer.extend(hidden, local, i)
+        byte = as_ids(choose(model.to_logits(hidden)[:, 0], i))
+        chosen.append(byte)
+    return MegabyteCache(layers), torch.stack(chosen, dim=1)
+
+
+def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> ResetCache:
+    c, (batch, length) = model.config, ids.shape
+    # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
+    behind = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
+    most = behind.shape[1]
+    layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
+    inputs, before = model.inputs_of_segments(layout, c.patches(length))
+    dtype = inputs.dtype
+    empty = model.global_transformer.empty_caches(batch, most, dtype)
+    context, layers = model.global_transformer.extend(inputs, empty, 0, scope_of(layout))
+    shares = model.split(context)
+    hidden = (model.local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
+    empty = model.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
+    _, local = model.local_transformer.extend(hidden, empty, 0)
+
+    def at_bytes(x: Tensor, slots: Tensor) -> Tensor:
+        flat = x.reshape(batch, -1, x.shape[-1])
+        return flat.take_along_dim(slots[..., None], dim=1)
+
+    slots = layout.slots[:, :length]
+    for caches, made, where in (
+        (cache.layers, layers, slots // c.patch_size),
+        (cache.local, local, slots),
+    ):
+        start = c.patch_size - 1 if caches is cache.local else 0
+        for rooms, values in zip(caches, made, strict=True):
+            for room, value in zip(rooms, values, strict=True):
+                room[:, start : start + length] = at_bytes(value, where)
+    cache.shares[:, :most] = at_bytes(shares, layout.slots)
+    cache.ids[:, c.patch_size : c.patch_size + length] = ids
+    cache.begins[:, :length] = segment_begins(ids, c.vocab, c.reset_on)
+    return cache
+
+
+def _decode_byte(
+    model: "Megabyte", cache: ResetCache, previous: Tensor, index: int, choose: Choose
+) -> tuple[ResetCache, Tensor]:
+    c, pad = model.config, model.config.vocab.pad_id
+    anew = ends_segment(previous[:, 0], c.vocab, c.reset_on)
+    anew = anew if index else torch.ones_like(anew)
+    begin = torch.where(anew, index, cache.begins[:, max(index - 1, 0)])
+    place, offset = (index - begin) // c.patch_size, (index - begin) % c.patch_size
+    cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
+    cache.begins[:, index] = begin
+    _begin_patches(model, cache, begin, place, offset == 0, index)
+
+    share = cache.shares[:, index : index + 1]
+    first = anew if c.variant == "in_action" else offset == 0
+    hidden = model.local_input(torch.where(first[:, None], pad, previous)) + share
+    near = tuple(  # views: what is written there is written in the cache
+        KeyValueCache(*(room[:, index : index + c.patch_size] for room in rooms))
+        for rooms in cache.local
+    )
+    slots = torch.arange(c.patch_size, device=previous.device)[None, :]
+    inside = slots - (c.patch_size - 1 - offset)[:, None]
+    scope = Scope((inside >= 0)[:, None, :], inside.clamp(min=0))
+    hidden, _ = model.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
+    return cache, as_ids(choose(model.to_logits(hidden)[:, 0], 0))[:, None]
+
+
+def _begin_patches(
+    model: "Megabyte", cache: ResetCache, begin: Tensor, place: Tensor, starts: Tensor, index: int
+) -> None:
+    """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
+
+    The other rows write keys where no patch of theirs begins, which nobody reads.
+    """
+    if not bool(starts.any()):
+        return
+    patch, pad = model.config.patch_size, model.config.vocab.pad_id
+    most = model.config.patches(model.config.max_length)
+    recent = cache.ids[:, index : index + patch]
+    recent = torch.where((place == 0)[:, None], pad, recent)[:, None]
+    slots = torch.arange(cache.begins.shape[1], device=begin.device)[None, :]
+    inside = slots - begin[:, None]
+    seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
+    scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
+    inputs = model.global_input_at(recent, place[:, None], most)
+    context, _ = model.global_transformer.extend(inputs, cache.layers, index, scope)
+    shares = cache.shares[:, index : index + patch]
+    shares[:] = torch.where(starts[:, None, None], model.split(context)[:, 0], shares)
