@@ -3,11 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from flax import nnx
 
 from bytelm.config import LFByteConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
 from bytelm_jax.models import abstract_params
+from bytelm_jax.parity import recording
 from bytelm_jax.parity.recording import Shelf
 from parity_tests import faults
 
@@ -48,6 +51,28 @@ def test_an_encoder_is_compared_but_does_not_generate(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out  generation: causal=False, an encoder does not generate" in said
     assert said.endswith("equal: every tensor within tolerance\n")
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_a_name_that_no_longer_exists_is_not_passed_over(framework, monkeypatch):
+    """A function or method to record that was renamed would leave the report emptier."""
+    models = {"jax": nnx.Dict(), "torch": torch.nn.Identity()}
+    listen = getattr(recording, f"listen_{framework}")
+
+    def start():
+        with listen(models[framework], lambda key, value: value):
+            pass
+
+    start()
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "METHODS", (*recording.METHODS, "extends"))
+        with pytest.raises(AttributeError, match=f"no layer of bytelm_{framework} .* extends"):
+            start()
+    with monkeypatch.context() as patch:
+        patch.setitem(recording.FUNCTIONS, "models.patching", ("histogram_entropies",))
+        with pytest.raises(AttributeError, match=f"bytelm_{framework}.models.patching.*entropies"):
+            start()
+    start()  # and nothing stays replaced
 
 
 def test_what_torch_did_waits_in_files():
