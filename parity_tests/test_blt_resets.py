@@ -19,7 +19,7 @@ from bytelm.config import BLTConfig
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, define_model, patching
 from bytelm_jax.models.entropy import begins_of, shift_right
-from bytelm_jax.parity.report import make_twin
+from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.models import entropy as torch_entropy
 from bytelm_torch.models import patching as torch_patching

@@ -14,7 +14,7 @@ import bytelm_torch.inference.generate as theirs
 from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm.config import ByteVocab as TorchVocab
 from bytelm_jax.models import define_model
-from bytelm_jax.parity.report import make_twin
+from bytelm_jax.parity.twins import make_twin
 from parity_tests.tolerances import LOGITS
 from parity_tests.twins import random_params
 

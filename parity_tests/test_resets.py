@@ -16,7 +16,8 @@ from bytelm_jax.interop import convert
 from bytelm_jax.layers.long_convolution import segmented_convolution
 from bytelm_jax.layers.resets import age, segment_begins
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.parity.report import make_twin, relative_error
+from bytelm_jax.parity.report import relative_error
+from bytelm_jax.parity.twins import make_twin
 from bytelm_torch.inference.generate import SamplerConfig as TorchSamplerConfig
 from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_generate_uncached

@@ -9,7 +9,7 @@ import numpy as np
 
 from bytelm.config import MegabyteConfig, ModelConfig
 from bytelm_jax.models import Params, define_model
-from bytelm_jax.parity.report import make_twin
+from bytelm_jax.parity.twins import make_twin
 
 # Heads that do not divide the width (5 · 6 = 30 of 32), a square kernel in the local stack, and
 # weights large enough that every term of the model shows in the logits.

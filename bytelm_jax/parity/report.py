@@ -12,31 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bytelm import data
-from bytelm.config import BLTConfig, ModelConfig, to_dict
-from bytelm.tokenizer import ByteTokenizer
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm.config import BLTConfig, ModelConfig
 from bytelm_jax.interop import convert
-from bytelm_jax.models import Params, define_model
-from bytelm_jax.parity.recording import Place, Shelf, listen_jax, listen_torch
+from bytelm_jax.models import Params
+from bytelm_jax.parity.recording import Place, Shelf
+from bytelm_jax.parity.twins import Recording, make_twin, record_jax, record_torch
 from bytelm_jax.training import checkpoint
-from bytelm_jax.training.loss import cross_entropy
 
 LOGITS = {"float64": 1e-12, "float32": 1e-5}
 """Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss; integers and booleans must be equal."""
 
 GRADIENTS = {"float64": 1e-10, "float32": 5e-5}
 """The same for every gradient."""
-
-_NEW_BYTES = 32
-"""Bytes generated greedily and compared."""
-
-_ROUNDS = 8
-"""Rounds of cached decoding that are compared layer by layer."""
 
 
 @dataclass
@@ -169,246 +159,6 @@ def compare_twins(
     theirs = record_torch(config, twin, ids, dtype)
     ours = partial(record_jax, config, lambda: params, ids, dtype)
     return compare_recordings(config, dtype, theirs, ours)
-
-
-def make_twin(config: ModelConfig, params: Params) -> Any:
-    """The torch model with the same configuration and parameters."""
-    import torch
-
-    from bytelm.config import model_from_dict
-    from bytelm_torch.models import build_model
-
-    twin = build_model(model_from_dict(to_dict(config)))
-    tensors = {k: torch.from_numpy(np.array(v)) for k, v in convert.to_torch(params).items()}
-    twin.to(next(iter(tensors.values())).dtype).load_state_dict(tensors, strict=True)
-    return twin.eval()
-
-
-@dataclass
-class Recording:
-    """What one twin did. Arrays are called by their place, their round, or what they are."""
-
-    values: MutableMapping[str, np.ndarray]
-    places: list[Place] = field(default_factory=list)
-    decoding: list[Place] = field(default_factory=list)
-    moving: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """The places that a gradient flows through, in torch's eyes, and the arrays' shapes."""
-    texts: list[bytes] | None = None
-
-
-def _plan(ids: np.ndarray, patch: int) -> tuple[int, int]:
-    """Ids of the prompt and rounds of cached decoding behind it."""
-    start = ids.shape[1] // 2 // patch * patch
-    return start, min(_ROUNDS, (ids.shape[1] - start) // patch)
-
-
-def _before(ids: np.ndarray, start: int, patch: int, pad: int) -> np.ndarray:
-    """The ids of the round before `start`, pads where there is none."""
-    return ids[:, start - patch : start] if start else np.full_like(ids[:, :patch], pad)
-
-
-def _prompts(ids: np.ndarray, config: ModelConfig) -> tuple[list[bytes], int]:
-    """What greedy generation starts from, and how many bytes there is room for."""
-    half = max(1, ids.shape[1] // 2)
-    room = min(_NEW_BYTES, getattr(config, "max_length", half + _NEW_BYTES) - half)
-    return [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids], room
-
-
-def record_torch(
-    config: ModelConfig,
-    twin: Any,
-    ids: np.ndarray,
-    dtype: str,
-    values: MutableMapping[str, np.ndarray] | None = None,
-    decode: bool = True,
-) -> Recording:
-    """Forward, backward, cached decoding and generation of the torch twin, into `values`.
-
-    `decode=False` leaves out the last two, which an encoder, `causal=False`, cannot do anyway.
-    """
-    import torch
-
-    from bytelm_torch.inference.generate import SamplerConfig as TorchSamplerConfig
-    from bytelm_torch.inference.generate import generate as torch_generate
-    from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
-
-    found = Recording({} if values is None else values)
-    twin = twin.to(getattr(torch, dtype)).eval()
-
-    def keep(key: str, value: Any) -> None:
-        plain = value.detach().numpy() if isinstance(value, torch.Tensor) else value
-        found.values[key] = np.array(plain)  # a copy: torch writes its caches in place
-
-    def touch(key: str, value: Any) -> Any:
-        keep(key, value)
-        if not (isinstance(value, torch.Tensor) and value.requires_grad):
-            return value
-        found.moving[key] = tuple(value.shape)
-        value = value.view_as(value)  # so that the gradient is that of this use alone
-        value.register_hook(lambda gradient: keep(f"gradient at {key}", gradient))
-        return value
-
-    def store_gradient(name: str, parameter: Any) -> None:
-        keep(f"gradient of {name}", parameter.grad)
-        parameter.grad = None
-
-    tensor = torch.from_numpy(ids)
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(store_gradient, name))
-        for name, p in twin.named_parameters()
-        if p.requires_grad
-    ]
-    try:
-        with listen_torch(twin, touch) as recorder:
-            output = twin.outputs(tensor)
-        found.places = recorder.places
-        nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id)
-        loss = nats / count + output.extra_loss.mean()
-        keep("logits", output.logits)
-        keep("loss", loss)
-        loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not (decode and getattr(config, "causal", True)):
-        return found
-    with torch.no_grad():
-        _decode_torch(found, twin, ids, keep)
-    prompts, room = _prompts(ids, config)
-    found.texts = torch_generate(twin, prompts, room, TorchSamplerConfig(sampler="greedy"))
-    return found
-
-
-def _decode_torch(found: Recording, twin: Any, ids: np.ndarray, keep: Callable) -> None:
-    import torch
-
-    patch = twin.round_length
-    start, rounds = _plan(ids, patch)
-    tensor, cache = torch.from_numpy(ids), twin.init_cache(len(ids), start + rounds * patch)
-
-    def run(when: str, step: Callable[[], Any]) -> None:
-        def touch(key: str, value: Any) -> Any:
-            keep(f"{when}{key}", value)
-            return value
-
-        with listen_torch(twin, touch) as recorder:
-            step()
-        found.decoding += [place._replace(key=when + place.key) for place in recorder.places]
-
-    if start:
-        run("prefill: ", lambda: twin.prefill(tensor[:, :start], cache))
-    previous = torch.from_numpy(_before(ids, start, patch, twin.config.vocab.pad_id))
-    for r in range(rounds):
-        given = tensor[:, start + r * patch : start + (r + 1) * patch]
-        when, logits = f"decoding, round {r + 1}: ", []
-
-        def choose(row: Any, i: int, given: Any = given, logits: list = logits) -> Any:
-            logits.append(row)
-            return given[:, i]
-
-        step = partial(twin.decode_round, cache, previous, start // patch + r, choose)
-        run(when, step)
-        keep(f"{when}logits", torch.stack(logits, dim=1))
-        previous = given
-
-
-def record_jax(
-    config: ModelConfig,
-    load: Callable[[], Params],
-    ids: np.ndarray,
-    dtype: str,
-    moving: Mapping[str, tuple[int, ...]],
-    decode: bool = True,
-) -> Recording:
-    """The same of the JAX twin, with the gradients at the places that `moving` names."""
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        params = {name: value.astype(dtype) for name, value in load().items()}
-        bind, _ = define_model(config)
-        found = Recording({})
-        inputs = jnp.asarray(ids)
-
-        def run(params: Params, nudges: dict[str, jax.Array]) -> Any:
-            model, seen = bind(params), {}
-
-            def touch(key: str, value: Any) -> Any:
-                seen[key] = value
-                same = key in nudges and nudges[key].shape == value.shape
-                return value + nudges[key] if same else value
-
-            with listen_jax(model, touch) as recorder:
-                output = model.outputs(inputs)
-            found.places = recorder.places
-            nats, count = cross_entropy(output.logits, inputs, config.vocab.pad_id)
-            loss = nats / count + output.extra_loss.astype(nats.dtype).mean()
-            return loss, seen | {"logits": output.logits, "loss": loss}
-
-        @jax.jit
-        def differentiate(params: Params) -> Any:
-            nudges = {key: jnp.zeros(shape, dtype) for key, shape in moving.items()}
-            both = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)
-            (_, seen), (gradients, at) = both(params, nudges)
-            return seen, gradients, at
-
-        seen, gradients, at = differentiate(params)
-        seen, at = jax.device_get((seen, at))
-        found.values.update(seen)
-        found.values.update(
-            (f"gradient at {key}", value)
-            for key, value in at.items()
-            if key in seen and seen[key].shape == value.shape
-        )
-        made = convert.to_torch(gradients).items()
-        found.values.update((f"gradient of {name}", value) for name, value in made)
-        if decode and getattr(config, "causal", True):
-            _decode_jax(found, bind, params, ids, config)
-            prompts, room = _prompts(ids, config)
-            found.texts = generate(bind(params), prompts, room, SamplerConfig(sampler="greedy"))
-    return found
-
-
-def _decode_jax(
-    found: Recording, bind: Callable, params: Params, ids: np.ndarray, config: ModelConfig
-) -> None:
-    patch = bind(params).round_length
-    start, rounds = _plan(ids, patch)
-    length, places = start + rounds * patch, []
-
-    def heard(model: Any, step: Callable[[], Any]) -> Any:
-        seen: dict[str, Any] = {}
-        with listen_jax(model, lambda key, value: seen.setdefault(key, value)) as recorder:
-            result = step()
-        places[:] = recorder.places
-        return result, seen
-
-    @jax.jit
-    def prefill(params: Params, prompt: jax.Array) -> Any:
-        model = bind(params)
-        cache = model.init_cache(len(ids), length)
-        return heard(model, lambda: model.prefill(prompt, cache)) if start else (cache, {})
-
-    @jax.jit
-    def step(params: Params, cache: Any, before: jax.Array, given: jax.Array, n: jax.Array) -> Any:
-        model, logits = bind(params), []
-
-        def choose(row: jax.Array, i: int) -> jax.Array:
-            logits.append(row)
-            return given[:, i]
-
-        made, seen = heard(model, lambda: model.decode_round(cache, before, n, choose))
-        return made[0], seen | {"logits": jnp.stack(logits, axis=1)}
-
-    def keep(when: str, seen: dict[str, Any]) -> None:
-        found.values.update({when + k: v for k, v in jax.device_get(seen).items()})
-        found.decoding += [place._replace(key=when + place.key) for place in places]
-
-    cache, seen = prefill(params, ids[:, :start])
-    keep("prefill: ", seen)
-    before = _before(ids, start, patch, config.vocab.pad_id)
-    for r in range(rounds):
-        given = ids[:, start + r * patch : start + (r + 1) * patch]
-        cache, seen = step(params, cache, before, given, jnp.int32(start // patch + r))
-        keep(f"decoding, round {r + 1}: ", seen)
-        before = given
 
 
 # ---- comparison -----------------------------------------------------------------------------

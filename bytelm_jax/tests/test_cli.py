@@ -26,7 +26,7 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import model as commands
 from bytelm_jax.cli import train as commands_train
 from bytelm_jax.cli.arguments import UsageError, expand_names, take_option
-from bytelm_jax.parity.report import make_twin
+from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training import processes
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_jax.training.loop import Outcome, open_windows
