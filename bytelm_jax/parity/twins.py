@@ -1,6 +1,10 @@
-"""What each twin does on the same bytes: forward, backward, cached decoding and generation."""
+"""What each twin does on the same bytes: forward, backward, cached decoding and generation.
 
-from collections.abc import Callable, Mapping, MutableMapping
+Torch is imported where it is used: the rest of `bytelm_jax` never needs it.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,7 +23,6 @@ from bytelm_jax.training.loss import cross_entropy
 
 _NEW_BYTES = 32
 """Bytes generated greedily and compared."""
-
 
 _ROUNDS = 8
 """Rounds of cached decoding that are compared layer by layer."""
@@ -48,6 +51,11 @@ class Recording:
     moving: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The places that a gradient flows through, in torch's eyes, and the arrays' shapes."""
     texts: list[bytes] | None = None
+
+    def keep(self, key: str, value: Any) -> None:
+        """Stores a copy of an array or tensor: torch writes its caches in place."""
+        plain = value if isinstance(value, np.ndarray) else value.detach().numpy()
+        self.values[key] = np.array(plain)
 
 
 def _plan(ids: np.ndarray, patch: int) -> tuple[int, int]:
@@ -88,52 +96,57 @@ def record_torch(
 
     found = Recording({} if values is None else values)
     twin = twin.to(getattr(torch, dtype)).eval()
-
-    def keep(key: str, value: Any) -> None:
-        plain = value.detach().numpy() if isinstance(value, torch.Tensor) else value
-        found.values[key] = np.array(plain)  # a copy: torch writes its caches in place
-
-    def touch(key: str, value: Any) -> Any:
-        keep(key, value)
-        if not (isinstance(value, torch.Tensor) and value.requires_grad):
-            return value
-        found.moving[key] = tuple(value.shape)
-        value = value.view_as(value)  # so that the gradient is that of this use alone
-        value.register_hook(lambda gradient: keep(f"gradient at {key}", gradient))
-        return value
-
-    def store_gradient(name: str, parameter: Any) -> None:
-        keep(f"gradient of {name}", parameter.grad)
-        parameter.grad = None
-
     tensor = torch.from_numpy(ids)
-    hooks = [
-        p.register_post_accumulate_grad_hook(partial(store_gradient, name))
-        for name, p in twin.named_parameters()
-        if p.requires_grad
-    ]
-    try:
-        with listen_torch(twin, touch) as recorder:
+    with _gradients_kept(twin, found):
+        with listen_torch(twin, partial(_touch_torch, found)) as recorder:
             output = twin.outputs(tensor)
         found.places = recorder.places
         nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id)
         loss = nats / count + output.extra_loss.mean()
-        keep("logits", output.logits)
-        keep("loss", loss)
+        found.keep("logits", output.logits)
+        found.keep("loss", loss)
         loss.backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
     if not (decode and getattr(config, "causal", True)):
         return found
     with torch.no_grad():
-        _decode_torch(found, twin, ids, keep)
+        _decode_torch(found, twin, ids)
     prompts, room = _prompts(ids, config)
     found.texts = torch_generate(twin, prompts, room, TorchSamplerConfig(sampler="greedy"))
     return found
 
 
-def _decode_torch(found: Recording, twin: Any, ids: np.ndarray, keep: Callable) -> None:
+def _touch_torch(found: Recording, key: str, value: Any) -> Any:
+    """Keeps an array, and the gradient that flows through it, if one does."""
+    found.keep(key, value)
+    if isinstance(value, np.ndarray) or not value.requires_grad:
+        return value
+    found.moving[key] = tuple(value.shape)
+    value = value.view_as(value)  # so that the gradient is that of this use alone
+    value.register_hook(lambda gradient: found.keep(f"gradient at {key}", gradient))
+    return value
+
+
+@contextlib.contextmanager
+def _gradients_kept(twin: Any, found: Recording) -> Iterator[None]:
+    """Each parameter's gradient goes from the model into `found` once it is whole."""
+
+    def take(name: str, parameter: Any) -> None:
+        found.keep(f"gradient of {name}", parameter.grad)
+        parameter.grad = None
+
+    hooks = [
+        p.register_post_accumulate_grad_hook(partial(take, name))
+        for name, p in twin.named_parameters()
+        if p.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _decode_torch(found: Recording, twin: Any, ids: np.ndarray) -> None:
     import torch
 
     patch = twin.round_length
@@ -142,7 +155,7 @@ def _decode_torch(found: Recording, twin: Any, ids: np.ndarray, keep: Callable) 
 
     def run(when: str, step: Callable[[], Any]) -> None:
         def touch(key: str, value: Any) -> Any:
-            keep(f"{when}{key}", value)
+            found.keep(f"{when}{key}", value)
             return value
 
         with listen_torch(twin, touch) as recorder:
@@ -162,7 +175,7 @@ def _decode_torch(found: Recording, twin: Any, ids: np.ndarray, keep: Callable) 
 
         step = partial(twin.decode_round, cache, previous, start // patch + r, choose)
         run(when, step)
-        keep(f"{when}logits", torch.stack(logits, dim=1))
+        found.keep(f"{when}logits", torch.stack(logits, dim=1))
         previous = given
 
 
