@@ -27,12 +27,8 @@ from bytelm_jax.interop.hf_blt import (
     import_hf_blt,
 )
 from bytelm_jax.models import abstract_params, define_model
-<<<<<<< HEAD
-from bytelm_jax.parity.report import make_twin
-from bytelm_jax.training import checkpoint
-=======
 from bytelm_jax.parity.twins import make_twin
->>>>>>> 9b9833d (What each twin does is recorded in parity/twins.py, and compared in report.py)
+from bytelm_jax.training import checkpoint
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right

@@ -24,26 +24,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig
-<<<<<<< HEAD
 from bytelm_jax.kernels.segment_sum import segment_sum
-from bytelm_jax.layers.attention import KeyValueCache
-=======
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
 from bytelm_jax.layers.ids import check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.ngram import ngram_rows
-<<<<<<< HEAD
-from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
-from bytelm_jax.models import patching
-=======
-from bytelm_jax.layers.segments import segment_sum
 from bytelm_jax.layers.transformer import Transformer, positions_in
 from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, begins_of, entropy, shift_right
 from bytelm_jax.models.interface import Choose, ModelOutput
@@ -128,11 +118,7 @@ class BLT(nnx.Module):
             self.widen(patches),
             fold_rows(dropout_keys, 1),
             remat,
-<<<<<<< HEAD
-            self._patch_entropy(histograms, shifted, plan, patches.dtype),
-=======
-            self.unrest(histograms, shifted, plan, patches.dtype),
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
+            self.patch_entropy(histograms, shifted, plan, patches.dtype),
             plan.begins,
         )
         x, _, _ = self.decoder(
@@ -176,46 +162,7 @@ class BLT(nnx.Module):
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-<<<<<<< HEAD
-        c, length = self.config, ids.shape[1]
-        if length == 0:
-            return cache
-        begins, entropies = begins_of(ids, c), None
-        shifted, patcher = shift_right(ids, c.vocab.bos_id, begins), cache.patcher
-        if c.patcher == "entropy":
-            logits, written = self.patcher.predict_cached(shifted, begins)
-            entropies, patcher = entropy(logits), write_prefix(patcher, written)
-        starts = patching.patch_starts(c, shifted, entropies, begins)
-        room = cache.memory.shape[1]
-        counted = patching.present(shifted, c.vocab, begins)
-        plan = patching.plan_patches(starts, counted, min(room, length), begins)
-
-        embedded = self._embed(shifted, begins)
-        states, encoder = self.encoder.transformer(embedded, begins=begins)
-        patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        histograms = self._histograms(shifted, counted, begins)
-        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
-        patches, global_layers = self.global_transformer(
-            self._widen(patches), patch_entropy=patch_entropy, begins=plan.begins
-        )
-        _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
-        first = self._look_back() - 1
-        return cache._replace(
-            ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
-            begins=write_begins(cache.begins, begins),
-            patches=cache.patches.at[:, : length + 1].set(plan.numbers),
-            histograms=cache.histograms.at[:, : histograms.shape[1]].set(histograms),
-            patcher=patcher,
-            encoder=write_prefix(cache.encoder, encoder),
-            states=cache.states.at[:, :length].set(states),
-            pooled=write_prefix((cache.pooled,), (pooled,))[0],
-            global_layers=write_at(cache.global_layers, pack(global_layers, 2), 0),
-            memory=write_at(cache.memory, pack(memory, 2), 0),
-            decoder=write_prefix(cache.decoder, decoder),
-        )
-=======
         return blt_decoding.prefill(self, ids, cache)
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 
     def decode_round(
         self,
@@ -230,131 +177,11 @@ class BLT(nnx.Module):
         """
         return blt_decoding.decode_round(self, cache, previous, index, choose)
 
-<<<<<<< HEAD
-        x = self._embed_recent(byte, recent, index, begin)
-        x, encoder = self.encoder.transformer.extend(x, cache.encoder, index, begin)
-        new = self.encoder.cross_attention.keys_values(x)
-        states, pooled = (
-            write_at(room, made, index) for room, made in ((cache.states, x), (cache.pooled, new))
-        )
-        cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
-        cache = self._finish_patches(cache, ends, number, first, index)
-        memory = self._newest(cache, jnp.where(ends, number, number - 1), first)
-        x, decoder = self.decoder.extend(x, memory, cache.decoder, index, begin)
-        chosen = as_ids(choose(self.to_logits(x)[:, 0], 0))
-        return cache._replace(decoder=decoder), chosen[:, None]
-
-    def _remember(
-        self, cache: BLTCache, byte: Array, index: Array, begin: Array | None
-    ) -> tuple[BLTCache, Array]:
-        """The cache with s_index in it, and the ids of its segment that end there."""
-        c, span = self.config, self._look_back()
-        ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
-        recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
-        if begin is not None:
-            own = index + jnp.arange(1 - span, 1)[None, :] >= begin[:, None]
-            recent = jnp.where(own, recent, patching.NO_BYTE)
-        histograms = cache.histograms
-        if c.reads_histograms:
-            values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
-            found = jnp.where(byte[:, 0] == c.vocab.pad_id, 0, patching.histogram_entropy(values))
-            histograms = write_at(histograms, found[:, None], index)
-        return cache._replace(ids=ids, histograms=histograms), recent
-
-    def _mark(
-        self, cache: BLTCache, byte: Array, recent: Array, index: Array, begin: Array | None
-    ) -> tuple[BLTCache, Array, Array, Array | None]:
-        """The cache with the patch of the byte to come; whether a patch ends here; its number.
-
-        And, where texts start anew, the number of the segment's first patch.
-        """
-        c, room = self.config, cache.memory.shape[1]
-        patcher, entropies, summed = cache.patcher, None, None
-        if c.patcher == "entropy":
-            logits, patcher = self.patcher.extend(byte, patcher, index, begin)
-            entropies = entropy(logits)
-        number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
-        position, first = jnp.full(number.shape, index), None
-        if begin is not None:
-            # A segment begins with a patch, whatever the patcher said before it.
-            before = jnp.take(cache.patches, jnp.maximum(index - 1, 0), axis=1)
-            anew = jnp.minimum(before + 1, room)
-            number = jnp.where((begin == index) & (index > 0), anew, number)
-            cache = cache._replace(patches=write_at(cache.patches, number[:, None], index))
-            first = jnp.take_along_axis(cache.patches, begin[:, None], axis=1)[:, 0]
-            position = position - begin
-        if c.patcher == "histogram":
-            mask = self._in_patch(cache, number, index)
-            summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
-        values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
-        starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-        ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
-        patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
-        return cache._replace(patcher=patcher, patches=patches), ends, number, first
-
-    def _finish_patches(
-        self, cache: BLTCache, ends: Array, number: Array, first: Array | None, index: Array
-    ) -> BLTCache:
-        """Runs the patches that end here through the global transformer, if any does."""
-        mask = self._in_patch(cache, number, index)
-        batch, room = cache.memory.shape[:2]
-
-        def run() -> tuple[Array, Array]:
-            patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-            patch_entropy = self._patch_entropy_of(cache, mask, patch.dtype)
-            like = self.global_transformer.empty_caches(batch, room, patch.dtype)
-            layers = unpack(cache.global_layers, like)
-            patch, made = self.global_transformer.extend_rows(
-                patch, layers, number, patch_entropy, first
-            )
-            vectors = self.decoder.split(patch)[:, 0]
-            read = tuple(cross.keys_values(vectors) for cross in self.decoder.cross_attentions)
-            return pack(made, 1), pack(read, 1)
-
-        def skip() -> tuple[Array, Array]:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
-
-        some = ends.any()
-        layers, memory = jax.lax.cond(some, run, skip)
-        rows, slot = jnp.arange(batch), jnp.where(ends, number, room)
-        # A slot past the end is dropped: rows whose patch goes on write nothing.
-        return cache._replace(
-            global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),
-            memory=cache.memory.at[rows, slot].set(memory, mode="drop"),
-            global_calls=cache.global_calls + some,
-        )
-
-    def _newest(self, cache: BLTCache, newest: Array, first: Array | None) -> Caches:
-        """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
-        if first is not None:
-            # A row in a segment that began past the budget reads past the end, and so zeros.
-            room = cache.memory.shape[1]
-            newest = jnp.where(first < room, newest, room)
-        rows = jnp.arange(newest.shape[0])
-        read = cache.memory.at[rows, newest].get(mode="fill", fill_value=0)
-        return unpack(read, self._empty_memory((1,), read.dtype))
-
-    def _empty_memory(self, lead: tuple[int, ...], dtype: jnp.dtype) -> Caches:
-        """Keys and values of patches' vectors for each layer of the decoder, [*lead, M, G, K]."""
-        c = self.config
-        read = (c.decoder_kv_heads or c.decoder_heads, c.local_dim // c.decoder_heads)
-        empty = jnp.zeros((*lead, c.patch_queries, *read), dtype)
-        return (KeyValueCache(empty, empty),) * c.decoder_layers
-
-    def _in_patch(self, cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"]:
-        """The positions up to `index` that belong to the patch `number` of each row."""
-        positions = jnp.arange(cache.states.shape[1])[None, :]
-        return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
-
-    def _histograms(
-        self, shifted: Array, counted: Array, begins: Array | None
-=======
     def histograms(
         self,
         shifted: Int[Array, "B T"],
         counted: Bool[Array, "B T"],
         begins: Int[Array, "B T"] | None,
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Int[Array, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
@@ -362,17 +189,12 @@ class BLT(nnx.Module):
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
-<<<<<<< HEAD
-    def _patch_entropy(
-        self, histograms: Array, shifted: Array, plan: patching.PatchPlan, dtype: jnp.dtype
-=======
-    def unrest(
+    def patch_entropy(
         self,
         histograms: Int[Array, "B M"],
         shifted: Int[Array, "B T"],
         plan: patching.PatchPlan,
         dtype: jnp.dtype,
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Float[Array, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
         if not self.config.entropy_attention:
@@ -383,33 +205,10 @@ class BLT(nnx.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
 
-<<<<<<< HEAD
-    def _patch_entropy_of(
-        self, cache: BLTCache, mask: Array, dtype: jnp.dtype
-    ) -> Float[Array, "B 1"] | None:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
-        if not self.config.entropy_attention:
-            return None
-        wide = jnp.promote_types(dtype, jnp.float32)
-        ids = cache.ids[:, self._look_back() - 1 :]
-        real = mask & (patching.to_bytes(ids, self.config.vocab) >= 0)
-        total = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
-        count = jnp.maximum(real.sum(axis=1, keepdims=True), 1).astype(wide)
-        return total / (patching.MOST * count)
-
-    def _look_back(self) -> int:
-        """Ids that patcher and hashes need up to a byte, itself included."""
-        windows = patching.WINDOWS if self.config.reads_histograms else ()
-        return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
-
-    def _embed(self, shifted: Array, begins: Array | None) -> Array:
-        """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
-=======
     def embed(
         self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """The encoder's input; no n-gram is looked up from the first pad on."""
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
         x, c = self.encoder.embed(shifted), self.config
         positions = positions_in(shifted.shape[1], begins)
         if not c.ngram_tables:

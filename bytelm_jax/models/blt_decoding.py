@@ -104,9 +104,9 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
     states, encoder = model.encoder.transformer(embedded, begins=begins)
     patches, pooled = model.encoder.pool(states, plan.patch_of, min(room, length))
     histograms = model.histograms(shifted, counted, begins)
-    unrest = model.unrest(histograms, shifted, plan, patches.dtype)
+    patch_entropy = model.patch_entropy(histograms, shifted, plan, patches.dtype)
     patches, global_layers = model.global_transformer(
-        model.widen(patches), unrest=unrest, begins=plan.begins
+        model.widen(patches), patch_entropy=patch_entropy, begins=plan.begins
     )
     _, memory, decoder = model.decoder(states, patches, plan.read_of, begins=begins)
     first = _look_back(c) - 1
@@ -212,10 +212,12 @@ def _finish_patches(
 
     def run() -> tuple[Array, Array]:
         patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
-        unrest = _unrest_of(model.config, cache, mask, patch.dtype)
+        patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
         like = model.global_transformer.empty_caches(batch, room, patch.dtype)
         layers = unpack(cache.global_layers, like)
-        patch, made = model.global_transformer.extend_rows(patch, layers, number, unrest, first)
+        patch, made = model.global_transformer.extend_rows(
+            patch, layers, number, patch_entropy, first
+        )
         vectors = model.decoder.split(patch)[:, 0]
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)
         return pack(made, 1), pack(read, 1)
@@ -259,10 +261,10 @@ def _in_patch(cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"
     return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
 
 
-def _unrest_of(
+def _patch_entropy_of(
     config: BLTConfig, cache: BLTCache, mask: Array, dtype: jnp.dtype
 ) -> Float[Array, "B 1"] | None:
-    """`BLT.unrest` for one patch a row, whose bytes `mask` picks out of the cached ones."""
+    """`BLT.patch_entropy` for one patch a row, whose bytes `mask` picks out of the cached ones."""
     if not config.entropy_attention:
         return None
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -30,10 +30,6 @@ would leave the report emptier, and as green.
 """
 
 FUNCTIONS = {
-<<<<<<< HEAD
-    "models.patching": ("histogram_entropy", "sums_since_start", "boundary_after", "plan_patches"),
-=======
->>>>>>> 6989d84 (Recording raises on a function or method that no longer exists)
     "layers.attention": ("multi_query_attention",),
     "layers.grouped_attention": ("rotate", "guide", "causal_attention", "grouped_attention"),
     "layers.cross_attention": ("segment_max", "grouped_attention"),

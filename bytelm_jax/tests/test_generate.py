@@ -19,14 +19,9 @@ from bytelm_jax.inference.generate import (
     probabilities,
     stream,
 )
-<<<<<<< HEAD
 from bytelm_jax.kernels.backend import pretend_platform
-from bytelm_jax.models.megabyte import Megabyte, MegabyteCache
-=======
-from bytelm_jax.kernels.backend import imitate
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.models.megabyte_decoding import MegabyteCache
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 from parity_tests.tolerances import LOGITS
 
 PATCH, MAX_LENGTH = 4, 40

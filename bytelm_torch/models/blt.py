@@ -81,17 +81,9 @@ class BLT(nn.Module):
 
         states, _ = self.encoder.transformer(self.embed(shifted, begins), remat, begins=begins)
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-<<<<<<< HEAD
-        histograms = self._histograms(shifted, counted, begins)
-        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
-        patches, _ = self.global_transformer(
-            self._widen(patches), remat, patch_entropy, plan.begins
-        )
-=======
         histograms = self.histograms(shifted, counted, begins)
-        unrest = self.unrest(histograms, shifted, plan, patches.dtype)
-        patches, _ = self.global_transformer(self.widen(patches), remat, unrest, plan.begins)
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
+        patch_entropy = self.patch_entropy(histograms, shifted, plan, patches.dtype)
+        patches, _ = self.global_transformer(self.widen(patches), remat, patch_entropy, plan.begins)
         x, _, _ = self.decoder(states, patches, plan.read_of, remat, begins)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
@@ -139,45 +131,7 @@ class BLT(nn.Module):
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-<<<<<<< HEAD
-        c, length = self.config, ids.shape[1]
-        if length == 0:
-            return cache
-        begins, entropies = begins_of(ids, c), None
-        shifted = shift_right(ids, c.vocab.bos_id, begins)
-        if c.patcher == "entropy":
-            logits, written = self.patcher.predict_cached(shifted, begins)
-            entropies = entropy(logits)
-            write_prefix(cache.patcher, written)
-        starts = patching.patch_starts(c, shifted, entropies, begins)
-        room = cache.memory[0].keys.shape[1]
-        counted = patching.present(shifted, c.vocab, begins)
-        plan = patching.plan_patches(starts, counted, min(room, length), begins)
-
-        embedded = self._embed(shifted, begins)
-        states, encoder = self.encoder.transformer(embedded, begins=begins)
-        patches, pooled = self.encoder.pool(states, plan.patch_of, min(room, length))
-        histograms = self._histograms(shifted, counted, begins)
-        patch_entropy = self._patch_entropy(histograms, shifted, plan, patches.dtype)
-        patches, global_layers = self.global_transformer(
-            self._widen(patches), patch_entropy=patch_entropy, begins=plan.begins
-        )
-        _, memory, decoder = self.decoder(states, patches, plan.read_of, begins=begins)
-        first = self._look_back() - 1
-        cache.ids[:, first : first + length] = shifted
-        write_begins(cache.begins, begins)
-        cache.patches[:, : length + 1] = plan.numbers
-        cache.histograms[:, : histograms.shape[1]] = histograms
-        cache.states[:, :length] = states
-        write_prefix((cache.pooled,), (pooled,))
-        write_prefix(cache.encoder, encoder)
-        write_prefix(cache.global_layers, global_layers)
-        write_prefix(cache.memory, memory)
-        write_prefix(cache.decoder, decoder)
-        return cache
-=======
         return blt_decoding.prefill(self, ids, cache)
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
 
     def decode_round(
         self, cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
@@ -188,108 +142,11 @@ class BLT(nn.Module):
         """
         return blt_decoding.decode_round(self, cache, previous, index, choose)
 
-<<<<<<< HEAD
-        x = self._embed_recent(byte, recent, index, begin)
-        x, _ = self.encoder.transformer.extend(x, cache.encoder, index, begin)
-        new = self.encoder.cross_attention.keys_values(x)
-        cache.states[:, index] = x[:, 0]
-        cache.pooled.keys[:, index], cache.pooled.values[:, index] = (part[:, 0] for part in new)
-        self._finish_patches(cache, ends, number, first, index)
-        memory = self._newest(cache, torch.where(ends, number, number - 1), first)
-        x, _ = self.decoder.extend(x, memory, cache.decoder, index, begin)
-        chosen = as_ids(choose(self.to_logits(x)[:, 0], 0))
-        return cache, chosen[:, None]
-
-    def _remember(self, cache: BLTCache, byte: Tensor, index: int, begin: Tensor | None) -> Tensor:
-        """Writes s_index; gives the ids of its segment that end there."""
-        c, span = self.config, self._look_back()
-        cache.ids[:, index + span - 1] = byte[:, 0]
-        recent = cache.ids[:, index : index + span]
-        if begin is not None:
-            positions = torch.arange(index + 1 - span, index + 1, device=byte.device)
-            recent = recent.where(positions >= begin[:, None], patching.NO_BYTE)
-        if c.reads_histograms:
-            values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], c.vocab)
-            found = patching.histogram_entropy(values)
-            cache.histograms[:, index] = found.where(byte[:, 0] != c.vocab.pad_id, 0)
-        return recent
-
-    def _mark(
-        self, cache: BLTCache, byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Writes the patch of the byte to come; whether a patch ends here, and its number.
-
-        And, where texts start anew, the number of the segment's first patch.
-        """
-        c, room = self.config, cache.memory[0].keys.shape[1]
-        entropies = summed = None
-        if c.patcher == "entropy":
-            logits, _ = self.patcher.extend(byte, cache.patcher, index, begin)
-            entropies = entropy(logits)
-        number = cache.patches[:, index]
-        position, first = torch.full_like(number, index), None
-        if begin is not None:
-            # A segment begins with a patch, whatever the patcher said before it.
-            anew = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=room)
-            number = torch.where((begin == index) & (index > 0), anew, number)
-            cache.patches[:, index] = number
-            first = cache.patches.gather(1, begin[:, None])[:, 0]
-            position = position - begin
-        if c.patcher == "histogram":
-            mask = self._in_patch(cache, number, index)
-            summed = cache.histograms.where(mask, 0).sum(dim=1)
-        values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
-        starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-        ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
-        cache.patches[:, index + 1] = number + ends
-        return ends, number, first
-
-    def _finish_patches(
-        self, cache: BLTCache, ends: Tensor, number: Tensor, first: Tensor | None, index: int
-    ) -> None:
-        """Runs the patches that end here through the global transformer, if any does."""
-        if not ends.any():
-            return
-        mask = self._in_patch(cache, number, index)
-        patch = self._widen(self.encoder.pool_one(cache.states, cache.pooled, mask))
-        patch_entropy = self._patch_entropy_of(cache, mask, patch.dtype)
-        patch, layers = self.global_transformer.extend_rows(
-            patch, cache.global_layers, number, patch_entropy, first
-        )
-        vectors = self.decoder.split(patch)[:, 0]
-        memory = [cross.keys_values(vectors) for cross in self.decoder.cross_attentions]  # pyright: ignore
-        rows = ends.nonzero()[:, 0]
-        slot = number[rows]
-        pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
-        for room, made in pairs:
-            for old, new in zip(room, made, strict=True):
-                old[rows, slot] = new[rows]
-        cache.global_calls.add_(1)
-
-    def _newest(self, cache: BLTCache, newest: Tensor, first: Tensor | None) -> Caches:
-        """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
-        rows = torch.arange(newest.shape[0], device=newest.device)
-        found = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
-        if first is None:
-            return tuple(found)
-        # A segment that began past the budget has no patch of its own.
-        past = (first >= cache.memory[0].keys.shape[1])[:, None, None, None]
-        return tuple(KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in found)
-
-    def _in_patch(self, cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"]:
-        """The positions up to `index` that belong to the patch `number` of each row."""
-        positions = torch.arange(cache.states.shape[1], device=number.device)[None, :]
-        return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
-
-    def _histograms(
-        self, shifted: Tensor, counted: Tensor, begins: Tensor | None
-=======
     def histograms(
         self,
         shifted: Int[Tensor, "B T"],
         counted: Bool[Tensor, "B T"],
         begins: Int[Tensor, "B T"] | None,
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Int[Tensor, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
@@ -297,17 +154,12 @@ class BLT(nn.Module):
         recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
         return patching.histogram_entropy(recent).where(counted, 0)
 
-<<<<<<< HEAD
-    def _patch_entropy(
-        self, histograms: Tensor, shifted: Tensor, plan: patching.PatchPlan, dtype: torch.dtype
-=======
-    def unrest(
+    def patch_entropy(
         self,
         histograms: Int[Tensor, "B M"],
         shifted: Int[Tensor, "B T"],
         plan: patching.PatchPlan,
         dtype: torch.dtype,
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
     ) -> Float[Tensor, "B N"] | None:
         """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
         if not self.config.entropy_attention:
@@ -318,33 +170,10 @@ class BLT(nn.Module):
         total = segment_sum(both, plan.patch_of, count)
         return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
 
-<<<<<<< HEAD
-    def _patch_entropy_of(
-        self, cache: BLTCache, mask: Tensor, dtype: torch.dtype
-    ) -> Float[Tensor, "B 1"] | None:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
-        if not self.config.entropy_attention:
-            return None
-        wide = torch.promote_types(dtype, torch.float32)
-        ids = cache.ids[:, self._look_back() - 1 :]
-        real = mask & (patching.to_bytes(ids, self.config.vocab) >= 0)
-        total = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
-        count = real.sum(dim=1, keepdim=True).clamp(min=1).to(wide)
-        return total / (patching.MOST * count)
-
-    def _look_back(self) -> int:
-        """Ids that patcher and hashes need up to a byte, itself included."""
-        windows = patching.WINDOWS if self.config.reads_histograms else ()
-        return max((patching.CONTEXT, *windows, *self.config.ngram_sizes))
-
-    def _embed(self, shifted: Tensor, begins: Tensor | None) -> Tensor:
-        """[B, T] ids of s → [B, T, D]; no n-gram is looked up from the first pad on."""
-=======
     def embed(
         self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None
     ) -> Float[Tensor, "B T D"]:
         """The encoder's input; no n-gram is looked up from the first pad on."""
->>>>>>> 807ef34 (Cached decoding of MEGABYTE and BLT stands beside the forward pass)
         x, c = self.encoder.embed(shifted), self.config
         positions = positions_in(shifted.shape[1], begins, x.device)
         if not c.ngram_tables:

@@ -113,9 +113,9 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
     states, encoder = model.encoder.transformer(embedded, begins=begins)
     patches, pooled = model.encoder.pool(states, plan.patch_of, min(room, length))
     histograms = model.histograms(shifted, counted, begins)
-    unrest = model.unrest(histograms, shifted, plan, patches.dtype)
+    patch_entropy = model.patch_entropy(histograms, shifted, plan, patches.dtype)
     patches, global_layers = model.global_transformer(
-        model.widen(patches), unrest=unrest, begins=plan.begins
+        model.widen(patches), patch_entropy=patch_entropy, begins=plan.begins
     )
     _, memory, decoder = model.decoder(states, patches, plan.read_of, begins=begins)
     first = _look_back(c) - 1
@@ -208,9 +208,9 @@ def _finish_patches(
         return
     mask = _in_patch(cache, number, index)
     patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
-    unrest = _unrest_of(model.config, cache, mask, patch.dtype)
+    patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
     patch, layers = model.global_transformer.extend_rows(
-        patch, cache.global_layers, number, unrest, first
+        patch, cache.global_layers, number, patch_entropy, first
     )
     vectors = model.decoder.split(patch)[:, 0]
     memory = [cross.keys_values(vectors) for cross in model.decoder.cross_attentions]  # pyright: ignore
@@ -240,10 +240,10 @@ def _in_patch(cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"
     return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
 
 
-def _unrest_of(
+def _patch_entropy_of(
     config: BLTConfig, cache: BLTCache, mask: Tensor, dtype: torch.dtype
 ) -> Float[Tensor, "B 1"] | None:
-    """`BLT.unrest` for one patch a row, whose bytes `mask` picks out of the cached ones."""
+    """`BLT.patch_entropy` for one patch a row, whose bytes `mask` picks out of the cached ones."""
     if not config.entropy_attention:
         return None
     wide = torch.promote_types(dtype, torch.float32)
