@@ -12,6 +12,7 @@ from bytelm.config import (
     OptimizerConfig,
     Recipe,
 )
+from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MegabyteConfig",
     "OptimizerConfig",
     "Recipe",
+    "SamplerConfig",
     "__version__",
     "recipes",
 ]

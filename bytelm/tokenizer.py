@@ -1,8 +1,4 @@
-"""Text to byte ids and back, and a decoder for streams that never splits a character.
-
-`bytelm/tokenizer.py` is the same text but for this docstring; a test holds that. Standard
-library and numpy only.
-"""
+"""Text to byte ids and back, and a decoder for streams that never splits a character."""
 
 from __future__ import annotations
 

@@ -19,11 +19,12 @@ from transformers import (
 import bytelm_torch
 from bytelm import recipes
 from bytelm.config import LFByteConfig, PatchingContract, to_dict
+from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
-from bytelm_torch.inference.generate import SamplerConfig, generate
+from bytelm_torch.inference.generate import generate
 from bytelm_torch.interop import transformers as hf
 from parity_tests import tolerances
 from parity_tests.hf_models import CONFIGS

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bytelm.config import LFByteConfig, from_dict, model_from_dict, to_dict
-from bytelm_jax.inference.generate import SamplerConfig, generate, generate_uncached
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference.generate import generate, generate_uncached
 from bytelm_jax.models import abstract_params, build_model, define_model, split_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_torch.models import build_model as build_torch

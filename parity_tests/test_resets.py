@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from bytelm.config import LFByteConfig, MegabyteConfig
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference.generate import generate
 from bytelm_jax.interop import convert
 from bytelm_jax.layers.long_convolution import segmented_convolution
 from bytelm_jax.layers.resets import age, segment_begins
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.parity.twins import make_twin
-from bytelm_torch.inference.generate import SamplerConfig as TorchSamplerConfig
 from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_generate_uncached
 from bytelm_torch.layers.long_convolution import segmented_convolution as torch_convolution
@@ -183,15 +183,15 @@ def test_cached_generation_is_uncached_generation(form, bias, quick_compilation)
     params["to_logits.bias"] = params["to_logits.bias"].at[NEWLINE].add(bias)
     model, twin = bind(params), make_twin(bind(params).config, params)
     prompts = [PROMPT[:length] for length in range(21)]
-    greedy, torch_greedy = SamplerConfig(sampler="greedy"), TorchSamplerConfig(sampler="greedy")
-    wanted = torch_generate_uncached(twin, prompts, 12, torch_greedy, stop_at_eos=False)
+    greedy = SamplerConfig(sampler="greedy")
+    wanted = torch_generate_uncached(twin, prompts, 12, greedy, stop_at_eos=False)
     newlines = sum(made.count(b"\n") for made in wanted)
     assert 12 < newlines < 12 * 20
     # One batch without a prefill, and two whose shortest prompt is prefilled.
     for low, high in ((0, 8), (5, 13), (13, 21)):
         ours = generate(model, prompts[low:high], 12, greedy, stop_at_eos=False)
         assert ours == wanted[low:high]
-        theirs = torch_generate(twin, prompts[low:high], 12, torch_greedy, stop_at_eos=False)
+        theirs = torch_generate(twin, prompts[low:high], 12, greedy, stop_at_eos=False)
         assert theirs == wanted[low:high]
 
 

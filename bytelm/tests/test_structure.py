@@ -15,7 +15,9 @@ FLOORS = (
 )  # fmt: skip
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
-SHARED_FLOORS = ("recipes", "data", "export", "metrics", "tracking", "tokenizer", "config")
+SHARED_FLOORS = (
+    "recipes", "data", "export", "metrics", "tracking", "sampling", "tokenizer", "config",
+)  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 
 LONGEST_FILE, LONGEST_CLASS, LONGEST_FUNCTION, LONGEST_LOOP = 500, 250, 60, 150

@@ -20,9 +20,10 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.config.lfbyte import require_prediction
+from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.arguments import UsageError
-from bytelm_jax.inference.generate import SamplerConfig, stream
+from bytelm_jax.inference.generate import stream
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.interop import vocab as convert_vocab

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm.config import ModelConfig, to_dict
+from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm_jax.inference.generate import generate
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.parity.recording import Place, listen_jax, listen_torch
@@ -90,7 +91,6 @@ def record_torch(
     """
     import torch
 
-    from bytelm_torch.inference.generate import SamplerConfig as TorchSamplerConfig
     from bytelm_torch.inference.generate import generate as torch_generate
     from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 
@@ -111,7 +111,7 @@ def record_torch(
     with torch.no_grad():
         _decode_torch(found, twin, ids)
     prompts, room = _prompts(ids, config)
-    found.texts = torch_generate(twin, prompts, room, TorchSamplerConfig(sampler="greedy"))
+    found.texts = torch_generate(twin, prompts, room, SamplerConfig(sampler="greedy"))
     return found
 
 

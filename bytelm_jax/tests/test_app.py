@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 
 from bytelm.config import LFByteConfig, MegabyteConfig, Recipe
+from bytelm.sampling import SamplerConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import view as commands_view
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.tools import app
 from bytelm_jax.tools.inspection import Inspection

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
+from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
-from bytelm_jax.inference.generate import SamplerConfig, stream
+from bytelm_jax.inference.generate import stream
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.tools.inspection import Inspection, characters, describe, make_inspector, shade
 

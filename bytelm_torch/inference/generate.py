@@ -10,8 +10,7 @@ Greedy choices are those of the JAX package; random numbers come from torch and 
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,46 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm.sampling import SamplerConfig
 
 _BLOCK = 64  # random numbers drawn at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How the next byte is chosen.
-
-    - `greedy`: the likeliest byte; the numbers below are ignored.
-    - `categorical`: drawn from softmax(logits / temperature), cut to the `top_k` likeliest bytes
-      (0: all), then to the fewest likeliest of these that hold the share `top_p` of them (1: all).
-    - `entropy`: by the entropy H, in bits, of the model's own distribution (temperature 1):
-      H < `entropy_low` the likeliest byte, H < `entropy_medium` one of the ten likeliest, else any;
-      above `entropy_high` at 0.8 times the temperature. `top_k` and `top_p` cut further.
-
-    Equal logits rank by id. `temperature=0` is greedy. A field that cannot work raises
-    `ValueError`.
-    """
-
-    sampler: Literal["greedy", "categorical", "entropy"] = "categorical"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    entropy_low: float = 0.3
-    entropy_medium: float = 1.2
-    entropy_high: float = 2.5
-
-    def __post_init__(self) -> None:
-        known = ("greedy", "categorical", "entropy")
-        require(self.sampler in known, f"sampler={self.sampler!r}: choose {', '.join(known)}")
-        heat = self.temperature
-        usable = heat == 0 or 1e-6 <= heat < float("inf")
-        require(usable, f"temperature={heat}: give 0 for greedy or a number from 1e-6 up")
-        require(self.top_k >= 0, f"top_k={self.top_k}: give 0 for all bytes or at least 1")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
-        thresholds = (self.entropy_low, self.entropy_medium, self.entropy_high)
-        require(
-            0 <= thresholds[0] <= thresholds[1] <= thresholds[2],
-            f"entropy_low, entropy_medium, entropy_high={thresholds}: must rise from at least 0",
-        )
 
 
 _DEFAULT = SamplerConfig()

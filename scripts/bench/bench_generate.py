@@ -14,7 +14,8 @@ import time
 import jax
 
 from bytelm import recipes
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.training import step as steps
 

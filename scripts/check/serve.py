@@ -20,7 +20,8 @@ import jax
 from gradio_client import Client
 
 from bytelm.config import MegabyteConfig, Recipe
-from bytelm_jax.inference.generate import SamplerConfig, generate
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint
 
