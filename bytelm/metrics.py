@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bytelm.tracking import Tracker
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
@@ -19,10 +17,9 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12,
 """Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
 
 
-def peak_flops() -> float | None:
-    """Operations a second of one device of this machine, None where the data sheet is unknown."""
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
+def peak_flops(device: str) -> float | None:
+    """Operations per second of a device by its name, None where the data sheet is unknown."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
 
 
 class MetricsLog:
@@ -82,10 +79,10 @@ def _keeps(line: str, step: int) -> bool:
 class Throughput:
     """Bytes a second and model FLOP utilisation since the last reading."""
 
-    def __init__(self, flops_per_byte: float, devices: int):
-        """`flops_per_byte` is the cost of training on a byte."""
+    def __init__(self, flops_per_byte: float, devices: int, device: str):
+        """`flops_per_byte` is the cost of training on a byte, `device` the name of each device."""
         self._flops, self._devices = flops_per_byte, devices
-        self._peak = peak_flops()
+        self._peak = peak_flops(device)
         self._reading: dict[str, float] = {}
         self.restart()
 

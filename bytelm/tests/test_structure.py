@@ -101,6 +101,30 @@ def test_the_frameworks_do_not_know_each_other():
     assert not wrong, "\n".join(wrong)
 
 
+def imported_at_once(tree: ast.Module):
+    """The packages that a module imports when it is imported itself."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield (node.module or "").partition(".")[0]
+
+
+def test_what_is_imported_at_once():
+    """`bytelm` is light, and the PyTorch twin works where JAX was never installed."""
+    light = sys.stdlib_module_names | {"bytelm", "numpy", "jaxtyping"}
+    jax_side = {"jax", "flax", "optax", "orbax", "grain"}
+    wrong = []
+    for module, path in modules().items():
+        tree, package = ast.parse(path.read_text("utf-8")), module.partition(".")[0]
+        if package == "bytelm":
+            wrong += [f"{module} imports {name}" for name in {*imported_at_once(tree)} - light]
+        elif package == "bytelm_torch":
+            found = {name.partition(".")[0] for name in imports(tree, package, set())}
+            wrong += [f"{module} imports {name}" for name in found & jax_side]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_shared_package_needs_no_framework(tmp_path):
     """Nor grain: reading, splitting and evaluating data work on machines without any of them."""
     (tmp_path / "text").write_bytes(b"five.")

@@ -138,7 +138,7 @@ def test_metrics_file_is_cut_back_to_the_restored_step(tmp_path):
 def test_throughput_counts_what_was_added_since_the_last_reading(monkeypatch):
     now = 100.0
     monkeypatch.setattr("bytelm.metrics.time.perf_counter", lambda: now)
-    rates = Throughput(flops_per_byte=10.0, devices=1)
+    rates = Throughput(flops_per_byte=10.0, devices=1, device="cpu")
     rates.add(500)
     now = 102.0
     assert rates.read() == {"bytes_per_second": 250.0, "seconds": 2.0}

@@ -35,7 +35,7 @@ class StepReporter:
         self._recipe, self._log, self._display = recipe, log, display
         self._watchdog, self._manager = watchdog, manager
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
-        self._rates = Throughput(0.0, devices)
+        self._rates = Throughput(0.0, devices, jax.devices()[0].device_kind)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the step up to which rates reach
         self._skipped = sum("skipped" in record for record in read_metrics(log.path))

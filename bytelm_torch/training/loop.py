@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from bytelm import data
-from bytelm.config import Recipe, TrainConfig, from_dict, require, require_document_ends, to_dict
+from bytelm.config import (
+    Recipe,
+    TrainConfig,
+    from_dict,
+    require,
+    require_document_ends,
+    to_dict,
+    training_flops_per_byte,
+)
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import MetricsLog, Throughput
 from bytelm.tracking import check_trackers, open_trackers
@@ -215,7 +223,8 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     if first:
         trackers = open_trackers(recipe, run_dir, start)
         log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
-    rates = Throughput(recipe.model.flops_per_byte(length), group.size)
+    device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
+    rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
     display = Display(run.steps, first)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
     saved, asked, bad = start, False, 0

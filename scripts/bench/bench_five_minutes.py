@@ -23,6 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 from equal_time import Trainer, add_options, machine, read_row, side_by_side
 
 from bytelm import data
@@ -49,7 +50,7 @@ def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
     trainer, begin = Trainer(recipe, held_out), time.perf_counter()
     trained = trainer.train(recipe.train.seed, given.seconds, time.perf_counter, given.points)
     count = trained.steps * recipe.train.batch_size * kept.sequence_length
-    rate, peak = count / trained.seconds, peak_flops()
+    rate, peak = count / trained.seconds, peak_flops(jax.devices()[0].device_kind)
     flops = training_flops_per_byte(recipe.model, kept.sequence_length)
     if given.save:
         if isinstance(recipe.model, BLTConfig):

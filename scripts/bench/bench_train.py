@@ -164,7 +164,8 @@ def measure(
 def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
     """One row: milliseconds a step, megabytes a second, MFU, memory."""
     run, length = prepared.recipe.train, prepared.recipe.data.sequence_length
-    rate, peak = run.batch_size * length / times["seconds"], peak_flops()
+    rate = run.batch_size * length / times["seconds"]
+    peak = peak_flops(jax.devices()[0].device_kind)
     planned: Any = prepared.step.memory_analysis()
     step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
