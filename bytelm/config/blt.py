@@ -71,6 +71,11 @@ class EntropyConfig:
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
         require_fraction(self, "dropout")
 
+    @property
+    def longest_input(self) -> int | None:
+        """The most bytes in one row; None, there is no bound."""
+        return None
+
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""
         layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
@@ -190,6 +195,11 @@ class BLTConfig:
         require(functions <= most, f"ngram_functions={functions}: must be at most {most}")
         tables = self.ngram_tables
         require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
+
+    @property
+    def longest_input(self) -> int | None:
+        """The most bytes in one row; None, there is no bound."""
+        return None
 
     @property
     def ngram_tables(self) -> int:

@@ -111,6 +111,11 @@ class LFByteConfig:
         )
 
     @property
+    def longest_input(self) -> int | None:
+        """The most bytes in one row; None, there is no bound."""
+        return None
+
+    @property
     def sparse(self) -> bool:
         """Whether each position is served by fewer experts than there are."""
         return 0 < self.top_k < self.num_experts

@@ -75,6 +75,11 @@ class MegabyteConfig:
         """Width of the global transformer: one patch of concatenated byte embeddings."""
         return self.patch_size * self.global_dim
 
+    @property
+    def longest_input(self) -> int | None:
+        """The most bytes in one row, None where there is no bound."""
+        return self.max_length if self.variant == "paper" else None
+
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""
         vocab, narrow, local = self.vocab.size, self.global_dim, self.local_dim

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from bytelm import data as corpora
 from bytelm.config import (
     BLTConfig,
-    MegabyteConfig,
     PatchingContract,
     Recipe,
     from_dict,
@@ -226,8 +225,8 @@ def import_command(
     patching = formats.stored_extra(source).get("patching")
     patching = None if patching is None else from_dict(PatchingContract, patching, "extra.patching")
     recipe = Recipe(name="imported", model=config, patching=patching)
-    if isinstance(config, MegabyteConfig) and config.variant == "paper":
-        length = min(recipe.data.sequence_length, config.max_length)
+    if config.longest_input is not None:
+        length = min(recipe.data.sequence_length, config.longest_input)
         recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
     checkpoints.create_run(out, recipe, params)
     if cast.rounded:

@@ -50,7 +50,7 @@ def inspect_command(
         raise ValueError(f"{name}: is empty; give at least one byte")
     recipe, params, _ = checkpoints.load_run(model, checkpoint)
     recipe = with_resets(recipe, reset_on)
-    kept = given[: inspection.longest_text(recipe.model)]
+    kept = given[: recipe.model.longest_input]
     found = inspection.make_inspector(recipe, params)(kept)
     if len(kept) < size:
         why = "--max-bytes" if len(kept) == max_bytes else "the model's max_length"

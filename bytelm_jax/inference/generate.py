@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.compiled import Structure, take_apart
 from bytelm_jax.kernels.decoding import min_rows
@@ -377,7 +377,7 @@ def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) 
     require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
     require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
     longest = max(map(len, prompts), default=0)
-    limit = _length_limit(model)
+    limit = model.config.longest_input
     if limit is not None and longest + max_new_bytes > limit:
         raise ValueError(
             f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
@@ -386,18 +386,9 @@ def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) 
         )
 
 
-def _length_limit(model: Any) -> int | None:
-    """The longest sequence that the model can hold, None where there is no bound."""
-    match model.config:
-        case MegabyteConfig(variant="paper", max_length=limit):
-            return limit
-        case _:
-            return None
-
-
 def _padded(model: Any, length: int) -> int:
     """`length` bytes as a power of two of rounds, but never past what the model can hold."""
-    patch, limit = model.round_length, _length_limit(model)
+    patch, limit = model.round_length, model.config.longest_input
     padded = patch * max(_LEAST_ROUNDS, _power_of_two(-(-length // patch)))
     return padded if limit is None else min(padded, limit)
 

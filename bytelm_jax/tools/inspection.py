@@ -66,23 +66,16 @@ class Inspection(NamedTuple):
 Inspector = Callable[[bytes], Inspection]
 
 
-def longest_text(config: ModelConfig) -> int | None:
-    """The most bytes that the model can look at, None where there is no bound."""
-    if isinstance(config, MegabyteConfig) and config.variant == "paper":
-        return config.max_length
-    return None
-
-
 def make_inspector(recipe: Recipe, params: Params) -> Inspector:
     """The function from bytes to their `Inspection`, compiled for powers of two of bytes.
 
-    It raises `ValueError` for a text longer than `longest_text`. Raises `ValueError` for a model
-    that sees the bytes that it would predict.
+    It raises `ValueError` for a text longer than the model's `longest_input`. Raises `ValueError`
+    for a model that sees the bytes that it would predict.
     """
     config = recipe.model
     require_prediction(config)
     look = _looker(config, _patcher(recipe))
-    longest, tokenizer = longest_text(config), ByteTokenizer(config.vocab)
+    longest, tokenizer = config.longest_input, ByteTokenizer(config.vocab)
 
     def inspect(data: bytes) -> Inspection:
         if longest is not None and len(data) > longest:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig
 
 _BLOCK = 64  # random numbers drawn at a time
@@ -302,22 +302,13 @@ def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) 
     require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
     require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
     longest = max(map(len, prompts), default=0)
-    limit = _length_limit(model)
+    limit = model.config.longest_input
     if limit is not None and longest + max_new_bytes > limit:
         raise ValueError(
             f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
             f"{longest + max_new_bytes}, but this model has max_length={limit} positions; "
             'shorten them, or train with a larger max_length or variant="in_action"'
         )
-
-
-def _length_limit(model: Any) -> int | None:
-    """The longest sequence that the model can hold, None where there is no bound."""
-    match model.config:
-        case MegabyteConfig(variant="paper", max_length=limit):
-            return limit
-        case _:
-            return None
 
 
 def _device(model: nn.Module) -> torch.device:

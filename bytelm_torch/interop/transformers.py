@@ -220,8 +220,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _limit(self) -> int | None:
         native: Any = self.model.config
-        paper = isinstance(native, MegabyteConfig) and native.variant == "paper"
-        return native.max_length if paper else None
+        return native.longest_input
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
