@@ -23,6 +23,7 @@ from bytelm_jax.cli.arguments import (
     take_option,
 )
 from bytelm_jax.tools import dry_run
+from bytelm_jax.tools.machine import Machine
 from bytelm_jax.training import processes
 from bytelm_jax.training.loop import open_windows, train
 from bytelm_jax.training.reporter import DivergedError
@@ -141,7 +142,7 @@ def join_processes(joining: Joining, command: str) -> None:
 class DryRun(NamedTuple):
     """A dry run is asked for: on which machine, and how to print."""
 
-    machine: dry_run.Machine
+    machine: Machine
     as_json: bool
 
 
@@ -150,7 +151,7 @@ def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
     wanted, argv = take_flag(argv, "dry-run")
     as_json, argv = take_flag(argv, "json")
     chip, argv = take_option(argv, "chip")
-    machine = dry_run.Machine()
+    machine = Machine()
     machine = machine._replace(chip=chip or machine.chip)
     numbers: dict[str, float] = {}
     for name in ("mfu", "link_gbytes"):

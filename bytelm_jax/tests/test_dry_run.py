@@ -18,6 +18,7 @@ from bytelm_jax.cli import train as commands_train
 from bytelm_jax.models import cast_params
 from bytelm_jax.tools import dry_run
 from bytelm_jax.tools.collectives import Collective, read_collectives
+from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import kept_for_backward, total
 from bytelm_jax.training import mesh as meshes
 from parity_tests import tolerances
@@ -178,7 +179,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
         devices=8, fsdp=4, batch_size=24, accumulation_steps=3, parallel="shard_map"
     )
     recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
-    forecast = dry_run.dry_run(recipe, dry_run.Machine())
+    forecast = dry_run.dry_run(recipe, Machine())
     found = {(each.kind, each.group): each for each in forecast.collectives}
     params = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
     cut = sum(x.size for x in params.values() if x.sharding.spec)

@@ -26,36 +26,17 @@ from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
+from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import Held, device_limit, kept_for_backward, total
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
-
-LINK_GBYTES = 50.0
-"""Gigabytes a second from device to device: 400 Gbit/s InfiniBand for each GPU."""
 
 _TOO_HIGH = 0.2
 """The share of a peak by which its estimate may be too high: 19 % is the most that was seen."""
 
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """The compiled program never runs."""
-
-
-class Machine(NamedTuple):
-    """What time is reckoned with: a chip, the share of it that is used, the link between chips."""
-
-    chip: str = "H100"
-    mfu: float = 0.4
-    link_gbytes: float = LINK_GBYTES
-
-    def check(self) -> None:
-        """Raises `ValueError` for an unknown chip and shares and speeds that cannot be."""
-        if self.chip not in PEAK_FLOPS:
-            raise ValueError(f"chip={self.chip}: unknown; choose one of {', '.join(PEAK_FLOPS)}")
-        if not 0 < self.mfu <= 1:
-            raise ValueError(f"mfu={self.mfu}: must be above 0 and at most 1")
-        if not 0 < self.link_gbytes < math.inf:
-            raise ValueError(f"link_gbytes={self.link_gbytes}: must be a number above 0")
 
 
 class Memory(NamedTuple):

@@ -1,0 +1,26 @@
+"""The machine that a dry run reckons with; needs no JAX, so that a command line is read at once."""
+
+import math
+from typing import NamedTuple
+
+from bytelm.metrics import PEAK_FLOPS
+
+LINK_GBYTES = 50.0
+"""Gigabytes a second from device to device: 400 Gbit/s InfiniBand for each GPU."""
+
+
+class Machine(NamedTuple):
+    """What time is reckoned with: a chip, the share of it that is used, the link between chips."""
+
+    chip: str = "H100"
+    mfu: float = 0.4
+    link_gbytes: float = LINK_GBYTES
+
+    def check(self) -> None:
+        """Raises `ValueError` for an unknown chip and shares and speeds that cannot be."""
+        if self.chip not in PEAK_FLOPS:
+            raise ValueError(f"chip={self.chip}: unknown; choose one of {', '.join(PEAK_FLOPS)}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu={self.mfu}: must be above 0 and at most 1")
+        if not 0 < self.link_gbytes < math.inf:
+            raise ValueError(f"link_gbytes={self.link_gbytes}: must be a number above 0")
