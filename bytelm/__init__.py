@@ -1,7 +1,5 @@
 """bytelm: byte-level language models. What both frameworks share: neither is imported here."""
 
-from importlib.metadata import version as _version
-
 from bytelm import recipes
 from bytelm.config import (
     BLTConfig,
@@ -32,5 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> str:
     if name == "__version__":  # read from the disk, and seldom wanted
-        return _version("bytelm")
+        from importlib.metadata import version
+
+        return version("bytelm")
     raise AttributeError(f"module 'bytelm' has no attribute {name!r}")

@@ -1,11 +1,13 @@
 """`bytelm doctor`: its command line."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bytelm_jax.cli.arguments import UsageError
-from bytelm_jax.cli.train import Joining, join_processes
-from bytelm_jax.tools import doctor
-from bytelm_jax.training import processes
+from bytelm_jax.cli.train import Joining
+
+if TYPE_CHECKING:
+    from bytelm_jax.tools.doctor import Finding
 
 
 def doctor_command(
@@ -42,6 +44,10 @@ def doctor_command(
             raise UsageError(f"--{name} {value}: must be at least {least}")
     if (num_processes or process_id is not None) and not coordinator:
         raise UsageError("--num-processes, --process-id: need --coordinator HOST:PORT")
+
+    from bytelm_jax.tools import doctor
+    from bytelm_jax.training import processes
+
     joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
     found = [_reach(joining)] if coordinator else []
     if all(finding.ok for finding in found):
@@ -57,8 +63,11 @@ def doctor_command(
     return 0 if processes.all_agree(well) else 1
 
 
-def _reach(joining: Joining) -> doctor.Finding:
+def _reach(joining: Joining) -> "Finding":
     """Whether the coordinator can be reached; raises `UsageError` for an address that is none."""
+    from bytelm_jax.tools import doctor
+    from bytelm_jax.training import processes
+
     address = processes.address(joining.coordinator)
     if address is None:
         raise UsageError(f"--coordinator {joining.coordinator}: must be HOST:PORT")
@@ -71,12 +80,15 @@ def _reach(joining: Joining) -> doctor.Finding:
     return doctor.Finding("coordinator", True, said)
 
 
-def _join(joining: Joining) -> list[doctor.Finding]:
+def _join(joining: Joining) -> "list[Finding]":
     """Joins the other processes; what went wrong, if they did not come."""
+    from bytelm_jax.cli.run import join_processes
+    from bytelm_jax.tools.doctor import Finding
+
     try:
         join_processes(joining, "doctor")
     except ValueError as error:
         if not isinstance(error.__cause__, RuntimeError):
             raise
-        return [doctor.Finding("processes", False, str(error))]
+        return [Finding("processes", False, str(error))]
     return []

@@ -1,4 +1,8 @@
-"""The `bytelm` command. Bad input: exit code 2 and one line on standard error."""
+"""The `bytelm` command. Bad input: exit code 2 and one line on standard error.
+
+Help and mistakes are answered without JAX, whose import takes seconds: this module imports the
+standard library alone, and the commands import what they run only once their line is understood.
+"""
 
 import importlib
 import inspect
@@ -6,8 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-
-from bytelm_jax.cli.arguments import UsageError, parse_call
+from difflib import get_close_matches
 
 COMMANDS = {
     "train": "train a recipe; resumes by itself",
@@ -37,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_overview())
         return 0 if arguments else 2
     name = arguments[0]
+    if name == "--version":
+        import bytelm
+
+        print(f"bytelm {bytelm.__version__}")
+        return 0
+    if name not in COMMANDS:
+        print(f"bytelm: {_unknown(name)}", file=sys.stderr)
+        return 2
     try:
-        if name not in COMMANDS:
-            raise UsageError(f"{name}: unknown command; choose one of {', '.join(COMMANDS)}")
         return _command(name)(arguments[1:])
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,23 +57,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A failed Orbax write leaves coroutines that speak of themselves as the process ends, after
         # the one line that says what to do.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        prefix = f"bytelm {name}: " if name in COMMANDS else "bytelm: "
-        print(prefix + _one_line(error), file=sys.stderr)
+        print(f"bytelm {name}: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
 def _command(name: str) -> Callable[[list[str]], int]:
-    # Imported only now: a command line that is wrong, or asks for help, should not wait for JAX.
     commands = importlib.import_module(f"bytelm_jax.cli.{_MODULES.get(name, 'model')}")
     function = getattr(commands, f"{name}_command")
     if "argv" in inspect.signature(function).parameters:
         return function
+    from bytelm_jax.cli.arguments import parse_call
+
     return lambda argv: parse_call(function, argv, f"bytelm {name}")
+
+
+def _unknown(name: str) -> str:
+    near = get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}? The commands are" if near else "choose one of"
+    return f"{name}: unknown command; {hint} {', '.join(COMMANDS)}"
 
 
 def _overview() -> str:
     lines = ["usage: bytelm COMMAND …   (bytelm COMMAND --help tells more)", ""]
     lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    lines += ["", "bytelm --version prints the version."]
     return "\n".join(lines)
 
 

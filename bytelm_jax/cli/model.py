@@ -1,13 +1,13 @@
-"""The commands behind `bytelm`, one function each; signatures and docstrings are their help."""
+"""The commands on models and data, one function each; signatures and docstrings are their help.
+
+Each imports what it runs after it has looked at its options, so that help and mistakes need no JAX.
+"""
 
 import sys
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
-from typing import Literal
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING, Literal
 
 from bytelm import data as corpora
 from bytelm.config import (
@@ -22,16 +22,9 @@ from bytelm.config.lfbyte import require_prediction
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.arguments import UsageError
-from bytelm_jax.inference.generate import stream
-from bytelm_jax.interop import convert, formats
-from bytelm_jax.interop import hf_blt as convert_blt
-from bytelm_jax.interop import vocab as convert_vocab
-from bytelm_jax.models import Params, define_model
-from bytelm_jax.parity import report as parity
-from bytelm_jax.training import checkpoint as checkpoints
-from bytelm_jax.training import mesh as meshes
-from bytelm_jax.training import patch_calibration as patch_contract
-from bytelm_jax.training.evaluate import evaluate, make_row_nats
+
+if TYPE_CHECKING:
+    from bytelm_jax.models import Params
 
 
 def eval_command(
@@ -61,6 +54,15 @@ def eval_command(
     if not data:
         raise UsageError("--data: name at least one file or folder")
     corpus = corpora.open_corpus(data)
+
+    import jax
+    import jax.numpy as jnp
+
+    from bytelm_jax.models import define_model
+    from bytelm_jax.training import checkpoint as checkpoints
+    from bytelm_jax.training import mesh as meshes
+    from bytelm_jax.training.evaluate import evaluate, make_row_nats
+
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
@@ -91,17 +93,22 @@ def eval_command(
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with its model starting texts anew as asked for, or as it was trained."""
     if reset_on != "trained":
-        recipe = replace(recipe, model=patch_contract.resetting(recipe.model, reset_on))
+        from bytelm_jax.training import patch_calibration
+
+        recipe = replace(recipe, model=patch_calibration.resetting(recipe.model, reset_on))
     require_document_ends(recipe)
     return recipe
 
 
-def _check_patches(recipe: Recipe, params: Params, windows: corpora.Windows) -> dict[str, float]:
+def _check_patches(recipe: Recipe, params: "Params", windows: corpora.Windows) -> dict[str, float]:
     """The mean patch length of a BLT on these data; a line on stderr where the run knows others."""
     if not isinstance(recipe.model, BLTConfig):
         return {}
-    found = patch_contract.measure(recipe.model, params, windows)
-    wrong = patch_contract.outside(recipe.patching, found) if recipe.patching else None
+
+    from bytelm_jax.training import patch_calibration
+
+    found = patch_calibration.measure(recipe.model, params, windows)
+    wrong = patch_calibration.outside(recipe.patching, found) if recipe.patching else None
     if wrong:
         print(f"bytelm eval: warning: data: {wrong}", file=sys.stderr, flush=True)
     return {"bytes_per_patch": found.mean_length}
@@ -141,6 +148,11 @@ def generate_command(
         reset_on: where the text starts anew for the model; as it was trained, if not given.
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    from bytelm_jax.inference.generate import stream
+    from bytelm_jax.models import define_model
+    from bytelm_jax.training import checkpoint as checkpoints
+
     recipe, params, _ = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     bind, _ = define_model(recipe.model)
@@ -183,16 +195,20 @@ def export_command(
         bos_id: the id of the beginning of a sequence.
         eos_id: the id of the end of a sequence.
     """
+    from bytelm_jax.interop import convert, hf_blt
+    from bytelm_jax.interop.vocab import remap_vocab
+    from bytelm_jax.training import checkpoint as checkpoints
+
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     asked = {"size": vocab_size, "offset": vocab_offset}
     asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
     vocab = replace(recipe.model.vocab, **{k: v for k, v in asked.items() if v != -1})
-    model, params = convert_vocab.remap_vocab(recipe.model, params, vocab)
+    model, params = remap_vocab(recipe.model, params, vocab)
     recipe = replace(recipe, model=model)
     if format == "hf-blt":
         if not isinstance(recipe.model, BLTConfig):
             raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
-        convert_blt.export_hf_blt(recipe.model, params, out)
+        hf_blt.export_hf_blt(recipe.model, params, out)
     else:
         extra = {"recipe": recipe.name, "step": step}
         if recipe.patching:
@@ -219,6 +235,9 @@ def import_command(
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto looks at it.
     """
+    from bytelm_jax.interop import convert, formats
+    from bytelm_jax.training import checkpoint as checkpoints
+
     checkpoints.check_unused(out)
     cast = convert.Float32Cast()
     config, params = formats.import_any(source, format, cast)
@@ -268,12 +287,15 @@ def calibrate_command(
     if windows < 0:
         raise UsageError(f"--windows={windows}: must be at least 0")
 
+    from bytelm_jax.training import checkpoint as checkpoints
+    from bytelm_jax.training import patch_calibration
+
     def cut(paths: tuple[Path, ...]) -> corpora.Windows:
         options = (recipe.model.vocab, recipe.data.sequence_length, recipe.data.append_eos)
         return corpora.Windows(corpora.open_corpus(paths), *options)
 
     recipe, params, step = checkpoints.load_run(run)
-    made = patch_contract.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
+    made = patch_calibration.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
     contract = made.patching
     assert contract is not None
     unit = "bits a patch" if contract.patcher == "histogram" else "nats"
@@ -282,14 +304,14 @@ def calibrate_command(
         f"bytes a patch over {contract.sampled_bytes} bytes of --data"
     ]
     if check:
-        model, params = patch_contract.as_blt(made, params)
+        model, params = patch_calibration.as_blt(made, params)
         model = replace(model, threshold=contract.threshold)
-        seen = patch_contract.measure(model, params, cut(check), windows or None)
+        seen = patch_calibration.measure(model, params, cut(check), windows or None)
         lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
     checkpoints.save_config(run, made)
     print("\n".join(lines))
     known = recipe.patching if isinstance(recipe.model, BLTConfig) else None
-    wrong = patch_contract.outside(known, contract) if known else None
+    wrong = patch_calibration.outside(known, contract) if known else None
     if wrong:
         print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
     return 0
@@ -335,6 +357,8 @@ def parity_command(
         length: bytes a window; 0 takes a little more than four patches, an odd number.
         checkpoint: of a run folder: latest, best or a step.
     """
+    from bytelm_jax.parity import report as parity
+
     report = parity.compare(path, dtype, data, rows, length, checkpoint)
     print(report.text)
     return 0 if report.passed else 1

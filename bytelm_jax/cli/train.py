@@ -1,18 +1,11 @@
-"""`bytelm train`: its command line, the processes of a run, how a run ends, and dry runs."""
+"""`bytelm train`: its command line, which is read without JAX; `run.py` does what it says."""
 
-import json
 import math
-import os
-import sys
-import threading
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, NoReturn
-
-import jax
+from typing import NamedTuple
 
 from bytelm import recipes
-from bytelm.config import Recipe, require_document_ends
+from bytelm.config import require_document_ends
 from bytelm.config.lfbyte import require_prediction
 from bytelm_jax.cli.arguments import (
     ALIASES,
@@ -22,11 +15,7 @@ from bytelm_jax.cli.arguments import (
     take_flag,
     take_option,
 )
-from bytelm_jax.tools import dry_run
 from bytelm_jax.tools.machine import Machine
-from bytelm_jax.training import processes
-from bytelm_jax.training.loop import open_windows, train
-from bytelm_jax.training.reporter import DivergedError
 
 
 def train_command(argv: list[str]) -> int:
@@ -47,34 +36,23 @@ def train_command(argv: list[str]) -> int:
     if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
         raise UsageError("--epochs: sets --train.steps; give one of them")
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
-    if dry:
-        return _dry_run(recipe, dry)
-    join_processes(joining, "train")
-    recipe = _with_epochs(recipe, epochs) if epochs else recipe
-    # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
-    threading.excepthook = sys.unraisablehook = lambda _: None
-    dry_run.require_memory(recipe)
+    require_prediction(recipe.model)
+    require_document_ends(recipe)
+    times = _number_of_epochs(epochs) if epochs else None
+
+    from bytelm_jax.cli import run  # what stands above needs no JAX: a mistake is told at once
+
+    return run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times)
+
+
+def _number_of_epochs(text: str) -> float:
     try:
-        outcome = train(recipe, run_dir)
-    except DivergedError as error:
-        print(f"bytelm train: {error}", file=sys.stderr)
-        return 1
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() > 1:
-            _leave(error)
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(_out_of_memory(recipe, error), file=sys.stderr)
-        return 1
-    if not processes.is_first():
-        return 0
-    if outcome.interrupted and not outcome.step:
-        print("stopped before the first step; nothing is lost, the same command starts again")
-    elif outcome.interrupted:
-        print(f"stopped: step {outcome.step} is saved in {run_dir}; the same command goes on")
-    else:
-        print(f"done: step {outcome.step} is saved in {run_dir}")
-    return 0
+        times = float(text)
+    except ValueError:
+        times = math.nan
+    if not 0 < times < math.inf:
+        raise UsageError(f"--epochs {text}: must be a number above 0")
+    return times
 
 
 def _train_help() -> str:
@@ -128,17 +106,6 @@ def take_processes(argv: list[str]) -> tuple[Joining, list[str]]:
     return Joining(several, coordinator or "", numbers[0] or 0, numbers[1]), argv
 
 
-def join_processes(joining: Joining, command: str) -> None:
-    """Joins the processes that the command line speaks of; the first one says how many came."""
-    if not joining.several:
-        processes.check_alone()
-        return
-    processes.join(joining.coordinator, joining.processes, joining.index)
-    if processes.is_first():
-        found = f"{jax.process_count()} processes, {jax.device_count()} devices"
-        print(f"bytelm {command}: {found}", file=sys.stderr, flush=True)
-
-
 class DryRun(NamedTuple):
     """A dry run is asked for: on which machine, and how to print."""
 
@@ -162,48 +129,8 @@ def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
             raise UsageError(f"--{name.replace('_', '-')} {text}: must be a number") from None
     if not wanted and (as_json or chip or numbers):
         raise UsageError("--json, --chip, --mfu, --link-gbytes: need --dry-run")
-    return (DryRun(machine._replace(**numbers), as_json) if wanted else None), argv
-
-
-def _dry_run(recipe: Recipe, asked: DryRun) -> int:
-    require_prediction(recipe.model)
-    require_document_ends(recipe)
-    found = dry_run.dry_run(recipe, asked.machine)
-    if asked.as_json:
-        print(json.dumps(dry_run.as_json(recipe.name, found)))
-    else:
-        print(dry_run.describe(recipe.name, found))
-    return 0
-
-
-def _leave(error: BaseException) -> NoReturn:
-    """Ends a process that lost another one: nothing milder than this returns from a collective."""
-    line = str(error).strip().splitlines()[0][:200]
-    print(
-        f"bytelm train: process {jax.process_index()} lost another one ({line}); the same command "
-        "goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(processes.HUNG)
-
-
-def _out_of_memory(recipe: Recipe, error: BaseException) -> str:
-    run, line = recipe.train, " ".join(str(error).split())[:200]
-    return (
-        f"bytelm train: out of memory with batch_size={run.batch_size} ({line}); add --remat or a "
-        "larger --fsdp, or in another --run-dir lower it or raise accumulation_steps"
-    )
-
-
-def _with_epochs(recipe: Recipe, epochs: str) -> Recipe:
-    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
-    try:
-        times = float(epochs)
-    except ValueError:
-        times = math.nan
-    if not 0 < times < math.inf:
-        raise UsageError(f"--epochs {epochs}: must be a number above 0")
-    windows, _, _ = open_windows(recipe)
-    steps = max(1, math.ceil(times * len(windows) / recipe.train.batch_size))
-    return replace(recipe, train=replace(recipe.train, steps=steps))
+    if not wanted:
+        return None, argv
+    machine = machine._replace(**numbers)
+    machine.check()
+    return DryRun(machine, as_json), argv

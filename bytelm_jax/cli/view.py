@@ -1,4 +1,4 @@
-"""The commands that show a model or a run to a person; as `commands.py`, one function each."""
+"""The commands that show a model or a run to a person; as in `model.py`, one function each."""
 
 import signal
 import sys
@@ -8,11 +8,8 @@ from json import dumps as dump_json
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from bytelm_jax.cli.arguments import UsageError
 from bytelm_jax.cli.model import with_resets
-from bytelm_jax.training import checkpoint as checkpoints
 
 
 def inspect_command(
@@ -41,13 +38,17 @@ def inspect_command(
         checkpoint: latest, best or a step.
         reset_on: where the text starts anew for the model; as it was trained, if not given.
     """
-    from bytelm_jax.tools import inspection
-
     if max_bytes < 1:
         raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
     given, name, size = _text_or_file(text, max_bytes)
     if not given:
         raise ValueError(f"{name}: is empty; give at least one byte")
+
+    from rich.console import Console
+
+    from bytelm_jax.tools import inspection
+    from bytelm_jax.training import checkpoint as checkpoints
+
     recipe, params, _ = checkpoints.load_run(model, checkpoint)
     recipe = with_resets(recipe, reset_on)
     kept = given[: recipe.model.longest_input]
@@ -129,6 +130,7 @@ def serve_command(
         reset_on: where the text starts anew for the model; as it was trained, if not given.
     """
     from bytelm_jax.tools import app
+    from bytelm_jax.training import checkpoint as checkpoints
 
     limits = app.Limits(
         prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue

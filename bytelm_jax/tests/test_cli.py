@@ -18,7 +18,7 @@ import torch
 
 import bytelm_torch
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli import model as commands
+from bytelm_jax.inference import generate as generation
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.training.loss import token_nats
@@ -366,7 +366,7 @@ def test_resets_are_chosen_at_evaluation_and_generation(run, tmp_path, capsys, m
         wanted = line_nats(run, texts)
         assert abs(found["nats"] - wanted) <= tolerances.OTHER_PLACE["float32"] * wanted
     models = []
-    monkeypatch.setattr(commands, "stream", lambda model, *_, **__: models.append(model) or [])
+    monkeypatch.setattr(generation, "stream", lambda model, *_, **__: models.append(model) or [])
     assert cli.main(["generate", str(run), "--reset-on", "newline"]) == 0
     assert cli.main(["generate", str(run)]) == 0
     assert [model.config.reset_on for model in models] == ["newline", "none"]

@@ -11,7 +11,7 @@ from bytelm import recipes
 from bytelm.config import BLTConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import model as commands
-from bytelm_jax.cli import train as commands_train
+from bytelm_jax.cli import run as commands_run
 from bytelm_jax.cli.arguments import UsageError, expand_names, take_option
 from bytelm_jax.tests.test_cli import refused
 from bytelm_jax.training import processes
@@ -92,7 +92,7 @@ def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
         return Outcome(recipe.train.steps, False)
 
     joined = []
-    monkeypatch.setattr(commands_train, "train", remember)
+    monkeypatch.setattr(commands_run, "train", remember)
     monkeypatch.setattr(processes, "join", lambda *where: joined.append(where))
     start = ["train", "lfbyte", "--data", str(text)]
     assert cli.main([*start, *LFBYTE.split()]) == 0

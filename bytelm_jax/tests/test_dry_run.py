@@ -14,7 +14,7 @@ import pytest
 from bytelm import recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli import train as commands_train
+from bytelm_jax.cli import run as commands_run
 from bytelm_jax.models import cast_params
 from bytelm_jax.tools import dry_run
 from bytelm_jax.tools.collectives import Collective, read_collectives
@@ -223,7 +223,7 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
     tmp_path, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(commands_train, "train", lambda recipe, _: asked.append(recipe) or (1 / 0))
+    monkeypatch.setattr(commands_run, "train", lambda recipe, _: asked.append(recipe) or (1 / 0))
     folder = tmp_path / "run"
     call = ["train", "megabyte_tiny", *SMALL, "--run-dir", str(folder), "--devices", "1"]
     data = DataConfig(sequence_length=16)
@@ -253,7 +253,7 @@ def test_a_device_that_runs_out_of_memory_ends_a_run_in_one_line(tmp_path, monke
     def train(recipe, run_dir):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while\n trying")
 
-    monkeypatch.setattr(commands_train, "train", train)
+    monkeypatch.setattr(commands_run, "train", train)
     assert cli.main(["train", "megabyte_tiny", "--run-dir", str(tmp_path / "run")]) == 1
     error = capsys.readouterr().err
     assert "out of memory with batch_size=16 (RESOURCE_EXHAUSTED: Out of memory while try" in error

@@ -18,7 +18,9 @@ LOCAL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1024
 LOCAL |= {"hidden_size_global": 768}
 IMPORT = """
 import sys, jax
-from bytelm_jax.cli import main
+from bytelm_jax.cli.main import main
+from bytelm_jax.interop import formats
+from bytelm_jax.training import checkpoint
 def held(kind):
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))

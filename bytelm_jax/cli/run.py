@@ -1,0 +1,97 @@
+"""`bytelm train` once its command line is read: processes, training, how a run ends, dry runs."""
+
+import json
+import math
+import os
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+import jax
+
+from bytelm.config import Recipe
+from bytelm_jax.cli.train import DryRun, Joining
+from bytelm_jax.tools import dry_run as forecast
+from bytelm_jax.training import processes
+from bytelm_jax.training.loop import open_windows, train
+from bytelm_jax.training.reporter import DivergedError
+
+
+def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -> int:
+    """Trains; `epochs` takes the place of the recipe's number of steps. Returns the exit code."""
+    join_processes(joining, "train")
+    recipe = _with_epochs(recipe, epochs) if epochs else recipe
+    # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
+    threading.excepthook = sys.unraisablehook = lambda _: None
+    forecast.require_memory(recipe)
+    try:
+        outcome = train(recipe, run_dir)
+    except DivergedError as error:
+        print(f"bytelm train: {error}", file=sys.stderr)
+        return 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() > 1:
+            _leave(error)
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(_out_of_memory(recipe, error), file=sys.stderr)
+        return 1
+    if not processes.is_first():
+        return 0
+    if outcome.interrupted and not outcome.step:
+        print("stopped before the first step; nothing is lost, the same command starts again")
+    elif outcome.interrupted:
+        print(f"stopped: step {outcome.step} is saved in {run_dir}; the same command goes on")
+    else:
+        print(f"done: step {outcome.step} is saved in {run_dir}")
+    return 0
+
+
+def join_processes(joining: Joining, command: str) -> None:
+    """Joins the processes that the command line speaks of; the first one says how many came."""
+    if not joining.several:
+        processes.check_alone()
+        return
+    processes.join(joining.coordinator, joining.processes, joining.index)
+    if processes.is_first():
+        found = f"{jax.process_count()} processes, {jax.device_count()} devices"
+        print(f"bytelm {command}: {found}", file=sys.stderr, flush=True)
+
+
+def dry_run(recipe: Recipe, asked: DryRun) -> int:
+    """Prints what a run would take and how long, reading and writing nothing."""
+    found = forecast.dry_run(recipe, asked.machine)
+    if asked.as_json:
+        print(json.dumps(forecast.as_json(recipe.name, found)))
+    else:
+        print(forecast.describe(recipe.name, found))
+    return 0
+
+
+def _with_epochs(recipe: Recipe, epochs: float) -> Recipe:
+    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
+    windows, _, _ = open_windows(recipe)
+    steps = max(1, math.ceil(epochs * len(windows) / recipe.train.batch_size))
+    return replace(recipe, train=replace(recipe.train, steps=steps))
+
+
+def _out_of_memory(recipe: Recipe, error: BaseException) -> str:
+    run, line = recipe.train, " ".join(str(error).split())[:200]
+    return (
+        f"bytelm train: out of memory with batch_size={run.batch_size} ({line}); add --remat or a "
+        "larger --fsdp, or in another --run-dir lower it or raise accumulation_steps"
+    )
+
+
+def _leave(error: BaseException) -> NoReturn:
+    """Ends a process that lost another one: nothing milder than this returns from a collective."""
+    line = str(error).strip().splitlines()[0][:200]
+    print(
+        f"bytelm train: process {jax.process_index()} lost another one ({line}); the same command "
+        "goes on from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(processes.HUNG)

@@ -1,0 +1,94 @@
+"""What is answered before JAX has started: help, mistakes, the version, the package's names."""
+
+import ast
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bytelm
+import bytelm_jax
+from bytelm_jax.cli.main import COMMANDS
+
+HEAVY = ("jax", "flax", "optax", "orbax", "grain", "scipy", "torch", "matplotlib")
+
+PROGRAM = f"""
+import contextlib, io, json, sys
+from bytelm_jax.cli.main import main
+
+def answer(argv):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = stop.code or 0
+    return argv, code, said.getvalue(), [m for m in {HEAVY} if m in sys.modules]
+
+print(json.dumps([answer(argv) for argv in json.loads(sys.argv[1])]))
+"""
+
+
+def answers(calls):
+    """(arguments, exit code, what is said, heavy modules that are loaded) of each call in turn."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(calls)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return json.loads(done.stdout)
+
+
+def test_help_needs_no_jax():
+    calls = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
+    calls += [["train", "megabyte_tiny", "--help"], ["train", "blt_1b", "--help"]]
+    for argv, code, said, loaded in answers(calls):
+        assert (code, loaded) == (0, []), (argv, said)
+        assert len(said.splitlines()) > 3 or said == f"bytelm {bytelm.__version__}\n"
+
+
+def test_a_wrong_command_line_does_not_wait_for_jax():
+    calls = {
+        ("trane",): "did you mean train?",
+        ("train", "megabyte_tini"): "did you mean megabyte_tiny?",
+        ("train", "megabyte_tiny", "--patch-sizes", "4"): "did you mean --patch-size?",
+        ("train", "megabyte_tiny", "--patch-size", "3"): "must be a multiple of patch_size=3",
+        ("train", "lfbyte_tiny", "--no-causal"): "model.causal=False",
+        ("train", "megabyte_tiny", "--epochs", "many"): "--epochs many: must be a number",
+        ("train", "megabyte_tiny", "--dry-run", "--chip", "H1"): "chip=H1: unknown",
+        ("eval", "run", "--data"): "--data",
+        ("eval", "run", "--data", "/nowhere"): "/nowhere: does not exist",
+        ("eval", "run", "--batch-sizes", "4"): "batch-sizes",
+        ("generate", "run", "--top-p", "0"): "top_p=0.0: must be above 0",
+        ("inspect", "text", "--model", "run", "--max-bytes", "0"): "must be at least 1",
+        ("calibrate", "run", "--data", "x", "--windows", "-1"): "must be at least 0",
+        ("prepare", "/nowhere", "--out", "x"): "/nowhere: does not exist",
+        ("doctor", "--fsdp", "0"): "--fsdp 0: must be at least 1",
+    }
+    for argv, code, said, loaded in answers(list(calls)):
+        assert (code, loaded) == (2, []), (argv, said)
+        assert calls[tuple(argv)] in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize("module", ["bytelm_jax", "bytelm_jax.cli"])
+def test_the_command_by_the_name_of_a_module(module):
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"bytelm {importlib.metadata.version('bytelm')}\n"
+
+
+def test_the_package_offers_what_editors_are_told():
+    """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same."""
+    tree = ast.parse(Path(bytelm_jax.__file__).read_text("utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    told = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        told |= {alias.name: node.module for alias in node.names}
+    assert sorted(told) == sorted(bytelm_jax.__all__)
+    for name, module in told.items():
+        home = importlib.import_module(module)
+        assert getattr(bytelm_jax, name) is getattr(home, name)
+        assert name in dir(bytelm_jax)
+    with pytest.raises(AttributeError, match="no attribute 'build_modle'"):
+        bytelm_jax.build_modle  # noqa: B018
