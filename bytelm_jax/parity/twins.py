@@ -73,7 +73,7 @@ def _before(ids: np.ndarray, start: int, patch: int, pad: int) -> np.ndarray:
 def _prompts(ids: np.ndarray, config: ModelConfig) -> tuple[list[bytes], int]:
     """What greedy generation starts from, and how many bytes there is room for."""
     half = max(1, ids.shape[1] // 2)
-    room = min(_NEW_BYTES, getattr(config, "max_length", half + _NEW_BYTES) - half)
+    room = min(_NEW_BYTES, (config.longest_input or half + _NEW_BYTES) - half)
     return [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids], room
 
 
