@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Self
 
 LARGEST_FLOAT = 3.4028234663852886e38
 """The largest number of float32, in which every model and optimizer computes."""
@@ -60,3 +60,46 @@ class ByteVocab:
             require(inside, f"vocab.{name}={value}: choose an id from {free}")
         distinct = len(set(specials.values())) == len(specials)
         require(distinct, f"vocab: pad_id, bos_id and eos_id must differ, got {specials}")
+
+
+class ArchitectureConfig:
+    """What is asked of every architecture, with the answers that most of them give.
+
+    Configurations of models derive from it; nobody asks which architecture one is.
+    """
+
+    architecture: ClassVar[str]
+    """The tag in `config.json`."""
+    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
+    """What the names of parameters that training leaves alone begin with."""
+    has_patching_contract: ClassVar[bool] = False
+    """Whether a run records how long its patches are on the data that it was trained on."""
+    vocab: ByteVocab
+
+    @property
+    def causal(self) -> bool:
+        """Whether the logits of a byte see the bytes before it alone, so that it can generate."""
+        return True
+
+    @property
+    def longest_input(self) -> int | None:
+        """The most bytes in one row; None, there is no bound."""
+        return None
+
+    @property
+    def logit_width(self) -> int:
+        """Ids for which the model computes logits."""
+        return self.vocab.size
+
+    @property
+    def parity_length(self) -> int:
+        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        return 35
+
+    def frozen_flops_per_byte(self, length: int) -> float:
+        """Those of the forward operations a byte that no backward pass follows."""
+        return 0.0
+
+    def with_resets(self, reset_on: str) -> Self:
+        """This configuration with texts that start where `reset_on` says."""
+        return replace(self, reset_on=reset_on)  # pyright: ignore[reportArgumentType]

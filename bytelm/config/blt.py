@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 from bytelm.config.base import (
+    ArchitectureConfig,
     ByteVocab,
     require,
     require_finite,
@@ -43,7 +44,7 @@ def _blt_vocab() -> ByteVocab:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntropyConfig:
+class EntropyConfig(ArchitectureConfig):
     """A plain causal byte transformer; in BLT its entropies set the patch boundaries.
 
     `kv_heads=0` means as many as `heads`; a byte attends to itself and the `window - 1` before it,
@@ -51,7 +52,6 @@ class EntropyConfig:
     """
 
     architecture: ClassVar[str] = "entropy"
-    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     dim: int = 768
     layers: int = 14
@@ -71,11 +71,6 @@ class EntropyConfig:
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
         require_fraction(self, "dropout")
 
-    @property
-    def longest_input(self) -> int | None:
-        """The most bytes in one row; None, there is no bound."""
-        return None
-
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""
         layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
@@ -89,7 +84,7 @@ class EntropyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BLTConfig:
+class BLTConfig(ArchitectureConfig):
     """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults of its 1B model.
 
     - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is unsure by more
@@ -116,6 +111,7 @@ class BLTConfig:
 
     architecture: ClassVar[str] = "blt"
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
+    has_patching_contract: ClassVar[bool] = True
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     patcher: Literal["entropy", "histogram", "space", "fixed", "byte"] = "entropy"
     threshold: float = 1.335442066192627
@@ -197,9 +193,15 @@ class BLTConfig:
         require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
 
     @property
-    def longest_input(self) -> int | None:
-        """The most bytes in one row; None, there is no bound."""
-        return None
+    def parity_length(self) -> int:
+        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        varies = self.patcher in ("entropy", "space", "histogram")
+        return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
+
+    def with_resets(self, reset_on: Any) -> Self:
+        """This configuration, its entropy model included, with texts that start as asked."""
+        entropy = replace(self.entropy, reset_on=reset_on)
+        return replace(self, reset_on=reset_on, entropy=entropy)
 
     @property
     def ngram_tables(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from bytelm.config.base import (
+    ArchitectureConfig,
     ByteVocab,
     require,
     require_finite,
@@ -23,7 +24,7 @@ def _lfbyte_vocab() -> ByteVocab:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LFByteConfig:
+class LFByteConfig(ArchitectureConfig):
     """LFByteTransformer: token mixing, channel mixing and experts out of input-adaptive linears.
 
     - `adaptation`: `low_rank` adds U diag(S a + s) V, of rank `rank`, to each weight matrix; `full`
@@ -44,7 +45,6 @@ class LFByteConfig:
     """
 
     architecture: ClassVar[str] = "lfbyte"
-    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
     convolution_chunk: ClassVar[int] = 64
     vocab: ByteVocab = field(default_factory=_lfbyte_vocab)
     embed_dim: int = 512
@@ -109,11 +109,6 @@ class LFByteConfig:
             top_k=0,
             block="plain",
         )
-
-    @property
-    def longest_input(self) -> int | None:
-        """The most bytes in one row; None, there is no bound."""
-        return None
 
     @property
     def sparse(self) -> bool:
@@ -202,10 +197,10 @@ class LFByteConfig:
         return inputs * outputs * (1 + once * self.adapt_dim)
 
 
-def require_prediction(config: object) -> None:
+def require_prediction(config: ArchitectureConfig) -> None:
     """Raises `ValueError` for a model that sees the bytes that it would be asked for."""
     require(
-        not isinstance(config, LFByteConfig) or config.causal,
+        config.causal,
         "model.causal=False: this model sees the bytes that it would predict; "
         "training and evaluation need causal=True",
     )

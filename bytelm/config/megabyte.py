@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from bytelm.config.base import (
+    ArchitectureConfig,
     ByteVocab,
     require,
     require_finite,
@@ -16,7 +17,7 @@ from bytelm.config.base import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class MegabyteConfig:
+class MegabyteConfig(ArchitectureConfig):
     """MEGABYTE (Yu et al. 2023, arXiv 2305.07185). The global width is patch_size * global_dim.
 
     `patch_size=1, local_layers=0` makes it a plain byte transformer, the yardstick of comparisons.
@@ -30,7 +31,6 @@ class MegabyteConfig:
     """
 
     architecture: ClassVar[str] = "megabyte"
-    frozen_prefixes: ClassVar[tuple[str, ...]] = ()
     variant: Literal["paper", "in_action"] = "paper"
     vocab: ByteVocab = field(default_factory=ByteVocab)
     patch_size: int = 8
@@ -79,6 +79,11 @@ class MegabyteConfig:
     def longest_input(self) -> int | None:
         """The most bytes in one row, None where there is no bound."""
         return self.max_length if self.variant == "paper" else None
+
+    @property
+    def parity_length(self) -> int:
+        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        return 4 * self.patch_size + 3
 
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""

@@ -22,5 +22,4 @@ def training_flops_per_byte(config: ModelConfig, length: int) -> float:
 
     A frozen entropy model runs forward alone.
     """
-    frozen = config.frozen_flops_per_byte(length) if isinstance(config, BLTConfig) else 0.0
-    return 3 * config.flops_per_byte(length) - 2 * frozen
+    return 3 * config.flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)

@@ -93,16 +93,14 @@ def eval_command(
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with its model starting texts anew as asked for, or as it was trained."""
     if reset_on != "trained":
-        from bytelm_jax.training import patch_calibration
-
-        recipe = replace(recipe, model=patch_calibration.resetting(recipe.model, reset_on))
+        recipe = replace(recipe, model=recipe.model.with_resets(reset_on))
     require_document_ends(recipe)
     return recipe
 
 
 def _check_patches(recipe: Recipe, params: "Params", windows: corpora.Windows) -> dict[str, float]:
     """The mean patch length of a BLT on these data; a line on stderr where the run knows others."""
-    if not isinstance(recipe.model, BLTConfig):
+    if not recipe.model.has_patching_contract:
         return {}
 
     from bytelm_jax.training import patch_calibration
@@ -310,7 +308,7 @@ def calibrate_command(
         lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
     checkpoints.save_config(run, made)
     print("\n".join(lines))
-    known = recipe.patching if isinstance(recipe.model, BLTConfig) else None
+    known = recipe.patching if recipe.model.has_patching_contract else None
     wrong = patch_calibration.outside(known, contract) if known else None
     if wrong:
         print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)

@@ -5,7 +5,6 @@ the other, torch first: what it does waits in files, so that memory holds one mo
 gradients, and the activations of a training step on these rows.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bytelm import data
-from bytelm.config import BLTConfig, ModelConfig
+from bytelm.config import ModelConfig
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
 from bytelm_jax.parity.recording import Place, Shelf
@@ -146,10 +145,8 @@ def compare(
 def _default_length(config: ModelConfig) -> int:
     """A little more than four patches, an odd number; with resets enough for some lines."""
     if config.reset_on == "newline":
-        return min(131, getattr(config, "max_length", 131))
-    if isinstance(config, BLTConfig) and config.patcher in ("entropy", "space", "histogram"):
-        return 4 * math.ceil(config.bytes_per_patch) + 3
-    return 4 * getattr(config, "patch_size", 8) + 3
+        return min(131, config.longest_input or 131)
+    return config.parity_length
 
 
 def compare_twins(
@@ -177,7 +174,7 @@ def compare_recordings(
     for name in ("logits", "loss"):
         report.compare(name, ours.values[name], theirs.values[name], forward)
     _compare_gradients(report, ours, theirs, backward)
-    if not getattr(config, "causal", True):
+    if not config.causal:
         report.add("generation: causal=False, an encoder does not generate", "left out", True)
     elif theirs.texts is not None and ours.texts is not None:
         _compare_decoding(report, ours, theirs, forward)

@@ -106,7 +106,7 @@ def record_torch(
         found.keep("logits", output.logits)
         found.keep("loss", loss)
         loss.backward()
-    if not (decode and getattr(config, "causal", True)):
+    if not (decode and config.causal):
         return found
     with torch.no_grad():
         _decode_torch(found, twin, ids)
@@ -226,7 +226,7 @@ def record_jax(
         )
         made = convert.to_torch(gradients).items()
         found.values.update((f"gradient of {name}", value) for name, value in made)
-        if decode and getattr(config, "causal", True):
+        if decode and config.causal:
             _decode_jax(found, bind, params, ids, config)
             prompts, room = _prompts(ids, config)
             found.texts = generate(bind(params), prompts, room, SamplerConfig(sampler="greedy"))

@@ -235,7 +235,7 @@ def _rows(recipe: Recipe, mesh: Mesh) -> int:
 
 
 def _logit_width(recipe: Recipe) -> int:
-    return getattr(recipe.model, "logit_width", recipe.model.vocab.size)
+    return recipe.model.logit_width
 
 
 def _count(array: Held) -> int:

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from bytelm import data
 from bytelm.config import (
-    BLTConfig,
     Recipe,
     TrainConfig,
     require_document_ends,
@@ -83,7 +82,6 @@ def agree_on_patches(
 ) -> Recipe:
     """`recipe` with its patching contract; says so where these data break the one it came with."""
     model, known = recipe.model, recipe.patching
-    assert isinstance(model, BLTConfig)
     own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
     # On one device of this process: every process measures for itself.
     whole = {name: jnp.asarray(value) for name, value in meshes.fetch(mesh, own).items()}
@@ -168,7 +166,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             if run.entropy_from:
                 trained = meshes.place(mesh, patch_contract.load_entropy_model(recipe))
                 state = state._replace(params=state.params | trained)
-        if isinstance(recipe.model, BLTConfig):
+        if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     if first:
         checkpoint.save_config(run_dir, recipe)

@@ -169,7 +169,7 @@ def calibrate(
         f"bytes_per_patch={bytes_per_patch}: the nearest that these data allow is "
         f"{contract.mean_length:.3f}; give that, or more and other data",
     )
-    if isinstance(recipe.model, BLTConfig):
+    if recipe.model.has_patching_contract:
         config = replace(config, bytes_per_patch=round(contract.mean_length, 3))
         return replace(recipe, model=config, patching=contract)
     return replace(recipe, patching=contract)
@@ -276,7 +276,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         )
         source = checkpoint.load_config(Path(named))
         theirs = _calibrated(source, named)
-    known = resetting(_defaults(recipe), model.entropy.reset_on)  # not left to the source
+    known = _defaults(recipe).with_resets(model.entropy.reset_on)  # not left to the source
     for field in _FROM_SOURCE:
         asked, given = getattr(model, field), getattr(theirs, field)
         free = asked in (given, getattr(known, field))
@@ -290,14 +290,6 @@ def _defaults(recipe: Recipe) -> Any:
     from bytelm import recipes
 
     return recipes.get(recipe.name).model if recipe.name in recipes.names() else recipe.model
-
-
-def resetting(model: Any, reset_on: Any) -> Any:
-    """The configuration with texts starting anew as asked, in the entropy model of a BLT, too."""
-    parts = {}
-    if isinstance(model, BLTConfig):
-        parts["entropy"] = replace(model.entropy, reset_on=reset_on)
-    return replace(model, reset_on=reset_on, **parts)
 
 
 def _calibrated(source: Recipe, named: str) -> BLTConfig:
