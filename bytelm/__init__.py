@@ -2,18 +2,23 @@
 
 from bytelm import recipes
 from bytelm.config import (
+    AdamWConfig,
     BLTConfig,
     ByteVocab,
     EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
     OptimizerConfig,
+    QLearningAdamWConfig,
+    QLearningSGDConfig,
     Recipe,
+    SGDConfig,
 )
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 
 __all__ = [
+    "AdamWConfig",
     "BLTConfig",
     "ByteTokenizer",
     "ByteVocab",
@@ -21,7 +26,10 @@ __all__ = [
     "LFByteConfig",
     "MegabyteConfig",
     "OptimizerConfig",
+    "QLearningAdamWConfig",
+    "QLearningSGDConfig",
     "Recipe",
+    "SGDConfig",
     "SamplerConfig",
     "__version__",
     "recipes",

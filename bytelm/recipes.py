@@ -7,12 +7,12 @@ from dataclasses import replace
 from difflib import get_close_matches
 
 from bytelm.config import (
+    AdamWConfig,
     BLTConfig,
     DataConfig,
     EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
-    OptimizerConfig,
     Recipe,
     TrainConfig,
 )
@@ -21,13 +21,13 @@ _RECIPE = {"return": Recipe}
 """The annotations by which `names` tells a recipe from other functions."""
 
 _TINY_DATA = DataConfig(sequence_length=256)
-_TINY_OPTIMIZER = OptimizerConfig(learning_rate=3e-3, warmup_steps=40)
+_TINY_OPTIMIZER = AdamWConfig(learning_rate=3e-3, warmup_steps=40)
 _TINY_TRAIN = TrainConfig(steps=600, batch_size=16, eval_every=200, checkpoint_every=200)
 
 _ENTROPY_TINY = EntropyConfig(dim=96, layers=2, heads=4, hidden_dim=256, window=128)
 
 _LARGE_DATA = DataConfig(sequence_length=2048)
-_LARGE_OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=500)
+_LARGE_OPTIMIZER = AdamWConfig(learning_rate=1e-3, warmup_steps=500)
 _LARGE_TRAIN = TrainConfig(
     steps=20_000, batch_size=32, eval_every=1000, checkpoint_every=1000, eval_windows=512
 )
@@ -260,7 +260,7 @@ def lfbyte() -> Recipe:
         name="lfbyte",
         model=LFByteConfig(),
         data=DataConfig(sequence_length=256),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=500),
+        optimizer=AdamWConfig(learning_rate=3e-4, warmup_steps=500),
         train=replace(_LARGE_TRAIN, accumulation_steps=4),
     )
 

@@ -17,11 +17,12 @@ import torch
 import bytelm_torch
 from bytelm import data
 from bytelm.config import (
+    AdamWConfig,
     DataConfig,
     LFByteConfig,
     MegabyteConfig,
-    OptimizerConfig,
     Recipe,
+    SGDConfig,
     TrainConfig,
     from_dict,
     to_dict,
@@ -53,7 +54,7 @@ MODEL = MegabyteConfig(
 RECIPE = Recipe(
     name="both",
     model=MODEL,
-    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+    optimizer=AdamWConfig(learning_rate=1e-2, warmup_steps=2),
     data=DataConfig(sequence_length=15, validation_fraction=0.2, shuffle_seed=3),
     train=TrainConfig(
         steps=5, batch_size=4, devices=1, log_every=1, eval_every=0, compute_dtype="float32"
@@ -251,12 +252,21 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
         assert abs(losses[0] - losses[1]) <= tolerances.BF16_LOSS * losses[0]
 
 
+def test_the_optimizer_may_change_with_its_fields(tmp_path):
+    recipe = torch_recipe(tmp_path)
+    for name in ("sgd", '"sgd"'):
+        changed = train.with_changes(recipe, ["optimizer.momentum=0.8", f"optimizer.name={name}"])
+        assert changed.optimizer == SGDConfig(learning_rate=1e-2, warmup_steps=2, momentum=0.8)
+
+
 def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(to_dict(torch_recipe(tmp_path))))
     for arguments, expected in {
         ("none.json",): "train: none.json: cannot be read (No such file or directory); ",
         (str(recipe), "train.step=3"): "train: train.step=3: no such field; ",
+        (str(recipe), "optimizer.momentum=0.8"): "train: optimizer.momentum=0.8: has no effect on",
+        (str(recipe), "optimizer.name=sdg"): "train: optimizer.name='sdg': choose one of adamw, ",
         (str(recipe), "train.steps=x"): "train: config.train.steps='x': must be of type int",
         (str(recipe),): f"train: {tmp_path / 'nothing'}: does not exist; ",
     }.items():

@@ -10,9 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from bytelm.config import OptimizerConfig, QLearningConfig, TrainConfig, from_dict, to_dict
-from bytelm.config import OptimizerConfig as TorchOptimizerConfig
-from bytelm.config import from_dict as torch_from_dict
+from bytelm.config import (
+    AdamWConfig,
+    QLearningAdamWConfig,
+    QLearningConfig,
+    QLearningSGDConfig,
+    SGDConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -54,26 +61,26 @@ def ragged_batches(config, steps, rows, length):
 
 STEERED = {"controller": QLearningConfig(interval=1), "weight_decay": 0.01}
 OPTIMIZERS = {
-    "adamw": OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
-    "sgd": OptimizerConfig(name="sgd", learning_rate=1e-2, warmup_steps=20),
-    "q_learning_adamw": OptimizerConfig(
-        name="q_learning_adamw", learning_rate=3e-3, warmup_steps=20, **STEERED
-    ),
-    "q_learning_sgd": OptimizerConfig(
-        name="q_learning_sgd", learning_rate=1e-2, warmup_steps=20, noise_scale=0.1, **STEERED
+    "adamw": AdamWConfig(learning_rate=3e-3, warmup_steps=20),
+    "sgd": SGDConfig(learning_rate=1e-2, warmup_steps=20),
+    "q_learning_adamw": QLearningAdamWConfig(learning_rate=3e-3, warmup_steps=20, **STEERED),
+    "q_learning_sgd": QLearningSGDConfig(
+        learning_rate=1e-2, warmup_steps=20, noise_scale=0.1, **STEERED
     ),
 }
+PARITY = [
+    ("paper", "adamw", ()),
+    ("in_action", "adamw", ()),
+    ("paper", "sgd", ()),
+    ("paper", "q_learning_adamw", pytest.mark.slow),
+    ("paper", "q_learning_sgd", pytest.mark.slow),
+]
+"""(model, optimizer, marks) of each run of 200 steps; test_coverage.py misses none."""
 
 
 @pytest.mark.parametrize(
     ("variant", "name"),
-    [
-        ("paper", "adamw"),
-        ("in_action", "adamw"),
-        ("paper", "sgd"),
-        pytest.param("paper", "q_learning_adamw", marks=pytest.mark.slow),
-        pytest.param("paper", "q_learning_sgd", marks=pytest.mark.slow),
-    ],
+    [pytest.param(variant, name, marks=marks) for variant, name, marks in PARITY],
 )
 def test_200_steps_end_at_the_same_parameters(variant, name, x64):
     """And an agent chooses the same actions at every step."""
@@ -98,7 +105,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
     assert reports[-1]["loss"] < reports[0]["loss"]
     moved = relative_error(theirs["to_logits.weight"], before["to_logits.weight"].numpy())
     assert moved > 0.01
-    assert len(told) == (200 if name.startswith("q_learning") else 0)
+    assert len(told) == (200 if optimizer.has_agent else 0)
     for report, metrics in zip(reports, told, strict=False):
         for what, value in metrics.items():
             assert report[what] == pytest.approx(value, rel=tolerances.AFTER_200_STEPS), what
@@ -109,8 +116,8 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
 
 def run_torch(twin, optimizer, batches):
     """Trains the twin in place; what the optimizer reported at every step."""
-    config = torch_from_dict(TorchOptimizerConfig, to_dict(optimizer))
-    stepper, schedule = build_torch_optimizer(config, twin), learning_rate_schedule(config, 200)
+    stepper = build_torch_optimizer(optimizer, twin)
+    schedule = learning_rate_schedule(optimizer, 200)
     told = []
     for count, ids in enumerate(batches):
         for group in stepper.param_groups:
@@ -132,7 +139,7 @@ def run_torch(twin, optimizer, batches):
 SMALL = replace(MEGABYTES["in_action"], init_std=0.05, dropout=0.1, global_layers=1, local_layers=1)
 FIVE = ragged_batches(SMALL, 5, 16, 11)
 # Plain SGD: it shows a gradient that is N times too large, which AdamW would hide.
-PLAIN = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=0.3, max_grad_norm=0.0)
+PLAIN = SGDConfig(momentum=0.0, learning_rate=0.3, max_grad_norm=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +178,7 @@ def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_de
 @pytest.mark.slow
 def test_eight_devices_train_as_one_under_the_agent():
     """Its actions too: it is fed the mean loss of the whole batch."""
-    steered = OptimizerConfig(
-        name="q_learning_sgd", learning_rate=0.1, controller=QLearningConfig(interval=1)
-    )
+    steered = QLearningSGDConfig(learning_rate=0.1, controller=QLearningConfig(interval=1))
     one, state = run_jax(SMALL, steered, TrainConfig(steps=5, batch_size=16, devices=1), FIVE)
     train = TrainConfig(steps=5, batch_size=16, devices=8, parallel="shard_map")
     eight, other = run_jax(SMALL, steered, train, FIVE)
@@ -212,7 +217,7 @@ def golden_run():
     ids = np.frombuffer(text[: 20 * 8 * 32], np.uint8).astype(np.int32).reshape(20, 8, 32)
     config = replace(MEGABYTES["paper"], init_std=0.02)
     train = TrainConfig(steps=20, batch_size=8, devices=1)
-    reports, _ = run_jax(config, OptimizerConfig(learning_rate=1e-2, warmup_steps=5), train, ids)
+    reports, _ = run_jax(config, AdamWConfig(learning_rate=1e-2, warmup_steps=5), train, ids)
     return [report["loss"] for report in reports]
 
 

@@ -9,13 +9,24 @@ from bytelm.config.blt import BLTConfig, EntropyConfig, PatchingContract
 from bytelm.config.lfbyte import LFByteConfig
 from bytelm.config.megabyte import MegabyteConfig
 from bytelm.config.models import MODEL_CONFIGS, ModelConfig, training_flops_per_byte
-from bytelm.config.optimizer import OptimizerConfig
+from bytelm.config.optimizer import (
+    OPTIMIZER_CONFIGS,
+    AdamWConfig,
+    OptimizerConfig,
+    QLearningAdamWConfig,
+    QLearningSGDConfig,
+    SGDConfig,
+    change_optimizer,
+    optimizers_with,
+)
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.config.run import DataConfig, Recipe, TrainConfig, require_document_ends
 from bytelm.config.serialize import from_dict, model_from_dict, to_dict
 
 __all__ = [
     "MODEL_CONFIGS",
+    "OPTIMIZER_CONFIGS",
+    "AdamWConfig",
     "BLTConfig",
     "ByteVocab",
     "DataConfig",
@@ -25,11 +36,16 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "PatchingContract",
+    "QLearningAdamWConfig",
     "QLearningConfig",
+    "QLearningSGDConfig",
     "Recipe",
+    "SGDConfig",
     "TrainConfig",
+    "change_optimizer",
     "from_dict",
     "model_from_dict",
+    "optimizers_with",
     "require",
     "require_document_ends",
     "require_fraction",

@@ -32,6 +32,13 @@ def require_positive(config: Any, *names: str) -> None:
         require(value >= 1, f"{name}={value}: must be at least 1")
 
 
+def require_non_negative(config: Any, *names: str) -> None:
+    """Raises `ValueError` for the first of the named fields that is below 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"{name}={value}: must be at least 0")
+
+
 def require_fraction(config: Any, *names: str) -> None:
     """Raises `ValueError` for the first of the named fields that lies outside [0, 1)."""
     for name in names:

@@ -1,59 +1,46 @@
-"""The configurations of the optimizers."""
+"""The configurations of the optimizers: one class each, which `name` tells apart.
+
+A new optimizer is a class here with a line in `OPTIMIZER_CONFIGS`, and a builder in
+`optimizers/build.py` of each framework.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar
 
-from bytelm.config.base import (
-    require,
-    require_finite,
-    require_fraction,
-)
+from bytelm.config.base import require, require_finite, require_fraction, require_non_negative
 from bytelm.config.q_learning import QLearningConfig
-
-_ONLY_FOR = {
-    "beta1": ("adamw", "q_learning_adamw"),
-    "beta2": ("adamw", "q_learning_adamw"),
-    "epsilon": ("adamw", "q_learning_adamw"),
-    "momentum": ("sgd", "q_learning_sgd"),
-    "entropy_threshold": ("q_learning_sgd",),
-    "noise_scale": ("q_learning_sgd",),
-    "centralize": ("q_learning_sgd",),
-    "controller": ("q_learning_sgd", "q_learning_adamw"),
-}
-"""Fields of `OptimizerConfig` that mean nothing to the optimizers not named here."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer: linear warm-up, then cosine decay to `learning_rate * final_fraction`.
+    """The fields that every optimizer has; its own ones stand in its class.
 
-    `q_learning_sgd` and `q_learning_adamw` put that rate, and `momentum` or `beta1`, under the
-    agent of `controller`. A field of another optimizer than `name` must keep its default: `beta1`,
-    `beta2`, `epsilon` belong to the two of AdamW, `momentum` to the two of SGD, and
-    `entropy_threshold`, `noise_scale`, `centralize` to `q_learning_sgd`. `max_grad_norm=0` turns
-    clipping off. Weight decay leaves norms and biases alone; `sgd` adds it to the gradient, for
-    the others it is decoupled.
+    The schedule is linear warm-up, then cosine decay. Weight decay is decoupled, unless the class
+    says otherwise, and leaves norms and biases alone.
     """
 
-    name: Literal["adamw", "sgd", "q_learning_sgd", "q_learning_adamw"] = "adamw"
+    name: ClassVar[str]
+    """Chooses the class in `config.json` and on the command line."""
+    has_agent: ClassVar[bool] = False
+    """Whether a Q-learning agent steers it, which reports what it does at each step."""
+
     learning_rate: float = 1e-3
+    """Learning rate at the end of the warm-up."""
     warmup_steps: int = 100
+    """Steps over which the learning rate rises linearly."""
     final_fraction: float = 0.1
+    """Learning rate at the end of the run, as a share of `learning_rate`."""
     weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    momentum: float = 0.9
+    """Share of a weight that a step takes off it, before the learning rate multiplies it."""
     max_grad_norm: float = 1.0
-    entropy_threshold: float = 0.0
-    noise_scale: float = 0.0
-    centralize: bool = True
-    controller: QLearningConfig = field(default_factory=QLearningConfig)
+    """Global norm to which the gradient is clipped; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
+        if type(self) is OptimizerConfig:
+            raise TypeError("OptimizerConfig: make one of its classes, such as AdamWConfig")
         require_finite(self)
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
@@ -61,25 +48,10 @@ class OptimizerConfig:
             0 <= self.final_fraction <= 1,
             f"final_fraction={self.final_fraction}: must be between 0 and 1",
         )
-        require_fraction(self, "beta1", "beta2", "momentum")
-        numbers = "weight_decay", "epsilon", "max_grad_norm", "entropy_threshold", "noise_scale"
-        for name in numbers:
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}: must be at least 0")
-        self._check_decay()
-        self._check_that_every_field_counts()
-        if self.name.startswith("q_learning"):
-            name = "momentum" if self.name == "q_learning_sgd" else "beta1"
-            value, low = getattr(self, name), self.controller.min_momentum
-            require(
-                low <= value <= self.controller.max_momentum,
-                f"{name}={value}: must lie within the controller's min_momentum={low} and "
-                f"max_momentum={self.controller.max_momentum}",
-            )
+        require_non_negative(self, "weight_decay", "max_grad_norm")
 
-    def _check_decay(self) -> None:
-        """Past these bounds a weight that nothing else moves grows from step to step."""
-        most = 2 * (1 + self.momentum) if self.name == "sgd" else 2.0
+    def _require_shrinking(self, most: float = 2.0) -> None:
+        """Raises `ValueError` where a weight that nothing else moves would grow at each step."""
         rate, decay = self.learning_rate, self.weight_decay
         require(
             rate * decay <= most,
@@ -87,18 +59,192 @@ class OptimizerConfig:
             "weights grow without bound; lower one of them",
         )
 
-    def _check_that_every_field_counts(self) -> None:
-        for name, takers in _ONLY_FOR.items():
-            given, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            changed = [(name, given, default)] if given != default else []
-            if name == "controller":
-                own = [
-                    (f.name, getattr(given, f.name), f.default) for f in dataclasses.fields(given)
-                ]
-                changed = [(f"{name}.{key}", *pair) for key, *pair in own if pair[0] != pair[1]]
-            for where, value, usual in changed:
-                require(
-                    self.name in takers,
-                    f"{where}={value}: has no effect on {self.name}; leave it at {usual} or "
-                    f"choose optimizer.name {' or '.join(takers)}",
-                )
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWConfig(OptimizerConfig):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    name: ClassVar[str] = "adamw"
+
+    beta1: float = 0.9
+    """Decay of the average of gradients."""
+    beta2: float = 0.95
+    """Decay of the average of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the average of squared gradients."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "beta1", "beta2")
+        require_non_negative(self, "epsilon")
+        self._require_shrinking()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGDConfig(OptimizerConfig):
+    """SGD with heavy-ball momentum; the weight decay is added to the gradient."""
+
+    name: ClassVar[str] = "sgd"
+
+    momentum: float = 0.9
+    """Share of the last step's velocity that is kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "momentum")
+        self._require_shrinking(2 * (1 + self.momentum))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLearningSGDConfig(OptimizerConfig):
+    """SGD whose learning rate and momentum the Q-learning agent of `controller` steers."""
+
+    name: ClassVar[str] = "q_learning_sgd"
+    has_agent: ClassVar[bool] = True
+
+    momentum: float = 0.9
+    """Decay of the average of gradients, before the agent changes it."""
+    entropy_threshold: float = 0.0
+    """Entropy of the gradient over the leaves below which steps shrink, in [0, 1]; 0: never."""
+    noise_scale: float = 0.0
+    """Deviation of the gradient noise over the gradient's root mean square; 0: no noise."""
+    centralize: bool = True
+    """Whether the mean over its inputs is taken off the gradient of each kernel."""
+    controller: QLearningConfig = field(default_factory=QLearningConfig)
+    """The agent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "momentum")
+        require_non_negative(self, "entropy_threshold", "noise_scale")
+        self._require_shrinking()
+        _require_reach(self.controller, "momentum", self.momentum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QLearningAdamWConfig(OptimizerConfig):
+    """AdamW whose learning rate and `beta1` the Q-learning agent of `controller` steers."""
+
+    name: ClassVar[str] = "q_learning_adamw"
+    has_agent: ClassVar[bool] = True
+
+    beta1: float = 0.9
+    """Decay of the average of gradients, before the agent changes it."""
+    beta2: float = 0.95
+    """Decay of the average of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the average of squared gradients."""
+    controller: QLearningConfig = field(default_factory=QLearningConfig)
+    """The agent."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "beta1", "beta2")
+        require_non_negative(self, "epsilon")
+        self._require_shrinking()
+        _require_reach(self.controller, "beta1", self.beta1)
+
+
+OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
+    kind.name: kind for kind in (AdamWConfig, SGDConfig, QLearningSGDConfig, QLearningAdamWConfig)
+}
+"""Name → class of every optimizer."""
+
+DEFAULT_OPTIMIZER = AdamWConfig.name
+"""The optimizer of a configuration that names none."""
+
+_FLAT_FORM: dict[str, Any] = {
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "epsilon": 1e-8,
+    "momentum": 0.9,
+    "entropy_threshold": 0.0,
+    "noise_scale": 0.0,
+    "centralize": True,
+    "controller": {f.name: f.default for f in fields(QLearningConfig)},
+}
+"""Older files hold these fields for every optimizer, at these values where they have no effect."""
+
+
+def optimizer_class(name: Any, where: str = "optimizer") -> type[OptimizerConfig]:
+    """The configuration class of the optimizer called `name`; an unknown one raises `ValueError`.
+
+    `where` is the configuration that names it, for the message.
+    """
+    require(
+        isinstance(name, str) and name in OPTIMIZER_CONFIGS,
+        f"{where}.name={name!r}: choose one of {', '.join(OPTIMIZER_CONFIGS)}",
+    )
+    return OPTIMIZER_CONFIGS[name]
+
+
+def optimizers_with(field_name: str) -> list[str]:
+    """The names of the optimizers that have the field; `controller.interval` goes by `interval`."""
+
+    def has(kind: type[OptimizerConfig]) -> bool:
+        own = {f.name: getattr(kind(), f.name) for f in fields(kind)}
+        inner = {f"{n}.{f.name}" for n, v in own.items() if is_dataclass(v) for f in fields(v)}
+        return field_name in own or any(field_name in (n, n.partition(".")[2]) for n in inner)
+
+    return [name for name, kind in OPTIMIZER_CONFIGS.items() if has(kind)]
+
+
+def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
+    """What a recipe with `config` has under the optimizer called `name`.
+
+    The shared fields stay, and so does each other field that was changed. Raises `ValueError` for
+    an unknown name, and for a changed field that this optimizer does not have.
+    """
+    kind = optimizer_class(name)
+    if kind is type(config):
+        return config
+    usual = type(config)()
+    shared = {own.name for own in fields(OptimizerConfig)}
+    values = {own.name: getattr(config, own.name) for own in fields(config)}
+    kept = {k: v for k, v in values.items() if k in shared or v != getattr(usual, k)}
+    for field_name, value in kept.items():
+        _require_effect(kind, field_name, value, "optimizer")
+    return kind(**kept)
+
+
+def without_foreign_fields(
+    kind: type[OptimizerConfig], values: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """JSON fields without those of other optimizers that older files hold for every optimizer.
+
+    One that is not at its old default raises `ValueError`.
+    """
+    own, kept = {f.name for f in fields(kind)}, dict[str, Any]()
+    for name, value in values.items():
+        if name in own or name not in _FLAT_FORM:
+            _require_effect(kind, name, value, where)
+            kept[name] = value
+            continue
+        usual = _FLAT_FORM[name]
+        if isinstance(usual, dict) and isinstance(value, dict):
+            for leaf, given in value.items():
+                if leaf not in usual or given != usual[leaf]:
+                    _require_effect(kind, f"{name}.{leaf}", given, where)
+        elif value != usual:
+            _require_effect(kind, name, value, where)
+    return kept
+
+
+def _require_effect(kind: type[OptimizerConfig], name: str, value: Any, where: str) -> None:
+    """Raises `ValueError` where other optimizers have the field and `kind` does not."""
+    takers = optimizers_with(name)
+    require(
+        not takers or kind.name in takers,
+        f"{where}.{name}={value}: has no effect on {kind.name}; leave it out or choose "
+        f"optimizer.name {' or '.join(takers)}",
+    )
+
+
+def _require_reach(controller: QLearningConfig, name: str, value: float) -> None:
+    """Raises `ValueError` unless the agent can hold the momentum that it starts from."""
+    low, high = controller.min_momentum, controller.max_momentum
+    require(
+        low <= value <= high,
+        f"{name}={value}: must lie within the controller's min_momentum={low} and "
+        f"max_momentum={high}",
+    )

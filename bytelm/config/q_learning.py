@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bytelm.config.base import require, require_finite, require_fraction, require_positive
+from bytelm.config.base import (
+    require,
+    require_finite,
+    require_fraction,
+    require_non_negative,
+    require_positive,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +54,7 @@ class QLearningConfig:
         for name in ("epsilon", "epsilon_floor"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name}={value}: must be between 0 and 1")
-        for name in ("indifference", "undo_margin"):
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}: must be at least 0")
+        require_non_negative(self, "indifference", "undo_margin")
         require(
             self.surge == 0 or self.surge > 1,
             f"surge={self.surge}: must be above 1, or 0 for never",

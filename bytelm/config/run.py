@@ -9,11 +9,12 @@ from bytelm.config.base import (
     require,
     require_finite,
     require_fraction,
+    require_non_negative,
     require_positive,
 )
 from bytelm.config.blt import PatchingContract
 from bytelm.config.models import ModelConfig
-from bytelm.config.optimizer import OptimizerConfig
+from bytelm.config.optimizer import AdamWConfig, OptimizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +97,7 @@ class TrainConfig:
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
         require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
         counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "seed", "step_timeout")
-        for name in counts:
-            value = getattr(self, name)
-            require(value >= 0, f"{name}={value}: must be at least 0")
+        require_non_negative(self, *counts)
         require(
             self.batch_size % self.accumulation_steps == 0,
             f"batch_size={self.batch_size}: must be a multiple of "
@@ -115,7 +114,7 @@ class Recipe:
 
     name: str
     model: ModelConfig
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     patching: PatchingContract | None = None

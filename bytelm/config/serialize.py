@@ -12,14 +12,26 @@ from bytelm.config.base import (
     require,
 )
 from bytelm.config.models import MODEL_CONFIGS
+from bytelm.config.optimizer import (
+    DEFAULT_OPTIMIZER,
+    OPTIMIZER_CONFIGS,
+    OptimizerConfig,
+    optimizer_class,
+    without_foreign_fields,
+)
+
+_TAGS: dict[type, str] = {kind: "architecture" for kind in MODEL_CONFIGS} | {
+    kind: "name" for kind in OPTIMIZER_CONFIGS.values()
+}
+"""Class of a tagged union → the attribute by which a file names it."""
 
 
 def to_dict(config: Any) -> Any:
-    """JSON-ready form of a config; a model config carries its `architecture`."""
+    """JSON-ready form of a config; one of a tagged union begins with its tag."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        tag = getattr(config, "architecture", None)
-        return fields if tag is None else {"architecture": tag, **fields}
+        tag = _TAGS.get(type(config))
+        return {tag: getattr(config, tag), **fields} if tag else fields
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
     return config
@@ -32,6 +44,8 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
         return None if value is None else from_dict(arguments[0], value, where)
     if origin in (types.UnionType, typing.Union) or kind in MODEL_CONFIGS:
         return model_from_dict(value, where)
+    if isinstance(kind, type) and issubclass(kind, OptimizerConfig):
+        return _optimizer_from_dict(value, where)
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_dict(kind, value, where)
     if origin is Literal:
@@ -59,6 +73,14 @@ def model_from_dict(value: Any, where: str = "model") -> Any:
         f"{where}.architecture={tag!r}: choose one of {', '.join(known)}",
     )
     return _dataclass_from_dict(known[tag], fields, where)
+
+
+def _optimizer_from_dict(value: Any, where: str) -> OptimizerConfig:
+    """The optimizer config whose `name` the dictionary holds, in today's form or the older one."""
+    require(isinstance(value, dict), f"{where}={value!r}: must be an object")
+    fields = dict(value)
+    kind = optimizer_class(fields.pop("name", DEFAULT_OPTIMIZER), where)
+    return _dataclass_from_dict(kind, without_foreign_fields(kind, fields, where), where)
 
 
 def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:

@@ -1,7 +1,7 @@
 """Configurations: JSON both ways, one-line refusals."""
 
 import json
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +9,20 @@ import pytest
 from bytelm import recipes
 from bytelm.config import (
     MODEL_CONFIGS,
+    OPTIMIZER_CONFIGS,
+    AdamWConfig,
     ByteVocab,
     DataConfig,
     MegabyteConfig,
     OptimizerConfig,
     PatchingContract,
+    QLearningAdamWConfig,
     QLearningConfig,
+    QLearningSGDConfig,
     Recipe,
+    SGDConfig,
     TrainConfig,
+    change_optimizer,
     from_dict,
     to_dict,
 )
@@ -55,17 +61,8 @@ def test_recipes_are_found_by_name():
         (ByteVocab, "size", 255, "256 bytes need at least 256"),
         (ByteVocab, "pad_id", 65, "vocab.pad_id=65: choose an id from"),
         (ByteVocab, "pad_id", 258, "must differ"),
-        (OptimizerConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),
-        (OptimizerConfig, "final_fraction", 2.0, "must be between 0 and 1"),
-        (OptimizerConfig, "momentum", 0.8, "momentum=0.8: has no effect on adamw; leave it at 0.9"),
-        (OptimizerConfig, "noise_scale", 0.1, "choose optimizer.name q_learning_sgd$"),
-        (OptimizerConfig, "centralize", False, "centralize=False: has no effect on adamw"),
-        (
-            OptimizerConfig,
-            "controller",
-            QLearningConfig(interval=3),
-            "controller.interval=3: has no effect on adamw; leave it at 10",
-        ),
+        (AdamWConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),
+        (AdamWConfig, "final_fraction", 2.0, "must be between 0 and 1"),
         (DataConfig, "sequence_length", 0, "sequence_length=0: must be at least 1"),
         (TrainConfig, "steps", 0, "steps=0: must be at least 1"),
         (TrainConfig, "accumulation_steps", 5, "must be a multiple of accumulation_steps=5"),
@@ -79,7 +76,7 @@ def test_values_that_cannot_work_are_refused(kind, field, value, says):
 
 NUMBERS = [
     *(kind() for kind in MODEL_CONFIGS),
-    OptimizerConfig(),
+    *(kind() for kind in OPTIMIZER_CONFIGS.values()),
     QLearningConfig(),
     PatchingContract(
         patcher="byte", threshold=0.0, entropy_model="", sampled_bytes=1, histogram=(1,)
@@ -102,12 +99,16 @@ def test_an_integer_past_every_float_is_refused():
         from_dict(OptimizerConfig, {"learning_rate": 10**400})
 
 
-@pytest.mark.parametrize(("name", "most"), [("adamw", 200.0), ("sgd", 380.0)])
+MOST = dict.fromkeys(OPTIMIZER_CONFIGS, 200.0) | {"sgd": 380.0}
+
+
+@pytest.mark.parametrize(("name", "most"), MOST.items())
 def test_a_decay_under_which_weights_grow_is_refused(name, most):
-    OptimizerConfig(name=name, learning_rate=0.01, weight_decay=0.99 * most)
+    kind = OPTIMIZER_CONFIGS[name]
+    kind(learning_rate=0.01, weight_decay=0.99 * most)
     for bad in (1.01 * most, 1e30):
         with pytest.raises(ValueError, match=r"^weight_decay=.*: times learning_rate=0.01 it must"):
-            OptimizerConfig(name=name, learning_rate=0.01, weight_decay=bad)
+            kind(learning_rate=0.01, weight_decay=bad)
 
 
 @pytest.mark.parametrize(
@@ -146,22 +147,70 @@ def test_a_missing_field_is_refused():
     ],
 )
 def test_an_optimizer_takes_its_own_fields(name, field, value):
-    config = OptimizerConfig(name=name, **{field: value})
-    assert from_dict(OptimizerConfig, json.loads(json.dumps(to_dict(config)))) == config
+    config = OPTIMIZER_CONFIGS[name](**{field: value})
+    written = json.loads(json.dumps(to_dict(config)))
+    assert next(iter(written)) == "name" and len(written) == 1 + len(fields(config))
+    assert from_dict(OptimizerConfig, written) == config
 
 
 def test_a_momentum_out_of_the_agent_s_reach_is_refused():
     with pytest.raises(ValueError, match=r"^momentum=0.3: must lie within .* min_momentum=0.5"):
-        OptimizerConfig(name="q_learning_sgd", momentum=0.3)
+        QLearningSGDConfig(momentum=0.3)
     with pytest.raises(ValueError, match=r"^beta1=0.999: must lie within .* max_momentum=0.995$"):
-        OptimizerConfig(name="q_learning_adamw", beta1=0.999)
+        QLearningAdamWConfig(beta1=0.999)
 
 
-def test_a_configuration_from_before_the_agent_loads():
-    old = to_dict(recipes.megabyte_tiny())
-    for name in ("entropy_threshold", "noise_scale", "centralize", "controller"):
-        del old["optimizer"][name]
-    assert from_dict(Recipe, old) == recipes.megabyte_tiny()
+FLAT = {
+    **{"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8, "momentum": 0.9, "entropy_threshold": 0.0},
+    **{"noise_scale": 0.0, "centralize": True, "controller": to_dict(QLearningConfig())},
+}
+"""What older files hold beside the shared fields, whatever the optimizer."""
+
+
+@pytest.mark.parametrize("kind", [AdamWConfig, SGDConfig, QLearningSGDConfig, QLearningAdamWConfig])
+def test_the_older_form_with_the_fields_of_all_optimizers_is_read(kind):
+    assert from_dict(OptimizerConfig, {**FLAT, **to_dict(kind(learning_rate=0.01))}) == kind(
+        learning_rate=0.01
+    )
+    assert from_dict(OptimizerConfig, FLAT) == AdamWConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "adamm"}, "config.name='adamm': choose one of adamw, sgd, q_learning_sgd"),
+        ({"name": ["sgd"]}, r"config.name=\['sgd'\]: choose one of"),
+        ({"momentun": 0.8}, "config.momentun: unknown field of AdamWConfig"),
+        (
+            {"momentum": 0.8},
+            "config.momentum=0.8: has no effect on adamw; leave it out or choose optimizer.name "
+            "sgd or q_learning_sgd$",
+        ),
+        ({"noise_scale": 0.1}, "choose optimizer.name q_learning_sgd$"),
+        ({"centralize": False}, "centralize=False: has no effect on adamw"),
+        ({"controller": {"interval": 3}}, "controller.interval=3: has no effect on adamw"),
+        ({"controller": 3}, "controller=3: has no effect on adamw"),
+        ({"name": "sgd", "beta1": 0.8}, "beta1=0.8: has no effect on sgd"),
+    ],
+)
+def test_fields_of_another_optimizer_are_refused_by_name(change, says):
+    with pytest.raises(ValueError, match=says) as caught:
+        from_dict(OptimizerConfig, {**FLAT, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_another_optimizer_takes_the_shared_fields_and_what_was_changed():
+    steered = change_optimizer(AdamWConfig(learning_rate=3e-3, beta1=0.8), "q_learning_adamw")
+    assert steered == QLearningAdamWConfig(learning_rate=3e-3, beta1=0.8)
+    config = AdamWConfig(warmup_steps=7, weight_decay=0.0)
+    assert change_optimizer(config, "sgd") == SGDConfig(warmup_steps=7, weight_decay=0.0)
+    assert change_optimizer(config, "adamw") is config
+    with pytest.raises(ValueError, match=r"optimizer.beta2=0.9: has no effect on sgd"):
+        change_optimizer(AdamWConfig(beta2=0.9), "sgd")
+    with pytest.raises(ValueError, match=r"optimizer.name='lbfgs': choose one of adamw"):
+        change_optimizer(config, "lbfgs")
+    with pytest.raises(TypeError, match="make one of its classes"):
+        OptimizerConfig()
 
 
 def test_configs_are_frozen():

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bytelm.config import Recipe
+from bytelm.config import Recipe, change_optimizer, optimizers_with
 
 T = TypeVar("T")
 
@@ -38,6 +38,7 @@ def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> 
 
 def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: str) -> Recipe:
     """The recipe with the overrides in `argv`; a field's section may be left out when clear."""
+    recipe, argv = choose_optimizer(recipe, argv)
     kinds = {name: type(getattr(recipe, name)) for name in _SECTIONS}
     shape = dataclasses.make_dataclass("Overrides", kinds.items(), frozen=True)
     default = shape(**{name: getattr(recipe, name) for name in _SECTIONS})
@@ -46,6 +47,17 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
         lambda: tyro.cli(shape, args=args, default=default, prog=prog, description=description)
     )
     return dataclasses.replace(recipe, **{n: getattr(found, n) for n in _SECTIONS})
+
+
+def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
+    """The recipe under the optimizer that `--optimizer NAME` names, and the other arguments.
+
+    It decides which fields there are, so it is read before them.
+    """
+    name, rest = take_option(argv, "optimizer", "optimizer.name", "name")
+    if name is None:
+        return recipe, rest
+    return dataclasses.replace(recipe, optimizer=change_optimizer(recipe.optimizer, name)), rest
 
 
 def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
@@ -85,8 +97,10 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     `--reset-on` stands for the field of that name in the model and in its entropy model.
     Unknown names, and a field given under its own name and an alias, raise `UsageError`.
     """
-    full = {f"{section}.{name}" for section in _SECTIONS for name in _leaves(recipe, section)}
-    short: dict[str, list[str]] = {"data": ["data.paths"], "optimizer": ["optimizer.name"]}
+    recipe, argv = choose_optimizer(recipe, argv)
+    parts = {section: getattr(recipe, section) for section in _SECTIONS}
+    full = {f"{section}.{name}" for section, part in parts.items() for name in _leaves(part)}
+    short: dict[str, list[str]] = {"data": ["data.paths"]}
     for name in sorted(full):
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)
@@ -113,7 +127,13 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
         if name not in full:
             choices = sorted(set(short.get(name, [])))
             if len(choices) != 1:
-                known = sorted(full | set(short) | set(ALIASES))
+                known = sorted(full | set(short) | set(ALIASES) | {"optimizer"})
+                others = [] if choices else optimizers_with(name.removeprefix("optimizer."))
+                if others:
+                    raise UsageError(
+                        f"--{matched[2]}: has no effect on {recipe.optimizer.name}; choose "
+                        f"--optimizer {' or '.join(others)}"
+                    )
                 raise UsageError(_unknown(matched[2], choices, known))
             name = choices[0]
         if given.setdefault(name, alias) != alias:
@@ -134,13 +154,12 @@ def _unknown(name: str, choices: list[str], known: list[str]) -> str:
     return f"--{name}: no such field; {hint}"
 
 
-def _leaves(config: Any, section: str) -> list[str]:
+def _leaves(part: Any) -> list[str]:
     names = []
-    part = getattr(config, section)
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
-            names += [f"{field.name}.{leaf}" for leaf in _leaves(part, field.name)]
+            names += [f"{field.name}.{leaf}" for leaf in _leaves(value)]
         else:
             names.append(field.name)
     return names

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bytelm import recipes
-from bytelm.config import require_document_ends
+from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends
 from bytelm.config.lfbyte import require_prediction
 from bytelm_jax.cli.arguments import (
     ALIASES,
@@ -64,6 +64,8 @@ def _train_help() -> str:
             "Without --data it trains on the source of Python's standard library. Any field is",
             "overridden by its name, with or without its section (--train.batch-size 8,",
             "--batch-size 8); `bytelm train RECIPE --help` lists them all. Also understood:",
+            f"  --optimizer NAME (--optimizer.name NAME): {', '.join(OPTIMIZER_CONFIGS)};",
+            "    `bytelm train RECIPE --optimizer NAME --help` lists its fields",
             *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
             "  --save_path for --run-dir",
             "  --epochs N for the --steps that show each window N times",

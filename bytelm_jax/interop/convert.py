@@ -33,6 +33,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bytelm.config import ModelConfig, model_from_dict, require, to_dict
+from bytelm.leaves import leaf_kind
 from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.models import Params, abstract_params
 
@@ -42,16 +43,6 @@ _JSON_LIMIT = 2**24
 """Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
 
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
-
-_LEAVES = {
-    "kernel": ("weight", True),
-    "embedding": ("weight", False),
-    "scale": ("weight", False),
-} | {
-    name: (name, False)
-    for name in ("bias", "kernels", "taps", "gain", "coefficients", "gamma", "beta")
-}
-"""Kind of leaf in JAX → its name in torch, and whether its last two axes change places."""
 
 _FLOATS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """The dtypes that a parameter may have: name → code in a safetensors file."""
@@ -123,23 +114,17 @@ def _in_memory(value: Any) -> _Tensor:
     return _Tensor(value.shape, value.dtype.name, lambda: np.asarray(value))
 
 
-def _kind(name: str) -> tuple[str, bool]:
-    leaf = name.rpartition(".")[2]
-    require(leaf in _LEAVES, f"{name}: a leaf must be one of {', '.join(_LEAVES)}")
-    return _LEAVES[leaf]
-
-
 def _torch_name(name: str) -> str:
     module, dot, _ = name.rpartition(".")
-    return module + dot + _kind(name)[0]
+    return module + dot + leaf_kind(name).torch_name
 
 
 def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-2]) if _kind(name)[1] else shape
+    return (*shape[:-2], shape[-1], shape[-2]) if leaf_kind(name).transposed else shape
 
 
 def _turned(name: str, array: np.ndarray) -> np.ndarray:
-    return np.swapaxes(array, -1, -2) if _kind(name)[1] else array
+    return np.swapaxes(array, -1, -2) if leaf_kind(name).transposed else array
 
 
 def _torch_array(name: str, value: Any) -> np.ndarray:

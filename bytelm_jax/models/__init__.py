@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
+from bytelm.leaves import is_norm
 from bytelm_jax.layers.initializers import deferring, draw_all
 from bytelm_jax.models.blt import BLT
 from bytelm_jax.models.entropy import EntropyModel
@@ -82,11 +83,6 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
     """The parameters in the compute dtype; norms stay as they are, being computed in float32."""
     return {name: value if is_norm(name) else value.astype(dtype) for name, value in params.items()}
-
-
-def is_norm(name: str) -> bool:
-    """Whether the parameter called `name` belongs to a normalisation layer."""
-    return name.split(".")[-2].endswith("norm")
 
 
 def _flat(state: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Learning-rate schedule, clipping, decay mask, and the optimizer that a config names.
+"""Learning-rate schedule, clipping, decay mask, and a builder for each optimizer.
 
 The schedule and the clip are our own formulas, so that the torch twin can compute the same numbers:
 optax's ready schedules return float32 even in a float64 run, and torch's clip adds 1e-6 to the
@@ -15,8 +15,14 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
-from bytelm.config import OptimizerConfig
-from bytelm_jax.models import is_norm
+from bytelm.config import (
+    AdamWConfig,
+    OptimizerConfig,
+    QLearningAdamWConfig,
+    QLearningSGDConfig,
+    SGDConfig,
+)
+from bytelm.leaves import decays
 from bytelm_jax.optimizers.q_learning import (
     QLearningSGDState,
     QLearningWrapperState,
@@ -67,14 +73,6 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
-
-    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
-    """
-    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
-
-
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     """For each parameter whether weight decay applies."""
     return {name: decays(name) for name in params}
@@ -105,49 +103,82 @@ def without(params: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, A
     return {name: value for name, value in params.items() if not name.startswith(prefixes)}
 
 
+Build = Callable[[Any, int, ArrayLike], optax.GradientTransformationExtraArgs]
+"""`(config, steps, seed) -> optimizer`."""
+
+
 def build_optimizer(
     config: OptimizerConfig, steps: int, seed: ArrayLike = 0, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config` names, for a run of `steps` steps; `update` wants `value=loss`.
 
-    It leaves alone the parameters whose names begin with one of `frozen`.
-    `adamw`: Loshchilov & Hutter 2019. `sgd`: heavy-ball momentum, the decay added to the gradient,
-    as torch.optim.SGD does. `q_learning_sgd`, `q_learning_adamw`: see `q_learning.py`; `seed` is
-    that of the agent's choices. The agent sees the gradient norm from before the clip.
+    It leaves alone the parameters whose names begin with one of `frozen`. `seed` is that of an
+    agent's choices; an agent sees the gradient norm from before the clip.
     """
-    return freeze(_optimizer(config, steps, seed), frozen)
+    return freeze(BUILDERS[config.name](config, steps, seed), frozen)
 
 
-def _optimizer(
-    config: OptimizerConfig, steps: int, seed: ArrayLike
+def _adamw(
+    config: AdamWConfig, steps: int, seed: ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
+    """Loshchilov & Hutter 2019."""
+    del seed
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    return _scheduled(config, steps, optax.chain(adam, _decay(config)))
+
+
+def _sgd(config: SGDConfig, steps: int, seed: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Heavy-ball momentum, the decay added to the gradient, as in torch.optim.SGD."""
+    del seed
+    return _scheduled(config, steps, optax.chain(_decay(config), optax.trace(config.momentum)))
+
+
+def _q_learning_sgd(
+    config: QLearningSGDConfig, steps: int, seed: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    return q_learning_sgd(
+        learning_rate_schedule(config, steps),
+        config.momentum,
+        config.weight_decay,
+        config.max_grad_norm,
+        config.entropy_threshold,
+        config.noise_scale,
+        config.centralize,
+        config.controller,
+        seed,
+    )
+
+
+def _q_learning_adamw(
+    config: QLearningAdamWConfig, steps: int, seed: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+    betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
+    adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b2", "eps"))(**betas)
     schedule = learning_rate_schedule(config, steps)
-    if config.name == "q_learning_sgd":
-        return q_learning_sgd(
-            schedule,
-            config.momentum,
-            config.weight_decay,
-            config.max_grad_norm,
-            config.entropy_threshold,
-            config.noise_scale,
-            config.centralize,
-            config.controller,
-            seed,
-        )
+    rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule)
     clip = clip_by_global_norm(config.max_grad_norm)
-    decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
-    if config.name == "q_learning_adamw":
-        betas = {"b1": config.beta1, "b2": config.beta2, "eps": config.epsilon}
-        adam = optax.inject_hyperparams(optax.scale_by_adam, static_args=("b2", "eps"))(**betas)
-        rate = optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule)
-        return q_learning(optax.chain(clip, adam, decay, rate), config.controller, seed)
-    match config.name:
-        case "adamw":
-            adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
-            inner = optax.chain(adam, decay)
-        case "sgd":
-            inner = optax.chain(decay, optax.trace(config.momentum))
-    rate = optax.scale_by_learning_rate(schedule)
+    return q_learning(optax.chain(clip, adam, _decay(config), rate), config.controller, seed)
+
+
+BUILDERS: dict[str, Build] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "q_learning_sgd": _q_learning_sgd,
+    "q_learning_adamw": _q_learning_adamw,
+}
+"""Name → builder of every optimizer in `OPTIMIZER_CONFIGS`."""
+
+
+def _decay(config: OptimizerConfig) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(config.weight_decay, mask=decay_mask)
+
+
+def _scheduled(
+    config: OptimizerConfig, steps: int, inner: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """`inner` between the clip and the scheduled learning rate."""
+    clip = clip_by_global_norm(config.max_grad_norm)
+    rate = optax.scale_by_learning_rate(learning_rate_schedule(config, steps))
     return optax.with_extra_args_support(optax.chain(clip, inner, rate))
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.config import BLTConfig, EntropyConfig, OptimizerConfig, TrainConfig, from_dict, to_dict
-from bytelm.config import OptimizerConfig as TorchOptimizerConfig
+from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, TrainConfig
 from bytelm.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import (
@@ -24,9 +23,9 @@ from parity_tests.twins import MEGABYTES
 
 
 def test_schedule_warms_up_and_decays_the_same_in_both_frameworks(x64):
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
+    config = AdamWConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
     ours = learning_rate_schedule(config, 12)
-    theirs = torch_schedule(from_dict(TorchOptimizerConfig, to_dict(config)), 12)
+    theirs = torch_schedule(config, 12)
     counts = jnp.arange(15)
     found = np.asarray(jax.vmap(ours)(counts))
     np.testing.assert_allclose(found[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-15)
@@ -37,7 +36,7 @@ def test_schedule_warms_up_and_decays_the_same_in_both_frameworks(x64):
 
 
 def test_no_warm_up_starts_at_the_full_rate():
-    schedule = learning_rate_schedule(OptimizerConfig(learning_rate=3.0, warmup_steps=0), 10)
+    schedule = learning_rate_schedule(AdamWConfig(learning_rate=3.0, warmup_steps=0), 10)
     assert float(schedule(jnp.asarray(0))) == 3.0
 
 
@@ -64,7 +63,7 @@ def test_decay_leaves_norms_and_biases_alone():
 
 def test_what_is_frozen_costs_nothing_and_counts_in_no_norm():
     params = {"patcher.kernel": jnp.array([-0.0, 2.0]), "to_q.kernel": jnp.array([3.0])}
-    config = OptimizerConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+    config = AdamWConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
     whole = build_optimizer(config, 10, frozen=("patcher.",))
     alone = build_optimizer(config, 10)
     kept = {"to_q.kernel": params["to_q.kernel"]}
@@ -86,7 +85,7 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
         **{"global_hidden_dim": 4, "patch_budget": 1.0},
     )
     frozen = config.frozen_prefixes
-    optimizer = build_optimizer(OptimizerConfig(warmup_steps=0, weight_decay=0.5), 3, frozen=frozen)
+    optimizer = build_optimizer(AdamWConfig(warmup_steps=0, weight_decay=0.5), 3, frozen=frozen)
     train = TrainConfig(steps=3, batch_size=2, devices=2, parallel="shard_map")
     mesh = meshes.make_mesh(2)
     bind, init = define_model(config)

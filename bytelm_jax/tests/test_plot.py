@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.config import MegabyteConfig, OptimizerConfig, PatchingContract, Recipe, TrainConfig
+from bytelm.config import MegabyteConfig, PatchingContract, QLearningSGDConfig, Recipe, TrainConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
@@ -78,7 +78,7 @@ def tables():
 @pytest.fixture(scope="module")
 def figure_of_agent(tmp_path_factory, tables):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    optimizer = OptimizerConfig(name="q_learning_sgd")
+    optimizer = QLearningSGDConfig()
     folder = make_run(
         tmp_path_factory.mktemp("plot") / "run", [*RECORDS, *VALIDATION], optimizer=optimizer
     )

@@ -12,8 +12,8 @@ from bytelm import recipes
 from bytelm.config import (
     DataConfig,
     MegabyteConfig,
-    OptimizerConfig,
     QLearningConfig,
+    QLearningSGDConfig,
     TrainConfig,
 )
 from bytelm.metrics import WALL_CLOCK, read_metrics
@@ -32,8 +32,7 @@ MODEL = MegabyteConfig(
     local_layers=1,
     local_heads=2,
 )
-STEERED = OptimizerConfig(
-    name="q_learning_sgd",
+STEERED = QLearningSGDConfig(
     learning_rate=0.1,
     noise_scale=0.1,
     controller=QLearningConfig(interval=1),

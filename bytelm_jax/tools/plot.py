@@ -180,7 +180,7 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
 
 def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
     """The Q-learning agent of the latest checkpoint; None where none has been saved."""
-    if not recipe.optimizer.name.startswith("q_learning"):
+    if not recipe.optimizer.has_agent:
         return None
     if not (run_dir / "checkpoints").is_dir():
         return None

@@ -16,6 +16,7 @@ from bytelm.config import (
     Recipe,
     TrainConfig,
     require_document_ends,
+    to_dict,
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import MetricsLog
@@ -62,17 +63,12 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
     pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
     pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
     for part, old, new in pairs:
-        names = [f.name for f in fields(old)] if type(old) is type(new) else []
-        if not names:
-            raise ValueError(
-                f"{part}: {run_dir} holds another architecture; choose another run_dir"
-            )
-        for name in names:
+        before, after = to_dict(old), to_dict(new)
+        for name in before:  # first the architecture, or the optimizer's name: then all others fit
             free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
-            before, after = getattr(old, name), getattr(new, name)
-            if before != after and not free:
+            if before[name] != after[name] and not free:
                 raise ValueError(
-                    f"{part}.{name}={after}: {run_dir} was started with {before}; "
+                    f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
                     "keep that value or choose another run_dir"
                 )
 

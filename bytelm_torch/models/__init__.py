@@ -34,19 +34,22 @@ def build_model(config: ModelConfig) -> Model:
 def name_parameters(model: nn.Module) -> None:
     """Writes into each parameter's `bytelm_path` its dotted name in the JAX twin.
 
-    Its last part is the kind of leaf, which tells an optimizer the layout: `kernel` [out, in],
-    `embedding`, `scale`, and what has the same name in both: `bias`, `kernels`, `taps`. A copy of a
-    parameter, and one that was assigned, has lost it.
+    A copy of a parameter, and one that was assigned, has lost it.
     """
+    for name, path in parameter_paths(model).items():
+        model.get_parameter(name).bytelm_path = path  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def parameter_paths(model: nn.Module) -> dict[str, str]:
+    """Name of each parameter → its dotted name in the JAX twin.
+
+    Its last part is the kind of leaf, one of `bytelm.leaves.LEAVES`.
+    """
+    paths = {}
     for prefix, module in model.named_modules():
         kind = "kernel" if isinstance(module, nn.Linear) else "scale"
         kind = "embedding" if isinstance(module, nn.Embedding) else kind
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            stem, dot, leaf = name.rpartition(".")
-            path = stem + dot + (kind if leaf == "weight" else leaf)
-            parameter.bytelm_path = path  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def is_norm(name: str) -> bool:
-    """Whether the parameter called `name` belongs to a normalisation layer."""
-    return name.split(".")[-2].endswith("norm")
+        for name, _ in module.named_parameters(prefix, recurse=False):
+            stem, dot, last = name.rpartition(".")
+            paths[name] = stem + dot + (kind if last == "weight" else last)
+    return paths

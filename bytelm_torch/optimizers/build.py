@@ -1,18 +1,27 @@
-"""Learning-rate schedule, clipping, decay mask, and the optimizer that a config names.
+"""Learning-rate schedule, clipping, groups of parameters, and a builder for each optimizer.
 
 The same formulas as in `bytelm_jax/optimizers/build.py`, which says why they are our own.
 """
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm.config import MODEL_CONFIGS, OptimizerConfig
+from bytelm.config import (
+    MODEL_CONFIGS,
+    AdamWConfig,
+    OptimizerConfig,
+    QLearningAdamWConfig,
+    QLearningSGDConfig,
+    SGDConfig,
+)
 from bytelm.config.base import require
-from bytelm_torch.models import is_norm
+from bytelm.leaves import decays
+from bytelm_torch.models import parameter_paths
 from bytelm_torch.optimizers.q_learning import EnhancedSGD, q_learning
 
 
@@ -51,12 +60,10 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
         gradient.mul_(scale.to(gradient.dtype))
 
 
-def decays(name: str) -> bool:
-    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
-
-    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
-    """
-    return not is_norm(name) and not name.endswith(("bias", "gain", "gamma", "beta"))
+Groups = list[dict[str, Any]]
+"""Groups of parameters, as torch's optimizers take them."""
+Build = Callable[[Any, nn.Module, int], torch.optim.Optimizer]
+"""`(config, model, seed) -> optimizer`."""
 
 
 def build_optimizer(
@@ -64,41 +71,82 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names; the caller sets each group's `lr` from the schedule.
 
-    Those of Q-learning clip by themselves and want `step(loss=...)`; `seed` is that of the agent's
+    Those with an agent clip by themselves and want `step(loss=...)`; `seed` is that of the agent's
     choices. For the others the caller clips. `q_learning_sgd` raises `ValueError` for parameters
     without the names that `build_model` and `from_pretrained` give them. What the model's
     configuration freezes is left out.
     """
-    config_of = getattr(model, "config", None)
-    frozen = config_of.frozen_prefixes if isinstance(config_of, MODEL_CONFIGS) else ()
-    named = [(n, p) for n, p in model.named_parameters() if not n.startswith(frozen)]
-    groups = [
-        {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+    return BUILDERS[config.name](config, model, seed)
+
+
+def _adamw(config: AdamWConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """Loshchilov & Hutter 2019."""
+    del seed
+    betas = config.beta1, config.beta2
+    groups = _groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+
+
+def _sgd(config: SGDConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """Heavy-ball momentum, the decay added to the gradient."""
+    del seed
+    groups = _groups(model, config.weight_decay)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
+
+
+def _q_learning_sgd(
+    config: QLearningSGDConfig, model: nn.Module, seed: int
+) -> torch.optim.Optimizer:
+    parameters = _trained(model)
+    unnamed = [name for name, p in parameters.items() if not hasattr(p, "bytelm_path")]
+    require(not unnamed, f"model: {unnamed[:1]} has no bytelm_path; call name_parameters(model)")
+    return EnhancedSGD(
+        list(parameters.values()),
+        config.learning_rate,
+        config.momentum,
+        config.weight_decay,
+        config.max_grad_norm,
+        config.entropy_threshold,
+        config.noise_scale,
+        config.centralize,
+        config.controller,
+        seed,
+    )
+
+
+def _q_learning_adamw(
+    config: QLearningAdamWConfig, model: nn.Module, seed: int
+) -> torch.optim.Optimizer:
+    betas = config.beta1, config.beta2
+    groups = _groups(model, config.weight_decay)
+    inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+    return q_learning(inner, config.controller, seed, config.max_grad_norm)
+
+
+BUILDERS: dict[str, Build] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "q_learning_sgd": _q_learning_sgd,
+    "q_learning_adamw": _q_learning_adamw,
+}
+"""Name → builder of every optimizer in `OPTIMIZER_CONFIGS`."""
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the model's configuration does not freeze, by their names in JAX."""
+    config = getattr(model, "config", None)
+    frozen = config.frozen_prefixes if isinstance(config, MODEL_CONFIGS) else ()
+    paths = parameter_paths(model)
+    named = {paths[name]: parameter for name, parameter in model.named_parameters()}
+    return {path: p for path, p in named.items() if not path.startswith(frozen)}
+
+
+def _groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Two groups: what decays, and norms and biases."""
+    parameters = _trained(model)
+    return [
+        {"params": [p for name, p in parameters.items() if decays(name)]}
+        | {"weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if not decays(name)]}
+        | {"weight_decay": 0.0},
     ]
-    rate, betas = config.learning_rate, (config.beta1, config.beta2)
-    match config.name:
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon)
-        case "q_learning_adamw":
-            inner = torch.optim.AdamW(groups, lr=rate, betas=betas, eps=config.epsilon)
-            return q_learning(inner, config.controller, seed, config.max_grad_norm)
-        case "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=config.momentum)
-        case "q_learning_sgd":
-            unnamed = [n for n, p in named if not hasattr(p, "bytelm_path")]
-            require(
-                not unnamed, f"model: {unnamed[:1]} has no bytelm_path; call name_parameters(model)"
-            )
-            return EnhancedSGD(
-                [p for _, p in named],
-                rate,
-                config.momentum,
-                config.weight_decay,
-                config.max_grad_norm,
-                config.entropy_threshold,
-                config.noise_scale,
-                config.centralize,
-                config.controller,
-                seed,
-            )

@@ -29,7 +29,9 @@ from bytelm import data
 from bytelm.config import (
     Recipe,
     TrainConfig,
+    change_optimizer,
     from_dict,
+    optimizers_with,
     require,
     require_document_ends,
     to_dict,
@@ -134,17 +136,12 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
     pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
     pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
     for part, old, new in pairs:
-        names = [f.name for f in fields(old)] if type(old) is type(new) else []
-        if not names:
-            raise ValueError(
-                f"{part}: {run_dir} holds another architecture; choose another run_dir"
-            )
-        for name in names:
+        before, after = to_dict(old), to_dict(new)
+        for name in before:  # first the architecture, or the optimizer's name: then all others fit
             free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
-            before, after = getattr(old, name), getattr(new, name)
-            if before != after and not free:
+            if before[name] != after[name] and not free:
                 raise ValueError(
-                    f"{part}.{name}={after}: {run_dir} was started with {before}; "
+                    f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
                     "keep that value or choose another run_dir"
                 )
 
@@ -335,21 +332,37 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
 
 
 def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with fields set by `section.field=value`; values are JSON, or plain text."""
+    """The recipe with fields set by `section.field=value`; values are JSON, or plain text.
+
+    `optimizer.name=NAME` comes first, wherever it stands, since it decides which fields there are.
+    """
+    split = [(change, *change.partition("=")) for change in changes]
+    names = [_value(text) for _, name, _, text in split if name == "optimizer.name"]
+    if names:
+        recipe = replace(recipe, optimizer=change_optimizer(recipe.optimizer, names[-1]))
     tree = to_dict(recipe)
-    for change in changes:
-        name, equals, text = change.partition("=")
+    for change, name, equals, text in split:
+        if name == "optimizer.name":
+            continue
         *path, last = name.split(".")
         place = tree
         for part in path:
             place = place.get(part) if isinstance(place, dict) else None
         known = bool(equals) and isinstance(place, dict) and last in place
+        others = [] if known else optimizers_with(name.removeprefix("optimizer."))
+        hint = f"has no effect on {recipe.optimizer.name}; choose optimizer.name "
+        require(not others, f"{change}: {hint}{' or '.join(others)}")
         require(known, f"{change}: no such field; write for example train.steps=100")
-        try:
-            place[last] = json.loads(text)  # pyright: ignore[reportOptionalSubscript]
-        except json.JSONDecodeError:
-            place[last] = text  # pyright: ignore[reportOptionalSubscript]
+        place[last] = _value(text)  # pyright: ignore[reportOptionalSubscript]
     return from_dict(Recipe, tree)
+
+
+def _value(text: str) -> Any:
+    """JSON where it is JSON, else the text itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm import data
-from bytelm.config import ByteVocab, MegabyteConfig, OptimizerConfig, QLearningConfig
+from bytelm.config import ByteVocab, MegabyteConfig, OptimizerConfig, from_dict
+from bytelm.config.optimizer import optimizer_class
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training.batches import training_batches
@@ -52,11 +53,12 @@ def configure(row: str, steps: int) -> OptimizerConfig:
     name, _, text = row.partition(":")
     given = dict(pair.split("=") for pair in text.split(",") if pair)
     values = {key: json.loads(value) for key, value in given.items()}
-    own = {field.name for field in fields(OptimizerConfig)}
+    own = {field.name for field in fields(optimizer_class(name))}
     base: dict[str, Any] = {"warmup_steps": steps // 20, "weight_decay": 0.0, "learning_rate": 1.0}
-    kept = {key: value for key, value in values.items() if key in own}
-    steered = QLearningConfig(**{key: v for key, v in values.items() if key not in own})
-    return OptimizerConfig(name=name, controller=steered, **base | kept)  # pyright: ignore
+    kept = base | {key: value for key, value in values.items() if key in own}
+    steered = {key: value for key, value in values.items() if key not in own}
+    tree = {"name": name, **kept} | ({"controller": steered} if steered else {})
+    return from_dict(OptimizerConfig, tree, "optimizer")
 
 
 def make_run(config: OptimizerConfig, steps: int, held_out: jax.Array) -> Any:

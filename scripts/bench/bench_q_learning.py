@@ -20,19 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm import recipes
-from bytelm.config import OptimizerConfig
+from bytelm.config import (
+    AdamWConfig,
+    QLearningAdamWConfig,
+    QLearningSGDConfig,
+    SGDConfig,
+)
 from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
 ROWS = {
-    "sgd": OptimizerConfig(name="sgd"),
-    "q_learning_sgd": OptimizerConfig(name="q_learning_sgd"),
-    "q_learning_sgd, noise": OptimizerConfig(name="q_learning_sgd", noise_scale=1e-3),
-    "q_learning_sgd, not centred": OptimizerConfig(name="q_learning_sgd", centralize=False),
-    "adamw": OptimizerConfig(),
-    "q_learning_adamw": OptimizerConfig(name="q_learning_adamw"),
+    "sgd": SGDConfig(),
+    "q_learning_sgd": QLearningSGDConfig(),
+    "q_learning_sgd, noise": QLearningSGDConfig(noise_scale=1e-3),
+    "q_learning_sgd, not centred": QLearningSGDConfig(centralize=False),
+    "adamw": AdamWConfig(),
+    "q_learning_adamw": QLearningAdamWConfig(),
 }
 
 

@@ -1,0 +1,57 @@
+"""What a parameter's name means: the one table of kinds of leaves.
+
+A name is dotted: the modules from the outside in, then the kind of leaf. The JAX package calls its
+parameters so; the PyTorch twin holds the same name in each parameter's `bytelm_path`.
+"""
+
+from typing import NamedTuple
+
+from bytelm.config.base import require
+
+
+class LeafKind(NamedTuple):
+    """A kind of leaf."""
+
+    torch_name: str
+    """The last part of its name in a PyTorch state dict."""
+    transposed: bool = False
+    """Whether its last two axes, (in, out) in JAX, change places in PyTorch."""
+    decays: bool = False
+    """Whether weight decay applies to it."""
+    product: bool = False
+    """Whether its last two axes are a matrix that activations are multiplied by."""
+
+
+LEAVES = {
+    "kernel": LeafKind("weight", transposed=True, decays=True, product=True),
+    "embedding": LeafKind("weight", decays=True),
+    "scale": LeafKind("weight"),
+    "bias": LeafKind("bias"),
+    "kernels": LeafKind("kernels", decays=True, product=True),
+    "taps": LeafKind("taps", decays=True),
+    "gain": LeafKind("gain"),
+    "coefficients": LeafKind("coefficients", decays=True),
+    "gamma": LeafKind("gamma"),
+    "beta": LeafKind("beta"),
+}
+"""Kind of leaf → what it is; `kernels` are those of experts, [E, in, out] in both packages."""
+
+
+def leaf_kind(name: str) -> LeafKind:
+    """The kind of the parameter called `name`; raises `ValueError` for an unknown one."""
+    kind = name.rpartition(".")[2]
+    require(kind in LEAVES, f"{name}: a leaf must be one of {', '.join(LEAVES)}")
+    return LEAVES[kind]
+
+
+def is_norm(name: str) -> bool:
+    """Whether the parameter called `name` belongs to a normalisation layer."""
+    return name.split(".")[-2].endswith("norm")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies to the parameter called `name`: not to norms and biases.
+
+    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    """
+    return leaf_kind(name).decays
