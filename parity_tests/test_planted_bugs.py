@@ -31,7 +31,7 @@ BUGS = {
     "square kernels are not transposed": (
         "bytelm_jax/interop/convert.py",
         {
-            "if _kind(name)[1] else array": "if _kind(name)[1] "
+            "if leaf_kind(name).transposed else array": "if leaf_kind(name).transposed "
             "and array.shape[0] != array.shape[1] else array"
         },
         LAYERS,

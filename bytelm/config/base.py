@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 LARGEST_FLOAT = 3.4028234663852886e38
 """The largest number of float32, in which every model and optimizer computes."""
@@ -69,6 +69,10 @@ class ByteVocab:
         require(distinct, f"vocab: pad_id, bos_id and eos_id must differ, got {specials}")
 
 
+Config = TypeVar("Config")
+"""The class of a configuration, where a method gives another of the same; beartype refuses Self."""
+
+
 class ArchitectureConfig:
     """What is asked of every architecture, with the answers that most of them give.
 
@@ -107,6 +111,6 @@ class ArchitectureConfig:
         """Those of the forward operations a byte that no backward pass follows."""
         return 0.0
 
-    def with_resets(self, reset_on: str) -> Self:
+    def with_resets(self: Config, reset_on: str) -> Config:
         """This configuration with texts that start where `reset_on` says."""
         return replace(self, reset_on=reset_on)  # pyright: ignore[reportArgumentType]

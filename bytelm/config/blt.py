@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 from bytelm.config.base import (
     ArchitectureConfig,
@@ -198,7 +198,7 @@ class BLTConfig(ArchitectureConfig):
         varies = self.patcher in ("entropy", "space", "histogram")
         return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
 
-    def with_resets(self, reset_on: Any) -> Self:
+    def with_resets(self, reset_on: Any) -> BLTConfig:
         """This configuration, its entropy model included, with texts that start as asked."""
         entropy = replace(self.entropy, reset_on=reset_on)
         return replace(self, reset_on=reset_on, entropy=entropy)
