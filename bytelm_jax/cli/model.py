@@ -70,8 +70,7 @@ def eval_command(
     by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
     windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=by_document)
     end_id = vocab.eos_id if by_document else None
-    rows = -(-batch_size // mesh.size) * mesh.size
-    batches = corpora.evaluation_batches(windows, rows)
+    batches = corpora.evaluation_batches(windows, -(-batch_size // mesh.size) * mesh.size)
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
