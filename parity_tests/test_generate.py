@@ -1,6 +1,5 @@
 """Generation, JAX against torch: samplers on the same numbers, greedy bytes of the same model."""
 
-import dataclasses
 import inspect
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import bytelm
 import bytelm_jax.inference.generate as ours
 import bytelm_torch.inference.generate as theirs
 from bytelm.config import ByteVocab, MegabyteConfig
@@ -53,21 +53,10 @@ def public(module):
     return [(name, list(inspect.signature(thing).parameters)) for name, thing in defined]
 
 
-def test_public_names_and_fields_are_the_same_in_order():
+def test_public_names_are_the_same_in_order():
     assert public(ours) == public(theirs)
-    assert len(public(ours)) == 7
-    for kind in (ours.SamplerConfig, theirs.SamplerConfig):
-        assert dataclasses.asdict(kind()) == {
-            "sampler": "categorical",
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "entropy_low": 0.3,
-            "entropy_medium": 1.2,
-            "entropy_high": 2.5,
-        }
-    source = inspect.getsource(ours.SamplerConfig)
-    assert inspect.getsource(theirs.SamplerConfig) == source
+    assert len(public(ours)) == 6
+    assert ours.SamplerConfig is theirs.SamplerConfig is bytelm.SamplerConfig
 
 
 def logits_of_every_entropy(rows, size):
