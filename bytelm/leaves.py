@@ -55,3 +55,16 @@ def decays(name: str) -> bool:
     Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
     """
     return leaf_kind(name).decays
+
+
+def is_output_head(name: str) -> bool:
+    """Whether the parameter called `name` belongs to the last layer, whose columns are ids."""
+    return name.split(".")[-2] == "to_logits"
+
+
+def is_hidden_matrix(name: str) -> bool:
+    """Whether the parameter called `name` is a matrix, or a stack of them, between activations.
+
+    That is every kernel but the output head's.
+    """
+    return leaf_kind(name).product and not is_output_head(name)

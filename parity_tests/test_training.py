@@ -12,6 +12,8 @@ import torch
 
 from bytelm.config import (
     AdamWConfig,
+    LionConfig,
+    MuonConfig,
     QLearningAdamWConfig,
     QLearningConfig,
     QLearningSGDConfig,
@@ -32,7 +34,7 @@ from bytelm_torch.optimizers.q_learning import EnhancedSGD, QLearning
 from bytelm_torch.optimizers.q_learning import q_learning_metrics as torch_q_learning_metrics
 from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 from parity_tests import tolerances
-from parity_tests.twins import MEGABYTES, random_ids, twins
+from parity_tests.twins import MEGABYTES, random_ids, random_params, twins
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -67,28 +69,34 @@ OPTIMIZERS = {
     "q_learning_sgd": QLearningSGDConfig(
         learning_rate=1e-2, warmup_steps=20, noise_scale=0.1, **STEERED
     ),
+    "lion": LionConfig(learning_rate=1e-3, warmup_steps=20),
+    "muon": MuonConfig(learning_rate=3e-3, adam_learning_rate=2e-3, warmup_steps=20),
 }
 PARITY = [
-    ("paper", "adamw", ()),
-    ("in_action", "adamw", ()),
-    ("paper", "sgd", ()),
-    ("paper", "q_learning_adamw", pytest.mark.slow),
-    ("paper", "q_learning_sgd", pytest.mark.slow),
+    ("paper", "adamw", 200, ()),
+    ("in_action", "adamw", 200, ()),
+    ("paper", "sgd", 200, ()),
+    ("paper", "q_learning_adamw", 200, pytest.mark.slow),
+    ("paper", "q_learning_sgd", 200, pytest.mark.slow),
+    ("paper", "lion", 200, ()),
+    ("paper", "muon", 200, ()),
+    ("experts", "muon", 100, ()),
 ]
-"""(model, optimizer, marks) of each run of 200 steps; test_coverage.py misses none."""
+"""(model, optimizer, steps, marks) of each run; test_coverage.py asks for 200 steps of each
+optimizer."""
 
 
 @pytest.mark.parametrize(
-    ("variant", "name"),
-    [pytest.param(variant, name, marks=marks) for variant, name, marks in PARITY],
+    ("variant", "name", "count"),
+    [pytest.param(*row, marks=marks) for *row, marks in PARITY],
 )
-def test_200_steps_end_at_the_same_parameters(variant, name, x64):
+def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
     """And an agent chooses the same actions at every step."""
     config, params, twin = twins(variant, "float64")
     before = {k: v.clone() for k, v in twin.state_dict().items()}
     optimizer = OPTIMIZERS[name]
-    train = TrainConfig(steps=200, batch_size=4, devices=1, compute_dtype="float32")
-    batches = ragged_batches(config, 200, 4, 11)
+    train = TrainConfig(steps=count, batch_size=4, devices=1, compute_dtype="float32")
+    batches = ragged_batches(config, count, 4, 11)
     # float64 all the way: cast_params would make the products float32.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
@@ -105,7 +113,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
     assert reports[-1]["loss"] < reports[0]["loss"]
     moved = relative_error(theirs["to_logits.weight"], before["to_logits.weight"].numpy())
     assert moved > 0.01
-    assert len(told) == (200 if optimizer.has_agent else 0)
+    assert len(told) == (count if optimizer.has_agent else 0)
     for report, metrics in zip(reports, told, strict=False):
         for what, value in metrics.items():
             assert report[what] == pytest.approx(value, rel=tolerances.AFTER_200_STEPS), what
@@ -117,7 +125,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, x64):
 def run_torch(twin, optimizer, batches):
     """Trains the twin in place; what the optimizer reported at every step."""
     stepper = build_torch_optimizer(optimizer, twin)
-    schedule = learning_rate_schedule(optimizer, 200)
+    schedule = learning_rate_schedule(optimizer, len(batches))
     told = []
     for count, ids in enumerate(batches):
         for group in stepper.param_groups:
@@ -186,6 +194,29 @@ def test_eight_devices_train_as_one_under_the_agent():
     for name, value in state.params.items():
         error = relative_error(np.asarray(other.params[name]), np.asarray(value))
         assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"devices": 4, "fsdp": 4}, {"devices": 4, "fsdp": 2, "parallel": "shard_map"}],
+    ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
+)
+def test_muon_of_kernels_in_parts_is_muon_of_whole_kernels(change, x64):
+    """Newton-Schulz runs on the global arrays in both forms of the step.
+
+    In float64, since the first step of AdamW is the sign of the gradient, whatever its length.
+    """
+    muon = MuonConfig(learning_rate=1e-2, warmup_steps=0)
+    ends = []
+    for layout in ({"devices": 1}, change):
+        train = TrainConfig(**({"steps": 2, "batch_size": 4} | layout))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
+            params = random_params(SMALL, "float64")
+            ends.append(run_jax(SMALL, muon, train, FIVE[:2, :4], params)[1])
+    for name, value in ends[0].params.items():
+        error = relative_error(np.asarray(ends[1].params[name]), np.asarray(value))
+        assert error <= tolerances.AFTER_200_STEPS, name
 
 
 def test_dropout_is_on_in_training_and_differs_between_steps_and_seeds(one_device):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bytelm.config import MegabyteConfig, ModelConfig
+from bytelm.config import LFByteConfig, MegabyteConfig, ModelConfig
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.parity.twins import make_twin
 
@@ -28,6 +28,16 @@ MEGABYTES = {
     )
     for variant in ("paper", "in_action")
 }
+
+MODELS: dict[str, ModelConfig] = MEGABYTES | {
+    "experts": LFByteConfig(
+        embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8, dropout=0.0,
+        num_experts=3, top_k=2, balance_coefficient=0.0, token_mixing="none", init_std=0.3,
+    )
+}  # fmt: skip
+"""All of them, with one whose kernels have three axes.
+
+Its router picks two experts: the weight of a single one is 1, and has no gradient but rounding."""
 
 
 def random_params(config: ModelConfig, dtype: str) -> Params:
@@ -52,7 +62,7 @@ def random_ids(config: ModelConfig, rows: int, length: int, seed: int = 0) -> np
 @functools.cache
 def twins(name: str, dtype: str) -> tuple[ModelConfig, Params, Any]:
     """Config, parameters and the torch twin of the tiny model called `name`, in `dtype`."""
-    config = MEGABYTES[name]
+    config = MODELS[name]
     with jax.enable_x64(dtype == "float64"):
         params = random_params(config, dtype)
         return config, params, make_twin(config, params)

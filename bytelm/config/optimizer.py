@@ -10,7 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
-from bytelm.config.base import require, require_finite, require_fraction, require_non_negative
+from bytelm.config.base import (
+    require,
+    require_finite,
+    require_fraction,
+    require_non_negative,
+    require_positive,
+)
 from bytelm.config.q_learning import QLearningConfig
 
 
@@ -26,6 +32,11 @@ class OptimizerConfig:
     """Chooses the class in `config.json` and on the command line."""
     has_agent: ClassVar[bool] = False
     """Whether a Q-learning agent steers it, which reports what it does at each step."""
+    adamw_rate: ClassVar[float] = 1.0
+    """AdamW's learning rate over its own on the same model, and its own weight decay over AdamW's.
+
+    A recipe made for one optimizer takes these factors to another, where nothing was measured.
+    """
 
     learning_rate: float = 1e-3
     """Learning rate at the end of the warm-up."""
@@ -145,8 +156,87 @@ class QLearningAdamWConfig(OptimizerConfig):
         _require_reach(self.controller, "beta1", self.beta1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LionConfig(OptimizerConfig):
+    """Lion, the sign of an average of gradients (Chen et al. 2023).
+
+    Learning rate and weight decay are AdamW's divided and multiplied by 10, the far end of the
+    paper's 3 to 10.
+    """
+
+    name: ClassVar[str] = "lion"
+    adamw_rate: ClassVar[float] = 10.0
+
+    learning_rate: float = 1e-4
+    """Learning rate at the end of the warm-up, by which every weight moves at each step."""
+    weight_decay: float = 1.0
+    """Share of a weight that a step takes off it, before the learning rate multiplies it."""
+    beta1: float = 0.9
+    """Share of the average in what the sign is taken of; the rest is the step's gradient."""
+    beta2: float = 0.99
+    """Decay of the average of gradients."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "beta1", "beta2")
+        self._require_shrinking()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(OptimizerConfig):
+    """Muon (Jordan et al. 2024) for kernels, those of experts each by itself; AdamW for the rest.
+
+    The rest are embeddings, n-gram tables, the output head, norms and biases. An update of Muon is
+    scaled to the root mean square of AdamW's (Liu et al. 2025), so AdamW's learning rate and weight
+    decay fit.
+    """
+
+    name: ClassVar[str] = "muon"
+
+    beta: float = 0.95
+    """Decay of the average of gradients under Muon."""
+    ns_steps: int = 5
+    """Iterations of Newton-Schulz that orthogonalise that average."""
+    consistent_rms: float = 0.2
+    """Root mean square of an update of Muon, before the learning rate multiplies it."""
+    adam_learning_rate: float | None = None
+    """Learning rate of AdamW, under the same schedule; None: `learning_rate`."""
+    adam_beta1: float = 0.9
+    """Decay of the average of gradients under AdamW."""
+    adam_beta2: float = 0.95
+    """Decay of the average of squared gradients under AdamW."""
+    epsilon: float = 1e-8
+    """Added to a matrix's norm under Muon, and to the root of the second moment under AdamW."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_fraction(self, "beta", "adam_beta1", "adam_beta2")
+        require_positive(self, "ns_steps")
+        require_non_negative(self, "epsilon", "consistent_rms")
+        require(self.adam_rate > 0, f"adam_learning_rate={self.adam_rate}: must be above 0")
+        self._require_shrinking()
+        require(
+            self.adam_rate * self.weight_decay <= 2,
+            f"weight_decay={self.weight_decay}: times adam_learning_rate={self.adam_rate} it must "
+            "be at most 2, or weights grow without bound; lower one of them",
+        )
+
+    @property
+    def adam_rate(self) -> float:
+        """The learning rate of AdamW."""
+        return self.learning_rate if self.adam_learning_rate is None else self.adam_learning_rate
+
+
 OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
-    kind.name: kind for kind in (AdamWConfig, SGDConfig, QLearningSGDConfig, QLearningAdamWConfig)
+    kind.name: kind
+    for kind in (
+        AdamWConfig,
+        SGDConfig,
+        QLearningSGDConfig,
+        QLearningAdamWConfig,
+        LionConfig,
+        MuonConfig,
+    )
 }
 """Name → class of every optimizer."""
 
@@ -192,8 +282,9 @@ def optimizers_with(field_name: str) -> list[str]:
 def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
     """What a recipe with `config` has under the optimizer called `name`.
 
-    The shared fields stay, and so does each other field that was changed. Raises `ValueError` for
-    an unknown name, and for a changed field that this optimizer does not have.
+    The shared fields stay, learning rate and weight decay in proportion to `adamw_rate`, and so
+    does each other field that was changed. Raises `ValueError` for an unknown name, and for a
+    changed field that this optimizer does not have.
     """
     kind = optimizer_class(name)
     if kind is type(config):
@@ -204,6 +295,10 @@ def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
     kept = {k: v for k, v in values.items() if k in shared or v != getattr(usual, k)}
     for field_name, value in kept.items():
         _require_effect(kind, field_name, value, "optimizer")
+    ratio = kind.adamw_rate / type(config).adamw_rate
+    if ratio != 1:  # in decimals, so that a file shows 0.003 / 10 as 0.0003
+        kept["learning_rate"] = float(f"{kept['learning_rate'] / ratio:.12g}")
+        kept["weight_decay"] = float(f"{kept['weight_decay'] * ratio:.12g}")
     return kind(**kept)
 
 

@@ -13,7 +13,9 @@ from bytelm.config import (
     AdamWConfig,
     ByteVocab,
     DataConfig,
+    LionConfig,
     MegabyteConfig,
+    MuonConfig,
     OptimizerConfig,
     PatchingContract,
     QLearningAdamWConfig,
@@ -153,6 +155,13 @@ def test_an_optimizer_takes_its_own_fields(name, field, value):
     assert from_dict(OptimizerConfig, written) == config
 
 
+def test_muon_checks_the_rate_of_its_adamw():
+    assert MuonConfig().adam_rate == MuonConfig().learning_rate
+    for rate, says in ((0.0, "adam_learning_rate=0.0: must be above"), (21.0, "weight_decay=0.1:")):
+        with pytest.raises(ValueError, match=f"^{says}"):
+            MuonConfig(adam_learning_rate=rate)
+
+
 def test_a_momentum_out_of_the_agent_s_reach_is_refused():
     with pytest.raises(ValueError, match=r"^momentum=0.3: must lie within .* min_momentum=0.5"):
         QLearningSGDConfig(momentum=0.3)
@@ -205,6 +214,10 @@ def test_another_optimizer_takes_the_shared_fields_and_what_was_changed():
     config = AdamWConfig(warmup_steps=7, weight_decay=0.0)
     assert change_optimizer(config, "sgd") == SGDConfig(warmup_steps=7, weight_decay=0.0)
     assert change_optimizer(config, "adamw") is config
+    lion = change_optimizer(AdamWConfig(learning_rate=3e-3), "lion")
+    assert lion == LionConfig(learning_rate=3e-4, weight_decay=1.0)
+    assert change_optimizer(AdamWConfig(), "lion") == LionConfig()
+    assert change_optimizer(lion, "adamw") == AdamWConfig(learning_rate=3e-3)
     with pytest.raises(ValueError, match=r"optimizer.beta2=0.9: has no effect on sgd"):
         change_optimizer(AdamWConfig(beta2=0.9), "sgd")
     with pytest.raises(ValueError, match=r"optimizer.name='lbfgs': choose one of adamw"):

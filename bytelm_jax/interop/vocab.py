@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import BLTConfig, ByteVocab, ModelConfig, require
+from bytelm.leaves import is_output_head
 from bytelm_jax.models import Params, abstract_params
 
 SILENT = -(2.0**13)
@@ -89,7 +90,7 @@ def _moved(name: str, value: Array, shape: tuple[int, ...], source: np.ndarray, 
     last = module.rpartition(".")[2]
     if leaf == "embedding" and last.endswith("embed"):
         return _taken(value, source, 0.0)
-    if last != "to_logits":
+    if not is_output_head(name):
         return value
     # Columns that only round up the product belong to no id.
     spare = np.arange(size, size + shape[-1] - len(source))

@@ -17,12 +17,15 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.config import (
     AdamWConfig,
+    LionConfig,
+    MuonConfig,
     OptimizerConfig,
     QLearningAdamWConfig,
     QLearningSGDConfig,
     SGDConfig,
 )
-from bytelm.leaves import decays
+from bytelm.leaves import decays, is_hidden_matrix
+from bytelm_jax.optimizers.muon import scale_by_muon
 from bytelm_jax.optimizers.q_learning import (
     QLearningSGDState,
     QLearningWrapperState,
@@ -160,11 +163,37 @@ def _q_learning_adamw(
     return q_learning(optax.chain(clip, adam, _decay(config), rate), config.controller, seed)
 
 
+def _lion(config: LionConfig, steps: int, seed: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Chen et al. 2023."""
+    del seed
+    lion = optax.scale_by_lion(config.beta1, config.beta2)
+    return _scheduled(config, steps, optax.chain(lion, _decay(config)))
+
+
+def _muon(config: MuonConfig, steps: int, seed: ArrayLike) -> optax.GradientTransformationExtraArgs:
+    """Muon for the matrices between activations, AdamW at its own rate for all other leaves."""
+    del seed
+    muon = scale_by_muon(config.beta, config.ns_steps, config.consistent_rms, config.epsilon)
+    adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.epsilon)
+    ratio = config.adam_rate / config.learning_rate
+    parts = {
+        "muon": optax.chain(muon, _decay(config)),
+        "adamw": optax.chain(adam, _decay(config), optax.scale(ratio)),
+    }
+
+    def kinds(params: Mapping[str, Any]) -> dict[str, str]:
+        return {name: "muon" if is_hidden_matrix(name) else "adamw" for name in params}
+
+    return _scheduled(config, steps, optax.partition(parts, kinds))
+
+
 BUILDERS: dict[str, Build] = {
     "adamw": _adamw,
     "sgd": _sgd,
     "q_learning_sgd": _q_learning_sgd,
     "q_learning_adamw": _q_learning_adamw,
+    "lion": _lion,
+    "muon": _muon,
 }
 """Name → builder of every optimizer in `OPTIMIZER_CONFIGS`."""
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, TrainConfig
+from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, MuonConfig, TrainConfig
 from bytelm.metrics import MetricsLog, Throughput, read_metrics
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import (
@@ -61,19 +61,20 @@ def test_decay_leaves_norms_and_biases_alone():
     assert all(name.endswith((".kernel", ".embedding")) for name in mask.keys() - kept)
 
 
-def test_what_is_frozen_costs_nothing_and_counts_in_no_norm():
-    params = {"patcher.kernel": jnp.array([-0.0, 2.0]), "to_q.kernel": jnp.array([3.0])}
-    config = AdamWConfig(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
+@pytest.mark.parametrize("kind", [AdamWConfig, MuonConfig])
+def test_what_is_frozen_costs_nothing_and_counts_in_no_norm(kind):
+    params = {"patcher.kernel": jnp.array([[-0.0, 2.0]]), "to_q.kernel": jnp.array([[3.0]])}
+    config = kind(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
     whole = build_optimizer(config, 10, frozen=("patcher.",))
     alone = build_optimizer(config, 10)
     kept = {"to_q.kernel": params["to_q.kernel"]}
     state = whole.init(params)
     assert jax.tree.structure(state) == jax.tree.structure(alone.init(kept))
-    huge = {"patcher.kernel": jnp.array([1e9, 1e9]), "to_q.kernel": jnp.array([0.25])}
+    huge = {"patcher.kernel": jnp.array([[1e9, 1e9]]), "to_q.kernel": jnp.array([[0.25]])}
     found, _ = whole.update(huge, state, params)
     expected, _ = alone.update({"to_q.kernel": huge["to_q.kernel"]}, alone.init(kept), kept)
     np.testing.assert_array_equal(found["to_q.kernel"], expected["to_q.kernel"])
-    np.testing.assert_array_equal(found["patcher.kernel"], [0.0, 0.0])
+    np.testing.assert_array_equal(found["patcher.kernel"], [[0.0, 0.0]])
 
 
 def test_a_frozen_patcher_leaves_every_step_bit_for_bit():

@@ -12,6 +12,7 @@ from bytelm import recipes
 from bytelm.config import (
     DataConfig,
     MegabyteConfig,
+    MuonConfig,
     QLearningConfig,
     QLearningSGDConfig,
     TrainConfig,
@@ -57,8 +58,7 @@ def records(run_dir):
     return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in found]
 
 
-@pytest.mark.slow
-def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
+def fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch):
     make, made = steps.make_train_step, []  # both runs share the compiled step
 
     def make_once(*arguments):
@@ -74,6 +74,19 @@ def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
     for name in ("whole", "resumed"):
         with checkpoint.open_checkpoints(tmp_path / name) as manager:
             marks.append(checkpoint.read_metadata(manager, 8)["fingerprints"])
+    return marks
+
+
+@pytest.mark.slow
+def test_a_resumed_run_under_muon_ends_with_the_same_state(recipe, tmp_path, monkeypatch):
+    recipe = replace(recipe, optimizer=MuonConfig())
+    marks = fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch)
+    assert marks[0] == marks[1] and len(marks[0]["optimizer"]) > 20
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
+    marks = fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch)
     assert marks[0] == marks[1] and len(marks[0]["optimizer"]) > 20
     told = records(tmp_path / "whole")
     assert told == records(tmp_path / "resumed") and len(told) == 8

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from bytelm.config import (
     MODEL_CONFIGS,
     AdamWConfig,
+    LionConfig,
+    MuonConfig,
     OptimizerConfig,
     QLearningAdamWConfig,
     QLearningSGDConfig,
     SGDConfig,
 )
 from bytelm.config.base import require
-from bytelm.leaves import decays
+from bytelm.leaves import decays, is_hidden_matrix
 from bytelm_torch.models import parameter_paths
+from bytelm_torch.optimizers.lion import Lion
+from bytelm_torch.optimizers.muon import Muon
 from bytelm_torch.optimizers.q_learning import EnhancedSGD, q_learning
 
 
@@ -83,14 +87,14 @@ def _adamw(config: AdamWConfig, model: nn.Module, seed: int) -> torch.optim.Opti
     """Loshchilov & Hutter 2019."""
     del seed
     betas = config.beta1, config.beta2
-    groups = _groups(model, config.weight_decay)
+    groups = _groups(_trained(model), config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
 
 
 def _sgd(config: SGDConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
     """Heavy-ball momentum, the decay added to the gradient."""
     del seed
-    groups = _groups(model, config.weight_decay)
+    groups = _groups(_trained(model), config.weight_decay)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
@@ -118,9 +122,41 @@ def _q_learning_adamw(
     config: QLearningAdamWConfig, model: nn.Module, seed: int
 ) -> torch.optim.Optimizer:
     betas = config.beta1, config.beta2
-    groups = _groups(model, config.weight_decay)
+    groups = _groups(_trained(model), config.weight_decay)
     inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
     return q_learning(inner, config.controller, seed, config.max_grad_norm)
+
+
+def _lion(config: LionConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """Chen et al. 2023."""
+    del seed
+    groups = _groups(_trained(model), config.weight_decay)
+    return Lion(groups, config.learning_rate, (config.beta1, config.beta2))
+
+
+def _muon(config: MuonConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """Muon for the matrices between activations, AdamW at its own rate for all other leaves."""
+    del seed
+    parameters = _trained(model)
+    rest = {name: p for name, p in parameters.items() if not is_hidden_matrix(name)}
+    ratio = config.adam_rate / config.learning_rate
+    groups = [
+        {"params": [p for name, p in parameters.items() if name not in rest]},
+        *(
+            group | {"use_muon": False, "lr_scale": ratio}
+            for group in _groups(rest, config.weight_decay)
+        ),
+    ]
+    return Muon(
+        groups,
+        config.learning_rate,
+        config.beta,
+        config.weight_decay,
+        config.ns_steps,
+        config.consistent_rms,
+        (config.adam_beta1, config.adam_beta2),
+        config.epsilon,
+    )
 
 
 BUILDERS: dict[str, Build] = {
@@ -128,6 +164,8 @@ BUILDERS: dict[str, Build] = {
     "sgd": _sgd,
     "q_learning_sgd": _q_learning_sgd,
     "q_learning_adamw": _q_learning_adamw,
+    "lion": _lion,
+    "muon": _muon,
 }
 """Name → builder of every optimizer in `OPTIMIZER_CONFIGS`."""
 
@@ -141,9 +179,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {path: p for path, p in named.items() if not path.startswith(frozen)}
 
 
-def _groups(model: nn.Module, weight_decay: float) -> Groups:
+def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> Groups:
     """Two groups: what decays, and norms and biases."""
-    parameters = _trained(model)
     return [
         {"params": [p for name, p in parameters.items() if decays(name)]}
         | {"weight_decay": weight_decay},

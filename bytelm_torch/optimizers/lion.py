@@ -1,0 +1,58 @@
+"""Lion: the sign of an average of gradients (Chen et al. 2023), as `optax.scale_by_lion` has it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from bytelm.config.base import require
+
+
+class Lion(torch.optim.Optimizer):
+    """The step is −lr · (sign(β₁ m + (1 − β₁) g) + `weight_decay` · p); then m ← β₂ m + (1 − β₂) g.
+
+    Every element moves by the learning rate, so that takes about a tenth of AdamW's, and the weight
+    decay ten times AdamW's.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
+    >>> optimizer = Lion([weight], lr=0.25, weight_decay=0.0)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.75, -0.75, 0.0]
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1.0,
+    ):
+        for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
+            require(value >= 0, f"{name}={value}: must be at least 0")
+        require(all(0 <= beta < 1 for beta in betas), f"betas={betas}: must be in [0, 1)")
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> Any:
+        """One step; returns what `closure` returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for weight in group["params"]:
+                if weight.grad is None:
+                    continue
+                memory = self.state[weight]
+                if not memory:
+                    memory["exp_avg"] = torch.zeros_like(weight)
+                average, gradient = memory["exp_avg"], weight.grad
+                direction = torch.sign((1 - beta1) * gradient + beta1 * average)
+                average.copy_((1 - beta2) * gradient + beta2 * average)
+                weight.sub_(group["lr"] * (direction + group["weight_decay"] * weight))
+        return loss
