@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, ByteVocab, LFByteConfig, ModelConfig, model_from_dict, to_dict
-from bytelm_jax.layers import ids, ngram, resets
+from bytelm_jax.layers import embedding, ids, ngram, resets
 from bytelm_jax.models import abstract_params, define_model, patching
 from bytelm_jax.training import evaluate, loss
 from bytelm_jax.training import mesh as meshes
