@@ -52,7 +52,7 @@ def test_the_clock_ends_a_run_and_the_rate_ends_with_it(equal_time, text, monkey
         planned.append(steps)
         return build(config, steps, **rest)
 
-    monkeypatch.setattr(equal_time.parallel, "make_train_step", lambda *_: step)
+    monkeypatch.setattr(equal_time.steps, "make_train_step", lambda *_: step)
     monkeypatch.setattr(equal_time, "build_optimizer", build_optimizer)
     trained = equal_time.Trainer(recipe, held_out).train(0, 40.0, lambda: now[0], points=4)
     assert trained.seconds == 40

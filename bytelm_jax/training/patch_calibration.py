@@ -43,9 +43,9 @@ _FROM_SOURCE = ("entropy", "threshold", "bytes_per_patch")
 
 
 def measure(
-    config: BLTConfig, params: Params, windows: Windows, limit: int | None = _SAMPLE
+    config: Any, params: Params, windows: Windows, limit: int | None = _SAMPLE
 ) -> PatchingContract:
-    """The contract of `config` on at most `limit` windows, evenly spaced."""
+    """The contract of `config`, a `BLTConfig`, on at most `limit` windows, evenly spaced."""
     return _contract(config, params, boundary_scores(config, params, windows, limit))
 
 

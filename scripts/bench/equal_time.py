@@ -142,15 +142,15 @@ class Trainer:
         rows = training_batches(self.windows, self.recipe.train.batch_size, seed, 0)
         return (meshes.put_batch(self._mesh, ids) for ids in rows)
 
-    def _program(self, steps: int) -> Callable:
-        if steps not in self._programs:
+    def _program(self, count: int) -> Callable:
+        if count not in self._programs:
             recipe, frozen = self.recipe, self.recipe.model.frozen_prefixes
-            optimizer = build_optimizer(recipe.optimizer, steps, frozen=frozen)
+            optimizer = build_optimizer(recipe.optimizer, count, frozen=frozen)
             pad_id = recipe.model.vocab.pad_id
-            self._programs[steps] = steps.make_train_step(
+            self._programs[count] = steps.make_train_step(
                 self._bind, optimizer, recipe.train, pad_id, self._mesh, frozen
             )
-        return self._programs[steps]
+        return self._programs[count]
 
     def _look(self, params: Params, limit: int | None) -> Evaluation:
         kept = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)

@@ -11,9 +11,11 @@ import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bench_train import read_row
 
 from bytelm_jax.tools.dry_run import abstract_state, reckon_memory
