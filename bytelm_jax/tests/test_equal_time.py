@@ -12,7 +12,7 @@ import pytest
 from bytelm import data, recipes
 from bytelm.config import MegabyteConfig
 
-SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts" / "bench"
 SIZES = dict.fromkeys(("global_heads", "local_heads", "global_layers", "local_layers"), 1)
 MODEL = MegabyteConfig(patch_size=4, global_dim=8, local_dim=8, max_length=16, **SIZES)
 
