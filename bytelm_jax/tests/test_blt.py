@@ -218,7 +218,8 @@ def test_one_query_sees_what_many_would(kv_heads, x64):
     hidden = jnp.where(mask[:, 0, :, None, None], 0, 1e3)
     with pretend_platform("gpu"):
         found, other = (
-            np.asarray(attend_once(q, k + more, v + more, mask)) for more in (0, hidden)
+            np.asarray(attend_once(q, k + more, v + more, mask, grouped_attention))
+            for more in (0, hidden)
         )
     assert np.linalg.norm(found - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
     np.testing.assert_array_equal(found, other)
