@@ -144,7 +144,7 @@ def test_the_shared_package_needs_no_framework(tmp_path):
     assert done.stdout == b"8\n", done.stderr
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", (*PACKAGES, "parity_tests"))
 def test_files_classes_and_functions_stay_short(package):
     long = []
     for path in (ROOT / package).rglob("*.py"):

@@ -77,9 +77,3 @@ def test_the_python_in_the_readme_runs():
     names: dict = {}
     exec(first, names)
     assert names["logits"].shape == (1, 9, 512)
-
-
-def test_files_and_functions_keep_to_the_house_s_size():
-    for package in ("bytelm_jax", "bytelm_torch", "parity_tests"):
-        for path in (ROOT / package).rglob("*.py"):
-            assert len(path.read_text("utf-8").splitlines()) <= 500, path
