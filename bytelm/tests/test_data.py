@@ -16,7 +16,9 @@ import pytest
 
 from bytelm import data
 from bytelm.config import ByteVocab
-from bytelm.data import MAGIC, Corpus, Windows, evaluation_batches, open_corpus
+from bytelm.data import MAGIC, Corpus, Windows, evaluation_batches, open_corpus, prepared
+from bytelm.data import corpus as corpus_files
+from bytelm_jax.training import batches
 from bytelm_jax.training.batches import training_batches
 
 VOCAB = ByteVocab()
@@ -115,12 +117,12 @@ def test_subset_and_cut(folder: Path) -> None:
 
 
 def test_few_maps_stay_open(tmp_path: Path) -> None:
-    count = data._OPEN_MAPS + 20
+    count = corpus_files._OPEN_MAPS + 20
     corpus = open_corpus([write(tmp_path, {f"{i:04}": b"%04d" % i for i in range(count)})])
     before = len(os.listdir("/proc/self/fd"))
     for index in [*range(count), *range(0, count, 7)]:
         assert corpus.read(index, 0, 4).tobytes() == b"%04d" % index
-    assert len(os.listdir("/proc/self/fd")) - before <= data._OPEN_MAPS
+    assert len(os.listdir("/proc/self/fd")) - before <= corpus_files._OPEN_MAPS
 
 
 def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
@@ -198,7 +200,7 @@ def test_prepared_round_trip(folder: Path, tmp_path: Path) -> None:
 def test_prepared_files_merge_and_mix(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "_COPY_CHUNK", 6)  # documents below, at and above a chunk
+    monkeypatch.setattr(prepared, "_COPY_CHUNK", 6)  # documents below, at and above a chunk
     data.prepare([folder], tmp_path / "one")
     data.prepare([folder / "b.txt"], tmp_path / "two")
     summary = data.prepare([tmp_path / "two", folder / "a.txt", tmp_path / "one"], tmp_path / "all")
@@ -288,13 +290,13 @@ def test_a_killed_prepare_leaves_the_old_file(folder: Path, tmp_path: Path) -> N
 def test_a_source_that_shrinks_meanwhile_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bodies = data._bodies
+    bodies = prepared._bodies
 
     def shrink(corpus: Corpus) -> Iterator[bytes]:
         (folder / "a" / "z.bin").write_bytes(b"short")
         return bodies(corpus)
 
-    monkeypatch.setattr(data, "_bodies", shrink)
+    monkeypatch.setattr(prepared, "_bodies", shrink)
     with refuses(r"z\.bin: shrank while it was read; try again"):
         data.prepare([folder], tmp_path / "out")
     assert os.listdir(tmp_path) == ["folder"]
@@ -443,7 +445,7 @@ def test_nothing_before_the_start_is_read(numbered: Windows) -> None:
 
     reads: list[int] = []
     next(iter(training_batches(Counting(numbered.corpus, VOCAB, 4, False), 2, 3, 10**12)))
-    assert 0 < len(reads) <= 2 * (1 + data._READY_BATCHES)
+    assert 0 < len(reads) <= 2 * (1 + batches._READY_BATCHES)
 
 
 @pytest.mark.parametrize("kind", [training_batches, evaluation_batches])
