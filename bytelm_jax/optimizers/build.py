@@ -176,7 +176,7 @@ def _muon(config: MuonConfig, steps: int, seed: ArrayLike) -> optax.GradientTran
     muon = scale_by_muon(config.beta, config.ns_steps, config.consistent_rms, config.epsilon)
     adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.epsilon)
     ratio = config.adam_rate / config.learning_rate
-    parts = {
+    parts: Any = {  # pyright takes the keys of a dictionary for strings alone
         "muon": optax.chain(muon, _decay(config)),
         "adamw": optax.chain(adam, _decay(config), optax.scale(ratio)),
     }
