@@ -105,8 +105,8 @@ class WandbTracker:
             )
         except package.errors.Error as error:
             why = " ".join(str(error).split())
-            mend = "set WANDB_MODE=offline to go on without their server"
-            raise ValueError(f"train.track=wandb: {why}; {mend}") from None
+            hint = "set WANDB_MODE=offline to go on without their server"
+            raise ValueError(f"train.track=wandb: {why}; {hint}") from None
 
     def write(self, record: dict[str, Any]) -> None:
         """Logs the numbers at their step."""

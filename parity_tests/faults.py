@@ -254,7 +254,9 @@ class Bench:
             patches.enter_context(patch.object(bytelm_torch, "from_pretrained", faulty))
             patches.enter_context(patch.object(parity, "record_jax", remembered))
             patches.enter_context(patch.object(parity, "record_torch", brief))
-            patches.enter_context(patch.object(parity, "Shelf", lambda: contextlib.nullcontext({})))
+            patches.enter_context(
+                patch.object(parity, "ArrayStore", lambda: contextlib.nullcontext({}))
+            )
             options = ["--data", str(self.folder / "text"), "--length", "19"]
             code = cli.main(["parity", str(self.folder / name), *options])
         return code, said.getvalue().splitlines()[-1]

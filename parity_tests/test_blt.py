@@ -83,7 +83,9 @@ def text_ids(config: ModelConfig, rows: int, length: int) -> np.ndarray:
     text = "The café, naïve — 日本 and 🙂: 12 x\n\n  y. Over (again) and again; ünd so.".encode()
     data = np.frombuffer(text * (rows * length // len(text) + 2), np.uint8)
     starts = np.random.default_rng(rows).integers(0, len(text), rows)
-    ids = np.stack([data[begin : begin + length] for begin in starts]).astype(np.int32)
+    ids = np.stack(
+        [data[segment_start : segment_start + length] for segment_start in starts]
+    ).astype(np.int32)
     return ids + np.int32(config.vocab.offset)
 
 
@@ -225,11 +227,11 @@ def test_the_budget_changes_nothing_until_it_overflows(x64):
         cut = dataclasses.replace(config, patch_budget=rate)
         return cut.budget(LENGTH), forward(cut)(params, ids)
 
-    room, exact = with_room((needed - 8) / LENGTH)
-    assert room == needed and (exact.metrics["patch_overflow"] == 0).all()
+    capacity, exact = with_room((needed - 8) / LENGTH)
+    assert capacity == needed and (exact.metrics["patch_overflow"] == 0).all()
     assert relative(exact.logits, full.logits) <= OTHER_PLACE["float64"]
-    room, short = with_room((needed - 10) / LENGTH)
-    lost = np.maximum(np.asarray(starts).sum(axis=1) - 1 - room, 0)
+    capacity, short = with_room((needed - 10) / LENGTH)
+    lost = np.maximum(np.asarray(starts).sum(axis=1) - 1 - capacity, 0)
     np.testing.assert_array_equal(short.metrics["patch_overflow"], lost)
     assert lost.max() == 2 and relative(short.logits, full.logits) > OTHER_PLACE["float64"]
 

@@ -18,7 +18,7 @@ import torch
 from bytelm.config import BLTConfig
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, define_model, patching
-from bytelm_jax.models.entropy import begins_of, shift_right
+from bytelm_jax.models.entropy import segment_starts_of, shift_right
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.models import entropy as torch_entropy
@@ -122,12 +122,12 @@ def text_ids(config: Any) -> np.ndarray:
 
 
 def separator(config: Any) -> np.int32:
-    """The id behind which a text starts anew."""
+    """The id behind which a text starts over."""
     newline = config.reset_on == "newline"
     return np.int32(config.vocab.offset + ord("\n") if newline else config.vocab.eos_id)
 
 
-def begins(config: Any, row: np.ndarray) -> list[int]:
+def segment_starts(config: Any, row: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(row[:-1] == separator(config)) + 1).tolist()]
 
 
@@ -139,13 +139,16 @@ def test_a_line_in_a_text_is_the_line_alone(name, x64):
     by_torch, *by_jax = forwards(name)
     whole = by_torch(ids)
     for row, logits in zip(ids, whole, strict=True):
-        edges = [*begins(config, row), LENGTH]
-        for begin, end in itertools.pairwise(edges):
-            rest = by_torch(row[None, begin:])[0]
-            assert relative(logits[begin:], rest) <= LOGITS["float64"], begin
+        edges = [*segment_starts(config, row), LENGTH]
+        for segment_start, end in itertools.pairwise(edges):
+            rest = by_torch(row[None, segment_start:])[0]
+            assert relative(logits[segment_start:], rest) <= LOGITS["float64"], segment_start
             with torch.no_grad():
-                line = plain(torch.from_numpy(row[None, begin:end]).long())[0]
-            assert relative(logits[begin:end], line) <= LOGITS["float64"], (begin, end)
+                line = plain(torch.from_numpy(row[None, segment_start:end]).long())[0]
+            assert relative(logits[segment_start:end], line) <= LOGITS["float64"], (
+                segment_start,
+                end,
+            )
             lines += 1
     assert lines == 12
     for run in by_jax:
@@ -177,7 +180,9 @@ def test_what_lies_before_a_reset_changes_nothing(name, x64):
     """Exactly; but more patches before it move a line's own, and sums take another order."""
     config, _, _ = tiny(name)
     ids, source = text_ids(config), np.random.default_rng(0)
-    ends = sorted({begin - 1 for row in ids for begin in begins(config, row)} - {-1})
+    ends = sorted(
+        {segment_start - 1 for row in ids for segment_start in segment_starts(config, row)} - {-1}
+    )
     for run in forwards(name):
         base = run(ids)
         for end in ends:
@@ -222,7 +227,7 @@ def test_plans_equal_torch(name):
 
     @jax.jit
     def plans(ids: Any) -> Any:
-        given = begins_of(ids, config)
+        given = segment_starts_of(ids, config)
         shifted = shift_right(ids, config.vocab.bos_id, given)
         starts = patching.patch_starts(config, shifted, None, given)
         counted = patching.present(shifted, config.vocab, given)
@@ -241,7 +246,7 @@ def test_plans_equal_torch(name):
 def torch_plan(twin: Any, ids: np.ndarray, budget: int) -> Any:
     """The torch twin's patches."""
     config, tensor = twin.config, torch.from_numpy(ids).long()
-    given = torch_entropy.begins_of(tensor, config)
+    given = torch_entropy.segment_starts_of(tensor, config)
     shifted = torch_entropy.shift_right(tensor, config.vocab.bos_id, given)
     starts = torch_patching.patch_starts(config, shifted, twin.entropies(shifted, given), given)
     counted = torch_patching.present(shifted, config.vocab, given)
@@ -256,7 +261,7 @@ def test_lines_past_the_budget_stay_apart(x64):
     assert (found.metrics["patch_overflow"] > 0).all()
     base = found.logits.detach().numpy()
     whole = forwards("entropy")[0](ids)
-    last = begins(config, ids[0])[-1]
+    last = segment_starts(config, ids[0])[-1]
     assert relative(base[0, :4], whole[0, :4]) <= LOGITS["float64"]
     assert relative(base[0, last:], whole[0, last:]) > LOGITS["float64"], "past the budget"
     changed = ids.copy()
@@ -324,7 +329,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, x64):
         prompt = np.where(np.arange(LENGTH) < first, ids, junk)[:, :FILLED]
         cache, _, found = decoder(name)(params, prompt, ids, first, everything, 0.0)
         assert relative(found[:, first:], expected[:, first:]) <= LOGITS["float64"], first
-        np.testing.assert_array_equal(cache.begins, [line_of(config, row) for row in ids])
+        np.testing.assert_array_equal(cache.segment_starts, [line_of(config, row) for row in ids])
         if name != "model" and first == 0:
             # Lines end patches that nobody will read: the global transformer runs for no others.
             plan = torch_plan(twin, ids, config.budget(LENGTH))
@@ -336,7 +341,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, x64):
 
 def line_of(config: Any, row: np.ndarray) -> np.ndarray:
     """The position at which the line of each position begins."""
-    known = np.array(begins(config, row))
+    known = np.array(segment_starts(config, row))
     return known[np.searchsorted(known, np.arange(LENGTH), side="right") - 1]
 
 

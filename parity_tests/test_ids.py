@@ -41,7 +41,7 @@ FORMS: dict[str, ModelConfig] = {
 
 
 def config_of(form: str) -> Any:
-    """The model `form` with `VOCAB`; all but one start anew with each document."""
+    """The model `form` with `VOCAB`; all but one start over with each document."""
     config: Any = FORMS[form]
     changes: dict[str, Any] = {"vocab": VOCAB}
     changes["reset_on"] = "none" if form == "paper" else "document"
@@ -162,7 +162,7 @@ def test_evaluation_counts_every_byte(package: str) -> None:
 def test_patches_resets_hashes_and_embeddings(package: str) -> None:
     other = package == "torch"
     cutting = torch_patching if other else patching
-    begins = (torch_resets if other else resets).segment_begins
+    segment_starts = (torch_resets if other else resets).find_segment_starts
     hashed = (torch_ngram if other else ngram).polynomial_hash
     config: Any = dataclasses.replace(config_of("blt"), patcher="space")
     config = model_from_dict(to_dict(config)) if other else config
@@ -180,7 +180,10 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
     def run(dtype: str) -> list[Any]:
         rows = array(package, TEXT.astype(dtype))
         found = [cutting.patch_starts(config, rows), cutting.shifted(rows, 2, VOCAB.pad_id)]
-        found += [cutting.present(rows, config.vocab), begins(rows, config.vocab, "document")]
+        found += [
+            cutting.present(rows, config.vocab),
+            segment_starts(rows, config.vocab, "document"),
+        ]
         return [np.asarray(x) for x in (*found, hashed(rows, 1_000_000_007, 101), gradient(rows))]
 
     expected = run("int32")

@@ -11,7 +11,7 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
 from bytelm_jax.models import abstract_params
 from bytelm_jax.parity import recording
-from bytelm_jax.parity.recording import Shelf
+from bytelm_jax.parity.recording import ArrayStore
 from parity_tests import faults
 
 
@@ -77,9 +77,9 @@ def test_a_name_that_no_longer_exists_is_not_passed_over(framework, monkeypatch)
 
 def test_what_torch_did_waits_in_files():
     value = np.random.default_rng(0).standard_normal((3, 2))
-    with Shelf() as shelf:
-        shelf["a"], shelf["b"], shelf["c"] = value, value > 0, np.array(1.0)
-        assert (shelf["a"] == value).all() and shelf["b"].dtype == bool and shelf["c"].shape == ()
-        shelf["a"] = value + 1
-        del shelf["b"]
-        assert set(shelf) == {"a", "c"} and (shelf["a"] == value + 1).all() and "b" not in shelf
+    with ArrayStore() as store:
+        store["a"], store["b"], store["c"] = value, value > 0, np.array(1.0)
+        assert (store["a"] == value).all() and store["b"].dtype == bool and store["c"].shape == ()
+        store["a"] = value + 1
+        del store["b"]
+        assert set(store) == {"a", "c"} and (store["a"] == value + 1).all() and "b" not in store

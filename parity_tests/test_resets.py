@@ -15,7 +15,7 @@ from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.interop import convert
 from bytelm_jax.layers.long_convolution import segmented_convolution
-from bytelm_jax.layers.resets import age, segment_begins
+from bytelm_jax.layers.resets import find_segment_starts, position_in_segment
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.parity.twins import make_twin
@@ -89,12 +89,12 @@ def test_logits_are_those_of_each_line_alone(form, x64):
     ids = rows()
     ours, theirs = np.asarray(forward(params, ids)), twin(torch.from_numpy(ids)).detach().numpy()
     for row, logits, other in zip(ids, ours, theirs, strict=True):
-        for begin, end in segments(row):
+        for segment_start, end in segments(row):
             # What follows the line does not matter to it, in resets or without.
             for stop in {end, len(row)}:
-                wanted = alone(torch.from_numpy(row[None, begin:stop])).detach().numpy()[0]
-                wanted = wanted[: end - begin]
-                for found in (logits[begin:end], other[begin:end]):
+                wanted = alone(torch.from_numpy(row[None, segment_start:stop])).detach().numpy()[0]
+                wanted = wanted[: end - segment_start]
+                for found in (logits[segment_start:end], other[segment_start:end]):
                     assert relative_error(found, wanted) <= tolerances.LOGITS["float64"]
     assert relative_error(ours, alone(torch.from_numpy(ids)).detach().numpy()) > 0.01
 
@@ -115,11 +115,13 @@ def test_no_logit_sees_its_own_byte_a_later_one_or_another_line(form, x64):
                 kept = slice(0, position + 1)
                 np.testing.assert_array_equal(run(changed)[:, kept], before[:, kept])
         changed = ids.copy()
-        for row, begin in zip(changed, (23, 15, 0), strict=True):  # where the last line begins
-            row[:begin] = np.where(row[:begin] == NEWLINE, NEWLINE, 65)
+        for row, segment_start in zip(
+            changed, (23, 15, 0), strict=True
+        ):  # where the last line begins
+            row[:segment_start] = np.where(row[:segment_start] == NEWLINE, NEWLINE, 65)
         after = run(changed)
-        for i, begin in enumerate((23, 15, 0)):
-            np.testing.assert_array_equal(after[i, begin:], before[i, begin:])
+        for i, segment_start in enumerate((23, 15, 0)):
+            np.testing.assert_array_equal(after[i, segment_start:], before[i, segment_start:])
         assert (after[0, 5:13] != before[0, 5:13]).any()  # the change does reach its own line
         permuted = run(ids[::-1].copy())
         assert relative_error(permuted, before[::-1]) <= tolerances.OTHER_PLACE["float64"]
@@ -218,12 +220,18 @@ def test_cached_decoding_of_transformers_with_rows_of_unequal_length(form, reset
 def test_the_convolution_within_segments_is_the_plain_sum(taps, x64):
     source = np.random.default_rng(taps)
     x, kernel = source.standard_normal((3, 29, 2)), source.standard_normal((taps, 2))
-    ages = np.array(age(segment_begins(jnp.asarray(rows()), FORMS["lfbyte"].vocab, "newline")))
+    segment_positions = np.array(
+        position_in_segment(
+            find_segment_starts(jnp.asarray(rows()), FORMS["lfbyte"].vocab, "newline")
+        )
+    )
     wanted = np.zeros_like(x)
     for t in range(29):
         for j in range(min(taps, t + 1)):
-            wanted[:, t] += np.where((ages[:, t] >= j)[:, None], kernel[j] * x[:, t - j], 0)
-    ours = np.asarray(jax.jit(segmented_convolution)(x, kernel, ages))
-    theirs = torch_convolution(*map(torch.from_numpy, (x, kernel, ages))).numpy()
+            wanted[:, t] += np.where(
+                (segment_positions[:, t] >= j)[:, None], kernel[j] * x[:, t - j], 0
+            )
+    ours = np.asarray(jax.jit(segmented_convolution)(x, kernel, segment_positions))
+    theirs = torch_convolution(*map(torch.from_numpy, (x, kernel, segment_positions))).numpy()
     for found in (ours, theirs):
         assert relative_error(found, wanted) <= tolerances.LOGITS["float64"]

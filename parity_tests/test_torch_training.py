@@ -25,6 +25,7 @@ from bytelm.config import (
     SGDConfig,
     TrainConfig,
     from_dict,
+    model_from_dict,
     to_dict,
 )
 from bytelm.config import Recipe as TorchRecipe
@@ -225,14 +226,12 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
     config = LFByteConfig(embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8)
     for described in (config, MODEL):
         torch.manual_seed(0)
-        model = bytelm_torch.build_model(
-            bytelm_torch.config.model_from_dict(to_dict(described))
-        ).eval()
+        model = bytelm_torch.build_model(model_from_dict(to_dict(described))).eval()
         rows = np.arange(30, dtype=np.int32).reshape(2, 15) + 60
         group = parallel.Group(0, 1, torch.device("cpu"))
         losses = []
         for dtype in ("float32", "bfloat16"):
-            settings = bytelm_torch.config.TrainConfig(batch_size=2, compute_dtype=dtype)
+            settings = TrainConfig(batch_size=2, compute_dtype=dtype)
             nothing = torch.optim.SGD(model.parameters(), lr=0.0)
             step = parallel.make_train_step(model, nothing, settings, 257, group)
             losses.append(float(step(0, rows, 0.0, 0.0, False)["loss"]))

@@ -40,7 +40,7 @@ class LFByteConfig(ArchitectureConfig):
       `balance_coefficient` weighs the loss that spreads a row's positions over the experts.
     - `block`: `residual` with a norm before and dropout after each branch, or `plain`, the bare
       composition, closed by a linear.
-    - `reset_on`: the text starts anew behind each newline, or behind each document; needs
+    - `reset_on`: the text starts over behind each newline, or behind each document; needs
       `causal=True`. The convolution is then the plain sum over `kernel_length` taps.
     """
 
@@ -177,8 +177,8 @@ class LFByteConfig(ArchitectureConfig):
         sums = (length + 1) * max(itemsize, 4)
         past = (length + min(length, self.kernel_length) - 1) * itemsize
         past = past if self.token_mixing == "long_conv" else 0
-        begins = 0 if self.reset_on == "none" else 4 * length
-        return self.num_layers * self.embed_dim * (sums + past) + begins
+        segment_starts = 0 if self.reset_on == "none" else 4 * length
+        return self.num_layers * self.embed_dim * (sums + past) + segment_starts
 
     @property
     def _low_rank(self) -> bool:

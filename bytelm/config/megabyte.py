@@ -24,7 +24,7 @@ class MegabyteConfig(ArchitectureConfig):
     `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
     ignores it.
 
-    `reset_on`: the text starts anew behind each newline, or behind each document. What lies between
+    `reset_on`: the text starts over behind each newline, or behind each document. What lies between
     is a text of its own, with its own patches, the last one filled up with pads. In training these
     find room for `reset_room` times the patches of an undivided row: a reset that finds none left
     is not made, so that the rest of that row is one text. Evaluation and generation make them all.

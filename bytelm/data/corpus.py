@@ -126,8 +126,8 @@ class Corpus:
         """The first `position` bytes and the rest; a document across the cut gives both a part."""
         total = self.total_bytes
         require(0 <= position <= total, f"position={position}: the corpus has {total} bytes")
-        begins = np.cumsum(self.lengths) - self.lengths
-        middles = self._starts + np.clip(position - begins, 0, self.lengths)
+        starts = np.cumsum(self.lengths) - self.lengths
+        middles = self._starts + np.clip(position - starts, 0, self.lengths)
         head, tail = middles > self._starts, middles < self._stops
         return (
             Corpus(self._maps, self._owners[head], self._starts[head], middles[head]),
@@ -257,7 +257,7 @@ def _inspect(path: str, damaged_is_plain: bool) -> tuple[int, Int64[np.ndarray, 
 
 
 def unreadable(path: str, error: OSError) -> str:
-    return f"{path}: cannot be read ({error.strerror}); mend it or leave it out"
+    return f"{path}: cannot be read ({error.strerror}); fix it or leave it out"
 
 
 # ---- prepared files ---------------------------------------------------------------------------

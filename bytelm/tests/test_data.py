@@ -148,7 +148,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
         ("missing", "missing: does not exist; check the spelling"),
         ("empty", "empty: holds no bytes; give"),
         ("folder", "folder: holds no bytes; give"),
-        ("links", "circle: cannot be read .*symbolic links.*; mend it or leave it out"),
+        ("links", "circle: cannot be read .*symbolic links.*; fix it or leave it out"),
         ("dangling", "dangling: cannot be read .*No such file"),
         ("pipe", "pipe: holds no bytes"),
     ):

@@ -49,7 +49,7 @@ def eval_command(
         batch_size: windows a step; a multiple of the number of devices.
         dtype: of the arithmetic.
         json: print one JSON object instead of a sentence.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
+        reset_on: where the text starts over for the model; as it was trained, if not given.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
@@ -142,7 +142,7 @@ def generate_command(
         sampler: greedy, categorical, or by the entropy of each distribution.
         seed: of the random choices.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
+        reset_on: where the text starts over for the model; as it was trained, if not given.
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
 

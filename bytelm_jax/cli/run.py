@@ -13,7 +13,7 @@ import jax
 
 from bytelm.config import Recipe
 from bytelm_jax.cli.train import DryRun, Joining
-from bytelm_jax.tools import dry_run as forecast
+from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
 from bytelm_jax.training.loop import open_windows, train
 from bytelm_jax.training.reporter import DivergedError
@@ -25,7 +25,7 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
     recipe = _with_epochs(recipe, epochs) if epochs else recipe
     # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
-    forecast.require_memory(recipe)
+    estimates.require_memory(recipe)
     try:
         outcome = train(recipe, run_dir)
     except DivergedError as error:
@@ -62,11 +62,11 @@ def join_processes(joining: Joining, command: str) -> None:
 
 def dry_run(recipe: Recipe, asked: DryRun) -> int:
     """Prints what a run would take and how long, reading and writing nothing."""
-    found = forecast.dry_run(recipe, asked.machine)
+    found = estimates.dry_run(recipe, asked.machine)
     if asked.as_json:
-        print(json.dumps(forecast.as_json(recipe.name, found)))
+        print(json.dumps(estimates.as_json(recipe.name, found)))
     else:
-        print(forecast.describe(recipe.name, found))
+        print(estimates.describe(recipe.name, found))
     return 0
 
 

@@ -36,7 +36,7 @@ def inspect_command(
         table: print the rows of numbers below the text.
         json: print one JSON object instead: bytes, surprise, entropy, starts.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
+        reset_on: where the text starts over for the model; as it was trained, if not given.
     """
     if max_bytes < 1:
         raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
@@ -127,7 +127,7 @@ def serve_command(
         time_limit: seconds after which a generation is stopped.
         queue: how many requests may wait; more are refused.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts anew for the model; as it was trained, if not given.
+        reset_on: where the text starts over for the model; as it was trained, if not given.
     """
     from bytelm_jax.tools import app
     from bytelm_jax.training import checkpoint as checkpoints

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 
-class Structure:
+class CompiledModelKey:
     """A model but for its arrays: its classes and config. Equal for models of one config."""
 
     def __init__(self, graphdef: Any, treedef: Any):
@@ -24,16 +24,16 @@ class Structure:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Structure) and self._parts == other._parts
+        return isinstance(other, CompiledModelKey) and self._parts == other._parts
 
     def model(self, params: list[Array]) -> Any:
-        """The model with these arrays, in the order of `take_apart`."""
+        """The model with these arrays, in the order of `split_cached`."""
         graphdef, treedef = self._parts
         return nnx.merge(graphdef, jax.tree.unflatten(treedef, params))
 
 
 class _Parts(NamedTuple):
-    structure: Structure
+    structure: CompiledModelKey
     variables: list[nnx.Variable]
     nodes: list[tuple[dict[str, Any], dict[str, Any]]]
     """The attributes of each module and what they were."""
@@ -42,7 +42,7 @@ class _Parts(NamedTuple):
 _known: weakref.WeakKeyDictionary[nnx.Module, _Parts] = weakref.WeakKeyDictionary()
 
 
-def take_apart(model: nnx.Module) -> tuple[Structure, list[Array]]:
+def split_cached(model: nnx.Module) -> tuple[CompiledModelKey, list[Array]]:
     """The structure and the arrays, as they are now.
 
     A plain list of arrays: JAX walks through a flax state in Python at every call.
@@ -72,10 +72,10 @@ def _parts_of(model: nnx.Module) -> _Parts:
             modules.append((vars(node), dict(vars(node))))
     # A flat state and the leaves of its tree have one order: that of the sorted paths.
     variables = [found[path] for path, _ in nnx.to_flat_state(state)]
-    return _Parts(_same(Structure(graphdef, treedef)), variables, modules)
+    return _Parts(_same(CompiledModelKey(graphdef, treedef)), variables, modules)
 
 
 @functools.lru_cache(maxsize=64)
-def _same(structure: Structure) -> Structure:
+def _same(structure: CompiledModelKey) -> CompiledModelKey:
     """The first structure that equals this one, so that comparing ends at the identity."""
     return structure

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig
-from bytelm_jax.inference.compiled import Structure, take_apart
+from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.kernels.decoding import min_rows
 
 _NO_LIMIT = 2**31 - 1
@@ -80,8 +80,8 @@ def _probabilities(logits: Array, mode: str, numbers: _Numbers) -> Array:
     bits = nats / math.log(2)
     limit = jnp.where(bits < numbers.low, 1, jnp.where(bits < numbers.medium, 10, numbers.top_k))
     cooling = jnp.where(bits > numbers.high, 0.8 * numbers.temperature, numbers.temperature)
-    # All pairs and no sort or scan, here and in `draw`: these are compiled once for every byte of a
-    # round and dominate its compile time, while S² comparisons fuse into one reduction.
+    # All pairs and no sort or scan, here and in `sample`: these are compiled once for every byte of
+    # a round and dominate its compile time, while S² comparisons fuse into one reduction.
     mine, other = logits[:, :, None], logits[:, None, :]
     ahead = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool)[None])
     kept = ahead.sum(axis=-1) < jnp.minimum(limit, numbers.top_k)
@@ -91,7 +91,7 @@ def _probabilities(logits: Array, mode: str, numbers: _Numbers) -> Array:
     return chances / chances.sum(axis=-1, keepdims=True)
 
 
-def draw(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
+def sample(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """One index a row by inversion of the cumulative sum; `uniform` lies in [0, 1).
 
     What has probability 0 is never drawn, whatever the rounding of the sum.
@@ -128,7 +128,7 @@ def _next_ids(
     if mode == "greedy":
         chosen = logits.argmax(axis=-1)
     else:
-        chosen = draw(_probabilities(logits, mode, numbers), uniform)
+        chosen = sample(_probabilities(logits, mode, numbers), uniform)
     return (chosen + low).astype(jnp.int32)
 
 
@@ -229,7 +229,7 @@ def generate_uncached(
     vocab, lengths = model.config.vocab, np.array([len(prompt) for prompt in prompts])
     first, last = int(lengths.min()), int(lengths.max()) + max_new_bytes
     ids = _prompt_ids(prompts, vocab, (len(prompts), _padded(model, last)), 0)
-    structure, params = take_apart(model)
+    structure, params = split_cached(model)
     mode, numbers = _settings(sampler, stop_at_eos)
     uniforms = _uniforms(mode, seed, *ids.shape)
     full = _full_forward(structure, mode)
@@ -296,7 +296,7 @@ def _begin(
     # What the padded prefill writes past round `first` is overwritten before it is read.
     prefix = _padded(model, first * patch) if first else 0
 
-    structure, params = take_apart(model)
+    structure, params = split_cached(model)
     mode, numbers = _settings(sampler, stop_at_eos)
     append = _append_rounds(structure, mode)
     rows = _Rows(_uniforms(mode, seed, batch, length), lengths, ends)
@@ -310,7 +310,7 @@ def _begin(
 
 
 @functools.lru_cache(maxsize=64)
-def _prefill(structure: Structure) -> Callable[..., Any]:
+def _prefill(structure: CompiledModelKey) -> Callable[..., Any]:
     @functools.partial(jax.jit, static_argnums=2)
     def prefill(params: list[Array], ids: Array, prefix: int) -> Any:
         model = structure.model(params)
@@ -321,7 +321,7 @@ def _prefill(structure: Structure) -> Callable[..., Any]:
 
 
 @functools.lru_cache(maxsize=64)
-def _append_rounds(structure: Structure, mode: str) -> Callable[..., _State]:
+def _append_rounds(structure: CompiledModelKey, mode: str) -> Callable[..., _State]:
     @functools.partial(jax.jit, donate_argnames="state")
     def append(
         params: list[Array], numbers: _Numbers, rows: _Rows, stop: Array, state: _State
@@ -359,7 +359,7 @@ def _append_round(model: Any, mode: str, numbers: _Numbers, rows: _Rows, state: 
 
 
 @functools.lru_cache(maxsize=64)
-def _full_forward(structure: Structure, mode: str) -> Callable[..., Array]:
+def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array]:
     @jax.jit
     def step(
         params: list[Array], numbers: _Numbers, uniforms: Array, ids: Array, position: Array

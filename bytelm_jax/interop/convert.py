@@ -155,8 +155,8 @@ def _jax_array(
 def _read_tensor(source: str, tensor: _Tensor, cast: Cast | None) -> np.ndarray:
     array = tensor.read() if cast is None else cast(source, tensor.read())
     kept = jnp.asarray(array[:0]).dtype == array.dtype
-    mend = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
-    require(kept, f"{source}: dtype {array.dtype}, and {mend}")
+    hint = "JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or store float32"
+    require(kept, f"{source}: dtype {array.dtype}, and {hint}")
     return array
 
 
@@ -388,12 +388,12 @@ class _Tensors(dict[str, _Tensor]):
     def verify(self, config_sum: str) -> None:
         """Raises `ValueError` unless all is what was written, and what was read is finite."""
         stored = self.metadata.get(_TENSOR_SUM)
-        mend = "give an undamaged copy"
+        hint = "give an undamaged copy"
         good = stored is None or stored == _sum_of_sums(self.sums)
-        require(good, f"the tensors are not those that were written (SHA-256); {mend}")
+        require(good, f"the tensors are not those that were written (SHA-256); {hint}")
         good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
-        mend = f"{mend}, or export again"
-        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+        hint = f"{hint}, or export again"
+        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {hint}")
         self.check_finite()
 
     def check_finite(self) -> None:
@@ -431,13 +431,13 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
 
 
 @contextmanager
-def _about(path: Path, mend: str) -> Iterator[None]:
+def _about(path: Path, hint: str) -> Iterator[None]:
     """Turns what reading `path` can raise into a `ValueError` of one line that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or _one_line(error)
-        raise ValueError(f"{path}: cannot be read ({why}); {mend}") from None
+        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {_one_line(error)}") from None
 

@@ -123,15 +123,16 @@ class AdaptiveLinear(nnx.Module):
 
 
 def running_mean(
-    x: Float[Array, "B T D"], ages: Int[Array, "B T"] | None = None
+    x: Float[Array, "B T D"], segment_positions: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
     """Mean over the positions up to each, summed in at least float32.
 
-    `ages` counts the positions before each in its segment, where means start anew with these.
+    `segment_positions` counts the positions before each in its segment, where means start over with
+    these.
     """
-    if ages is not None:
-        sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), ages)
-        return (sums / (ages + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
+    if segment_positions is not None:
+        sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), segment_positions)
+        return (sums / (segment_positions + 1).astype(sums.dtype)[..., None]).astype(x.dtype)
     return prefix_mean(x)
 
 
@@ -139,28 +140,32 @@ def extend_running_mean(
     x: Float[Array, "B T D"],
     sums: Float[Array, "B S D"],
     index: int | Int[Array, ""],
-    ages: Int[Array, "B T"] | None = None,
+    segment_positions: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
     """The same for T positions that start at `index`, and `sums` with theirs written.
 
-    `ages` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds the sum over
-    the first t positions, or those of them in the segment of the last, in at least float32; S is
-    one more than the positions there is room for. Being stored by position, entries past `index`
-    may hold anything.
+    `segment_positions` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds
+    the sum over the first t positions, or those of them in the segment of the last, in at least
+    float32; S is one more than the positions there is room for. Being stored by position, entries
+    past `index` may hold anything.
     """
     before = jax.lax.dynamic_slice_in_dim(sums, index, 1, axis=1)
-    if ages is None:
+    if segment_positions is None:
         more = before + jnp.cumsum(x.astype(sums.dtype), axis=1)
     elif x.shape[1] == 1:
-        more = jnp.where((ages > 0)[..., None], before, 0) + x.astype(sums.dtype)
+        more = jnp.where((segment_positions > 0)[..., None], before, 0) + x.astype(sums.dtype)
     else:
-        more = segmented_sums(x.astype(sums.dtype), ages)
+        more = segmented_sums(x.astype(sums.dtype), segment_positions)
     sums = jax.lax.dynamic_update_slice_in_dim(sums, more, index + 1, axis=1)
     # Read back what was written: a use of `more` would let the compiler read `before` once more,
     # after the write, for which it would copy the whole buffer in every step.
     written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
     counts = prefix_counts(index, x.shape[1], sums.dtype)
-    counts = counts if ages is None else (ages + 1).astype(sums.dtype)[..., None]
+    counts = (
+        counts
+        if segment_positions is None
+        else (segment_positions + 1).astype(sums.dtype)[..., None]
+    )
     return (written / counts).astype(x.dtype), sums
 
 
@@ -189,10 +194,12 @@ class TokenMixing(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         a: Float[Array, "B S A"],
-        ages: Int[Array, "B T"] | None = None,
+        segment_positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return self.linear(x if self.convolution is None else self.convolution(x, ages), a)
+        return self.linear(
+            x if self.convolution is None else self.convolution(x, segment_positions), a
+        )
 
     def extend(
         self,
@@ -200,12 +207,12 @@ class TokenMixing(nnx.Module):
         a: Float[Array, "B T A"],
         past: Float[Array, "B S D"] | None,
         index: int | Int[Array, ""],
-        ages: Int[Array, "B T"] | None = None,
+        segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
         """The same for one position at `index`, or for T positions from 0, and the new past."""
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
-            x, past = self.convolution.extend(x, past, index, ages)
+            x, past = self.convolution.extend(x, past, index, segment_positions)
         return self.linear(x, a), past
 
 

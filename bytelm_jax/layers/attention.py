@@ -28,7 +28,7 @@ class Scope(NamedTuple):
     """What the queries of each row see, where a row holds several texts."""
 
     mask: Bool[Array, "B T S"]
-    places: Int[Array, "B S"]
+    segment_positions: Int[Array, "B S"]
     """The number of each key in its text, from 0."""
 
 
@@ -130,11 +130,11 @@ class MultiQueryAttention(nnx.Module):
         k: Array,
         v: Array,
         mask: Array | np.ndarray,
-        places: Array | None = None,
+        segment_positions: Array | None = None,
     ) -> Array:
         bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
-        if bias is not None and places is not None:
-            bias = jnp.moveaxis(jnp.asarray(bias)[:, places], 0, -2)
+        if bias is not None and segment_positions is not None:
+            bias = jnp.moveaxis(jnp.asarray(bias)[:, segment_positions], 0, -2)
         return self._back(multi_query_attention(q, k, v, mask, bias))
 
     def _back(self, out: Array) -> Array:

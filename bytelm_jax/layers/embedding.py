@@ -41,10 +41,11 @@ class PositionEmbedding(nnx.Module):
     def __call__(self, start: int | Int[Array, ""], count: int) -> Float[Array, "{count} D"]:
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)
 
-    def patches(self, places: Int[Array, "B N"], count: int, patch: int) -> Float[Array, "B N W"]:
-        """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
+    def patches(self, numbers: Int[Array, "B N"], count: int, patch: int) -> Float[Array, "B N W"]:
+        """The rows of the patches numbered `numbers`, side by side; `count` is above all of
+        them."""
         table = self.embedding[...][: count * patch].reshape(count, -1)
-        return look_up(vary_like(table, places), places)
+        return look_up(vary_like(table, numbers), numbers)
 
 
 def sinusoidal_positions(

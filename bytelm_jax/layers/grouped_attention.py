@@ -71,26 +71,26 @@ def causal_attention(
     k: Float[Array, "B T G J"],
     v: Float[Array, "B T G K"],
     window: int,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Each position sees itself and the `window` − 1 before it, everything before it with 0.
 
-    It sees nothing before `begins`, the first position of its segment. Past the window, memory is
-    linear in T: the text is cut into chunks of `window` positions, and a chunk sees the chunk
-    before it and itself.
+    It sees nothing before `segment_starts`, the first position of its segment. Past the window,
+    memory is linear in T: the text is cut into chunks of `window` positions, and a chunk sees the
+    chunk before it and itself.
     """
-    plain = lambda: _written_out(q, k, v, window, begins)  # noqa: E731
-    return plain() if begins is not None else fused_or_plain(q, k, v, window, plain)
+    plain = lambda: _written_out(q, k, v, window, segment_starts)  # noqa: E731
+    return plain() if segment_starts is not None else fused_or_plain(q, k, v, window, plain)
 
 
 def _written_out(
-    q: Array, k: Array, v: Array, window: int, begins: Array | None
+    q: Array, k: Array, v: Array, window: int, segment_starts: Array | None
 ) -> Float[Array, "B T H K"]:
     length = q.shape[1]
     if window == 0 or length <= window:
         mask = np.tri(length, dtype=bool)
-        if begins is not None:
-            mask = mask[None] & (jnp.arange(length)[None, None, :] >= begins[:, :, None])
+        if segment_starts is not None:
+            mask = mask[None] & (jnp.arange(length)[None, None, :] >= segment_starts[:, :, None])
         return grouped_attention(q, k, v, mask)
     count = -(-length // window)
     q, k, v = (_chunks(x, count, window) for x in (q, k, v))
@@ -99,8 +99,8 @@ def _written_out(
     band = (ahead > 0) & (ahead <= window)
     real = (np.arange(count) > 0)[:, None] | (np.arange(2 * window) >= window)[None, :]
     mask = (band[None] & real[:, None])[None]
-    if begins is not None:
-        behind = jnp.pad(begins, ((0, 0), (0, count * window - length)))
+    if segment_starts is not None:
+        behind = jnp.pad(segment_starts, ((0, 0), (0, count * window - length)))
         behind = behind.reshape(-1, count, window, 1)
         slots = np.arange(count)[:, None] * window + np.arange(-window, window)[None, :]
         mask = mask & (slots[None, :, None, :] >= behind)
@@ -156,11 +156,13 @@ class GroupedAttention(nnx.Module):
         x: Float[Array, "B T D"],
         rope: Rotation | None,
         patch_entropy: Float[Array, "B T"] | None = None,
-        begins: Int[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the (rotated) keys and the values, [B, T, G, K]."""
         q, k, v = self._project(x, rope, patch_entropy)
-        return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
+        return self._out(causal_attention(q, k, v, self.window, segment_starts)), KeyValueCache(
+            k, v
+        )
 
     def extend(
         self,
@@ -168,7 +170,7 @@ class GroupedAttention(nnx.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`."""
         q, k, v = self._project(x, rope)
@@ -180,8 +182,8 @@ class GroupedAttention(nnx.Module):
         near_values = jax.lax.dynamic_slice_in_dim(values, first, seen, axis=1)
         slots = first + jnp.arange(seen)
         mask = (slots <= index)[None, None, :]
-        if begins is not None:
-            mask = mask & (slots[None, None, :] >= begins[:, None, None])
+        if segment_starts is not None:
+            mask = mask & (slots[None, None, :] >= segment_starts[:, None, None])
         mixed = attend_once(q, near_keys, near_values, mask, grouped_attention)
         return self._out(mixed), KeyValueCache(keys, values)
 
@@ -192,7 +194,7 @@ class GroupedAttention(nnx.Module):
         cache: KeyValueCache,
         index: Int[Array, " B"],
         patch_entropy: Float[Array, "B 1"] | None = None,
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
 
@@ -204,8 +206,8 @@ class GroupedAttention(nnx.Module):
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
         mask = (slots <= index[:, None])[:, None, :]
-        if begins is not None:
-            mask = mask & (slots >= begins[:, None])[:, None, :]
+        if segment_starts is not None:
+            mask = mask & (slots >= segment_starts[:, None])[:, None, :]
         mixed = attend_once(q, keys, values, mask, grouped_attention)
         return self._out(mixed), KeyValueCache(k[:, 0], v[:, 0])
 

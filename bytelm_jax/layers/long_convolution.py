@@ -20,9 +20,10 @@ _TAPS = 16
 
 
 def segmented_convolution(
-    x: Float[Array, "B T D"], taps: Float[Array, "K D"], ages: Int[Array, "B T"]
+    x: Float[Array, "B T D"], taps: Float[Array, "K D"], segment_positions: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """`long_convolution` within segments; `ages` counts the positions before each in its segment.
+    """`long_convolution` within segments; `segment_positions` counts the positions before each in
+    its segment.
 
     The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
     is left out by a mask, so that a position has the very sum that it has in its segment alone.
@@ -41,11 +42,11 @@ def segmented_convolution(
         start = (count - 1) * block - first
         near = jax.lax.dynamic_slice_in_dim(padded, start, length + block - 1, axis=1)
         for i in range(block):
-            inside = (ages >= first + i)[..., None]
+            inside = (segment_positions >= first + i)[..., None]
             total = total + jnp.where(inside, near[:, block - 1 - i :][:, :length], 0) * some[i]
         return total, None
 
-    numbers = jnp.arange(count, dtype=ages.dtype) * block
+    numbers = jnp.arange(count, dtype=segment_positions.dtype) * block
     parts = (numbers, kernel.astype(wide).reshape(count, block, 1, 1, dim))
     total, _ = jax.lax.scan(add, jnp.zeros_like(padded, shape=(batch, length, dim)), parts)
     return total.astype(x.dtype)
@@ -60,10 +61,10 @@ class LongConvolution(nnx.Module):
         self.taps = nnx.Param(init(rngs.params(), (kernel_length, dim), jnp.float32))
 
     def __call__(
-        self, x: Float[Array, "B T D"], ages: Int[Array, "B T"] | None = None
+        self, x: Float[Array, "B T D"], segment_positions: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
-        if ages is not None:
-            return segmented_convolution(x, self.taps[...], ages)
+        if segment_positions is not None:
+            return segmented_convolution(x, self.taps[...], segment_positions)
         return long_convolution(x, self.taps[...], self.chunk)
 
     def extend(
@@ -71,7 +72,7 @@ class LongConvolution(nnx.Module):
         x: Float[Array, "B T D"],
         past: Float[Array, "B S D"],
         index: int | Int[Array, ""],
-        ages: Int[Array, "B T"] | None = None,
+        segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
         """The same for one position at `index`, or for T positions from 0, and the new past.
 
@@ -80,10 +81,10 @@ class LongConvolution(nnx.Module):
         reach = self._reach(past)
         past = jax.lax.dynamic_update_slice_in_dim(past, x, index + reach - 1, axis=1)
         if x.shape[1] != 1:
-            return self(x, ages), past
+            return self(x, segment_positions), past
         window = jax.lax.dynamic_slice_in_dim(past, index, reach, axis=1)
-        if ages is not None:
-            inside = ages >= jnp.arange(reach - 1, -1, -1)[None, :]
+        if segment_positions is not None:
+            inside = segment_positions >= jnp.arange(reach - 1, -1, -1)[None, :]
             window = jnp.where(inside[..., None], window, 0)
         # A product of matrices: a sum of products would be fused with the write above, and the
         # compiler would copy the whole buffer in every step to read it before and after.

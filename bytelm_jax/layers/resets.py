@@ -1,4 +1,4 @@
-"""Where a text starts anew: behind each newline, or behind each document.
+"""Where a text starts over: behind each newline, or behind each document.
 
 To a model with `reset_on`, what lies between two resets is a text of its own: its logits are those
 of that text alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
@@ -19,7 +19,7 @@ from bytelm_jax.layers.ids import as_ids
 def ends_segment(
     ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab, reset_on: str
 ) -> Bool[Array, "*batch"]:
-    """Whether the text starts anew behind each id: a newline, or with "document" an `eos_id`."""
+    """Whether the text starts over behind each id: a newline, or with "document" an `eos_id`."""
     ids = as_ids(ids)
     match reset_on:
         case "newline":
@@ -30,7 +30,7 @@ def ends_segment(
             return jnp.zeros_like(ids, dtype=bool)
 
 
-def segment_begins(
+def find_segment_starts(
     ids: Integer[Array | np.ndarray, "B T"], vocab: ByteVocab, reset_on: str
 ) -> Int[Array, "B T"]:
     """The position at which the segment of each position begins; the id that ends it belongs to it.
@@ -39,20 +39,20 @@ def segment_begins(
     """
     length = ids.shape[1]
     behind = jnp.where(ends_segment(ids, vocab, reset_on), 1 + jnp.arange(length)[None, :], 0)
-    begins = jnp.pad(behind, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
-    return jax.lax.cummax(begins, axis=1)
+    segment_starts = jnp.pad(behind, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
+    return jax.lax.cummax(segment_starts, axis=1)
 
 
-def age(begins: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def position_in_segment(segment_starts: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """How many positions of its own segment lie before each position."""
-    return jnp.arange(begins.shape[1], dtype=begins.dtype)[None, :] - begins
+    return jnp.arange(segment_starts.shape[1], dtype=segment_starts.dtype)[None, :] - segment_starts
 
 
-def pad_begins(
-    before: Int[Array, "B T"], ages: Int[Array, "B T"], pad_id: int
+def pad_segment_starts(
+    before: Int[Array, "B T"], segment_positions: Int[Array, "B T"], pad_id: int
 ) -> Int[Array, "B T"]:
     """`before`, the id before each position, with a pad where a segment begins."""
-    return jnp.where(ages == 0, pad_id, before)
+    return jnp.where(segment_positions == 0, pad_id, before)
 
 
 class Layout(NamedTuple):
@@ -67,49 +67,59 @@ class Layout(NamedTuple):
     """The slot of each byte; no two are equal."""
     bytes: Int[Array, "B S"]
     """The position of the byte in each slot, T where none is."""
-    begins: Int[Array, "B N"]
+    segment_starts: Int[Array, "B N"]
     """The position at which the segment of each patch begins, T for an empty patch."""
-    places: Int[Array, "B N"]
+    segment_positions: Int[Array, "B N"]
     """The number of each patch in its segment, from 0."""
     overflow: Int[Array, " B"]
     """Resets that were not made for want of room."""
 
 
 def lay_out(
-    ids: Int[Array, "B T"], vocab: ByteVocab, reset_on: str, patch: int, room: int
+    ids: Int[Array, "B T"], vocab: ByteVocab, reset_on: str, patch: int, capacity: int
 ) -> Layout:
-    """The segments of `ids` in `room` patches of `patch` bytes; T patches always suffice.
+    """The segments of `ids` in `capacity` patches of `patch` bytes; T patches always suffice.
 
     A segment begins only where the rest of the row, should nothing begin behind it, still finds
     room; otherwise the one before goes on, to the end of the row. So every byte has a slot, and
-    where a byte stands depends on the bytes before it and on T alone. `room` must be at least
+    where a byte stands depends on the bytes before it and on T alone. `capacity` must be at least
     T / patch.
     """
     length = ids.shape[1]
-    begins, here = segment_begins(ids, vocab, reset_on), jnp.arange(length)[None, :]
-    used = jnp.cumsum(age(begins) % patch == 0, axis=1) - 1  # patches before the one begun here
+    segment_starts, here = find_segment_starts(ids, vocab, reset_on), jnp.arange(length)[None, :]
+    used = (
+        jnp.cumsum(position_in_segment(segment_starts) % patch == 0, axis=1) - 1
+    )  # patches before the one begun here
     # What is used and what is left to place can only grow from reset to reset, so that once one
     # finds no room none behind it does.
-    fits = used - (-(length - here) // patch) <= room
-    wanted = (begins == here) & (here > 0)
-    begins = jax.lax.cummax(jnp.where(wanted & fits, here, 0).astype(begins.dtype), axis=1)
-    ages = age(begins)
-    slots = (jnp.cumsum(ages % patch == 0, axis=1) - 1) * patch + ages % patch
+    fits = used - (-(length - here) // patch) <= capacity
+    wanted = (segment_starts == here) & (here > 0)
+    segment_starts = jax.lax.cummax(
+        jnp.where(wanted & fits, here, 0).astype(segment_starts.dtype), axis=1
+    )
+    segment_positions = position_in_segment(segment_starts)
+    slots = (
+        jnp.cumsum(segment_positions % patch == 0, axis=1) - 1
+    ) * patch + segment_positions % patch
     put = jax.vmap(lambda row, slot: row.at[slot].set(here[0], unique_indices=True, mode="drop"))
-    places = put(jnp.full((ids.shape[0], room * patch), length, here.dtype), slots)
-    first = places[:, ::patch]
+    byte_positions = put(jnp.full((ids.shape[0], capacity * patch), length, here.dtype), slots)
+    first = byte_positions[:, ::patch]
     behind = ((0, 0), (0, 1))
-    starts = jnp.take_along_axis(jnp.pad(begins, behind, constant_values=length), first, axis=1)
+    starts = jnp.take_along_axis(
+        jnp.pad(segment_starts, behind, constant_values=length), first, axis=1
+    )
     padded = jnp.pad(ids, behind, constant_values=vocab.pad_id)
-    patches = jnp.take_along_axis(padded, places, axis=1).reshape(ids.shape[0], room, patch)
+    patches = jnp.take_along_axis(padded, byte_positions, axis=1).reshape(
+        ids.shape[0], capacity, patch
+    )
     overflow = (wanted & ~fits).sum(axis=1)
-    return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+    return Layout(patches, slots, byte_positions, starts, (first - starts) // patch, overflow)
 
 
 def scope_of(layout: Layout) -> Scope:
     """What each patch sees: itself and those before it in its segment."""
-    here = layout.begins[:, :, None] == layout.begins[:, None, :]
-    return Scope(here & np.tri(here.shape[1], dtype=bool)[None], layout.places)
+    here = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
+    return Scope(here & np.tri(here.shape[1], dtype=bool)[None], layout.segment_positions)
 
 
 @jax.custom_vjp
@@ -136,7 +146,9 @@ def _take_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
 take_once.defvjp(_take_forward, _take_backward)
 
 
-def segmented_sums(x: Float[Array, "B T D"], ages: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def segmented_sums(
+    x: Float[Array, "B T D"], segment_positions: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
     """Running sums that start again with each segment, in the dtype of `x`.
 
     By doubling: each round adds the sum that ends as many positions before, if it lies in the
@@ -146,6 +158,6 @@ def segmented_sums(x: Float[Array, "B T D"], ages: Int[Array, "B T"]) -> Float[A
     reach = 1
     while reach < x.shape[1]:
         before = jnp.pad(x, ((0, 0), (reach, 0), (0, 0)))[:, : x.shape[1]]
-        x = x + jnp.where((ages >= reach)[..., None], before, 0)
+        x = x + jnp.where((segment_positions >= reach)[..., None], before, 0)
         reach *= 2
     return x

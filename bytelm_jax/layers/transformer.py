@@ -47,10 +47,10 @@ class TransformerLayer(nnx.Module):
         rope: Rotation | None,
         keys: Key[Array, " B"] | None = None,
         patch_entropy: Float[Array, "B T"] | None = None,
-        begins: Int[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, rope, patch_entropy, begins)
+        attended, cache = self.attention(x, rope, patch_entropy, segment_starts)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
 
@@ -60,10 +60,10 @@ class TransformerLayer(nnx.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, ""],
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, rope, cache, index, begins)
+        attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
 
@@ -74,10 +74,12 @@ class TransformerLayer(nnx.Module):
         cache: KeyValueCache,
         index: Int[Array, " B"],
         patch_entropy: Float[Array, "B 1"] | None = None,
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, rope, cache, index, patch_entropy, begins)
+        attended, new = self.attention.extend_rows(
+            x, rope, cache, index, patch_entropy, segment_starts
+        )
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -87,8 +89,8 @@ class Transformer(nnx.Module):
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
-    `begins` holds the first position of each position's segment, a text of its own: positions count
-    from there and nothing before it is seen. Without it all is one text.
+    `segment_starts` holds the first position of each position's segment, a text of its own:
+    positions count from there and nothing before it is seen. Without it all is one text.
     """
 
     def __init__(
@@ -116,13 +118,13 @@ class Transformer(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
         patch_entropy: Float[Array, "B T"] | None = None,
-        begins: Int[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
-        rope, written = self.rope(positions_in(x.shape[1], begins), x.dtype), []
+        rope, written = self.rope(positions_in(x.shape[1], segment_starts), x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, cache = run(x, rope, fold_rows(keys, i), patch_entropy, begins)
+            x, cache = run(x, rope, fold_rows(keys, i), patch_entropy, segment_starts)
             written.append(cache)
         return x, tuple(written)
 
@@ -131,12 +133,12 @@ class Transformer(nnx.Module):
         x: Float[Array, "B 1 D"],
         caches: Caches,
         index: Int[Array, ""],
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        rope, written = self.rope(position_in(index, begins), x.dtype), []
+        rope, written = self.rope(position_in(index, segment_starts), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, rope, cache, index, begins)
+            x, cache = layer.extend(x, rope, cache, index, segment_starts)
             written.append(cache)
         return x, tuple(written)
 
@@ -146,13 +148,13 @@ class Transformer(nnx.Module):
         caches: Caches,
         index: Int[Array, " B"],
         patch_entropy: Float[Array, "B 1"] | None = None,
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
-        inside = index if begins is None else index - begins
+        inside = index if segment_starts is None else index - segment_starts
         rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, begins)
+            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)
             made.append(new)
         return x, tuple(made)
 
@@ -165,12 +167,14 @@ class Transformer(nnx.Module):
         return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)
 
 
-def positions_in(length: int, begins: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
+def positions_in(length: int, segment_starts: Int[Array, "B T"] | None) -> Int[Array, "#B T"]:
     """0 to T − 1, counted from the first position of each position's segment."""
     positions = jnp.arange(length)[None, :]
-    return positions if begins is None else positions - begins
+    return positions if segment_starts is None else positions - segment_starts
 
 
-def position_in(index: Int[Array, ""], begins: Int[Array, " B"] | None) -> Int[Array, "#B 1"]:
+def position_in(
+    index: Int[Array, ""], segment_starts: Int[Array, " B"] | None
+) -> Int[Array, "#B 1"]:
     """The same for the position `index` alone."""
-    return index[None, None] if begins is None else (index - begins)[:, None]
+    return index[None, None] if segment_starts is None else (index - segment_starts)[:, None]

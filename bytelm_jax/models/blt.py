@@ -10,8 +10,8 @@ row never see another row; boundaries inside a UTF-8 character are left out unle
 `whole_characters` is off.
 
 With `reset_on` the text falls into segments, each a text of its own with its own BOS and patches:
-`begins` holds, wherever it appears, the first position (or patch) of each one's segment, and is
-None where all is one text.
+`segment_starts` holds, wherever it appears, the first position (or patch) of each one's segment,
+and is None where all is one text.
 
 Bytropix is the same skeleton with other parts, each a field of the configuration: patches by the
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
@@ -35,7 +35,7 @@ from bytelm_jax.layers.transformer import Transformer, positions_in
 from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
-from bytelm_jax.models.entropy import EntropyModel, begins_of, entropy, shift_right
+from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
 from bytelm_jax.models.interface import Choose, ModelOutput
 
 
@@ -102,27 +102,32 @@ class BLT(nnx.Module):
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        begins = begins_of(ids, c)
-        shifted = shift_right(ids, c.vocab.bos_id, begins)
+        segment_starts = segment_starts_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
         if starts is None:
-            starts = patching.patch_starts(c, shifted, self.entropies(shifted, begins), begins)
-        counted = patching.present(shifted, c.vocab, begins)
-        plan = patching.plan_patches(starts, counted, c.budget(length), begins)
+            starts = patching.patch_starts(
+                c, shifted, self.entropies(shifted, segment_starts), segment_starts
+            )
+        counted = patching.present(shifted, c.vocab, segment_starts)
+        plan = patching.plan_patches(starts, counted, c.budget(length), segment_starts)
 
         states, _ = self.encoder.transformer(
-            self.embed(shifted, begins), fold_rows(dropout_keys, 0), remat, begins=begins
+            self.embed(shifted, segment_starts),
+            fold_rows(dropout_keys, 0),
+            remat,
+            segment_starts=segment_starts,
         )
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        histograms = self.histograms(shifted, counted, begins)
+        histograms = self.histograms(shifted, counted, segment_starts)
         patches, _ = self.global_transformer(
             self.widen(patches),
             fold_rows(dropout_keys, 1),
             remat,
             self.patch_entropy(histograms, shifted, plan, patches.dtype),
-            plan.begins,
+            plan.segment_starts,
         )
         x, _, _ = self.decoder(
-            states, patches, plan.read_of, fold_rows(dropout_keys, 2), remat, begins
+            states, patches, plan.read_of, fold_rows(dropout_keys, 2), remat, segment_starts
         )
         used = (plan.lengths > 0).sum(axis=1)
         metrics = {
@@ -136,7 +141,7 @@ class BLT(nnx.Module):
         return ModelOutput(self.to_logits(x), jnp.zeros((batch,)), metrics)
 
     def entropies(
-        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+        self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
@@ -144,7 +149,7 @@ class BLT(nnx.Module):
         """
         if self.config.patcher != "entropy":
             return None
-        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted, begins)))
+        return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted, segment_starts)))
 
     # Cached decoding: `models.blt_decoding`.
 
@@ -181,12 +186,14 @@ class BLT(nnx.Module):
         self,
         shifted: Int[Array, "B T"],
         counted: Bool[Array, "B T"],
-        begins: Int[Array, "B T"] | None,
+        segment_starts: Int[Array, "B T"] | None,
     ) -> Int[Array, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
             return jnp.zeros((shifted.shape[0], 0), jnp.int32)
-        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
+        recent = patching.recent_bytes(
+            shifted, self.config.vocab, patching.WINDOWS[-1], segment_starts
+        )
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
     def patch_entropy(
@@ -206,16 +213,16 @@ class BLT(nnx.Module):
         return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
 
     def embed(
-        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None
+        self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
         """The encoder's input; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
-        positions = positions_in(shifted.shape[1], begins)
+        positions = positions_in(shifted.shape[1], segment_starts)
         if not c.ngram_tables:
             return self.add_positions(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
-        grams = jnp.stack([patching.shifted(shifted, n, 0, begins) for n in back], axis=-1)
-        inside = patching.present(shifted, c.vocab, begins)[..., None]
+        grams = jnp.stack([patching.shifted(shifted, n, 0, segment_starts) for n in back], axis=-1)
+        inside = patching.present(shifted, c.vocab, segment_starts)[..., None]
         rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
         return self.add_positions(self.add_ngrams(x, rows), positions)
 

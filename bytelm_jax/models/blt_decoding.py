@@ -2,7 +2,8 @@
 
 One round is one byte, and the global transformer runs where a patch ends in some row. Axes: B
 batch, T bytes, L positions and N patches of a cache, M vectors a patch, G key heads, K head width,
-D width, V vocabulary. `begin` holds where each row's segment begins, None where all is one text.
+D width, V vocabulary. `segment_start` holds where each row's segment begins, None where all is one
+text.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,12 +21,12 @@ from bytelm_jax.layers.transformer import Caches, position_in
 from bytelm_jax.models import patching
 from bytelm_jax.models.entropy import (
     begin_with,
-    begins_of,
-    empty_begins,
+    empty_segment_starts,
     entropy,
+    segment_starts_of,
     shift_right,
-    write_begins,
     write_prefix,
+    write_segment_starts,
 )
 from bytelm_jax.models.interface import Choose, pack, unpack, write_at
 
@@ -42,7 +43,7 @@ class BLTCache(NamedTuple):
 
     ids: Int[Array, "B L"]
     """s behind as many −1 as the longest look back needs."""
-    begins: Int[Array, "B M"]
+    segment_starts: Int[Array, "B M"]
     """The first position of each position's segment, M = L; M = 0 where all is one text."""
     patches: Int[Array, "B L+1"]
     """The patch of each position, known before its byte is, unless that begins a segment."""
@@ -71,7 +72,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
     pooled = jnp.zeros((batch, length, *head), dtype)
     return BLTCache(
         ids=jnp.full((batch, _look_back(c) - 1 + length), patching.NO_BYTE, jnp.int32),
-        begins=empty_begins(batch, length, c),
+        segment_starts=empty_segment_starts(batch, length, c),
         patches=jnp.zeros((batch, length + 1), jnp.int32),
         histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
         patcher=model.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
@@ -90,29 +91,29 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
     c, length = model.config, ids.shape[1]
     if length == 0:
         return cache
-    begins, entropies = begins_of(ids, c), None
-    shifted, patcher = shift_right(ids, c.vocab.bos_id, begins), cache.patcher
+    segment_starts, entropies = segment_starts_of(ids, c), None
+    shifted, patcher = shift_right(ids, c.vocab.bos_id, segment_starts), cache.patcher
     if c.patcher == "entropy":
-        logits, written = model.patcher.predict_cached(shifted, begins)
+        logits, written = model.patcher.predict_cached(shifted, segment_starts)
         entropies, patcher = entropy(logits), write_prefix(patcher, written)
-    starts = patching.patch_starts(c, shifted, entropies, begins)
-    room = cache.memory.shape[1]
-    counted = patching.present(shifted, c.vocab, begins)
-    plan = patching.plan_patches(starts, counted, min(room, length), begins)
+    starts = patching.patch_starts(c, shifted, entropies, segment_starts)
+    capacity = cache.memory.shape[1]
+    counted = patching.present(shifted, c.vocab, segment_starts)
+    plan = patching.plan_patches(starts, counted, min(capacity, length), segment_starts)
 
-    embedded = model.embed(shifted, begins)
-    states, encoder = model.encoder.transformer(embedded, begins=begins)
-    patches, pooled = model.encoder.pool(states, plan.patch_of, min(room, length))
-    histograms = model.histograms(shifted, counted, begins)
+    embedded = model.embed(shifted, segment_starts)
+    states, encoder = model.encoder.transformer(embedded, segment_starts=segment_starts)
+    patches, pooled = model.encoder.pool(states, plan.patch_of, min(capacity, length))
+    histograms = model.histograms(shifted, counted, segment_starts)
     patch_entropy = model.patch_entropy(histograms, shifted, plan, patches.dtype)
     patches, global_layers = model.global_transformer(
-        model.widen(patches), patch_entropy=patch_entropy, begins=plan.begins
+        model.widen(patches), patch_entropy=patch_entropy, segment_starts=plan.segment_starts
     )
-    _, memory, decoder = model.decoder(states, patches, plan.read_of, begins=begins)
+    _, memory, decoder = model.decoder(states, patches, plan.read_of, segment_starts=segment_starts)
     first = _look_back(c) - 1
     return cache._replace(
         ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
-        begins=write_begins(cache.begins, begins),
+        segment_starts=write_segment_starts(cache.segment_starts, segment_starts),
         patches=cache.patches.at[:, : length + 1].set(plan.numbers),
         histograms=cache.histograms.at[:, : histograms.shape[1]].set(histograms),
         patcher=patcher,
@@ -134,34 +135,37 @@ def decode_round(
 ) -> tuple[BLTCache, Int[Array, "B 1"]]:
     """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
     index = jnp.asarray(index)
-    byte, begins, begin = begin_with(previous, index, cache.begins, model.config)
-    cache = cache._replace(begins=begins)
-    cache, recent = _remember(model.config, cache, byte, index, begin)
-    cache, ends, number, first = _mark(model, cache, byte, recent, index, begin)
+    byte, segment_starts, segment_start = begin_with(
+        previous, index, cache.segment_starts, model.config
+    )
+    cache = cache._replace(segment_starts=segment_starts)
+    cache, recent = _remember(model.config, cache, byte, index, segment_start)
+    cache, ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
 
-    x = _embed_recent(model, byte, recent, index, begin)
-    x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, begin)
+    x = _embed_recent(model, byte, recent, index, segment_start)
+    x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, segment_start)
     new = model.encoder.cross_attention.keys_values(x)
     states, pooled = (
-        write_at(room, made, index) for room, made in ((cache.states, x), (cache.pooled, new))
+        write_at(capacity, made, index)
+        for capacity, made in ((cache.states, x), (cache.pooled, new))
     )
     cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
     cache = _finish_patches(model, cache, ends, number, first, index)
     memory = _newest(model.config, cache, jnp.where(ends, number, number - 1), first)
-    x, decoder = model.decoder.extend(x, memory, cache.decoder, index, begin)
+    x, decoder = model.decoder.extend(x, memory, cache.decoder, index, segment_start)
     chosen = as_ids(choose(model.to_logits(x)[:, 0], 0))
     return cache._replace(decoder=decoder), chosen[:, None]
 
 
 def _remember(
-    config: BLTConfig, cache: BLTCache, byte: Array, index: Array, begin: Array | None
+    config: BLTConfig, cache: BLTCache, byte: Array, index: Array, segment_start: Array | None
 ) -> tuple[BLTCache, Array]:
     """The cache with s_index in it, and the ids of its segment that end there."""
     span = _look_back(config)
     ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
     recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
-    if begin is not None:
-        own = index + jnp.arange(1 - span, 1)[None, :] >= begin[:, None]
+    if segment_start is not None:
+        own = index + jnp.arange(1 - span, 1)[None, :] >= segment_start[:, None]
         recent = jnp.where(own, recent, patching.NO_BYTE)
     histograms = cache.histograms
     if config.reads_histograms:
@@ -172,33 +176,38 @@ def _remember(
 
 
 def _mark(
-    model: "BLT", cache: BLTCache, byte: Array, recent: Array, index: Array, begin: Array | None
+    model: "BLT",
+    cache: BLTCache,
+    byte: Array,
+    recent: Array,
+    index: Array,
+    segment_start: Array | None,
 ) -> tuple[BLTCache, Array, Array, Array | None]:
     """The cache with the patch of the byte to come; whether a patch ends here; its number.
 
-    And, where texts start anew, the number of the segment's first patch.
+    And, where texts start over, the number of the segment's first patch.
     """
-    c, room = model.config, cache.memory.shape[1]
+    c, capacity = model.config, cache.memory.shape[1]
     patcher, entropies, summed = cache.patcher, None, None
     if c.patcher == "entropy":
-        logits, patcher = model.patcher.extend(byte, patcher, index, begin)
+        logits, patcher = model.patcher.extend(byte, patcher, index, segment_start)
         entropies = entropy(logits)
     number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
     position, first = jnp.full(number.shape, index), None
-    if begin is not None:
+    if segment_start is not None:
         # A segment begins with a patch, whatever the patcher said before it.
         before = jnp.take(cache.patches, jnp.maximum(index - 1, 0), axis=1)
-        anew = jnp.minimum(before + 1, room)
-        number = jnp.where((begin == index) & (index > 0), anew, number)
+        is_segment_start = jnp.minimum(before + 1, capacity)
+        number = jnp.where((segment_start == index) & (index > 0), is_segment_start, number)
         cache = cache._replace(patches=write_at(cache.patches, number[:, None], index))
-        first = jnp.take_along_axis(cache.patches, begin[:, None], axis=1)[:, 0]
-        position = position - begin
+        first = jnp.take_along_axis(cache.patches, segment_start[:, None], axis=1)[:, 0]
+        position = position - segment_start
     if c.patcher == "histogram":
         mask = _in_patch(cache, number, index)
         summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
     values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
     starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
+    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
     patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
     return cache._replace(patcher=patcher, patches=patches), ends, number, first
 
@@ -208,12 +217,12 @@ def _finish_patches(
 ) -> BLTCache:
     """Runs the patches that end here through the global transformer, if any does."""
     mask = _in_patch(cache, number, index)
-    batch, room = cache.memory.shape[:2]
+    batch, capacity = cache.memory.shape[:2]
 
     def run() -> tuple[Array, Array]:
         patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
         patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
-        like = model.global_transformer.empty_caches(batch, room, patch.dtype)
+        like = model.global_transformer.empty_caches(batch, capacity, patch.dtype)
         layers = unpack(cache.global_layers, like)
         patch, made = model.global_transformer.extend_rows(
             patch, layers, number, patch_entropy, first
@@ -227,7 +236,7 @@ def _finish_patches(
 
     some = ends.any()
     layers, memory = jax.lax.cond(some, run, skip)
-    rows, slot = jnp.arange(batch), jnp.where(ends, number, room)
+    rows, slot = jnp.arange(batch), jnp.where(ends, number, capacity)
     # A slot past the end is dropped: rows whose patch goes on write nothing.
     return cache._replace(
         global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),
@@ -240,8 +249,8 @@ def _newest(config: BLTConfig, cache: BLTCache, newest: Array, first: Array | No
     """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
     if first is not None:
         # A row in a segment that began past the budget reads past the end, and so zeros.
-        room = cache.memory.shape[1]
-        newest = jnp.where(first < room, newest, room)
+        capacity = cache.memory.shape[1]
+        newest = jnp.where(first < capacity, newest, capacity)
     rows = jnp.arange(newest.shape[0])
     read = cache.memory.at[rows, newest].get(mode="fill", fill_value=0)
     return unpack(read, _empty_memory(config, (1,), read.dtype))
@@ -276,10 +285,10 @@ def _patch_entropy_of(
 
 
 def _embed_recent(
-    model: "BLT", byte: Array, recent: Array, index: Array, begin: Array | None
+    model: "BLT", byte: Array, recent: Array, index: Array, segment_start: Array | None
 ) -> Array:
     """`BLT.embed` for one position, given the ids that end there, −1 before the first."""
-    x, c, position = model.encoder.embed(byte), model.config, position_in(index, begin)
+    x, c, position = model.encoder.embed(byte), model.config, position_in(index, segment_start)
     if not c.ngram_tables:
         return model.add_positions(x, position)
     grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]

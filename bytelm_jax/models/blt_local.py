@@ -92,10 +92,10 @@ class Decoder(nnx.Module):
         read_of: Int[Array, "B T"],
         keys: Key[Array, " B"] | None = None,
         remat: bool = False,
-        begins: Int[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches, Caches]:
         """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        rope = self.transformer.rope(positions_in(x.shape[1], begins), x.dtype)
+        rope = self.transformer.rope(positions_in(x.shape[1], segment_starts), x.dtype)
         memory, read, written = self.split(patches), [], []
         for i, (cross, layer) in enumerate(self._layers()):
             if remat:
@@ -103,7 +103,7 @@ class Decoder(nnx.Module):
             else:
                 cross = cross.read
             x, vectors = cross(x, memory, read_of)
-            x, cache = layer(x, rope, fold_rows(keys, i), None, begins)
+            x, cache = layer(x, rope, fold_rows(keys, i), None, segment_starts)
             read.append(vectors)
             written.append(cache)
         return self.norm(x), tuple(read), tuple(written)
@@ -114,12 +114,12 @@ class Decoder(nnx.Module):
         memory: Caches,
         caches: Caches,
         index: Int[Array, ""],
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        rope, written = self.transformer.rope(position_in(index, begins), x.dtype), []
+        rope, written = self.transformer.rope(position_in(index, segment_starts), x.dtype), []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, begins)
+            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, segment_starts)
             written.append(cache)
         return self.norm(x), tuple(written)
 

@@ -18,7 +18,7 @@ from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import RMSNorm
-from bytelm_jax.layers.resets import ends_segment, segment_begins
+from bytelm_jax.layers.resets import ends_segment, find_segment_starts
 from bytelm_jax.layers.transformer import Caches, Transformer
 from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 
@@ -27,7 +27,7 @@ class EntropyCache(NamedTuple):
     """What cached decoding keeps, by position, so that a round may be run again."""
 
     layers: Caches
-    begins: Int[Array, "B M"]
+    segment_starts: Int[Array, "B M"]
     """The first position of each position's segment, M = L; M = 0 where all is one text."""
 
 
@@ -67,31 +67,33 @@ class EntropyModel(nnx.Module):
     ) -> ModelOutput:
         """As `__call__`; the one metric is `entropy`, the mean over the row in nats."""
         ids = check_ids(ids, self.config.vocab.size)
-        begins = begins_of(ids, self.config)
-        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
-        logits = self.predict(shifted, begins, dropout_keys, remat)
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        logits = self.predict(shifted, segment_starts, dropout_keys, remat)
         metrics = {"entropy": entropy(logits).sum(axis=1) / max(1, ids.shape[1])}
         return ModelOutput(logits, jnp.zeros((ids.shape[0],)), metrics)
 
     def predict(
         self,
         shifted: Int[Array, "B T"],
-        begins: Int[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
         """Logits of the byte behind each position of s (`shift_right`).
 
-        `begins` as `begins_of` gives it.
+        `segment_starts` as `segment_starts_of` gives it.
         """
-        x, _ = self.transformer(self.embed(shifted), dropout_keys, remat, begins=begins)
+        x, _ = self.transformer(
+            self.embed(shifted), dropout_keys, remat, segment_starts=segment_starts
+        )
         return self.to_logits(self.norm(x))
 
     def predict_cached(
-        self, shifted: Int[Array, "B T"], begins: Int[Array, "B T"] | None = None
+        self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T V"], Caches]:
         """The same and every layer's keys and values."""
-        x, caches = self.transformer(self.embed(shifted), begins=begins)
+        x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
 
     # Cached decoding: one round is one byte.
@@ -105,17 +107,20 @@ class EntropyModel(nnx.Module):
         """An empty cache for sequences of up to `length` bytes."""
         dtype = self.to_logits.kernel[...].dtype
         layers = self.transformer.empty_caches(batch, length, dtype)
-        return EntropyCache(layers, empty_begins(batch, length, self.config))
+        return EntropyCache(layers, empty_segment_starts(batch, length, self.config))
 
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        begins = begins_of(ids, self.config)
-        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
-        _, written = self.predict_cached(shifted, begins)
-        return EntropyCache(write_prefix(cache.layers, written), write_begins(cache.begins, begins))
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        _, written = self.predict_cached(shifted, segment_starts)
+        return EntropyCache(
+            write_prefix(cache.layers, written),
+            write_segment_starts(cache.segment_starts, segment_starts),
+        )
 
     def decode_round(
         self,
@@ -126,22 +131,24 @@ class EntropyModel(nnx.Module):
     ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
         index = jnp.asarray(index)
-        byte, begins, begin = begin_with(previous, index, cache.begins, self.config)
-        logits, layers = self.extend(byte, cache.layers, index, begin)
-        return EntropyCache(layers, begins), as_ids(choose(logits, 0))[:, None]
+        byte, segment_starts, segment_start = begin_with(
+            previous, index, cache.segment_starts, self.config
+        )
+        logits, layers = self.extend(byte, cache.layers, index, segment_start)
+        return EntropyCache(layers, segment_starts), as_ids(choose(logits, 0))[:, None]
 
     def extend(
         self,
         shifted: Int[Array, "B 1"],
         caches: Caches,
         index: Int[Array, ""],
-        begins: Int[Array, " B"] | None = None,
+        segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Caches]:
         """Logits of the byte behind position `index` of s, with the past taken from `caches`.
 
-        `begins` is where each row's segment begins.
+        `segment_starts` is where each row's segment begins.
         """
-        x, caches = self.transformer.extend(self.embed(shifted), caches, index, begins)
+        x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
         return self.to_logits(self.norm(x))[:, 0], caches
 
 
@@ -155,53 +162,64 @@ def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
 def shift_right(
     ids: Integer[Array | np.ndarray, "B T"],
     bos_id: int,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
     shifted = jnp.pad(as_ids(ids), ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
-    if begins is None:
+    if segment_starts is None:
         return shifted
-    return jnp.where(begins == jnp.arange(ids.shape[1])[None, :], bos_id, shifted)
+    return jnp.where(segment_starts == jnp.arange(ids.shape[1])[None, :], bos_id, shifted)
 
 
-def begins_of(
+def segment_starts_of(
     ids: Integer[Array | np.ndarray, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Array, "B T"] | None:
     """Where the segment of each position begins; None for a model to which all is one text."""
     if config.reset_on == "none":
         return None
-    return segment_begins(ids, config.vocab, config.reset_on)
+    return find_segment_starts(ids, config.vocab, config.reset_on)
 
 
-def empty_begins(batch: int, length: int, config: BLTConfig | EntropyConfig) -> Int[Array, "B M"]:
-    """Room for `begins_of` in a cache."""
+def empty_segment_starts(
+    batch: int, length: int, config: BLTConfig | EntropyConfig
+) -> Int[Array, "B M"]:
+    """Room for `segment_starts_of` in a cache."""
     return jnp.zeros((batch, 0 if config.reset_on == "none" else length), jnp.int32)
 
 
-def write_begins(room: Int[Array, "B M"], begins: Int[Array, "B T"] | None) -> Int[Array, "B M"]:
-    """`room` with its first positions overwritten."""
-    return room if begins is None else room.at[:, : begins.shape[1]].set(begins)
+def write_segment_starts(
+    buffer: Int[Array, "B M"], segment_starts: Int[Array, "B T"] | None
+) -> Int[Array, "B M"]:
+    """`buffer` with its first positions overwritten."""
+    return (
+        buffer
+        if segment_starts is None
+        else buffer.at[:, : segment_starts.shape[1]].set(segment_starts)
+    )
 
 
 def begin_with(
     previous: Integer[Array | np.ndarray, "B 1"],
     index: Int[Array, ""],
-    begins: Int[Array, "B M"],
+    segment_starts: Int[Array, "B M"],
     config: BLTConfig | EntropyConfig,
 ) -> tuple[Int[Array, "B 1"], Int[Array, "B M"], Int[Array, " B"] | None]:
-    """s_index, `begins` written, and where each row's segment begins, None if all is one text.
+    """s_index, `segment_starts` written, and where each row's segment begins, None if all is one
+    text.
 
     s_index is the byte before, BOS in the first round and where a segment begins.
     """
     previous = as_ids(previous)
     bos = jnp.asarray(config.vocab.bos_id, previous.dtype)
     if config.reset_on == "none":
-        return jnp.where(index == 0, bos, previous), begins, None
-    anew = (index == 0) | ends_segment(previous[:, 0], config.vocab, config.reset_on)
-    before = jnp.take(begins, jnp.maximum(index - 1, 0), axis=1)
-    begin = jnp.where(anew, index.astype(begins.dtype), before)
-    begins = jax.lax.dynamic_update_slice_in_dim(begins, begin[:, None], index, axis=1)
-    return jnp.where(anew[:, None], bos, previous), begins, begin
+        return jnp.where(index == 0, bos, previous), segment_starts, None
+    is_segment_start = (index == 0) | ends_segment(previous[:, 0], config.vocab, config.reset_on)
+    before = jnp.take(segment_starts, jnp.maximum(index - 1, 0), axis=1)
+    segment_start = jnp.where(is_segment_start, index.astype(segment_starts.dtype), before)
+    segment_starts = jax.lax.dynamic_update_slice_in_dim(
+        segment_starts, segment_start[:, None], index, axis=1
+    )
+    return jnp.where(is_segment_start[:, None], bos, previous), segment_starts, segment_start
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:

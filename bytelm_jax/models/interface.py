@@ -56,7 +56,9 @@ class Decoder(Protocol):
 def write_at(rooms: Any, made: Any, index: int | Int[Array, ""]) -> Any:
     """The arrays of a tree of caches, overwritten by `made` from position `index` of axis 1 on."""
     return jax.tree.map(
-        lambda room, new: jax.lax.dynamic_update_slice_in_dim(room, new, index, axis=1), rooms, made
+        lambda capacity, new: jax.lax.dynamic_update_slice_in_dim(capacity, new, index, axis=1),
+        rooms,
+        made,
     )
 
 

@@ -5,7 +5,7 @@ The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean ove
 sequence, which shows each byte its future, mixes no information between positions, and composes
 linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
 adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
-With `reset_on`, means, filters and positions start anew with each segment; the shares of the
+With `reset_on`, means, filters and positions start over with each segment; the shares of the
 experts, a statistic, stay those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
@@ -33,7 +33,12 @@ from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import LayerNorm
-from bytelm_jax.layers.resets import age, ends_segment, pad_begins, segment_begins
+from bytelm_jax.layers.resets import (
+    ends_segment,
+    find_segment_starts,
+    pad_segment_starts,
+    position_in_segment,
+)
 from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 
 
@@ -48,7 +53,7 @@ class LFByteCache(NamedTuple):
     """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
 
     layers: tuple[LayerCache, ...]
-    begins: Array | None = None
+    segment_starts: Array | None = None
 
 
 class LFByteLayer(nnx.Module):
@@ -73,16 +78,17 @@ class LFByteLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         keys: Key[Array, " B"] | None = None,
-        ages: Int[Array, "B T"] | None = None,
+        segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """`ages` counts the positions before each in its segment; None: the row is one."""
+        """`segment_positions` counts the positions before each in its segment; None: the row is
+        one."""
         if self.config.context == "causal":
-            context = running_mean(x, ages)
+            context = running_mean(x, segment_positions)
         else:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             context = x.mean(axis=1, keepdims=True, dtype=wide).astype(x.dtype)
         a = self.featurizer(context)
-        x = self._join(x, self.token_mixing(x, a, ages), fold_rows(keys, 0))
+        x = self._join(x, self.token_mixing(x, a, segment_positions), fold_rows(keys, 0))
         return self._at_each_position(x, a, keys)
 
     def extend(
@@ -90,12 +96,12 @@ class LFByteLayer(nnx.Module):
         x: Float[Array, "B T D"],
         cache: LayerCache,
         index: int | Int[Array, ""],
-        ages: Int[Array, "B T"] | None = None,
+        segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for one position at `index`, or for T positions from 0, with the past cached."""
-        context, sums = extend_running_mean(x, cache.sums, index, ages)
+        context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
-        mixed, past = self.token_mixing.extend(x, a, cache.past, index, ages)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
         x, _ = self._at_each_position(self._join(x, mixed, None), a, None)
         return x, LayerCache(sums, past)
 
@@ -163,14 +169,14 @@ class LFByteTransformer(nnx.Module):
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)
-        ages = None
+        segment_positions = None
         if c.reset_on != "none":
-            ages = age(segment_begins(ids, c.vocab, c.reset_on))
-        x = self._embed(self._shift(ids) if c.causal else ids, 0, ages)
+            segment_positions = position_in_segment(find_segment_starts(ids, c.vocab, c.reset_on))
+        x = self._embed(self._shift(ids) if c.causal else ids, 0, segment_positions)
         routings = []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
-            x, routing = run(x, fold_rows(dropout_keys, i), ages)
+            x, routing = run(x, fold_rows(dropout_keys, i), segment_positions)
             routings.append(routing)
         logits = self._to_logits(x)
         if not c.sparse:
@@ -193,20 +199,25 @@ class LFByteTransformer(nnx.Module):
         if not self.config.causal:
             raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
         dtype = self.to_logits.kernel[...].dtype
-        begins = None if self.config.reset_on == "none" else jnp.zeros((batch, length), jnp.int32)
+        segment_starts = (
+            None if self.config.reset_on == "none" else jnp.zeros((batch, length), jnp.int32)
+        )
         layers = tuple(layer.empty_cache(batch, length, dtype) for layer in self.layers)
-        return LFByteCache(layers, begins)
+        return LFByteCache(layers, segment_starts)
 
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ids, ages = as_ids(ids), None
-        if cache.begins is not None:
-            begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
-            cache, ages = _with_begins(cache, begins, 0), age(begins)
-        _, cache = self._extend(self._shift(ids), cache, 0, ages)
+        ids, segment_positions = as_ids(ids), None
+        if cache.segment_starts is not None:
+            segment_starts = find_segment_starts(ids, self.config.vocab, self.config.reset_on)
+            cache, segment_positions = (
+                _with_segment_starts(cache, segment_starts, 0),
+                position_in_segment(segment_starts),
+            )
+        _, cache = self._extend(self._shift(ids), cache, 0, segment_positions)
         return cache
 
     def decode_round(
@@ -220,21 +231,28 @@ class LFByteTransformer(nnx.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        previous, ages = as_ids(previous), None
-        if cache.begins is not None:
-            last = jax.lax.dynamic_slice_in_dim(cache.begins, jnp.maximum(index - 1, 0), 1, axis=1)
-            anew = (index == 0) | ends_segment(previous, self.config.vocab, self.config.reset_on)
-            begins = jnp.where(anew, index, last)
-            cache, ages = _with_begins(cache, begins, index), index - begins
-        x, cache = self._extend(previous, cache, index, ages)
+        previous, segment_positions = as_ids(previous), None
+        if cache.segment_starts is not None:
+            last = jax.lax.dynamic_slice_in_dim(
+                cache.segment_starts, jnp.maximum(index - 1, 0), 1, axis=1
+            )
+            is_segment_start = (index == 0) | ends_segment(
+                previous, self.config.vocab, self.config.reset_on
+            )
+            segment_starts = jnp.where(is_segment_start, index, last)
+            cache, segment_positions = (
+                _with_segment_starts(cache, segment_starts, index),
+                index - segment_starts,
+            )
+        x, cache = self._extend(previous, cache, index, segment_positions)
         return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
 
     def _extend(
-        self, ids: Array, cache: LFByteCache, index: int | Array, ages: Array | None
+        self, ids: Array, cache: LFByteCache, index: int | Array, segment_positions: Array | None
     ) -> tuple[Array, LFByteCache]:
-        x, written = self._embed(ids, index, ages), []
+        x, written = self._embed(ids, index, segment_positions), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, past = layer.extend(x, past, index, ages)
+            x, past = layer.extend(x, past, index, segment_positions)
             written.append(past)
         return x, cache._replace(layers=tuple(written))
 
@@ -243,11 +261,13 @@ class LFByteTransformer(nnx.Module):
         padded = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.config.vocab.pad_id)
         return padded[:, : ids.shape[1]]
 
-    def _embed(self, ids: Array, start: int | Array, ages: Array | None) -> Array:
+    def _embed(self, ids: Array, start: int | Array, segment_positions: Array | None) -> Array:
         """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
-        if ages is not None:
-            embedded = self.embed(pad_begins(ids, ages, self.config.vocab.pad_id))
-            return embedded + sinusoids(ages, self.config.embed_dim, embedded.dtype)
+        if segment_positions is not None:
+            embedded = self.embed(
+                pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
+            )
+            return embedded + sinusoids(segment_positions, self.config.embed_dim, embedded.dtype)
         embedded = self.embed(ids)
         positions = sinusoidal_positions(start, ids.shape[1], self.config.embed_dim, embedded.dtype)
         return embedded + positions[None]
@@ -258,7 +278,9 @@ class LFByteTransformer(nnx.Module):
         return self.to_logits(x)[..., : self.config.vocab.size]
 
 
-def _with_begins(cache: LFByteCache, begins: Array, index: int | Array) -> LFByteCache:
-    assert cache.begins is not None
-    begins = begins.astype(cache.begins.dtype)
-    return cache._replace(begins=write_at(cache.begins, begins, index))
+def _with_segment_starts(
+    cache: LFByteCache, segment_starts: Array, index: int | Array
+) -> LFByteCache:
+    assert cache.segment_starts is not None
+    segment_starts = segment_starts.astype(cache.segment_starts.dtype)
+    return cache._replace(segment_starts=write_at(cache.segment_starts, segment_starts, index))

@@ -202,8 +202,8 @@ class Megabyte(nnx.Module):
     ) -> ModelOutput:
         c, (batch, length) = self.config, ids.shape
         most = max(1, length)
-        room = most if dropout_keys is None else min(most, c.reset_patches(length))
-        layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, room)
+        capacity = most if dropout_keys is None else min(most, c.reset_patches(length))
+        layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, capacity)
         inputs, before = self.inputs_of_segments(layout, c.patches(length))
         context = self.global_transformer(
             inputs, fold_rows(dropout_keys, 0), remat, scope_of(layout)
@@ -282,23 +282,25 @@ class Megabyte(nnx.Module):
 
         No segment has more than `count` patches that are read.
         """
-        patches, first = layout.patches, (layout.places == 0)[..., None]
+        patches, first = layout.patches, (layout.segment_positions == 0)[..., None]
         previous = jnp.where(first, self.config.vocab.pad_id, self.shift(patches, axis=1))
         before = self.shift(patches, axis=2)
         if self.config.variant == "in_action":
             before = jnp.concatenate([previous[..., -1:], patches[..., :-1]], axis=-1)
-        return self.global_input_at(previous, layout.places, count), before
+        return self.global_input_at(previous, layout.segment_positions, count), before
 
     def global_input_at(
-        self, previous: Int[Array, "B N P"], places: Int[Array, "B N"], count: int
+        self, previous: Int[Array, "B N P"], segment_positions: Int[Array, "B N"], count: int
     ) -> Float[Array, "B N W"]:
         """Ids of the patches before, and each patch's number in its text, below `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
-        embedded = self.global_embed(previous).reshape(*places.shape, -1)
+        embedded = self.global_embed(previous).reshape(*segment_positions.shape, -1)
         # What lies behind the longest text is never read, but must be finite.
-        places = jnp.minimum(places, count - 1)
-        return embedded + self.global_position.patches(places, count, self.config.patch_size)
+        segment_positions = jnp.minimum(segment_positions, count - 1)
+        return embedded + self.global_position.patches(
+            segment_positions, count, self.config.patch_size
+        )
 
     def local_input(self, before: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """Embedded ids of the bytes before, D = D_L."""

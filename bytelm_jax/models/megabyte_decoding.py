@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax.layers.attention import KeyValueCache, Scope
 from bytelm_jax.layers.ids import as_ids
-from bytelm_jax.layers.resets import ends_segment, lay_out, scope_of, segment_begins
+from bytelm_jax.layers.resets import ends_segment, find_segment_starts, lay_out, scope_of
 from bytelm_jax.models.interface import Choose, write_at
 
 if TYPE_CHECKING:
@@ -42,12 +42,12 @@ class ResetCache(NamedTuple):
     """Each byte's share of its patch's context, those of the patch begun last included."""
     ids: Int[Array, "B I"]
     """After P pads."""
-    begins: Int[Array, "B L"]
+    segment_starts: Int[Array, "B L"]
     """Where the segment of each position begins."""
 
 
 def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` where texts start anew within a row, else a `MegabyteCache`."""
+    """A `ResetCache` where texts start over within a row, else a `MegabyteCache`."""
     model.check_length(length)
     patch, dtype = model.config.patch_size, model.to_logits.kernel[...].dtype
     if model.config.reset_on == "none":
@@ -130,13 +130,13 @@ def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> Reset
     slots = layout.slots[:, :length]
     layers = jax.tree.map(lambda x: at_bytes(x, slots // c.patch_size), layers)
     local = jax.tree.map(lambda x: at_bytes(x, slots), local)
-    begins = segment_begins(ids, c.vocab, c.reset_on)
+    segment_starts = find_segment_starts(ids, c.vocab, c.reset_on)
     return ResetCache(
         write_at(cache.layers, layers, 0),
         write_at(cache.local, local, c.patch_size - 1),
         write_at(cache.shares, at_bytes(shares, layout.slots), 0),
         write_at(cache.ids, ids.astype(jnp.int32), c.patch_size),
-        write_at(cache.begins, begins, 0),
+        write_at(cache.segment_starts, segment_starts, 0),
     )
 
 
@@ -145,19 +145,19 @@ def _decode_byte(
 ) -> tuple[ResetCache, Array]:
     c, pad = model.config, model.config.vocab.pad_id
     before = jax.lax.dynamic_index_in_dim(
-        cache.begins, jnp.maximum(index - 1, 0), axis=1, keepdims=False
+        cache.segment_starts, jnp.maximum(index - 1, 0), axis=1, keepdims=False
     )
-    anew = (index == 0) | ends_segment(previous[:, 0], c.vocab, c.reset_on)
-    begin = jnp.where(anew, index.astype(before.dtype), before)
-    place, offset = jnp.divmod(index - begin, c.patch_size)
+    is_segment_start = (index == 0) | ends_segment(previous[:, 0], c.vocab, c.reset_on)
+    segment_start = jnp.where(is_segment_start, index.astype(before.dtype), before)
+    place, offset = jnp.divmod(index - segment_start, c.patch_size)
     cache = cache._replace(
         ids=write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
-        begins=write_at(cache.begins, begin[:, None], index),
+        segment_starts=write_at(cache.segment_starts, segment_start[:, None], index),
     )
-    cache = _begin_patches(model, cache, begin, place, offset == 0, index)
+    cache = _begin_patches(model, cache, segment_start, place, offset == 0, index)
 
     share = jax.lax.dynamic_slice_in_dim(cache.shares, index, 1, axis=1)
-    first = anew if c.variant == "in_action" else offset == 0
+    first = is_segment_start if c.variant == "in_action" else offset == 0
     hidden = model.local_input(jnp.where(first[:, None], pad, previous)) + share
     near = _read_at(cache.local, index, c.patch_size)
     inside = jnp.arange(c.patch_size)[None, :] - (c.patch_size - 1 - offset)[:, None]
@@ -169,7 +169,12 @@ def _decode_byte(
 
 
 def _begin_patches(
-    model: "Megabyte", cache: ResetCache, begin: Array, place: Array, starts: Array, index: Array
+    model: "Megabyte",
+    cache: ResetCache,
+    segment_start: Array,
+    place: Array,
+    starts: Array,
+    index: Array,
 ) -> ResetCache:
     """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
 
@@ -181,8 +186,8 @@ def _begin_patches(
     def run() -> tuple[Array, tuple[KeyValueCache, ...]]:
         recent = jax.lax.dynamic_slice_in_dim(cache.ids, index, patch, axis=1)
         recent = jnp.where((place == 0)[:, None], pad, recent)[:, None]
-        slots = jnp.arange(cache.begins.shape[1])[None, :]
-        inside = slots - begin[:, None]
+        slots = jnp.arange(cache.segment_starts.shape[1])[None, :]
+        inside = slots - segment_start[:, None]
         seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
         scope = Scope(seen[:, None, :], jnp.maximum(inside, 0) // patch)
         inputs = model.global_input_at(recent, place[:, None], most)
@@ -204,5 +209,5 @@ def _begin_patches(
 def _read_at(rooms: Any, index: int | Array, count: int) -> Any:
     """Positions `index` … `index + count − 1` of axis 1 of every array in a tree."""
     return jax.tree.map(
-        lambda room: jax.lax.dynamic_slice_in_dim(room, index, count, axis=1), rooms
+        lambda capacity: jax.lax.dynamic_slice_in_dim(capacity, index, count, axis=1), rooms
     )

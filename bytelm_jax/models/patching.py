@@ -8,8 +8,8 @@ so. Both forms call that one function.
 
 A row ends at its first pad: nothing from there on is counted, and no patch starts behind it.
 
-Where texts start anew, `begins` [B, T] holds the first position of each position's segment, at
-which s holds BOS. All the rules then hold within a segment, as if it were a text alone. That one
+Where texts start over, `segment_starts` [B, T] holds the first position of each position's segment,
+at which s holds BOS. All the rules then hold within a segment, as if it were a text alone. That one
 begins is told by the byte before it, a target: nobody reads it but the segment itself.
 """
 
@@ -68,7 +68,7 @@ class PatchPlan(NamedTuple):
     """Boundaries that the budget made disappear."""
     numbers: Int[Array, "B S"]
     """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
-    begins: Int[Array, "B N"] | None
+    segment_starts: Int[Array, "B N"] | None
     """The first patch of each patch's segment; None where all is one text."""
 
 
@@ -112,11 +112,11 @@ def recent_bytes(
     ids: Integer[Array | np.ndarray, "B T"],
     vocab: ByteVocab,
     count: int,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T n"]:
     """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
     values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
-    return jnp.stack([shifted(values, n, NO_BYTE, begins) for n in back], axis=-1)
+    return jnp.stack([shifted(values, n, NO_BYTE, segment_starts) for n in back], axis=-1)
 
 
 def boundary_after(
@@ -156,7 +156,7 @@ def patch_starts(
     config: BLTConfig,
     ids: Integer[Array | np.ndarray, "B T"],
     entropies: Float[Array, "B T"] | None = None,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
@@ -164,26 +164,28 @@ def patch_starts(
     would have said had the one before gone on, which is what may be read there; that a patch starts
     in any case is for `plan_patches`.
     """
-    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     position = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
-    position = position if begins is None else position - begins
+    position = position if segment_starts is None else position - segment_starts
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], begins))
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
         limit = math.floor(config.threshold * BIT)
-        summed = sums_since_start(found, held_back(config, ids, begins), limit, begins)
+        summed = sums_since_start(
+            found, held_back(config, ids, segment_starts), limit, segment_starts
+        )
     after = boundary_after(config, recent, position, entropies, summed)
-    after = (after | (position == 0)) & present(ids, config.vocab, begins)
+    after = (after | (position == 0)) & present(ids, config.vocab, segment_starts)
     return jnp.concatenate([jnp.ones_like(after[:, :1]), after], axis=1)
 
 
 def held_back(
     config: BLTConfig,
     ids: Integer[Array | np.ndarray, "B T"],
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
-    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     inside = inside_character(recent)
     return inside if config.whole_characters else jnp.zeros_like(inside)
 
@@ -192,7 +194,7 @@ def sums_since_start(
     found: Int[Array, "B T"],
     held: Bool[Array, "B T"],
     limit: int | Int[Array, ""],
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
     """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
 
@@ -216,45 +218,48 @@ def sums_since_start(
         total, end = jnp.where(fits, longer, total), jnp.where(fits, end + 2**k, end)
     free = jnp.where(jnp.pad(held, ((0, 0), (0, 1))), length, index)
     free = jax.lax.cummin(free, axis=1, reverse=True)
-    anew = index == 0
-    if begins is not None:
-        anew = jnp.pad(begins == index[:, :-1], ((0, 0), (0, 1)))
-    jump = jnp.where(anew, index + 1, jnp.minimum(read(free, end) + 1, length))
-    if begins is not None:  # no sum reaches past the next segment's first position
-        ahead = jax.lax.cummin(jnp.where(anew, index, length), axis=1, reverse=True)
+    is_segment_start = index == 0
+    if segment_starts is not None:
+        is_segment_start = jnp.pad(segment_starts == index[:, :-1], ((0, 0), (0, 1)))
+    jump = jnp.where(is_segment_start, index + 1, jnp.minimum(read(free, end) + 1, length))
+    if segment_starts is not None:  # no sum reaches past the next segment's first position
+        ahead = jax.lax.cummin(jnp.where(is_segment_start, index, length), axis=1, reverse=True)
         jump = jnp.minimum(jump, jnp.pad(ahead[:, 1:], ((0, 0), (0, 1)), constant_values=length))
     rows = jnp.arange(found.shape[0])[:, None]
-    starts = anew | (index <= 1)
+    starts = is_segment_start | (index <= 1)
     for _ in range(length.bit_length()):
         starts = starts | jnp.zeros_like(starts).at[rows, jump].max(starts)
         jump = read(jump, jump)
     upto = jnp.cumsum(found, axis=1)  # may wrap: the difference of two of them is right again
-    begin = jax.lax.cummax(jnp.where(starts[:, :-1], index[:, :-1], 0), axis=1)
+    segment_start = jax.lax.cummax(jnp.where(starts[:, :-1], index[:, :-1], 0), axis=1)
     before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
-    return upto - jnp.take_along_axis(before, begin, axis=1)
+    return upto - jnp.take_along_axis(before, segment_start, axis=1)
 
 
 def present(
     ids: Integer[Array | np.ndarray, "B T"],
     vocab: ByteVocab,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
     """Whether each position comes before the first pad of the row, or of its segment."""
     pads = jnp.cumsum(as_ids(ids) == vocab.pad_id, axis=1)
-    return pads == (0 if begins is None else jnp.take_along_axis(pads, begins, axis=1))
+    return pads == (
+        0 if segment_starts is None else jnp.take_along_axis(pads, segment_starts, axis=1)
+    )
 
 
 def shifted(
     ids: Integer[Array | np.ndarray, "B T"],
     count: int,
     fill: int,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
+    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before
+    `segment_starts`."""
     moved = jnp.pad(as_ids(ids), ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
-    if begins is None:
+    if segment_starts is None:
         return moved
-    return jnp.where(jnp.arange(ids.shape[1])[None, :] - count >= begins, moved, fill)
+    return jnp.where(jnp.arange(ids.shape[1])[None, :] - count >= segment_starts, moved, fill)
 
 
 def starts_from_lengths(lengths: Int[Array, "B N"], length: int) -> Bool[Array, "B {length}+1"]:
@@ -262,17 +267,17 @@ def starts_from_lengths(lengths: Int[Array, "B N"], length: int) -> Bool[Array, 
 
     A length of 0 behind the last patch says that the byte still to come starts a patch.
     """
-    begins = jnp.cumsum(lengths, axis=1) - lengths
+    segment_starts = jnp.cumsum(lengths, axis=1) - lengths
     rows = jnp.arange(lengths.shape[0])[:, None]
     empty = jnp.zeros((lengths.shape[0], length + 1), bool)
-    return empty.at[rows, begins].set(True, mode="drop")
+    return empty.at[rows, segment_starts].set(True, mode="drop")
 
 
 def plan_patches(
     starts: Bool[Array, "B S"],
     counted: Bool[Array, "B T"],
     budget: int,
-    begins: Int[Array, "B T"] | None = None,
+    segment_starts: Int[Array, "B T"] | None = None,
 ) -> PatchPlan:
     """Patches of a text from its starts; `counted` leaves out the padding.
 
@@ -281,11 +286,11 @@ def plan_patches(
     """
     starts = starts | (jnp.arange(starts.shape[1]) < 2)[None, :]
     after = starts[:, 1:]
-    if begins is not None:
-        anew = begins == jnp.arange(begins.shape[1])[None, :]
-        after = after | anew
+    if segment_starts is not None:
+        is_segment_start = segment_starts == jnp.arange(segment_starts.shape[1])[None, :]
+        after = after | is_segment_start
         starts = jnp.pad(after, ((0, 0), (1, 0)), constant_values=True)
-        starts = starts | jnp.pad(anew, ((0, 0), (0, 1)))
+        starts = starts | jnp.pad(is_segment_start, ((0, 0), (0, 1)))
     number = jnp.cumsum(starts.astype(jnp.int32), axis=1) - 1
     capped = jnp.minimum(number, budget)
     rows = jnp.arange(starts.shape[0])[:, None]
@@ -293,9 +298,9 @@ def plan_patches(
     lengths = empty.at[rows, capped[:, :-1]].add(counted.astype(jnp.int32))
     patch_of = jnp.where(counted, capped[:, :-1], budget)
     lost = number[:, -1] - capped[:, -1]
-    if begins is None:
+    if segment_starts is None:
         return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, lost, capped, None)
-    first = jnp.take_along_axis(capped, begins, axis=1)
+    first = jnp.take_along_axis(capped, segment_starts, axis=1)
     newest = jnp.minimum(number[:, :-1] + after, budget) - 1
     read_of = jnp.where(first < budget, newest, budget)
     firsts = empty.at[rows, capped[:, :-1]].max(first)[:, :budget]

@@ -46,8 +46,8 @@ FUNCTIONS = {
 """Functions that count as layers, by the module that calls them; each stands in both packages."""
 
 
-class Place(NamedTuple):
-    """An array at the door of a layer: going in, or coming out."""
+class Tap(NamedTuple):
+    """An array at the boundary of a layer: going in, or coming out."""
 
     key: str
     layer: str
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     entering: bool
 
     @property
-    def suspect(self) -> str:
+    def blamed(self) -> str:
         """Whose fault it is if this array is the first wrong one."""
         return self.caller if self.entering else self.layer
 
@@ -65,18 +65,18 @@ class Place(NamedTuple):
         return self.layer if self.entering else self.caller
 
 
-Touch = Callable[[str, Any], Any]
+Visit = Callable[[str, Any], Any]
 """What is done with an array of a given key; its result takes the array's place."""
 
 
 @dataclass
 class Recorder:
-    """Names the calls of one model, `root`, and hands each array to `touch`."""
+    """Names the calls of one model, `root`, and hands each array to `visit`."""
 
     root: str
     is_array: Callable[[Any], bool]
-    touch: Touch
-    places: list[Place] = field(default_factory=list)
+    visit: Visit
+    taps: list[Tap] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
     stack: list[str] = field(default_factory=list)
 
@@ -103,12 +103,12 @@ class Recorder:
         arrays = [i for i, leaf in enumerate(leaves) if self.is_array(leaf) and leaf.ndim]
         for number, i in enumerate(arrays):
             name = key if len(arrays) == 1 else f"{key}, {number + 1} of {len(arrays)}"
-            self.places.append(Place(name, layer, caller, entering))
-            leaves[i] = self.touch(name, leaves[i])
+            self.taps.append(Tap(name, layer, caller, entering))
+            leaves[i] = self.visit(name, leaves[i])
         return jax.tree.unflatten(structure, leaves)
 
 
-class Shelf(MutableMapping[str, np.ndarray]):
+class ArrayStore(MutableMapping[str, np.ndarray]):
     """Arrays by name in files of a temporary folder; memory holds the one that is looked at.
 
     To be used in a `with`, whose end removes the folder.
@@ -145,8 +145,8 @@ class Shelf(MutableMapping[str, np.ndarray]):
 
 
 @contextlib.contextmanager
-def listen_jax(model: Any, touch: Touch) -> Iterator[Recorder]:
-    """Hands `touch` every array at a layer's door while `model` runs or is traced.
+def listen_jax(model: Any, visit: Visit) -> Iterator[Recorder]:
+    """Hands `visit` every array at a layer's boundary while `model` runs or is traced.
 
     What runs inside a control-flow primitive, where arrays cannot be taken out, goes unheard.
     """
@@ -156,7 +156,7 @@ def listen_jax(model: Any, touch: Touch) -> Iterator[Recorder]:
     _check_methods("bytelm_jax", nnx.Module)
     outside = TraceState()
     recorder = Recorder(
-        type(model).__name__, lambda leaf: isinstance(leaf, jax.Array | np.ndarray), touch
+        type(model).__name__, lambda leaf: isinstance(leaf, jax.Array | np.ndarray), visit
     )
     modules = [(path, m) for path, m in nnx.iter_graph(model) if isinstance(m, nnx.Module) and path]
     names = {id(module): ".".join(map(str, path)) for path, module in modules}
@@ -232,13 +232,13 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def listen_torch(twin: Any, touch: Touch) -> Iterator[Recorder]:
+def listen_torch(twin: Any, visit: Visit) -> Iterator[Recorder]:
     """The same for the torch twin."""
     import torch
 
     _check_methods("bytelm_torch", torch.nn.Module)
     recorder = Recorder(
-        type(twin).__name__, lambda leaf: isinstance(leaf, torch.Tensor | np.ndarray), touch
+        type(twin).__name__, lambda leaf: isinstance(leaf, torch.Tensor | np.ndarray), visit
     )
     with contextlib.ExitStack() as patches:
         for path, module in twin.named_modules():

@@ -17,7 +17,7 @@ from bytelm import data
 from bytelm.config import ModelConfig
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
-from bytelm_jax.parity.recording import Place, Shelf
+from bytelm_jax.parity.recording import ArrayStore, Tap
 from bytelm_jax.parity.twins import Recording, make_twin, record_jax, record_torch
 from bytelm_jax.training import checkpoint
 
@@ -51,11 +51,11 @@ class Report:
         return "\n".join([*self.lines, verdict])
 
     def compare(
-        self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, suspect: str = ""
+        self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, blamed: str = ""
     ) -> None:
-        """Adds one tensor; `suspect` is to blame when it is the first that differs."""
+        """Adds one tensor; `blamed` is to blame when it is the first that differs."""
         found, good = difference(ours, theirs, bound)
-        self.add(what, found, good, suspect)
+        self.add(what, found, good, blamed)
 
     def compare_all(
         self, what: str, rows: Iterable[tuple[str, str, np.ndarray, np.ndarray]], bound: float
@@ -66,18 +66,18 @@ class Report:
         is noise in both, and has no digits to compare.
         """
         count, largest = 0, 0.0
-        for name, suspect, ours, theirs in rows:
+        for name, blamed, ours, theirs in rows:
             count, largest = count + 1, max(largest, _norm(theirs))
             found, good = difference(ours, theirs, bound, floor=1e-3 * largest)
             if not good:
-                self.add(name, found, good, suspect)
+                self.add(name, found, good, blamed)
         self.add(f"{what}: {count} arrays", "compared", True)
 
-    def add(self, what: str, found: str, good: bool, suspect: str = "") -> None:
+    def add(self, what: str, found: str, good: bool, blamed: str = "") -> None:
         """Adds one line."""
         self.lines.append(f"{'ok  ' if good else 'PAST'} {found:>8}  {what}")
         if not good and self.first is None:
-            self.first, self.seen = suspect or what, what
+            self.first, self.seen = blamed or what, what
 
 
 def difference(
@@ -136,8 +136,8 @@ def compare(
     def twin() -> Any:
         return bytelm_torch.from_pretrained(path) if exported else make_twin(config, load())
 
-    with Shelf() as shelf:
-        theirs = record_torch(config, twin(), ids, dtype, shelf)
+    with ArrayStore() as store:
+        theirs = record_torch(config, twin(), ids, dtype, store)
         ours = partial(record_jax, config, load, ids, dtype)
         return compare_recordings(config, dtype, theirs, ours)
 
@@ -170,7 +170,7 @@ def compare_recordings(
     """The report of two recordings, in the order in which things happened."""
     report, ours = Report(), record_ours(theirs.moving)
     forward, backward = LOGITS[dtype], GRADIENTS[dtype]
-    _compare_places(report, ours, theirs, forward)
+    _compare_taps(report, ours, theirs, forward)
     for name in ("logits", "loss"):
         report.compare(name, ours.values[name], theirs.values[name], forward)
     _compare_gradients(report, ours, theirs, backward)
@@ -183,25 +183,25 @@ def compare_recordings(
     return report
 
 
-def _shared(ours: Recording, theirs: Recording, places: list[Place]) -> list[Place]:
+def _shared(ours: Recording, theirs: Recording, taps: list[Tap]) -> list[Tap]:
     """The places that both know; inputs may be handed over in other numbers of arrays."""
-    return [p for p in places if p.key in ours.values and p.key in theirs.values]
+    return [p for p in taps if p.key in ours.values and p.key in theirs.values]
 
 
-def _compare_places(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
-    count, made = 0, {place.key for place in ours.places if not place.entering}
-    for place in theirs.places:  # in the order in which torch came by
-        key = place.key
+def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
+    count, made = 0, {tap.key for tap in ours.taps if not tap.entering}
+    for tap in theirs.taps:  # in the order in which torch came by
+        key = tap.key
         if key not in ours.values:
-            if not place.entering:
-                report.add(key, "only torch", False, place.suspect)
+            if not tap.entering:
+                report.add(key, "only torch", False, tap.blamed)
             continue
         a, b = ours.values[key], theirs.values[key]
-        if place.entering:  # an axis of length 1 is nobody's fault
+        if tap.entering:  # an axis of length 1 is nobody's fault
             a, b = a.squeeze(), b.squeeze()
         count += 1
-        if not place.entering or not difference(a, b, bound)[1]:
-            report.compare(key, a, b, bound, place.suspect)
+        if not tap.entering or not difference(a, b, bound)[1]:
+            report.compare(key, a, b, bound, tap.blamed)
         made.discard(key)
     for key in sorted(made):
         report.add(key, "only JAX", False)
@@ -212,21 +212,21 @@ def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound
     """Backwards, from the loss on: at every place, then of every parameter."""
 
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
-        for place in reversed(_shared(ours, theirs, theirs.places)):
-            key = f"gradient at {place.key}"
-            if key in ours.values and place.key in theirs.moving:
+        for tap in reversed(_shared(ours, theirs, theirs.taps)):
+            key = f"gradient at {tap.key}"
+            if key in ours.values and tap.key in theirs.moving:
                 mine = ours.values[key]
-                yield key, place.backward_suspect, mine, _or_zero(theirs.values, key, mine)
+                yield key, tap.backward_suspect, mine, _or_zero(theirs.values, key, mine)
 
     report.compare_all("gradients at inputs and outputs of layers", rows(), bound)
     for key in sorted(key for key in ours.values if key.startswith("gradient of ")):
-        suspect = key.removeprefix("gradient of ").rpartition(".")[0]
+        blamed = key.removeprefix("gradient of ").rpartition(".")[0]
         mine = ours.values[key]
         if key in theirs.values:
-            report.compare(key, mine, theirs.values[key], bound, suspect)
+            report.compare(key, mine, theirs.values[key], bound, blamed)
         else:  # frozen: torch has none, so ours must be zero to the last bit
             moved = bool(np.any(mine))
-            report.add(key, "not zero" if moved else "none", not moved, suspect)
+            report.add(key, "not zero" if moved else "none", not moved, blamed)
 
 
 def _or_zero(values: MutableMapping[str, np.ndarray], key: str, like: np.ndarray) -> np.ndarray:
@@ -235,10 +235,10 @@ def _or_zero(values: MutableMapping[str, np.ndarray], key: str, like: np.ndarray
 
 def _compare_decoding(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
-        for place in _shared(ours, theirs, theirs.decoding):
-            mine, other = ours.values[place.key], theirs.values[place.key]
-            if mine.shape == other.shape or not place.entering:  # JAX masks what torch cuts off
-                yield place.key, place.suspect, mine, other
+        for tap in _shared(ours, theirs, theirs.decoding):
+            mine, other = ours.values[tap.key], theirs.values[tap.key]
+            if mine.shape == other.shape or not tap.entering:  # JAX masks what torch cuts off
+                yield tap.key, tap.blamed, mine, other
 
     report.compare_all("layers in cached decoding", rows(), bound)
     for key in [key for key in theirs.values if key.endswith(": logits")]:

@@ -19,7 +19,7 @@ from bytelm.tokenizer import ByteTokenizer
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, define_model
-from bytelm_jax.parity.recording import Place, listen_jax, listen_torch
+from bytelm_jax.parity.recording import Tap, listen_jax, listen_torch
 from bytelm_jax.training.loss import cross_entropy
 
 _NEW_BYTES = 32
@@ -47,8 +47,8 @@ class Recording:
     """What one twin did. Arrays are called by their place, their round, or what they are."""
 
     values: MutableMapping[str, np.ndarray]
-    places: list[Place] = field(default_factory=list)
-    decoding: list[Place] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
+    decoding: list[Tap] = field(default_factory=list)
     moving: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The places that a gradient flows through, in torch's eyes, and the arrays' shapes."""
     texts: list[bytes] | None = None
@@ -73,8 +73,8 @@ def _before(ids: np.ndarray, start: int, patch: int, pad: int) -> np.ndarray:
 def _prompts(ids: np.ndarray, config: ModelConfig) -> tuple[list[bytes], int]:
     """What greedy generation starts from, and how many bytes there is room for."""
     half = max(1, ids.shape[1] // 2)
-    room = min(_NEW_BYTES, (config.longest_input or half + _NEW_BYTES) - half)
-    return [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids], room
+    capacity = min(_NEW_BYTES, (config.longest_input or half + _NEW_BYTES) - half)
+    return [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids], capacity
 
 
 def record_torch(
@@ -100,7 +100,7 @@ def record_torch(
     with _gradients_kept(twin, found):
         with listen_torch(twin, partial(_touch_torch, found)) as recorder:
             output = twin.outputs(tensor)
-        found.places = recorder.places
+        found.taps = recorder.taps
         nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id)
         loss = nats / count + output.extra_loss.mean()
         found.keep("logits", output.logits)
@@ -110,8 +110,8 @@ def record_torch(
         return found
     with torch.no_grad():
         _decode_torch(found, twin, ids)
-    prompts, room = _prompts(ids, config)
-    found.texts = torch_generate(twin, prompts, room, SamplerConfig(sampler="greedy"))
+    prompts, capacity = _prompts(ids, config)
+    found.texts = torch_generate(twin, prompts, capacity, SamplerConfig(sampler="greedy"))
     return found
 
 
@@ -154,13 +154,13 @@ def _decode_torch(found: Recording, twin: Any, ids: np.ndarray) -> None:
     tensor, cache = torch.from_numpy(ids), twin.init_cache(len(ids), start + rounds * patch)
 
     def run(when: str, step: Callable[[], Any]) -> None:
-        def touch(key: str, value: Any) -> Any:
+        def visit(key: str, value: Any) -> Any:
             found.keep(f"{when}{key}", value)
             return value
 
-        with listen_torch(twin, touch) as recorder:
+        with listen_torch(twin, visit) as recorder:
             step()
-        found.decoding += [place._replace(key=when + place.key) for place in recorder.places]
+        found.decoding += [tap._replace(key=when + tap.key) for tap in recorder.taps]
 
     if start:
         run("prefill: ", lambda: twin.prefill(tensor[:, :start], cache))
@@ -197,14 +197,14 @@ def record_jax(
         def run(params: Params, nudges: dict[str, jax.Array]) -> Any:
             model, seen = bind(params), {}
 
-            def touch(key: str, value: Any) -> Any:
+            def visit(key: str, value: Any) -> Any:
                 seen[key] = value
                 same = key in nudges and nudges[key].shape == value.shape
                 return value + nudges[key] if same else value
 
-            with listen_jax(model, touch) as recorder:
+            with listen_jax(model, visit) as recorder:
                 output = model.outputs(inputs)
-            found.places = recorder.places
+            found.taps = recorder.taps
             nats, count = cross_entropy(output.logits, inputs, config.vocab.pad_id)
             loss = nats / count + output.extra_loss.astype(nats.dtype).mean()
             return loss, seen | {"logits": output.logits, "loss": loss}
@@ -228,8 +228,8 @@ def record_jax(
         found.values.update((f"gradient of {name}", value) for name, value in made)
         if decode and config.causal:
             _decode_jax(found, bind, params, ids, config)
-            prompts, room = _prompts(ids, config)
-            found.texts = generate(bind(params), prompts, room, SamplerConfig(sampler="greedy"))
+            prompts, capacity = _prompts(ids, config)
+            found.texts = generate(bind(params), prompts, capacity, SamplerConfig(sampler="greedy"))
     return found
 
 
@@ -238,13 +238,13 @@ def _decode_jax(
 ) -> None:
     patch = bind(params).round_length
     start, rounds = _plan(ids, patch)
-    length, places = start + rounds * patch, []
+    length, taps = start + rounds * patch, []
 
     def heard(model: Any, step: Callable[[], Any]) -> Any:
         seen: dict[str, Any] = {}
         with listen_jax(model, lambda key, value: seen.setdefault(key, value)) as recorder:
             result = step()
-        places[:] = recorder.places
+        taps[:] = recorder.taps
         return result, seen
 
     @jax.jit
@@ -266,7 +266,7 @@ def _decode_jax(
 
     def keep(when: str, seen: dict[str, Any]) -> None:
         found.values.update({when + k: v for k, v in jax.device_get(seen).items()})
-        found.decoding += [place._replace(key=when + place.key) for place in places]
+        found.decoding += [tap._replace(key=when + tap.key) for tap in taps]
 
     cache, seen = prefill(params, ids[:, :start])
     keep("prefill: ", seen)

@@ -72,7 +72,7 @@ def model_of(name: str) -> tuple[BLTConfig, Params, Any]:
 def prompts() -> np.ndarray:
     """ids [B, L]: words, separators and characters of two to four bytes."""
     text = "Aé b: 🙂x, 日本 — the end.\n\n  ünd so we go on, and (on) and on … ".encode() * 3
-    rows = [text[begin : begin + LENGTH] for begin in (0, 7, 31)]
+    rows = [text[segment_start : segment_start + LENGTH] for segment_start in (0, 7, 31)]
     return np.array([list(row) for row in rows], np.int32) + VOCAB.offset
 
 
@@ -151,8 +151,8 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
         np.testing.assert_array_equal(found_ids, ids)
         error = np.linalg.norm(found[:, first:] - expected[:, first:])
         assert error <= LOGITS["float32"] * np.linalg.norm(expected[:, first:])
-        room = CONFIGS[name].budget(LENGTH)
-        numbers = np.minimum(np.cumsum(starts, axis=1) - 1, room)
+        capacity = CONFIGS[name].budget(LENGTH)
+        numbers = np.minimum(np.cumsum(starts, axis=1) - 1, capacity)
         np.testing.assert_array_equal(cache.patches, numbers)
         ends = (np.diff(numbers[:, first:], axis=1) > 0).any(axis=0)
         assert cache.global_calls == ends.sum(), "once for every byte behind which a patch ends"

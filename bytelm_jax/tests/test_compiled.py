@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from bytelm_jax.inference import compiled as structure
-from bytelm_jax.inference.compiled import take_apart
+from bytelm_jax.inference.compiled import split_cached
 from bytelm_jax.models.interface import pack, unpack
 
 
@@ -24,10 +24,10 @@ class Pair(nnx.Module):
 
 def test_arrays_are_read_anew_and_the_model_is_not_walked_through_again(monkeypatch):
     model = Pair()
-    first, params = take_apart(model)
+    first, params = split_cached(model)
     monkeypatch.setattr(structure, "_parts_of", None)  # calling it would raise TypeError
     model.parts[1][...] = jnp.full(3, 5.0)
-    again, changed = take_apart(model)
+    again, changed = split_cached(model)
     assert again is first
     assert [part.tolist() for part in params] == [[0, 0], [1, 1, 1]]
     assert [part.tolist() for part in changed] == [[0, 0], [5, 5, 5]]
@@ -35,25 +35,25 @@ def test_arrays_are_read_anew_and_the_model_is_not_walked_through_again(monkeypa
 
 
 def test_equal_models_have_one_structure_and_others_another():
-    (first, _), (same, _), (other, _) = (take_apart(model) for model in (Pair(), Pair(), Pair(3)))
+    (first, _), (same, _), (other, _) = (split_cached(model) for model in (Pair(), Pair(), Pair(3)))
     assert first is same
     assert first != other
 
 
 def test_a_changed_module_is_noticed():
     model = Pair()
-    before, _ = take_apart(model)
+    before, _ = split_cached(model)
     model.factor = 7
-    after, params = take_apart(model)
+    after, params = split_cached(model)
     assert after != before and after.model(params)() == 21
     model.parts[0] = nnx.Param(jnp.full(2, 4.0))
-    structure_of_new, params = take_apart(model)
+    structure_of_new, params = split_cached(model)
     assert structure_of_new.model(params)() == 77
 
 
 def test_models_are_not_kept_alive():
     model = Pair()
-    take_apart(model)
+    split_cached(model)
     gone = weakref.ref(model)
     del model
     gc.collect()

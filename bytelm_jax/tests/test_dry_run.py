@@ -83,7 +83,7 @@ def test_memory_of_132_million_parameters_is_what_was_measured():
     recipe = recipes.get("megabyte_132m")
     recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     mesh = meshes.make_mesh(1)
-    memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
+    memory = dry_run.estimate_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
     measured = 7.43 * 2**30  # the README's, 32 rows of 2,048 bytes
     assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
     assert memory.parameters == 4 * recipe.model.parameter_count()
@@ -109,7 +109,7 @@ def test_state_is_cut_by_fsdp():
         data=DataConfig(sequence_length=16),
     )  # fmt: skip
     state = dry_run.abstract_state(recipe, mesh)
-    memory = dry_run.reckon_memory(recipe, mesh, state)
+    memory = dry_run.estimate_memory(recipe, mesh, state)
     cut = [x for x in state.params.values() if x.size >= 1024 and any(n % 4 == 0 for n in x.shape)]
     small = MODEL.parameter_count() - sum(x.size for x in cut)
     part = small + sum(x.size for x in cut) // 4
@@ -179,8 +179,8 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
         devices=8, fsdp=4, batch_size=24, accumulation_steps=3, parallel="shard_map"
     )
     recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
-    forecast = dry_run.dry_run(recipe, Machine())
-    found = {(each.kind, each.group): each for each in forecast.collectives}
+    estimate = dry_run.dry_run(recipe, Machine())
+    found = {(each.kind, each.group): each for each in estimate.collectives}
     params = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
     cut = sum(x.size for x in params.values() if x.sharding.spec)
     # In bfloat16, as on an accelerator. The compiler gathers once for all three micro-batches, the
@@ -188,7 +188,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     assert found["all-gather", 4].bytes == 2 * cut
     assert found["reduce-scatter", 4].bytes == 3 * 2 * cut
     assert found["all-reduce", 2].bytes == 3 * 2 * cut // 4
-    said = dry_run.describe("x", forecast)
+    said = dry_run.describe("x", estimate)
     assert "bfloat16" in said and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", said)
 
 
@@ -229,7 +229,7 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
     data = DataConfig(sequence_length=16)
     recipe = Recipe(name="x", model=MODEL, data=data, train=TrainConfig(batch_size=16))
     mesh = meshes.make_mesh(1)
-    memory = dry_run.reckon_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
+    memory = dry_run.estimate_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
     state = memory.parameters + memory.gradients + memory.optimizer_state
     enough = int(0.81 * memory.peak)
     assert state < enough

@@ -98,8 +98,8 @@ def test_no_start_and_no_bound_lies_on_an_edge():
         ("min_momentum", 0.999, "below max_momentum=0.995"),
     ],
 )
-def test_bad_configurations_are_named(field, value, mend):
-    with pytest.raises(ValueError, match=f"^{field}={value}: must be .*{mend}$"):
+def test_bad_configurations_are_named(field, value, hint):
+    with pytest.raises(ValueError, match=f"^{field}={value}: must be .*{hint}$"):
         QLearningConfig(**{field: value})
 
 

@@ -1,4 +1,4 @@
-"""Where texts start anew, as literal matrices; every function in both packages."""
+"""Where texts start over, as literal matrices; every function in both packages."""
 
 import jax
 import jax.numpy as jnp
@@ -33,13 +33,17 @@ def test_the_id_that_ends_a_segment_belongs_to_it():
     np.testing.assert_array_equal(both("ends_segment", ids, "newline"), newline)
     np.testing.assert_array_equal(both("ends_segment", ids, "document"), document)
     assert not both("ends_segment", ids, "none").any()
-    begins = both("segment_begins", ids, "newline")
-    np.testing.assert_array_equal(begins, [[0, 1, 1, 3, 4, 4], [0, 0, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(resets.age(begins), [[0, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5]])
-    begins = both("segment_begins", ids, "document")
-    np.testing.assert_array_equal(begins, [[0, 0, 0, 0, 0, 5], [0, 0, 0, 3, 3, 3]])
-    assert both("segment_begins", np.zeros((2, 0), int).tolist(), "newline").shape == (2, 0)
-    before = resets.pad_begins(jnp.full((2, 6), a), resets.age(begins), VOCAB.pad_id)
+    segment_starts = both("find_segment_starts", ids, "newline")
+    np.testing.assert_array_equal(segment_starts, [[0, 1, 1, 3, 4, 4], [0, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(
+        resets.position_in_segment(segment_starts), [[0, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5]]
+    )
+    segment_starts = both("find_segment_starts", ids, "document")
+    np.testing.assert_array_equal(segment_starts, [[0, 0, 0, 0, 0, 5], [0, 0, 0, 3, 3, 3]])
+    assert both("find_segment_starts", np.zeros((2, 0), int).tolist(), "newline").shape == (2, 0)
+    before = resets.pad_segment_starts(
+        jnp.full((2, 6), a), resets.position_in_segment(segment_starts), VOCAB.pad_id
+    )
     np.testing.assert_array_equal(before, [[0, a, a, a, a, 0], [0, a, a, 0, a, a]])
 
 
@@ -51,8 +55,8 @@ def test_lines_become_patches_filled_with_pads():
     np.testing.assert_array_equal(made.patches[0], patches)
     np.testing.assert_array_equal(made.slots[0], [0, 2, 3, 4, 6, 7, 8, 10])
     np.testing.assert_array_equal(made.bytes[0], [0, 8, 1, 2, 3, 8, 4, 5, 6, 8, 7, 8, 8, 8, 8, 8])
-    np.testing.assert_array_equal(made.begins[0], [0, 1, 1, 4, 6, 7, 8, 8])
-    np.testing.assert_array_equal(made.places[0], [0, 0, 1, 0, 0, 0, 0, 0])
+    np.testing.assert_array_equal(made.segment_starts[0], [0, 1, 1, 4, 6, 7, 8, 8])
+    np.testing.assert_array_equal(made.segment_positions[0], [0, 0, 1, 0, 0, 0, 0, 0])
     assert made.overflow[0] == 0
 
 
@@ -63,7 +67,7 @@ def test_a_reset_without_room_is_not_made_and_no_byte_is_lost():
     made = both("lay_out", ids, "newline", 2, 5)
     patches = [[n, 0], [50, 51], [n, 0], [n, 52], [n, 53]]
     np.testing.assert_array_equal(made.patches[0], patches)
-    np.testing.assert_array_equal(made.begins[0], [0, 1, 1, 4, 4])
+    np.testing.assert_array_equal(made.segment_starts[0], [0, 1, 1, 4, 4])
     assert made.overflow[0] == 2
     least = both("lay_out", ids, "newline", 2, 4)  # no room beyond the bytes: one text
     np.testing.assert_array_equal(least.slots[0], range(8))
@@ -82,24 +86,24 @@ def test_layouts_of_any_text_and_room(patch):
     for length in (0, 1, patch, 3 * patch + 2, 29):
         ids = np.where(source.random((8, length)) < source.random((8, 1)), n, a)
         least = max(1, -(-length // patch))
-        for room in sorted({least, max(least, length // 2), max(1, length)}):
+        for capacity in sorted({least, max(least, length // 2), max(1, length)}):
 
-            def arrange(ids, room=room):
+            def arrange(ids, capacity=capacity):
                 tensor = torch.from_numpy(np.array(ids))
-                return torch_resets.lay_out(tensor, TORCH_VOCAB, "newline", patch, room)
+                return torch_resets.lay_out(tensor, TORCH_VOCAB, "newline", patch, capacity)
 
             made = arrange(ids)
             slots = made.slots.numpy()
-            assert (np.diff(slots, axis=1) > 0).all() and (slots < room * patch).all()
+            assert (np.diff(slots, axis=1) > 0).all() and (slots < capacity * patch).all()
             flat = made.patches.reshape(8, -1).numpy()
             np.testing.assert_array_equal(np.take_along_axis(flat, slots, axis=1), ids)
-            assert room < length or not made.overflow.any()
+            assert capacity < length or not made.overflow.any()
             # Decided from the past: another end of the row moves nothing before it.
             changed, kept = ids.copy(), length // 2 + 1
             changed[:, length // 2 :] = n
             np.testing.assert_array_equal(arrange(changed).slots[:, :kept], slots[:, :kept])
             if patch == 3 and length == 29:
-                ours = lay_out(ids.astype(np.int32), VOCAB, "newline", patch, room)
+                ours = lay_out(ids.astype(np.int32), VOCAB, "newline", patch, capacity)
                 for one, other in zip(ours, made, strict=True):
                     np.testing.assert_array_equal(one, other)
 
@@ -124,16 +128,19 @@ def test_sums_within_segments_are_those_of_the_segment_alone():
     source = np.random.default_rng(0)
     x = source.standard_normal((2, 21, 3)).astype(np.float32)
     ids = np.where(source.random((2, 21)) < 0.2, n, a)
-    ages = np.array(resets.age(resets.segment_begins(jnp.asarray(ids), VOCAB, "newline")))
-    found = np.asarray(jax.jit(resets.segmented_sums)(x, ages))
-    theirs = torch_resets.segmented_sums(torch.from_numpy(x), torch.from_numpy(ages))
+    segment_positions = np.array(
+        resets.position_in_segment(resets.find_segment_starts(jnp.asarray(ids), VOCAB, "newline"))
+    )
+    found = np.asarray(jax.jit(resets.segmented_sums)(x, segment_positions))
+    theirs = torch_resets.segmented_sums(torch.from_numpy(x), torch.from_numpy(segment_positions))
     np.testing.assert_array_equal(found, theirs)
     for row, t in np.ndindex(2, 21):
-        begin = t - ages[row, t]
-        exact = x[row, begin : t + 1].astype(float).sum(axis=0)
+        segment_start = t - segment_positions[row, t]
+        exact = x[row, segment_start : t + 1].astype(float).sum(axis=0)
         np.testing.assert_allclose(found[row, t], exact, rtol=0, atol=tolerances.LOGITS["float32"])
         alone = torch_resets.segmented_sums(
-            torch.from_numpy(x[row : row + 1, begin : t + 1]), torch.arange(t + 1 - begin)[None]
+            torch.from_numpy(x[row : row + 1, segment_start : t + 1]),
+            torch.arange(t + 1 - segment_start)[None],
         )
         np.testing.assert_array_equal(found[row, t], alone[0, -1])  # not one bit from outside
 

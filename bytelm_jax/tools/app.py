@@ -79,8 +79,8 @@ class Service:
         """
         limits, vocab = self.limits, self.recipe.model.vocab
         data = self._tokenizer.to_bytes(self._tokenizer.encode(prompt or ""))
-        room = limits.prompt_bytes
-        require(len(data) <= room, f"starting text: {len(data):,} bytes; at most {room:,}")
+        capacity = limits.prompt_bytes
+        require(len(data) <= capacity, f"starting text: {len(data):,} bytes; at most {capacity:,}")
         count = _whole("length", max_new_bytes)
         require(1 <= count <= limits.new_bytes, f"length={count}: from 1 to {limits.new_bytes:,}")
         known = ", ".join(SAMPLERS)

@@ -1,4 +1,4 @@
-"""`bytelm train --dry-run`: a run on any number of devices, foretold on one CPU.
+"""`bytelm train --dry-run`: a run on any number of devices, estimated on one CPU.
 
 The sharded step is compiled for simulated devices, which tells the collectives. Memory is that of
 an accelerator, which a CPU's compilation knows nothing of: parameters, gradients and optimizer
@@ -53,7 +53,7 @@ class Memory(NamedTuple):
     """The most that is there at once; gradients and activations are not."""
 
 
-class Forecast(NamedTuple):
+class Estimate(NamedTuple):
     """What a dry run finds. Times are seconds a step."""
 
     devices: int
@@ -86,8 +86,8 @@ def require_devices(count: int) -> None:
         )
 
 
-def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
-    """Compiles the step of `recipe` for its `train.devices` and reckons memory and time.
+def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
+    """Compiles the step of `recipe` for its `train.devices` and estimates memory and time.
 
     `compute_dtype="auto"` is bfloat16, as on an accelerator. Raises `ValueError` for settings that
     do not fit.
@@ -105,14 +105,14 @@ def dry_run(recipe: Recipe, machine: Machine) -> Forecast:
     seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
     seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
     found = read_collectives(compile_step(recipe, mesh, state), mesh.size)
-    return Forecast(
+    return Estimate(
         devices=mesh.size,
         fsdp=run.fsdp,
         form=run.parallel,
         compute_dtype=run.compute_dtype,
         rows=_rows(recipe, mesh),
         bytes_per_step=count,
-        memory=reckon_memory(recipe, mesh, state, machine.chip),
+        memory=estimate_memory(recipe, mesh, state, machine.chip),
         collectives=found,
         machine=machine,
         compute_seconds=seconds,
@@ -145,7 +145,7 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     return lowered.compile(compiler_options=_QUICKLY).as_text()
 
 
-def reckon_memory(
+def estimate_memory(
     recipe: Recipe, mesh: Mesh, state: steps.TrainState, chip: str = "H100"
 ) -> Memory:
     """The bytes of a step on each device, of which kind, and how many at once."""
@@ -193,7 +193,7 @@ def require_memory(recipe: Recipe) -> None:
         return
     mesh = meshes.make_mesh(run.devices, run.fsdp)
     meshes.check_batch(mesh, run)
-    needed = reckon_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
+    needed = estimate_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
     if can_fit(needed.peak, limit):
         return
     there = f"GiB of each device, of which JAX has {limit / 2**30:.1f}"
@@ -254,8 +254,8 @@ def _part(tree: Any) -> int:
     )
 
 
-def describe(name: str, found: Forecast) -> str:
-    """The forecast in lines for people."""
+def describe(name: str, found: Estimate) -> str:
+    """The estimate in lines for people."""
     gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in found.memory._asdict().items()}
     machine = found.machine
     lines = [
@@ -287,8 +287,8 @@ def describe(name: str, found: Forecast) -> str:
     return "\n".join(lines)
 
 
-def as_json(name: str, found: Forecast) -> dict[str, Any]:
-    """The forecast as one object; memory in bytes, times in seconds."""
+def as_json(name: str, found: Estimate) -> dict[str, Any]:
+    """The estimate as one object; memory in bytes, times in seconds."""
     fields = found._asdict() | {"memory": found.memory._asdict()}
     fields |= {"machine": found.machine._asdict()}
     speed = 1e9 * found.machine.link_gbytes

@@ -28,9 +28,9 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.tokenizer import ByteTokenizer
-from bytelm_jax.layers.resets import age, segment_begins
+from bytelm_jax.layers.resets import find_segment_starts, position_in_segment
 from bytelm_jax.models import Params, define_model, patching
-from bytelm_jax.models.entropy import begins_of, entropy, shift_right
+from bytelm_jax.models.entropy import entropy, segment_starts_of, shift_right
 from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training.loss import token_nats
 
@@ -80,9 +80,9 @@ def make_inspector(recipe: Recipe, params: Params) -> Inspector:
     def inspect(data: bytes) -> Inspection:
         if longest is not None and len(data) > longest:
             raise ValueError(f"text: {len(data)} bytes; this model sees {longest} at most")
-        room = max(_LEAST, 1 << max(0, len(data) - 1).bit_length())
-        room = room if longest is None else min(room, longest)
-        ids = np.full((1, room), config.vocab.pad_id, np.int32)
+        capacity = max(_LEAST, 1 << max(0, len(data) - 1).bit_length())
+        capacity = capacity if longest is None else min(capacity, longest)
+        ids = np.full((1, capacity), config.vocab.pad_id, np.int32)
         ids[0, : len(data)] = tokenizer.encode(data)
         surprise, expected, starts = (
             None if found is None else np.asarray(found)[0, : len(data)]
@@ -128,15 +128,18 @@ def _looker(
 def _starts(model: Any, config: ModelConfig, patcher: BLTConfig | None, ids: Array) -> Array | None:
     match config:
         case MegabyteConfig(patch_size=size):
-            return age(segment_begins(ids, config.vocab, config.reset_on)) % size == 0
+            return (
+                position_in_segment(find_segment_starts(ids, config.vocab, config.reset_on)) % size
+                == 0
+            )
         case EntropyConfig() | BLTConfig() if patcher is not None:
-            begins = begins_of(ids, config)
-            shifted = shift_right(ids, config.vocab.bos_id, begins)
+            segment_starts = segment_starts_of(ids, config)
+            shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
             if isinstance(config, EntropyConfig):
-                entropies = entropy(model.predict(shifted, begins))
+                entropies = entropy(model.predict(shifted, segment_starts))
             else:
-                entropies = model.entropies(shifted, begins)
-            return patching.patch_starts(patcher, shifted, entropies, begins)
+                entropies = model.entropies(shifted, segment_starts)
+            return patching.patch_starts(patcher, shifted, entropies, segment_starts)
         case _:
             return None
 
@@ -215,8 +218,8 @@ def paint_table(found: Inspection) -> Text:
     wide = 4 * _ROW if any(not 32 <= byte < 127 for byte in found.data) else _ROW + 2
     text = Text(f"{'offset':>8}   {'bytes':{wide}} bits/byte  entropy of each byte\n", "bold")
     for first, end in _rows(found):
-        begins = found.starts is not None and found.starts[first]
-        text.append(f"{first:>8} {'│' if begins else ' '} ")
+        segment_starts = found.starts is not None and found.starts[first]
+        text.append(f"{first:>8} {'│' if segment_starts else ' '} ")
         used = 0
         for at in range(first, end):
             byte = found.data[at]

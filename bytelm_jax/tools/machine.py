@@ -1,4 +1,4 @@
-"""The machine that a dry run reckons with; needs no JAX, so that a command line is read at once."""
+"""The machine that a dry run assumes; needs no JAX, so that a command line is read at once."""
 
 import math
 from typing import NamedTuple
@@ -10,7 +10,8 @@ LINK_GBYTES = 50.0
 
 
 class Machine(NamedTuple):
-    """What time is reckoned with: a chip, the share of it that is used, the link between chips."""
+    """What the estimate of time assumes: a chip, the share of it that is used, the link between
+    chips."""
 
     chip: str = "H100"
     mfu: float = 0.4

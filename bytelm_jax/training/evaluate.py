@@ -62,7 +62,7 @@ def evaluate(
     nats: list[float] = []
     count = 0
 
-    def settle(keep: int) -> None:
+    def drain(keep: int) -> None:
         nonlocal count
         while len(waiting) > keep:
             rows, counts = jax.device_get(waiting.popleft())
@@ -71,6 +71,6 @@ def evaluate(
 
     for ids in batches:
         waiting.append(row_nats(params, meshes.put_batch(mesh, ids)))
-        settle(4)  # more steps in flight can deadlock simulated devices on few cores
-    settle(0)
+        drain(4)  # more steps in flight can deadlock simulated devices on few cores
+    drain(0)
     return Evaluation(math.fsum(nats), count)

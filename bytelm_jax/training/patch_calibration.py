@@ -24,7 +24,7 @@ from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.data import Windows, evaluation_batches
 from bytelm_jax.layers.transformer import positions_in
 from bytelm_jax.models import Params, define_model, patching
-from bytelm_jax.models.entropy import begins_of, entropy, shift_right
+from bytelm_jax.models.entropy import entropy, segment_starts_of, shift_right
 from bytelm_jax.training import checkpoint
 
 BAND = 2.0
@@ -79,25 +79,27 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
 
     @jax.jit
     def look(params: Params, ids: Any) -> tuple[Any, Any]:
-        begins = begins_of(ids, config)
-        shifted = shift_right(ids, config.vocab.bos_id, begins)
+        segment_starts = segment_starts_of(ids, config)
+        shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
         never = jnp.full(shifted.shape, -jnp.inf)
         scores = never
         if bind is not None:
-            scores = jnp.roll(entropy(bind(params).predict(shifted, begins)), 1, axis=1)
-        free = patching.patch_starts(config, shifted, -never, begins)[:, :-1]
-        forced = patching.patch_starts(config, shifted, never, begins)[:, :-1]
-        if begins is not None:
-            forced = forced | (begins == jnp.arange(ids.shape[1])[None, :])
+            scores = jnp.roll(entropy(bind(params).predict(shifted, segment_starts)), 1, axis=1)
+        free = patching.patch_starts(config, shifted, -never, segment_starts)[:, :-1]
+        forced = patching.patch_starts(config, shifted, never, segment_starts)[:, :-1]
+        if segment_starts is not None:
+            forced = forced | (segment_starts == jnp.arange(ids.shape[1])[None, :])
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))
-        return scores.astype(jnp.float32), _counted(config, shifted, ids, begins)
+        return scores.astype(jnp.float32), _counted(config, shifted, ids, segment_starts)
 
     return look
 
 
-def _counted(config: BLTConfig, shifted: Any, ids: Any, begins: Any) -> Any:
+def _counted(config: BLTConfig, shifted: Any, ids: Any, segment_starts: Any) -> Any:
     """Which positions belong to a text: a last batch ends in empty rows, where BOS is no patch."""
-    return patching.present(shifted, config.vocab, begins) & (ids[:, :1] != config.vocab.pad_id)
+    return patching.present(shifted, config.vocab, segment_starts) & (
+        ids[:, :1] != config.vocab.pad_id
+    )
 
 
 def _contract(config: BLTConfig, params: Params, scores: np.ndarray) -> PatchingContract:
@@ -212,19 +214,25 @@ def _histogram_threshold(
     """The threshold in bits whose mean is nearest, by halving: a higher one cuts no more often."""
     batches = []
     for ids in evaluation_batches(windows, _ROWS, limit):
-        begins = begins_of(jnp.asarray(ids), config)
-        shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id, begins)
+        segment_starts = segment_starts_of(jnp.asarray(ids), config)
+        shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id, segment_starts)
         found = patching.histogram_entropy(
-            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1], begins)
+            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1], segment_starts)
         )
-        held = patching.held_back(config, shifted, begins)
-        batches.append((found, held, _counted(config, shifted, ids, begins), begins))
+        held = patching.held_back(config, shifted, segment_starts)
+        batches.append(
+            (found, held, _counted(config, shifted, ids, segment_starts), segment_starts)
+        )
 
     @jax.jit
-    def count(found: Any, held: Any, counted: Any, begins: Any, cut: Any) -> tuple[Any, Any]:
-        after = (patching.sums_since_start(found, held, cut, begins) > cut) & ~held
-        after = after | (positions_in(found.shape[1], begins) == 0)
-        starts = patching.shifted(after.astype(jnp.int32), 1, 1, begins)  # 1 where a text begins
+    def count(
+        found: Any, held: Any, counted: Any, segment_starts: Any, cut: Any
+    ) -> tuple[Any, Any]:
+        after = (patching.sums_since_start(found, held, cut, segment_starts) > cut) & ~held
+        after = after | (positions_in(found.shape[1], segment_starts) == 0)
+        starts = patching.shifted(
+            after.astype(jnp.int32), 1, 1, segment_starts
+        )  # 1 where a text begins
         return counted.sum(), (starts * counted).sum()
 
     def mean_length(cut: int) -> float:
@@ -264,8 +272,8 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         source, theirs = saved, saved.model
         origin = saved.train.entropy_from
         same = not named or Path(named) == Path(origin)
-        mend = "leave it out or choose another run_dir"
-        require(same, f"train.entropy_from={named}: {run_dir} took {origin}; {mend}")
+        hint = "leave it out or choose another run_dir"
+        require(same, f"train.entropy_from={named}: {run_dir} took {origin}; {hint}")
         recipe = replace(recipe, train=replace(recipe.train, entropy_from=origin))
     else:
         require(

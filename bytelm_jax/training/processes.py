@@ -85,10 +85,10 @@ def all_agree(yes: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
-def from_first(numbers: list[int], room: int) -> list[int]:
-    """The first `room` of the first process's `numbers`, from 0 on, in every process."""
-    padded = np.full(room, -1, np.int32)
-    padded[: len(numbers)] = numbers[:room]
+def from_first(numbers: list[int], capacity: int) -> list[int]:
+    """The first `capacity` of the first process's `numbers`, from 0 on, in every process."""
+    padded = np.full(capacity, -1, np.int32)
+    padded[: len(numbers)] = numbers[:capacity]
     if jax.process_count() > 1:
         padded = np.asarray(multihost_utils.broadcast_one_to_all(padded))
     return [int(number) for number in padded if number >= 0]

@@ -88,7 +88,7 @@ class StepReporter:
 
     @contextmanager
     def stopping_on_non_finite(self, step: int) -> Iterator[None]:
-        """Within, weights that are not finite end the run: no later step would mend them."""
+        """Within, weights that are not finite end the run: no later step would repair them."""
         try:
             yield
         except checkpoint.NonFiniteError as error:

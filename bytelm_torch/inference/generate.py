@@ -56,7 +56,7 @@ def probabilities(logits: Float[Tensor, "B S"], sampler: SamplerConfig) -> Float
     return chances / chances.sum(dim=-1, keepdim=True)
 
 
-def draw(chances: Float[Tensor, "B S"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+def sample(chances: Float[Tensor, "B S"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
     """One index a row by inversion of the cumulative sum; `uniform` lies in [0, 1).
 
     What has probability 0 is never drawn, whatever the rounding of the sum.
@@ -86,7 +86,7 @@ def next_ids(
     if _is_greedy(sampler):
         chosen = logits.argmax(dim=-1)
     else:
-        chosen = draw(probabilities(logits, sampler), uniform)
+        chosen = sample(probabilities(logits, sampler), uniform)
     return chosen + low
 
 

@@ -198,12 +198,12 @@ class _Tensors(dict[str, _Tensor]):
     def verify(self, config_sum: str) -> None:
         """Raises `ValueError` unless all is what was written, and what was read is finite."""
         stored = self.metadata.get(_TENSOR_SUM)
-        mend = "give an undamaged copy"
+        hint = "give an undamaged copy"
         good = stored is None or stored == _sum_of_sums(self.sums)
-        require(good, f"the tensors are not those that were written (SHA-256); {mend}")
+        require(good, f"the tensors are not those that were written (SHA-256); {hint}")
         good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
-        mend = f"{mend}, or export again"
-        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {mend}")
+        hint = f"{hint}, or export again"
+        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {hint}")
         require_finite(next(iter(self.non_finite), None))
 
 
@@ -239,13 +239,13 @@ def _open_safetensors(file: Path) -> Iterator[_Tensors]:
 
 
 @contextmanager
-def about(path: Path, mend: str) -> Iterator[None]:
+def about(path: Path, hint: str) -> Iterator[None]:
     """Turns what reading `path` can raise into a `ValueError` of one line that names it."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
-        raise ValueError(f"{path}: cannot be read ({why}); {mend}") from None
+        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from None
 

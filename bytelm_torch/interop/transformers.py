@@ -195,12 +195,12 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         ids, _ = _left_justified(input_ids, mask)
         limit, any_byte = self._limit(), self.model.config.vocab.offset
-        room = limit is None or ids.shape[1] < limit
+        capacity = limit is None or ids.shape[1] < limit
         require(
-            room or labels is not None,
+            capacity or labels is not None,
             f"max_length={limit}: no room to predict what follows {ids.shape[1]} ids; give fewer",
         )
-        output = self.model.outputs(F.pad(ids, (0, 1), value=any_byte) if room else ids)
+        output = self.model.outputs(F.pad(ids, (0, 1), value=any_byte) if capacity else ids)
         logits = output.logits[:, 1:]
         if mask is not None:
             shift = _padding(mask)[:, None]

@@ -110,15 +110,16 @@ class AdaptiveLinear(nn.Module):
 
 
 def running_mean(
-    x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"] | None = None
+    x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B T D"]:
     """Mean over the positions up to each, summed in at least float32.
 
-    `ages` counts the positions before each in its segment, where means start anew with these.
+    `segment_positions` counts the positions before each in its segment, where means start over with
+    these.
     """
-    if ages is not None:
-        sums = segmented_sums(x.to(torch.promote_types(x.dtype, torch.float32)), ages)
-        return (sums / (ages + 1)[..., None].to(sums.dtype)).to(x.dtype)
+    if segment_positions is not None:
+        sums = segmented_sums(x.to(torch.promote_types(x.dtype, torch.float32)), segment_positions)
+        return (sums / (segment_positions + 1)[..., None].to(sums.dtype)).to(x.dtype)
     sums = torch.cumsum(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
     return (sums / _counts(0, sums)).to(x.dtype)
 
@@ -127,24 +128,28 @@ def extend_running_mean(
     x: Float[Tensor, "B T D"],
     sums: Float[Tensor, "B S D"],
     index: int,
-    ages: Int[Tensor, "B T"] | None = None,
+    segment_positions: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
     """The same for T positions that start at `index`, and `sums` with theirs written, in place.
 
-    `ages` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds the sum over
-    the first t positions, or those of them in the segment of the last, in at least float32; S is
-    one more than the positions there is room for. Being stored by position, entries past `index`
-    may hold anything.
+    `segment_positions` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds
+    the sum over the first t positions, or those of them in the segment of the last, in at least
+    float32; S is one more than the positions there is room for. Being stored by position, entries
+    past `index` may hold anything.
     """
     before = sums[:, index : index + 1]
-    if ages is None:
+    if segment_positions is None:
         more = before + torch.cumsum(x.to(sums.dtype), dim=1)
     elif x.shape[1] == 1:
-        more = before.masked_fill((ages == 0)[..., None], 0) + x.to(sums.dtype)
+        more = before.masked_fill((segment_positions == 0)[..., None], 0) + x.to(sums.dtype)
     else:
-        more = segmented_sums(x.to(sums.dtype), ages)
+        more = segmented_sums(x.to(sums.dtype), segment_positions)
     sums[:, index + 1 : index + 1 + x.shape[1]] = more
-    counts = _counts(index, more) if ages is None else (ages + 1)[..., None].to(more.dtype)
+    counts = (
+        _counts(index, more)
+        if segment_positions is None
+        else (segment_positions + 1)[..., None].to(more.dtype)
+    )
     return (more / counts).to(x.dtype), sums
 
 
@@ -176,10 +181,12 @@ class TokenMixing(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         a: Float[Tensor, "B S A"],
-        ages: Int[Tensor, "B T"] | None = None,
+        segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return self.linear(x if self.convolution is None else self.convolution(x, ages), a)
+        return self.linear(
+            x if self.convolution is None else self.convolution(x, segment_positions), a
+        )
 
     def extend(
         self,
@@ -187,12 +194,12 @@ class TokenMixing(nn.Module):
         a: Float[Tensor, "B T A"],
         past: Float[Tensor, "B S D"] | None,
         index: int,
-        ages: Int[Tensor, "B T"] | None = None,
+        segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"] | None]:
         """The same for one position at `index`, or for T positions from 0, and the new past."""
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
-            x, past = self.convolution.extend(x, past, index, ages)
+            x, past = self.convolution.extend(x, past, index, segment_positions)
         return self.linear(x, a), past
 
 

@@ -24,7 +24,7 @@ class Scope(NamedTuple):
     """What the queries of each row see, where a row holds several texts."""
 
     mask: Bool[Tensor, "B T S"]
-    places: Int[Tensor, "B S"]
+    segment_positions: Int[Tensor, "B S"]
     """The number of each key in its text, from 0."""
 
 
@@ -117,10 +117,10 @@ class MultiQueryAttention(nn.Module):
         return q, k, v
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, places: Tensor | None = None
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, segment_positions: Tensor | None = None
     ) -> Tensor:
         bias = None
         if self.alibi:
             bias = torch.from_numpy(alibi_bias(self.heads, k.shape[-2])).to(q.device)
-            bias = bias if places is None else bias[:, places].movedim(0, -2)
+            bias = bias if segment_positions is None else bias[:, segment_positions].movedim(0, -2)
         return self.to_out(multi_query_attention(q, k, v, mask, bias).flatten(-2))

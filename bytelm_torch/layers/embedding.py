@@ -39,9 +39,12 @@ class PositionEmbedding(nn.Embedding):
     def forward(self, start: int, count: int) -> Float[Tensor, "{count} D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.weight[start : start + count]
 
-    def patches(self, places: Int[Tensor, "B N"], count: int, patch: int) -> Float[Tensor, "B N W"]:
-        """The rows of the patches numbered `places`, side by side; `count` is above all of them."""
-        return F.embedding(places, self.weight[: count * patch].reshape(count, -1))
+    def patches(
+        self, numbers: Int[Tensor, "B N"], count: int, patch: int
+    ) -> Float[Tensor, "B N W"]:
+        """The rows of the patches numbered `numbers`, side by side; `count` is above all of
+        them."""
+        return F.embedding(numbers, self.weight[: count * patch].reshape(count, -1))
 
 
 def sinusoidal_positions(

@@ -65,19 +65,19 @@ def causal_attention(
     k: Float[Tensor, "B T G J"],
     v: Float[Tensor, "B T G K"],
     window: int,
-    begins: Int[Tensor, "B T"] | None = None,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H K"]:
     """Each position sees itself and the `window` − 1 before it, everything before it with 0.
 
-    It sees nothing before `begins`, the first position of its segment. Past the window, memory is
-    linear in T: the text is cut into chunks of `window` positions, and a chunk sees the chunk
-    before it and itself.
+    It sees nothing before `segment_starts`, the first position of its segment. Past the window,
+    memory is linear in T: the text is cut into chunks of `window` positions, and a chunk sees the
+    chunk before it and itself.
     """
     length, device = q.shape[1], q.device
     if window == 0 or length <= window:
         mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        if begins is not None:
-            mask = mask & (torch.arange(length, device=device) >= begins[:, :, None])
+        if segment_starts is not None:
+            mask = mask & (torch.arange(length, device=device) >= segment_starts[:, :, None])
         return grouped_attention(q, k, v, mask)
     count = -(-length // window)
     q, k, v = (_chunks(x, count, window) for x in (q, k, v))
@@ -87,8 +87,8 @@ def causal_attention(
     band = (ahead > 0) & (ahead <= window)
     real = (torch.arange(count, device=device) > 0)[:, None] | (slots >= window)[None, :]
     mask = band[None] & real[:, None]
-    if begins is not None:
-        behind = F.pad(begins, (0, count * window - length)).reshape(-1, count, window, 1)
+    if segment_starts is not None:
+        behind = F.pad(segment_starts, (0, count * window - length)).reshape(-1, count, window, 1)
         ahead = torch.arange(count, device=device)[:, None] * window + slots - window
         mask = mask & (ahead[:, None, :] >= behind)
     out = grouped_attention(q, keys, values, mask)
@@ -133,11 +133,13 @@ class GroupedAttention(nn.Module):
         x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         patch_entropy: Float[Tensor, "B T"] | None = None,
-        begins: Int[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the (rotated) keys and the values, [B, T, G, K]."""
         q, k, v = self._project(x, rope, patch_entropy)
-        return self._out(causal_attention(q, k, v, self.window, begins)), KeyValueCache(k, v)
+        return self._out(causal_attention(q, k, v, self.window, segment_starts)), KeyValueCache(
+            k, v
+        )
 
     def extend(
         self,
@@ -145,7 +147,7 @@ class GroupedAttention(nn.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: int,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for the position `index` of all rows, with the past taken from `cache`.
 
@@ -156,9 +158,9 @@ class GroupedAttention(nn.Module):
         first = max(index + 1 - (self.window or index + 1), 0)
         keys, values = cache.keys[:, first : index + 1], cache.values[:, first : index + 1]
         mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=x.device)
-        if begins is not None:
+        if segment_starts is not None:
             slots = torch.arange(first, index + 1, device=x.device)
-            mask = mask & (slots >= begins[:, None, None])
+            mask = mask & (slots >= segment_starts[:, None, None])
         return self._out(grouped_attention(q, keys, values, mask)), cache
 
     def extend_rows(
@@ -168,7 +170,7 @@ class GroupedAttention(nn.Module):
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
         patch_entropy: Float[Tensor, "B 1"] | None = None,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row, without a window.
 
@@ -180,8 +182,8 @@ class GroupedAttention(nn.Module):
         here = (slots == index[:, None])[:, :, None, None]
         keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
         mask = (slots <= index[:, None])[:, None, :]
-        if begins is not None:
-            mask = mask & (slots >= begins[:, None])[:, None, :]
+        if segment_starts is not None:
+            mask = mask & (slots >= segment_starts[:, None])[:, None, :]
         return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:

@@ -88,9 +88,10 @@ def _from_block_before(rows: Tensor, kernel: Tensor, size: int, every: bool) -> 
 
 
 def segmented_convolution(
-    x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], ages: Int[Tensor, "B T"]
+    x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], segment_positions: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T D"]:
-    """`long_convolution` within segments; `ages` counts the positions before each in its segment.
+    """`long_convolution` within segments; `segment_positions` counts the positions before each in
+    its segment.
 
     The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
     is left out by a mask, so that a position has the very sum that it has in its segment alone.
@@ -106,7 +107,7 @@ def segmented_convolution(
         for i, tap in enumerate(some.unbind(0)):
             start = len(some) - 1 - i
             before = near[:, start : start + length]
-            total = total + before.masked_fill((ages < first + i)[..., None], 0) * tap
+            total = total + before.masked_fill((segment_positions < first + i)[..., None], 0) * tap
         return total
 
     total = torch.zeros_like(x, dtype=wide)
@@ -130,10 +131,10 @@ class LongConvolution(nn.Module):
         self.taps = nn.Parameter(taps / torch.linalg.norm(taps, dim=0, keepdim=True))
 
     def forward(
-        self, x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"] | None = None
+        self, x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T D"]:
-        if ages is not None:
-            return segmented_convolution(x, self.taps, ages)
+        if segment_positions is not None:
+            return segmented_convolution(x, self.taps, segment_positions)
         return long_convolution(x, self.taps, self.chunk)
 
     def extend(
@@ -141,7 +142,7 @@ class LongConvolution(nn.Module):
         x: Float[Tensor, "B T D"],
         past: Float[Tensor, "B S D"],
         index: int,
-        ages: Int[Tensor, "B T"] | None = None,
+        segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
         """The same for one position at `index`, or for T positions from 0, and the new past.
 
@@ -151,12 +152,12 @@ class LongConvolution(nn.Module):
         reach = self._reach(past)
         past[:, index + reach - 1 : index + reach - 1 + x.shape[1]] = x
         if x.shape[1] != 1:
-            return self(x, ages), past
+            return self(x, segment_positions), past
         wide = torch.promote_types(x.dtype, torch.float32)
         window = past[:, index : index + reach].to(wide)
-        if ages is not None:
+        if segment_positions is not None:
             taps_back = torch.arange(reach - 1, -1, -1, device=x.device)
-            window = window.masked_fill((ages < taps_back)[..., None], 0)
+            window = window.masked_fill((segment_positions < taps_back)[..., None], 0)
         newest_last = self.taps[:reach].flip(0).to(wide)
         return (window * newest_last).sum(dim=1, keepdim=True).to(x.dtype), past
 

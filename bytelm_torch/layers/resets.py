@@ -1,4 +1,4 @@
-"""Where a text starts anew: behind each newline, or behind each document.
+"""Where a text starts over: behind each newline, or behind each document.
 
 To a model with `reset_on`, what lies between two resets is a text of its own: its logits are those
 of that text alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
@@ -19,7 +19,7 @@ from bytelm_torch.layers.ids import as_ids
 def ends_segment(
     ids: Integer[Tensor, "*batch"], vocab: ByteVocab, reset_on: str
 ) -> Bool[Tensor, "*batch"]:
-    """Whether the text starts anew behind each id: a newline, or with "document" an `eos_id`."""
+    """Whether the text starts over behind each id: a newline, or with "document" an `eos_id`."""
     ids = as_ids(ids)
     match reset_on:
         case "newline":
@@ -30,7 +30,7 @@ def ends_segment(
             return torch.zeros_like(ids, dtype=torch.bool)
 
 
-def segment_begins(
+def find_segment_starts(
     ids: Integer[Tensor, "B T"], vocab: ByteVocab, reset_on: str
 ) -> Int[Tensor, "B T"]:
     """The position at which the segment of each position begins; the id that ends it belongs to it.
@@ -40,20 +40,23 @@ def segment_begins(
     length = ids.shape[1]
     numbers = 1 + torch.arange(length, device=ids.device)[None, :]
     behind = torch.where(ends_segment(ids, vocab, reset_on), numbers, 0)
-    begins = F.pad(behind, (1, 0))[:, :length]
-    return torch.cummax(begins, dim=1).values if length else begins
+    segment_starts = F.pad(behind, (1, 0))[:, :length]
+    return torch.cummax(segment_starts, dim=1).values if length else segment_starts
 
 
-def age(begins: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+def position_in_segment(segment_starts: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     """How many positions of its own segment lie before each position."""
-    return torch.arange(begins.shape[1], device=begins.device)[None, :] - begins
+    return (
+        torch.arange(segment_starts.shape[1], device=segment_starts.device)[None, :]
+        - segment_starts
+    )
 
 
-def pad_begins(
-    before: Int[Tensor, "B T"], ages: Int[Tensor, "B T"], pad_id: int
+def pad_segment_starts(
+    before: Int[Tensor, "B T"], segment_positions: Int[Tensor, "B T"], pad_id: int
 ) -> Int[Tensor, "B T"]:
     """`before`, the id before each position, with a pad where a segment begins."""
-    return torch.where(ages == 0, pad_id, before)
+    return torch.where(segment_positions == 0, pad_id, before)
 
 
 class Layout(NamedTuple):
@@ -68,50 +71,54 @@ class Layout(NamedTuple):
     """The slot of each byte; no two are equal."""
     bytes: Int[Tensor, "B S"]
     """The position of the byte in each slot, T where none is."""
-    begins: Int[Tensor, "B N"]
+    segment_starts: Int[Tensor, "B N"]
     """The position at which the segment of each patch begins, T for an empty patch."""
-    places: Int[Tensor, "B N"]
+    segment_positions: Int[Tensor, "B N"]
     """The number of each patch in its segment, from 0."""
     overflow: Int[Tensor, " B"]
     """Resets that were not made for want of room."""
 
 
 def lay_out(
-    ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str, patch: int, room: int
+    ids: Int[Tensor, "B T"], vocab: ByteVocab, reset_on: str, patch: int, capacity: int
 ) -> Layout:
-    """The segments of `ids` in `room` patches of `patch` bytes; T patches always suffice.
+    """The segments of `ids` in `capacity` patches of `patch` bytes; T patches always suffice.
 
     A segment begins only where the rest of the row, should nothing begin behind it, still finds
     room; otherwise the one before goes on, to the end of the row. So every byte has a slot, and
-    where a byte stands depends on the bytes before it and on T alone. `room` must be at least
+    where a byte stands depends on the bytes before it and on T alone. `capacity` must be at least
     T / patch.
     """
     (batch, length), device = ids.shape, ids.device
-    begins = segment_begins(ids, vocab, reset_on)
+    segment_starts = find_segment_starts(ids, vocab, reset_on)
     here = torch.arange(length, device=device)[None, :]
-    used = torch.cumsum(age(begins) % patch == 0, dim=1) - 1  # patches before the one begun here
+    used = (
+        torch.cumsum(position_in_segment(segment_starts) % patch == 0, dim=1) - 1
+    )  # patches before the one begun here
     # What is used and what is left to place can only grow from reset to reset, so that once one
     # finds no room none behind it does.
-    fits = used - (-(length - here) // patch) <= room
-    wanted = (begins == here) & (here > 0)
-    begins = torch.where(wanted & fits, here, 0)
-    begins = torch.cummax(begins, dim=1).values if length else begins
-    ages = age(begins)
-    slots = (torch.cumsum(ages % patch == 0, dim=1) - 1) * patch + ages % patch
-    places = torch.full((batch, room * patch), length, device=device)
-    places = places.scatter(1, slots, here.expand(batch, -1))
-    first = places[:, ::patch]
-    starts = F.pad(begins, (0, 1), value=length).gather(1, first)
-    patches = F.pad(ids, (0, 1), value=vocab.pad_id).gather(1, places)
+    fits = used - (-(length - here) // patch) <= capacity
+    wanted = (segment_starts == here) & (here > 0)
+    segment_starts = torch.where(wanted & fits, here, 0)
+    segment_starts = torch.cummax(segment_starts, dim=1).values if length else segment_starts
+    segment_positions = position_in_segment(segment_starts)
+    slots = (
+        torch.cumsum(segment_positions % patch == 0, dim=1) - 1
+    ) * patch + segment_positions % patch
+    byte_positions = torch.full((batch, capacity * patch), length, device=device)
+    byte_positions = segment_positions.scatter(1, slots, here.expand(batch, -1))
+    first = byte_positions[:, ::patch]
+    starts = F.pad(segment_starts, (0, 1), value=length).gather(1, first)
+    patches = F.pad(ids, (0, 1), value=vocab.pad_id).gather(1, byte_positions)
     overflow = (wanted & ~fits).sum(dim=1)
-    patches = patches.reshape(batch, room, patch)
-    return Layout(patches, slots, places, starts, (first - starts) // patch, overflow)
+    patches = patches.reshape(batch, capacity, patch)
+    return Layout(patches, slots, byte_positions, starts, (first - starts) // patch, overflow)
 
 
 def scope_of(layout: Layout) -> Scope:
     """What each patch sees: itself and those before it in its segment."""
-    here = layout.begins[:, :, None] == layout.begins[:, None, :]
-    return Scope(here.tril(), layout.places)
+    here = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
+    return Scope(here.tril(), layout.segment_positions)
 
 
 def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
@@ -119,7 +126,9 @@ def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Ten
     return x.take_along_dim(index[..., None], dim=1)
 
 
-def segmented_sums(x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+def segmented_sums(
+    x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T D"]:
     """Running sums that start again with each segment, in the dtype of `x`.
 
     By doubling: each round adds the sum that ends as many positions before, if it lies in the
@@ -129,6 +138,6 @@ def segmented_sums(x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"]) -> Float
     reach = 1
     while reach < x.shape[1]:
         before = F.pad(x, (0, 0, reach, 0))[:, : x.shape[1]]
-        x = x + before.masked_fill((ages < reach)[..., None], 0)
+        x = x + before.masked_fill((segment_positions < reach)[..., None], 0)
         reach *= 2
     return x

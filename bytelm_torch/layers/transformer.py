@@ -45,10 +45,10 @@ class TransformerLayer(nn.Module):
         x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         patch_entropy: Float[Tensor, "B T"] | None = None,
-        begins: Int[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Also gives the attention's keys and values."""
-        attended, cache = self.attention(x, rope, patch_entropy, begins)
+        attended, cache = self.attention(x, rope, patch_entropy, segment_starts)
         x = x + dropout(attended, self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training), cache
 
@@ -58,10 +58,10 @@ class TransformerLayer(nn.Module):
         rope: Rotation | None,
         cache: KeyValueCache,
         index: int,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for the position `index`, with the past taken from `cache`."""
-        attended, cache = self.attention.extend(x, rope, cache, index, begins)
+        attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
 
@@ -72,10 +72,12 @@ class TransformerLayer(nn.Module):
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
         patch_entropy: Float[Tensor, "B 1"] | None = None,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
         """The same for another position in each row; gives the new key and value [B, G, K]."""
-        attended, new = self.attention.extend_rows(x, rope, cache, index, patch_entropy, begins)
+        attended, new = self.attention.extend_rows(
+            x, rope, cache, index, patch_entropy, segment_starts
+        )
         x = x + attended
         return x + self.feedforward(x), new
 
@@ -85,8 +87,8 @@ class Transformer(nn.Module):
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
-    `begins` holds the first position of each position's segment, a text of its own: positions count
-    from there and nothing before it is seen. Without it all is one text.
+    `segment_starts` holds the first position of each position's segment, a text of its own:
+    positions count from there and nothing before it is seen. Without it all is one text.
     """
 
     def __init__(
@@ -112,15 +114,17 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B T D"],
         remat: bool = False,
         patch_entropy: Float[Tensor, "B T"] | None = None,
-        begins: Int[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
         """Also gives every layer's keys and values, [B, T, G, K]."""
-        rope, written = self.rope(positions_in(x.shape[1], begins, x.device), x.dtype), []
+        rope, written = self.rope(positions_in(x.shape[1], segment_starts, x.device), x.dtype), []
         for layer in self.layers:
             if remat:
-                x, cache = checkpoint(layer, x, rope, patch_entropy, begins, use_reentrant=False)  # pyright: ignore[reportGeneralTypeIssues]
+                x, cache = checkpoint(
+                    layer, x, rope, patch_entropy, segment_starts, use_reentrant=False
+                )  # pyright: ignore[reportGeneralTypeIssues]
             else:
-                x, cache = layer(x, rope, patch_entropy, begins)
+                x, cache = layer(x, rope, patch_entropy, segment_starts)
             written.append(cache)
         return x, tuple(written)
 
@@ -129,12 +133,12 @@ class Transformer(nn.Module):
         x: Float[Tensor, "B 1 D"],
         caches: Caches,
         index: int,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for the position `index`, with the past taken from `caches`."""
-        rope, written = self.rope(position_in(index, begins, x.device), x.dtype), []
+        rope, written = self.rope(position_in(index, segment_starts, x.device), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, rope, cache, index, begins)  # pyright: ignore[reportCallIssue]
+            x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
             written.append(cache)
         return x, tuple(written)
 
@@ -144,13 +148,13 @@ class Transformer(nn.Module):
         caches: Caches,
         index: Int[Tensor, " B"],
         patch_entropy: Float[Tensor, "B 1"] | None = None,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
-        inside = index if begins is None else index - begins
+        inside = index if segment_starts is None else index - segment_starts
         rope, made = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, begins)  # pyright: ignore[reportCallIssue]
+            x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)  # pyright: ignore[reportCallIssue]
             made.append(new)
         return x, tuple(made)
 
@@ -164,16 +168,16 @@ class Transformer(nn.Module):
 
 
 def positions_in(
-    length: int, begins: Int[Tensor, "B T"] | None, device: torch.device
+    length: int, segment_starts: Int[Tensor, "B T"] | None, device: torch.device
 ) -> Int[Tensor, "#B T"]:
     """0 to T − 1, counted from the first position of each position's segment."""
     positions = torch.arange(length, device=device)[None, :]
-    return positions if begins is None else positions - begins
+    return positions if segment_starts is None else positions - segment_starts
 
 
 def position_in(
-    index: int, begins: Int[Tensor, " B"] | None, device: torch.device
+    index: int, segment_starts: Int[Tensor, " B"] | None, device: torch.device
 ) -> Int[Tensor, "#B 1"]:
     """The same for the position `index` alone."""
     here = torch.full((1, 1), index, device=device)
-    return here if begins is None else here - begins[:, None]
+    return here if segment_starts is None else here - segment_starts[:, None]

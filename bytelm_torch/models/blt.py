@@ -19,7 +19,7 @@ from bytelm_torch.layers.transformer import Transformer, positions_in
 from bytelm_torch.models import blt_decoding, patching
 from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
-from bytelm_torch.models.entropy import EntropyModel, begins_of, entropy, shift_right
+from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
 from bytelm_torch.models.interface import Choose, ModelOutput
 
 
@@ -72,19 +72,25 @@ class BLT(nn.Module):
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        begins = begins_of(ids, c)
-        shifted = shift_right(ids, c.vocab.bos_id, begins)
+        segment_starts = segment_starts_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
         if starts is None:
-            starts = patching.patch_starts(c, shifted, self.entropies(shifted, begins), begins)
-        counted = patching.present(shifted, c.vocab, begins)
-        plan = patching.plan_patches(starts, counted, c.budget(length), begins)
+            starts = patching.patch_starts(
+                c, shifted, self.entropies(shifted, segment_starts), segment_starts
+            )
+        counted = patching.present(shifted, c.vocab, segment_starts)
+        plan = patching.plan_patches(starts, counted, c.budget(length), segment_starts)
 
-        states, _ = self.encoder.transformer(self.embed(shifted, begins), remat, begins=begins)
+        states, _ = self.encoder.transformer(
+            self.embed(shifted, segment_starts), remat, segment_starts=segment_starts
+        )
         patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
-        histograms = self.histograms(shifted, counted, begins)
+        histograms = self.histograms(shifted, counted, segment_starts)
         patch_entropy = self.patch_entropy(histograms, shifted, plan, patches.dtype)
-        patches, _ = self.global_transformer(self.widen(patches), remat, patch_entropy, plan.begins)
-        x, _, _ = self.decoder(states, patches, plan.read_of, remat, begins)
+        patches, _ = self.global_transformer(
+            self.widen(patches), remat, patch_entropy, plan.segment_starts
+        )
+        x, _, _ = self.decoder(states, patches, plan.read_of, remat, segment_starts)
         used = (plan.lengths > 0).sum(dim=1)
         metrics = {
             "patch_length": plan.lengths.sum(dim=1) / used.float(),
@@ -97,7 +103,7 @@ class BLT(nn.Module):
         return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
 
     def entropies(
-        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+        self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None
     ) -> Float[Tensor, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
@@ -106,7 +112,7 @@ class BLT(nn.Module):
         if self.config.patcher != "entropy":
             return None
         with torch.no_grad():
-            return entropy(self.patcher.predict(shifted, begins))
+            return entropy(self.patcher.predict(shifted, segment_starts))
 
     def train(self, mode: bool = True) -> "BLT":
         """As in torch, but the frozen entropy model stays in evaluation."""
@@ -146,12 +152,14 @@ class BLT(nn.Module):
         self,
         shifted: Int[Tensor, "B T"],
         counted: Bool[Tensor, "B T"],
-        begins: Int[Tensor, "B T"] | None,
+        segment_starts: Int[Tensor, "B T"] | None,
     ) -> Int[Tensor, "B M"]:
         """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
         if not self.config.reads_histograms:
             return torch.zeros_like(shifted[:, :0])
-        recent = patching.recent_bytes(shifted, self.config.vocab, patching.WINDOWS[-1], begins)
+        recent = patching.recent_bytes(
+            shifted, self.config.vocab, patching.WINDOWS[-1], segment_starts
+        )
         return patching.histogram_entropy(recent).where(counted, 0)
 
     def patch_entropy(
@@ -171,16 +179,16 @@ class BLT(nn.Module):
         return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
 
     def embed(
-        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None
+        self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None
     ) -> Float[Tensor, "B T D"]:
         """The encoder's input; no n-gram is looked up from the first pad on."""
         x, c = self.encoder.embed(shifted), self.config
-        positions = positions_in(shifted.shape[1], begins, x.device)
+        positions = positions_in(shifted.shape[1], segment_starts, x.device)
         if not c.ngram_tables:
             return self.add_positions(x, positions)
         back = range(max(c.ngram_sizes) - 1, -1, -1)
-        grams = torch.stack([patching.shifted(shifted, n, 0, begins) for n in back], dim=-1)
-        inside = patching.present(shifted, c.vocab, begins)[..., None]
+        grams = torch.stack([patching.shifted(shifted, n, 0, segment_starts) for n in back], dim=-1)
+        inside = patching.present(shifted, c.vocab, segment_starts)[..., None]
         rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
         return self.add_positions(self.add_ngrams(x, rows), positions)
 

@@ -2,8 +2,8 @@
 
 One round is one byte, and the global transformer runs where a patch ends in some row. Axes: B
 batch, T bytes, L positions and N patches of a cache, M vectors a patch, G key heads, K head width,
-D width, V vocabulary. `begin` holds where each row's segment begins, None where all is one text.
-The mirror of `bytelm_jax/models/blt_decoding.py`.
+D width, V vocabulary. `segment_start` holds where each row's segment begins, None where all is one
+text. The mirror of `bytelm_jax/models/blt_decoding.py`.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,12 +20,12 @@ from bytelm_torch.layers.transformer import Caches, position_in
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import (
     begin_with,
-    begins_of,
-    empty_begins,
+    empty_segment_starts,
     entropy,
+    segment_starts_of,
     shift_right,
-    write_begins,
     write_prefix,
+    write_segment_starts,
 )
 from bytelm_torch.models.interface import Choose
 
@@ -43,7 +43,7 @@ class BLTCache(NamedTuple):
 
     ids: Int[Tensor, "B L"]
     """s behind as many −1 as the longest look back needs."""
-    begins: Int[Tensor, "B M"]
+    segment_starts: Int[Tensor, "B M"]
     """The first position of each position's segment, M = L; M = 0 where all is one text."""
     patches: Int[Tensor, "B L+1"]
     """The patch of each position, known before its byte is, unless that begins a segment."""
@@ -79,7 +79,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
     memory = (empty(batch, patches, c.patch_queries, *read) for _ in range(c.decoder_layers))
     return BLTCache(
         ids=integers(batch, _look_back(c) - 1 + length).fill_(patching.NO_BYTE),
-        begins=empty_begins(batch, length, c, weight.device),
+        segment_starts=empty_segment_starts(batch, length, c, weight.device),
         patches=integers(batch, length + 1),
         histograms=integers(batch, length if c.reads_histograms else 0),
         patcher=model.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
@@ -98,29 +98,29 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
     c, length = model.config, ids.shape[1]
     if length == 0:
         return cache
-    begins, entropies = begins_of(ids, c), None
-    shifted = shift_right(ids, c.vocab.bos_id, begins)
+    segment_starts, entropies = segment_starts_of(ids, c), None
+    shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
     if c.patcher == "entropy":
-        logits, written = model.patcher.predict_cached(shifted, begins)
+        logits, written = model.patcher.predict_cached(shifted, segment_starts)
         entropies = entropy(logits)
         write_prefix(cache.patcher, written)
-    starts = patching.patch_starts(c, shifted, entropies, begins)
-    room = cache.memory[0].keys.shape[1]
-    counted = patching.present(shifted, c.vocab, begins)
-    plan = patching.plan_patches(starts, counted, min(room, length), begins)
+    starts = patching.patch_starts(c, shifted, entropies, segment_starts)
+    capacity = cache.memory[0].keys.shape[1]
+    counted = patching.present(shifted, c.vocab, segment_starts)
+    plan = patching.plan_patches(starts, counted, min(capacity, length), segment_starts)
 
-    embedded = model.embed(shifted, begins)
-    states, encoder = model.encoder.transformer(embedded, begins=begins)
-    patches, pooled = model.encoder.pool(states, plan.patch_of, min(room, length))
-    histograms = model.histograms(shifted, counted, begins)
+    embedded = model.embed(shifted, segment_starts)
+    states, encoder = model.encoder.transformer(embedded, segment_starts=segment_starts)
+    patches, pooled = model.encoder.pool(states, plan.patch_of, min(capacity, length))
+    histograms = model.histograms(shifted, counted, segment_starts)
     patch_entropy = model.patch_entropy(histograms, shifted, plan, patches.dtype)
     patches, global_layers = model.global_transformer(
-        model.widen(patches), patch_entropy=patch_entropy, begins=plan.begins
+        model.widen(patches), patch_entropy=patch_entropy, segment_starts=plan.segment_starts
     )
-    _, memory, decoder = model.decoder(states, patches, plan.read_of, begins=begins)
+    _, memory, decoder = model.decoder(states, patches, plan.read_of, segment_starts=segment_starts)
     first = _look_back(c) - 1
     cache.ids[:, first : first + length] = shifted
-    write_begins(cache.begins, begins)
+    write_segment_starts(cache.segment_starts, segment_starts)
     cache.patches[:, : length + 1] = plan.numbers
     cache.histograms[:, : histograms.shape[1]] = histograms
     cache.states[:, :length] = states
@@ -136,32 +136,32 @@ def decode_round(
     model: "BLT", cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
 ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
     """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
-    byte, begin = begin_with(previous, index, cache.begins, model.config)
-    recent = _remember(model.config, cache, byte, index, begin)
-    ends, number, first = _mark(model, cache, byte, recent, index, begin)
+    byte, segment_start = begin_with(previous, index, cache.segment_starts, model.config)
+    recent = _remember(model.config, cache, byte, index, segment_start)
+    ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
 
-    x = _embed_recent(model, byte, recent, index, begin)
-    x, _ = model.encoder.transformer.extend(x, cache.encoder, index, begin)
+    x = _embed_recent(model, byte, recent, index, segment_start)
+    x, _ = model.encoder.transformer.extend(x, cache.encoder, index, segment_start)
     new = model.encoder.cross_attention.keys_values(x)
     cache.states[:, index] = x[:, 0]
     cache.pooled.keys[:, index], cache.pooled.values[:, index] = (part[:, 0] for part in new)
     _finish_patches(model, cache, ends, number, first, index)
     memory = _newest(cache, torch.where(ends, number, number - 1), first)
-    x, _ = model.decoder.extend(x, memory, cache.decoder, index, begin)
+    x, _ = model.decoder.extend(x, memory, cache.decoder, index, segment_start)
     chosen = as_ids(choose(model.to_logits(x)[:, 0], 0))
     return cache, chosen[:, None]
 
 
 def _remember(
-    config: BLTConfig, cache: BLTCache, byte: Tensor, index: int, begin: Tensor | None
+    config: BLTConfig, cache: BLTCache, byte: Tensor, index: int, segment_start: Tensor | None
 ) -> Tensor:
     """Writes s_index; gives the ids of its segment that end there."""
     span = _look_back(config)
     cache.ids[:, index + span - 1] = byte[:, 0]
     recent = cache.ids[:, index : index + span]
-    if begin is not None:
+    if segment_start is not None:
         positions = torch.arange(index + 1 - span, index + 1, device=byte.device)
-        recent = recent.where(positions >= begin[:, None], patching.NO_BYTE)
+        recent = recent.where(positions >= segment_start[:, None], patching.NO_BYTE)
     if config.reads_histograms:
         values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], config.vocab)
         found = patching.histogram_entropy(values)
@@ -170,32 +170,37 @@ def _remember(
 
 
 def _mark(
-    model: "BLT", cache: BLTCache, byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
+    model: "BLT",
+    cache: BLTCache,
+    byte: Tensor,
+    recent: Tensor,
+    index: int,
+    segment_start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Writes the patch of the byte to come; whether a patch ends here, and its number.
 
-    And, where texts start anew, the number of the segment's first patch.
+    And, where texts start over, the number of the segment's first patch.
     """
-    c, room = model.config, cache.memory[0].keys.shape[1]
+    c, capacity = model.config, cache.memory[0].keys.shape[1]
     entropies = summed = None
     if c.patcher == "entropy":
-        logits, _ = model.patcher.extend(byte, cache.patcher, index, begin)
+        logits, _ = model.patcher.extend(byte, cache.patcher, index, segment_start)
         entropies = entropy(logits)
     number = cache.patches[:, index]
     position, first = torch.full_like(number, index), None
-    if begin is not None:
+    if segment_start is not None:
         # A segment begins with a patch, whatever the patcher said before it.
-        anew = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=room)
-        number = torch.where((begin == index) & (index > 0), anew, number)
+        is_segment_start = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=capacity)
+        number = torch.where((segment_start == index) & (index > 0), is_segment_start, number)
         cache.patches[:, index] = number
-        first = cache.patches.gather(1, begin[:, None])[:, 0]
-        position = position - begin
+        first = cache.patches.gather(1, segment_start[:, None])[:, 0]
+        position = position - segment_start
     if c.patcher == "histogram":
         mask = _in_patch(cache, number, index)
         summed = cache.histograms.where(mask, 0).sum(dim=1)
     values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
     starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < room)
+    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
     cache.patches[:, index + 1] = number + ends
     return ends, number, first
 
@@ -217,8 +222,8 @@ def _finish_patches(
     rows = ends.nonzero()[:, 0]
     slot = number[rows]
     pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
-    for room, made in pairs:
-        for old, new in zip(room, made, strict=True):
+    for capacity, made in pairs:
+        for old, new in zip(capacity, made, strict=True):
             old[rows, slot] = new[rows]
     cache.global_calls.add_(1)
 
@@ -255,11 +260,11 @@ def _patch_entropy_of(
 
 
 def _embed_recent(
-    model: "BLT", byte: Tensor, recent: Tensor, index: int, begin: Tensor | None
+    model: "BLT", byte: Tensor, recent: Tensor, index: int, segment_start: Tensor | None
 ) -> Tensor:
     """`BLT.embed` for one position, given the ids that end there, −1 before the first."""
     x, c = model.encoder.embed(byte), model.config
-    position = position_in(index, begin, x.device)
+    position = position_in(index, segment_start, x.device)
     if not c.ngram_tables:
         return model.add_positions(x, position)
     grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]

@@ -87,18 +87,18 @@ class Decoder(nn.Module):
         patches: Float[Tensor, "B N W"],
         read_of: Int[Tensor, "B T"],
         remat: bool = False,
-        begins: Int[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
         """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
-        rope = self.transformer.rope(positions_in(x.shape[1], begins, x.device), x.dtype)
+        rope = self.transformer.rope(positions_in(x.shape[1], segment_starts, x.device), x.dtype)
         memory, read, written = self.split(patches), [], []
         for cross, layer in self._layers():
             if remat:
                 x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
-                x, cache = checkpoint(layer, x, rope, None, begins, use_reentrant=False)  # pyright: ignore
+                x, cache = checkpoint(layer, x, rope, None, segment_starts, use_reentrant=False)  # pyright: ignore
             else:
                 x, vectors = cross.read(x, memory, read_of)
-                x, cache = layer(x, rope, None, begins)
+                x, cache = layer(x, rope, None, segment_starts)
             read.append(vectors)
             written.append(cache)
         return self.norm(x), tuple(read), tuple(written)
@@ -109,13 +109,13 @@ class Decoder(nn.Module):
         memory: Caches,
         caches: Caches,
         index: int,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
-        rope = self.transformer.rope(position_in(index, begins, x.device), x.dtype)
+        rope = self.transformer.rope(position_in(index, segment_starts, x.device), x.dtype)
         written = []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, begins)
+            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, segment_starts)
             written.append(cache)
         return self.norm(x), tuple(written)
 

@@ -17,7 +17,7 @@ from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import RMSNorm
-from bytelm_torch.layers.resets import ends_segment, segment_begins
+from bytelm_torch.layers.resets import ends_segment, find_segment_starts
 from bytelm_torch.layers.transformer import Caches, Transformer
 from bytelm_torch.models.interface import Choose, ModelOutput
 
@@ -26,7 +26,7 @@ class EntropyCache(NamedTuple):
     """What cached decoding keeps, by position, so that a round may be run again."""
 
     layers: Caches
-    begins: Int[Tensor, "B M"]
+    segment_starts: Int[Tensor, "B M"]
     """The first position of each position's segment, M = L; M = 0 where all is one text."""
 
 
@@ -54,30 +54,30 @@ class EntropyModel(nn.Module):
     def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
         """As `forward`; the one metric is `entropy`, the mean over the row in nats."""
         ids = check_ids(ids, self.config.vocab.size)
-        begins = begins_of(ids, self.config)
-        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
-        logits = self.predict(shifted, begins, remat)
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        logits = self.predict(shifted, segment_starts, remat)
         metrics = {"entropy": entropy(logits.detach()).sum(dim=1) / max(1, ids.shape[1])}
         return ModelOutput(logits, logits.new_zeros(ids.shape[0]), metrics)
 
     def predict(
         self,
         shifted: Int[Tensor, "B T"],
-        begins: Int[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
         remat: bool = False,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the byte behind each position of s (`shift_right`).
 
-        `begins` as `begins_of` gives it.
+        `segment_starts` as `segment_starts_of` gives it.
         """
-        x, _ = self.transformer(self.embed(shifted), remat, begins=begins)
+        x, _ = self.transformer(self.embed(shifted), remat, segment_starts=segment_starts)
         return self.to_logits(self.norm(x))
 
     def predict_cached(
-        self, shifted: Int[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+        self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T V"], Caches]:
         """The same and every layer's keys and values."""
-        x, caches = self.transformer(self.embed(shifted), begins=begins)
+        x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
 
     # Cached decoding: one round is one byte.
@@ -91,17 +91,17 @@ class EntropyModel(nn.Module):
         """An empty cache for sequences of up to `length` bytes."""
         weight = self.to_logits.weight
         layers = self.transformer.empty_caches(batch, length, weight.dtype)
-        return EntropyCache(layers, empty_begins(batch, length, self.config, weight.device))
+        return EntropyCache(layers, empty_segment_starts(batch, length, self.config, weight.device))
 
     def prefill(self, ids: Integer[Tensor, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        begins = begins_of(ids, self.config)
-        shifted = shift_right(ids, self.config.vocab.bos_id, begins)
-        _, written = self.predict_cached(shifted, begins)
-        write_begins(cache.begins, begins)
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        _, written = self.predict_cached(shifted, segment_starts)
+        write_segment_starts(cache.segment_starts, segment_starts)
         write_prefix(cache.layers, written)
         return cache
 
@@ -109,8 +109,8 @@ class EntropyModel(nn.Module):
         self, cache: EntropyCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
-        byte, begin = begin_with(previous, index, cache.begins, self.config)
-        logits, _ = self.extend(byte, cache.layers, index, begin)
+        byte, segment_start = begin_with(previous, index, cache.segment_starts, self.config)
+        logits, _ = self.extend(byte, cache.layers, index, segment_start)
         return cache, as_ids(choose(logits, 0))[:, None]
 
     def extend(
@@ -118,13 +118,13 @@ class EntropyModel(nn.Module):
         shifted: Int[Tensor, "B 1"],
         caches: Caches,
         index: int,
-        begins: Int[Tensor, " B"] | None = None,
+        segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B V"], Caches]:
         """Logits of the byte behind position `index` of s, with the past taken from `caches`.
 
-        `begins` is where each row's segment begins.
+        `segment_starts` is where each row's segment begins.
         """
-        x, caches = self.transformer.extend(self.embed(shifted), caches, index, begins)
+        x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
         return self.to_logits(self.norm(x))[:, 0], caches
 
 
@@ -135,46 +135,49 @@ def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
 
 
 def shift_right(
-    ids: Integer[Tensor, "B T"], bos_id: int, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"], bos_id: int, segment_starts: Int[Tensor, "B T"] | None = None
 ) -> Int[Tensor, "B T"]:
     """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
     shifted = F.pad(as_ids(ids), (1, 0), value=bos_id)[:, : ids.shape[1]]
-    if begins is None:
+    if segment_starts is None:
         return shifted
-    return shifted.where(begins != torch.arange(ids.shape[1], device=ids.device), bos_id)
+    return shifted.where(segment_starts != torch.arange(ids.shape[1], device=ids.device), bos_id)
 
 
-def begins_of(
+def segment_starts_of(
     ids: Integer[Tensor, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Tensor, "B T"] | None:
     """Where the segment of each position begins; None for a model to which all is one text."""
     if config.reset_on == "none":
         return None
-    return segment_begins(ids, config.vocab, config.reset_on)
+    return find_segment_starts(ids, config.vocab, config.reset_on)
 
 
-def empty_begins(
+def empty_segment_starts(
     batch: int, length: int, config: BLTConfig | EntropyConfig, device: torch.device
 ) -> Int[Tensor, "B M"]:
-    """Room for `begins_of` in a cache."""
+    """Room for `segment_starts_of` in a cache."""
     size = 0 if config.reset_on == "none" else length
     return torch.zeros((batch, size), dtype=torch.int64, device=device)
 
 
-def write_begins(room: Int[Tensor, "B M"], begins: Int[Tensor, "B T"] | None) -> Int[Tensor, "B M"]:
-    """`room` with its first positions overwritten, in place."""
-    if begins is not None:
-        room[:, : begins.shape[1]] = begins
-    return room
+def write_segment_starts(
+    buffer: Int[Tensor, "B M"], segment_starts: Int[Tensor, "B T"] | None
+) -> Int[Tensor, "B M"]:
+    """`buffer` with its first positions overwritten, in place."""
+    if segment_starts is not None:
+        buffer[:, : segment_starts.shape[1]] = segment_starts
+    return buffer
 
 
 def begin_with(
     previous: Integer[Tensor, "B 1"],
     index: int,
-    begins: Int[Tensor, "B M"],
+    segment_starts: Int[Tensor, "B M"],
     config: BLTConfig | EntropyConfig,
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"] | None]:
-    """s_index and where each row's segment begins, None if all is one text; writes `begins`.
+    """s_index and where each row's segment begins, None if all is one text; writes
+    `segment_starts`.
 
     s_index is the byte before, BOS in the first round and where a segment begins.
     """
@@ -182,15 +185,15 @@ def begin_with(
     bos = torch.full_like(previous, config.vocab.bos_id)
     if config.reset_on == "none":
         return bos if index == 0 else previous, None
-    anew = ends_segment(previous[:, 0], config.vocab, config.reset_on) | (index == 0)
-    begin = begins[:, max(index - 1, 0)].masked_fill(anew, index)
-    begins[:, index] = begin
-    return bos.where(anew[:, None], previous), begin
+    is_segment_start = ends_segment(previous[:, 0], config.vocab, config.reset_on) | (index == 0)
+    segment_start = segment_starts[:, max(index - 1, 0)].masked_fill(is_segment_start, index)
+    segment_starts[:, index] = segment_start
+    return bos.where(is_segment_start[:, None], previous), segment_start
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:
     """`caches` with their first positions overwritten, in place."""
-    for room, made in zip(caches, written, strict=True):
-        for old, new in zip(room, made, strict=True):
+    for capacity, made in zip(caches, written, strict=True):
+        for old, new in zip(capacity, made, strict=True):
             old[:, : new.shape[1]] = new
     return caches

@@ -5,7 +5,7 @@ The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean ove
 sequence, which shows each byte its future, mixes no information between positions, and composes
 linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
 adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
-With `reset_on`, means, filters and positions start anew with each segment; the shares of the
+With `reset_on`, means, filters and positions start over with each segment; the shares of the
 experts, a statistic, stay those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
@@ -33,7 +33,12 @@ from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import LayerNorm
-from bytelm_torch.layers.resets import age, ends_segment, pad_begins, segment_begins
+from bytelm_torch.layers.resets import (
+    ends_segment,
+    find_segment_starts,
+    pad_segment_starts,
+    position_in_segment,
+)
 from bytelm_torch.models.interface import Choose, ModelOutput
 
 
@@ -48,7 +53,7 @@ class LFByteCache(NamedTuple):
     """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
 
     layers: tuple[LayerCache, ...]
-    begins: Tensor | None = None
+    segment_starts: Tensor | None = None
 
 
 class LFByteLayer(nn.Module):
@@ -68,16 +73,17 @@ class LFByteLayer(nn.Module):
         self.output = None if residual else _linear(dim, dim, c.init_std)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], ages: Int[Tensor, "B T"] | None = None
+        self, x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """`ages` counts the positions before each in its segment; None: the row is one."""
+        """`segment_positions` counts the positions before each in its segment; None: the row is
+        one."""
         if self.config.context == "causal":
-            context = running_mean(x, ages)
+            context = running_mean(x, segment_positions)
         else:
             wide = torch.promote_types(x.dtype, torch.float32)
             context = x.mean(dim=1, keepdim=True, dtype=wide).to(x.dtype)
         a = self.featurizer(context)
-        x = self._join(x, self.token_mixing(x, a, ages))
+        x = self._join(x, self.token_mixing(x, a, segment_positions))
         return self._at_each_position(x, a)
 
     def extend(
@@ -85,12 +91,12 @@ class LFByteLayer(nn.Module):
         x: Float[Tensor, "B T D"],
         cache: LayerCache,
         index: int,
-        ages: Int[Tensor, "B T"] | None = None,
+        segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
         """The same for one position at `index`, or for T positions from 0, with the past cached."""
-        context, sums = extend_running_mean(x, cache.sums, index, ages)
+        context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
-        mixed, past = self.token_mixing.extend(x, a, cache.past, index, ages)
+        mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
         x, _ = self._at_each_position(self._join(x, mixed), a)
         return x, LayerCache(sums, past)
 
@@ -147,14 +153,14 @@ class LFByteTransformer(nn.Module):
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)
-        ages = None
+        segment_positions = None
         if c.reset_on != "none":
-            ages = age(segment_begins(ids, c.vocab, c.reset_on))
-        x = self._embed(self._shift(ids) if c.causal else ids, 0, ages)
+            segment_positions = position_in_segment(find_segment_starts(ids, c.vocab, c.reset_on))
+        x = self._embed(self._shift(ids) if c.causal else ids, 0, segment_positions)
         routings = []
         for layer in self.layers:
             again = functools.partial(checkpoint, layer, use_reentrant=False)
-            x, routing = (again if remat else layer)(x, ages)  # pyright: ignore[reportGeneralTypeIssues]
+            x, routing = (again if remat else layer)(x, segment_positions)  # pyright: ignore[reportGeneralTypeIssues]
             routings.append(routing)
         logits = self._to_logits(x)
         if not c.sparse:
@@ -188,12 +194,12 @@ class LFByteTransformer(nn.Module):
 
         Rows past the true prompt may hold anything: a later round writes them before it reads.
         """
-        ids, ages = as_ids(ids), None
-        if cache.begins is not None:
-            begins = segment_begins(ids, self.config.vocab, self.config.reset_on)
-            cache.begins[:, : ids.shape[1]] = begins
-            ages = age(begins)
-        _, cache = self._extend(self._shift(ids), cache, 0, ages)
+        ids, segment_positions = as_ids(ids), None
+        if cache.segment_starts is not None:
+            segment_starts = find_segment_starts(ids, self.config.vocab, self.config.reset_on)
+            cache.segment_starts[:, : ids.shape[1]] = segment_starts
+            segment_positions = position_in_segment(segment_starts)
+        _, cache = self._extend(self._shift(ids), cache, 0, segment_positions)
         return cache
 
     def decode_round(
@@ -203,22 +209,22 @@ class LFByteTransformer(nn.Module):
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
-        previous, ages = as_ids(previous), None
-        if cache.begins is not None:
-            last = cache.begins[:, max(index - 1, 0)].long()[:, None]
-            anew = ends_segment(previous, self.config.vocab, self.config.reset_on)
-            begins = torch.where(anew, index, last) if index else last
-            cache.begins[:, index] = begins[:, 0]
-            ages = index - begins
-        x, cache = self._extend(previous, cache, index, ages)
+        previous, segment_positions = as_ids(previous), None
+        if cache.segment_starts is not None:
+            last = cache.segment_starts[:, max(index - 1, 0)].long()[:, None]
+            is_segment_start = ends_segment(previous, self.config.vocab, self.config.reset_on)
+            segment_starts = torch.where(is_segment_start, index, last) if index else last
+            cache.segment_starts[:, index] = segment_starts[:, 0]
+            segment_positions = index - segment_starts
+        x, cache = self._extend(previous, cache, index, segment_positions)
         return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
 
     def _extend(
-        self, ids: Tensor, cache: LFByteCache, index: int, ages: Tensor | None
+        self, ids: Tensor, cache: LFByteCache, index: int, segment_positions: Tensor | None
     ) -> tuple[Tensor, LFByteCache]:
-        x, written = self._embed(ids, index, ages), []
+        x, written = self._embed(ids, index, segment_positions), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
-            x, past = layer.extend(x, past, index, ages)  # pyright: ignore[reportCallIssue]
+            x, past = layer.extend(x, past, index, segment_positions)  # pyright: ignore[reportCallIssue]
             written.append(past)
         return x, cache._replace(layers=tuple(written))
 
@@ -226,11 +232,13 @@ class LFByteTransformer(nn.Module):
         """Moves ids one step right; a pad comes in, the last step drops out."""
         return F.pad(ids, (1, 0), value=self.config.vocab.pad_id)[:, : ids.shape[1]]
 
-    def _embed(self, ids: Tensor, start: int, ages: Tensor | None) -> Tensor:
+    def _embed(self, ids: Tensor, start: int, segment_positions: Tensor | None) -> Tensor:
         """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
-        if ages is not None:
-            embedded = self.embed(pad_begins(ids, ages, self.config.vocab.pad_id))
-            return embedded + sinusoids(ages, self.config.embed_dim, embedded.dtype)
+        if segment_positions is not None:
+            embedded = self.embed(
+                pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
+            )
+            return embedded + sinusoids(segment_positions, self.config.embed_dim, embedded.dtype)
         embedded = self.embed(ids)
         return embedded + sinusoidal_positions(
             start, ids.shape[1], self.config.embed_dim, embedded.dtype, embedded.device

@@ -160,8 +160,8 @@ class Megabyte(nn.Module):
     def _outputs_of_segments(self, ids: Tensor, remat: bool) -> ModelOutput:
         c, (batch, length) = self.config, ids.shape
         most = max(1, length)
-        room = min(most, c.reset_patches(length)) if self.training else most
-        layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, room)
+        capacity = min(most, c.reset_patches(length)) if self.training else most
+        layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, capacity)
         inputs, before = self.inputs_of_segments(layout, c.patches(length))
         context = self.global_transformer(inputs, remat, scope_of(layout))
         hidden = self.local_input(before) + self.split(context)
@@ -235,23 +235,25 @@ class Megabyte(nn.Module):
 
         No segment has more than `count` patches that are read.
         """
-        patches, first = layout.patches, (layout.places == 0)[..., None]
+        patches, first = layout.patches, (layout.segment_positions == 0)[..., None]
         previous = torch.where(first, self.config.vocab.pad_id, self.shift(patches, axis=1))
         before = self.shift(patches, axis=2)
         if self.config.variant == "in_action":
             before = torch.cat([previous[..., -1:], patches[..., :-1]], dim=-1)
-        return self.global_input_at(previous, layout.places, count), before
+        return self.global_input_at(previous, layout.segment_positions, count), before
 
     def global_input_at(
-        self, previous: Int[Tensor, "B N P"], places: Int[Tensor, "B N"], count: int
+        self, previous: Int[Tensor, "B N P"], segment_positions: Int[Tensor, "B N"], count: int
     ) -> Float[Tensor, "B N W"]:
         """Ids of the patches before, and each patch's number in its text, below `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
         embedded = self.global_embed(previous).flatten(-2)
         # What lies behind the longest text is never read, but must be finite.
-        places = places.clamp(max=count - 1)
-        return embedded + self.global_position.patches(places, count, self.config.patch_size)
+        segment_positions = segment_positions.clamp(max=count - 1)
+        return embedded + self.global_position.patches(
+            segment_positions, count, self.config.patch_size
+        )
 
     def local_input(self, before: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         """Embedded ids of the bytes before, D = D_L."""

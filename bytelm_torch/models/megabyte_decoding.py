@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bytelm_torch.layers.attention import KeyValueCache, Scope
 from bytelm_torch.layers.ids import as_ids
-from bytelm_torch.layers.resets import ends_segment, lay_out, scope_of, segment_begins
+from bytelm_torch.layers.resets import ends_segment, find_segment_starts, lay_out, scope_of
 from bytelm_torch.models.interface import Choose
 
 if TYPE_CHECKING:
@@ -43,12 +43,12 @@ class ResetCache(NamedTuple):
     """Each byte's share of its patch's context, those of the patch begun last included."""
     ids: Int[Tensor, "B I"]
     """After P pads."""
-    begins: Int[Tensor, "B L"]
+    segment_starts: Int[Tensor, "B L"]
     """Where the segment of each position begins."""
 
 
 def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` where texts start anew within a row, else a `MegabyteCache`."""
+    """A `ResetCache` where texts start over within a row, else a `MegabyteCache`."""
     model.check_length(length)
     patch, weight = model.config.patch_size, model.to_logits.weight
     if model.config.reset_on == "none":
@@ -136,11 +136,11 @@ def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> Rese
     ):
         start = c.patch_size - 1 if caches is cache.local else 0
         for rooms, values in zip(caches, made, strict=True):
-            for room, value in zip(rooms, values, strict=True):
-                room[:, start : start + length] = at_bytes(value, where)
+            for capacity, value in zip(rooms, values, strict=True):
+                capacity[:, start : start + length] = at_bytes(value, where)
     cache.shares[:, :most] = at_bytes(shares, layout.slots)
     cache.ids[:, c.patch_size : c.patch_size + length] = ids
-    cache.begins[:, :length] = segment_begins(ids, c.vocab, c.reset_on)
+    cache.segment_starts[:, :length] = find_segment_starts(ids, c.vocab, c.reset_on)
     return cache
 
 
@@ -148,19 +148,19 @@ def _decode_byte(
     model: "Megabyte", cache: ResetCache, previous: Tensor, index: int, choose: Choose
 ) -> tuple[ResetCache, Tensor]:
     c, pad = model.config, model.config.vocab.pad_id
-    anew = ends_segment(previous[:, 0], c.vocab, c.reset_on)
-    anew = anew if index else torch.ones_like(anew)
-    begin = torch.where(anew, index, cache.begins[:, max(index - 1, 0)])
-    place, offset = (index - begin) // c.patch_size, (index - begin) % c.patch_size
+    is_segment_start = ends_segment(previous[:, 0], c.vocab, c.reset_on)
+    is_segment_start = is_segment_start if index else torch.ones_like(is_segment_start)
+    segment_start = torch.where(is_segment_start, index, cache.segment_starts[:, max(index - 1, 0)])
+    place, offset = (index - segment_start) // c.patch_size, (index - segment_start) % c.patch_size
     cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
-    cache.begins[:, index] = begin
-    _begin_patches(model, cache, begin, place, offset == 0, index)
+    cache.segment_starts[:, index] = segment_start
+    _begin_patches(model, cache, segment_start, place, offset == 0, index)
 
     share = cache.shares[:, index : index + 1]
-    first = anew if c.variant == "in_action" else offset == 0
+    first = is_segment_start if c.variant == "in_action" else offset == 0
     hidden = model.local_input(torch.where(first[:, None], pad, previous)) + share
     near = tuple(  # views: what is written there is written in the cache
-        KeyValueCache(*(room[:, index : index + c.patch_size] for room in rooms))
+        KeyValueCache(*(capacity[:, index : index + c.patch_size] for capacity in rooms))
         for rooms in cache.local
     )
     slots = torch.arange(c.patch_size, device=previous.device)[None, :]
@@ -171,7 +171,12 @@ def _decode_byte(
 
 
 def _begin_patches(
-    model: "Megabyte", cache: ResetCache, begin: Tensor, place: Tensor, starts: Tensor, index: int
+    model: "Megabyte",
+    cache: ResetCache,
+    segment_start: Tensor,
+    place: Tensor,
+    starts: Tensor,
+    index: int,
 ) -> None:
     """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
 
@@ -183,8 +188,8 @@ def _begin_patches(
     most = model.config.patches(model.config.max_length)
     recent = cache.ids[:, index : index + patch]
     recent = torch.where((place == 0)[:, None], pad, recent)[:, None]
-    slots = torch.arange(cache.begins.shape[1], device=begin.device)[None, :]
-    inside = slots - begin[:, None]
+    slots = torch.arange(cache.segment_starts.shape[1], device=segment_start.device)[None, :]
+    inside = slots - segment_start[:, None]
     seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
     scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
     inputs = model.global_input_at(recent, place[:, None], most)

@@ -2,7 +2,7 @@
 
 The mirror of `bytelm_jax/models/patching.py`, which explains the rules.
 Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. Where texts start
-anew, `begins` [B, T] holds the first position of each position's segment.
+anew, `segment_starts` [B, T] holds the first position of each position's segment.
 """
 
 import math
@@ -59,7 +59,7 @@ class PatchPlan(NamedTuple):
     """Boundaries that the budget made disappear."""
     numbers: Int[Tensor, "B S"]
     """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
-    begins: Int[Tensor, "B N"] | None
+    segment_starts: Int[Tensor, "B N"] | None
     """The first patch of each patch's segment; None where all is one text."""
 
 
@@ -104,11 +104,11 @@ def recent_bytes(
     ids: Integer[Tensor, "B T"],
     vocab: ByteVocab,
     count: int,
-    begins: Int[Tensor, "B T"] | None = None,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T n"]:
     """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
     values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
-    return torch.stack([shifted(values, n, NO_BYTE, begins) for n in back], dim=-1)
+    return torch.stack([shifted(values, n, NO_BYTE, segment_starts) for n in back], dim=-1)
 
 
 def boundary_after(
@@ -148,7 +148,7 @@ def patch_starts(
     config: BLTConfig,
     ids: Integer[Tensor, "B T"],
     entropies: Float[Tensor, "B T"] | None = None,
-    begins: Int[Tensor, "B T"] | None = None,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
@@ -156,24 +156,26 @@ def patch_starts(
     would have said had the one before gone on, which is what may be read there; that a patch starts
     in any case is for `plan_patches`.
     """
-    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
-    position = position if begins is None else position - begins
+    position = position if segment_starts is None else position - segment_starts
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], begins))
+        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
         limit = math.floor(config.threshold * BIT)
-        summed = sums_since_start(found, held_back(config, ids, begins), limit, begins)
+        summed = sums_since_start(
+            found, held_back(config, ids, segment_starts), limit, segment_starts
+        )
     after = boundary_after(config, recent, position, entropies, summed)
-    after = (after | (position == 0)) & present(ids, config.vocab, begins)
+    after = (after | (position == 0)) & present(ids, config.vocab, segment_starts)
     return F.pad(after, (1, 0), value=True)
 
 
 def held_back(
-    config: BLTConfig, ids: Integer[Tensor, "B T"], begins: Int[Tensor, "B T"] | None = None
+    config: BLTConfig, ids: Integer[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None
 ) -> Bool[Tensor, "B T"]:
     """Whether no patch may start behind each position, a character being unfinished there."""
-    recent = recent_bytes(ids, config.vocab, CONTEXT, begins)
+    recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     inside = inside_character(recent)
     return inside if config.whole_characters else torch.zeros_like(inside)
 
@@ -182,7 +184,7 @@ def sums_since_start(
     found: Int[Tensor, "B T"],
     held: Bool[Tensor, "B T"],
     limit: int,
-    begins: Int[Tensor, "B T"] | None = None,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
     """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
 
@@ -206,38 +208,44 @@ def sums_since_start(
         total, end = longer.where(fits, total), torch.where(fits, end + 2**k, end)
     free = torch.where(F.pad(held, (0, 1)), length, index)
     free = free.flip(1).cummin(dim=1).values.flip(1)
-    anew = index == 0
-    if begins is not None:
-        anew = F.pad(begins == index[:, :-1], (0, 1))
-    jump = torch.where(anew, index + 1, (read(free, end) + 1).clamp(max=length))
-    if begins is not None:  # no sum reaches past the next segment's first position
-        ahead = index.where(anew, length).flip(1).cummin(dim=1).values.flip(1)
+    is_segment_start = index == 0
+    if segment_starts is not None:
+        is_segment_start = F.pad(segment_starts == index[:, :-1], (0, 1))
+    jump = torch.where(is_segment_start, index + 1, (read(free, end) + 1).clamp(max=length))
+    if segment_starts is not None:  # no sum reaches past the next segment's first position
+        ahead = index.where(is_segment_start, length).flip(1).cummin(dim=1).values.flip(1)
         jump = jump.minimum(F.pad(ahead[:, 1:], (0, 1), value=length))
-    starts = (anew | (index <= 1)).long()
+    starts = (is_segment_start | (index <= 1)).long()
     for _ in range(length.bit_length()):
         starts = starts.scatter_reduce(1, jump, starts, "amax")
         jump = read(jump, jump)
     upto = found.cumsum(dim=1)
-    begin = torch.where(starts[:, :-1] > 0, index[:, :-1], 0).cummax(dim=1).values
-    return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, begin)
+    segment_start = torch.where(starts[:, :-1] > 0, index[:, :-1], 0).cummax(dim=1).values
+    return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, segment_start)
 
 
 def present(
-    ids: Integer[Tensor, "B T"], vocab: ByteVocab, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"], vocab: ByteVocab, segment_starts: Int[Tensor, "B T"] | None = None
 ) -> Bool[Tensor, "B T"]:
     """Whether each position comes before the first pad of the row, or of its segment."""
     pads = torch.cumsum(as_ids(ids) == vocab.pad_id, dim=1)
-    return pads == (0 if begins is None else pads.gather(1, begins))
+    return pads == (0 if segment_starts is None else pads.gather(1, segment_starts))
 
 
 def shifted(
-    ids: Integer[Tensor, "B T"], count: int, fill: int, begins: Int[Tensor, "B T"] | None = None
+    ids: Integer[Tensor, "B T"],
+    count: int,
+    fill: int,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before `begins`."""
+    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before
+    `segment_starts`."""
     moved = F.pad(as_ids(ids), (count, 0), value=fill)[:, : ids.shape[1]]
-    if begins is None:
+    if segment_starts is None:
         return moved
-    return moved.where(torch.arange(ids.shape[1], device=ids.device) - count >= begins, fill)
+    return moved.where(
+        torch.arange(ids.shape[1], device=ids.device) - count >= segment_starts, fill
+    )
 
 
 def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor, "B {length}+1"]:
@@ -245,16 +253,16 @@ def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor
 
     A length of 0 behind the last patch says that the byte still to come starts a patch.
     """
-    begins = torch.cumsum(lengths, dim=1) - lengths
-    starts = lengths.new_zeros((lengths.shape[0], max(length, int(begins.max())) + 1))
-    return starts.scatter(1, begins, 1)[:, : length + 1].bool()
+    segment_starts = torch.cumsum(lengths, dim=1) - lengths
+    starts = lengths.new_zeros((lengths.shape[0], max(length, int(segment_starts.max())) + 1))
+    return starts.scatter(1, segment_starts, 1)[:, : length + 1].bool()
 
 
 def plan_patches(
     starts: Bool[Tensor, "B S"],
     counted: Bool[Tensor, "B T"],
     budget: int,
-    begins: Int[Tensor, "B T"] | None = None,
+    segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> PatchPlan:
     """Patches of a text from its starts; `counted` leaves out the padding.
 
@@ -263,19 +271,22 @@ def plan_patches(
     """
     starts = starts | (torch.arange(starts.shape[1], device=starts.device) < 2)[None, :]
     after = starts[:, 1:]
-    if begins is not None:
-        anew = begins == torch.arange(begins.shape[1], device=begins.device)[None, :]
-        after = after | anew
-        starts = F.pad(after, (1, 0), value=True) | F.pad(anew, (0, 1))
+    if segment_starts is not None:
+        is_segment_start = (
+            segment_starts
+            == torch.arange(segment_starts.shape[1], device=segment_starts.device)[None, :]
+        )
+        after = after | is_segment_start
+        starts = F.pad(after, (1, 0), value=True) | F.pad(is_segment_start, (0, 1))
     number = torch.cumsum(starts, dim=1) - 1
     capped = number.clamp(max=budget)
     lengths = number.new_zeros((starts.shape[0], budget + 1))
     lengths = lengths.scatter_add(1, capped[:, :-1], counted.to(lengths.dtype))
     patch_of = capped[:, :-1].where(counted, budget)
     lost = number[:, -1] - capped[:, -1]
-    if begins is None:
+    if segment_starts is None:
         return PatchPlan(patch_of, capped[:, 1:] - 1, lengths, lost, capped, None)
-    first = capped.gather(1, begins)
+    first = capped.gather(1, segment_starts)
     newest = (number[:, :-1] + after).clamp(max=budget) - 1
     read_of = newest.where(first < budget, budget)
     firsts = torch.zeros_like(lengths).scatter_reduce(1, capped[:, :-1], first, "amax")

@@ -9,7 +9,7 @@ import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_torch.models import build_model, patching
-from bytelm_torch.models.entropy import begins_of, shift_right
+from bytelm_torch.models.entropy import segment_starts_of, shift_right
 from parity_tests.tolerances import LOGITS
 
 LENGTH = 60
@@ -57,7 +57,7 @@ CONFIGS |= {
 
 def text_ids() -> torch.Tensor:
     text = "Aé b: 🙂x, 日本 — the end.\n\n  ünd so we go on, and (on) and on … ".encode() * 3
-    rows = [text[begin : begin + LENGTH] for begin in (0, 7, 31)]
+    rows = [text[segment_start : segment_start + LENGTH] for segment_start in (0, 7, 31)]
     return torch.tensor([list(row) for row in rows]) + CONFIG.vocab.offset
 
 
@@ -66,9 +66,9 @@ def model_of(name: str):
     torch.manual_seed(0)
     model = build_model(CONFIGS[name]).eval()
     if name.startswith("entropy"):
-        begins = begins_of(text_ids(), model.config)
-        shifted = shift_right(text_ids(), CONFIG.vocab.bos_id, begins)
-        entropies = model.entropies(shifted, begins)
+        segment_starts = segment_starts_of(text_ids(), model.config)
+        shifted = shift_right(text_ids(), CONFIG.vocab.bos_id, segment_starts)
+        entropies = model.entropies(shifted, segment_starts)
         ranked = entropies.flatten().sort().values
         # Between two neighbours, so that rounding moves no boundary.
         middle = float(ranked[len(ranked) // 2 : len(ranked) // 2 + 2].mean())
@@ -83,11 +83,16 @@ def model_of(name: str):
 def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
     model, ids = model_of(name), text_ids()[:rows]
     config, expected = model.config, model(ids)
-    begins = begins_of(ids, config)
-    shifted = shift_right(ids, config.vocab.bos_id, begins)
-    starts = patching.patch_starts(config, shifted, model.entropies(shifted, begins), begins)
-    counted, room = patching.present(shifted, config.vocab, begins), config.budget(LENGTH)
-    plan = patching.plan_patches(starts, counted, room, begins)
+    segment_starts = segment_starts_of(ids, config)
+    shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
+    starts = patching.patch_starts(
+        config, shifted, model.entropies(shifted, segment_starts), segment_starts
+    )
+    counted, capacity = (
+        patching.present(shifted, config.vocab, segment_starts),
+        config.budget(LENGTH),
+    )
+    plan = patching.plan_patches(starts, counted, capacity, segment_starts)
     numbers = plan.numbers
     for first, filled in ((0, 0), (17, 40), (40, 40)):
         # What a prefill wrote from `first` on is junk that the rounds must write once more.
@@ -106,7 +111,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
         error = (torch.stack(found, dim=1) - expected[:, first:]).norm()
         assert error <= LOGITS["float32"] * expected[:, first:].norm()
         assert torch.equal(cache.patches, numbers)
-        ends = (plan.read_of == numbers[:, :-1]) & (numbers[:, :-1] < room)
+        ends = (plan.read_of == numbers[:, :-1]) & (numbers[:, :-1] < capacity)
         assert cache.global_calls == ends[:, first:].any(dim=0).sum()
     assert len(set(np.bincount(numbers[0]).tolist())) > 1
 

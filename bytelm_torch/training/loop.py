@@ -232,12 +232,13 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         return DivergedError(f"step {step}: {why}; {kept}; lower optimizer.learning_rate={rate}")
 
     def stop_on_non_finite(step: int, **trees: Any) -> None:
-        """Ends the run, in all processes alike, as they hold the same: no later step would mend."""
+        """Ends the run, in all processes alike, as they hold the same: no later step would
+        repair."""
         found = first_non_finite(trees)
         if found is not None:
             raise diverged(step, f"{found} holds NaN or infinity")
 
-    def settle(keep: int) -> None:
+    def drain(keep: int) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
         nonlocal asked, bad
         while len(pending) > keep:
@@ -302,13 +303,13 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             report = step_function(step, next(batches), rate, clip, bool(stop))
             step += 1
             pending.append((step, report))
-            settle(0 if group.device.type == "cpu" else _IN_FLIGHT)
+            drain(0 if group.device.type == "cpu" else _IN_FLIGHT)
 
             last = step == run.steps
             evaluates = last or (run.eval_every and step % run.eval_every == 0)
             saves = last or (run.checkpoint_every and step % run.checkpoint_every == 0)
             if evaluates or saves:
-                settle(0)
+                drain(0)
                 record = validate(step) if evaluates else None
                 # In the midst of trouble the checkpoint from before it stays the newest, but at the
                 # end, where a validation can show that the weights are good.
@@ -316,7 +317,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
                 if saves and good:
                     save(step, record)
                 rates.restart()
-        settle(0)
+        drain(0)
         if step > saved:
             if not asked:
                 raise diverged(

@@ -1,4 +1,4 @@
-"""Runs of two processes that are hurt on purpose, gone on with, and compared with an unhurt one.
+"""Fault-injection runs: two processes, killed or damaged, resumed, and compared with a whole run.
 
     python scripts/check/fault_runs.py --trials 50 --workers 2
 
@@ -34,7 +34,6 @@ from bytelm_jax.training.processes import HUNG
 LAUNCH = Path(__file__).parents[1] / "launch" / "local"
 DEADLINE, TIMEOUT, STEPS, EVERY, EVALUATES = 400.0, 40, 40, 5, 20
 PHASES = ("compile", "step", "save", "evaluation")
-# Besides the status of a run that is hurt so: 0 only where nothing is wrong.
 FAULTS = ("kill one", "kill all", "stop one", "freeze one", "full disk", "truncate")
 RUN = (
     "megabyte_tiny --model.patch-size 4 --model.global-dim 16 --model.local-dim 16 "
@@ -94,7 +93,7 @@ def steps_on_disk(run_dir: Path) -> list[int]:
     return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
-def hurt(run: Run, fault: str, chance: random.Random) -> None:
+def inject(run: Run, fault: str, chance: random.Random) -> None:
     """Does it."""
     workers = run.workers()
     if fault == "full disk":
@@ -116,9 +115,9 @@ def outcome(run_dir: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]
     return {k: np.asarray(v) for k, v in params.items()}, kept
 
 
-def compare(run_dir: Path, unhurt: Path, same_layout: bool) -> str:
+def compare(run_dir: Path, intact: Path, same_layout: bool) -> str:
     """What differs, or nothing."""
-    (ours, told), (theirs, expected) = outcome(run_dir), outcome(unhurt)
+    (ours, told), (theirs, expected) = outcome(run_dir), outcome(intact)
     if same_layout:
         bits = all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
         return ("" if bits else "other bits; ") + ("" if told == expected else "other metrics; ")
@@ -126,15 +125,15 @@ def compare(run_dir: Path, unhurt: Path, same_layout: bool) -> str:
     return "" if worst <= 1e-5 else f"off by {worst:.1e}; "
 
 
-def trial(index: int, seed: int, folder: Path, data: Path, unhurt: Path) -> dict[str, Any]:
-    """One run, hurt and gone on with; "wrong" says what was."""
+def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict[str, Any]:
+    """One run, with its fault, resumed; "wrong" says what was."""
     chance, begun = random.Random(f"{seed} {index}"), time.monotonic()
     fault = FAULTS[index % len(FAULTS)]
     phase = "step" if fault in ("freeze one", "truncate") else chance.choice(PHASES)
     mark, run_dir = chance.randint(2 * EVERY + 1, STEPS - 8), folder / f"trial{index}"
     run = Run(run_dir, data, 2, 2)
     run.wait_for(phase, mark, chance)
-    hurt(run, fault, chance)
+    inject(run, fault, chance)
     status = run.finish()
     said, wrong, whole = run.log.read_text(), "", steps_on_disk(run_dir)
     early = re.search(r"done: step", said)  # the fault came when all was over
@@ -162,7 +161,7 @@ def trial(index: int, seed: int, folder: Path, data: Path, unhurt: Path) -> dict
             wrong += f"went on from {went_on and went_on[1]}, not {newest}; "
         if fault == "truncate" and "is now" not in told:
             wrong += "the damaged checkpoint was not told; "
-        wrong += compare(run_dir, unhurt, same)
+        wrong += compare(run_dir, intact, same)
     return {
         "trial": index, "fault": fault, "phase": phase, "status": status, "goes on from": newest,
         "layout": "same" if same else "other", "seconds": round(time.monotonic() - begun),
@@ -186,10 +185,10 @@ def main() -> int:
         words = ["".join(source.choices("abcdefgh", k=source.randint(2, 7))) for _ in range(50)]
         data = folder / "text.txt"
         data.write_text(" ".join(source.choices(words, k=30_000)))
-        unhurt = Run(folder / "unhurt", data, 2, 2)
-        assert unhurt.finish() == 0, unhurt.log.read_text()
+        intact = Run(folder / "intact", data, 2, 2)
+        assert intact.finish() == 0, intact.log.read_text()
         jobs = [
-            pool.submit(trial, i, options.seed, folder, data, folder / "unhurt") for i in chosen
+            pool.submit(trial, i, options.seed, folder, data, folder / "intact") for i in chosen
         ]
         for job in jobs:
             found = job.result()

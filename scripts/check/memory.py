@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bench_train import read_row
 
-from bytelm_jax.tools.dry_run import abstract_state, reckon_memory
+from bytelm_jax.tools.dry_run import abstract_state, estimate_memory
 from bytelm_jax.training import mesh as meshes
 
 MEASURED = (
@@ -36,7 +36,7 @@ def main(rows: list[str]) -> None:
         recipe = read_row(row)
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
-        memory = reckon_memory(recipe, mesh, abstract_state(recipe, mesh))
+        memory = estimate_memory(recipe, mesh, abstract_state(recipe, mesh))
         found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
         if measured:
             error = memory.peak / 2**30 / float(measured) - 1
