@@ -106,7 +106,7 @@ def lay_out(
         torch.cumsum(segment_positions % patch == 0, dim=1) - 1
     ) * patch + segment_positions % patch
     byte_positions = torch.full((batch, capacity * patch), length, device=device)
-    byte_positions = segment_positions.scatter(1, slots, here.expand(batch, -1))
+    byte_positions = byte_positions.scatter(1, slots, here.expand(batch, -1))
     first = byte_positions[:, ::patch]
     starts = F.pad(segment_starts, (0, 1), value=length).gather(1, first)
     patches = F.pad(ids, (0, 1), value=vocab.pad_id).gather(1, byte_positions)
