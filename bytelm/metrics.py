@@ -31,9 +31,9 @@ class MetricsLog:
         `trackers` get every record as well, and are closed with the file.
         """
         if path.is_file():
-            kept = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
+            lines = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
             beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            beside.write_text("".join(line + "\n" for line in kept), "utf-8")
+            beside.write_text("".join(line + "\n" for line in lines), "utf-8")
             os.replace(beside, path)
         self.path = path
         self._trackers = trackers

@@ -40,29 +40,29 @@ _CODES = ["F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "X", "", 3]
 
 def make_folders(root: Path) -> dict[str, Path]:
     """The undamaged folders: exports of both packages, and transformers' layout in two forms."""
-    source, made = np.random.default_rng(0), {}
+    source, folders = np.random.default_rng(0), {}
     for name, config in MODELS.items():
         leaves = abstract_params(config).items()
         params = {k: jnp.asarray(source.standard_normal(v.shape), jnp.float32) for k, v in leaves}
         export = convert_blt.export_hf_blt if name == "hf-blt" else convert.export_model
-        export(config, params, made.setdefault(name, root / name))
-    made["torch"] = root / "torch"
-    bytelm_torch.save_pretrained(bytelm_torch.from_pretrained(made["lfbyte"]), made["torch"])
-    shards = made["shards"] = root / "shards"
+        export(config, params, folders.setdefault(name, root / name))
+    folders["torch"] = root / "torch"
+    bytelm_torch.save_pretrained(bytelm_torch.from_pretrained(folders["lfbyte"]), folders["torch"])
+    shards = folders["shards"] = root / "shards"
     shards.mkdir()
-    shutil.copy(made["hf-blt"] / "config.json", shards)
+    shutil.copy(folders["hf-blt"] / "config.json", shards)
     config_sum = convert._sum_of_json(json.loads((shards / "config.json").read_text()))
-    config, params = formats.import_any(made["hf-blt"])
+    config, params = formats.import_any(folders["hf-blt"])
     names, index = convert_blt.hf_blt_names(config), {}
     for part in range(2):
         file = f"model-{part + 1}-of-2.safetensors"
-        mine = [name for name in sorted(params) if hash_of(name) % 2 == part]
-        index |= {names[name]: file for name in mine}
-        stems = {n: names[n].removesuffix("weight") + n.rpartition(".")[2] for n in mine}
+        part_names = [name for name in sorted(params) if hash_of(name) % 2 == part]
+        index |= {names[name]: file for name in part_names}
+        stems = {n: names[n].removesuffix("weight") + n.rpartition(".")[2] for n in part_names}
         with open(shards / file, "wb") as sink:
-            convert._write_tensors(sink, {stems[n]: params[n] for n in mine}, config_sum)
+            convert._write_tensors(sink, {stems[n]: params[n] for n in part_names}, config_sum)
     (shards / convert_blt.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
-    return made
+    return folders
 
 
 def hash_of(name: str) -> int:

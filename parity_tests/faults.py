@@ -142,7 +142,7 @@ def no_renormalisation(real: Any) -> Any:
 
 def earlier(plan: Any) -> Any:
     """Bytes read one patch too early."""
-    return lambda *a: (made := plan(*a))._replace(read_of=(made.read_of - 1).clamp(min=0))
+    return lambda *a: (shifted := plan(*a))._replace(read_of=(shifted.read_of - 1).clamp(min=0))
 
 
 DECODED = "megabyte"
@@ -237,7 +237,7 @@ class Bench:
     def run(self, name: str, plant: Callable[..., None] | None) -> tuple[int, str]:
         """Exit code and last line of `bytelm parity` on a model, its twin under `plant`."""
         load = bytelm_torch.from_pretrained
-        with contextlib.ExitStack() as patches, contextlib.redirect_stdout(io.StringIO()) as said:
+        with contextlib.ExitStack() as patches, contextlib.redirect_stdout(io.StringIO()) as output:
 
             def faulty(path: Path) -> Any:
                 twin = load(path)
@@ -245,9 +245,9 @@ class Bench:
                     plant(twin, patches)
                 return twin
 
-            def remembered(*given: Any) -> Any:
+            def remembered(*arguments: Any) -> Any:
                 if name not in self._jax:
-                    self._jax[name] = self._record(*given, decode=name == DECODED)
+                    self._jax[name] = self._record(*arguments, decode=name == DECODED)
                 return self._jax[name]
 
             brief = partial(parity.record_torch, decode=name == DECODED)
@@ -259,7 +259,7 @@ class Bench:
             )
             options = ["--data", str(self.folder / "text"), "--length", "19"]
             code = cli.main(["parity", str(self.folder / name), *options])
-        return code, said.getvalue().splitlines()[-1]
+        return code, output.getvalue().splitlines()[-1]
 
 
 def named(line: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from beartype import beartype
 
-_made: dict[Any, Callable[..., Any]] = {}
+_checked_functions: dict[Any, Callable[..., Any]] = {}
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,9 +23,9 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         tuple((p.name, p.kind, p.annotation, type(p.default), p.default) for p in parameters),
     )
     try:
-        known = _made.get(key)
+        known = _checked_functions.get(key)
     except TypeError:  # an array, or whatever else has no hash
         return beartype(function)
     if known is None:
-        known = _made[key] = beartype(function)
+        known = _checked_functions[key] = beartype(function)
     return known

@@ -91,12 +91,12 @@ def text_ids(config: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 def random_leaves(config: ModelConfig, dtype: str) -> Params:
     """Random parameters, norms included; no compiled initialisation, which takes seconds."""
-    source, found = np.random.default_rng(0), {}
+    source, leaves = np.random.default_rng(0), {}
     for name, leaf in sorted(abstract_params(config).items()):
         scale = 0.1 if leaf.ndim == 1 else 1.5 * leaf.shape[name.endswith("embedding")] ** -0.5
         value = scale * source.standard_normal(leaf.shape) + (leaf.ndim == 1)
-        found[name] = jnp.asarray(value, dtype)
-    return found
+        leaves[name] = jnp.asarray(value, dtype)
+    return leaves
 
 
 @functools.cache
@@ -161,14 +161,14 @@ def test_every_gradient_equals_torch(name, x64):
     theirs = nats.sum() / count.sum()
     theirs.backward()
     assert relative(loss, theirs.detach()) <= LOGITS["float64"]
-    found = to_torch(gradients)
+    converted = to_torch(gradients)
     for key, parameter in twin.named_parameters():
         if key.startswith(config.frozen_prefixes):
-            assert parameter.grad is None and (found[key] == 0).all(), key
+            assert parameter.grad is None and (converted[key] == 0).all(), key
             continue
         # One vector a patch, or one byte, leaves a softmax nothing to weigh.
-        assert name in ("space", "byte") or np.abs(found[key]).max() > 0, f"{key} takes no part"
-        assert relative(found[key], parameter.grad) <= GRADIENTS["float64"], key
+        assert name in ("space", "byte") or np.abs(converted[key]).max() > 0, f"{key} takes no part"
+        assert relative(converted[key], parameter.grad) <= GRADIENTS["float64"], key
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -181,8 +181,8 @@ def test_a_changed_future_changes_nothing(name, x64):
         changed = ids.copy()
         changed[:, t:] = rng.integers(0, config.vocab.size, changed[:, t:].shape)
         changed[0, t:] = config.vocab.pad_id
-        found = np.asarray(run(params, changed).logits)
-        np.testing.assert_array_equal(found[:, : t + 1], base[:, : t + 1])
+        actual = np.asarray(run(params, changed).logits)
+        np.testing.assert_array_equal(actual[:, : t + 1], base[:, : t + 1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -167,12 +167,12 @@ def test_every_gradient_equals_torch(name, x64):
     nats, count = torch_loss.cross_entropy(theirs, tensor, config.vocab.pad_id)
     (nats.sum() / count.sum()).backward()
     assert relative(logits, theirs.detach()) <= LOGITS["float64"]
-    found = to_torch(gradients)
+    converted = to_torch(gradients)
     for key, parameter in twin.named_parameters():
         if not key.startswith(config.frozen_prefixes):
             # One vector a patch leaves a softmax nothing to weigh.
-            assert name == "bytropix" or np.abs(found[key]).max() > 0, f"{key} takes no part"
-            assert relative(found[key], parameter.grad) <= GRADIENTS["float64"], key
+            assert name == "bytropix" or np.abs(converted[key]).max() > 0, f"{key} takes no part"
+            assert relative(converted[key], parameter.grad) <= GRADIENTS["float64"], key
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -189,17 +189,17 @@ def test_what_lies_before_a_reset_changes_nothing(name, x64):
             rows = ids[:, end] == separator(config)
             changed = ids.copy()
             changed[:, :end] = source.integers(0, config.vocab.size, (3, end))
-            found = run(changed)[rows, end + 1 :]
-            assert relative(found, base[rows, end + 1 :]) <= LOGITS["float64"]
+            actual = run(changed)[rows, end + 1 :]
+            assert relative(actual, base[rows, end + 1 :]) <= LOGITS["float64"]
             if name == "model":
-                np.testing.assert_array_equal(found, base[rows, end + 1 :])
+                np.testing.assert_array_equal(actual, base[rows, end + 1 :])
         # Other words of as many patches.
         letters = (ids > ord("a") + 4) & (ids < ord("z") + 4)
         changed = np.where(letters & (np.arange(LENGTH) < max(ends)), ids + 1, ids)
         rows = ids[:, max(ends)] == separator(config)
         if name not in ("entropy", "bytropix"):
-            found = run(changed)[rows, max(ends) + 1 :]
-            np.testing.assert_array_equal(found, base[rows, max(ends) + 1 :])
+            actual = run(changed)[rows, max(ends) + 1 :]
+            np.testing.assert_array_equal(actual, base[rows, max(ends) + 1 :])
             assert rows.any() and (changed != ids)[rows].any()
 
 
@@ -227,15 +227,15 @@ def test_plans_equal_torch(name):
 
     @jax.jit
     def plans(ids: Any) -> Any:
-        given = segment_starts_of(ids, config)
-        shifted = shift_right(ids, config.vocab.bos_id, given)
-        starts = patching.patch_starts(config, shifted, None, given)
-        counted = patching.present(shifted, config.vocab, given)
-        return counted, [patching.plan_patches(starts, counted, n, given) for n in budgets]
+        segment_starts = segment_starts_of(ids, config)
+        shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
+        starts = patching.patch_starts(config, shifted, None, segment_starts)
+        counted = patching.present(shifted, config.vocab, segment_starts)
+        return counted, [patching.plan_patches(starts, counted, n, segment_starts) for n in budgets]
 
-    counted, found = plans(ids)
+    counted, ours_by_budget = plans(ids)
     assert counted[2, 23:].all() and not counted[1, 21:].any()
-    for budget, ours in zip(budgets, found, strict=True):
+    for budget, ours in zip(budgets, ours_by_budget, strict=True):
         theirs = torch_plan(tiny(name)[2], ids, budget)
         for field, a, b in zip(ours._fields, ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b, field)
@@ -246,20 +246,22 @@ def test_plans_equal_torch(name):
 def torch_plan(twin: Any, ids: np.ndarray, budget: int) -> Any:
     """The torch twin's patches."""
     config, tensor = twin.config, torch.from_numpy(ids).long()
-    given = torch_entropy.segment_starts_of(tensor, config)
-    shifted = torch_entropy.shift_right(tensor, config.vocab.bos_id, given)
-    starts = torch_patching.patch_starts(config, shifted, twin.entropies(shifted, given), given)
-    counted = torch_patching.present(shifted, config.vocab, given)
-    return torch_patching.plan_patches(starts, counted, budget, given)
+    segment_starts = torch_entropy.segment_starts_of(tensor, config)
+    shifted = torch_entropy.shift_right(tensor, config.vocab.bos_id, segment_starts)
+    starts = torch_patching.patch_starts(
+        config, shifted, twin.entropies(shifted, segment_starts), segment_starts
+    )
+    counted = torch_patching.present(shifted, config.vocab, segment_starts)
+    return torch_patching.plan_patches(starts, counted, budget, segment_starts)
 
 
 def test_lines_past_the_budget_stay_apart(x64):
     """They merge into the patch that nobody reads, are counted, and see no other line."""
     (run,), config = forwards("entropy, small budget"), CONFIGS["entropy, small budget"]
     ids = text_ids(config)
-    found = tiny("entropy, small budget")[2].outputs(torch.from_numpy(ids).long())
-    assert (found.metrics["patch_overflow"] > 0).all()
-    base = found.logits.detach().numpy()
+    output = tiny("entropy, small budget")[2].outputs(torch.from_numpy(ids).long())
+    assert (output.metrics["patch_overflow"] > 0).all()
+    base = output.logits.detach().numpy()
     whole = forwards("entropy")[0](ids)
     last = segment_starts(config, ids[0])[-1]
     assert relative(base[0, :4], whole[0, :4]) <= LOGITS["float64"]
@@ -291,13 +293,13 @@ def decoder(name: str) -> Any:
         def body(index: Any, carry: Any) -> Any:
             cache, ids, logits = carry
             previous = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(index - 1, 0), 1, axis=1)
-            given = jax.lax.dynamic_index_in_dim(ids, index, axis=1, keepdims=False)
+            forced = jax.lax.dynamic_index_in_dim(ids, index, axis=1, keepdims=False)
             seen = []
 
-            def choose(found: Any, i: int) -> Any:
-                seen.append(found)
-                likeliest = (found + tilted(config, tilt)[None]).argmax(axis=-1)
-                return jnp.where(index < lengths, given, likeliest.astype(jnp.int32))
+            def choose(row: Any, i: int) -> Any:
+                seen.append(row)
+                likeliest = (row + tilted(config, tilt)[None]).argmax(axis=-1)
+                return jnp.where(index < lengths, forced, likeliest.astype(jnp.int32))
 
             cache, chosen = model.decode_round(cache, previous, index, choose)
             ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen, index, axis=1)
@@ -327,16 +329,16 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, x64):
         # What the prefill wrote from `first` on is junk that the rounds must write once more.
         junk = np.roll(ids, 1, axis=0)
         prompt = np.where(np.arange(LENGTH) < first, ids, junk)[:, :FILLED]
-        cache, _, found = decoder(name)(params, prompt, ids, first, everything, 0.0)
-        assert relative(found[:, first:], expected[:, first:]) <= LOGITS["float64"], first
+        cache, _, actual = decoder(name)(params, prompt, ids, first, everything, 0.0)
+        assert relative(actual[:, first:], expected[:, first:]) <= LOGITS["float64"], first
         np.testing.assert_array_equal(cache.segment_starts, [line_of(config, row) for row in ids])
         if name != "model" and first == 0:
             # Lines end patches that nobody will read: the global transformer runs for no others.
             plan = torch_plan(twin, ids, config.budget(LENGTH))
-            own = plan.numbers[:, :-1]
-            ends = (plan.read_of == own) & (own < config.budget(LENGTH))
+            numbers = plan.numbers[:, :-1]
+            ends = (plan.read_of == numbers) & (numbers < config.budget(LENGTH))
             assert int(cache.global_calls) == int(ends.any(dim=0).sum())
-            assert ends[:, :-1].sum() < (own.diff() > 0).sum()
+            assert ends[:, :-1].sum() < (numbers.diff() > 0).sum()
 
 
 def line_of(config: Any, row: np.ndarray) -> np.ndarray:
@@ -353,12 +355,12 @@ def test_greedy_bytes_are_those_of_whole_passes(name, x64):
         lengths = np.array([first, first + 3, first + 7], np.int32)
         inside = np.arange(LENGTH)[None] < lengths[:, None]
         ids = np.where(inside, text_ids(config), config.vocab.pad_id)
-        _, found, _ = decoder(name)(params, ids[:, :FILLED], ids, first, lengths, tilt)
+        _, actual, _ = decoder(name)(params, ids[:, :FILLED], ids, first, lengths, tilt)
         end, more = min(LENGTH, first + 14), np.asarray(tilted(config, tilt))
         for t in range(first, end):
             chosen = (run(ids)[:, t] + more).argmax(axis=-1)
             ids[:, t] = np.where(t < lengths, ids[:, t], chosen)
-        np.testing.assert_array_equal(found[:, :end], ids[:, :end])
+        np.testing.assert_array_equal(actual[:, :end], ids[:, :end])
         newlines += (ids[:, :end] == separator(config))[~inside[:, :end]].sum()
     assert newlines > 5
 

@@ -163,11 +163,11 @@ def test_entropies_lengths_and_logits(name, tmp_path):
         with torch.no_grad():
             ours = twin.entropies(shifted(row))
             starts = patching.patch_starts(twin.config, shifted(row), ours)
-            found = twin(row)
+            actual = twin(row)
         edges = np.flatnonzero(starts[0]).tolist()
         assert np.diff([*edges, max(length, edges[-1])]).tolist() == lengths
         assert relative(ours, entropies) <= LOGITS["float32"]
-        assert relative(found, logits) <= LOGITS["float32"]
+        assert relative(actual, logits) <= LOGITS["float32"]
         seen.update(lengths)
     assert len(seen) > 3, "patches of several lengths were compared"
 
@@ -226,11 +226,11 @@ def test_the_1b_shape_name_by_name():
         model = transformers.BltForCausalLM(transformers.BltConfig(**fields))
     theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     names, shapes = hf_blt_names(config), abstract_params(config)
-    turned = {
+    renamed = {
         names[key]: leaf.shape[::-1] if key.endswith("kernel") else leaf.shape
         for key, leaf in shapes.items()
     }
-    assert turned == theirs
+    assert renamed == theirs
     assert sum(leaf.size for leaf in shapes.values()) == config.parameter_count() == 4_633_127_680
     assert BLTConfig(encoder_hidden_dim=2816).parameter_count() == 4_633_391_872
     assert blt_config_from_hf(fields) == config

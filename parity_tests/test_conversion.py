@@ -44,15 +44,15 @@ def any_bits(config: ModelConfig, dtype: str, finite: bool = False) -> Params:
     `finite` ones have subnormals where the bits say NaN or infinity.
     """
     source, kind = np.random.default_rng(0), jnp.dtype(dtype)
-    unsigned, made = np.dtype(f"u{kind.itemsize}"), {}
+    unsigned, params = np.dtype(f"u{kind.itemsize}"), {}
     special = np.array([np.inf, -0.0], kind).view(unsigned)
     for name, leaf in traced(config).items():
         raw = np.frombuffer(source.bytes(leaf.size * kind.itemsize), unsigned).copy()
         raw[:4] = [special[0] + 5, special[1], 1, special[1] + 1]
         if finite:
             raw[(raw & special[0]) == special[0]] ^= special[0]
-        made[name] = jnp.array(raw.view(kind).reshape(leaf.shape))
-    return made
+        params[name] = jnp.array(raw.view(kind).reshape(leaf.shape))
+    return params
 
 
 def any_values(config: ModelConfig, dtype: str) -> Params:
@@ -75,9 +75,9 @@ def jax_bits(params: Params) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 def test_the_twin_has_the_same_tensors(variant: str) -> None:
     config = MEGABYTES[variant]
     theirs = {k: tuple(v.shape) for k, v in twin_of(config).state_dict().items()}
-    made = convert.to_torch(any_bits(config, "float32"))
-    assert {name: value.shape for name, value in made.items()} == theirs
-    assert sum(value.size for value in made.values()) == config.parameter_count()
+    converted = convert.to_torch(any_bits(config, "float32"))
+    assert {name: value.shape for name, value in converted.items()} == theirs
+    assert sum(value.size for value in converted.values()) == config.parameter_count()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -188,11 +188,11 @@ def test_both_refuse_the_same_damage_in_the_same_words(
     damage(tensors, fields)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    said = []
+    errors = []
     for load in (convert.load_export, bytelm_torch.from_pretrained):
         with pytest.raises(ValueError) as caught:
             load(tmp_path)
-        said.append(str(caught.value))
-    first = [text.split(" missing;")[0].rpartition(".")[0] for text in said]
-    assert first[0] == first[1] if damage is widen else said[0] == said[1]
-    assert str(tmp_path) in said[0] and "\n" not in said[0]
+        errors.append(str(caught.value))
+    first = [text.split(" missing;")[0].rpartition(".")[0] for text in errors]
+    assert first[0] == first[1] if damage is widen else errors[0] == errors[1]
+    assert str(tmp_path) in errors[0] and "\n" not in errors[0]

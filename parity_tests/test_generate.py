@@ -79,7 +79,8 @@ def test_samplers_agree(fields, x64):
     np.testing.assert_array_equal(np.asarray(left) > 0, right.numpy() > 0)
     np.testing.assert_allclose(left, right.numpy(), rtol=LOGITS["float64"])
     np.testing.assert_array_equal(
-        ours.draw(left, jnp.asarray(uniform)), theirs.draw(right, torch.from_numpy(uniform)).numpy()
+        ours.sample(left, jnp.asarray(uniform)),
+        theirs.sample(right, torch.from_numpy(uniform)).numpy(),
     )
     for special in ({}, {"size": 264, "offset": 4, "pad_id": 3, "bos_id": 2, "eos_id": 1}):
         wide = logits_of_every_entropy(48, special.get("size", 512))
@@ -122,7 +123,7 @@ def test_greedy_bytes_of_the_same_model_are_the_same(variant):
     left, right = ours.SamplerConfig(sampler="greedy"), theirs.SamplerConfig(sampler="greedy")
     prompts = [TEXT[:length] for length in (0, 3, 4, 16, 7, 5, 11)]
     # One by one here, as a ragged batch there.
-    made = [ours.generate(model, [prompt], sampler=left, **options)[0] for prompt in prompts]
-    assert made == theirs.generate(twin, prompts, sampler=right, **options)
-    assert made == theirs.generate_uncached(twin, prompts, sampler=right, **options)
-    assert len(set(b"".join(made))) > 20
+    generated = [ours.generate(model, [prompt], sampler=left, **options)[0] for prompt in prompts]
+    assert generated == theirs.generate(twin, prompts, sampler=right, **options)
+    assert generated == theirs.generate_uncached(twin, prompts, sampler=right, **options)
+    assert len(set(b"".join(generated))) > 20

@@ -72,8 +72,8 @@ def test_other_weights_and_other_configurations_are_noticed(name, folders, tmp_p
             changed = data.replace(old, new)
         else:
             continue
-        for kept in ("model.safetensors", "config.json"):
-            (tmp_path / kept).write_bytes((source / kept).read_bytes())
+        for intact in ("model.safetensors", "config.json"):
+            (tmp_path / intact).write_bytes((source / intact).read_bytes())
         (tmp_path / file).write_bytes(changed)
         for load in loaders(name):
             with pytest.raises(ValueError, match=r"SHA-256\); give an undamaged copy"):
@@ -99,8 +99,8 @@ def test_weights_that_are_not_finite_are_not_imported(name, folders, tmp_path):
     save_file(tensors, file)
     with pytest.raises(ValueError) as caught:
         formats.import_any(folder)
-    said = f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint"
-    assert str(caught.value) == f"{file}: {said}"
+    error = f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint"
+    assert str(caught.value) == f"{file}: {error}"
 
 
 @pytest.mark.parametrize("target", ["link", "../megabyte/model.safetensors", "/etc/hostname"])
@@ -168,10 +168,10 @@ def test_no_loader_runs_a_pickle(kind, folders, tmp_path):
         with pytest.raises(ValueError) as caught:
             load()
         assert "\n" not in str(caught.value)
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         assert cli.main(["import", str(file), "--out", str(tmp_path / "out")]) == 2
-    assert said.getvalue().count("\n") == 1 and not (tmp_path / "out").exists()
+    assert stderr.getvalue().count("\n") == 1 and not (tmp_path / "out").exists()
     with pytest.raises(pickle.UnpicklingError):  # as the examples of earlier projects load theirs
         torch.load(file)
     assert not fired.exists()

@@ -70,9 +70,9 @@ def test_a_jax_model_reads_ids_as_int32_alone(form: str) -> None:
 
     patch = config.patch_size if form == "paper" else 1
     shapes = TEXT.shape, (len(TEXT), patch), (len(TEXT),)
-    given = [jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in shapes]
-    jaxpr = jax.make_jaxpr(run)(abstract_params(config), *given).jaxpr
-    for variable in jaxpr.invars[-len(given) :]:
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in shapes]
+    jaxpr = jax.make_jaxpr(run)(abstract_params(config), *inputs).jaxpr
+    for variable in jaxpr.invars[-len(inputs) :]:
         readers = [each for each in jaxpr.eqns if any(v is variable for v in each.invars)]
         assert readers
         for each in readers:
@@ -97,16 +97,16 @@ def test_a_torch_model_gives_the_same_logits_for_every_integer_dtype(form: str) 
     start = model.round_length
 
     def run(dtype: str) -> list[torch.Tensor]:
-        rows, found = torch.from_numpy(TEXT.astype(dtype)), []
+        rows, rounds = torch.from_numpy(TEXT.astype(dtype)), []
 
         def choose(logits: torch.Tensor, i: int) -> torch.Tensor:
-            found.append(logits)
+            rounds.append(logits)
             return rows[:, start + i]
 
         with torch.no_grad():
             cache = model.prefill(rows[:, :start], model.init_cache(*rows.shape))
             model.decode_round(cache, rows[:, :start], 1, choose)
-            return [model(rows), *found]
+            return [model(rows), *rounds]
 
     expected = run("int64")
     for dtype in DTYPES:
@@ -146,14 +146,16 @@ def test_evaluation_counts_every_byte(package: str) -> None:
         nats = row_nats(torch.from_numpy(TEXT.copy())).numpy()
     else:
         mesh = meshes.make_mesh()
-        made = evaluate.make_row_nats(
+        jax_nats = evaluate.make_row_nats(
             lambda params: lambda rows: params["a.logits"],
             VOCAB.pad_id,
             mesh,
             jnp.dtype("float32"),
             VOCAB.eos_id,
         )
-        nats, counts = jax.device_get(made({"a.logits": jnp.asarray(logits)}, jnp.asarray(TEXT)))
+        nats, counts = jax.device_get(
+            jax_nats({"a.logits": jnp.asarray(logits)}, jnp.asarray(TEXT))
+        )
         assert counts.tolist() == [TEXT.shape[1]] * 2
     np.testing.assert_allclose(nats, TEXT.shape[1] * np.log(VOCAB.size), rtol=1e-6)
 
@@ -179,12 +181,12 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
 
     def run(dtype: str) -> list[Any]:
         rows = array(package, TEXT.astype(dtype))
-        found = [cutting.patch_starts(config, rows), cutting.shifted(rows, 2, VOCAB.pad_id)]
-        found += [
+        results = [cutting.patch_starts(config, rows), cutting.shifted(rows, 2, VOCAB.pad_id)]
+        results += [
             cutting.present(rows, config.vocab),
             segment_starts(rows, config.vocab, "document"),
         ]
-        return [np.asarray(x) for x in (*found, hashed(rows, 1_000_000_007, 101), gradient(rows))]
+        return [np.asarray(x) for x in (*results, hashed(rows, 1_000_000_007, 101), gradient(rows))]
 
     expected = run("int32")
     assert expected[2].all() and not expected[3].any(), "TEXT holds no special id"
@@ -198,7 +200,7 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
 
 @BOTH
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("bad_ids", "expected"),
     [
         (np.zeros((1, 2), bool), "ids: dtype bool; give integers, such as int"),
         (np.zeros((1, 2), np.float32), "ids: dtype float32; give integers, such as int"),
@@ -212,12 +214,12 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
     ],
 )
 def test_what_is_no_id_is_refused_in_one_line(
-    package: str, given: np.ndarray, expected: str, monkeypatch: pytest.MonkeyPatch
+    package: str, bad_ids: np.ndarray, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
     check = (torch_ids if package == "torch" else ids).check_ids
     with pytest.raises(ValueError, match=f"^{expected}") as caught:
-        check(torch.from_numpy(given) if package == "torch" else given, VOCAB.size)
+        check(torch.from_numpy(bad_ids) if package == "torch" else bad_ids, VOCAB.size)
     assert "\n" not in str(caught.value)
 
 
@@ -227,7 +229,7 @@ def test_what_is_no_id_is_refused_in_one_line(
 def test_a_wide_id_in_a_compiled_program_becomes_no_other(
     dtype: str, number: int, x64: None
 ) -> None:
-    made = jax.jit(ids.as_ids)(jnp.asarray([[number]], dtype))
-    assert made.dtype == jnp.int32
-    row = embedding.embed(jnp.zeros((300, 2)), made)
+    converted = jax.jit(ids.as_ids)(jnp.asarray([[number]], dtype))
+    assert converted.dtype == jnp.int32
+    row = embedding.embed(jnp.zeros((300, 2)), converted)
     assert np.isnan(np.asarray(row)).all()

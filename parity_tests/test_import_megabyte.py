@@ -290,8 +290,8 @@ def save_wrapped(state: dict[str, Tensor], folder: Path) -> Path:
 
 
 def save_parameters(state: dict[str, Tensor], folder: Path) -> Path:
-    kept = {f"inner_model.{name}": nn.Parameter(value) for name, value in state.items()}
-    torch.save({"state_dict": kept}, folder / "b.pt")
+    parameters = {f"inner_model.{name}": nn.Parameter(value) for name, value in state.items()}
+    torch.save({"state_dict": parameters}, folder / "b.pt")
     return folder / "b.pt"
 
 
@@ -347,8 +347,8 @@ def test_what_is_not_float32_becomes_it_and_opens(
     command = ["import", str(save_plain(state, tmp_path)), "--out", str(tmp_path / "run")]
     assert cli.main(command) == 0
     rounded = r"bytelm import: float64 was rounded to float32, .* at most [1-6]\.\de-08 \(in .*\)\n"
-    said = capsys.readouterr().err
-    assert re.fullmatch(rounded, said) if dtype is torch.float64 else not said
+    error = capsys.readouterr().err
+    assert re.fullmatch(rounded, error) if dtype is torch.float64 else not error
     recipe, params, _ = checkpoint.load_run(tmp_path / "run")  # as every command opens it
     assert {array.dtype.name for array in params.values()} == {"float32"}
     _, expected = convert_megabyte.import_megabyte(

@@ -282,14 +282,14 @@ def test_dropout_is_by_row_and_remat_and_devices_change_nothing():
         in_specs=(jax.P(), split, split),
         out_specs=jax.P(),
     )
-    found, again = jax.jit(spread, compiler_options=FAST)(params, ids, keys)
-    assert relative_error(np.asarray(found), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
+    actual, again = jax.jit(spread, compiler_options=FAST)(params, ids, keys)
+    assert relative_error(np.asarray(actual), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
     for name, gradient in gradients.items():
         error = relative_error(np.asarray(again[name]), np.asarray(gradient))
         assert error <= tolerances.GRADIENTS["float32"], name
     assert plain(params, ids, keys[::-1])[0] != wanted  # dropout was on
-    turned, _ = plain(params, ids[::-1], keys[::-1])
-    assert relative_error(np.asarray(turned), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
+    flipped, _ = plain(params, ids[::-1], keys[::-1])
+    assert relative_error(np.asarray(flipped), np.asarray(wanted)) <= tolerances.LOGITS["float32"]
 
 
 def test_starts_with_the_declared_scales():

@@ -43,8 +43,8 @@ def test_torch_convolution_equals_the_plain_sum(chunk):
             expected = np.zeros_like(x)
             for j in range(min(count, length)):
                 expected[:, j:] += taps[j] * x[:, : length - j]
-            found = long_convolution(torch.from_numpy(x), torch.from_numpy(taps), chunk).numpy()
-            assert relative_error(found, expected) <= tolerances.LOGITS["float64"], (length, count)
+            actual = long_convolution(torch.from_numpy(x), torch.from_numpy(taps), chunk).numpy()
+            assert relative_error(actual, expected) <= tolerances.LOGITS["float64"], (length, count)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -73,8 +73,8 @@ def test_torch_sums_bfloat16_in_float32():
     length, eps = 3000, torch.finfo(torch.bfloat16).eps / 2
     ones = torch.ones(1, length, 1, dtype=torch.bfloat16)
     exact = torch.arange(1.0, length + 1)
-    found = long_convolution(ones, ones[0], 64)[0, :, 0].float()
-    assert ((found - exact).abs() <= eps * exact).all()
+    actual = long_convolution(ones, ones[0], 64)[0, :, 0].float()
+    assert ((actual - exact).abs() <= eps * exact).all()
     layer = LongConvolution(1, length, 64)
     layer.requires_grad_(False).taps.data = ones[0]
     past = torch.ones_like(layer.empty_past(1, length, torch.bfloat16))
@@ -95,17 +95,17 @@ def test_torch_sparse_dispatch_is_the_dense_sum_and_keeps_positions_apart(rank):
     one_pair = spread[7].expand(70, 2)
     seventh = []
     for chosen in (spread, one_pair, spread.flip(0).index_copy(0, torch.tensor(7), spread[7:8])):
-        found = experts.sparse(x, a, chosen, gates)
+        actual = experts.sparse(x, a, chosen, gates)
         full = torch.zeros(70, 4).scatter(1, chosen, gates)
         dense = experts.dense(x[None], a[None], full[None])[0]
-        error = relative_error(found.detach().numpy(), dense.detach().numpy())
+        error = relative_error(actual.detach().numpy(), dense.detach().numpy())
         assert error <= tolerances.LOGITS["float32"]
         wanted = torch.autograd.grad(dense.square().sum(), experts.parameters())
         for one, other in zip(
-            torch.autograd.grad(found.square().sum(), experts.parameters()), wanted, strict=True
+            torch.autograd.grad(actual.square().sum(), experts.parameters()), wanted, strict=True
         ):
             assert relative_error(one.numpy(), other.numpy()) <= tolerances.GRADIENTS["float32"]
-        seventh.append(found[7].detach().numpy())
+        seventh.append(actual[7].detach().numpy())
     for other in seventh[1:]:  # it stands in groups of other sizes
         assert relative_error(other, seventh[0]) <= tolerances.OTHER_PLACE["float32"]
 

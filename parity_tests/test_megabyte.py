@@ -61,10 +61,10 @@ def test_layers_at_every_input_scale(layer, scale, x64):
     theirs = twin.global_transformer.layers[1]
     for part in layer.split("."):
         ours, theirs = getattr(ours, part), getattr(theirs, part)
-    found = relative_error(
+    error = relative_error(
         np.asarray(ours(jnp.asarray(x))), theirs(torch.from_numpy(x)).detach().numpy()
     )
-    assert found <= tolerances.LOGITS["float64"]
+    assert error <= tolerances.LOGITS["float64"]
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])

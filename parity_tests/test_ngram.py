@@ -95,12 +95,12 @@ def test_embedding_sums_rows_and_padding_adds_nothing(x64):
     upstream = rng.normal(size=(3, 5, 6))
 
     def loss(table):
-        found = bind({"embedding": table})(jnp.asarray(rows))
-        return (found * upstream).sum(), found
+        actual = bind({"embedding": table})(jnp.asarray(rows))
+        return (actual * upstream).sum(), actual
 
-    gradient, found = jax.grad(loss, has_aux=True)(jnp.asarray(table))
+    gradient, actual = jax.grad(loss, has_aux=True)(jnp.asarray(table))
     other = twin(torch.from_numpy(rows))
     (other * torch.from_numpy(upstream)).sum().backward()
-    assert (found[1] == 0).all()
-    np.testing.assert_allclose(found, other.detach(), rtol=0, atol=LOGITS["float64"])
+    assert (actual[1] == 0).all()
+    np.testing.assert_allclose(actual, other.detach(), rtol=0, atol=LOGITS["float64"])
     np.testing.assert_allclose(gradient, twin.weight.grad, rtol=0, atol=GRADIENTS["float64"])

@@ -39,10 +39,10 @@ RECIPE = Recipe(
 )
 
 
-def zeros(optimizer, init, like):
+def zeros(optimizer, init, template):
     """In the place of `steps.compile_init`, which would take most of the time here."""
     return lambda: jax.tree.map(
-        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), like
+        lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), template
     )
 
 
@@ -66,8 +66,8 @@ class Package:
         """The exit code of training."""
         recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
         module, steps = (jax_train, jax_step) if self.name == "jax" else (train, parallel)
-        found = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
-        self._patch.setattr(module, "evaluate", lambda *_: next(found))
+        evaluations = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
+        self._patch.setattr(module, "evaluate", lambda *_: next(evaluations))
         make = self._jax_step if self.name == "jax" else self._torch_step
         self._patch.setattr(steps, "make_train_step", make(skipped, spoiled))
         paths = ["--run-dir", str(self.run), "--data", str(self.text)]
@@ -108,13 +108,13 @@ class Package:
 
     def steps(self):
         """The steps on disk, all of which can be read."""
-        found = checkpoint.saved_steps(self.run)
-        for step in found:
+        steps = checkpoint.saved_steps(self.run)
+        for step in steps:
             if self.name == "jax":
                 jax_checkpoint.load_run(self.run, str(step))
             else:
                 export.from_pretrained(self.run / "checkpoints" / str(step))
-        return found
+        return steps
 
 
 @pytest.fixture(params=["jax", "torch"])
@@ -124,9 +124,9 @@ def package(request, tmp_path, monkeypatch):
 
 def last_line(capsys):
     """The last line on standard error of a command that says nothing on standard output."""
-    said = capsys.readouterr()
-    assert "done" not in said.out and "stopped" not in said.out
-    return said.err.strip().splitlines()[-1]
+    output = capsys.readouterr()
+    assert "done" not in output.out and "stopped" not in output.out
+    return output.err.strip().splitlines()[-1]
 
 
 def test_a_run_that_ends_on_skipped_steps_says_what_is_on_disk(package, capsys):
@@ -144,13 +144,13 @@ def test_good_weights_are_saved_at_the_end_even_where_the_last_step_was_skipped(
 
 
 @pytest.mark.parametrize(
-    ("spoiled", "eval_every", "kept"),
+    ("spoiled", "eval_every", "note"),
     [(1, 1, "no checkpoint was saved"), (3, 0, "the checkpoint of step 2 is kept")],
 )
-def test_weights_that_are_not_finite_end_the_run(package, spoiled, eval_every, kept, capsys):
+def test_weights_that_are_not_finite_end_the_run(package, spoiled, eval_every, note, capsys):
     assert package.command(spoiled=spoiled, eval_every=eval_every) == 1
     line = last_line(capsys)
-    assert f"train: step {spoiled}: {package.leaf} holds NaN or infinity; {kept}" in line
+    assert f"train: step {spoiled}: {package.leaf} holds NaN or infinity; {note}" in line
     assert package.steps() == list(range(1, spoiled))
 
 
@@ -179,9 +179,9 @@ def test_no_command_takes_weights_that_are_not_finite(careless, tmp_path, capsys
         ["parity", run],
     ):
         assert cli.main(command) == 2
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert said.err == (
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert output.err == (
             f"bytelm {command[0]}: checkpoint 3 in {run}/checkpoints: params.to_logits.bias holds "
             "NaN or infinity, so the run had diverged; choose another checkpoint\n"
         )
@@ -192,9 +192,9 @@ def test_no_run_goes_on_from_weights_that_are_not_finite(careless, capsys):
     capsys.readouterr()
     if careless.name == "jax":
         assert careless.command() == 0
-        said = capsys.readouterr()
-        assert "checkpoint 3 in " in said.err and "holds NaN or infinity" in said.err
-        assert f"it is now {careless.run}/damaged/3, and the run goes on from" in said.err
+        output = capsys.readouterr()
+        assert "checkpoint 3 in " in output.err and "holds NaN or infinity" in output.err
+        assert f"it is now {careless.run}/damaged/3, and the run goes on from" in output.err
         assert careless.steps()[-2:] == [2, 3]
     else:
         assert careless.command() == 2

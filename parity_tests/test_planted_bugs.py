@@ -90,7 +90,7 @@ for node in sys.stdin:
     child = os.fork()
     if not child:
         signal.alarm(300)
-        sys.stdout = sys.stderr = open("said", "w")
+        sys.stdout = sys.stderr = open("output", "w")
         os.dup2(sys.stdout.fileno(), 1), os.dup2(sys.stdout.fileno(), 2)
         status = pytest.main(["-x", "-p", "no:cacheprovider", node.strip()])
         sys.stdout.flush()
@@ -127,7 +127,7 @@ def run_suite(copy):
         def run(node):
             server.stdin.write(node + "\n")
             server.stdin.flush()
-            return int(server.stdout.readline()), (copy / "said").read_text()
+            return int(server.stdout.readline()), (copy / "output").read_text()
 
         yield run
 
@@ -141,16 +141,16 @@ def test_a_planted_bug_makes_a_test_fail(bug, copy, run_suite):
         changed = changed.replace(right, wrong)
     (copy / path).write_text(changed)
     try:
-        status, said = run_suite(node)
+        status, output = run_suite(node)
     finally:
         (copy / path).write_text(source)
-    assert status == 1, said
-    assert "1 failed" in said
+    assert status == 1, output
+    assert "1 failed" in output
     # The numbers differ: the bug was not refused on the way, say as a type error.
-    assert "AssertionError" in said or "E       assert" in said, said
+    assert "AssertionError" in output or "E       assert" in output, output
 
 
 def test_without_a_bug_the_same_tests_pass(run_suite):
     # What shows that the failures above come from the bugs and not from the copy.
-    status, said = run_suite(f"{CAUSAL}[paper-float64]")
-    assert status == 0, said
+    status, output = run_suite(f"{CAUSAL}[paper-float64]")
+    assert status == 0, output

@@ -48,9 +48,9 @@ def test_an_encoder_is_compared_but_does_not_generate(tmp_path, capsys):
     (tmp_path / "text").write_bytes(b"an encoder sees every byte")
     options = ["--data", str(tmp_path / "text"), "--length", "9"]
     assert cli.main(["parity", str(tmp_path / "out"), *options]) == 0
-    said = capsys.readouterr().out
-    assert "left out  generation: causal=False, an encoder does not generate" in said
-    assert said.endswith("equal: every tensor within tolerance\n")
+    output = capsys.readouterr().out
+    assert "left out  generation: causal=False, an encoder does not generate" in output
+    assert output.endswith("equal: every tensor within tolerance\n")
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

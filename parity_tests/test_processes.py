@@ -73,14 +73,14 @@ def finish(started):
 
 
 def assert_equal_runs(ours, theirs):
-    told, expected = (
+    actual, expected = (
         [r for r in read_metrics(run / "metrics.jsonl") if "loss" in r] for run in (ours, theirs)
     )
-    assert [r["step"] for r in told] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
-    for mine, other in zip(told, expected, strict=True):
+    assert [r["step"] for r in actual] == [r["step"] for r in expected] == list(range(1, STEPS + 1))
+    for record, other in zip(actual, expected, strict=True):
         for name in ("loss", "grad_norm"):
-            error = abs(mine[name] - other[name]) / other[name]
-            assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, mine, other)
+            error = abs(record[name] - other[name]) / other[name]
+            assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, record, other)
     validations = [
         [r["validation_loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" not in r]
         for run in (ours, theirs)
@@ -128,10 +128,10 @@ def second_of(launcher):
     """The process id of process 1."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            told = (folder / "cmdline").read_bytes().split(b"\0")
+            words = (folder / "cmdline").read_bytes().split(b"\0")
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if int(parent) == launcher and told[-3:-1] == [b"--process-id", b"1"]:
+        if int(parent) == launcher and words[-3:-1] == [b"--process-id", b"1"]:
             return int(folder.name)
     raise AssertionError("process 1 is not there")

@@ -71,8 +71,8 @@ def trainer(name: str) -> Any:
         value, grads = jax.value_and_grad(lambda p: scale * loss_of(jnp, p, ids, targets))(params)
         updates, state = optimizer.update(grads, state, params, value=value)
         agent = state.agent
-        told = agent.actions, agent.cell, agent.explored, agent.judged
-        return (optax.apply_updates(params, updates), state), told
+        trace = agent.actions, agent.cell, agent.explored, agent.judged
+        return (optax.apply_updates(params, updates), state), trace
 
     return optimizer, jax.jit(functools.partial(jax.lax.scan, step))
 
@@ -86,12 +86,12 @@ class JaxRun:
         self.state = optimizer.init(self.params)
 
     def train(self, *batches: np.ndarray) -> dict[str, np.ndarray]:
-        told = []
+        trace = []
         for at in range(0, len(batches[0]), CHUNK):
             chunk = tuple(rows[at : at + CHUNK] for rows in batches)
             (self.params, self.state), rows = self.scan((self.params, self.state), chunk)
-            told.append(jax.tree.map(np.asarray, rows))
-        return dict(zip(TOLD, map(np.concatenate, zip(*told, strict=True)), strict=True))
+            trace.append(jax.tree.map(np.asarray, rows))
+        return dict(zip(TOLD, map(np.concatenate, zip(*trace, strict=True)), strict=True))
 
 
 class TorchRun:
@@ -100,8 +100,8 @@ class TorchRun:
     def __init__(self, **arguments: Any):
         self.weights = {}
         for name, value in start().items():
-            turned = np.swapaxes(value, -1, -2) if name in TURNED else value
-            weight = torch.nn.Parameter(torch.tensor(turned.copy()))
+            transposed = np.swapaxes(value, -1, -2) if name in TURNED else value
+            weight = torch.nn.Parameter(torch.tensor(transposed.copy()))
             weight.bytelm_path = name
             self.weights[name] = weight
         arguments["lr"] = arguments.pop("learning_rate")
@@ -109,15 +109,15 @@ class TorchRun:
         self.optimizer = EnhancedSGD(reversed(list(self.weights.values())), **arguments)
 
     def train(self, *batches: np.ndarray) -> dict[str, np.ndarray]:
-        told = []
+        trace = []
         for ids, targets, scale in zip(*map(torch.from_numpy, batches), strict=True):
             self.optimizer.zero_grad()
             value = scale * loss_of(torch, self.params(), ids, targets)
             value.backward()
             self.optimizer.step(loss=value)
             agent = self.optimizer.agent
-            told.append((agent.actions, agent.cell, agent.explored, agent.judged))
-        rows = [torch.stack(column).numpy() for column in zip(*told, strict=True)]
+            trace.append((agent.actions, agent.cell, agent.explored, agent.judged))
+        rows = [torch.stack(column).numpy() for column in zip(*trace, strict=True)]
         return dict(zip(TOLD, rows, strict=True))
 
     def params(self) -> dict[str, Tensor]:
@@ -145,8 +145,8 @@ ARGUMENTS = {
 
 
 def arguments_of(name: str, package: Any) -> dict[str, Any]:
-    given = ARGUMENTS[name]
-    return {**given, "controller": package.QLearningConfig(**given.get("controller", {}))}
+    arguments = ARGUMENTS[name]
+    return {**arguments, "controller": package.QLearningConfig(**arguments.get("controller", {}))}
 
 
 def both(name: str) -> tuple[JaxRun, TorchRun]:
@@ -186,9 +186,9 @@ def test_normals_are_the_same(x64, dtype):
 def test_200_steps_with_noise_end_at_the_same_parameters(x64):
     run, twin = both("noise")
     batches = inputs(200)
-    told, same = run.train(*batches), twin.train(*batches)
+    trace, same = run.train(*batches), twin.train(*batches)
     assert differs(run, twin) <= AFTER_200_STEPS
-    np.testing.assert_array_equal(told["actions"], same["actions"])
+    np.testing.assert_array_equal(trace["actions"], same["actions"])
     ours, others = q_learning_metrics(run.state), torch_metrics(twin.optimizer)
     assert ours.keys() == others.keys()
     for metric, value in ours.items():
@@ -205,8 +205,8 @@ def test_actions_are_the_same_for_2000_steps(x64):
         rows.append((run.train(*chunk), twin.train(*chunk)))
         assert differs(run, twin) <= AFTER_200_STEPS
     for what in TOLD:
-        for told, same in rows:
-            np.testing.assert_array_equal(told[what], same[what])
+        for trace, same in rows:
+            np.testing.assert_array_equal(trace[what], same[what])
     same = rows[-1][1]
     assert len(np.unique(same["actions"][:, 0])) == len(
         bytelm_jax.optimizers.q_agent.LEARNING_RATE_ACTIONS
@@ -236,7 +236,7 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
         )
         return agent, (agent.actions, agent.cell, agent.skipped, agent.explored)
 
-    agent, told = jax.jit(functools.partial(jax.lax.scan, step))(agent, signals)
+    agent, trace = jax.jit(functools.partial(jax.lax.scan, step))(agent, signals)
 
     other_config = bytelm_torch.optimizers.q_agent.QLearningConfig(interval=interval)
     kind, device = getattr(torch, dtype), torch.device("cpu")
@@ -245,7 +245,7 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
     for signal in zip(*map(torch.from_numpy, signals), strict=True):
         other, _ = bytelm_torch.optimizers.q_agent.step_agent(other, *signal, other_config, True)
         same.append((other.actions, other.cell, other.skipped, other.explored))
-    for a, b in zip(told, zip(*same, strict=True), strict=True):
+    for a, b in zip(trace, zip(*same, strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(a), torch.stack(b).numpy())
     assert 70 < int(other.skipped) == int(np.sum(~np.isfinite(losses) | ~np.isfinite(norms)))
     tables = np.asarray(agent.q_learning_rate), other.q_learning_rate.numpy()
@@ -278,8 +278,8 @@ def test_steps_that_are_not_finite_are_skipped_alike(x64):
     run, twin = both("plain")
     batches = inputs(CHUNK)
     batches[2][[0, 7, 8, 30]] = [np.nan, np.inf, np.nan, -np.inf]
-    told, same = run.train(*batches), twin.train(*batches)
-    np.testing.assert_array_equal(told["actions"], same["actions"])
+    trace, same = run.train(*batches), twin.train(*batches)
+    np.testing.assert_array_equal(trace["actions"], same["actions"])
     assert differs(run, twin) <= AFTER_200_STEPS
     assert int(q_learning_metrics(run.state)["skipped_steps"]) == 4
     assert int(torch_metrics(twin.optimizer)["skipped_steps"]) == 4

@@ -94,8 +94,8 @@ def test_logits_are_those_of_each_line_alone(form, x64):
             for stop in {end, len(row)}:
                 wanted = alone(torch.from_numpy(row[None, segment_start:stop])).detach().numpy()[0]
                 wanted = wanted[: end - segment_start]
-                for found in (logits[segment_start:end], other[segment_start:end]):
-                    assert relative_error(found, wanted) <= tolerances.LOGITS["float64"]
+                for actual in (logits[segment_start:end], other[segment_start:end]):
+                    assert relative_error(actual, wanted) <= tolerances.LOGITS["float64"]
     assert relative_error(ours, alone(torch.from_numpy(ids)).detach().numpy()) > 0.01
 
 
@@ -112,8 +112,10 @@ def test_no_logit_sees_its_own_byte_a_later_one_or_another_line(form, x64):
             for byte in (NEWLINE, 65):  # that a line ends here must not be known here
                 changed = ids.copy()
                 changed[:, position:] = byte
-                kept = slice(0, position + 1)
-                np.testing.assert_array_equal(run(changed)[:, kept], before[:, kept])
+                before_change = slice(0, position + 1)
+                np.testing.assert_array_equal(
+                    run(changed)[:, before_change], before[:, before_change]
+                )
         changed = ids.copy()
         for row, segment_start in zip(
             changed, (23, 15, 0), strict=True
@@ -187,7 +189,7 @@ def test_cached_generation_is_uncached_generation(form, bias, quick_compilation)
     prompts = [PROMPT[:length] for length in range(21)]
     greedy = SamplerConfig(sampler="greedy")
     wanted = torch_generate_uncached(twin, prompts, 12, greedy, stop_at_eos=False)
-    newlines = sum(made.count(b"\n") for made in wanted)
+    newlines = sum(text.count(b"\n") for text in wanted)
     assert 12 < newlines < 12 * 20
     # One batch without a prefill, and two whose shortest prompt is prefilled.
     for low, high in ((0, 8), (5, 13), (13, 21)):
@@ -207,10 +209,10 @@ def test_cached_decoding_of_transformers_with_rows_of_unequal_length(form, reset
     with torch.inference_mode():
         whole = twin(ids)
         cache = ByteCache(twin, 3, 16, None)  # which grows on the way
-        found = [cache.prefill(ids[:, :12], lengths)]
+        rounds = [cache.prefill(ids[:, :12], lengths)]
         for step in range(12):
-            found.append(cache.append(ids[torch.arange(3), lengths + step]))
-    for step, logits in enumerate(found):
+            rounds.append(cache.append(ids[torch.arange(3), lengths + step]))
+    for step, logits in enumerate(rounds):
         wanted = whole[torch.arange(3), lengths + step]
         error = relative_error(logits[:, 0].numpy(), wanted.numpy())
         assert error <= tolerances.OTHER_PLACE["float64"]
@@ -233,5 +235,5 @@ def test_the_convolution_within_segments_is_the_plain_sum(taps, x64):
             )
     ours = np.asarray(jax.jit(segmented_convolution)(x, kernel, segment_positions))
     theirs = torch_convolution(*map(torch.from_numpy, (x, kernel, segment_positions))).numpy()
-    for found in (ours, theirs):
-        assert relative_error(found, wanted) <= tolerances.LOGITS["float64"]
+    for actual in (ours, theirs):
+        assert relative_error(actual, wanted) <= tolerances.LOGITS["float64"]

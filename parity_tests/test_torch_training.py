@@ -74,9 +74,9 @@ def corpus(tmp_path_factory):
 
 
 def torch_recipe(corpus, **changes):
-    made = replace(RECIPE, data=replace(RECIPE.data, paths=(str(corpus),)))
-    made = replace(made, train=replace(made.train, **changes))
-    return from_dict(TorchRecipe, to_dict(made))
+    recipe = replace(RECIPE, data=replace(RECIPE.data, paths=(str(corpus),)))
+    recipe = replace(recipe, train=replace(recipe.train, **changes))
+    return from_dict(TorchRecipe, to_dict(recipe))
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +109,9 @@ def test_the_batches_are_those_of_jax(corpus):
     windows = data.Windows(data.open_corpus([corpus]), MODEL.vocab, 15, True)
     for process in range(2):
         arguments = (windows, 4, 7, 3, process, 2)
-        made, expected = torch_batches(*arguments), jax_batches(*arguments)
+        actual, expected = torch_batches(*arguments), jax_batches(*arguments)
         for _ in range(2 * len(windows) // 4):  # into the third epoch
-            np.testing.assert_array_equal(next(made), next(expected), strict=True)
+            np.testing.assert_array_equal(next(actual), next(expected), strict=True)
     with pytest.raises(ValueError, match="batch_size=3: must be a positive multiple"):
         torch_batches(windows, 3, 0, 0, 0, 2)
 
@@ -129,12 +129,12 @@ def test_both_packages_log_the_same_run(corpus, one_process, tmp_path):
     assert (
         [line["step"] for line in ours] == [line["step"] for line in theirs] == [1, 2, 3, 4, 5, 5]
     )
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
+    for record, other in zip(ours, theirs, strict=True):
+        assert record.keys() == other.keys()
         for name in ("loss", "grad_norm", "learning_rate", "validation_bits_per_byte"):
-            if name in mine:
-                error = abs(mine[name] - other[name]) / mine[name]
-                assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, mine, other)
+            if name in record:
+                error = abs(record[name] - other[name]) / record[name]
+                assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, record, other)
     assert ours[4]["loss"] < ours[0]["loss"]
     assert (one_process / "config.json").read_text() == (tmp_path / "config.json").read_text()
 
@@ -184,8 +184,8 @@ def test_initial_weights_of_any_dtype_become_float32(corpus, start, tmp_path):
     model = bytelm_torch.from_pretrained(start, torch.bfloat16)
     recipe, alone = torch_recipe(corpus), parallel.Group(0, 1, torch.device("cpu"))
     bytelm_torch.save_pretrained(model, tmp_path / "sixteen")
-    made = train._start_model(recipe, tmp_path / "sixteen", alone)
-    assert {value.dtype for value in made.parameters()} == {torch.float32}
+    started = train._start_model(recipe, tmp_path / "sixteen", alone)
+    assert {value.dtype for value in started.parameters()} == {torch.float32}
     model.double().to_logits.bias.data[3] = 1e39
     bytelm_torch.save_pretrained(model, tmp_path / "large")
     line = r"large: to_logits\.bias holds a number too large for float32$"
@@ -271,5 +271,5 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
     }.items():
         run = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "nothing")]
         assert train.main([*arguments, *run]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith(expected) and said.count("\n") == 1, said
+        error = capsys.readouterr().err
+        assert error.startswith(expected) and error.count("\n") == 1, error

@@ -102,7 +102,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
         patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params)
     try:
-        told = run_torch(twin, optimizer, batches)
+        agent_reports = run_torch(twin, optimizer, batches)
         theirs = {k: v.clone().numpy() for k, v in twin.state_dict().items()}
     finally:
         twin.load_state_dict(before)
@@ -113,12 +113,12 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
     assert reports[-1]["loss"] < reports[0]["loss"]
     moved = relative_error(theirs["to_logits.weight"], before["to_logits.weight"].numpy())
     assert moved > 0.01
-    assert len(told) == (count if optimizer.has_agent else 0)
-    for report, metrics in zip(reports, told, strict=False):
+    assert len(agent_reports) == (count if optimizer.has_agent else 0)
+    for report, metrics in zip(reports, agent_reports, strict=False):
         for what, value in metrics.items():
             assert report[what] == pytest.approx(value, rel=tolerances.AFTER_200_STEPS), what
-    if told:
-        actions = [(m["learning_rate_action"], m["momentum_action"]) for m in told]
+    if agent_reports:
+        actions = [(m["learning_rate_action"], m["momentum_action"]) for m in agent_reports]
         assert len(set(actions)) > 10
 
 
@@ -126,7 +126,7 @@ def run_torch(twin, optimizer, batches):
     """Trains the twin in place; what the optimizer reported at every step."""
     stepper = build_torch_optimizer(optimizer, twin)
     schedule = learning_rate_schedule(optimizer, len(batches))
-    told = []
+    agent_reports = []
     for count, ids in enumerate(batches):
         for group in stepper.param_groups:
             group["lr"] = schedule(count)
@@ -137,11 +137,11 @@ def run_torch(twin, optimizer, batches):
         if isinstance(stepper, EnhancedSGD | QLearning):
             stepper.step(loss=nats / counted)
             metrics = torch_q_learning_metrics(stepper)
-            told.append({what: float(value) for what, value in metrics.items()})
+            agent_reports.append({what: float(value) for what, value in metrics.items()})
         else:
             clip_by_global_norm(twin.parameters(), optimizer.max_grad_norm)
             stepper.step()
-    return told
+    return agent_reports
 
 
 SMALL = replace(MEGABYTES["in_action"], init_std=0.05, dropout=0.1, global_layers=1, local_layers=1)

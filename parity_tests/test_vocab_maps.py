@@ -40,7 +40,7 @@ MODELS = {
 TEXT = ["Fünf alte Löwe".encode(), bytes(range(240, 256))]
 
 
-def drawn(config):
+def random_params(config):
     source = np.random.default_rng(0)
     leaves = abstract_params(config).items()
     return {k: jnp.asarray(0.5 * source.standard_normal(v.shape)) for k, v in leaves}
@@ -63,24 +63,24 @@ def row_nats(config, params):
 @pytest.mark.parametrize("name", MODELS)
 def test_each_byte_costs_the_same_under_every_map(name, x64, tmp_path):
     config, vocabs = MODELS[name]
-    params = drawn(config)
+    params = random_params(config)
     before = np.array(row_nats(config, params))
     convert.export_model(config, params, tmp_path / "before")
     options = ([text[:8] for text in TEXT], 12, SamplerConfig(sampler="greedy"))
     texts = generate(bytelm_torch.from_pretrained(tmp_path / "before"), *options)
     assert all(len(text) == 12 for text in texts)
     for vocab in vocabs:
-        made, moved = remap_vocab(config, params, vocab)
-        assert made.vocab == vocab
+        remapped, moved = remap_vocab(config, params, vocab)
+        assert remapped.vocab == vocab
         assert {k: v.shape for k, v in moved.items()} == {
-            k: v.shape for k, v in abstract_params(made).items()
+            k: v.shape for k, v in abstract_params(remapped).items()
         }
-        after = np.array(row_nats(made, moved))
+        after = np.array(row_nats(remapped, moved))
         assert np.abs(after / before - 1).max() <= LOGITS["float64"]
-        convert.export_model(made, moved, tmp_path / "after")
+        convert.export_model(remapped, moved, tmp_path / "after")
         twin = bytelm_torch.from_pretrained(tmp_path / "after")
         assert generate(twin, *options) == texts
-        back, restored = remap_vocab(made, moved, config.vocab)
+        back, restored = remap_vocab(remapped, moved, config.vocab)
         assert back == config
         for key, value in restored.items():
             rows = config.vocab.size if key.startswith("to_logits") else value.shape[-1]
@@ -90,8 +90,8 @@ def test_each_byte_costs_the_same_under_every_map(name, x64, tmp_path):
 
 def test_the_map_is_that_of_the_config_in_torch_too(x64, tmp_path):
     config, _ = MODELS["megabyte"]
-    made, moved = remap_vocab(config, drawn(config), WIDE)
-    convert.export_model(made, moved, tmp_path)
+    remapped, moved = remap_vocab(config, random_params(config), WIDE)
+    convert.export_model(remapped, moved, tmp_path)
     twin = bytelm_torch.from_pretrained(tmp_path)
     assert vars(twin.config.vocab) == vars(WIDE)
     with torch.no_grad():
@@ -103,9 +103,9 @@ def test_the_map_is_that_of_the_config_in_torch_too(x64, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_an_id_without_probability_stays_so_in_every_dtype(dtype):
     config, _ = MODELS["megabyte"]
-    made, moved = remap_vocab(config, drawn(config), WIDE)
+    remapped, moved = remap_vocab(config, random_params(config), WIDE)
     narrow = {name: value.astype(dtype).astype("float32") for name, value in moved.items()}
-    back, _ = remap_vocab(made, narrow, config.vocab)  # leaves out the ids that were added
+    back, _ = remap_vocab(remapped, narrow, config.vocab)  # leaves out the ids that were added
     assert back == config
 
 
@@ -113,9 +113,9 @@ def test_what_has_no_equal_is_refused(x64):
     config = replace(MODELS["blt"][0], ngram_sizes=(3,), ngram_rows=5)
     shifted = ByteVocab(size=260, offset=0, pad_id=256, bos_id=257, eos_id=258)
     with pytest.raises(ValueError, match=r"ngram_sizes=\(3,\) hashes ids, .* keep its vocabulary"):
-        remap_vocab(config, drawn(config), shifted)
+        remap_vocab(config, random_params(config), shifted)
     with pytest.raises(ValueError, match=r"size=600: the last layer has no bias, .* keep size=260"):
-        remap_vocab(_ENTROPY, drawn(_ENTROPY), WIDE)
+        remap_vocab(_ENTROPY, random_params(_ENTROPY), WIDE)
     config, _ = MODELS["megabyte"]
     with pytest.raises(ValueError, match=r"size=300: too small for the 512 ids .* at least 512"):
-        remap_vocab(config, drawn(config), ByteVocab(size=300))
+        remap_vocab(config, random_params(config), ByteVocab(size=300))

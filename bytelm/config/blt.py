@@ -176,11 +176,12 @@ class BLTConfig(ArchitectureConfig):
             self.patcher != "entropy" or self.entropy.vocab == self.vocab,
             f"entropy.vocab={self.entropy.vocab}: must be the model's own, {self.vocab}",
         )
-        theirs, ours = self.entropy.reset_on, self.reset_on
+        entropy_resets, model_resets = self.entropy.reset_on, self.reset_on
         require(
-            self.patcher != "entropy" or theirs == ours,
-            f"entropy.reset_on={theirs!r}: must be the model's own, {ours!r}; give --reset-on "
-            f"{theirs}, or an entropy model that was trained with --reset-on {ours}",
+            self.patcher != "entropy" or entropy_resets == model_resets,
+            f"entropy.reset_on={entropy_resets!r}: must be the model's own, {model_resets!r}; give "
+            f"--reset-on {entropy_resets}, or an entropy model that was trained with --reset-on "
+            f"{model_resets}",
         )
         self._check_ngrams()
 

@@ -272,9 +272,9 @@ def optimizers_with(field_name: str) -> list[str]:
     """The names of the optimizers that have the field; `controller.interval` goes by `interval`."""
 
     def has(kind: type[OptimizerConfig]) -> bool:
-        own = {f.name: getattr(kind(), f.name) for f in fields(kind)}
-        inner = {f"{n}.{f.name}" for n, v in own.items() if is_dataclass(v) for f in fields(v)}
-        return field_name in own or any(field_name in (n, n.partition(".")[2]) for n in inner)
+        values = {f.name: getattr(kind(), f.name) for f in fields(kind)}
+        inner = {f"{n}.{f.name}" for n, v in values.items() if is_dataclass(v) for f in fields(v)}
+        return field_name in values or any(field_name in (n, n.partition(".")[2]) for n in inner)
 
     return [name for name, kind in OPTIMIZER_CONFIGS.items() if has(kind)]
 
@@ -290,16 +290,16 @@ def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
     if kind is type(config):
         return config
     usual = type(config)()
-    shared = {own.name for own in fields(OptimizerConfig)}
-    values = {own.name: getattr(config, own.name) for own in fields(config)}
-    kept = {k: v for k, v in values.items() if k in shared or v != getattr(usual, k)}
-    for field_name, value in kept.items():
+    shared = {field.name for field in fields(OptimizerConfig)}
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    changed = {k: v for k, v in values.items() if k in shared or v != getattr(usual, k)}
+    for field_name, value in changed.items():
         _require_effect(kind, field_name, value, "optimizer")
     ratio = kind.adamw_rate / type(config).adamw_rate
     if ratio != 1:  # in decimals, so that a file shows 0.003 / 10 as 0.0003
-        kept["learning_rate"] = float(f"{kept['learning_rate'] / ratio:.12g}")
-        kept["weight_decay"] = float(f"{kept['weight_decay'] * ratio:.12g}")
-    return kind(**kept)
+        changed["learning_rate"] = float(f"{changed['learning_rate'] / ratio:.12g}")
+        changed["weight_decay"] = float(f"{changed['weight_decay'] * ratio:.12g}")
+    return kind(**changed)
 
 
 def without_foreign_fields(
@@ -309,20 +309,20 @@ def without_foreign_fields(
 
     One that is not at its old default raises `ValueError`.
     """
-    own, kept = {f.name for f in fields(kind)}, dict[str, Any]()
+    names, accepted = {f.name for f in fields(kind)}, dict[str, Any]()
     for name, value in values.items():
-        if name in own or name not in _FLAT_FORM:
+        if name in names or name not in _FLAT_FORM:
             _require_effect(kind, name, value, where)
-            kept[name] = value
+            accepted[name] = value
             continue
         usual = _FLAT_FORM[name]
         if isinstance(usual, dict) and isinstance(value, dict):
-            for leaf, given in value.items():
-                if leaf not in usual or given != usual[leaf]:
-                    _require_effect(kind, f"{name}.{leaf}", given, where)
+            for leaf, leaf_value in value.items():
+                if leaf not in usual or leaf_value != usual[leaf]:
+                    _require_effect(kind, f"{name}.{leaf}", leaf_value, where)
         elif value != usual:
             _require_effect(kind, name, value, where)
-    return kept
+    return accepted
 
 
 def _require_effect(kind: type[OptimizerConfig], name: str, value: Any, where: str) -> None:

@@ -179,9 +179,9 @@ def list_files(path: str | Path) -> list[tuple[str, str]]:
 
 
 def _library_files(library: str) -> list[tuple[str, str]]:
-    made_on_installation = ("_sysconfigdata", "config-")  # differs from machine to machine
-    found = [each for each in _walk(library, _NOT_LIBRARY) if each[0].endswith(".py")]
-    return [each for each in found if not each[0].startswith(made_on_installation)]
+    installed = ("_sysconfigdata", "config-")  # differs from machine to machine
+    files = [each for each in _walk(library, _NOT_LIBRARY) if each[0].endswith(".py")]
+    return [each for each in files if not each[0].startswith(installed)]
 
 
 def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
@@ -191,20 +191,20 @@ def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
     def enters(folder: str, name: str) -> bool:
         if name.startswith(".") or name in left_out:
             return False
-        here, there = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
-        if there in seen or os.path.commonpath((here, there)) == there:  # seen, or a loop
+        parent, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
+        if target in seen or os.path.commonpath((parent, target)) == target:  # seen, or a loop
             return False
-        seen.add(there)
+        seen.add(target)
         return True
 
     def fail(error: OSError) -> None:
         raise ValueError(unreadable(str(error.filename), error))
 
-    found = []
+    paths = []
     for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
         folders[:] = [name for name in sorted(folders) if enters(folder, name)]
-        found += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in found)
+        paths += [os.path.join(folder, name) for name in files if not name.startswith(".")]
+    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
 
 
 def assemble(
@@ -232,9 +232,9 @@ def assemble(
 
 def _inspect(path: str, damaged_is_plain: bool) -> tuple[int, Int64[np.ndarray, " documents"]]:
     """Size of a file and the ends of its documents: none if it is empty or no regular file."""
-    found = os.stat(path)
-    size = found.st_size
-    if not stat.S_ISREG(found.st_mode) or not size:
+    status = os.stat(path)
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode) or not size:
         return 0, np.zeros(0, np.int64)
     with open(path, "rb") as file:
         file.seek(max(0, size - _FOOTER_TAIL))

@@ -49,12 +49,12 @@ def _encrypt(value: Any, half: int, keys: tuple[int, ...]) -> Any:
     """Simon's Feistel network on two words of `half` bits, of an integer or an array of them."""
     mask = (1 << half) - 1
 
-    def turned(word: Any, by: int) -> Any:
+    def rotate(word: Any, by: int) -> Any:
         return (word << by | word >> (half - by)) & mask
 
     left, right = value >> half & mask, value & mask
     for key in keys:
-        mixed = turned(right, 1) & turned(right, 8) ^ turned(right, 2)
+        mixed = rotate(right, 1) & rotate(right, 8) ^ rotate(right, 2)
         left, right = right, left ^ mixed ^ (key & mask)
     return left << half | right
 
@@ -67,7 +67,7 @@ def _shuffle_seed(seed: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _round_keys(seed: int) -> tuple[int, ...]:
     """`std::seed_seq{seed}.generate` of four words (C++ standard, [rand.util.seedseq])."""
-    n, given = _ROUNDS, (seed,)
+    n, seeds = _ROUNDS, (seed,)
     words = [0x8B8B8B8B] * n
     near, far = 1, 2  # p and q of the standard for n = 4
 
@@ -78,7 +78,7 @@ def _round_keys(seed: int) -> tuple[int, ...]:
     for k in range(n):
         mixed = words[k] ^ words[(k + near) % n] ^ words[(k - 1) % n]
         first = scrambled(mixed, 1664525)
-        extra = len(given) if k == 0 else k + (given[k - 1] if k <= len(given) else 0)
+        extra = len(seeds) if k == 0 else k + (seeds[k - 1] if k <= len(seeds) else 0)
         second = (first + extra) % _WORD
         words[(k + near) % n] = (words[(k + near) % n] + first) % _WORD
         words[(k + far) % n] = (words[(k + far) % n] + second) % _WORD

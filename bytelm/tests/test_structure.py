@@ -79,12 +79,12 @@ def arrows():
 def test_imports_go_down():
     up = []
     for module, imported in arrows():
-        here, there = floor(module), floor(imported)
-        if here is None:
+        importer, target = floor(module), floor(imported)
+        if importer is None:
             continue
         package = module.partition(".")[0]
-        front = there is None and package != "bytelm" and imported.partition(".")[0] == package
-        if front or (there and there[0] > here[0]):
+        front = target is None and package != "bytelm" and imported.partition(".")[0] == package
+        if front or (target and target[0] > importer[0]):
             up.append(f"{module} imports {imported}")
     assert not up, "\n".join(up)
 
@@ -121,8 +121,8 @@ def test_what_is_imported_at_once():
         if package == "bytelm":
             wrong += [f"{module} imports {name}" for name in {*imported_at_once(tree)} - light]
         elif package == "bytelm_torch":
-            found = {name.partition(".")[0] for name in imports(tree, package, set())}
-            wrong += [f"{module} imports {name}" for name in found & jax_side]
+            imported = {name.partition(".")[0] for name in imports(tree, package, set())}
+            wrong += [f"{module} imports {name}" for name in imported & jax_side]
     assert not wrong, "\n".join(wrong)
 
 
@@ -203,6 +203,6 @@ def test_kernels_and_training_alone_ask_about_the_machine():
         if module.partition(".")[0] != "bytelm_jax":
             continue
         if not module.startswith(("bytelm_jax.kernels", "bytelm_jax.training")):
-            found = machine_questions(ast.parse(path.read_text("utf-8")))
-            asked += [f"{module}, line {line}: {name}" for line, name in found]
+            questions = machine_questions(ast.parse(path.read_text("utf-8")))
+            asked += [f"{module}, line {line}: {name}" for line, name in questions]
     assert not asked, "\n".join(asked)

@@ -21,8 +21,8 @@ MORE = [{"step": 3, "loss": 1.25}, {"step": 4, "loss": 1.0}]
 
 
 def recipe(*names):
-    made = recipes.get("megabyte_tiny")
-    return replace(made, train=replace(made.train, track=names))
+    tiny = recipes.get("megabyte_tiny")
+    return replace(tiny, train=replace(tiny.train, track=names))
 
 
 def logged(folder, start, records, *names):
@@ -50,13 +50,13 @@ def test_tensorboard_reads_what_the_metrics_file_says(tmp_path):
         names = events.Tags()["scalars"]
         return {(name, e.step): e.value for name in names for e in events.Scalars(name)}
 
-    said = logged(tmp_path, 0, RECORDS, "tensorboard")
-    assert said == RECORDS
+    records = logged(tmp_path, 0, RECORDS, "tensorboard")
+    assert records == RECORDS
     assert read() == pytest.approx(scalars(RECORDS))
     # Killed behind step 2, the run goes on from a checkpoint of step 1.
-    said = logged(tmp_path, 1, MORE, "tensorboard")
-    assert scalars(said) == scalars([RECORDS[0], *MORE])
-    assert read() == pytest.approx(scalars(said))
+    records = logged(tmp_path, 1, MORE, "tensorboard")
+    assert scalars(records) == scalars([RECORDS[0], *MORE])
+    assert read() == pytest.approx(scalars(records))
 
 
 def wandb_records(path):
@@ -82,16 +82,16 @@ def test_offline_weights_and_biases_hold_what_the_metrics_file_says(tmp_path, mo
     monkeypatch.setenv("WANDB_MODE", "offline")
     logged(tmp_path, 0, RECORDS, "wandb")
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    found, config = {}, {}
+    values, config = {}, {}
     for record in wandb_records(path):
         if record.WhichOneof("record_type") == "history":
             items = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
             step = record.history.step.num
-            found |= {(k, step): json.loads(v) for k, v in items.items() if not k.startswith("_")}
+            values |= {(k, step): json.loads(v) for k, v in items.items() if not k.startswith("_")}
         elif record.WhichOneof("record_type") == "run":
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
             assert record.run.run_id == (tmp_path / "wandb" / "id").read_text()
-    assert found == scalars(RECORDS)
+    assert values == scalars(RECORDS)
     assert config["model"]["architecture"] == "megabyte"
 
 
@@ -108,9 +108,9 @@ def test_a_missing_package_is_one_line_before_anything_is_made(
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
     argv = ["train", "megabyte_tiny", "--track", name, "--run-dir", str(tmp_path / "run")]
     assert cli.main(argv) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"train.track={name}: the package {package} is not" in said
-    assert "pip install 'bytelm[track]'" in said and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"train.track={name}: the package {package} is not" in error
+    assert "pip install 'bytelm[track]'" in error and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("package", ["bytelm_jax", "bytelm_torch"])

@@ -43,10 +43,10 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
     shape = dataclasses.make_dataclass("Overrides", kinds.items(), frozen=True)
     default = shape(**{name: getattr(recipe, name) for name in _SECTIONS})
     args = expand_names(recipe, argv)
-    found = _parse(
+    overrides = _parse(
         lambda: tyro.cli(shape, args=args, default=default, prog=prog, description=description)
     )
-    return dataclasses.replace(recipe, **{n: getattr(found, n) for n in _SECTIONS})
+    return dataclasses.replace(recipe, **{n: getattr(overrides, n) for n in _SECTIONS})
 
 
 def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
@@ -68,13 +68,13 @@ def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]
     rest: list[str] = []
     seen, value, waits = "", None, False
     for argument in argv:
-        name, equals, behind = argument.partition("=")
+        name, equals, attached = argument.partition("=")
         if waits:
             value, waits = "" if argument.startswith("--") else argument, False
         elif name.startswith("--") and name[2:].replace("-", "_") in names:
             if seen and seen.replace("-", "_") != name.replace("-", "_"):
                 raise UsageError(f"{seen} and {name}: mean the same; give one of them")
-            seen, value, waits = name, behind, not equals
+            seen, value, waits = name, attached, not equals
         else:
             rest.append(argument)
     if seen and not value:
@@ -84,11 +84,11 @@ def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]
 
 def take_flag(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
     """Whether `--name`, which takes no value, is given, and the other arguments."""
-    given = [a for a in argv if a.split("=")[0].replace("_", "-") == f"--{name}"]
-    for argument in given:
+    matches = [a for a in argv if a.split("=")[0].replace("_", "-") == f"--{name}"]
+    for argument in matches:
         if "=" in argument:
             raise UsageError(f"{argument}: takes no value; write --{name}")
-    return bool(given), [a for a in argv if a not in given]
+    return bool(matches), [a for a in argv if a not in matches]
 
 
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
@@ -104,7 +104,7 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
     for name in sorted(full):
         short.setdefault(name.split(".", 1)[1], []).append(name)
         short.setdefault(name.rsplit(".", 1)[1], []).append(name)
-    expanded, given = [], dict[str, str]()
+    expanded, spelling = [], dict[str, str]()
     for shared in _EVERYWHERE:
         value, rest = take_option(argv, shared)
         if value:
@@ -136,9 +136,9 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
                     )
                 raise UsageError(_unknown(matched[2], choices, known))
             name = choices[0]
-        if given.setdefault(name, alias) != alias:
+        if spelling.setdefault(name, alias) != alias:
             meant = name.replace("_", "-")
-            raise UsageError(f"--{given[name] or alias}: means --{meant}; give one of them")
+            raise UsageError(f"--{spelling[name] or alias}: means --{meant}; give one of them")
         section, field = name.split(".", 1)
         no = "no-" if negation else ""
         expanded.append(f"--{section}.{no}{field.replace('_', '-')}{value}")
@@ -189,8 +189,8 @@ def _parse(parse: Callable[[], T]) -> T:
         if stop.code in (0, None):
             raise
         text = re.split(r"Argument helptext|For full helptext", report.getvalue())[0]
-        lines = [re.sub(r"[─│╭╮╰╯]|-{4,}", " ", line).strip() for line in text.splitlines()]
-        kept = [line for line in lines if line]
+        rows = [re.sub(r"[─│╭╮╰╯]|-{4,}", " ", line).strip() for line in text.splitlines()]
+        lines = [line for line in rows if line]
         # The first line is the box's title ("Value error"), the rest says what is wrong.
-        message = " ".join(" ".join(kept[1:] if len(kept) > 1 else kept).split())
+        message = " ".join(" ".join(lines[1:] if len(lines) > 1 else lines).split())
         raise UsageError(f"{message}; see --help") from None

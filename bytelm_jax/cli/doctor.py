@@ -49,12 +49,12 @@ def doctor_command(
     from bytelm_jax.training import processes
 
     joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
-    found = [_reach(joining)] if coordinator else []
-    if all(finding.ok for finding in found):
-        found += _join(joining)
-    for finding in found:
+    findings = [_reach(joining)] if coordinator else []
+    if all(finding.ok for finding in findings):
+        findings += _join(joining)
+    for finding in findings:
         doctor.report(finding)
-    if not all(finding.ok for finding in found):
+    if not all(finding.ok for finding in findings):
         return 1  # alone, the rest would say nothing about the run
     well = True
     for finding in doctor.examine(run_dir, devices, fsdp, data, limit):
@@ -74,10 +74,10 @@ def _reach(joining: Joining) -> "Finding":
     if joining.index is None or not 0 <= joining.index < joining.processes:
         raise UsageError("--coordinator: needs --num-processes N and --process-id I below it")
     try:
-        said = doctor.check_coordinator(*address, joining.index == 0)
+        message = doctor.check_coordinator(*address, joining.index == 0)
     except doctor.SickError as error:
         return doctor.Finding("coordinator", False, str(error))
-    return doctor.Finding("coordinator", True, said)
+    return doctor.Finding("coordinator", True, message)
 
 
 def _join(joining: Joining) -> "list[Finding]":

@@ -76,15 +76,15 @@ def eval_command(
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
         wide = meshes.place(mesh, wide)
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
-        found = evaluate(row_nats, wide, batches, mesh)
-    record = {"nats": found.nats, "bytes": found.count, "bits_per_byte": found.bits_per_byte}
+        result = evaluate(row_nats, wide, batches, mesh)
+    record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
     if json:
         print(dump_json(record | {"step": step, "dtype": dtype}))
     else:
         print(
-            f"{found.bits_per_byte:.6f} bits per byte: {found.nats:.6f} nats over "
-            f"{found.count} bytes (step {step}, {dtype})"
+            f"{result.bits_per_byte:.6f} bits per byte: {result.nats:.6f} nats over "
+            f"{result.count} bytes (step {step}, {dtype})"
         )
     return 0
 
@@ -104,11 +104,11 @@ def _check_patches(recipe: Recipe, params: "Params", windows: corpora.Windows) -
 
     from bytelm_jax.training import patch_calibration
 
-    found = patch_calibration.measure(recipe.model, params, windows)
-    wrong = patch_calibration.outside(recipe.patching, found) if recipe.patching else None
+    measured = patch_calibration.measure(recipe.model, params, windows)
+    wrong = patch_calibration.outside(recipe.patching, measured) if recipe.patching else None
     if wrong:
         print(f"bytelm eval: warning: data: {wrong}", file=sys.stderr, flush=True)
-    return {"bytes_per_patch": found.mean_length}
+    return {"bytes_per_patch": measured.mean_length}
 
 
 _PARAMETERS = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
@@ -292,8 +292,10 @@ def calibrate_command(
         return corpora.Windows(corpora.open_corpus(paths), *options)
 
     recipe, params, step = checkpoints.load_run(run)
-    made = patch_calibration.calibrate(recipe, params, cut(data), bytes_per_patch, windows or None)
-    contract = made.patching
+    calibrated = patch_calibration.calibrate(
+        recipe, params, cut(data), bytes_per_patch, windows or None
+    )
+    contract = calibrated.patching
     assert contract is not None
     unit = "bits a patch" if contract.patcher == "histogram" else "nats"
     lines = [
@@ -301,11 +303,11 @@ def calibrate_command(
         f"bytes a patch over {contract.sampled_bytes} bytes of --data"
     ]
     if check:
-        model, params = patch_calibration.as_blt(made, params)
+        model, params = patch_calibration.as_blt(calibrated, params)
         model = replace(model, threshold=contract.threshold)
         seen = patch_calibration.measure(model, params, cut(check), windows or None)
         lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
-    checkpoints.save_config(run, made)
+    checkpoints.save_config(run, calibrated)
     print("\n".join(lines))
     known = recipe.patching if recipe.model.has_patching_contract else None
     wrong = patch_calibration.outside(known, contract) if known else None
@@ -325,8 +327,8 @@ def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
     """
     if not paths:
         raise UsageError("PATH: name at least one file or folder")
-    made = corpora.prepare(paths, out)
-    print(f"wrote {out}: {made.documents} documents, {made.bytes} bytes")
+    prepared = corpora.prepare(paths, out)
+    print(f"wrote {out}: {prepared.documents} documents, {prepared.bytes} bytes")
     return 0
 
 

@@ -56,17 +56,17 @@ def join_processes(joining: Joining, command: str) -> None:
         return
     processes.join(joining.coordinator, joining.processes, joining.index)
     if processes.is_first():
-        found = f"{jax.process_count()} processes, {jax.device_count()} devices"
-        print(f"bytelm {command}: {found}", file=sys.stderr, flush=True)
+        joined = f"{jax.process_count()} processes, {jax.device_count()} devices"
+        print(f"bytelm {command}: {joined}", file=sys.stderr, flush=True)
 
 
 def dry_run(recipe: Recipe, asked: DryRun) -> int:
     """Prints what a run would take and how long, reading and writing nothing."""
-    found = estimates.dry_run(recipe, asked.machine)
+    estimate = estimates.dry_run(recipe, asked.machine)
     if asked.as_json:
-        print(json.dumps(estimates.as_json(recipe.name, found)))
+        print(json.dumps(estimates.as_json(recipe.name, estimate)))
     else:
-        print(estimates.describe(recipe.name, found))
+        print(estimates.describe(recipe.name, estimate))
     return 0
 
 

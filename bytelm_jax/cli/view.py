@@ -40,8 +40,8 @@ def inspect_command(
     """
     if max_bytes < 1:
         raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
-    given, name, size = _text_or_file(text, max_bytes)
-    if not given:
+    content, name, size = _text_or_file(text, max_bytes)
+    if not content:
         raise ValueError(f"{name}: is empty; give at least one byte")
 
     from rich.console import Console
@@ -51,20 +51,20 @@ def inspect_command(
 
     recipe, params, _ = checkpoints.load_run(model, checkpoint)
     recipe = with_resets(recipe, reset_on)
-    kept = given[: recipe.model.longest_input]
-    found = inspection.make_inspector(recipe, params)(kept)
-    if len(kept) < size:
-        why = "--max-bytes" if len(kept) == max_bytes else "the model's max_length"
-        note = f"bytelm inspect: {name}: the first {len(kept):,} of {size:,} bytes ({why})"
+    shown = content[: recipe.model.longest_input]
+    inspected = inspection.make_inspector(recipe, params)(shown)
+    if len(shown) < size:
+        why = "--max-bytes" if len(shown) == max_bytes else "the model's max_length"
+        note = f"bytelm inspect: {name}: the first {len(shown):,} of {size:,} bytes ({why})"
         print(note, file=sys.stderr, flush=True)
     if json:
-        print(dump_json(found.to_dict()))
+        print(dump_json(inspected.to_dict()))
         return 0
     console = Console(highlight=False, soft_wrap=True)
-    console.print(inspection.describe(recipe, found), markup=False)
-    console.print(inspection.paint_text(found))
+    console.print(inspection.describe(recipe, inspected), markup=False)
+    console.print(inspection.paint_text(inspected))
     if table:
-        console.print(inspection.paint_table(found), end="")
+        console.print(inspection.paint_table(inspected), end="")
     return 0
 
 

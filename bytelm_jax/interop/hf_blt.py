@@ -110,8 +110,8 @@ def _foreign_module(name: str) -> str:
     module = name.rpartition(".")[0]
     ours = next(m for m in _MODULES if module == m or module.startswith(m + "."))
     rest = module[len(ours) :]
-    for mine, theirs in _IN_LAYER.items():
-        rest = rest.replace(mine, theirs)
+    for part, foreign in _IN_LAYER.items():
+        rest = rest.replace(part, foreign)
     return _MODULES[ours] + rest
 
 
@@ -401,12 +401,12 @@ def _shards(folder: Path) -> list[Path]:
         if not (isinstance(files, dict) and files):
             raise ValueError("weight_map: must name the tensors")
         names = sorted({str(name) for name in files.values()})
-        here = os.path.realpath(folder)
+        root = os.path.realpath(folder)
         plain = all(
             Path(name).name == name
             and len(name) < 256
             and "\0" not in name
-            and os.path.dirname(os.path.realpath(folder / name)) == here
+            and os.path.dirname(os.path.realpath(folder / name)) == root
             for name in names
         )
         require(plain, "weight_map: must name files of this folder, no links out of it")

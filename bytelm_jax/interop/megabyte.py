@@ -105,8 +105,8 @@ def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]
 
 def _stack(shapes: Mapping[str, tuple[int, ...]], name: str, width: int) -> tuple[int, int]:
     """(layers, heads) of a transformer; one head where there is no layer to tell."""
-    found = (re.match(rf"{name}\.layers\.(\d+)\.", each) for each in shapes)
-    layers = len({match[1] for match in found if match})
+    matches = (re.match(rf"{name}\.layers\.(\d+)\.", each) for each in shapes)
+    layers = len({match[1] for match in matches if match})
     if layers == 0:
         return 0, 1
     inner, _ = _matrix(shapes, f"{name}.layers.0.0.to_q.weight")
@@ -144,8 +144,8 @@ _ORIGINAL_IN_BLOCK = {
 def _original_name(name: str) -> str:
     """`local_transformer.layers.2.feedforward.up.bias` → `l_transformer.layers.2.1.1.bias`."""
     module, rest = name.split(".", 1)
-    for ours, theirs in _ORIGINAL_IN_BLOCK.items():
-        rest = rest.replace(ours, theirs)
+    for ours, original in _ORIGINAL_IN_BLOCK.items():
+        rest = rest.replace(ours, original)
     return f"{_ORIGINAL.get(module, module)}.{rest}"
 
 
@@ -156,10 +156,10 @@ def _open_torch_file(file: Path) -> Iterator[convert._Tensors]:
         require(isinstance(loaded, dict), f"holds a {type(loaded).__name__}; expected a state dict")
         inner = (loaded.get(key) for key in ("model_state_dict", "state_dict"))
         loaded = next((each for each in inner if isinstance(each, dict)), loaded)
-        found = convert._Tensors({})
+        tensors = convert._Tensors({})
         for name, value in loaded.items():
-            found.add(*_torch_tensor(name, value))
-        yield found
+            tensors.add(*_torch_tensor(name, value))
+        yield tensors
 
 
 def _load_plain(file: Path) -> Any:

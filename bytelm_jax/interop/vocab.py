@@ -38,9 +38,9 @@ def remap_vocab(
             f"vocab: a model with ngram_sizes={config.ngram_sizes} hashes ids, which other ids "
             "would send to other rows; keep its vocabulary",
         )
-        made = replace(config, vocab=vocab, entropy=replace(config.entropy, vocab=vocab))
+        remapped = replace(config, vocab=vocab, entropy=replace(config.entropy, vocab=vocab))
     else:
-        made = replace(config, vocab=vocab)
+        remapped = replace(config, vocab=vocab)
     source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
     added = vocab.size > config.vocab.size
     biased = "to_logits.bias" in params
@@ -49,8 +49,8 @@ def remap_vocab(
         f"vocab.size={vocab.size}: the last layer has no bias, by which ids above "
         f"{config.vocab.size - 1} could be silenced; keep size={config.vocab.size}",
     )
-    shapes = {name: leaf.shape for name, leaf in abstract_params(made).items()}
-    return made, {
+    shapes = {name: leaf.shape for name, leaf in abstract_params(remapped).items()}
+    return remapped, {
         name: _moved(name, value, shapes[name], source, config.vocab.size)
         for name, value in params.items()
     }
@@ -65,15 +65,15 @@ def _sources(old: ByteVocab, new: ByteVocab, silent: set[int]) -> np.ndarray:
     # Ids with a probability first: what there is no room for must be silent.
     unused = [i for i in range(old.size) if i not in set(source.tolist())]
     unused = [i for i in unused if i not in silent] + [i for i in unused if i in silent]
-    places = np.flatnonzero(source < 0)
-    lost = [i for i in unused[len(places) :] if i not in silent]
+    added = np.flatnonzero(source < 0)
+    lost = [i for i in unused[len(added) :] if i not in silent]
     require(
         not lost,
         f"vocab.size={new.size}: too small for the {old.size} ids of this model, whose unused ones "
         f"have a probability, too; choose at least {new.size + len(lost)}",
     )
-    kept = min(len(places), len(unused))
-    source[places[:kept]] = unused[:kept]
+    count = min(len(added), len(unused))
+    source[added[:count]] = unused[:count]
     return source
 
 

@@ -37,13 +37,13 @@ def _traced_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, .
     batch, length, heads, _ = q.shape
     out = jax.ShapeDtypeStruct((*q.shape[:-1], v.shape[-1]), q.dtype)
     statistics = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    made = jax.pure_callback(_refuse, (out, statistics), q, k, v)
-    return made[0], (q, k, v, *made)
+    results = jax.pure_callback(_refuse, (out, statistics), q, k, v)
+    return results[0], (q, k, v, *results)
 
 
-def _traced_backward(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
-    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept[:3])
-    return jax.pure_callback(_refuse, shapes, *kept, gradient)
+def _traced_backward(residuals: tuple[Array, ...], gradient: Array) -> tuple[Array, ...]:
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in residuals[:3])
+    return jax.pure_callback(_refuse, shapes, *residuals, gradient)
 
 
 traced_attention.defvjp(_traced_forward, _traced_backward)

@@ -98,8 +98,8 @@ def toeplitz(
     sum, where that of an indexed read would be a scatter of chunk² colliding values.
     """
     dim, rows = kernel.shape[0], before + chunk
-    period, kept = rows + chunk, kernel[:, :rows]
-    line = jnp.pad(kept, ((0, 0), (0, period - kept.shape[1])))
+    period, taps = rows + chunk, kernel[:, :rows]
+    line = jnp.pad(taps, ((0, 0), (0, period - taps.shape[1])))
     line = jnp.roll(line, -before, axis=1)
     tiled = jnp.tile(line, (1, rows))[:, : rows * (period - 1)]
     return tiled.reshape(dim, rows, period - 1)[:, :, :chunk]

@@ -111,8 +111,10 @@ def _normalized_forward(x: Array, centred: bool) -> tuple[Array, tuple[Array, Ar
     return out, (out, inverse)
 
 
-def _normalized_backward(centred: bool, kept: tuple[Array, Array], gradient: Array) -> tuple[Array]:
-    out, inverse = kept
+def _normalized_backward(
+    centred: bool, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array]:
+    out, inverse = residuals
     wide, gradient = out.astype(inverse.dtype), gradient.astype(inverse.dtype)
     along = (gradient * wide).mean(axis=-1, keepdims=True)
     rest = gradient - wide * along
@@ -133,9 +135,9 @@ def _wide_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
     return _wide_product(rows, kernel), (rows, kernel)
 
 
-def _wide_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+def _wide_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     # Rounded first: a product of float32 with 16 bits would be one of float32.
-    rows, kernel = kept
+    rows, kernel = residuals
     gradient = gradient.astype(rows.dtype)
     return gradient @ kernel.T, rows.T @ gradient
 

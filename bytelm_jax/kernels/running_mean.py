@@ -54,10 +54,10 @@ def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T
     count = -(-length // _CHUNK)
     blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
     blocks = blocks.reshape(batch * count, _CHUNK, dim)
-    kept = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
+    triangle = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
     # One for each block: a product that shares a matrix would have its result transposed.
-    kept = jnp.broadcast_to(jnp.asarray(kept, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
-    inside = jnp.einsum("nts,nsd->ntd", kept, blocks, preferred_element_type=jnp.float32)
+    triangle = jnp.broadcast_to(jnp.asarray(triangle, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
+    inside = jnp.einsum("nts,nsd->ntd", triangle, blocks, preferred_element_type=jnp.float32)
     inside = inside.reshape(batch, count, _CHUNK, dim)
     whole = inside[:, :, 0 if backward else -1]
     before = jnp.cumsum(whole[:, ::-1] if backward else whole, axis=1)[:, :-1]

@@ -110,8 +110,8 @@ class MultiQueryAttention(nnx.Module):
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
         if scope is not None:
             return self._attend(q, keys, values, *scope), KeyValueCache(keys, values)
-        here = index + jnp.arange(x.shape[1])[:, None]
-        mask = jnp.arange(keys.shape[1])[None, :] <= here
+        position = index + jnp.arange(x.shape[1])[:, None]
+        mask = jnp.arange(keys.shape[1])[None, :] <= position
         return self._attend(q, keys, values, mask), KeyValueCache(keys, values)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:

@@ -100,10 +100,10 @@ def _written_out(
     real = (np.arange(count) > 0)[:, None] | (np.arange(2 * window) >= window)[None, :]
     mask = (band[None] & real[:, None])[None]
     if segment_starts is not None:
-        behind = jnp.pad(segment_starts, ((0, 0), (0, count * window - length)))
-        behind = behind.reshape(-1, count, window, 1)
+        starts = jnp.pad(segment_starts, ((0, 0), (0, count * window - length)))
+        starts = starts.reshape(-1, count, window, 1)
         slots = np.arange(count)[:, None] * window + np.arange(-window, window)[None, :]
-        mask = mask & (slots[None, :, None, :] >= behind)
+        mask = mask & (slots[None, :, None, :] >= starts)
     out = grouped_attention(q, keys, values, mask)
     return out.reshape(out.shape[0], count * window, *out.shape[3:])[:, :length]
 
@@ -203,8 +203,8 @@ class GroupedAttention(nnx.Module):
         """
         q, k, v = self._project(x, rope, patch_entropy)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
-        here = (slots == index[:, None])[:, :, None, None]
-        keys, values = jnp.where(here, k, cache.keys), jnp.where(here, v, cache.values)
+        at_index = (slots == index[:, None])[:, :, None, None]
+        keys, values = jnp.where(at_index, k, cache.keys), jnp.where(at_index, v, cache.values)
         mask = (slots <= index[:, None])[:, None, :]
         if segment_starts is not None:
             mask = mask & (slots >= segment_starts[:, None])[:, None, :]
@@ -220,8 +220,8 @@ class GroupedAttention(nnx.Module):
     def _project(
         self, x: Array, rope: Rotation | None, patch_entropy: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        made = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
-        q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in made)
+        projected = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
+        q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in projected)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if patch_entropy is not None:

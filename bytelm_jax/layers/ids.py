@@ -34,11 +34,11 @@ def check_ids(ids: Integer[Array | np.ndarray, "B T"], size: int) -> Int32[Array
     """
     if ids.ndim != 2:
         raise ValueError(f"ids: shape {tuple(ids.shape)}; give rows of ids, [B, T]")
-    made = as_ids(ids)
+    checked = as_ids(ids)
     if ids.size == 0 or isinstance(ids, Tracer):
-        return made
+        return checked
     values = np.asarray(ids)
     bad = values[(values < 0) | (values >= size)]
     if bad.size:
         raise ValueError(f"ids: {bad[0]} is outside the vocabulary; give ids from 0 to {size - 1}")
-    return made
+    return checked

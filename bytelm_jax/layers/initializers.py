@@ -79,17 +79,17 @@ def draw_all(values: dict[str, Any], seed: int | Int[Array, ""]) -> dict[str, Ar
     for name, value in values.items():
         if isinstance(value, Draw):
             groups[math.prod(value.shape), value.cut].append(name)
-    made = {}
+    result = {}
     for (size, cut), names in groups.items():
         numbers = jnp.asarray([values[name].key for name in names])
 
         def draw(number: Array, size: int = size, cut: float = cut) -> Array:
             return _bare(jax.random.fold_in(root, number), (size,), cut)
 
-        drawn = jax.lax.map(draw, numbers)
+        samples = jax.lax.map(draw, numbers)
         for i, name in enumerate(names):
-            made[name] = _finished(values[name], drawn[i].reshape(values[name].shape))
-    return {name: made.get(name, value) for name, value in values.items()}
+            result[name] = _finished(values[name], samples[i].reshape(values[name].shape))
+    return {name: result.get(name, value) for name, value in values.items()}
 
 
 def _bare(key: Array, shape: tuple[int, ...], cut: float) -> Array:

@@ -66,12 +66,12 @@ def ngram_rows(grams: Integer[Array, "*batch n"], config: BLTConfig) -> Int32[Ar
     `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with
     id 0 before the first one.
     """
-    found, rows = [], config.ngram_rows
+    rows, table_size = [], config.ngram_rows
     for prime in HASH_PRIMES[: config.ngram_functions]:
         for size in config.ngram_sizes:
-            hashed = polynomial_hash(grams[..., grams.shape[-1] - size :], prime, rows)
-            found.append(hashed + len(found) * rows)
-    return jnp.stack(found, axis=-1)
+            hashed = polynomial_hash(grams[..., grams.shape[-1] - size :], prime, table_size)
+            rows.append(hashed + len(rows) * table_size)
+    return jnp.stack(rows, axis=-1)
 
 
 @jax.custom_vjp

@@ -38,8 +38,8 @@ def find_segment_starts(
     `ids` are the ids to be predicted, unshifted; a position's own id does not decide about it.
     """
     length = ids.shape[1]
-    behind = jnp.where(ends_segment(ids, vocab, reset_on), 1 + jnp.arange(length)[None, :], 0)
-    segment_starts = jnp.pad(behind, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
+    next_start = jnp.where(ends_segment(ids, vocab, reset_on), 1 + jnp.arange(length)[None, :], 0)
+    segment_starts = jnp.pad(next_start, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
     return jax.lax.cummax(segment_starts, axis=1)
 
 
@@ -86,29 +86,31 @@ def lay_out(
     T / patch.
     """
     length = ids.shape[1]
-    segment_starts, here = find_segment_starts(ids, vocab, reset_on), jnp.arange(length)[None, :]
+    segment_starts, index = find_segment_starts(ids, vocab, reset_on), jnp.arange(length)[None, :]
     used = (
         jnp.cumsum(position_in_segment(segment_starts) % patch == 0, axis=1) - 1
     )  # patches before the one begun here
     # What is used and what is left to place can only grow from reset to reset, so that once one
     # finds no room none behind it does.
-    fits = used - (-(length - here) // patch) <= capacity
-    wanted = (segment_starts == here) & (here > 0)
+    fits = used - (-(length - index) // patch) <= capacity
+    wanted = (segment_starts == index) & (index > 0)
     segment_starts = jax.lax.cummax(
-        jnp.where(wanted & fits, here, 0).astype(segment_starts.dtype), axis=1
+        jnp.where(wanted & fits, index, 0).astype(segment_starts.dtype), axis=1
     )
     segment_positions = position_in_segment(segment_starts)
     slots = (
         jnp.cumsum(segment_positions % patch == 0, axis=1) - 1
     ) * patch + segment_positions % patch
-    put = jax.vmap(lambda row, slot: row.at[slot].set(here[0], unique_indices=True, mode="drop"))
-    byte_positions = put(jnp.full((ids.shape[0], capacity * patch), length, here.dtype), slots)
-    first = byte_positions[:, ::patch]
-    behind = ((0, 0), (0, 1))
-    starts = jnp.take_along_axis(
-        jnp.pad(segment_starts, behind, constant_values=length), first, axis=1
+    scatter = jax.vmap(
+        lambda row, slot: row.at[slot].set(index[0], unique_indices=True, mode="drop")
     )
-    padded = jnp.pad(ids, behind, constant_values=vocab.pad_id)
+    byte_positions = scatter(jnp.full((ids.shape[0], capacity * patch), length, index.dtype), slots)
+    first = byte_positions[:, ::patch]
+    one_more = ((0, 0), (0, 1))
+    starts = jnp.take_along_axis(
+        jnp.pad(segment_starts, one_more, constant_values=length), first, axis=1
+    )
+    padded = jnp.pad(ids, one_more, constant_values=vocab.pad_id)
     patches = jnp.take_along_axis(padded, byte_positions, axis=1).reshape(
         ids.shape[0], capacity, patch
     )
@@ -118,8 +120,10 @@ def lay_out(
 
 def scope_of(layout: Layout) -> Scope:
     """What each patch sees: itself and those before it in its segment."""
-    here = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
-    return Scope(here & np.tri(here.shape[1], dtype=bool)[None], layout.segment_positions)
+    same_segment = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
+    return Scope(
+        same_segment & np.tri(same_segment.shape[1], dtype=bool)[None], layout.segment_positions
+    )
 
 
 @jax.custom_vjp

@@ -38,8 +38,8 @@ class TransformerLayer(nnx.Module):
     ):
         self.rate = rate
         self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, rngs=rngs)
-        made = GatedFeedForward if feedforward == "gated" else SplineFeedForward
-        self.feedforward = made(dim, hidden_dim, rngs=rngs)
+        kind = GatedFeedForward if feedforward == "gated" else SplineFeedForward
+        self.feedforward = kind(dim, hidden_dim, rngs=rngs)
 
     def __call__(
         self,
@@ -152,11 +152,11 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if segment_starts is None else index - segment_starts
-        rope, made = self.rope(inside[:, None], x.dtype), []
+        rope, new_caches = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)
-            made.append(new)
-        return x, tuple(made)
+            new_caches.append(new)
+        return x, tuple(new_caches)
 
     def rope(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None where `theta` is 0."""

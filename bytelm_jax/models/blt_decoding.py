@@ -20,12 +20,12 @@ from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.transformer import Caches, position_in
 from bytelm_jax.models import patching
 from bytelm_jax.models.entropy import (
-    begin_with,
     empty_segment_starts,
     entropy,
     segment_starts_of,
     shift_right,
     write_prefix,
+    write_segment_start,
     write_segment_starts,
 )
 from bytelm_jax.models.interface import Choose, pack, unpack, write_at
@@ -135,7 +135,7 @@ def decode_round(
 ) -> tuple[BLTCache, Int[Array, "B 1"]]:
     """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
     index = jnp.asarray(index)
-    byte, segment_starts, segment_start = begin_with(
+    byte, segment_starts, segment_start = write_segment_start(
         previous, index, cache.segment_starts, model.config
     )
     cache = cache._replace(segment_starts=segment_starts)
@@ -146,8 +146,8 @@ def decode_round(
     x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, segment_start)
     new = model.encoder.cross_attention.keys_values(x)
     states, pooled = (
-        write_at(capacity, made, index)
-        for capacity, made in ((cache.states, x), (cache.pooled, new))
+        write_at(buffer, values, index)
+        for buffer, values in ((cache.states, x), (cache.pooled, new))
     )
     cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
     cache = _finish_patches(model, cache, ends, number, first, index)
@@ -165,13 +165,14 @@ def _remember(
     ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
     recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
     if segment_start is not None:
-        own = index + jnp.arange(1 - span, 1)[None, :] >= segment_start[:, None]
-        recent = jnp.where(own, recent, patching.NO_BYTE)
+        in_segment = index + jnp.arange(1 - span, 1)[None, :] >= segment_start[:, None]
+        recent = jnp.where(in_segment, recent, patching.NO_BYTE)
     histograms = cache.histograms
     if config.reads_histograms:
         values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], config.vocab)
-        found = jnp.where(byte[:, 0] == config.vocab.pad_id, 0, patching.histogram_entropy(values))
-        histograms = write_at(histograms, found[:, None], index)
+        entropies = patching.histogram_entropy(values)
+        entropies = jnp.where(byte[:, 0] == config.vocab.pad_id, 0, entropies)
+        histograms = write_at(histograms, entropies[:, None], index)
     return cache._replace(ids=ids, histograms=histograms), recent
 
 
@@ -222,14 +223,14 @@ def _finish_patches(
     def run() -> tuple[Array, Array]:
         patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
         patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
-        like = model.global_transformer.empty_caches(batch, capacity, patch.dtype)
-        layers = unpack(cache.global_layers, like)
-        patch, made = model.global_transformer.extend_rows(
+        template = model.global_transformer.empty_caches(batch, capacity, patch.dtype)
+        layers = unpack(cache.global_layers, template)
+        patch, new_layers = model.global_transformer.extend_rows(
             patch, layers, number, patch_entropy, first
         )
         vectors = model.decoder.split(patch)[:, 0]
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)
-        return pack(made, 1), pack(read, 1)
+        return pack(new_layers, 1), pack(read, 1)
 
     def skip() -> tuple[Array, Array]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))

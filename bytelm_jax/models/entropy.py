@@ -131,7 +131,7 @@ class EntropyModel(nnx.Module):
     ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
         index = jnp.asarray(index)
-        byte, segment_starts, segment_start = begin_with(
+        byte, segment_starts, segment_start = write_segment_start(
             previous, index, cache.segment_starts, self.config
         )
         logits, layers = self.extend(byte, cache.layers, index, segment_start)
@@ -198,7 +198,7 @@ def write_segment_starts(
     )
 
 
-def begin_with(
+def write_segment_start(
     previous: Integer[Array | np.ndarray, "B 1"],
     index: Int[Array, ""],
     segment_starts: Int[Array, "B M"],

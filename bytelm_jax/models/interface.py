@@ -53,12 +53,13 @@ class Decoder(Protocol):
         ...
 
 
-def write_at(rooms: Any, made: Any, index: int | Int[Array, ""]) -> Any:
-    """The arrays of a tree of caches, overwritten by `made` from position `index` of axis 1 on."""
+def write_at(buffers: Any, values: Any, index: int | Int[Array, ""]) -> Any:
+    """The arrays of a tree of caches, overwritten by `values` from position `index` of axis 1
+    on."""
     return jax.tree.map(
-        lambda capacity, new: jax.lax.dynamic_update_slice_in_dim(capacity, new, index, axis=1),
-        rooms,
-        made,
+        lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1),
+        buffers,
+        values,
     )
 
 
@@ -72,12 +73,13 @@ def pack(caches: Any, lead: int) -> Shaped[Array, "*lead F"]:
     return jnp.concatenate(flat, axis=-1)
 
 
-def unpack(packed: Shaped[Array, "*lead F"], like: Any) -> Any:
-    """The tree that was packed; `like` has its structure and, behind the same axes, its shapes."""
+def unpack(packed: Shaped[Array, "*lead F"], template: Any) -> Any:
+    """The tree that was packed; `template` has its structure and, behind the same axes, its
+    shapes."""
     lead, leaves, start = packed.ndim - 1, [], 0
-    for leaf in jax.tree.leaves(like):
+    for leaf in jax.tree.leaves(template):
         end = start + math.prod(leaf.shape[lead:])
         part = jax.lax.slice_in_dim(packed, start, end, axis=lead)
         leaves.append(part.reshape(*packed.shape[:lead], *leaf.shape[lead:]))
         start = end
-    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -260,8 +260,8 @@ class Megabyte(nnx.Module):
     def shift(self, ids: Int[Array, "*batch"], axis: int) -> Int[Array, "*batch"]:
         """Moves ids one step right along `axis`; pads come in, the last step drops out."""
         pads = jnp.full_like(jax.lax.slice_in_dim(ids, 0, 1, axis=axis), self.config.vocab.pad_id)
-        kept = jax.lax.slice_in_dim(ids, 0, ids.shape[axis] - 1, axis=axis)
-        return jnp.concatenate([pads, kept], axis=axis)
+        rest = jax.lax.slice_in_dim(ids, 0, ids.shape[axis] - 1, axis=axis)
+        return jnp.concatenate([pads, rest], axis=axis)
 
     def global_input(
         self, patches: Int[Array, "B N P"], start: int | Int[Array, ""]

@@ -53,11 +53,11 @@ def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | Re
     if model.config.reset_on == "none":
         patches = -(-length // patch)
         return MegabyteCache(model.global_transformer.empty_caches(batch, patches, dtype))
-    behind = length + patch - 1
+    capacity = length + patch - 1
     return ResetCache(
         model.global_transformer.empty_caches(batch, length, dtype),
-        model.local_transformer.empty_caches(batch, behind, dtype),
-        jnp.zeros((batch, behind, model.config.local_dim), dtype),
+        model.local_transformer.empty_caches(batch, capacity, dtype),
+        jnp.zeros((batch, capacity, model.config.local_dim), dtype),
         jnp.full((batch, patch + length), model.config.vocab.pad_id, jnp.int32),
         jnp.zeros((batch, length), jnp.int32),
     )
@@ -111,9 +111,9 @@ def decode_round(
 def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> ResetCache:
     c, (batch, length) = model.config, ids.shape
     # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
-    behind = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
-    most = behind.shape[1]
-    layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
+    padded = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
+    most = padded.shape[1]
+    layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
     empty = model.global_transformer.empty_caches(batch, most, dtype)
@@ -149,12 +149,12 @@ def _decode_byte(
     )
     is_segment_start = (index == 0) | ends_segment(previous[:, 0], c.vocab, c.reset_on)
     segment_start = jnp.where(is_segment_start, index.astype(before.dtype), before)
-    place, offset = jnp.divmod(index - segment_start, c.patch_size)
+    segment_position, offset = jnp.divmod(index - segment_start, c.patch_size)
     cache = cache._replace(
         ids=write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
         segment_starts=write_at(cache.segment_starts, segment_start[:, None], index),
     )
-    cache = _begin_patches(model, cache, segment_start, place, offset == 0, index)
+    cache = _start_patches(model, cache, segment_start, segment_position, offset == 0, index)
 
     share = jax.lax.dynamic_slice_in_dim(cache.shares, index, 1, axis=1)
     first = is_segment_start if c.variant == "in_action" else offset == 0
@@ -168,11 +168,11 @@ def _decode_byte(
     return cache._replace(local=local), as_ids(choose(model.to_logits(hidden)[:, 0], 0))[:, None]
 
 
-def _begin_patches(
+def _start_patches(
     model: "Megabyte",
     cache: ResetCache,
     segment_start: Array,
-    place: Array,
+    segment_position: Array,
     starts: Array,
     index: Array,
 ) -> ResetCache:
@@ -185,12 +185,12 @@ def _begin_patches(
 
     def run() -> tuple[Array, tuple[KeyValueCache, ...]]:
         recent = jax.lax.dynamic_slice_in_dim(cache.ids, index, patch, axis=1)
-        recent = jnp.where((place == 0)[:, None], pad, recent)[:, None]
+        recent = jnp.where((segment_position == 0)[:, None], pad, recent)[:, None]
         slots = jnp.arange(cache.segment_starts.shape[1])[None, :]
         inside = slots - segment_start[:, None]
         seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
         scope = Scope(seen[:, None, :], jnp.maximum(inside, 0) // patch)
-        inputs = model.global_input_at(recent, place[:, None], most)
+        inputs = model.global_input_at(recent, segment_position[:, None], most)
         context, layers = model.global_transformer.extend(inputs, cache.layers, index, scope)
         return model.split(context)[:, 0], _read_at(layers, index, 1)
 
@@ -198,16 +198,16 @@ def _begin_patches(
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
     shares, layers = jax.lax.cond(starts.any(), run, skip)
-    kept = jax.lax.dynamic_slice_in_dim(cache.shares, index, patch, axis=1)
-    shares = jnp.where(starts[:, None, None], shares, kept)
+    old_shares = jax.lax.dynamic_slice_in_dim(cache.shares, index, patch, axis=1)
+    shares = jnp.where(starts[:, None, None], shares, old_shares)
     return cache._replace(
         layers=write_at(cache.layers, layers, index),
         shares=write_at(cache.shares, shares, index),
     )
 
 
-def _read_at(rooms: Any, index: int | Array, count: int) -> Any:
+def _read_at(buffers: Any, index: int | Array, count: int) -> Any:
     """Positions `index` … `index + count − 1` of axis 1 of every array in a tree."""
     return jax.tree.map(
-        lambda capacity: jax.lax.dynamic_slice_in_dim(capacity, index, count, axis=1), rooms
+        lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, index, count, axis=1), buffers
     )

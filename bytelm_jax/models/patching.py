@@ -169,10 +169,10 @@ def patch_starts(
     position = position if segment_starts is None else position - segment_starts
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
+        values = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
         limit = math.floor(config.threshold * BIT)
         summed = sums_since_start(
-            found, held_back(config, ids, segment_starts), limit, segment_starts
+            values, held_back(config, ids, segment_starts), limit, segment_starts
         )
     after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab, segment_starts)
@@ -191,23 +191,23 @@ def held_back(
 
 
 def sums_since_start(
-    found: Int[Array, "B T"],
+    values: Int[Array, "B T"],
     held: Bool[Array, "B T"],
     limit: int | Int[Array, ""],
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
+    """Running sum of `values` ≥ 0 that starts again behind a position where it passed `limit`.
 
     Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
     log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
     reaches, by doubling, then which positions are starts, by following those jumps twice as far
     each time.
     """
-    length = found.shape[1]
-    index = jnp.broadcast_to(jnp.arange(length + 1)[None, :], (found.shape[0], length + 1))
+    length = values.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length + 1)[None, :], (values.shape[0], length + 1))
     read = lambda x, at: jnp.take_along_axis(x, jnp.minimum(at, length), axis=1)  # noqa: E731
     cap, powers = limit + 1, []
-    sums = jnp.pad(jnp.minimum(found, cap), ((0, 0), (0, 1)), constant_values=cap)
+    sums = jnp.pad(jnp.minimum(values, cap), ((0, 0), (0, 1)), constant_values=cap)
     for k in range(length.bit_length()):
         powers.append(sums)  # of 2^k positions from each on, saturated
         sums = jnp.minimum(sums + read(sums, index + 2**k), cap)
@@ -225,12 +225,12 @@ def sums_since_start(
     if segment_starts is not None:  # no sum reaches past the next segment's first position
         ahead = jax.lax.cummin(jnp.where(is_segment_start, index, length), axis=1, reverse=True)
         jump = jnp.minimum(jump, jnp.pad(ahead[:, 1:], ((0, 0), (0, 1)), constant_values=length))
-    rows = jnp.arange(found.shape[0])[:, None]
+    rows = jnp.arange(values.shape[0])[:, None]
     starts = is_segment_start | (index <= 1)
     for _ in range(length.bit_length()):
         starts = starts | jnp.zeros_like(starts).at[rows, jump].max(starts)
         jump = read(jump, jump)
-    upto = jnp.cumsum(found, axis=1)  # may wrap: the difference of two of them is right again
+    upto = jnp.cumsum(values, axis=1)  # may wrap: the difference of two of them is right again
     segment_start = jax.lax.cummax(jnp.where(starts[:, :-1], index[:, :-1], 0), axis=1)
     before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
     return upto - jnp.take_along_axis(before, segment_start, axis=1)

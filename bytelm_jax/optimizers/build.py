@@ -93,9 +93,9 @@ def freeze(
         return inner.init(without(params, prefixes))
 
     def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any):
-        kept = None if params is None else without(params, prefixes)
+        moving = None if params is None else without(params, prefixes)
         moves: Any
-        moves, state = inner.update(without(updates, prefixes), state, kept, **extra)
+        moves, state = inner.update(without(updates, prefixes), state, moving, **extra)
         return {k: moves[k] if k in moves else jnp.zeros_like(v) for k, v in updates.items()}, state
 
     return optax.GradientTransformationExtraArgs(init, update) if prefixes else inner

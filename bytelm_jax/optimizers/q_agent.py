@@ -274,14 +274,14 @@ def _learn(
     config: QLearningConfig,
 ) -> QLearningState:
     """Q ← Q + α clip(r + γ max Q[s'] − Q, ±1) for the last decision's two actions."""
-    places = [(state.cell, state.actions[i]) for i in range(2)]
-    old = jnp.stack([state.q_learning_rate[places[0]], state.q_momentum[places[1]]])
+    entries = [(state.cell, state.actions[i]) for i in range(2)]
+    old = jnp.stack([state.q_learning_rate[entries[0]], state.q_momentum[entries[1]]])
     target = state.reward.astype(old.dtype) + config.gamma * jnp.max(_rows(state, cell), axis=1)
     new = old + alpha.astype(old.dtype) * jnp.clip(target - old, -1.0, 1.0)
     new = jnp.where(learns, new, old)
     return state._replace(
-        q_learning_rate=state.q_learning_rate.at[places[0]].set(new[0]),
-        q_momentum=state.q_momentum.at[places[1]].set(new[1]),
+        q_learning_rate=state.q_learning_rate.at[entries[0]].set(new[0]),
+        q_momentum=state.q_momentum.at[entries[1]].set(new[1]),
     )
 
 

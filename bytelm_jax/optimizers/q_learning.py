@@ -235,15 +235,15 @@ class _Layout(NamedTuple):
 
 def _layout(path: Any, axes: int) -> _Layout:
     name = jax.tree_util.keystr(path, simple=True, separator=".") or "0"
-    leaf, own = name.rpartition(".")[2], tuple(range(axes))
+    leaf, all_axes = name.rpartition(".")[2], tuple(range(axes))
     if leaf == "kernel" and axes > 1:
-        return _Layout(name, (axes - 2,), True, (*own[:-2], axes - 1, axes - 2))
+        return _Layout(name, (axes - 2,), True, (*all_axes[:-2], axes - 1, axes - 2))
     if leaf == "kernels" and axes > 1:
-        return _Layout(name, (axes - 2,), True, own)
+        return _Layout(name, (axes - 2,), True, all_axes)
     if leaf.isdecimal() and axes > 1:
-        return _Layout(name, own[:-1], True, (axes - 1, axes - 2, *own[:-2]))
+        return _Layout(name, all_axes[:-1], True, (axes - 1, axes - 2, *all_axes[:-2]))
     decays = leaf == "embedding" or (axes > 1 and leaf not in ("scale", "bias"))
-    return _Layout(name, (), decays, own)
+    return _Layout(name, (), decays, all_axes)
 
 
 def _check(settings: _Settings) -> None:
@@ -410,20 +410,20 @@ def _is_injected(node: Any) -> bool:
 def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
     """The hyperparameter of one of these names that one injected state, and no other, holds."""
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
-    found = [
+    values = [
         node.hyperparams[name]
         for node in nodes
         for name in names
         if name in node.hyperparams and name not in node.hyperparams_states
     ]
-    return found[0] if len(found) == 1 else default
+    return values[0] if len(values) == 1 else default
 
 
 def _rate(state: optax.OptState) -> Any:
     """The learning rate, scheduled or not, that one injected state holds; 1 without one."""
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
-    found = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
-    return found[0] if len(found) == 1 else 1.0
+    rates = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
+    return rates[0] if len(rates) == 1 else 1.0
 
 
 def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState:

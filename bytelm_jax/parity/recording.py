@@ -60,7 +60,7 @@ class Tap(NamedTuple):
         return self.caller if self.entering else self.layer
 
     @property
-    def backward_suspect(self) -> str:
+    def backward_blamed(self) -> str:
         """The same of its gradient, going backwards."""
         return self.layer if self.entering else self.caller
 
@@ -118,7 +118,7 @@ class ArrayStore(MutableMapping[str, np.ndarray]):
         self._folder = tempfile.TemporaryDirectory(prefix="bytelm-parity-")
         self._files: dict[str, Path] = {}
 
-    def __enter__(self) -> "Shelf":
+    def __enter__(self) -> "ArrayStore":
         return self
 
     def __exit__(self, *why: object) -> None:
@@ -203,26 +203,26 @@ def _listen_to_functions(package: str, wrap: Any, patches: contextlib.ExitStack)
 def _check_methods(package: str, base: type) -> None:
     """Raises `AttributeError` for a method that no layer of the package has."""
     importlib.import_module(f"{package}.models")  # and with it every layer
-    kinds, found = [base], set()
+    kinds, names = [base], set()
     while kinds:
         kind = kinds.pop()
         kinds += kind.__subclasses__()
         if kind.__module__.startswith(f"{package}."):
-            found |= vars(kind).keys()
-    if missing := [name for name in METHODS if name not in found]:
+            names |= vars(kind).keys()
+    if missing := [name for name in METHODS if name not in names]:
         raise AttributeError(f"no layer of {package} has the method {', '.join(missing)}")
 
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`owner.name` is `value` for a while; what it inherits is not written into it for good."""
-    own = name in vars(owner)
+    is_own = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
+        if is_own:
             setattr(owner, name, before)
         else:
             delattr(owner, name)

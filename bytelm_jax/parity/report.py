@@ -54,8 +54,8 @@ class Report:
         self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, blamed: str = ""
     ) -> None:
         """Adds one tensor; `blamed` is to blame when it is the first that differs."""
-        found, good = difference(ours, theirs, bound)
-        self.add(what, found, good, blamed)
+        verdict, good = difference(ours, theirs, bound)
+        self.add(what, verdict, good, blamed)
 
     def compare_all(
         self, what: str, rows: Iterable[tuple[str, str, np.ndarray, np.ndarray]], bound: float
@@ -68,14 +68,14 @@ class Report:
         count, largest = 0, 0.0
         for name, blamed, ours, theirs in rows:
             count, largest = count + 1, max(largest, _norm(theirs))
-            found, good = difference(ours, theirs, bound, floor=1e-3 * largest)
+            verdict, good = difference(ours, theirs, bound, floor=1e-3 * largest)
             if not good:
-                self.add(name, found, good, blamed)
+                self.add(name, verdict, good, blamed)
         self.add(f"{what}: {count} arrays", "compared", True)
 
-    def add(self, what: str, found: str, good: bool, blamed: str = "") -> None:
+    def add(self, what: str, verdict: str, good: bool, blamed: str = "") -> None:
         """Adds one line."""
-        self.lines.append(f"{'ok  ' if good else 'PAST'} {found:>8}  {what}")
+        self.lines.append(f"{'ok  ' if good else 'PAST'} {verdict:>8}  {what}")
         if not good and self.first is None:
             self.first, self.seen = blamed or what, what
 
@@ -189,7 +189,7 @@ def _shared(ours: Recording, theirs: Recording, taps: list[Tap]) -> list[Tap]:
 
 
 def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
-    count, made = 0, {tap.key for tap in ours.taps if not tap.entering}
+    count, unseen = 0, {tap.key for tap in ours.taps if not tap.entering}
     for tap in theirs.taps:  # in the order in which torch came by
         key = tap.key
         if key not in ours.values:
@@ -202,8 +202,8 @@ def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: flo
         count += 1
         if not tap.entering or not difference(a, b, bound)[1]:
             report.compare(key, a, b, bound, tap.blamed)
-        made.discard(key)
-    for key in sorted(made):
+        unseen.discard(key)
+    for key in sorted(unseen):
         report.add(key, "only JAX", False)
     report.add(f"inputs and outputs of layers: {count} arrays", "compared", True)
 
@@ -215,30 +215,30 @@ def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound
         for tap in reversed(_shared(ours, theirs, theirs.taps)):
             key = f"gradient at {tap.key}"
             if key in ours.values and tap.key in theirs.moving:
-                mine = ours.values[key]
-                yield key, tap.backward_suspect, mine, _or_zero(theirs.values, key, mine)
+                gradient = ours.values[key]
+                yield key, tap.backward_blamed, gradient, _or_zero(theirs.values, key, gradient)
 
     report.compare_all("gradients at inputs and outputs of layers", rows(), bound)
     for key in sorted(key for key in ours.values if key.startswith("gradient of ")):
         blamed = key.removeprefix("gradient of ").rpartition(".")[0]
-        mine = ours.values[key]
+        gradient = ours.values[key]
         if key in theirs.values:
-            report.compare(key, mine, theirs.values[key], bound, blamed)
+            report.compare(key, gradient, theirs.values[key], bound, blamed)
         else:  # frozen: torch has none, so ours must be zero to the last bit
-            moved = bool(np.any(mine))
+            moved = bool(np.any(gradient))
             report.add(key, "not zero" if moved else "none", not moved, blamed)
 
 
-def _or_zero(values: MutableMapping[str, np.ndarray], key: str, like: np.ndarray) -> np.ndarray:
-    return values[key] if key in values else np.zeros_like(like)
+def _or_zero(values: MutableMapping[str, np.ndarray], key: str, template: np.ndarray) -> np.ndarray:
+    return values[key] if key in values else np.zeros_like(template)
 
 
 def _compare_decoding(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
         for tap in _shared(ours, theirs, theirs.decoding):
-            mine, other = ours.values[tap.key], theirs.values[tap.key]
-            if mine.shape == other.shape or not tap.entering:  # JAX masks what torch cuts off
-                yield tap.key, tap.blamed, mine, other
+            a, b = ours.values[tap.key], theirs.values[tap.key]
+            if a.shape == b.shape or not tap.entering:  # JAX masks what torch cuts off
+                yield tap.key, tap.blamed, a, b
 
     report.compare_all("layers in cached decoding", rows(), bound)
     for key in [key for key in theirs.values if key.endswith(": logits")]:

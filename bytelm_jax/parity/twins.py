@@ -94,44 +94,44 @@ def record_torch(
     from bytelm_torch.inference.generate import generate as torch_generate
     from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 
-    found = Recording({} if values is None else values)
+    recording = Recording({} if values is None else values)
     twin = twin.to(getattr(torch, dtype)).eval()
     tensor = torch.from_numpy(ids)
-    with _gradients_kept(twin, found):
-        with listen_torch(twin, partial(_touch_torch, found)) as recorder:
+    with _recorded_gradients(twin, recording):
+        with listen_torch(twin, partial(_visit_torch, recording)) as recorder:
             output = twin.outputs(tensor)
-        found.taps = recorder.taps
+        recording.taps = recorder.taps
         nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id)
         loss = nats / count + output.extra_loss.mean()
-        found.keep("logits", output.logits)
-        found.keep("loss", loss)
+        recording.keep("logits", output.logits)
+        recording.keep("loss", loss)
         loss.backward()
     if not (decode and config.causal):
-        return found
+        return recording
     with torch.no_grad():
-        _decode_torch(found, twin, ids)
+        _decode_torch(recording, twin, ids)
     prompts, capacity = _prompts(ids, config)
-    found.texts = torch_generate(twin, prompts, capacity, SamplerConfig(sampler="greedy"))
-    return found
+    recording.texts = torch_generate(twin, prompts, capacity, SamplerConfig(sampler="greedy"))
+    return recording
 
 
-def _touch_torch(found: Recording, key: str, value: Any) -> Any:
+def _visit_torch(recording: Recording, key: str, value: Any) -> Any:
     """Keeps an array, and the gradient that flows through it, if one does."""
-    found.keep(key, value)
+    recording.keep(key, value)
     if isinstance(value, np.ndarray) or not value.requires_grad:
         return value
-    found.moving[key] = tuple(value.shape)
+    recording.moving[key] = tuple(value.shape)
     value = value.view_as(value)  # so that the gradient is that of this use alone
-    value.register_hook(lambda gradient: found.keep(f"gradient at {key}", gradient))
+    value.register_hook(lambda gradient: recording.keep(f"gradient at {key}", gradient))
     return value
 
 
 @contextlib.contextmanager
-def _gradients_kept(twin: Any, found: Recording) -> Iterator[None]:
-    """Each parameter's gradient goes from the model into `found` once it is whole."""
+def _recorded_gradients(twin: Any, recording: Recording) -> Iterator[None]:
+    """Each parameter's gradient goes from the model into `recording` once it is whole."""
 
     def take(name: str, parameter: Any) -> None:
-        found.keep(f"gradient of {name}", parameter.grad)
+        recording.keep(f"gradient of {name}", parameter.grad)
         parameter.grad = None
 
     hooks = [
@@ -146,7 +146,7 @@ def _gradients_kept(twin: Any, found: Recording) -> Iterator[None]:
             hook.remove()
 
 
-def _decode_torch(found: Recording, twin: Any, ids: np.ndarray) -> None:
+def _decode_torch(recording: Recording, twin: Any, ids: np.ndarray) -> None:
     import torch
 
     patch = twin.round_length
@@ -155,28 +155,28 @@ def _decode_torch(found: Recording, twin: Any, ids: np.ndarray) -> None:
 
     def run(when: str, step: Callable[[], Any]) -> None:
         def visit(key: str, value: Any) -> Any:
-            found.keep(f"{when}{key}", value)
+            recording.keep(f"{when}{key}", value)
             return value
 
         with listen_torch(twin, visit) as recorder:
             step()
-        found.decoding += [tap._replace(key=when + tap.key) for tap in recorder.taps]
+        recording.decoding += [tap._replace(key=when + tap.key) for tap in recorder.taps]
 
     if start:
         run("prefill: ", lambda: twin.prefill(tensor[:, :start], cache))
     previous = torch.from_numpy(_before(ids, start, patch, twin.config.vocab.pad_id))
     for r in range(rounds):
-        given = tensor[:, start + r * patch : start + (r + 1) * patch]
+        chosen = tensor[:, start + r * patch : start + (r + 1) * patch]
         when, logits = f"decoding, round {r + 1}: ", []
 
-        def choose(row: Any, i: int, given: Any = given, logits: list = logits) -> Any:
+        def choose(row: Any, i: int, chosen: Any = chosen, logits: list = logits) -> Any:
             logits.append(row)
-            return given[:, i]
+            return chosen[:, i]
 
         step = partial(twin.decode_round, cache, previous, start // patch + r, choose)
         run(when, step)
-        found.keep(f"{when}logits", torch.stack(logits, dim=1))
-        previous = given
+        recording.keep(f"{when}logits", torch.stack(logits, dim=1))
+        previous = chosen
 
 
 def record_jax(
@@ -191,7 +191,7 @@ def record_jax(
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         params = {name: value.astype(dtype) for name, value in load().items()}
         bind, _ = define_model(config)
-        found = Recording({})
+        recording = Recording({})
         inputs = jnp.asarray(ids)
 
         def run(params: Params, nudges: dict[str, jax.Array]) -> Any:
@@ -204,7 +204,7 @@ def record_jax(
 
             with listen_jax(model, visit) as recorder:
                 output = model.outputs(inputs)
-            found.taps = recorder.taps
+            recording.taps = recorder.taps
             nats, count = cross_entropy(output.logits, inputs, config.vocab.pad_id)
             loss = nats / count + output.extra_loss.astype(nats.dtype).mean()
             return loss, seen | {"logits": output.logits, "loss": loss}
@@ -218,23 +218,25 @@ def record_jax(
 
         seen, gradients, at = differentiate(params)
         seen, at = jax.device_get((seen, at))
-        found.values.update(seen)
-        found.values.update(
+        recording.values.update(seen)
+        recording.values.update(
             (f"gradient at {key}", value)
             for key, value in at.items()
             if key in seen and seen[key].shape == value.shape
         )
-        made = convert.to_torch(gradients).items()
-        found.values.update((f"gradient of {name}", value) for name, value in made)
+        named = convert.to_torch(gradients).items()
+        recording.values.update((f"gradient of {name}", value) for name, value in named)
         if decode and config.causal:
-            _decode_jax(found, bind, params, ids, config)
+            _decode_jax(recording, bind, params, ids, config)
             prompts, capacity = _prompts(ids, config)
-            found.texts = generate(bind(params), prompts, capacity, SamplerConfig(sampler="greedy"))
-    return found
+            recording.texts = generate(
+                bind(params), prompts, capacity, SamplerConfig(sampler="greedy")
+            )
+    return recording
 
 
 def _decode_jax(
-    found: Recording, bind: Callable, params: Params, ids: np.ndarray, config: ModelConfig
+    recording: Recording, bind: Callable, params: Params, ids: np.ndarray, config: ModelConfig
 ) -> None:
     patch = bind(params).round_length
     start, rounds = _plan(ids, patch)
@@ -254,25 +256,25 @@ def _decode_jax(
         return heard(model, lambda: model.prefill(prompt, cache)) if start else (cache, {})
 
     @jax.jit
-    def step(params: Params, cache: Any, before: jax.Array, given: jax.Array, n: jax.Array) -> Any:
+    def step(params: Params, cache: Any, before: jax.Array, chosen: jax.Array, n: jax.Array) -> Any:
         model, logits = bind(params), []
 
         def choose(row: jax.Array, i: int) -> jax.Array:
             logits.append(row)
-            return given[:, i]
+            return chosen[:, i]
 
-        made, seen = heard(model, lambda: model.decode_round(cache, before, n, choose))
-        return made[0], seen | {"logits": jnp.stack(logits, axis=1)}
+        output, seen = heard(model, lambda: model.decode_round(cache, before, n, choose))
+        return output[0], seen | {"logits": jnp.stack(logits, axis=1)}
 
     def keep(when: str, seen: dict[str, Any]) -> None:
-        found.values.update({when + k: v for k, v in jax.device_get(seen).items()})
-        found.decoding += [tap._replace(key=when + tap.key) for tap in taps]
+        recording.values.update({when + k: v for k, v in jax.device_get(seen).items()})
+        recording.decoding += [tap._replace(key=when + tap.key) for tap in taps]
 
     cache, seen = prefill(params, ids[:, :start])
     keep("prefill: ", seen)
     before = _before(ids, start, patch, config.vocab.pad_id)
     for r in range(rounds):
-        given = ids[:, start + r * patch : start + (r + 1) * patch]
-        cache, seen = step(params, cache, before, given, jnp.int32(start // patch + r))
+        chosen = ids[:, start + r * patch : start + (r + 1) * patch]
+        cache, seen = step(params, cache, before, chosen, jnp.int32(start // patch + r))
         keep(f"decoding, round {r + 1}: ", seen)
-        before = given
+        before = chosen

@@ -51,8 +51,8 @@ def test_adaptive_linear_is_what_its_matrices_say(rank, x64):
     assert relative_error(np.asarray(call(x, a)), expected) <= tolerances.LOGITS["float64"]
     # One vector for the row is the same vector at each position.
     shared = np.broadcast_to(a[:, :1], a.shape)
-    found = relative_error(np.asarray(call(x, a[:, :1])), np.asarray(call(x, shared)))
-    assert found <= tolerances.LOGITS["float64"]
+    error = relative_error(np.asarray(call(x, a[:, :1])), np.asarray(call(x, shared)))
+    assert error <= tolerances.LOGITS["float64"]
 
 
 @pytest.mark.parametrize("rank", [0, 3])
@@ -78,8 +78,8 @@ def test_full_form_never_holds_a_matrix_for_each_position():
 def test_running_mean_by_position_and_in_bfloat16(x64):
     x = normal(2, 9, 3)
     expected = np.stack([x[:, : t + 1].mean(axis=1) for t in range(9)], axis=1)
-    found = np.asarray(jax.jit(running_mean)(x))
-    assert relative_error(found, expected) <= tolerances.LOGITS["float64"]
+    actual = np.asarray(jax.jit(running_mean)(x))
+    assert relative_error(actual, expected) <= tolerances.LOGITS["float64"]
     sums = np.full((2, 10, 3), 1e9)  # what was never written must not count
     sums[:, 0] = 0
     extend = jax.jit(extend_running_mean)
@@ -88,8 +88,8 @@ def test_running_mean_by_position_and_in_bfloat16(x64):
     for t in range(4, 9):
         mean, sums = extend(x[:, t : t + 1], sums, t)
         rest.append(mean)
-    found = np.concatenate([first, *rest], axis=1)
-    assert relative_error(found, expected) <= tolerances.LOGITS["float64"]
+    actual = np.concatenate([first, *rest], axis=1)
+    assert relative_error(actual, expected) <= tolerances.LOGITS["float64"]
     # A bfloat16 sum of ones stalls at 256, and the mean would fall.
     ones = jnp.ones((1, 2000, 1), jnp.bfloat16)
     assert (running_mean(ones) == 1).all() and running_mean(ones).dtype == jnp.bfloat16
@@ -101,22 +101,22 @@ def test_running_mean_by_products_where_matrices_are_fast(length, monkeypatch):
     x, weights = (normal(2, length, 3, seed=seed).astype(jnp.bfloat16) for seed in (0, 1))
     call = jax.jit(lambda x: running_mean(x))
     assert "dot_general" in str(jax.make_jaxpr(call)(x))
-    found, pull = jax.vjp(call, x)
+    actual, pull = jax.vjp(call, x)
     counts = np.arange(1, length + 1)[None, :, None]
     expected = np.cumsum(x.astype("float64"), axis=1) / counts
     shares = (weights.astype("float64") / counts)[:, ::-1]
-    turned = np.cumsum(shares, axis=1)[:, ::-1]
+    reversed_sums = np.cumsum(shares, axis=1)[:, ::-1]
     eps = float(jnp.finfo(jnp.bfloat16).eps)
-    assert found.dtype == jnp.bfloat16
-    assert relative_error(np.asarray(found, "float64"), expected) <= eps / 2
+    assert actual.dtype == jnp.bfloat16
+    assert relative_error(np.asarray(actual, "float64"), expected) <= eps / 2
     # What is summed is rounded, too.
-    assert relative_error(np.asarray(pull(weights)[0], "float64"), turned) <= eps
+    assert relative_error(np.asarray(pull(weights)[0], "float64"), reversed_sums) <= eps
     for position in {0, length // 2, length - 1}:
         changed = x.copy()
         changed[:, position:] = 100 * x[::-1, position:]
         after = call(changed)
-        np.testing.assert_array_equal(after[:, :position], found[:, :position])
-        assert (after[:, position] != found[:, position]).all()
+        np.testing.assert_array_equal(after[:, :position], actual[:, :position])
+        assert (after[:, position] != actual[:, position]).all()
 
 
 CHOICES = {
@@ -155,8 +155,8 @@ def test_sparse_dispatch_is_the_dense_sum_with_the_same_gates(rank, machine, x64
         assert relative_error(np.asarray(ours), np.asarray(theirs)) <= tolerances.LOGITS["float64"]
         pairs = zip(jax.tree.leaves(our_gradients), jax.tree.leaves(their_gradients), strict=True)
         for one, other in pairs:
-            found = relative_error(np.asarray(one), np.asarray(other))
-            assert found <= tolerances.GRADIENTS["float64"]
+            error = relative_error(np.asarray(one), np.asarray(other))
+            assert error <= tolerances.GRADIENTS["float64"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -209,9 +209,9 @@ def test_balance_loss_and_float32_gates():
     assert relative_error(np.asarray(routing.load), load) == 0
     assert relative_error(np.asarray(routing.balance), expected) <= tolerances.LOGITS["float32"]
     # A row's loss is its own, so that devices average it exactly.
-    (_, turned), _ = balance(params, x[::-1], a[::-1])
-    found = relative_error(np.asarray(turned.balance)[::-1], np.asarray(routing.balance))
-    assert found <= tolerances.OTHER_PLACE["float32"]
+    (_, swapped), _ = balance(params, x[::-1], a[::-1])
+    error = relative_error(np.asarray(swapped.balance)[::-1], np.asarray(routing.balance))
+    assert error <= tolerances.OTHER_PLACE["float32"]
     # It pulls at the gate alone.
     assert np.any(gradients["gate"]["kernel"][...])
     assert not np.any(gradients["experts"]["base"]["kernels"][...])

@@ -63,7 +63,7 @@ def bare(cells):
     marks = [
         "".join(name for name in ("p", "o") if name in classes.split()) for classes, *_ in spans
     ]
-    return data, marks, [said for *_, said in spans]
+    return data, marks, [tooltip for *_, tooltip in spans]
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_replies_grow_by_whole_characters_to_what_generate_gives(service, params
     data = service._tokenizer.to_bytes(service._tokenizer.encode(prompt))
     (new,) = generate(define_model(MODEL)[0](params), [data], 24, SamplerConfig(), seed=3)
     assert replies[-1].text == (data + new).decode("utf-8", "replace")
-    shown, marks, said = bare(replies[-1].cells)
+    shown, marks, tooltips = bare(replies[-1].cells)
     assert shown == data + new
     assert ["o" in mark for mark in marks] == [at >= len(data) for at in range(len(shown))]
     assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(len(shown))]
-    assert all(re.fullmatch(r"surprise [\d.]+ bits, entropy [\d.]+ bits", one) for one in said)
+    assert all(re.fullmatch(r"surprise [\d.]+ bits, entropy [\d.]+ bits", one) for one in tooltips)
     assert f"{len(new)} bytes in" in replies[-1].status and len(new) == 24
     assert "bytes a second once begun" in replies[-1].status
     assert len(replies) >= 3  # two pieces and the cells
@@ -129,8 +129,8 @@ def test_generation_stops_when_its_time_is_over(service, params):
 def test_cells_as_literals():
     surprise = np.array([0.0, 2.0, 8.0, 20.0, 1.0, 0.5], np.float32)
     starts = np.array([True, False, True, False, False, False])
-    found = Inspection("<é\n".encode() + b"\xff\x00", surprise, surprise / 2, starts)
-    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(found, 2))[1]
+    inspected = Inspection("<é\n".encode() + b"\xff\x00", surprise, surprise / 2, starts)
+    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(inspected, 2))[1]
     shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside)
     assert [(names, html.unescape(text)) for names, text in shown] == [
         ("b0 p", "<"),
@@ -162,9 +162,9 @@ def page(service, request):
     pytest.importorskip("gradio", reason="needs the extra app")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        made = app.build_page(service)
-        request.addfinalizer(lambda: made.close(verbose=False))
-        address = app.launch(made, "127.0.0.1", _free_port())
+        blocks = app.build_page(service)
+        request.addfinalizer(lambda: blocks.close(verbose=False))
+        address = app.launch(blocks, "127.0.0.1", _free_port())
         asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open
         gc.collect()
     return address.rstrip("/")
@@ -264,8 +264,8 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
         ([str(tmp_path / "run"), "--queue", "0"], "queue=0: must be at least 1"),
     ):
         assert cli.main(["serve", *argv]) == 2
-        said = capsys.readouterr().err
-        assert says in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
 
 
 def test_a_page_needs_gradio(service, monkeypatch):

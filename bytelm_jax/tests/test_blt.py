@@ -101,12 +101,12 @@ def programs(name: str) -> tuple[Any, Any, Any]:
         def body(index: Any, carry: Any) -> Any:
             cache, ids, logits = carry
             previous = jax.lax.dynamic_slice_in_dim(ids, jnp.maximum(index - 1, 0), 1, axis=1)
-            given = jax.lax.dynamic_index_in_dim(ids, index, axis=1, keepdims=False)
+            forced = jax.lax.dynamic_index_in_dim(ids, index, axis=1, keepdims=False)
             seen = []
 
-            def choose(found: Any, i: int) -> Any:
-                seen.append(found)
-                return jnp.where(index < lengths, given, greedy(found))
+            def choose(row: Any, i: int) -> Any:
+                seen.append(row)
+                return jnp.where(index < lengths, forced, greedy(row))
 
             cache, chosen = model.decode_round(cache, previous, index, choose)
             ids = jax.lax.dynamic_update_slice_in_dim(ids, chosen, index, axis=1)
@@ -143,13 +143,13 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     everything = np.full(ROWS, LENGTH, np.int32)
     for first, filled in ((0, 0), (0, 40), (17, 40), (40, 40)):
         # What a prefill wrote from `first` on is junk that the rounds must write once more.
-        given = np.where(np.arange(LENGTH) < first, ids, np.roll(ids, 3, axis=0))[:, :filled]
+        prefix = np.where(np.arange(LENGTH) < first, ids, np.roll(ids, 3, axis=0))[:, :filled]
         empty = define_model(CONFIGS[name])[0](params).init_cache(ROWS, LENGTH)
-        cache = prefill(params, given) if filled else empty
-        cache, found_ids, found = decode(params, cache, ids, first, LENGTH, everything)
-        found = np.asarray(found)
-        np.testing.assert_array_equal(found_ids, ids)
-        error = np.linalg.norm(found[:, first:] - expected[:, first:])
+        cache = prefill(params, prefix) if filled else empty
+        cache, actual_ids, actual = decode(params, cache, ids, first, LENGTH, everything)
+        actual = np.asarray(actual)
+        np.testing.assert_array_equal(actual_ids, ids)
+        error = np.linalg.norm(actual[:, first:] - expected[:, first:])
         assert error <= LOGITS["float32"] * np.linalg.norm(expected[:, first:])
         capacity = CONFIGS[name].budget(LENGTH)
         numbers = np.minimum(np.cumsum(starts, axis=1) - 1, capacity)
@@ -166,14 +166,16 @@ def test_greedy_bytes_are_those_of_whole_passes_at_every_prompt_length(name):
     new = 6
     # As generation does it: a padded prefill, then rounds from the shortest prompt on.
     lengths = np.arange(65, dtype=np.int32)[:, None] + np.array([0, 3, 8], np.int32)
-    given = np.where(np.arange(LENGTH) < lengths[..., None], prompts(), VOCAB.pad_id)
-    given = given.astype(np.int32)
-    flat = uncached(name, given.reshape(-1, LENGTH), lengths.reshape(-1), new)
-    for own, ids, expected in zip(lengths, given, flat.reshape(given.shape), strict=True):
-        first, last = own.min(), own.max() + new
+    prompt_ids = np.where(np.arange(LENGTH) < lengths[..., None], prompts(), VOCAB.pad_id)
+    prompt_ids = prompt_ids.astype(np.int32)
+    flat = uncached(name, prompt_ids.reshape(-1, LENGTH), lengths.reshape(-1), new)
+    for counts, ids, expected in zip(
+        lengths, prompt_ids, flat.reshape(prompt_ids.shape), strict=True
+    ):
+        first, last = counts.min(), counts.max() + new
         cache = prefill(params, ids) if first else bind(params).init_cache(ROWS, LENGTH)
-        _, found, _ = decode(params, cache, ids, first, last, own)
-        for ours, theirs, end in zip(np.asarray(found), expected, own + new, strict=True):
+        _, actual, _ = decode(params, cache, ids, first, last, counts)
+        for ours, theirs, end in zip(np.asarray(actual), expected, counts + new, strict=True):
             np.testing.assert_array_equal(ours[:end], theirs[:end])
 
 
@@ -204,8 +206,8 @@ def test_chunks_see_what_the_full_mask_shows(window, x64):
     k, v = (jnp.asarray(source.normal(size=(2, 21, 2, 6))) for _ in "kv")
     back = np.arange(21)[:, None] - np.arange(21)[None, :]
     expected = grouped_attention(q, k, v, (back >= 0) & (back < window))
-    found = causal_attention(q, k, v, window)
-    assert np.linalg.norm(found - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
+    actual = causal_attention(q, k, v, window)
+    assert np.linalg.norm(actual - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -217,12 +219,12 @@ def test_one_query_sees_what_many_would(kv_heads, x64):
     expected = np.asarray(grouped_attention(q, k, v, mask))
     hidden = jnp.where(mask[:, 0, :, None, None], 0, 1e3)
     with pretend_platform("gpu"):
-        found, other = (
+        actual, other = (
             np.asarray(attend_once(q, k + more, v + more, mask, grouped_attention))
             for more in (0, hidden)
         )
-    assert np.linalg.norm(found - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
-    np.testing.assert_array_equal(found, other)
+    assert np.linalg.norm(actual - expected) <= LOGITS["float64"] * np.linalg.norm(expected)
+    np.testing.assert_array_equal(actual, other)
 
 
 def test_gradients_of_patches_read_in_16_bits_are_rounded_once():
@@ -236,9 +238,9 @@ def test_gradients_of_patches_read_in_16_bits_are_rounded_once():
     exact = np.zeros((2, 6, 3))
     for row in range(2):
         np.add.at(exact[row], np.asarray(patch_of[row]), np.asarray(weights[row], np.float64))
-    for found in (by_scatter, by_product):
-        assert found.dtype == x.dtype
-        error = np.abs(np.asarray(found, np.float64) - exact[:, :5])
+    for actual in (by_scatter, by_product):
+        assert actual.dtype == x.dtype
+        error = np.abs(np.asarray(actual, np.float64) - exact[:, :5])
         assert (error <= 2.0**-8 * np.abs(exact[:, :5]) + 1e-5).all()
 
 
@@ -261,9 +263,9 @@ def test_linear_cross_attention_is_the_dense_one(x64):
     def dense(params: Params, states: Any, queries: Any) -> Any:
         layer, flat = bind(params), queries.reshape(2, 12, 8)
         vectors = jnp.repeat(jnp.arange(4), 3)[None, :, None]
-        own = vectors == patch_of[:, None, :]
-        own = own | ~own.any(axis=-1, keepdims=True)
-        pooled = attend(layer, flat, states, own).reshape(queries.shape)
+        mask = vectors == patch_of[:, None, :]
+        mask = mask | ~mask.any(axis=-1, keepdims=True)
+        pooled = attend(layer, flat, states, mask).reshape(queries.shape)
         mask = jnp.swapaxes(vectors == read_of[:, None, :], 1, 2)
         return jnp.where(used, pooled, 0), attend(layer, states, flat, mask)
 
@@ -277,8 +279,8 @@ def test_linear_cross_attention_is_the_dense_one(x64):
         return sum((out * w).sum() for out, w in zip(form(*arguments), weights, strict=True))
 
     for form in (linear, dense):
-        found = jax.value_and_grad(functools.partial(total, form), (0, 1, 2))
-        result = jax.jit(found)(params, states, queries)
+        with_gradients = jax.value_and_grad(functools.partial(total, form), (0, 1, 2))
+        result = jax.jit(with_gradients)(params, states, queries)
         if form is linear:
             ours = result
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(result), strict=True):
@@ -288,6 +290,6 @@ def test_linear_cross_attention_is_the_dense_one(x64):
 def test_a_shared_maximum_shares_its_gradient():
     x = jnp.asarray([[[1.0], [3.0], [3.0], [2.0], [5.0]]])
     patch_of = jnp.asarray([[0, 0, 0, 1, 2]])
-    found, pull = jax.vjp(lambda x: segment_max(x, patch_of, 2), x)
-    assert found[0, :, 0].tolist() == [3.0, 2.0]
+    actual, pull = jax.vjp(lambda x: segment_max(x, patch_of, 2), x)
+    assert actual[0, :, 0].tolist() == [3.0, 2.0]
     assert pull(jnp.asarray([[[1.0], [4.0]]]))[0][0, :, 0].tolist() == [0, 0.5, 0.5, 4, 0]

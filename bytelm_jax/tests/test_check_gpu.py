@@ -71,8 +71,8 @@ def check(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "LARGE", large)
         probed = json.dumps({"device": "a card", "limit": limit})
         monkeypatch.setattr(module, "PROBE", f"print({probed!r})")
-        given = ["gpu", "--data", text, "--lines", lines, "--work", tmp_path, *options]
-        monkeypatch.setattr(sys, "argv", [*map(str, given), "--rows", *rows])
+        argv = ["gpu", "--data", text, "--lines", lines, "--work", tmp_path, *options]
+        monkeypatch.setattr(sys, "argv", [*map(str, argv), "--rows", *rows])
         calls.write_text("")
         status = module.main()
         ran = calls.read_text().splitlines()
@@ -102,7 +102,7 @@ def test_every_command_of_every_row_once(check, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "message"),
     [
         ("generate", "generate: status 1: a first line | no kernel"),
         ("nan", "train: nan bits per byte"),
@@ -110,11 +110,11 @@ def test_every_command_of_every_row_once(check, tmp_path):
         ("hangs", "train: not done in time"),
     ],
 )
-def test_a_row_that_fails_says_where_and_is_run_again(check, fault, said):
+def test_a_row_that_fails_says_where_and_is_run_again(check, fault, message):
     options = ["--deadline", "1" if fault == "hangs" else "60"]
     status, lines, _ = check("megabyte_tiny", fault=fault, options=options)
     assert status == 1 and len(lines) == 1
-    assert lines[0]["verdict"] == "failed" and lines[0]["failure"].startswith(said)
+    assert lines[0]["verdict"] == "failed" and lines[0]["failure"].startswith(message)
     status, lines, ran = check("megabyte_tiny")
     assert status == 0 and ran and [line["verdict"] for line in lines] == ["failed", "passed"]
 

@@ -32,9 +32,9 @@ def test_marks_are_those_defined_under_any_sharding(x64, spec):
     for leaf, bad in zip(leaves, ("nan", "inf", "-inf"), strict=False):
         leaf[7, 15, 2] = float(bad)
     small = [random[:0], np.float32(random[0, 0, 0]), np.float32("nan")]
-    (found,) = checkpoint.examine({"x": [*jax.device_put(leaves, placed), *small]}).values()
-    assert [int(mark.fingerprint) for mark in found] == [defined(leaf) for leaf in leaves + small]
-    bad = [mark.non_finite > 0 for mark in found]
+    (marks,) = checkpoint.examine({"x": [*jax.device_put(leaves, placed), *small]}).values()
+    assert [int(mark.fingerprint) for mark in marks] == [defined(leaf) for leaf in leaves + small]
+    bad = [mark.non_finite > 0 for mark in marks]
     assert bad == [True, True, True, False, False, False, False, True]
 
 
@@ -56,9 +56,9 @@ def test_a_made_run_is_written_in_small_files_and_read_back(tmp_path, monkeypatc
     # Orbax closes a file once it has grown past the bound, by one piece of an array at most.
     assert sum(sizes) > 2**21 and max(sizes) <= 2 * 2**18
     with checkpoint.open_checkpoints(tmp_path / "run") as manager:
-        found, _, _ = checkpoint.restore(manager, 0, params)
+        restored, _, _ = checkpoint.restore(manager, 0, params)
     for name, value in params.items():
-        np.testing.assert_array_equal(found[name], value)
+        np.testing.assert_array_equal(restored[name], value)
 
 
 def test_a_run_of_parameters_that_would_not_be_restored_is_not_made(tmp_path):

@@ -61,10 +61,10 @@ def export(run, tmp_path_factory):
 def refused(capsys, *argv):
     """The one line on standard error with which the command refuses."""
     assert cli.main([str(a) for a in argv]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    lines = said.err.strip().splitlines()
-    assert len(lines) == 1, said.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.strip().splitlines()
+    assert len(lines) == 1, output.err
     assert lines[0].startswith("bytelm")
     return lines[0]
 
@@ -83,9 +83,9 @@ def test_eval_counts_every_byte_once_and_agrees_with_torch(size, run, export, tm
     file = tmp_path / "bytes.bin"
     file.write_bytes(np.random.default_rng(size).bytes(size))
     capsys.readouterr()
-    found = evaluated(capsys, run, "--data", file, "--batch-size", "64")
-    assert found["bytes"] == size
-    assert found["bits_per_byte"] == pytest.approx(found["nats"] / size / np.log(2))
+    result = evaluated(capsys, run, "--data", file, "--batch-size", "64")
+    assert result["bytes"] == size
+    assert result["bits_per_byte"] == pytest.approx(result["nats"] / size / np.log(2))
     twin = bytelm_torch.from_pretrained(export)
     raw = np.frombuffer(file.read_bytes(), np.uint8).astype(np.int64)
     nats = 0.0
@@ -95,17 +95,17 @@ def test_eval_counts_every_byte_once_and_agrees_with_torch(size, run, export, tm
             if rows.size:
                 ids = torch.from_numpy(rows.copy())
                 nats += token_nats(twin(ids), ids).double().sum().item()
-    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float32"]
+    assert abs(result["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float32"]
 
 
 def test_eval_in_float64_agrees_with_torch_in_float64(run, export, text, capsys):
     capsys.readouterr()
-    found = evaluated(capsys, run, "--data", text, "--dtype", "float64")
+    result = evaluated(capsys, run, "--data", text, "--dtype", "float64")
     twin = bytelm_torch.from_pretrained(export, dtype=torch.float64)
     raw = torch.from_numpy(np.frombuffer(text.read_bytes(), np.uint8).astype(np.int64))
     with torch.no_grad():
         nats = sum(token_nats(twin(r[None]), r[None]).sum().item() for r in raw.split(64))
-    assert abs(found["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float64"]
+    assert abs(result["nats"] - nats) / nats <= tolerances.OTHER_PLACE["float64"]
 
 
 def test_bfloat16_stays_close(run, text, capsys):
@@ -158,8 +158,8 @@ def test_parity_passes_and_names_the_first_difference(run, export, tmp_path, tex
 
         patch.setattr(bytelm_torch, "from_pretrained", disturbed)
         assert cli.main(["parity", str(export), *argv]) == 1
-    said = capsys.readouterr().out
-    assert "DIFFERENT from local_transformer.layers.0.feedforward.up on" in said
+    output = capsys.readouterr().out
+    assert "DIFFERENT from local_transformer.layers.0.feedforward.up on" in output
 
 
 def test_prepared_file_evaluates_like_its_source(run, text, tmp_path, capsys):
@@ -257,11 +257,11 @@ def test_damaged_checkpoints(run, text, tmp_path, capsys):
     copy = tmp_path / "truncated"
     known = contents(copy / "checkpoints" / "30")
     assert cli.main([str(a) for a in (*train, copy, "--checkpoint-every", "20")]) == 0
-    told = capsys.readouterr().err
-    assert "checkpoint 30" in told and f"is now {copy / 'damaged' / '30'}" in told
-    assert "resuming megabyte_tiny" in told and "step 20" in told
-    kept = contents(copy / "damaged" / "30")
-    assert [kept[p] for p in sorted(kept)] == [known[p] for p in sorted(known)]
+    error = capsys.readouterr().err
+    assert "checkpoint 30" in error and f"is now {copy / 'damaged' / '30'}" in error
+    assert "resuming megabyte_tiny" in error and "step 20" in error
+    moved = contents(copy / "damaged" / "30")
+    assert [moved[p] for p in sorted(moved)] == [known[p] for p in sorted(known)]
     broken = tmp_path / "config"
     shutil.copytree(run, broken)
     (broken / "config.json").write_text('{"name": "x", "modle": 1}')
@@ -302,9 +302,9 @@ def test_read_only_and_full_places(run, text, tmp_path, capsys):
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("bytelm train: ")
     after = contents(run)
-    kept = {p for p in before if p.parent != run / "progress"}
-    kept -= {run / "metrics.jsonl", run / "config.json"}
-    assert all(after[p] == before[p] for p in kept)
+    unchanged = {p for p in before if p.parent != run / "progress"}
+    unchanged -= {run / "metrics.jsonl", run / "config.json"}
+    assert all(after[p] == before[p] for p in unchanged)
 
 
 def sounds_and_pictures(folder):
@@ -338,9 +338,9 @@ def test_bytes_that_are_no_text_train_and_evaluate(tmp_path, capsys):
     argv = ["train", "lfbyte_tiny", *model.split(), *rest.split(), "--data", str(files)]
     assert cli.main([*argv, "--save_path", str(run)]) == 0
     capsys.readouterr()
-    found = evaluated(capsys, run, "--data", files)
-    assert found["bytes"] == size
-    assert found["bits_per_byte"] < 5  # of 8 for noise
+    result = evaluated(capsys, run, "--data", files)
+    assert result["bytes"] == size
+    assert result["bits_per_byte"] < 5  # of 8 for noise
 
 
 def line_nats(run, lines):
@@ -362,10 +362,10 @@ def test_resets_are_chosen_at_evaluation_and_generation(run, tmp_path, capsys, m
         ("document", [b"".join(lines), b"more"]),
     ):
         assert cli.main([*argv, mode]) == 0
-        found = json.loads(capsys.readouterr().out)
-        assert found["bytes"] == sum(map(len, texts))  # the ends of documents are not counted
+        result = json.loads(capsys.readouterr().out)
+        assert result["bytes"] == sum(map(len, texts))  # the ends of documents are not counted
         wanted = line_nats(run, texts)
-        assert abs(found["nats"] - wanted) <= tolerances.OTHER_PLACE["float32"] * wanted
+        assert abs(result["nats"] - wanted) <= tolerances.OTHER_PLACE["float32"] * wanted
     models = []
     monkeypatch.setattr(generation, "stream", lambda model, *_, **__: models.append(model) or [])
     assert cli.main(["generate", str(run), "--reset-on", "newline"]) == 0

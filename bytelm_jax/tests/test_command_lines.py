@@ -29,8 +29,8 @@ def test_every_command_has_help_with_an_example(capsys):
     for name in cli.COMMANDS:
         with pytest.raises(SystemExit) if name != "train" else nullcontext():
             assert cli.main([name, "--help"]) == 0
-        said = capsys.readouterr().out
-        assert f"Example: bytelm {name}" in said
+        output = capsys.readouterr().out
+        assert f"Example: bytelm {name}" in output
     assert cli.main(["--help"]) == 0
     assert set(cli.COMMANDS) <= set(capsys.readouterr().out.split())
     modules = (
@@ -115,8 +115,8 @@ def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
         assert says in refused(capsys, *start, *change)
     assert not asked
     assert cli.main(["train", "--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"--{name}" in said for name in ("seq_len", "lr", "save_path", "epochs"))
+    output = capsys.readouterr().out
+    assert all(f"--{name}" in output for name in ("seq_len", "lr", "save_path", "epochs"))
 
 
 def test_a_model_that_sees_its_bytes_is_not_trained_on_them(text, tmp_path, capsys):
@@ -136,8 +136,8 @@ def test_resets_asked_for_reach_the_entropy_model():
 def test_resets_behind_documents_need_their_ends(tmp_path, capsys):
     argv = ["train", "lfbyte_tiny", "--reset-on", "document", "--no-append-eos"]
     assert cli.main([*argv, "--run-dir", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err
-    assert "model.reset_on=document: needs data.append_eos=True" in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "model.reset_on=document: needs data.append_eos=True" in error and error.count("\n") == 1
     recipe = recipes.megabyte_tiny()
     recipe = replace(recipe, data=replace(recipe.data, append_eos=False))
     with pytest.raises(ValueError, match="needs data"):

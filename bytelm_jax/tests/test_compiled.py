@@ -68,7 +68,7 @@ def test_packed_caches_come_back_and_may_be_sliced_along_the_leading_axes():
     packed = pack(tree, 2)
     assert packed.shape == (2, 5, 2 * (12 + 6))
     third = jax.tree.map(lambda x: x[:, 3], tree)
-    for found, wanted in ((unpack(packed, tree), tree), (unpack(packed[:, 3], third), third)):
-        assert jax.tree.structure(found) == jax.tree.structure(wanted)
-        for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-            np.testing.assert_array_equal(np.asarray(f), np.asarray(w))
+    for actual, expected in ((unpack(packed, tree), tree), (unpack(packed[:, 3], third), third)):
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(e))

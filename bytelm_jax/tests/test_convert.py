@@ -41,8 +41,8 @@ def test_each_kind_of_leaf_has_its_name_and_layout() -> None:
         "n.scale": matrix[0],
         "n.bias": matrix[1],
     }
-    made = convert.to_torch(params)
-    assert {name: value.tolist() for name, value in made.items()} == {
+    converted = convert.to_torch(params)
+    assert {name: value.tolist() for name, value in converted.items()} == {
         "a.weight": [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]],
         "b.0.weight": [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]],
         "n.weight": [0.0, 1.0, 2.0],
@@ -74,9 +74,9 @@ def test_round_trip_keeps_every_bit(variant: str, dtype: Any, x64: None, tmp_pat
 def test_results_share_no_memory_with_what_they_came_from() -> None:
     params = any_bits(PAPER, np.float32)
     before = bits(params)
-    made = convert.to_torch(params)
-    back = convert.from_torch(made, PAPER)
-    for value in made.values():
+    converted = convert.to_torch(params)
+    back = convert.from_torch(converted, PAPER)
+    for value in converted.values():
         assert value.flags.c_contiguous and value.flags.writeable
         value[...] = 7.0
     assert bits(params) == before
@@ -86,28 +86,28 @@ def test_results_share_no_memory_with_what_they_came_from() -> None:
 # ---- strict ---------------------------------------------------------------------------------
 
 
-def without(found: dict[str, np.ndarray]) -> None:
-    del found["local_embed.weight"]
+def without(state: dict[str, np.ndarray]) -> None:
+    del state["local_embed.weight"]
 
 
-def extra(found: dict[str, np.ndarray]) -> None:
-    found["local_transformer.layers.1.attention.to_q.weight"] = np.zeros((8, 8), np.float32)
+def extra(state: dict[str, np.ndarray]) -> None:
+    state["local_transformer.layers.1.attention.to_q.weight"] = np.zeros((8, 8), np.float32)
 
 
-def turned(found: dict[str, np.ndarray]) -> None:
-    found["to_logits.weight"] = found["to_logits.weight"].T
+def transposed(state: dict[str, np.ndarray]) -> None:
+    state["to_logits.weight"] = state["to_logits.weight"].T
 
 
-def flat(found: dict[str, np.ndarray]) -> None:
-    found["to_logits.bias"] = found["to_logits.bias"][None]
+def flat(state: dict[str, np.ndarray]) -> None:
+    state["to_logits.bias"] = state["to_logits.bias"][None]
 
 
-def integers(found: dict[str, np.ndarray]) -> None:
-    found["to_logits.bias"] = np.zeros(512, np.int32)
+def integers(state: dict[str, np.ndarray]) -> None:
+    state["to_logits.bias"] = np.zeros(512, np.int32)
 
 
-def complexes(found: dict[str, np.ndarray]) -> None:
-    found["to_logits.bias"] = np.zeros(512, np.complex64)
+def complexes(state: dict[str, np.ndarray]) -> None:
+    state["to_logits.bias"] = np.zeros(512, np.complex64)
 
 
 @pytest.mark.parametrize(
@@ -115,22 +115,22 @@ def complexes(found: dict[str, np.ndarray]) -> None:
     [
         (without, "local_embed.weight: missing; expected shape (512, 8), floating point"),
         (extra, "local_transformer.layers.1.attention.to_q.weight: unexpected; "),
-        (turned, "to_logits.weight: shape (8, 512); expected (512, 8)"),
+        (transposed, "to_logits.weight: shape (8, 512); expected (512, 8)"),
         (flat, "to_logits.bias: shape (1, 512); expected (512,)"),
         (integers, "to_logits.bias: dtype int32; expected float16, "),
         (complexes, "to_logits.bias: dtype complex64; expected float16, "),
     ],
 )
 def test_a_wrong_tensor_is_named(damage: Callable[..., None], expected: str) -> None:
-    found = tensors()
-    damage(found)
-    assert message(convert.from_torch, found, PAPER).startswith(expected)
+    state = tensors()
+    damage(state)
+    assert message(convert.from_torch, state, PAPER).startswith(expected)
 
 
 def test_float64_is_never_silently_rounded() -> None:
-    found = tensors()
-    found["to_logits.bias"] = np.full(512, 0.1)
-    text = message(convert.from_torch, found, PAPER)
+    state = tensors()
+    state["to_logits.bias"] = np.full(512, 0.1)
+    text = message(convert.from_torch, state, PAPER)
     assert text.startswith("to_logits.bias: dtype float64, and JAX's 64-bit mode is off; ")
 
 
@@ -138,8 +138,8 @@ def test_a_cast_to_float32_tells_what_it_rounded() -> None:
     cast = convert.Float32Cast()
     for dtype in (np.float32, np.float16, jnp.bfloat16, np.float64):
         exact = np.array([[0.5, -3.0, 0.0]] * 5, dtype)
-        made = cast("exact", exact)
-        assert made.dtype == np.float32 and (made == exact).all()
+        result = cast("exact", exact)
+        assert result.dtype == np.float32 and (result == exact).all()
     assert (cast.rounding, cast.rounded) == (0.0, "")
     tiny = cast("tiny", np.array([[1e-44], [1e-300]]))  # below the normal range: no error of 100 %
     assert tiny.tolist() == [[np.float32(1e-44)], [0]] and cast.rounding <= 2**-24
@@ -163,8 +163,8 @@ def test_an_export_in_another_dtype_is_imported_as_float32(
     }
     convert.export_model(PAPER, params, tmp_path)
     with jax.enable_x64(False):
-        _, made = formats.import_any(tmp_path)
-    assert bits(made) == bits({k: v.astype(jnp.float32) for k, v in params.items()})
+        _, imported = formats.import_any(tmp_path)
+    assert bits(imported) == bits({k: v.astype(jnp.float32) for k, v in params.items()})
 
 
 def test_parameters_of_another_config_are_not_exported(tmp_path: Path) -> None:
@@ -286,5 +286,5 @@ def test_import_any_tells_the_formats_apart(tmp_path: Path) -> None:
     (tmp_path / "run" / "config.json").write_text('{"name": "megabyte_tiny"}')
     text = message(formats.import_any, tmp_path / "run")
     assert text.endswith("run/config.json: library=None: must be 'bytelm'")
-    own = message(formats.import_any, tmp_path / "out" / "model.safetensors")
-    assert own.endswith("g_embedder.weight: missing; expected in a MEGABYTE state dict")
+    error = message(formats.import_any, tmp_path / "out" / "model.safetensors")
+    assert error.endswith("g_embedder.weight: missing; expected in a MEGABYTE state dict")

@@ -39,8 +39,8 @@ def test_a_machine_that_is_well(tmp_path, mesh, monkeypatch, capsys):
 
 
 def test_gradients_of_many_devices_are_those_of_one(mesh):
-    said = doctor.check_gradients(mesh)
-    assert "4 devices are those of one: jit to" in said and "shard_map to" in said
+    message = doctor.check_gradients(mesh)
+    assert "4 devices are those of one: jit to" in message and "shard_map to" in message
 
 
 def test_gradients_summed_once_too_often_are_found(mesh, monkeypatch):
@@ -48,8 +48,8 @@ def test_gradients_summed_once_too_often_are_found(mesh, monkeypatch):
     right = steps._over_micro_batches
 
     def wrong(*args):
-        found, gradients = right(*args)
-        return found, jax.tree.map(lambda g: 4 * g, gradients)
+        result, gradients = right(*args)
+        return result, jax.tree.map(lambda g: 4 * g, gradients)
 
     monkeypatch.setattr(steps, "_over_micro_batches", wrong)
     with pytest.raises(SickError, match="jit over 4 devices makes them 4 times as long"):
@@ -108,14 +108,14 @@ def test_a_coordinator_that_is_not_there_is_found():
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         with pytest.raises(SickError, match=f"127.0.0.1:{port}: Connection refused; is process 0"):
-            doctor.check_coordinator("127.0.0.1", port, here=False, patience=0.0)
+            doctor.check_coordinator("127.0.0.1", port, is_coordinator=False, patience=0.0)
         taken.listen()
-        assert "answers" in doctor.check_coordinator("127.0.0.1", port, here=False)
+        assert "answers" in doctor.check_coordinator("127.0.0.1", port, is_coordinator=False)
         with pytest.raises(SickError, match=r"cannot be listened on .*Address already in use"):
-            doctor.check_coordinator("127.0.0.1", port, here=True)
-    assert "free" in doctor.check_coordinator("127.0.0.1", port, here=True)
+            doctor.check_coordinator("127.0.0.1", port, is_coordinator=True)
+    assert "free" in doctor.check_coordinator("127.0.0.1", port, is_coordinator=True)
     with pytest.raises(SickError, match=r"nowhere.invalid: no such host"):
-        doctor.check_coordinator("nowhere.invalid", 1234, here=False)
+        doctor.check_coordinator("nowhere.invalid", 1234, is_coordinator=False)
 
 
 def test_without_its_coordinator_nothing_else_is_looked_at(monkeypatch, capsys):
@@ -126,15 +126,15 @@ def test_without_its_coordinator_nothing_else_is_looked_at(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("folder", "said"),
+    ("folder", "expected"),
     [
         ("/proc/runs", "/proc/runs.*name a folder that can be written with --run-dir"),
         ("file/runs", "Not a directory; name a folder"),
     ],
 )
-def test_a_folder_that_cannot_be_written_is_found(tmp_path, mesh, folder, said):
+def test_a_folder_that_cannot_be_written_is_found(tmp_path, mesh, folder, expected):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SickError, match=said):
+    with pytest.raises(SickError, match=expected):
         doctor.check_checkpoints(tmp_path / folder, mesh)
 
 
@@ -168,7 +168,7 @@ def test_each_fault_is_a_line_and_the_other_checks_are_made(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         (["--fsdp", "0"], "--fsdp 0: must be at least 1"),
         (["--devices", "many"], "devices"),
@@ -177,7 +177,7 @@ def test_each_fault_is_a_line_and_the_other_checks_are_made(tmp_path, monkeypatc
         (["--coordinator", "here:1"], "needs --num-processes N and --process-id I"),
     ],
 )
-def test_bad_input_is_one_line(options, said, capsys):
+def test_bad_input_is_one_line(options, expected, capsys):
     assert cli.main(["doctor", *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert expected in error and error.count("\n") == 1

@@ -19,7 +19,7 @@ from bytelm_jax.models import cast_params
 from bytelm_jax.tools import dry_run
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
-from bytelm_jax.tools.memory import kept_for_backward, total
+from bytelm_jax.tools.memory import saved_for_backward, total
 from bytelm_jax.training import mesh as meshes
 from parity_tests import tolerances
 
@@ -34,9 +34,9 @@ MODEL = MegabyteConfig(
 )  # fmt: skip
 
 
-def kept(function, shape):
-    held = kept_for_backward(function, jnp.zeros((8, 8)), jnp.zeros(shape))
-    return sorted((array.made_by, array.shape) for array in held)
+def saved_arrays(function, shape):
+    held = saved_for_backward(function, jnp.zeros((8, 8)), jnp.zeros(shape))
+    return sorted((array.primitive, array.shape) for array in held)
 
 
 def test_what_is_cheap_is_computed_again():
@@ -44,7 +44,7 @@ def test_what_is_cheap_is_computed_again():
         y = (x @ w) * 2 + 1
         return (y * y * x).sum()
 
-    assert kept(function, (4, 8)) == [("dot_general", (4, 8))]
+    assert saved_arrays(function, (4, 8)) == [("dot_general", (4, 8))]
 
 
 def test_what_is_dear_is_kept_and_so_is_what_a_product_reads():
@@ -52,12 +52,12 @@ def test_what_is_dear_is_kept_and_so_is_what_a_product_reads():
         y = jnp.exp(x @ w)
         return ((3 * y) @ w).sum()
 
-    assert kept(function, (4, 8)) == [("exp", (4, 8)), ("mul", (4, 8))]
+    assert saved_arrays(function, (4, 8)) == [("exp", (4, 8)), ("mul", (4, 8))]
 
 
 def test_a_function_that_is_called_twice_keeps_twice():
     shared = jax.jit(jnp.exp)
-    assert kept(lambda w, x: (shared(x @ w) + shared(x @ w + 1)).sum(), (4, 8)) == [
+    assert saved_arrays(lambda w, x: (shared(x @ w) + shared(x @ w + 1)).sum(), (4, 8)) == [
         ("exp", (4, 8)), ("exp", (4, 8)),
     ]  # fmt: skip
 
@@ -74,9 +74,9 @@ def test_rematerialisation_keeps_its_inputs_and_one_part_of_what_it_spares():
 
         return function
 
-    assert kept(stack(layer), (4, 8)) == 6 * [("exp", (4, 8))]
+    assert saved_arrays(stack(layer), (4, 8)) == 6 * [("exp", (4, 8))]
     # Two inputs between layers, the first being given; then both of the layer that is done again.
-    assert kept(stack(jax.checkpoint(layer)), (4, 8)) == 4 * [("exp", (4, 8))]
+    assert saved_arrays(stack(jax.checkpoint(layer)), (4, 8)) == 4 * [("exp", (4, 8))]
 
 
 def test_memory_of_132_million_parameters_is_what_was_measured():
@@ -141,14 +141,14 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_collectives_are_read_with_their_groups_and_loops():
-    found = read_collectives(HLO, 8)
-    assert found == [
+    collectives = read_collectives(HLO, 8)
+    assert collectives == [
         Collective("reduce-scatter", 4, 3, 3 * 8 * 4 * 4),
         Collective("all-reduce", 4, 1, 16 * 4 + 4),
         Collective("all-gather", 8, 1, 32 * 2),
         Collective("collective-permute", 8, 1, 10 * 4),
     ]
-    scatter, reduce, gather, permute = (each.seconds(8.0) for each in found)
+    scatter, reduce, gather, permute = (each.seconds(8.0) for each in collectives)
     assert scatter == 384 * 3 / 4 / 8 and reduce == 2 * 68 * 3 / 4 / 8
     assert gather == 64 * 7 / 8 / 8 and permute == 40 / 8
 
@@ -157,21 +157,21 @@ def test_the_command_foretells_data_parallel_training_and_writes_nothing(tmp_pat
     """Of more devices than this process has, so it is another one."""
     command = [sys.executable, "-m", "bytelm_jax.cli", "train", "megabyte_tiny", *SMALL]
     options = ["--dry-run", "--devices", "16", "--batch-size", "32", "--json"]
-    found = subprocess.run(
+    process = subprocess.run(
         [*command, *options, "--compute-dtype", "float32", "--link-gbytes", "25"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    said = json.loads(found.stdout)
+    assert process.returncode == 0, process.stderr
+    report = json.loads(process.stdout)
     assert not list(tmp_path.iterdir())
-    (reduced,) = said["collectives"]
+    (reduced,) = report["collectives"]
     gradients = 4 * MODEL.parameter_count()
     scalars = reduced["bytes"] - gradients  # the count of bytes, the loss
     assert reduced["kind"] == "all-reduce" and reduced["group"] == 16 and 0 < scalars <= 16
-    assert said["memory"]["gradients"] == said["memory"]["parameters"] == gradients
-    assert said["rows"] == 2 and said["memory"]["copies"] == 0
-    assert said["collective_seconds"] == 2 * 15 / 16 * reduced["bytes"] / 25e9
+    assert report["memory"]["gradients"] == report["memory"]["parameters"] == gradients
+    assert report["rows"] == 2 and report["memory"]["copies"] == 0
+    assert report["collective_seconds"] == 2 * 15 / 16 * reduced["bytes"] / 25e9
 
 
 def test_fsdp_gathers_parameters_and_scatters_gradients():
@@ -180,20 +180,20 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     )
     recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
     estimate = dry_run.dry_run(recipe, Machine())
-    found = {(each.kind, each.group): each for each in estimate.collectives}
+    collectives = {(each.kind, each.group): each for each in estimate.collectives}
     params = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
     cut = sum(x.size for x in params.values() if x.sharding.spec)
     # In bfloat16, as on an accelerator. The compiler gathers once for all three micro-batches, the
     # gradients of each are scattered, and their parts then summed from group to group.
-    assert found["all-gather", 4].bytes == 2 * cut
-    assert found["reduce-scatter", 4].bytes == 3 * 2 * cut
-    assert found["all-reduce", 2].bytes == 3 * 2 * cut // 4
-    said = dry_run.describe("x", estimate)
-    assert "bfloat16" in said and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", said)
+    assert collectives["all-gather", 4].bytes == 2 * cut
+    assert collectives["reduce-scatter", 4].bytes == 3 * 2 * cut
+    assert collectives["all-reduce", 2].bytes == 3 * 2 * cut // 4
+    text = dry_run.describe("x", estimate)
+    assert "bfloat16" in text and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", text)
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "expected"),
     [
         ([], "devices=0: a dry run has to know how many"),
         (["--devices", "9"], "devices=9: this process began with 8"),
@@ -206,11 +206,11 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
         (["--devices", "8", "--distributed"], "--dry-run: reads no data"),
     ],
 )
-def test_bad_input_is_one_line(options, said, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line(options, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "megabyte_tiny", "--dry-run", *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert expected in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -233,14 +233,14 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
     state = memory.parameters + memory.gradients + memory.optimizer_state
     enough = int(0.81 * memory.peak)
     assert state < enough
-    for limit, said in (
+    for limit, expected in (
         (state - 1, "model: parameters, gradients and optimizer state take"),
         (state, "batch_size=16: a step takes about"),
     ):
         monkeypatch.setattr(dry_run, "device_limit", lambda device, limit=limit: limit)
         assert cli.main(call) == 2
         error = capsys.readouterr().err
-        assert said in error and "0.0 GiB of each device" in error and error.count("\n") == 1
+        assert expected in error and "0.0 GiB of each device" in error and error.count("\n") == 1
         assert not asked and not folder.exists()
     for limit in (enough, None):  # a CPU does not say what it has
         monkeypatch.setattr(dry_run, "device_limit", lambda device, limit=limit: limit)

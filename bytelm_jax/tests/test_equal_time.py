@@ -59,7 +59,7 @@ def test_the_clock_ends_a_run_and_the_rate_ends_with_it(equal_time, text, monkey
     assert trained.steps == 42  # two programs, whose first steps are not timed
     assert planned[-1] == 42
     assert [point[0] for point in trained.curve] == [5, 15, 26, 40]
-    assert trained.found.count == text.stat().st_size
+    assert trained.evaluation.count == text.stat().st_size
     means = [bits * math.log(2) for _, _, bits in trained.curve]
     assert means == pytest.approx([4, 12.5, 23, 35.5])  # of the losses 1 to 7, 8 to 17, …
 

@@ -107,10 +107,10 @@ def test_a_kill_at_any_moment_leaves_a_loadable_export(
     assert kinds == sorted(kinds) and not kinds[0] and kinds[-1]
 
 
-@pytest.mark.parametrize("kept", [0, 4, 8, 100, 9_000, -1])
-def test_truncated_safetensors(kept: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 4, 8, 100, 9_000, -1])
+def test_truncated_safetensors(size: int, tmp_path: Path) -> None:
     file = export(tmp_path) / "model.safetensors"
-    os.truncate(file, kept % file.stat().st_size)
+    os.truncate(file, size % file.stat().st_size)
     assert message(convert.load_export, tmp_path).startswith(f"{file}: cannot be read (")
 
 
@@ -124,12 +124,12 @@ def test_no_flipped_bit_of_the_header_goes_unnoticed(tmp_path: Path) -> None:
         damaged[place] ^= 1 << place % 8
         file.write_bytes(damaged)
         try:
-            found = bits(convert.load_export(tmp_path)[1])
+            actual = bits(convert.load_export(tmp_path)[1])
         except ValueError as error:
             assert "\n" not in str(error)
             assert str(error).startswith(str(file))
         else:  # the free text of the metadata says nothing about the tensors
-            assert place < free and found == expected
+            assert place < free and actual == expected
 
 
 def test_a_missing_or_alien_model_file(tmp_path: Path) -> None:
@@ -181,8 +181,8 @@ def changed(**fields: Any) -> str:
 def test_a_config_that_is_damaged_or_foreign(text: str, expected: str, tmp_path: Path) -> None:
     file = export(tmp_path) / "config.json"
     file.write_text(text)
-    found = message(convert.load_export, tmp_path)
-    assert found.startswith(f"{file}: ") and expected in found
+    error = message(convert.load_export, tmp_path)
+    assert error.startswith(f"{file}: ") and expected in error
     file.write_bytes(b"\xff\xfe{}")
     assert message(convert.load_export, tmp_path).startswith(f"{file}: 'utf-8' codec can't decode")
 

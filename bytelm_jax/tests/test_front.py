@@ -42,9 +42,9 @@ def answers(calls):
 def test_help_needs_no_jax():
     calls = [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)]
     calls += [["train", "megabyte_tiny", "--help"], ["train", "blt_1b", "--help"]]
-    for argv, code, said, loaded in answers(calls):
-        assert (code, loaded) == (0, []), (argv, said)
-        assert len(said.splitlines()) > 3 or said == f"bytelm {bytelm.__version__}\n"
+    for argv, code, output, loaded in answers(calls):
+        assert (code, loaded) == (0, []), (argv, output)
+        assert len(output.splitlines()) > 3 or output == f"bytelm {bytelm.__version__}\n"
 
 
 def test_a_wrong_command_line_does_not_wait_for_jax():
@@ -65,9 +65,9 @@ def test_a_wrong_command_line_does_not_wait_for_jax():
         ("prepare", "/nowhere", "--out", "x"): "/nowhere: does not exist",
         ("doctor", "--fsdp", "0"): "--fsdp 0: must be at least 1",
     }
-    for argv, code, said, loaded in answers(list(calls)):
-        assert (code, loaded) == (2, []), (argv, said)
-        assert calls[tuple(argv)] in said and said.count("\n") == 1, said
+    for argv, code, output, loaded in answers(list(calls)):
+        assert (code, loaded) == (2, []), (argv, output)
+        assert calls[tuple(argv)] in output and output.count("\n") == 1, output
 
 
 @pytest.mark.parametrize("module", ["bytelm_jax", "bytelm_jax.cli"])
@@ -81,12 +81,12 @@ def test_the_package_offers_what_editors_are_told():
     """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same."""
     tree = ast.parse(Path(bytelm_jax.__file__).read_text("utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
-    told = {}
+    declared = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
-        told |= {alias.name: node.module for alias in node.names}
-    assert sorted(told) == sorted(bytelm_jax.__all__)
-    for name, module in told.items():
+        declared |= {alias.name: node.module for alias in node.names}
+    assert sorted(declared) == sorted(bytelm_jax.__all__)
+    for name, module in declared.items():
         home = importlib.import_module(module)
         assert getattr(bytelm_jax, name) is getattr(home, name)
         assert name in dir(bytelm_jax)

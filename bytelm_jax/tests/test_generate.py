@@ -12,11 +12,11 @@ from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm_jax.inference.generate import (
     SamplerConfig,
     _begin,
-    draw,
     generate,
     generate_uncached,
     next_ids,
     probabilities,
+    sample,
     stream,
 )
 from bytelm_jax.kernels.backend import pretend_platform
@@ -97,9 +97,9 @@ def one_by_one(model, prompts, new, **options):
 
 
 def assert_cached_equals_uncached(model, prompts, new, reference=None):
-    made = one_by_one(model, prompts, new)
-    assert made == generate_uncached(reference or model, prompts, new, GREEDY)
-    return made
+    cached = one_by_one(model, prompts, new)
+    assert cached == generate_uncached(reference or model, prompts, new, GREEDY)
+    return cached
 
 
 # ---- samplers as functions of logits --------------------------------------------------------
@@ -115,7 +115,7 @@ def logits_of(*chances):
         return jnp.asarray(np.tile(np.log(padded), (ROWS, 1)))
 
 
-def kept(logits, **fields):
+def possible(logits, **fields):
     """The indices that can be drawn."""
     return drawable(probabilities(logits, SamplerConfig(**fields)))
 
@@ -127,10 +127,10 @@ def drawable(chances):
 def test_temperature_divides_the_logits():
     logits = np.random.default_rng(0).normal(size=(ROWS, WIDTH)).astype(np.float32)
     for heat in (0.25, 1.0, 3.0):
-        found = probabilities(jnp.asarray(logits), SamplerConfig(temperature=heat))
+        actual = probabilities(jnp.asarray(logits), SamplerConfig(temperature=heat))
         expected = np.exp(logits.astype(float) / heat)
         expected /= expected.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(found, expected, rtol=LOGITS["float32"])
+        np.testing.assert_allclose(actual, expected, rtol=LOGITS["float32"])
 
 
 def test_zero_temperature_and_the_smallest_are_greedy():
@@ -139,34 +139,34 @@ def test_zero_temperature_and_the_smallest_are_greedy():
     assert drawable(probabilities(logits, cold)) == {1}
     everything = SamplerConfig(sampler="entropy", temperature=0.0, top_k=3, top_p=0.5)
     assert drawable(probabilities(logits, everything)) == {1}
-    assert kept(logits.at[0, 7].set(1e30), temperature=1e-6) == {7}
+    assert possible(logits.at[0, 7].set(1e30), temperature=1e-6) == {7}
 
 
 def test_top_k_keeps_exactly_k_and_equal_logits_rank_by_id():
     logits = logits_of(0.05, 0.3, 0.15, 0.3, 0.15, 0.15)
     for k, expected in enumerate([{1}, {1, 3}, {1, 3, 2}, {1, 3, 2, 4}], start=1):
-        assert kept(logits, top_k=k) == expected
+        assert possible(logits, top_k=k) == expected
     for k in (0, 6, 7, 10**12):
-        assert kept(logits, top_k=k) == set(range(6))
+        assert possible(logits, top_k=k) == set(range(6))
 
 
 def test_top_p_keeps_the_fewest_that_reach_it():
     logits = logits_of(0.125, 0.5, 0.125, 0.25)
     sets = {1e-9: {1}, 0.5: {1}, 0.51: {1, 3}, 0.75: {1, 3}, 0.76: {1, 3, 0}, 0.875: {1, 3, 0}}
     for p, expected in sets.items():
-        assert kept(logits, top_p=p) == expected
-    assert kept(logits, top_p=0.88) == kept(logits, top_p=1.0) == {0, 1, 2, 3}
+        assert possible(logits, top_p=p) == expected
+    assert possible(logits, top_p=0.88) == possible(logits, top_p=1.0) == {0, 1, 2, 3}
     # Of the three that top_k leaves, with 4/7, 2/7 and 1/7, two reach 0.8; of all four, three.
-    assert kept(logits, top_k=3, top_p=0.8) == {1, 3}
-    assert kept(logits, top_p=0.8) == {1, 3, 0}
-    found = probabilities(logits, SamplerConfig(top_k=2))
-    np.testing.assert_allclose(found[0, :4], [0, 2 / 3, 0, 1 / 3], rtol=LOGITS["float32"])
+    assert possible(logits, top_k=3, top_p=0.8) == {1, 3}
+    assert possible(logits, top_p=0.8) == {1, 3, 0}
+    actual = probabilities(logits, SamplerConfig(top_k=2))
+    np.testing.assert_allclose(actual[0, :4], [0, 2 / 3, 0, 1 / 3], rtol=LOGITS["float32"])
     # A flat distribution whose sum passes 1 by rounding loses nothing, however long its tail.
-    assert len(kept(logits_of(*[1 / 257] * 257), top_p=1.0, top_k=258)) == 257
+    assert len(possible(logits_of(*[1 / 257] * 257), top_p=1.0, top_k=258)) == 257
 
 
 @pytest.mark.parametrize(
-    ("count", "thresholds", "kept_count", "heat"),
+    ("count", "thresholds", "possible_count", "heat"),
     [
         (2, (1 + 1e-6, 3.0, 4.0), 1, None),
         (2, (1.0, 3.0, 4.0), 3, 2.0),
@@ -176,18 +176,18 @@ def test_top_p_keeps_the_fewest_that_reach_it():
         (32, (1.0, 2.0, 4.99), 33, 1.6),
     ],
 )
-def test_entropy_sampler_below_at_and_above_each_threshold(count, thresholds, kept_count, heat):
+def test_entropy_sampler_below_at_and_above_each_threshold(count, thresholds, possible_count, heat):
     # Uniform over 2 and 32 has 1 and 5 bits exactly, in float32 too; one more that is too rare to
     # change the entropy shows the temperature.
     logits = logits_of(*[1 / count] * count).at[0, 258].set(-60.0)
     names = ("entropy_low", "entropy_medium", "entropy_high")
     fields = dict(zip(names, thresholds, strict=True))
     sampler = SamplerConfig(sampler="entropy", temperature=2.0, **fields)
-    found = np.asarray(probabilities(logits, sampler))[0]
-    assert (found > 0).sum() == kept_count
+    actual = np.asarray(probabilities(logits, sampler))[0]
+    assert (actual > 0).sum() == possible_count
     if heat:
         gap = (-60 + math.log(count)) / heat
-        np.testing.assert_allclose(math.log(found[258] / found[0]), gap, rtol=LOGITS["float32"])
+        np.testing.assert_allclose(math.log(actual[258] / actual[0]), gap, rtol=LOGITS["float32"])
 
 
 def two_level(bits, others=WIDTH - 1):
@@ -208,24 +208,24 @@ def test_entropy_sampler_at_the_default_thresholds():
     counts = {0.299: 1, 0.301: 10, 1.199: 10, 1.201: WIDTH, 2.499: WIDTH, 2.501: WIDTH}
     for bits, count in counts.items():
         logits = two_level(bits)
-        found = np.asarray(probabilities(logits, SamplerConfig(sampler="entropy")))[0]
-        assert (found > 0).sum() == count, bits
+        actual = np.asarray(probabilities(logits, SamplerConfig(sampler="entropy")))[0]
+        assert (actual > 0).sum() == count, bits
         if count == WIDTH:
             heat = 0.8 if bits > 2.5 else 1.0
             gap = float(logits[0, 0] - logits[0, 1]) / heat
-            np.testing.assert_allclose(math.log(found[0] / found[1]), gap, rtol=LOGITS["float32"])
+            np.testing.assert_allclose(math.log(actual[0] / actual[1]), gap, rtol=LOGITS["float32"])
 
 
 def test_entropy_is_that_of_the_model_and_the_other_cuts_still_hold():
     logits = two_level(1.0)  # one of the ten likeliest, whatever the temperature
     for heat in (0.1, 1.0, 20.0):
-        assert len(kept(logits, sampler="entropy", temperature=heat)) == 10
-    assert kept(logits, sampler="entropy", top_k=3) == {0, 1, 2}
-    assert kept(logits, sampler="entropy", top_p=0.5) == {0}
-    assert len(kept(two_level(0.2), top_k=20)) == 20  # and categorical has no thresholds
+        assert len(possible(logits, sampler="entropy", temperature=heat)) == 10
+    assert possible(logits, sampler="entropy", top_k=3) == {0, 1, 2}
+    assert possible(logits, sampler="entropy", top_p=0.5) == {0}
+    assert len(possible(two_level(0.2), top_k=20)) == 20  # and categorical has no thresholds
     rows = logits.at[0].set(two_level(0.2)[0]).at[2].set(two_level(2.0)[0])
-    found = np.asarray(probabilities(rows, SamplerConfig(sampler="entropy")))
-    assert [(row > 0).sum() for row in found] == [1, 10, WIDTH, *[10] * (ROWS - 3)]
+    actual = np.asarray(probabilities(rows, SamplerConfig(sampler="entropy")))
+    assert [(row > 0).sum() for row in actual] == [1, 10, WIDTH, *[10] * (ROWS - 3)]
 
 
 def test_draw_takes_each_by_its_share_and_never_what_has_none():
@@ -234,15 +234,15 @@ def test_draw_takes_each_by_its_share_and_never_what_has_none():
     chances = jnp.asarray(np.tile(shares / 16, (ROWS, 1)))
     counts = np.zeros(WIDTH)
     for part in np.split((np.arange(10 * ROWS, dtype=np.float32) + 0.5) / (10 * ROWS), 10):
-        np.add.at(counts, np.asarray(draw(chances, jnp.asarray(part))), 1)
+        np.add.at(counts, np.asarray(sample(chances, jnp.asarray(part))), 1)
     np.testing.assert_array_equal(counts, 10 * shares)
     # Sums that round up or down, both ends of [0, 1), and 1, which a float64 number may round to.
     ragged = np.random.default_rng(0).random((ROWS, WIDTH)).astype(np.float32)
     ragged[:, [0, 1, 100, 256, 257, 258]] = 0
     ragged /= ragged.sum(axis=1, keepdims=True)
     for end, place in ((0.0, 2), (np.nextafter(np.float32(1), np.float32(0)), 255), (1.0, 255)):
-        found = draw(jnp.asarray(ragged), jnp.full(ROWS, end, jnp.float32))
-        np.testing.assert_array_equal(found, place)
+        actual = sample(jnp.asarray(ragged), jnp.full(ROWS, end, jnp.float32))
+        np.testing.assert_array_equal(actual, place)
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, PLAIN, CUT, MIXED])
@@ -255,16 +255,16 @@ def test_only_bytes_and_eos_can_follow(sampler, vocab):
     others = np.setdiff1d(np.arange(vocab.size), vocab.offset + np.arange(256))
     logits[:, others] += 50  # eos among them
     uniform = jnp.asarray(source.random(ROWS, np.float32))
-    found = next_ids(jnp.asarray(logits), uniform, sampler, vocab)
-    np.testing.assert_array_equal(found, vocab.eos_id)
-    found = np.asarray(next_ids(jnp.asarray(logits), uniform, sampler, vocab, allow_eos=False))
-    assert ((found >= vocab.offset) & (found < vocab.offset + 256)).all()
-    assert len(set(found)) > ROWS / 2
+    actual = next_ids(jnp.asarray(logits), uniform, sampler, vocab)
+    np.testing.assert_array_equal(actual, vocab.eos_id)
+    actual = np.asarray(next_ids(jnp.asarray(logits), uniform, sampler, vocab, allow_eos=False))
+    assert ((actual >= vocab.offset) & (actual < vocab.offset + 256)).all()
+    assert len(set(actual)) > ROWS / 2
     for byte in (0, 255):
         peaked = np.full((ROWS, vocab.size), -5.0, np.float32)
         peaked[:, vocab.offset + byte] = 30
-        found = next_ids(jnp.asarray(peaked), uniform, sampler, vocab)
-        np.testing.assert_array_equal(found, vocab.offset + byte)
+        actual = next_ids(jnp.asarray(peaked), uniform, sampler, vocab)
+        np.testing.assert_array_equal(actual, vocab.offset + byte)
 
 
 @pytest.mark.parametrize(
@@ -302,9 +302,9 @@ def test_unknown_sampler_is_refused():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_uncached_at_every_prompt_length(models, variant):
     new = MAX_LENGTH - len(TEXT[: 4 * PATCH])  # up to the last position of the paper variant
-    made = assert_cached_equals_uncached(models[variant], PROMPTS, new)
-    assert len(set(made)) == len(made)  # the prompt matters
-    assert len(set(b"".join(made))) > 20  # and what comes out is no constant
+    generated = assert_cached_equals_uncached(models[variant], PROMPTS, new)
+    assert len(set(generated)) == len(generated)  # the prompt matters
+    assert len(set(b"".join(generated))) > 20  # and what comes out is no constant
 
 
 def test_a_cache_with_one_layer_unwritten_is_noticed():
@@ -337,17 +337,17 @@ def test_the_second_row_of_a_gpu_changes_nothing(models, sampler):
 
 @pytest.mark.parametrize("sampler", [CUT, MIXED])
 def test_sampled_cached_equals_uncached(models, sampler):
-    made = generate(models["paper"], RAGGED, 24, sampler, seed=5)
-    assert made == generate_uncached(models["paper"], RAGGED, 24, sampler, seed=5)
-    assert made != generate(models["paper"], RAGGED, 24, GREEDY)
+    generated = generate(models["paper"], RAGGED, 24, sampler, seed=5)
+    assert generated == generate_uncached(models["paper"], RAGGED, 24, sampler, seed=5)
+    assert generated != generate(models["paper"], RAGGED, 24, GREEDY)
 
 
 def test_end_of_sequence_ends_a_row(models):
     model = tiny("paper", eos_id=9.0)
-    made = generate(model, RAGGED, 24, PLAIN, seed=1)
-    lengths = {len(new) for new in made}
+    generated = generate(model, RAGGED, 24, PLAIN, seed=1)
+    lengths = {len(new) for new in generated}
     assert len(lengths) > 3
-    assert made == generate_uncached(model, RAGGED, 24, PLAIN, seed=1)
+    assert generated == generate_uncached(model, RAGGED, 24, PLAIN, seed=1)
     endless = generate(model, RAGGED, 24, PLAIN, seed=1, stop_at_eos=False)
     assert {len(new) for new in endless} == {24}
     assert endless == generate_uncached(model, RAGGED, 24, PLAIN, seed=1, stop_at_eos=False)
@@ -366,22 +366,22 @@ def test_other_specials_change_nothing(models):
 
 def test_seeds_rows_and_positions_make_the_sample(models):
     model, prompts = models["paper"], [TEXT[:6]] * 8
-    made = generate(model, prompts, 24, PLAIN, seed=7)
-    assert made == generate(model, prompts, 24, PLAIN, seed=7)
-    assert len(set(made)) > 1  # equal prompts, different rows
-    assert made != generate(model, prompts, 24, PLAIN, seed=8)
+    generated = generate(model, prompts, 24, PLAIN, seed=7)
+    assert generated == generate(model, prompts, 24, PLAIN, seed=7)
+    assert len(set(generated)) > 1  # equal prompts, different rows
+    assert generated != generate(model, prompts, 24, PLAIN, seed=8)
     shorter = generate(model, prompts, 10, PLAIN, seed=7)
-    assert shorter == [new[:10] for new in made]
+    assert shorter == [new[:10] for new in generated]
 
 
 def test_neighbours_change_nothing(models):
     model = models["paper"]
-    made = generate(model, RAGGED, 20, PLAIN, seed=7)
+    generated = generate(model, RAGGED, 20, PLAIN, seed=7)
     other = [prompt if i in (2, 5) else TEXT[:4] for i, prompt in enumerate(RAGGED)]
     assert other != RAGGED
     changed = generate(model, other, 20, PLAIN, seed=7)
-    assert [made[i] for i in (2, 5)] == [changed[i] for i in (2, 5)]
-    assert made[1] != changed[1]
+    assert [generated[i] for i in (2, 5)] == [changed[i] for i in (2, 5)]
+    assert generated[1] != changed[1]
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, PLAIN])

@@ -68,11 +68,11 @@ MULTIPLY, LITERAL = measured(multiply), measured(literal)
 def test_every_form_is_the_loop_over_rows(name, block, x64):
     chosen = jnp.asarray(SPREADS[name]).reshape(-1, 2 if "pairs" in name else 1)
     values = arrays(*chosen.shape)
-    ours, found = MULTIPLY(values, chosen, block)
+    ours, actual = MULTIPLY(values, chosen, block)
     theirs, expected = LITERAL(values, chosen)
-    assert relative(found, expected) <= LOGITS["float64"]
-    for mine, other in zip(ours, theirs, strict=True):
-        assert relative(mine, other) <= GRADIENTS["float64"]
+    assert relative(actual, expected) <= LOGITS["float64"]
+    for one, other in zip(ours, theirs, strict=True):
+        assert relative(one, other) <= GRADIENTS["float64"]
 
 
 def test_slots_hold_every_row_once_in_blocks_of_one_group():

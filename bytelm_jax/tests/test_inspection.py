@@ -36,11 +36,11 @@ ENTROPY = EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=16)
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inspection") / "run"
-    checkpoint.create_run(folder, Recipe(name="tiny", model=MEGABYTE), made(MEGABYTE))
+    checkpoint.create_run(folder, Recipe(name="tiny", model=MEGABYTE), random_params(MEGABYTE))
     return folder
 
 
-def made(config):
+def random_params(config):
     source = np.random.default_rng(1)
     shapes = abstract_params(config).items()
     return {k: jnp.asarray(source.normal(0, 0.3, v.shape), v.dtype) for k, v in shapes}
@@ -52,20 +52,20 @@ def shown(capsys, *argv):
 
 
 def test_surprise_and_entropy_are_those_of_the_model(run, capsys):
-    found = json.loads(shown(capsys, TEXT.decode(), "--model", run, "--json").out)
+    inspected = json.loads(shown(capsys, TEXT.decode(), "--model", run, "--json").out)
     ids = np.zeros((1, 64), np.int32) + MEGABYTE.vocab.pad_id
     ids[0, : len(TEXT)] = np.frombuffer(TEXT, np.uint8) + MEGABYTE.vocab.offset
     bind, _ = define_model(MEGABYTE)
-    logits = jax.jit(lambda params, ids: bind(params)(ids))(made(MEGABYTE), ids)
+    logits = jax.jit(lambda params, ids: bind(params)(ids))(random_params(MEGABYTE), ids)
     logits = np.asarray(logits[0, : len(TEXT)], np.float64)
     chances = np.exp(logits - logits.max(axis=1, keepdims=True))
     chances /= chances.sum(axis=1, keepdims=True)
     bits = -np.log2(chances[np.arange(len(TEXT)), ids[0, : len(TEXT)]])
-    np.testing.assert_allclose(found["surprise"], bits, rtol=1e-5)
+    np.testing.assert_allclose(inspected["surprise"], bits, rtol=1e-5)
     expected = -(chances * np.log2(chances)).sum(axis=1)
-    np.testing.assert_allclose(found["entropy"], expected, rtol=1e-5)
-    assert found["bytes"] == list(TEXT)
-    assert found["starts"] == [t % 4 == 0 for t in range(len(TEXT))]
+    np.testing.assert_allclose(inspected["entropy"], expected, rtol=1e-5)
+    assert inspected["bytes"] == list(TEXT)
+    assert inspected["starts"] == [t % 4 == 0 for t in range(len(TEXT))]
 
 
 def test_patches_of_lines_start_anew(run, capsys):
@@ -77,21 +77,21 @@ def test_patches_of_an_entropy_model_are_those_that_it_was_calibrated_for(tmp_pa
     path = tmp_path / "text"
     path.write_bytes(b"the cat and the hat, and the bat sat on that mat")
     windows = Windows(open_corpus((path,)), ENTROPY.vocab, 64, append_eos=False)
-    params = made(ENTROPY)
+    params = random_params(ENTROPY)
     recipe = Recipe(name="tiny", model=ENTROPY)
     assert "not calibrated yet" in inspection.describe(
         recipe, inspection.make_inspector(recipe, params)(b"the")
     )
-    made_for = patch_contract.calibrate(recipe, params, windows, 4.08, None)
-    blt, named = patch_contract.as_blt(made_for, params)
+    calibrated = patch_contract.calibrate(recipe, params, windows, 4.08, None)
+    blt, named = patch_contract.as_blt(calibrated, params)
     scores = patch_contract.boundary_scores(blt, named, windows, None)
-    found = inspection.make_inspector(made_for, params)(path.read_bytes())
+    inspected = inspection.make_inspector(calibrated, params)(path.read_bytes())
     # The contract cuts s = [BOS, bytes]; the patch of BOS is no byte's.
-    wanted = scores[1:] > made_for.patching.threshold
-    assert found.starts is not None and 8 <= found.patches <= 16
-    np.testing.assert_array_equal(found.starts[: len(wanted)], wanted)
-    said = inspection.describe(made_for, found)
-    assert f"{found.patches} patches of" in said and "patcher entropy, threshold" in said
+    wanted = scores[1:] > calibrated.patching.threshold
+    assert inspected.starts is not None and 8 <= inspected.patches <= 16
+    np.testing.assert_array_equal(inspected.starts[: len(wanted)], wanted)
+    text = inspection.describe(calibrated, inspected)
+    assert f"{inspected.patches} patches of" in text and "patcher entropy, threshold" in text
 
 
 def test_patches_of_a_byte_latent_transformer_are_its_own():
@@ -111,16 +111,18 @@ def test_patches_of_a_byte_latent_transformer_are_its_own():
         decoder_hidden_dim=8,
         global_hidden_dim=8,
     )
-    found = inspection.make_inspector(Recipe(name="tiny", model=model), made(model))(b"ab cde f  g")
-    assert found.starts is not None
-    assert np.flatnonzero(found.starts).tolist() == [0, 3, 7, 9]
-    assert np.isfinite(found.surprise).all() and (found.entropy > 0).all()
+    inspected = inspection.make_inspector(Recipe(name="tiny", model=model), random_params(model))(
+        b"ab cde f  g"
+    )
+    assert inspected.starts is not None
+    assert np.flatnonzero(inspected.starts).tolist() == [0, 3, 7, 9]
+    assert np.isfinite(inspected.surprise).all() and (inspected.entropy > 0).all()
 
 
 def test_colours_are_off_where_nobody_sees_them(run, capsys):
-    said = shown(capsys, TEXT.decode(), "--model", run).out
-    assert "\x1b" not in said
-    lines = said.splitlines()
+    output = shown(capsys, TEXT.decode(), "--model", run).out
+    assert "\x1b" not in output
+    lines = output.splitlines()
     bits = float(lines[0].split(":")[1].split()[0])
     assert "5 patches of 4.00 bytes (of fixed length)" in lines[0] and 0 < bits < 99
     assert lines[1:3] == ["def │é(s│elf)│:⏎", "  │🎉"]
@@ -128,29 +130,29 @@ def test_colours_are_off_where_nobody_sees_them(run, capsys):
     assert lines[4].split()[1:4:2] == ["│", lines[4].split()[3]] and "def " in lines[4]
     console = Console(force_terminal=True, color_system="truecolor", width=200)
     recipe, params, _ = checkpoint.load_run(run)
-    found = inspection.make_inspector(recipe, params)(TEXT)
+    inspected = inspection.make_inspector(recipe, params)(TEXT)
     with console.capture() as capture:
-        console.print(inspection.paint_text(found))
-    red, green, blue = inspection.shade(float(found.surprise[0]))
+        console.print(inspection.paint_text(inspected))
+    red, green, blue = inspection.shade(float(inspected.surprise[0]))
     assert f"48;2;{red};{green};{blue}m" in capture.get()
 
 
 def test_control_codes_and_broken_bytes_do_not_reach_the_terminal(run, capsys, tmp_path):
     file = tmp_path / "bytes"
     file.write_bytes(b"a\xff\x00\x1b[31m\xc3")
-    said = shown(capsys, file, "--model", run).out
-    assert "\x1b" not in said and "\\xff\\x00\\x1b" in said and "\\xc3" in said
-    assert "9 bytes" in said
+    output = shown(capsys, file, "--model", run).out
+    assert "\x1b" not in output and "\\xff\\x00\\x1b" in output and "\\xc3" in output
+    assert "9 bytes" in output
 
 
 def test_a_long_file_is_cut_and_says_so(run, capsys, tmp_path):
     file = tmp_path / "long.txt"
     file.write_bytes(b"x" * 2000)
-    said = shown(capsys, file, "--model", run, "--max-bytes", "10", "--no-table")
-    assert said.out.startswith("10 bytes")
-    assert said.err == f"bytelm inspect: {file}: the first 10 of 2,000 bytes (--max-bytes)\n"
-    said = shown(capsys, file, "--model", run)
-    assert said.out.startswith("64 bytes") and "(the model's max_length)" in said.err
+    captured = shown(capsys, file, "--model", run, "--max-bytes", "10", "--no-table")
+    assert captured.out.startswith("10 bytes")
+    assert captured.err == f"bytelm inspect: {file}: the first 10 of 2,000 bytes (--max-bytes)\n"
+    captured = shown(capsys, file, "--model", run)
+    assert captured.out.startswith("64 bytes") and "(the model's max_length)" in captured.err
 
 
 def test_refusals(run, capsys, tmp_path):
@@ -163,8 +165,8 @@ def test_refusals(run, capsys, tmp_path):
         (["a", "--model", run, "--max-bytes", "0"], "--max-bytes 0: must be at least 1"),
     ):
         assert cli.main(["inspect", *map(str, argv)]) == 2
-        said = capsys.readouterr().err
-        assert says in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
     sees = Recipe(name="sees", model=LFByteConfig(causal=False))
     with pytest.raises(ValueError, match=r"model.causal=False"):
         inspection.make_inspector(sees, {})

@@ -51,7 +51,7 @@ def test_slurm_queues_a_run_again_that_is_unfinished(
     stand_in("scontrol", "")
     stand_in("bytelm", f'if [ "$1" = train ]; then {ends}; fi')
     (tmp_path / "bin" / "activate").write_text("")
-    found = subprocess.run(
+    process = subprocess.run(
         ["bash", LAUNCH / "slurm.sh", "megabyte_tiny", "--steps", "9"],
         env=environment(
             tmp_path, VENV=str(tmp_path), RUN_DIR=f"{tmp_path}/run", SLURM_JOB_ID="7",
@@ -59,13 +59,13 @@ def test_slurm_queues_a_run_again_that_is_unfinished(
         ),
         capture_output=True, timeout=30,
     )  # fmt: skip
-    assert found.returncode == status, found.stderr
-    made = [call for call in calls(tmp_path) if not call.startswith("srun")]
+    assert process.returncode == status, process.stderr
+    commands = [call for call in calls(tmp_path) if not call.startswith("srun")]
     where = f"--distributed --run-dir {tmp_path}/run"
-    assert made[:2] == [
+    assert commands[:2] == [
         f"bytelm doctor {where}", f"bytelm train megabyte_tiny --steps 9 {where}",
     ]  # fmt: skip
-    assert made[2:] == (["scontrol requeue 7"] if again else [])
+    assert commands[2:] == (["scontrol requeue 7"] if again else [])
 
 
 def test_nothing_is_started_on_a_cluster_that_is_not_well(tmp_path, stand_in):
@@ -73,11 +73,11 @@ def test_nothing_is_started_on_a_cluster_that_is_not_well(tmp_path, stand_in):
     stand_in("bytelm", "exit 1")
     (tmp_path / "bin" / "activate").write_text("")
     where = {"VENV": str(tmp_path), "RUN_DIR": f"{tmp_path}/run", "SLURM_JOB_ID": "7"}
-    found = subprocess.run(
+    process = subprocess.run(
         ["bash", LAUNCH / "slurm.sh", "megabyte_tiny"],
         env=environment(tmp_path, **where), timeout=30, check=False,
     )  # fmt: skip
-    assert found.returncode == 1
+    assert process.returncode == 1
     assert not any("train" in call for call in calls(tmp_path))
 
 
@@ -88,11 +88,11 @@ def test_a_tpu_pod_starts_again_after_a_hang_and_keeps_words_whole(tmp_path, sta
         f'case "$*" in *train*) [ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; exit 75; }};; '
         "esac",
     )
-    found = subprocess.run(
+    process = subprocess.run(
         ["bash", LAUNCH / "tpu_pod.sh", "megabyte_tiny", "--data", "my books"],
         env=environment(tmp_path, TPU="pod", ZONE="here"), timeout=30, capture_output=True,
     )  # fmt: skip
-    assert found.returncode == 0, found.stderr
+    assert process.returncode == 0, process.stderr
     on_hosts = (
         "gcloud compute tpus tpu-vm ssh pod --zone=here --worker=all --command=venv/bin/bytelm"
     )
@@ -150,8 +150,8 @@ def test_a_pod_that_is_told_to_stop_says_that_it_is_unfinished(tmp_path, stand_i
 def test_a_pod_ends_as_its_run_does(tmp_path, stand_in, status):
     container, variables = jobset_container()
     stand_in("bytelm", f'[ "$1" = doctor ] || exit {status}')
-    found = subprocess.run(
+    process = subprocess.run(
         [*container["command"], *container["args"]], timeout=30, check=False,
         env=environment(tmp_path, JOB_COMPLETION_INDEX="0", **variables),
     )  # fmt: skip
-    assert found.returncode == status
+    assert process.returncode == status

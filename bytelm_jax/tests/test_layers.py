@@ -33,8 +33,8 @@ def test_embedding_looks_up_exactly_and_its_gradient_is_the_scatter(x64):
     np.testing.assert_array_equal(np.asarray(layer(ids)), table[np.asarray(ids)])
     expected = np.zeros((300, 7))
     np.add.at(expected, np.asarray(ids), np.asarray(weight))
-    found = np.asarray(jax.tree.leaves(gradient)[0])
-    assert relative_error(found, expected) <= tolerances.GRADIENTS["float32"]
+    actual = np.asarray(jax.tree.leaves(gradient)[0])
+    assert relative_error(actual, expected) <= tolerances.GRADIENTS["float32"]
     assert np.isfinite(out)
 
 
@@ -51,7 +51,7 @@ def test_attention_equals_the_literal_formula(with_bias, x64):
     q, k, v = (source.standard_normal(s) for s in ((2, 3, 4, 5), (2, 3, 5), (2, 3, 5)))
     mask = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]], bool)
     bias = source.standard_normal((4, 3)) if with_bias else None
-    found = multi_query_attention(*map(jnp.asarray, (q, k, v)), mask, bias)
+    actual = multi_query_attention(*map(jnp.asarray, (q, k, v)), mask, bias)
     for b in range(2):
         for t in range(3):
             for h in range(4):
@@ -61,17 +61,17 @@ def test_attention_equals_the_literal_formula(with_bias, x64):
                     scores += bias[h, seen]
                 weights = np.exp(scores - scores.max())
                 expected = (weights / weights.sum()) @ v[b, seen]
-                error = relative_error(np.asarray(found[b, t, h]), expected)
+                error = relative_error(np.asarray(actual[b, t, h]), expected)
                 assert error <= tolerances.LOGITS["float64"]
 
 
 def test_norm_survives_a_large_mean():
     # The one-pass variance E[x²] − E[x]² loses every digit here.
     x = jnp.array([[4096.0, 4096.25, 4096.5, 4096.75]])
-    found = np.asarray(LayerNorm(4)(x))[0]
+    actual = np.asarray(LayerNorm(4)(x))[0]
     centred = np.array([-0.375, -0.125, 0.125, 0.375])
     expected = centred / np.sqrt((centred**2).mean() + 1e-5)
-    assert relative_error(found, expected) <= tolerances.LOGITS["float32"]
+    assert relative_error(actual, expected) <= tolerances.LOGITS["float32"]
 
 
 NORMS = pytest.mark.parametrize("kind", [LayerNorm, RMSNorm])
@@ -107,8 +107,8 @@ def test_folded_norm_is_the_norm_before_the_linear(kind, x64):
         outputs = [folded(norm, linear, rows).reshape(5, 8, -1) for linear in linears]
         return _weighed(outputs, weights)
 
-    found, wanted = (jax.value_and_grad(f, (0, 1))(state, x) for f in (fold, plain))
-    for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    actual, wanted = (jax.value_and_grad(f, (0, 1))(state, x) for f in (fold, plain))
+    for f, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True):
         assert relative_error(np.asarray(f), np.asarray(w)) <= tolerances.GRADIENTS["float64"]
 
 
@@ -122,15 +122,15 @@ def test_16_bits_fold_where_rows_are_many(kind):
         hidden = their_norm(x.astype("float64"))
         expected = [np.asarray(linear(hidden)) for linear in theirs]
         back = np.asarray(theirs[0](x.astype("float64")))
-    found = normalized_linears(norm, x, *linears)
+    actual = normalized_linears(norm, x, *linears)
     few = normalized_linears(norm, x[:1], *linears)
-    for out, first, want in zip(found, few, expected, strict=True):
+    for out, first, want in zip(actual, few, expected, strict=True):
         assert out.dtype == x.dtype and out.shape == want.shape
         assert relative_error(np.asarray(out, "float64"), want) <= tolerances.BF16_LINEAR
         error = relative_error(np.asarray(first, "float64"), want[:1])
         assert error <= tolerances.BF16_LINEAR
     kernel = folded(norm, linears[1], normalized(x.reshape(-1, 6), kind is LayerNorm))
-    np.testing.assert_array_equal(np.asarray(found[1]), np.asarray(kernel).reshape(5, 8, 4))
+    np.testing.assert_array_equal(np.asarray(actual[1]), np.asarray(kernel).reshape(5, 8, 4))
     np.testing.assert_array_equal(np.asarray(few[0]), np.asarray(linears[0](norm(x[:1]))))
     error = relative_error(np.asarray(linear_of_rows(linears[0], x), "float64"), back)
     assert error <= tolerances.BF16_LINEAR
@@ -155,9 +155,9 @@ def test_logits_of_16_bits_are_not_rounded(with_bias):
     assert relative_error(np.asarray(out), expected) <= tolerances.LOGITS["float32"]
     # Gradients are those of the plain layer, whose results are rounded.
     rounded, pull_plain = jax.vjp(lambda s, x: nnx.merge(plain_graph, s)(x), state, x)
-    found = pull(jnp.asarray(gradient, out.dtype))
+    actual = pull(jnp.asarray(gradient, out.dtype))
     wanted = pull_plain(jnp.asarray(gradient, rounded.dtype))
-    for f, w in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+    for f, w in zip(*map(jax.tree.leaves, (actual, wanted)), strict=True):
         error = relative_error(np.asarray(f, "float64"), np.asarray(w, "float64"))
         assert f.dtype == w.dtype and error <= tolerances.BF16_LINEAR
 

@@ -49,8 +49,8 @@ def random(rows, length, taps, dim=2):
 )
 def test_equals_the_plain_sum(convolve, length, taps, x64):
     x, filters = random(1, length, taps)
-    found = relative_error(np.asarray(convolve(x, filters, CHUNK)), plain_sum(x, filters))
-    assert found <= tolerances.LOGITS["float64"]
+    error = relative_error(np.asarray(convolve(x, filters, CHUNK)), plain_sum(x, filters))
+    assert error <= tolerances.LOGITS["float64"]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ def test_gradients_equal_those_of_the_plain_sum(convolve, x64):
 
     to_x, to_taps = jax.jit(jax.grad(weighed, (0, 1)))(x, taps)
     # Both gradients are correlations: with the filter turned round, and with the input.
-    turned = plain_sum(weights[:, ::-1], taps)[:, ::-1]
+    reversed_sum = plain_sum(weights[:, ::-1], taps)[:, ::-1]
     lags = [(weights[:, j:] * x[:, : x.shape[1] - j]).sum((0, 1)) for j in range(len(taps))]
-    assert relative_error(np.asarray(to_x), turned) <= tolerances.GRADIENTS["float64"]
+    assert relative_error(np.asarray(to_x), reversed_sum) <= tolerances.GRADIENTS["float64"]
     assert relative_error(np.asarray(to_taps), np.stack(lags)) <= tolerances.GRADIENTS["float64"]
 
 
@@ -108,8 +108,8 @@ def test_bfloat16_sums_in_float32(convolve):
     length = 3000
     ones = jnp.ones((1, length, 1), jnp.bfloat16)
     exact = np.arange(1, length + 1)
-    found = np.asarray(convolve(ones, ones[0], 512).astype("float32"))[0, :, 0]
-    assert (np.abs(found - exact) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * exact).all()
+    actual = np.asarray(convolve(ones, ones[0], 512).astype("float32"))[0, :, 0]
+    assert (np.abs(actual - exact) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * exact).all()
 
     layer = LongConvolution(1, length, CHUNK, rngs=nnx.Rngs(0))
     layer.taps = nnx.Param(ones[0])
@@ -136,14 +136,14 @@ def test_position_by_position(taps, x64):
     for t in range(true, length):
         y, past = extend(x[:, t : t + 1], past, t)
         steps.append(np.asarray(y))
-    found = relative_error(np.concatenate(steps, axis=1), whole)
-    assert found <= tolerances.LOGITS["float64"]
+    error = relative_error(np.concatenate(steps, axis=1), whole)
+    assert error <= tolerances.LOGITS["float64"]
 
 
 def test_toeplitz_matrix():
-    found = toeplitz(jnp.array([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 0]]), 4)
+    actual = toeplitz(jnp.array([[1.0, 2, 3, 4, 5], [6, 7, 8, 9, 0]]), 4)
     np.testing.assert_array_equal(
-        found[0], [[1, 2, 3, 4], [0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 1]]
+        actual[0], [[1, 2, 3, 4], [0, 1, 2, 3], [0, 0, 1, 2], [0, 0, 0, 1]]
     )
     short = toeplitz(jnp.array([[1.0, 2]]), 3)
     np.testing.assert_array_equal(short[0], [[1, 2, 0], [0, 1, 2], [0, 0, 1]])

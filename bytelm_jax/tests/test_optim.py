@@ -27,12 +27,12 @@ def test_schedule_warms_up_and_decays_the_same_in_both_frameworks(x64):
     ours = learning_rate_schedule(config, 12)
     theirs = torch_schedule(config, 12)
     counts = jnp.arange(15)
-    found = np.asarray(jax.vmap(ours)(counts))
-    np.testing.assert_allclose(found[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-15)
-    assert found[4] == 2.0 and found[8] == pytest.approx(2.0 * 0.55) and found[14] == 0.2
-    assert (np.diff(found[4:13]) < 0).all()
-    np.testing.assert_allclose(found, [theirs(int(c)) for c in counts], rtol=1e-15)
-    assert found.dtype == np.float64
+    actual = np.asarray(jax.vmap(ours)(counts))
+    np.testing.assert_allclose(actual[:4], [0.5, 1.0, 1.5, 2.0], rtol=1e-15)
+    assert actual[4] == 2.0 and actual[8] == pytest.approx(2.0 * 0.55) and actual[14] == 0.2
+    assert (np.diff(actual[4:13]) < 0).all()
+    np.testing.assert_allclose(actual, [theirs(int(c)) for c in counts], rtol=1e-15)
+    assert actual.dtype == np.float64
 
 
 def test_no_warm_up_starts_at_the_full_rate():
@@ -56,9 +56,9 @@ def test_clip_keeps_short_gradients_and_shortens_long_ones():
 
 def test_decay_leaves_norms_and_biases_alone():
     mask = decay_mask(abstract_params(MEGABYTES["paper"]))
-    kept = {name for name, decays in mask.items() if not decays}
-    assert kept and all(name.endswith((".scale", ".bias")) for name in kept)
-    assert all(name.endswith((".kernel", ".embedding")) for name in mask.keys() - kept)
+    undecayed = {name for name, decays in mask.items() if not decays}
+    assert undecayed and all(name.endswith((".scale", ".bias")) for name in undecayed)
+    assert all(name.endswith((".kernel", ".embedding")) for name in mask.keys() - undecayed)
 
 
 @pytest.mark.parametrize("kind", [AdamWConfig, MuonConfig])
@@ -67,14 +67,14 @@ def test_what_is_frozen_costs_nothing_and_counts_in_no_norm(kind):
     config = kind(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
     whole = build_optimizer(config, 10, frozen=("patcher.",))
     alone = build_optimizer(config, 10)
-    kept = {"to_q.kernel": params["to_q.kernel"]}
+    moving = {"to_q.kernel": params["to_q.kernel"]}
     state = whole.init(params)
-    assert jax.tree.structure(state) == jax.tree.structure(alone.init(kept))
+    assert jax.tree.structure(state) == jax.tree.structure(alone.init(moving))
     huge = {"patcher.kernel": jnp.array([[1e9, 1e9]]), "to_q.kernel": jnp.array([[0.25]])}
-    found, _ = whole.update(huge, state, params)
-    expected, _ = alone.update({"to_q.kernel": huge["to_q.kernel"]}, alone.init(kept), kept)
-    np.testing.assert_array_equal(found["to_q.kernel"], expected["to_q.kernel"])
-    np.testing.assert_array_equal(found["patcher.kernel"], [[0.0, 0.0]])
+    actual, _ = whole.update(huge, state, params)
+    expected, _ = alone.update({"to_q.kernel": huge["to_q.kernel"]}, alone.init(moving), moving)
+    np.testing.assert_array_equal(actual["to_q.kernel"], expected["to_q.kernel"])
+    np.testing.assert_array_equal(actual["patcher.kernel"], [[0.0, 0.0]])
 
 
 def test_a_frozen_patcher_leaves_every_step_bit_for_bit():

@@ -84,12 +84,12 @@ def test_the_threshold_gives_the_mean_through_the_model_s_own_patcher(calibrated
 
 
 def test_blt_takes_over_what_was_calibrated(calibrated, blt_run, capsys):
-    source, theirs, _ = checkpoint.load_run(calibrated)
+    source, calibrated_params, _ = checkpoint.load_run(calibrated)
     recipe, params, _ = checkpoint.load_run(blt_run)
     assert recipe.model.entropy == source.model and recipe.patching and source.patching
     assert recipe.model.threshold == source.patching.threshold == recipe.patching.threshold
     assert recipe.patching.entropy_model == source.patching.entropy_model
-    for name, value in theirs.items():
+    for name, value in calibrated_params.items():
         np.testing.assert_array_equal(params[f"patcher.{name}"], value)
     with checkpoint.open_checkpoints(blt_run) as manager:
         stored = checkpoint.read_metadata(manager, 3)["recipe"]["patching"]
@@ -127,8 +127,8 @@ def test_three_lengths_compile_three_times(tmp_path, text, monkeypatch):
 
 def test_other_data_is_told_by_name(blt_run, text, capsys):
     assert cli.main(["eval", str(blt_run), "--data", str(text), "--json"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "" and abs(json.loads(said.out)["bytes_per_patch"] / 4.5 - 1) < 0.2
+    output = capsys.readouterr()
+    assert output.err == "" and abs(json.loads(output.out)["bytes_per_patch"] / 4.5 - 1) < 0.2
     assert cli.main(["eval", str(blt_run), "--data", str(text.parent / "same.txt")]) == 0
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bytelm eval: warning: data: mean patch length ")
@@ -141,8 +141,8 @@ def test_calibrating_blt_changes_every_checkpoint_at_once(blt_run, text, tmp_pat
     before = contents(folder)
     argv = ["calibrate", str(folder), "--data", str(text), "--check", str(text)]
     assert cli.main([*argv, "--bytes-per-patch", "2.5"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "" and "of --check" in said.out
+    output = capsys.readouterr()
+    assert output.err == "" and "of --check" in output.out
     after = contents(folder)
     assert {p.name for p in after if after[p] != before.get(p)} == {"config.json"}
     recipe, _, _ = checkpoint.load_run(folder, "3")
@@ -158,7 +158,7 @@ def test_what_an_export_says(blt_run, tmp_path):
     assert again.patching == ours.patching and again.model == ours.model
 
 
-def test_refusals_name_the_mend(entropy_run, calibrated, blt_run, text, tmp_path, capsys):
+def test_refusals_say_what_to_do(entropy_run, calibrated, blt_run, text, tmp_path, capsys):
     new = [*BLT, "--data", text, "--run-dir", tmp_path / "new"]
     assert "--entropy-from" in refused(capsys, *new)
     assert "leave it out" in refused(capsys, *new, "--patcher", "space", "--entropy-from", "x")
@@ -190,8 +190,8 @@ def test_a_source_must_reset_as_asked(calibrated, tmp_path):
     checkpoint.save_config(folder, dataclasses.replace(source, model=lines))
 
     def adopt(taken, *argv):
-        given = ["--entropy-from", str(taken), *argv]
-        recipe = arguments.parse_recipe(recipes.blt_tiny(), given, "train", "")
+        options = ["--entropy-from", str(taken), *argv]
+        recipe = arguments.parse_recipe(recipes.blt_tiny(), options, "train", "")
         return patch_contract.adopt(recipe, tmp_path / "new").model
 
     model = adopt(folder, "--reset-on", "newline")
@@ -246,18 +246,18 @@ def test_scores_and_histogram_follow_the_patcher_s_rules():
         def __getitem__(self, index):
             return np.array([*(b + vocab.offset for b in b"a\xc3\xa9 bc"), 3, 3], np.int32)
 
-    found = patch_contract.measure(config, {}, Rows())
+    contract = patch_contract.measure(config, {}, Rows())
     # s without its padding: BOS | a, é of two bytes, space | b, c
-    assert found.histogram[:4] == (1, 1, 0, 1) and sum(found.histogram) == 3
-    assert found.sampled_bytes == 7 and found.entropy_model == ""
+    assert contract.histogram[:4] == (1, 1, 0, 1) and sum(contract.histogram) == 3
+    assert contract.sampled_bytes == 7 and contract.entropy_model == ""
 
     class Lines(Rows):
         def __getitem__(self, index):
             return np.array([*(b + vocab.offset for b in b"a b\nc\n"), 3, 3], np.int32)
 
-    found = patch_contract.measure(dataclasses.replace(config, reset_on="newline"), {}, Lines())
+    contract = patch_contract.measure(dataclasses.replace(config, reset_on="newline"), {}, Lines())
     # BOS | a, space | b || BOS | c || BOS
-    assert found.histogram[:3] == (5, 1, 0) and found.sampled_bytes == 7
+    assert contract.histogram[:3] == (5, 1, 0) and contract.sampled_bytes == 7
 
 
 def test_outside_only_past_a_factor_of_two():
@@ -305,8 +305,8 @@ def test_thresholds_of_histograms_need_no_model(text, tmp_path, reset_on, mean):
     lines = tmp_path / "lines.txt"
     lines.write_text(text.read_text("utf-8").replace(" ab", "\nab").replace(" b", "\n"), "utf-8")
     windows = data.Windows(data.open_corpus((lines,)), recipe.model.vocab, 64, append_eos=False)
-    made = patch_contract.calibrate(recipe, {}, windows, mean, None)
-    assert abs(made.patching.mean_length / mean - 1) <= patch_contract.TOLERANCE
-    assert made.patching.threshold == made.model.threshold != recipe.model.threshold
-    assert made.patching.entropy_model == ""
-    assert patch_contract.measure(made.model, {}, windows, None) == made.patching
+    calibrated = patch_contract.calibrate(recipe, {}, windows, mean, None)
+    assert abs(calibrated.patching.mean_length / mean - 1) <= patch_contract.TOLERANCE
+    assert calibrated.patching.threshold == calibrated.model.threshold != recipe.model.threshold
+    assert calibrated.patching.entropy_model == ""
+    assert patch_contract.measure(calibrated.model, {}, windows, None) == calibrated.patching

@@ -40,8 +40,8 @@ def starts(config: BLTConfig, data: bytes, entropies=None) -> list[int]:
     ids[:, :length] = shifted_ids(data)
     if entropies is not None:
         entropies = np.resize(np.float32(entropies), (1, ROOM))
-    found = find_starts(config, ids, entropies)
-    return np.flatnonzero(np.asarray(found)[0, : length + 1]).tolist()
+    flags = find_starts(config, ids, entropies)
+    return np.flatnonzero(np.asarray(flags)[0, : length + 1]).tolist()
 
 
 def lengths(config: BLTConfig, data: bytes, entropies=None) -> list[int]:
@@ -51,7 +51,7 @@ def lengths(config: BLTConfig, data: bytes, entropies=None) -> list[int]:
 
 def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[int]:
     """The rules again, one byte after the other, characters by CPython's incremental decoder."""
-    found, decoder = [0, 1], codecs.getincrementaldecoder("utf-8")("replace")
+    starts, decoder = [0, 1], codecs.getincrementaldecoder("utf-8")("replace")
     alphabet = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
     in_run, summed = False, 0.0
     for j, byte in enumerate(data, start=1):
@@ -70,9 +70,9 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
             "byte": True,
         }[config.patcher]
         in_run = separator
-        found += [j + 1] if wanted else []
+        starts += [j + 1] if wanted else []
         summed = 0.0 if wanted else summed
-    return found
+    return starts
 
 
 def shannon(data: bytes) -> float:
@@ -112,8 +112,8 @@ TEXTS = {
 def test_boundaries_are_those_of_a_plain_loop(name, patcher, whole):
     config = dataclasses.replace(CONFIG, patcher=patcher, whole_characters=whole, patch_size=3)
     entropies = np.random.default_rng(2).uniform(0, 3, len(TEXTS[name]) + 1).astype(np.float32)
-    found = starts(config, TEXTS[name], entropies)
-    assert found == loop_starts(config, TEXTS[name], entropies)
+    actual = starts(config, TEXTS[name], entropies)
+    assert actual == loop_starts(config, TEXTS[name], entropies)
 
 
 def test_entropies_of_the_two_examples():
@@ -149,8 +149,8 @@ def test_special_ids_are_no_bytes():
     eos, newline = VOCAB.eos_id, ord("\n") + VOCAB.offset
     lead = 0xE2 + VOCAB.offset
     ids = jnp.asarray([[VOCAB.bos_id, newline, eos, newline, lead, eos, newline]], jnp.int32)
-    found = patching.patch_starts(CONFIG, ids)
-    assert found[0].tolist() == [True, True, True, False, True, False, False, True]
+    actual = patching.patch_starts(CONFIG, ids)
+    assert actual[0].tolist() == [True, True, True, False, True, False, False, True]
     values = patching.to_bytes(ids, VOCAB)
     assert values[0].tolist() == [-1, 10, -1, 10, 0xE2, -1, 10]
 
@@ -158,15 +158,15 @@ def test_special_ids_are_no_bytes():
 def plan(starts_at: list[int], length: int, budget: int, counted: int | None = None):
     row = np.zeros((1, length + 1), bool)
     row[0, starts_at] = True
-    here = np.arange(length)[None] < (length if counted is None else counted)
-    return jax.tree.map(lambda x: x[0].tolist(), make_plan(row, here, budget))
+    counted_mask = np.arange(length)[None] < (length if counted is None else counted)
+    return jax.tree.map(lambda x: x[0].tolist(), make_plan(row, counted_mask, budget))
 
 
 def test_plan_with_room_as_literals():
-    found = plan([0, 1, 3, 5], 8, 6)
-    assert found.patch_of == [0, 1, 1, 2, 2, 3, 3, 3]
-    assert found.read_of == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert found.lengths == [1, 2, 2, 3, 0, 0, 0] and found.overflow == 0
+    actual = plan([0, 1, 3, 5], 8, 6)
+    assert actual.patch_of == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert actual.read_of == [0, 0, 1, 1, 2, 2, 2, 2]
+    assert actual.lengths == [1, 2, 2, 3, 0, 0, 0] and actual.overflow == 0
     assert plan([0, 1, 3, 5, 8], 8, 6).read_of == [0, 0, 1, 1, 2, 2, 2, 3]
     assert plan([], 3, 3) == plan([0, 1], 3, 3), "starts at 0 and 1 are added"
 
@@ -182,9 +182,9 @@ def test_patches_past_the_budget_merge_into_the_last():
 
 
 def test_padding_is_never_patched():
-    found = plan([0, 1, 3], 6, 4, counted=4)
-    assert found.patch_of == [0, 1, 1, 2, 4, 4]
-    assert found.lengths == [1, 2, 1, 0, 0]
+    actual = plan([0, 1, 3], 6, 4, counted=4)
+    assert actual.patch_of == [0, 1, 1, 2, 4, 4]
+    assert actual.lengths == [1, 2, 1, 0, 0]
     ids = np.full((1, 7), VOCAB.pad_id, np.int32)
     ids[:, :4] = shifted_ids(b"a b")
     assert patching.patch_starts(CONFIG, jnp.asarray(ids))[0].tolist() == [
@@ -204,8 +204,8 @@ def test_a_boundary_never_looks_at_the_byte_behind_it(patcher):
     for j in range(20):
         changed = ids.copy()
         changed[:, j:] = rng.integers(0, VOCAB.size, changed[:, j:].shape)
-        found = np.asarray(find_starts(config, changed, entropies))
-        assert (found[:, : j + 1] == base[:, : j + 1]).all()
+        actual = np.asarray(find_starts(config, changed, entropies))
+        assert (actual[:, : j + 1] == base[:, : j + 1]).all()
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -213,16 +213,16 @@ def test_lengths_sum_to_the_bytes(name):
     length = len(TEXTS[name]) + 1
     ids = np.full((1, ROOM), VOCAB.pad_id, np.int32)
     ids[:, :length] = shifted_ids(TEXTS[name])
-    found = find_starts(CONFIG, ids, None)
+    flags = find_starts(CONFIG, ids, None)
     for budget in (7, ROOM):
-        made = make_plan(found, ids != VOCAB.pad_id, budget)
-        assert made.lengths.sum() == length and made.lengths.min() >= 0
+        plans = make_plan(flags, ids != VOCAB.pad_id, budget)
+        assert plans.lengths.sum() == length and plans.lengths.min() >= 0
 
 
 def test_starts_from_lengths_as_literals():
-    found = patching.starts_from_lengths(jnp.asarray([[1, 2, 2, 3], [1, 4, 3, 0]]), 8)
-    assert np.flatnonzero(found[0]).tolist() == [0, 1, 3, 5]
-    assert np.flatnonzero(found[1]).tolist() == [0, 1, 5, 8]
+    actual = patching.starts_from_lengths(jnp.asarray([[1, 2, 2, 3], [1, 4, 3, 0]]), 8)
+    assert np.flatnonzero(actual[0]).tolist() == [0, 1, 3, 5]
+    assert np.flatnonzero(actual[1]).tolist() == [0, 1, 5, 8]
 
 
 def test_the_scripts_are_thirty_four():
@@ -250,8 +250,8 @@ def test_the_budget_is_exact_for_patchers_that_count():
 
 def test_the_largest_threshold_sums_without_overflow():
     limit = int(HISTOGRAM_LIMIT * patching.BIT)
-    found = np.full((1, ROOM), 2 * patching.BIT, np.int32)
-    sums = jax.jit(patching.sums_since_start)(found, np.zeros((1, ROOM), bool), limit)
+    values = np.full((1, ROOM), 2 * patching.BIT, np.int32)
+    sums = jax.jit(patching.sums_since_start)(values, np.zeros((1, ROOM), bool), limit)
     # Behind position 0, which ends its own sum, every 128th value of 2 bits passes 255.
     expected = np.concatenate([[1], np.arange(ROOM - 1) % 128 + 1]) * 2 * patching.BIT
     np.testing.assert_array_equal(sums[0], expected)

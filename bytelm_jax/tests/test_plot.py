@@ -69,10 +69,10 @@ def logged(folder, name):
 @pytest.fixture(scope="module")
 def tables():
     source = np.random.default_rng(3)
-    made = np.zeros((CELLS, 9), np.float32), np.zeros((CELLS, 7), np.float32)
-    made[0][[5, 77, 2000]] = source.normal(size=(3, 9))
-    made[1][[5, 300]] = source.normal(size=(2, 7))
-    return made
+    arrays = np.zeros((CELLS, 9), np.float32), np.zeros((CELLS, 7), np.float32)
+    arrays[0][[5, 77, 2000]] = source.normal(size=(3, 9))
+    arrays[1][[5, 300]] = source.normal(size=(2, 7))
+    return arrays
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,9 @@ def figure_of_agent(tmp_path_factory, tables):
     )
     recipe = checkpoint.load_config(folder)
     shapes = abstract_params(MODEL)
-    made = build_optimizer(optimizer, recipe.train.steps, 0)
+    built = build_optimizer(optimizer, recipe.train.steps, 0)
     zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, jax.eval_shape(made.init, shapes))
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes, jax.eval_shape(built.init, shapes))
     )
     agent = plot._agent_in(zeros[1])
     wanted = agent._replace(q_learning_rate=jnp.array(tables[0]), q_momentum=jnp.array(tables[1]))
@@ -114,9 +114,9 @@ def test_the_lines_are_those_of_the_metrics_file(figure_of_agent):
             "of 1 / (1 − momentum)": "momentum_action",
         },
     }.items():
-        drawn = lines_of(axes[title])
-        assert drawn == {label: logged(folder, name) for label, name in names.items()}, title
-        assert all(drawn.values())
+        plotted = lines_of(axes[title])
+        assert plotted == {label: logged(folder, name) for label, name in names.items()}, title
+        assert all(plotted.values())
     assert axes["Gradient norm"].get_yscale() == "log"
     assert not any("Expert" in title or "Patch" in title for title in axes)
 
@@ -125,14 +125,14 @@ def test_the_heat_maps_are_the_tables_of_the_checkpoint(figure_of_agent, tables)
     _, figure = figure_of_agent
     axes = [a for a in figure.axes if a.get_title().startswith("Q-table")]
     for a, table, states in zip(axes, tables, ([5, 77, 2000], [5, 300]), strict=True):
-        drawn = np.asarray(a.images[0].get_array())
+        plotted = np.asarray(a.images[0].get_array())
         factors = [float(label.get_text()) for label in a.get_xticklabels()]
         assert factors == sorted(factors) and 1.0 in factors
         assert [int(label.get_text()) for label in a.get_yticklabels()] == states
         columns = [0, *range(1, len(factors))]
         # The table's order: no change, then factors, each before its inverse.
         order = sorted(columns, key=lambda i: [1.0, *_pairs(len(factors))][i])
-        np.testing.assert_array_equal(drawn, table[states][:, order])
+        np.testing.assert_array_equal(plotted, table[states][:, order])
 
 
 def _pairs(count):
@@ -157,8 +157,8 @@ def test_patches_and_experts(tmp_path):
     assert [(b.get_x() + b.get_width() / 2, b.get_height()) for b in bars] == [
         (pytest.approx(i), count) for i, count in ((1, 1), (2, 3), (3, 0), (4, 2))
     ]
-    drawn = lines_of(axes["Expert load"])
-    assert drawn == {f"expert {e}": logged(folder, f"expert_load_{e}") for e in range(3)}
+    plotted = lines_of(axes["Expert load"])
+    assert plotted == {f"expert {e}": logged(folder, f"expert_load_{e}") for e in range(3)}
     many = [r | {f"expert_load_{e}": e / 78 for e in range(13)} for r in RECORDS]
     axes = plot.draw(plot.panels(make_run(tmp_path / "many", many))[1], "t").axes
     (bars,) = [a.patches for a in axes if a.get_title() == "Expert load at step 40"]
@@ -184,8 +184,8 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     empty = make_run(tmp_path / "empty", VALIDATION)
     for path, says in ((tmp_path, "no config.json"), (empty, "no metrics there yet; train first")):
         assert cli.main(["plot", str(path)]) == 2
-        said = capsys.readouterr().err
-        assert says in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert cli.main(["plot", str(make_run(tmp_path / "run", RECORDS))]) == 2
     assert "pip install 'bytelm[plot]'" in capsys.readouterr().err

@@ -78,12 +78,12 @@ SAID = {"count": 7, "doing": "the steps after 12", "host": "node1", "pid": 41}
 def test_the_process_that_the_others_wait_for_is_named(other, names, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     now = time.time()
-    mine = SAID | {"time": now, "count": 7}
-    (tmp_path / "process-0.json").write_text(json.dumps(mine))
+    report = SAID | {"time": now, "count": 7}
+    (tmp_path / "process-0.json").write_text(json.dumps(report))
     if other:
-        theirs = SAID | {"time": now - other["age"], "count": other["count"]}
-        (tmp_path / "process-1.json").write_text(json.dumps(theirs))
-    line = Watchdog(tmp_path, 40)._accuse(mine)
+        other_report = SAID | {"time": now - other["age"], "count": other["count"]}
+        (tmp_path / "process-1.json").write_text(json.dumps(other_report))
+    line = Watchdog(tmp_path, 40)._accuse(report)
     assert line.startswith("bytelm train: no progress for 40 s in the steps after 12: ")
     assert names in line and line.count("\n") == 0
 

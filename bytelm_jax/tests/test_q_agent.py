@@ -83,7 +83,7 @@ def test_no_start_and_no_bound_lies_on_an_edge():
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "mend"),
+    ("field", "value", "hint"),
     [
         ("interval", 0, "at least 1"),
         ("memory", 0, "at least 1"),
@@ -316,8 +316,8 @@ def test_eight_devices_act_as_one(x64):
             return (jax.tree.map(jnp.add, params, updates), state), state.agent.actions
 
         # Each device holds parameters of its own, so its gradient is local and its mean is due.
-        own = jnp.where(x[0, 0, 0] > jnp.inf, 1, 0)
-        carry = jax.tree.map(lambda leaf: leaf + own.astype(leaf.dtype), start)
+        bump = jnp.where(x[0, 0, 0] > jnp.inf, 1, 0)
+        carry = jax.tree.map(lambda leaf: leaf + bump.astype(leaf.dtype), start)
         (end, _), actions = jax.lax.scan(step, carry, (x, y))
         return jax.tree.map(lambda leaf: leaf[None], (end, actions))
 

@@ -256,8 +256,8 @@ def test_a_step_neither_calls_nor_asks_the_host(name):
 
     waits = ("callback", "infeed", "outfeed", "device_put", "cond", "while")
     for function, expected in ((update, set()), (spying, {"debug_callback"})):
-        found = set(primitives(jax.make_jaxpr(function)(grads, state, params, value).jaxpr))
-        assert {name for name in found if any(word in name for word in waits)} == expected
+        names = set(primitives(jax.make_jaxpr(function)(grads, state, params, value).jaxpr))
+        assert {name for name in names if any(word in name for word in waits)} == expected
     with jax.transfer_guard("disallow"):
         for _ in range(2):
             updates, state = update(grads, state, params, value)

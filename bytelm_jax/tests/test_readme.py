@@ -59,9 +59,9 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
             continue
         with pytest.raises(SystemExit):
             cli.main([name, "--help"])
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         for option in (a for a in arguments if a.startswith("--")):
-            assert option in said, (name, option)
+            assert option in output, (name, option)
     assert seen == set(cli.COMMANDS)
 
 

@@ -50,25 +50,25 @@ def test_the_id_that_ends_a_segment_belongs_to_it():
 def test_lines_become_patches_filled_with_pads():
     # Lines of 1, 3 and 2 bytes, one of 1 and one that the row's end leaves open.
     ids = [[n, 50, 51, n, 52, n, n, 53]]
-    made = both("lay_out", ids, "newline", 2, 8)
+    layout = both("lay_out", ids, "newline", 2, 8)
     patches = [[n, 0], [50, 51], [n, 0], [52, n], [n, 0], [53, 0], [0, 0], [0, 0]]
-    np.testing.assert_array_equal(made.patches[0], patches)
-    np.testing.assert_array_equal(made.slots[0], [0, 2, 3, 4, 6, 7, 8, 10])
-    np.testing.assert_array_equal(made.bytes[0], [0, 8, 1, 2, 3, 8, 4, 5, 6, 8, 7, 8, 8, 8, 8, 8])
-    np.testing.assert_array_equal(made.segment_starts[0], [0, 1, 1, 4, 6, 7, 8, 8])
-    np.testing.assert_array_equal(made.segment_positions[0], [0, 0, 1, 0, 0, 0, 0, 0])
-    assert made.overflow[0] == 0
+    np.testing.assert_array_equal(layout.patches[0], patches)
+    np.testing.assert_array_equal(layout.slots[0], [0, 2, 3, 4, 6, 7, 8, 10])
+    np.testing.assert_array_equal(layout.bytes[0], [0, 8, 1, 2, 3, 8, 4, 5, 6, 8, 7, 8, 8, 8, 8, 8])
+    np.testing.assert_array_equal(layout.segment_starts[0], [0, 1, 1, 4, 6, 7, 8, 8])
+    np.testing.assert_array_equal(layout.segment_positions[0], [0, 0, 1, 0, 0, 0, 0, 0])
+    assert layout.overflow[0] == 0
 
 
 def test_a_reset_without_room_is_not_made_and_no_byte_is_lost():
     # Undivided the row fills 4 patches of 2. With 5, the reset at 1 still fits (1 + 4); those at 4
     # and 5 (3 + 2 and 4 + 2 …) do while what is left fits behind them.
     ids = [[n, 50, 51, n, n, 52, n, 53]]
-    made = both("lay_out", ids, "newline", 2, 5)
+    layout = both("lay_out", ids, "newline", 2, 5)
     patches = [[n, 0], [50, 51], [n, 0], [n, 52], [n, 53]]
-    np.testing.assert_array_equal(made.patches[0], patches)
-    np.testing.assert_array_equal(made.segment_starts[0], [0, 1, 1, 4, 4])
-    assert made.overflow[0] == 2
+    np.testing.assert_array_equal(layout.patches[0], patches)
+    np.testing.assert_array_equal(layout.segment_starts[0], [0, 1, 1, 4, 4])
+    assert layout.overflow[0] == 2
     least = both("lay_out", ids, "newline", 2, 4)  # no room beyond the bytes: one text
     np.testing.assert_array_equal(least.slots[0], range(8))
     assert least.overflow[0] == 4
@@ -92,19 +92,19 @@ def test_layouts_of_any_text_and_room(patch):
                 tensor = torch.from_numpy(np.array(ids))
                 return torch_resets.lay_out(tensor, TORCH_VOCAB, "newline", patch, capacity)
 
-            made = arrange(ids)
-            slots = made.slots.numpy()
+            layout = arrange(ids)
+            slots = layout.slots.numpy()
             assert (np.diff(slots, axis=1) > 0).all() and (slots < capacity * patch).all()
-            flat = made.patches.reshape(8, -1).numpy()
+            flat = layout.patches.reshape(8, -1).numpy()
             np.testing.assert_array_equal(np.take_along_axis(flat, slots, axis=1), ids)
-            assert capacity < length or not made.overflow.any()
+            assert capacity < length or not layout.overflow.any()
             # Decided from the past: another end of the row moves nothing before it.
-            changed, kept = ids.copy(), length // 2 + 1
+            changed, prefix = ids.copy(), length // 2 + 1
             changed[:, length // 2 :] = n
-            np.testing.assert_array_equal(arrange(changed).slots[:, :kept], slots[:, :kept])
+            np.testing.assert_array_equal(arrange(changed).slots[:, :prefix], slots[:, :prefix])
             if patch == 3 and length == 29:
                 ours = lay_out(ids.astype(np.int32), VOCAB, "newline", patch, capacity)
-                for one, other in zip(ours, made, strict=True):
+                for one, other in zip(ours, layout, strict=True):
                     np.testing.assert_array_equal(one, other)
 
 
@@ -115,9 +115,9 @@ def test_reads_whose_gradient_is_a_read():
     taken, back = jax.vjp(lambda x: resets.take_once(x, index, inverse), x)
     np.testing.assert_array_equal(taken, torch_resets.take_once(*torch_pair(x, index)))
     np.testing.assert_array_equal(taken[0], x[0, jnp.array([2, 0])])
-    (found,) = back(weights)
-    np.testing.assert_array_equal(found[0], [[3, 4], [0, 0], [1, 2]])
-    np.testing.assert_array_equal(found[1], [[0, 0], [5, 6], [7, 8]])
+    (gradient,) = back(weights)
+    np.testing.assert_array_equal(gradient[0], [[3, 4], [0, 0], [1, 2]])
+    np.testing.assert_array_equal(gradient[1], [[0, 0], [5, 6], [7, 8]])
 
 
 def torch_pair(x, index):
@@ -131,18 +131,18 @@ def test_sums_within_segments_are_those_of_the_segment_alone():
     segment_positions = np.array(
         resets.position_in_segment(resets.find_segment_starts(jnp.asarray(ids), VOCAB, "newline"))
     )
-    found = np.asarray(jax.jit(resets.segmented_sums)(x, segment_positions))
+    actual = np.asarray(jax.jit(resets.segmented_sums)(x, segment_positions))
     theirs = torch_resets.segmented_sums(torch.from_numpy(x), torch.from_numpy(segment_positions))
-    np.testing.assert_array_equal(found, theirs)
+    np.testing.assert_array_equal(actual, theirs)
     for row, t in np.ndindex(2, 21):
         segment_start = t - segment_positions[row, t]
         exact = x[row, segment_start : t + 1].astype(float).sum(axis=0)
-        np.testing.assert_allclose(found[row, t], exact, rtol=0, atol=tolerances.LOGITS["float32"])
+        np.testing.assert_allclose(actual[row, t], exact, rtol=0, atol=tolerances.LOGITS["float32"])
         alone = torch_resets.segmented_sums(
             torch.from_numpy(x[row : row + 1, segment_start : t + 1]),
             torch.arange(t + 1 - segment_start)[None],
         )
-        np.testing.assert_array_equal(found[row, t], alone[0, -1])  # not one bit from outside
+        np.testing.assert_array_equal(actual[row, t], alone[0, -1])  # not one bit from outside
 
 
 def test_room_in_training():

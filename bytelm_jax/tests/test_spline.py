@@ -47,9 +47,9 @@ def test_values_and_derivatives_are_scipy_s(spline, x64):
     value, slope = (np.nan_to_num(f(x))[:, columns, columns] for f in (exact, exact.derivative()))
     zero = jnp.zeros(CHANNELS)
     run = lambda x: spline_activation(x, zero, jnp.asarray(coefficients))  # noqa: E731
-    found, pull = jax.vjp(run, jnp.asarray(x))
-    (tangent,) = pull(jnp.ones_like(found))
-    np.testing.assert_allclose(found, value, rtol=0, atol=LOGITS["float64"])
+    actual, pull = jax.vjp(run, jnp.asarray(x))
+    (tangent,) = pull(jnp.ones_like(actual))
+    np.testing.assert_allclose(actual, value, rtol=0, atol=LOGITS["float64"])
     np.testing.assert_allclose(tangent, slope, rtol=0, atol=LOGITS["float64"])
     whole = spline_activation(jnp.asarray(x), jnp.asarray(gain), jnp.asarray(coefficients))
     silu = x / (1 + np.exp(-x))
@@ -96,13 +96,13 @@ def test_folded_attention_is_the_literal_formula(x64):
         return jnp.einsum("bts,bsk->btk", weights, values)
 
     # One program for all heads: NumPy cuts them out.
-    found, (q, k, v, gamma, beta) = (
+    actual, (q, k, v, gamma, beta) = (
         jax.tree.map(np.asarray, x) for x in (folded(q, k, v, gamma, beta), (q, k, v, gamma, beta))
     )
     for head in range(4):
         keys, values = k[:, :, head // 2], v[:, :, head // 2]
         expected = np.asarray(literal(q[:, :, head], keys, values, gamma[head], beta[head]))
-        difference = np.linalg.norm(found[:, :, head] - expected) / np.linalg.norm(expected)
+        difference = np.linalg.norm(actual[:, :, head] - expected) / np.linalg.norm(expected)
         assert difference <= LOGITS["float64"]
 
 

@@ -78,11 +78,13 @@ def test_a_signal_stops_the_sweep_at_its_point(sweep, tmp_path):
 
 def test_random_points_lie_in_their_ranges(sweep):
     vary = ["a=1e-4:1e-1:log", "b=2:5", "c=x,y", "d=0.5:1"]
-    drawn = sweep.points(vary, 300, 1)
-    assert drawn == sweep.points(vary, 300, 1) != sweep.points(vary, 300, 2)
-    assert all(1e-4 <= float(p["a"]) <= 1e-1 and 0.5 <= float(p["d"]) <= 1 for p in drawn)
-    assert sum(float(p["a"]) < 1e-2 for p in drawn) > 150  # two of three decades
-    assert {p["b"] for p in drawn} == {"2", "3", "4", "5"} and {p["c"] for p in drawn} == {"x", "y"}
+    drawn_points = sweep.points(vary, 300, 1)
+    assert drawn_points == sweep.points(vary, 300, 1) != sweep.points(vary, 300, 2)
+    assert all(1e-4 <= float(p["a"]) <= 1e-1 and 0.5 <= float(p["d"]) <= 1 for p in drawn_points)
+    assert sum(float(p["a"]) < 1e-2 for p in drawn_points) > 150  # two of three decades
+    assert {p["b"] for p in drawn_points} == {"2", "3", "4", "5"} and {
+        p["c"] for p in drawn_points
+    } == {"x", "y"}
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,8 @@ def result(run_dir):
     """Parameters and metrics of a finished run, wall-clock fields left out."""
     _, params, step = checkpoint.load_run(Path(run_dir))
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
-    kept = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
-    return step, {k: np.asarray(v) for k, v in params.items()}, kept
+    comparable = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
+    return step, {k: np.asarray(v) for k, v in params.items()}, comparable
 
 
 def assert_same(ours, theirs):
@@ -235,13 +235,15 @@ def test_a_step_compiled_ahead_is_not_compiled_again(caplog):
 
     state = steps.TrainState(jnp.int32(0), {}, ())
     state = jax.device_put(state, meshes.replicated(mesh))
-    like = jax.tree.map(
+    template = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        with steps.compiling(step, like, (4, 6), mesh):
+        with steps.compiling(step, template, (4, 6), mesh):
             pass
         state = step(state, meshes.put_batch(mesh, np.ones((4, 6), np.int32)))
-    told = [r.getMessage() for r in caplog.records if "compilation of jit(step)" in r.getMessage()]
+    compiled = [
+        r.getMessage() for r in caplog.records if "compilation of jit(step)" in r.getMessage()
+    ]
     assert int(state.step) == 24
-    assert not told  # in this thread, whose compilations alone are logged here
+    assert not compiled  # in this thread, whose compilations alone are logged here

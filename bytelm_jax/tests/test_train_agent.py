@@ -54,16 +54,16 @@ def recipe(tmp_path):
 
 
 def records(run_dir):
-    found = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in found]
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in lines]
 
 
 def fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch):
-    make, made = steps.make_train_step, []  # both runs share the compiled step
+    make, compiled = steps.make_train_step, []  # both runs share the compiled step
 
     def make_once(*arguments):
-        made.extend([] if made else [make(*arguments)])
-        return made[0]
+        compiled.extend([] if compiled else [make(*arguments)])
+        return compiled[0]
 
     monkeypatch.setattr(steps, "make_train_step", make_once)
     train(recipe, tmp_path / "whole")
@@ -88,13 +88,13 @@ def test_a_resumed_run_under_muon_ends_with_the_same_state(recipe, tmp_path, mon
 def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
     marks = fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch)
     assert marks[0] == marks[1] and len(marks[0]["optimizer"]) > 20
-    told = records(tmp_path / "whole")
-    assert told == records(tmp_path / "resumed") and len(told) == 8
-    for record in told:
+    logged = records(tmp_path / "whole")
+    assert logged == records(tmp_path / "resumed") and len(logged) == 8
+    for record in logged:
         scheduled = 0.1 * record["step"] / STEERED.warmup_steps
         assert record["learning_rate"] == pytest.approx(scheduled * record["learning_rate_scale"])
-    assert len({record["learning_rate_scale"] for record in told}) > 1
-    assert {"momentum", "epsilon", "reward", "momentum_action", "skipped_steps"} <= told[0].keys()
+    assert len({record["learning_rate_scale"] for record in logged}) > 1
+    assert {"momentum", "epsilon", "reward", "momentum_action", "skipped_steps"} <= logged[0].keys()
 
 
 @pytest.mark.parametrize(("skips", "broken", "stops"), [(1, 19, 0), (1, 20, 21), (0, 20, 21)])
@@ -121,8 +121,8 @@ def test_a_run_stops_where_its_optimizer_cannot_go_on(
             train(recipe, tmp_path / "run")
         return
     assert train(recipe, tmp_path / "run").step == 24
-    told = records(tmp_path / "run")
-    assert [record["step"] for record in told] == [*range(2, 21), 24]
-    assert all("loss" not in record for record in told[:-1])
-    assert [record["skipped"] for record in told[:-1]] == list(range(1, 20))
-    assert told[-1]["skipped_steps"] == 19
+    logged = records(tmp_path / "run")
+    assert [record["step"] for record in logged] == [*range(2, 21), 24]
+    assert all("loss" not in record for record in logged[:-1])
+    assert [record["skipped"] for record in logged[:-1]] == list(range(1, 20))
+    assert logged[-1]["skipped_steps"] == 19

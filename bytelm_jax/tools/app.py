@@ -92,11 +92,11 @@ class Service:
             top_p=_number("top-p", top_p),
         )
         pieces = stream(self._model, data, count, config, _whole("seed", seed), chunk_bytes=_CHUNK)
-        decoder, made = StreamingDecoder(vocab), b""
+        decoder, generated = StreamingDecoder(vocab), b""
         text = decoder.push(self._tokenizer.encode(data))
         clock, stopped = _Clock(), False
         for piece in pieces:
-            made += piece
+            generated += piece
             text += decoder.push(self._tokenizer.encode(piece))
             clock.count(len(piece))
             yield Reply(text, "", clock.say())
@@ -107,14 +107,14 @@ class Service:
         status = clock.say()
         if stopped:
             status += f"; stopped after {limits.seconds:g} seconds"
-        elif len(made) < count:
+        elif len(generated) < count:
             status += "; the model ended the text"
-        if not data + made:
+        if not data + generated:
             yield Reply("", "", status)
             return
-        found = self._inspect(data + made)
-        status += f". {describe(self.recipe, found)}"
-        yield Reply(text, paint_cells(found, len(data)), status)
+        inspected = self._inspect(data + generated)
+        status += f". {describe(self.recipe, inspected)}"
+        yield Reply(text, paint_cells(inspected, len(data)), status)
 
 
 class _Clock:
@@ -136,11 +136,11 @@ class _Clock:
         return time.perf_counter() - self._first if self._first else 0.0
 
     def say(self) -> str:
-        said = f"{self._bytes:,} bytes in {self._last - self._began:.2f} s"
+        line = f"{self._bytes:,} bytes in {self._last - self._began:.2f} s"
         if not self._counted:
-            return said
+            return line
         rate = self._counted / max(self._last - self._first, 1e-9)
-        return f"{said}, {rate:,.0f} bytes a second once begun"
+        return f"{line}, {rate:,.0f} bytes a second once begun"
 
 
 def _number(name: str, value: Number) -> float:
@@ -173,22 +173,22 @@ def style_sheet() -> str:
     return "\n".join([*rules, *shades])
 
 
-def paint_cells(found: Inspection, prompt_bytes: int) -> str:
+def paint_cells(inspected: Inspection, prompt_bytes: int) -> str:
     """HTML with one span a byte: colour by surprise, both numbers on hover, a bar before a patch.
 
     A character stands in the span of its first byte, a dot in those of the others; a byte of no
     character is escaped. What was generated is underlined.
     """
     spans = []
-    for at, piece, character in characters(found.data):
+    for at, piece, character in characters(inspected.data):
         for offset, byte in enumerate(piece, at):
-            bits, nats = float(found.surprise[offset]), float(found.entropy[offset])
+            bits, nats = float(inspected.surprise[offset]), float(inspected.entropy[offset])
             names = [f"b{min(max(round(2 * bits), 0), _SHADES)}"]
-            names += ["p"] if found.starts is not None and found.starts[offset] else []
+            names += ["p"] if inspected.starts is not None and inspected.starts[offset] else []
             names += ["o"] if offset >= prompt_bytes else []
             shown = _shown(character, byte) if offset == at else "·"
-            said = f"byte {byte:02x}, surprise {bits:.2f} bits, entropy {nats:.2f} bits"
-            spans.append(f'<span class="{" ".join(names)}" title="{said}">{shown}</span>')
+            tooltip = f"byte {byte:02x}, surprise {bits:.2f} bits, entropy {nats:.2f} bits"
+            spans.append(f'<span class="{" ".join(names)}" title="{tooltip}">{shown}</span>')
         if character == "\n":
             spans.append("<br>")
     return f'<div class="cells">{"".join(spans)}</div>'
@@ -218,8 +218,8 @@ def build_page(service: Service) -> Any:
         try:
             yield from service.reply(*request)
         except ValueError as error:
-            told = {"title": "Bad input", "duration": None, "print_exception": False}
-            raise gr.Error(str(error), **told) from None
+            options = {"title": "Bad input", "duration": None, "print_exception": False}
+            raise gr.Error(str(error), **options) from None
 
     # Gradio streams only what is itself a generator function; the tests' type checks wrap `answer`.
     generate = lambda *request: (yield from answer(request))  # noqa: E731
@@ -264,7 +264,7 @@ def launch(page: Any, host: str, port: int) -> str:
     Raises `OSError` when the port is taken.
     """
     gr: Any = importlib.import_module("gradio")
-    own_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     _, address, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -275,7 +275,7 @@ def launch(page: Any, host: str, port: int) -> str:
         ssr_mode=False,
         enable_monitoring=False,
         footer_links=[],
-        theme=own_fonts,
+        theme=local_fonts,
         css=style_sheet(),
     )
     return address

@@ -43,13 +43,13 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     count, size = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
-            found = _FOUND.match(line)
-            if found:
-                key = found[2], _group(line, devices)
+            match = _FOUND.match(line)
+            if match:
+                key = match[2], _group(line, devices)
                 count[key] += times[name]
-                size[key] += times[name] * _bytes(found[1], found[2], bool(found[3]), key[1])
-    made = [Collective(*key, count[key], size[key]) for key in count]
-    return sorted(made, key=lambda each: -each.bytes)
+                size[key] += times[name] * _bytes(match[1], match[2], bool(match[3]), key[1])
+    collectives = [Collective(*key, count[key], size[key]) for key in count]
+    return sorted(collectives, key=lambda each: -each.bytes)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -118,7 +118,7 @@ def _group(line: str, devices: int) -> int:
 
 
 def _bytes(shape: str, kind: str, start: bool, group: int) -> int:
-    arrays = [_array_bytes(*found) for found in _ARRAY.findall(shape)]
+    arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
     if start and kind == "all-gather":  # (what goes in, what comes out)
         arrays = arrays[len(arrays) // 2 :]
     if start and kind == "collective-permute":  # and two counters

@@ -59,7 +59,7 @@ class Finding(NamedTuple):
 
     check: str
     ok: bool
-    said: str
+    message: str
 
 
 class SickError(Exception):
@@ -115,17 +115,18 @@ def _give_up(name: str, limit: float) -> None:
     os._exit(1)
 
 
-def check_coordinator(host: str, port: int, here: bool, patience: float = 60.0) -> str:
-    """Whether the coordinator answers; with `here`, which is process 0, whether it could be.
+def check_coordinator(host: str, port: int, is_coordinator: bool, patience: float = 60.0) -> str:
+    """Whether the coordinator answers; with `is_coordinator`, which is process 0, whether it could
+    be.
 
     Others are given `patience` seconds to come up. Nothing of JAX is used.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise SickError(f"{host}: no such host ({error.strerror}); check the name") from error
-    if here:
-        family, kind, number, _, address = found[0]
+    if is_coordinator:
+        family, kind, number, _, address = addresses[0]
         with socket.socket(family, kind, number) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -152,7 +153,7 @@ def check_coordinator(host: str, port: int, here: bool, patience: float = 60.0) 
 
 def check_versions() -> str:
     """Python and the packages that matter, none older than what is asked for."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
     try:
         asked = importlib.metadata.requires("bytelm") or []
     except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
@@ -162,13 +163,13 @@ def check_versions() -> str:
         if needs and _number(importlib.metadata.version(needs[1])) < _number(needs[2]):
             have = importlib.metadata.version(needs[1])
             raise SickError(f"{needs[1]} {have}: pip install '{needs[0]}'")
-    if _number(found["jaxlib"]) > _number(found["jax"]):
+    if _number(installed["jaxlib"]) > _number(installed["jax"]):
         raise SickError(
-            f"jaxlib {found['jaxlib']} is newer than jax {found['jax']}: pip install "
-            f"jaxlib=={found['jax']}"
+            f"jaxlib {installed['jaxlib']} is newer than jax {installed['jax']}: pip install "
+            f"jaxlib=={installed['jax']}"
         )
-    said = [f"{name} {version}" for name, version in found.items()]
-    return ", ".join([f"Python {platform.python_version()}", *said])
+    versions = [f"{name} {version}" for name, version in installed.items()]
+    return ", ".join([f"Python {platform.python_version()}", *versions])
 
 
 def _number(version: str) -> tuple[int, ...]:
@@ -177,16 +178,16 @@ def _number(version: str) -> tuple[int, ...]:
 
 def check_devices() -> str:
     """What there is, of all processes, and how much memory this one's devices have."""
-    known, own = jax.devices(), jax.local_devices()
-    kinds = sorted({device.device_kind for device in known})
+    devices, local = jax.devices(), jax.local_devices()
+    kinds = sorted({device.device_kind for device in devices})
     if len(kinds) > 1:
         raise SickError(f"{', '.join(kinds)}: kinds of devices do not mix; give the run one kind")
-    memory, share = device_limit(own[0]), "each"
+    memory, share = device_limit(local[0]), "each"
     if memory is None:  # a CPU
         memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of the host"
     return (
-        f"{len(known)} x {kinds[0]} in {jax.process_count()} processes, {len(own)} of them here, "
-        f"{memory / 2**30:.1f} GiB {share}"
+        f"{len(devices)} x {kinds[0]} in {jax.process_count()} processes, {len(local)} of them "
+        f"here, {memory / 2**30:.1f} GiB {share}"
     )
 
 
@@ -226,7 +227,7 @@ def _product(a: Any, b: Any) -> Any:
 def check_gradients(mesh: Mesh) -> str:
     """Gradients over the mesh, by plain SGD, against those of one device by a formula of its own.
 
-    AdamW would hide gradients that are too large by the same factor everywhere. Both forms of the
+    AdamW would hide gradients that are too large by the same factor devices. Both forms of the
     step are looked at.
     """
     rows, pad_id = 2 * mesh.size, _TINY.vocab.pad_id
@@ -242,13 +243,14 @@ def check_gradients(mesh: Mesh) -> str:
         exact = jax.device_get(jax.jit(jax.grad(loss))(before))
         errors = []
         for form in get_args(Form):
-            found = _gradients(mesh, form, bind, before, ids)
-            error = _norm({name: found[name] - exact[name] for name in exact}) / _norm(exact)
+            gradients = _gradients(mesh, form, bind, before, ids)
+            error = _norm({name: gradients[name] - exact[name] for name in exact}) / _norm(exact)
             if not error <= _GRADIENT_ERROR:
                 raise SickError(
-                    f"{form} over {mesh.size} devices makes them {_norm(found) / _norm(exact):.3g} "
-                    f"times as long as one device does, off by {error:.1e}: do not train on this "
-                    "mesh; try the other --parallel, --fsdp 1, or fewer devices"
+                    f"{form} over {mesh.size} devices makes them "
+                    f"{_norm(gradients) / _norm(exact):.3g} times as long as one device does, off "
+                    f"by {error:.1e}: do not train on this mesh; try the other --parallel, --fsdp "
+                    "1, or fewer devices"
                 )
             errors.append(f"{form} to {error:.1e}")
     return f"those of {mesh.size} devices are those of one: {', '.join(errors)}"
@@ -264,9 +266,9 @@ def _gradients(
     params = {name: jnp.asarray(value) for name, value in before.items()}
     state = steps.TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
     step = steps.make_train_step(bind, optimizer, run, _TINY.vocab.pad_id, mesh)
-    own, parts = meshes.process_slice(mesh)
-    mine = ids[own * len(ids) // parts : (own + 1) * len(ids) // parts]
-    state, _ = step(meshes.place(mesh, state), meshes.put_batch(mesh, mine))
+    part, parts = meshes.process_slice(mesh)
+    local_ids = ids[part * len(ids) // parts : (part + 1) * len(ids) // parts]
+    state, _ = step(meshes.place(mesh, state), meshes.put_batch(mesh, local_ids))
     after = meshes.fetch(mesh, state.params)
     return {name: before[name] - after[name] for name in before}
 
@@ -277,7 +279,7 @@ def _norm(tree: dict[str, Any]) -> float:
 
 def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
     """A file and a sharded array are written under `run_dir`, read back and removed."""
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    created = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     probe, problem = run_dir.absolute() / ".doctor", ""
     try:
         # No process may stay behind in a collective because another one found something.
@@ -296,7 +298,7 @@ def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
     finally:
         if processes.is_first():
             shutil.rmtree(probe, ignore_errors=True)
-            for path in made:
+            for path in created:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
 
@@ -330,11 +332,11 @@ def _through_orbax(path: Path, mesh: Mesh) -> float:
     start = time.perf_counter()
     rows = meshes.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))
     tree = {"rows": rows}
-    like = {"rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)}
+    template = {"rows": jax.ShapeDtypeStruct(rows.shape, rows.dtype, sharding=rows.sharding)}
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path, tree)
         checkpointer.wait_until_finished()
-        back = checkpointer.restore(path, like)
+        back = checkpointer.restore(path, template)
     same = bool(jnp.array_equal(back["rows"], rows))
     if not processes.all_agree(same):
         raise SickError(f"{path.parent.parent}: arrays come back changed; name another folder")
@@ -352,7 +354,7 @@ def report(finding: Finding) -> None:
     who = f" (process {jax.process_index()})" if _joined() and not finding.ok else ""
     if finding.ok and _joined() and not processes.is_first():
         return
-    print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}{who}: {finding.said}", flush=True)
+    print(f"{'ok  ' if finding.ok else 'FAIL'} {finding.check}{who}: {finding.message}", flush=True)
 
 
 def _joined() -> bool:

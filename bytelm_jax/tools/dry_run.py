@@ -27,7 +27,7 @@ from bytelm_jax.models import cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
-from bytelm_jax.tools.memory import Held, device_limit, kept_for_backward, total
+from bytelm_jax.tools.memory import Held, device_limit, saved_for_backward, total
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
@@ -104,7 +104,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
     count = run.batch_size * recipe.data.sequence_length
     seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
     seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
-    found = read_collectives(compile_step(recipe, mesh, state), mesh.size)
+    collectives = read_collectives(compile_step(recipe, mesh, state), mesh.size)
     return Estimate(
         devices=mesh.size,
         fsdp=run.fsdp,
@@ -113,10 +113,10 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
         rows=_rows(recipe, mesh),
         bytes_per_step=count,
         memory=estimate_memory(recipe, mesh, state, machine.chip),
-        collectives=found,
+        collectives=collectives,
         machine=machine,
         compute_seconds=seconds,
-        collective_seconds=sum(each.seconds(1e9 * machine.link_gbytes) for each in found),
+        collective_seconds=sum(each.seconds(1e9 * machine.link_gbytes) for each in collectives),
     )
 
 
@@ -161,10 +161,10 @@ def estimate_memory(
         for name, leaf in working.items()
         if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
     )
-    kept = residuals(recipe, mesh, working, chip)
+    saved = residuals(recipe, mesh, working, chip)
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
-    about_logits = [x for x in kept if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
-    rest = [x for x in kept if x not in about_logits]
+    about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
+    rest = [x for x in saved if x not in about_logits]
     # The gradient of an array exists before what was kept beside it is let go.
     logits = total(about_logits) + array_bytes(shape, dtype)
     largest = max((x.bytes for x in rest), default=0)
@@ -223,11 +223,11 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
 
     def nats(moving: Any, fixed: Any, ids: Any, keys: Any) -> Any:
         output = bind(moving | fixed).outputs(ids, keys, recipe.train.remat)
-        found, _ = cross_entropy(output.logits, ids, pad_id)
-        return found + output.extra_loss.sum()
+        total, _ = cross_entropy(output.logits, ids, pad_id)
+        return total + output.extra_loss.sum()
 
     with pretend_platform(platform_of(chip)):
-        return kept_for_backward(nats, moving, fixed, ids, keys)
+        return saved_for_backward(nats, moving, fixed, ids, keys)
 
 
 def _rows(recipe: Recipe, mesh: Mesh) -> int:
@@ -254,14 +254,14 @@ def _part(tree: Any) -> int:
     )
 
 
-def describe(name: str, found: Estimate) -> str:
+def describe(name: str, estimate: Estimate) -> str:
     """The estimate in lines for people."""
-    gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in found.memory._asdict().items()}
-    machine = found.machine
+    gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in estimate.memory._asdict().items()}
+    machine = estimate.machine
     lines = [
-        f"{name} on {found.devices} devices, data {found.devices // found.fsdp} x fsdp "
-        f"{found.fsdp}, {found.form}, {found.compute_dtype}: {found.bytes_per_step:,} bytes a "
-        f"step, {found.rows} rows at a time on a device",
+        f"{name} on {estimate.devices} devices, data {estimate.devices // estimate.fsdp} x fsdp "
+        f"{estimate.fsdp}, {estimate.form}, {estimate.compute_dtype}: {estimate.bytes_per_step:,} "
+        f"bytes a step, {estimate.rows} rows at a time on a device",
         "memory of a device",
         f"  parameters       {gib['parameters']}",
         f"  working copies   {gib['copies']}   of the parameters, as products read them",
@@ -269,30 +269,30 @@ def describe(name: str, found: Estimate) -> str:
         f"  optimizer state  {gib['optimizer_state']}",
         f"  activations      {gib['activations']}",
         f"  logits           {gib['logits']}   the loss's copies and their gradient included",
-        f"  sum              {sum(found.memory[:-1]) / 2**30:9.3f} GiB",
+        f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
         f"  at once          {gib['peak']}   at most",
         "collectives of a step",
     ]
-    for each in found.collectives:
+    for each in estimate.collectives:
         many = f"{each.count} x {each.kind} over {each.group}"
         milliseconds = 1e3 * each.seconds(1e9 * machine.link_gbytes)
         lines.append(f"  {many:32} {each.bytes:>15,} bytes {milliseconds:9.2f} ms")
-    lines += [] if found.collectives else ["  none"]
+    lines += [] if estimate.collectives else ["  none"]
     lines.append(
-        f"a step: {1e3 * found.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} % of "
-        f"{machine.chip}, {1e3 * found.collective_seconds:.1f} ms of collectives at "
-        f"{machine.link_gbytes:g} GB/s: {100 * found.collective_share:.1f} % of it, where nothing "
-        "overlaps"
+        f"a step: {1e3 * estimate.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} % "
+        f"of {machine.chip}, {1e3 * estimate.collective_seconds:.1f} ms of collectives at "
+        f"{machine.link_gbytes:g} GB/s: {100 * estimate.collective_share:.1f} % of it, where "
+        "nothing overlaps"
     )
     return "\n".join(lines)
 
 
-def as_json(name: str, found: Estimate) -> dict[str, Any]:
+def as_json(name: str, estimate: Estimate) -> dict[str, Any]:
     """The estimate as one object; memory in bytes, times in seconds."""
-    fields = found._asdict() | {"memory": found.memory._asdict()}
-    fields |= {"machine": found.machine._asdict()}
-    speed = 1e9 * found.machine.link_gbytes
+    fields = estimate._asdict() | {"memory": estimate.memory._asdict()}
+    fields |= {"machine": estimate.machine._asdict()}
+    speed = 1e9 * estimate.machine.link_gbytes
     fields["collectives"] = [
-        each._asdict() | {"seconds": each.seconds(speed)} for each in found.collectives
+        each._asdict() | {"seconds": each.seconds(speed)} for each in estimate.collectives
     ]
-    return {"recipe": name} | fields | {"collective_share": found.collective_share}
+    return {"recipe": name} | fields | {"collective_share": estimate.collective_share}

@@ -51,7 +51,7 @@ class Held(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: Any
-    made_by: str
+    primitive: str
 
     @property
     def bytes(self) -> int:
@@ -62,8 +62,8 @@ class Held(NamedTuple):
 class _Value:
     """One array of a flattened program; programs that are called twice have two of each."""
 
-    def __init__(self, aval: Any, made_by: str):
-        self.held = Held(tuple(aval.shape), aval.dtype, made_by)
+    def __init__(self, aval: Any, primitive: str):
+        self.held = Held(tuple(aval.shape), aval.dtype, primitive)
 
 
 class _Operation(NamedTuple):
@@ -78,17 +78,17 @@ class Program:
 
     def __init__(self, closed: ClosedJaxpr):
         jaxpr = closed.jaxpr
-        self.given = {v: _Value(v.aval, "") for v in (*jaxpr.invars, *jaxpr.constvars)}
+        self.inputs = {v: _Value(v.aval, "") for v in (*jaxpr.invars, *jaxpr.constvars)}
         self.operations: list[_Operation] = []
         self.rematerialised: list[ClosedJaxpr] = []
-        found: dict[Any, _Value | None] = dict(self.given)
-        self._add(jaxpr, found)
-        self.results = [_look_up(found, v) for v in jaxpr.outvars]
+        values: dict[Any, _Value | None] = dict(self.inputs)
+        self._add(jaxpr, values)
+        self.results = [_look_up(values, v) for v in jaxpr.outvars]
 
-    def _add(self, jaxpr: Any, found: dict[Any, _Value | None]) -> None:
+    def _add(self, jaxpr: Any, values: dict[Any, _Value | None]) -> None:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
-            inputs = [_look_up(found, v) for v in eqn.invars]
+            inputs = [_look_up(values, v) for v in eqn.invars]
             if name in _CALLS:
                 inner, constants = _program_of(eqn)
                 if name in ("checkpoint", "remat2"):
@@ -97,22 +97,22 @@ class Program:
                 known |= {v: _Value(v.aval, "") for v in inner.constvars}
                 self._add(inner, known)
                 results = [_look_up(known, v) for v in inner.outvars]
-                found.update(zip(eqn.outvars, results, strict=True))
+                values.update(zip(eqn.outvars, results, strict=True))
             elif name in _SAME or _changes_nothing(eqn):
-                found.update(zip(eqn.outvars, inputs, strict=True))
+                values.update(zip(eqn.outvars, inputs, strict=True))
             else:
-                made = {v: _Value(v.aval, name) for v in eqn.outvars}
-                found |= made
+                outputs = {v: _Value(v.aval, name) for v in eqn.outvars}
+                values |= outputs
                 real = [value for value in inputs if value is not None]
                 cheap = name in _CHEAP or (name == "div" and _divides_by_number(eqn))
                 self.operations.append(
-                    _Operation(real, list(made.values()), cheap, name in _LIBRARY)
+                    _Operation(real, list(outputs.values()), cheap, name in _LIBRARY)
                 )
 
 
-def _look_up(found: dict[Any, _Value | None], variable: Any) -> _Value | None:
+def _look_up(values: dict[Any, _Value | None], variable: Any) -> _Value | None:
     """The array that a variable stands for; None for a number."""
-    return None if isinstance(variable, Literal) else found[variable]
+    return None if isinstance(variable, Literal) else values[variable]
 
 
 def _program_of(eqn: Any) -> tuple[Any, list[Any]]:
@@ -131,7 +131,7 @@ def _divides_by_number(eqn: Any) -> bool:
     return eqn.invars[1].aval.shape == ()
 
 
-def kept_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) -> list[Held]:
+def saved_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) -> list[Held]:
     """The arrays between the two passes of the gradient of `function(moving, *rest)` by `moving`.
 
     Shapes are enough. Arguments are not among them. With rematerialisation these are the inputs of
@@ -148,7 +148,7 @@ def kept_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) -> 
     for part in _distinct(Program(jax.make_jaxpr(function)(moving, *rest)).rematerialised):
         shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in part.in_avals]
         floating = [i for i, v in enumerate(shapes) if jax.numpy.issubdtype(v.dtype, np.inexact)]
-        parts.append(kept_for_backward(*_by(jaxpr_as_fun(part), shapes, floating)))
+        parts.append(saved_for_backward(*_by(jaxpr_as_fun(part), shapes, floating)))
     return held + max(parts, key=total)
 
 
@@ -184,8 +184,8 @@ def device_limit(device: jax.Device) -> int | None:
 
 def _least(program: Program) -> list[Held]:
     """The minimum cut between what is computed once and the program's results."""
-    given = set(program.given.values())
-    wanted = {value for value in program.results if value is not None} - given
+    inputs = set(program.inputs.values())
+    wanted = {value for value in program.results if value is not None} - inputs
     read = {v for operation in program.operations if operation.library for v in operation.inputs}
     number: dict[_Value, int] = {}
     edges: list[tuple[int, int, int]] = []
@@ -204,7 +204,7 @@ def _least(program: Program) -> list[Held]:
             if not operation.cheap or (value in wanted and value in read):
                 edges.append((source, start, _MUCH))
             else:
-                edges += [(ends(v)[1], start, _MUCH) for v in operation.inputs if v not in given]
+                edges += [(ends(v)[1], start, _MUCH) for v in operation.inputs if v not in inputs]
     edges += [(ends(value)[1], sink, _MUCH) for value in wanted]
     reached = _reached(edges, 2 + 2 * len(number), source, sink)
     cut = (v for v in number if ends(v)[0] in reached and ends(v)[1] not in reached)

@@ -64,7 +64,7 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
     records = read_metrics(path) if path.is_file() else []
     if not any("loss" in record for record in records):
         raise ValueError(f"{path}: no metrics there yet; train first")
-    made = [
+    candidates = [
         _over_steps(records, "Loss", "nats a byte", "loss", "validation_loss"),
         _over_steps(
             records,
@@ -88,7 +88,7 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
         _histogram(recipe.patching) if recipe.patching else None,
         *_tables(run_dir, recipe),
     ]
-    return recipe, [panel for panel in made if panel]
+    return recipe, [panel for panel in candidates if panel]
 
 
 def _over_steps(
@@ -118,24 +118,24 @@ def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
 
 def _expert_load(records: Sequence[dict[str, Any]]) -> Panel | None:
     """The share of each expert over the steps; of many, its last value as bars."""
-    found = {
+    columns = {
         int(name.removeprefix("expert_load_")): name
         for record in records
         for name in record
         if name.removeprefix("expert_load_").isdigit()
     }
-    experts = sorted(found)
+    experts = sorted(columns)
     if not experts:
         return None
     if len(experts) <= _MOST_EXPERTS:
-        lines = {f"expert {expert}": _points(records, found[expert]) for expert in experts}
+        lines = {f"expert {expert}": _points(records, columns[expert]) for expert in experts}
         return Panel(title="Expert load", y="share of the bytes", lines=lines)
-    last = [record for record in records if found[experts[0]] in record][-1]
+    last = [record for record in records if columns[experts[0]] in record][-1]
     return Panel(
         title=f"Expert load at step {last['step']}",
         x="expert",
         y="share of the bytes",
-        bars=([float(e) for e in experts], [last[found[e]] or 0.0 for e in experts]),
+        bars=([float(e) for e in experts], [last[columns[e]] or 0.0 for e in experts]),
     )
 
 
@@ -158,14 +158,14 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
     agent = read_agent(run_dir, recipe)
     if agent is None:
         return []
-    made = []
+    tables = []
     for name, table, actions in (
         ("learning rate", agent.q_learning_rate, LEARNING_RATE_ACTIONS),
         ("momentum", agent.q_momentum, MOMENTUM_ACTIONS),
     ):
         values = np.asarray(table, np.float32)
         known, order = np.flatnonzero((values != 0).any(axis=1)), np.argsort(actions)
-        made.append(
+        tables.append(
             Panel(
                 title=f"Q-table of the {name}: {len(known)} of {len(values)} states",
                 x="factor",
@@ -175,7 +175,7 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
                 columns=tuple(f"{np.exp(actions[i]):.3f}" for i in order),
             )
         )
-    return made
+    return tables
 
 
 def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
@@ -200,8 +200,8 @@ def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
         if manager.latest_step() is None:
             return None
         step = checkpoint.choose_step(manager, "latest")
-        _, found, _ = checkpoint.restore(manager, step, placed(params), placed(state))
-    return _agent_in(found)
+        _, opt_state, _ = checkpoint.restore(manager, step, placed(params), placed(state))
+    return _agent_in(opt_state)
 
 
 def _agent_in(state: optax.OptState) -> QLearningState:
@@ -212,17 +212,17 @@ def _agent_in(state: optax.OptState) -> QLearningState:
 # ---- drawing ------------------------------------------------------------------------------------
 
 
-def draw(made: Sequence[Panel], title: str) -> Any:
+def draw(panels: Sequence[Panel], title: str) -> Any:
     """A matplotlib `Figure`, three panels a row."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("matplotlib: is not installed; pip install 'bytelm[plot]'") from None
-    columns = min(3, len(made))
-    rows = -(-len(made) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
     figure.suptitle(title)
-    for index, panel in enumerate(made):
+    for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(panel.title, fontsize="medium")
         axes.set_xlabel(panel.x)
@@ -275,25 +275,25 @@ def _draw_heat(figure: Any, axes: Any, panel: Panel) -> None:
 
 def write_plots(run_dir: Path, out: Path) -> tuple[Path, Path]:
     """Writes OUT/plot.png and OUT/plot.html, each whole or not at all; returns the two paths."""
-    recipe, made = panels(run_dir)
-    figure = draw(made, f"{recipe.name}: {recipe.model.architecture}, {recipe.optimizer.name}")
+    recipe, plots = panels(run_dir)
+    figure = draw(plots, f"{recipe.name}: {recipe.model.architecture}, {recipe.optimizer.name}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     out.mkdir(parents=True, exist_ok=True)
     png, page = out / "plot.png", out / "plot.html"
     checkpoint.write_bytes(png, buffer.getvalue())
-    checkpoint.write_text(page, _page(recipe, made, buffer.getvalue()))
+    checkpoint.write_text(page, _page(recipe, plots, buffer.getvalue()))
     return png, page
 
 
-def _page(recipe: Recipe, made: Sequence[Panel], png: bytes) -> str:
+def _page(recipe: Recipe, panels: Sequence[Panel], png: bytes) -> str:
     name = html.escape(recipe.name)
     picture = base64.b64encode(png).decode("ascii")
     rows = "".join(
         f"<tr><td>{html.escape(panel.title)}</td><td>{html.escape(line)}</td>"
         f"<td>{steps[-1]:,.0f}</td><td>{values[-1]:.6g}</td><td>{min(values):.6g}</td>"
         f"<td>{max(values):.6g}</td></tr>"
-        for panel in made
+        for panel in panels
         for line, (steps, values) in panel.lines.items()
     )
     config = html.escape(json.dumps(to_dict(recipe), indent=2))

@@ -41,6 +41,6 @@ def training_batches(
     order = grain.MapDataset.source(windows).seed(shuffle_seed).shuffle().repeat(None)
     # Without drop_remainder grain rounds the endless length up to one that does not fit an int.
     parts = order.batch(rows, drop_remainder=True)
-    mine = parts[start_step * process_count + process_index :: process_count]
+    local_parts = parts[start_step * process_count + process_index :: process_count]
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READY_BATCHES)
-    return iter(mine.to_iter_dataset(options))
+    return iter(local_parts.to_iter_dataset(options))

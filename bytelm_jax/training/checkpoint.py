@@ -92,15 +92,15 @@ class NonFiniteError(ValueError):
 
 def examine(arrays: dict[str, Any]) -> dict[str, list[Mark]]:
     """The marks of each tree's leaves, as numbers of this host; the same in every process."""
-    found: dict[str, list[Mark]] = {name: [] for name in arrays}
+    marks: dict[str, list[Mark]] = {name: [] for name in arrays}
     for name, tree in arrays.items():
         for leaf in jax.tree.leaves(tree):
-            found[name].append(_mark(leaf))
+            marks[name].append(_mark(leaf))
             if jax.default_backend() == "cpu":
                 # Programs of simulated devices share threads: of two under way at once, each can
                 # hold those that the other waits for.
-                jax.block_until_ready(found[name][-1])
-    return jax.device_get(found)
+                jax.block_until_ready(marks[name][-1])
+    return jax.device_get(marks)
 
 
 @jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
@@ -133,8 +133,8 @@ def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = N
 
     `marks` are those that `examine` gives, where it has been asked already.
     """
-    for name, found in (examine(arrays) if marks is None else marks).items():
-        bad = next((i for i, mark in enumerate(found) if mark.non_finite), None)
+    for name, leaves in (examine(arrays) if marks is None else marks).items():
+        bad = next((i for i, mark in enumerate(leaves) if mark.non_finite), None)
         if bad is not None:
             path, _ = jax.tree.leaves_with_path(arrays[name])[bad]
             leaf = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -153,8 +153,8 @@ def score(metrics: dict[str, Any] | None) -> float | None:
 
 def _rank(metrics: dict[str, Any]) -> float:
     """`score` for Orbax, which cannot order the NaN that older runs stored."""
-    found = score(metrics)
-    return math.inf if found is None else found
+    value = score(metrics)
+    return math.inf if value is None else value
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
@@ -164,9 +164,11 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if train is None:
         # Each process reads for itself: none waits for another that found the files damaged.
-        own = jax.process_index()
+        process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
-            primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"reader{own}"
+            primary_host=process,
+            active_processes={process},
+            barrier_sync_key_prefix=f"reader{process}",
         )
         options = ocp.CheckpointManagerOptions(
             read_only=True, create=False, multiprocessing_options=alone
@@ -243,10 +245,10 @@ def restore(
     Raises `DamagedError` when the checkpoint is damaged, holds other arrays or some that are not
     finite.
     """
-    found = _read(manager, step, params, opt_state)
+    recovered = _read(manager, step, params, opt_state)
     with _readable(manager, step):
-        _check_arrays(found)
-    return found.params, found.opt_state, found.metadata
+        _check_arrays(recovered)
+    return recovered.params, recovered.opt_state, recovered.metadata
 
 
 class Recovered(NamedTuple):
@@ -266,35 +268,35 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
     there are checkpoints but no whole one, and leaves them where they are.
     """
     bad: list[tuple[int, str]] = []
-    found = None
+    recovered = None
     with contextlib.ExitStack() as stack:
         # Whether there are any is the first process's word: another may look when the folder for
         # the next ones is being made.
         there = (run_dir / "checkpoints").is_dir()
         manager = stack.enter_context(open_checkpoints(run_dir)) if there else None
-        own = sorted(manager.all_steps(), reverse=True) if manager else []
-        for step in processes.from_first(own, _MOST_TRIED):
+        steps = sorted(manager.all_steps(), reverse=True) if manager else []
+        for step in processes.from_first(steps, _MOST_TRIED):
             problem = ""
             try:
-                found = _read(manager, step, params, opt_state) if manager else None
+                recovered = _read(manager, step, params, opt_state) if manager else None
             except DamagedError as error:
                 problem = str(error)
-            if processes.all_agree(found is not None) and found and manager:
+            if processes.all_agree(recovered is not None) and recovered and manager:
                 try:
                     with _readable(manager, step):
-                        _check_arrays(found)  # a sum over all processes, so the same for each
+                        _check_arrays(recovered)  # a sum over all processes, so the same for each
                     break
                 except DamagedError as error:
                     problem = str(error)
             bad.append((step, problem or f"checkpoint {step}: another process cannot read it"))
-            found = None
-    if bad and found is None:
+            recovered = None
+    if bad and recovered is None:
         raise ValueError(f"{bad[0][1]}; there is no whole one; train in another run_dir")
     for step, problem in bad:
         _set_aside(run_dir, step, problem)
     if bad:
         processes.wait_for_all("damaged checkpoints are set aside")
-    return found
+    return recovered
 
 
 def _set_aside(run_dir: Path, step: int, problem: str) -> None:
@@ -325,16 +327,16 @@ def _read(
     wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     with _readable(manager, step):
-        found = manager.restore(step, args=ocp.args.Composite(**arguments))
-        return Recovered(step, found["params"], found.get("optimizer"), metadata)
+        restored = manager.restore(step, args=ocp.args.Composite(**arguments))
+        return Recovered(step, restored["params"], restored.get("optimizer"), metadata)
 
 
-def _check_arrays(found: Recovered) -> None:
-    arrays = {"params": found.params}
-    arrays |= {} if found.opt_state is None else {"optimizer": found.opt_state}
+def _check_arrays(recovered: Recovered) -> None:
+    arrays = {"params": recovered.params}
+    arrays |= {} if recovered.opt_state is None else {"optimizer": recovered.opt_state}
     marks = examine(arrays)
     for name, each in marks.items():
-        if _fingerprints(each) != found.metadata["fingerprints"][name]:
+        if _fingerprints(each) != recovered.metadata["fingerprints"][name]:
             raise ValueError(f"the stored {name} are not those that were saved")
     check_finite(arrays, marks)
 
@@ -348,7 +350,7 @@ def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
         return steps[-1]
     if which == "best":
         scores = {step: score(read_metadata(manager, step)["metrics"]) for step in steps}
-        ranked = [(found, step) for step, found in scores.items() if found is not None]
+        ranked = [(value, step) for step, value in scores.items() if value is not None]
         if not ranked:
             raise ValueError("checkpoint=best: no checkpoint was evaluated; choose latest")
         return min(ranked)[1]

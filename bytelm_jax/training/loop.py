@@ -78,23 +78,23 @@ def agree_on_patches(
 ) -> Recipe:
     """`recipe` with its patching contract; says so where these data break the one it came with."""
     model, known = recipe.model, recipe.patching
-    own = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
+    frozen = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
     # On one device of this process: every process measures for itself.
-    whole = {name: jnp.asarray(value) for name, value in meshes.fetch(mesh, own).items()}
-    found = patch_contract.measure(model, whole, windows)
-    wrong = patch_contract.outside(known, found) if known else None
+    whole = {name: jnp.asarray(value) for name, value in meshes.fetch(mesh, frozen).items()}
+    contract = patch_contract.measure(model, whole, windows)
+    wrong = patch_contract.outside(known, contract) if known else None
     if wrong and processes.is_first():
         print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
-    return recipe if resumed and known else replace(recipe, patching=found)
+    return recipe if resumed and known else replace(recipe, patching=contract)
 
 
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
     """Training and validation windows of the recipe's data, and the identity of that data."""
-    kept = recipe.data
-    corpus = data.open_corpus(kept.paths)
-    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    config = recipe.data
+    corpus = data.open_corpus(config.paths)
+    parts = data.split(corpus, config.validation_fraction, config.split_seed)
     windows, held_out = (
-        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
         for part in parts
     )
     return windows, held_out, corpus.fingerprint()
@@ -142,23 +142,23 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
     step_function = steps.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
-    draw = partial(init, run.seed)
-    like = steps.abstract_init(mesh, optimizer, draw)
+    init_params = partial(init, run.seed)
+    template = steps.abstract_init(mesh, optimizer, init_params)
 
     # ---- state, restored or born sharded ----
-    resumed = checkpoint.recover(run_dir, like.params, like.opt_state)
+    resumed = checkpoint.recover(run_dir, template.params, template.opt_state)
     start = resumed.step if resumed else 0
     if resumed and resumed.metadata["data"] != identity:
         raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
-    ahead = steps.compiling(step_function, like, shape, mesh)
+    ahead = steps.compiling(step_function, template, shape, mesh)
     with ahead if start < run.steps else nullcontext():
         if resumed:
-            step_number = jax.device_put(start, like.step.sharding).astype(like.step.dtype)
+            step_number = jax.device_put(start, template.step.sharding).astype(template.step.dtype)
             state = steps.TrainState(step_number, resumed.params, resumed.opt_state)
         else:
-            state = steps.compile_init(optimizer, draw, like)()
+            state = steps.compile_init(optimizer, init_params, template)()
             if run.entropy_from:
                 trained = meshes.place(mesh, patch_contract.load_entropy_model(recipe))
                 state = state._replace(params=state.params | trained)
@@ -188,12 +188,12 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             checkpoint.check_finite({"params": state.params})
             batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
             watched = watchdog.over(batches, f"the evaluation of step {step}")
-            found = evaluate(row_nats, state.params, stop.until(watched), mesh)
+            result = evaluate(row_nats, state.params, stop.until(watched), mesh)
             if stop:
                 return None
             record = {
-                "validation_loss": found.nats / found.count,
-                checkpoint.METRIC: found.bits_per_byte,
+                "validation_loss": result.nats / result.count,
+                checkpoint.METRIC: result.bits_per_byte,
             }
             reporter.evaluated(step, record)
             return record

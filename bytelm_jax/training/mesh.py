@@ -58,8 +58,8 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
 
 def _process_rows(mesh: Mesh) -> int | None:
     """Which of the processes' equal, contiguous parts of every batch is this one's, if any."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()
-    rows = sorted(place[0].indices(mesh.size)[0] for place in places if place)
+    slices = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()
+    rows = sorted(index[0].indices(mesh.size)[0] for index in slices if index)
     contiguous = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
     even = contiguous and mesh.size % len(rows) == 0 and rows[0] % len(rows) == 0
     return rows[0] // len(rows) if even else None

@@ -194,31 +194,33 @@ class Watchdog:
         pause = min(5.0, self._seconds / 4)
         index, me = jax.process_index(), {"host": socket.gethostname(), "pid": os.getpid()}
         while True:
-            said = {"count": self._count, "doing": self._doing, "time": time.time(), **me}
+            report = {"count": self._count, "doing": self._doing, "time": time.time(), **me}
             with contextlib.suppress(OSError):  # a full disk is no reason to end a run
-                self._file(index).write_text(json.dumps(said))
+                self._file(index).write_text(json.dumps(report))
             if self._done.wait(pause):
                 return
             if time.monotonic() - self._since > self._seconds:
-                print(self._accuse(said), file=sys.stderr, flush=True)
+                print(self._accuse(report), file=sys.stderr, flush=True)
                 # Nothing milder ends a process whose main thread waits in a collective.
                 os._exit(HUNG)
 
-    def _accuse(self, mine: dict[str, Any]) -> str:
+    def _accuse(self, own_report: dict[str, Any]) -> str:
         """One line: who is behind."""
-        line = f"bytelm train: no progress for {self._seconds} s in {mine['doing']}: "
-        found = {index: self._read(index) for index in range(jax.process_count())}
-        silent = [index for index, said in found.items() if said is None]
+        line = f"bytelm train: no progress for {self._seconds} s in {own_report['doing']}: "
+        reports = {index: self._read(index) for index in range(jax.process_count())}
+        silent = [index for index, report in reports.items() if report is None]
         if silent:
             return line + f"process {silent[0]} has never reported; start the run again"
-        now, known = time.time(), {i: said for i, said in found.items() if said}
+        now, known = time.time(), {i: report for i, report in reports.items() if report}
         late = min(known, key=lambda i: (known[i]["count"], known[i]["time"]))
-        said = known[late]
-        name = f"process {late} (host {said['host']}, pid {said['pid']})"
-        if now - said["time"] > self._seconds / 2:
-            seen = f"answered {now - said['time']:.0f} s ago for the last time, in {said['doing']}"
-        elif said["count"] < max(other["count"] for other in known.values()):
-            seen = f"is behind the others, in {said['doing']}"
+        report = known[late]
+        name = f"process {late} (host {report['host']}, pid {report['pid']})"
+        if now - report["time"] > self._seconds / 2:
+            seen = (
+                f"answered {now - report['time']:.0f} s ago for the last time, in {report['doing']}"
+            )
+        elif report["count"] < max(other["count"] for other in known.values()):
+            seen = f"is behind the others, in {report['doing']}"
         elif len(known) == 1:
             return line + "start the run again; it goes on from its last checkpoint"
         else:

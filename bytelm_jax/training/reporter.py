@@ -74,15 +74,15 @@ class StepReporter:
         """Logs and shows an evaluation."""
         self._log.write({"step": step, **record})
         bits = checkpoint.score(record)
-        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
-        self._display.say(f"step {step}: validation {said}")
+        result = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        self._display.say(f"step {step}: validation {result}")
 
     def diverged(self, step: int, why: str) -> DivergedError:
         """What to raise at `step`; waits until the checkpoint that it names is on disk."""
         checkpoint.finish(self._manager)
-        kept = f"the checkpoint of step {self.saved} is kept"
+        saved = f"the checkpoint of step {self.saved} is kept"
         return DivergedError(
-            f"step {step}: {why}; {kept if self.saved else 'no checkpoint was saved'}; lower "
+            f"step {step}: {why}; {saved if self.saved else 'no checkpoint was saved'}; lower "
             f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
         )
 

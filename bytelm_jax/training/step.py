@@ -56,12 +56,12 @@ def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callab
 
 
 def compile_init(
-    optimizer: optax.GradientTransformation, init: Callable, like: TrainState
+    optimizer: optax.GradientTransformation, init: Callable, template: TrainState
 ) -> Callable[[], TrainState]:
-    """What makes the state in `init_state`, compiled; `like` is what `abstract_init` gives."""
+    """What makes the state in `init_state`, compiled; `template` is what `abstract_init` gives."""
     # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    shardings = jax.tree.map(lambda x: x.sharding, like)
+    shardings = jax.tree.map(lambda x: x.sharding, template)
     make = _initialiser(optimizer, init)
     return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
 
@@ -72,7 +72,7 @@ def abstract_init(
     """Shapes, dtypes and shardings of what `init_state` makes."""
     shapes = jax.eval_shape(_initialiser(optimizer, init))
     return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         state_shardings(mesh, shapes),
     )
@@ -153,8 +153,8 @@ def make_train_step(
         norm = global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed
-        told = optimizer_metrics(opt_state)
-        if "skipped_steps" not in told:
+        optimizer_report = optimizer_metrics(opt_state)
+        if "skipped_steps" not in optimizer_report:
             sound = jnp.isfinite(loss) & jnp.isfinite(norm)
             params, opt_state = jax.tree.map(
                 lambda new, old: jnp.where(sound, new, old),
@@ -163,7 +163,7 @@ def make_train_step(
             )
         state = TrainState(state.step + 1, params, opt_state)
         state = jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
-        report = report | {"grad_norm": norm} | told
+        report = report | {"grad_norm": norm} | optimizer_report
         return state, jax.lax.with_sharding_constraint(report, replicated(mesh))
 
     # Products that share an input are not to be merged: each step would copy their kernels together

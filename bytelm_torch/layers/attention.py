@@ -100,8 +100,8 @@ class MultiQueryAttention(nn.Module):
         cache.keys[:, index:stop], cache.values[:, index:stop] = k, v
         if scope is not None:
             return self._attend(q, cache.keys, cache.values, *scope), cache
-        here = torch.arange(index, stop, device=x.device)[:, None]
-        mask = torch.arange(stop, device=x.device)[None, :] <= here
+        position = torch.arange(index, stop, device=x.device)[:, None]
+        mask = torch.arange(stop, device=x.device)[None, :] <= position
         return self._attend(q, cache.keys[:, :stop], cache.values[:, :stop], mask), cache
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:

@@ -88,9 +88,9 @@ def causal_attention(
     real = (torch.arange(count, device=device) > 0)[:, None] | (slots >= window)[None, :]
     mask = band[None] & real[:, None]
     if segment_starts is not None:
-        behind = F.pad(segment_starts, (0, count * window - length)).reshape(-1, count, window, 1)
+        starts = F.pad(segment_starts, (0, count * window - length)).reshape(-1, count, window, 1)
         ahead = torch.arange(count, device=device)[:, None] * window + slots - window
-        mask = mask & (ahead[:, None, :] >= behind)
+        mask = mask & (ahead[:, None, :] >= starts)
     out = grouped_attention(q, keys, values, mask)
     return out.flatten(1, 2)[:, :length]
 
@@ -179,8 +179,8 @@ class GroupedAttention(nn.Module):
         """
         q, k, v = self._project(x, rope, patch_entropy)
         slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
-        here = (slots == index[:, None])[:, :, None, None]
-        keys, values = torch.where(here, k, cache.keys), torch.where(here, v, cache.values)
+        at_index = (slots == index[:, None])[:, :, None, None]
+        keys, values = torch.where(at_index, k, cache.keys), torch.where(at_index, v, cache.values)
         mask = (slots <= index[:, None])[:, None, :]
         if segment_starts is not None:
             mask = mask & (slots >= segment_starts[:, None])[:, None, :]

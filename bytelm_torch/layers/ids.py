@@ -30,11 +30,11 @@ def check_ids(ids: Integer[Tensor, "B T"], size: int) -> Int[Tensor, "B T"]:
     """
     if ids.ndim != 2:
         raise ValueError(f"ids: shape {tuple(ids.shape)}; give rows of ids, [B, T]")
-    made = as_ids(ids)
-    if made.numel() == 0 or made.device.type != "cpu" or torch.compiler.is_compiling():
-        return made
-    low, high = int(made.min()), int(made.max())
+    checked = as_ids(ids)
+    if checked.numel() == 0 or checked.device.type != "cpu" or torch.compiler.is_compiling():
+        return checked
+    low, high = int(checked.min()), int(checked.max())
     if low < 0 or high >= size:
-        bad = ids[made == (low if low < 0 else high)][0]  # as given: uint64 from 2^63 on wraps
+        bad = ids[checked == (low if low < 0 else high)][0]  # as given: uint64 from 2^63 on wraps
         raise ValueError(f"ids: {bad} is outside the vocabulary; give ids from 0 to {size - 1}")
-    return made
+    return checked

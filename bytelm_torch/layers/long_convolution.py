@@ -63,8 +63,8 @@ def toeplitz(kernel: Float[Tensor, "D K"], chunk: int) -> Float[Tensor, "D {chun
     By tiling and cutting, which a row of odd length shifts by one step a row.
     """
     dim, period = kernel.shape[0], 2 * chunk
-    kept = kernel[:, :chunk]
-    line = F.pad(kept, (0, period - kept.shape[1]))
+    taps = kernel[:, :chunk]
+    line = F.pad(taps, (0, period - taps.shape[1]))
     tiled = line.tile(1, chunk)[:, : chunk * (period - 1)]
     return tiled.reshape(dim, chunk, period - 1)[:, :, :chunk]
 

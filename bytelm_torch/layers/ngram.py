@@ -30,12 +30,12 @@ def ngram_rows(grams: Integer[Tensor, "*batch n"], config: BLTConfig) -> Int[Ten
     `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with
     id 0 before the first one.
     """
-    found, rows = [], config.ngram_rows
+    rows, table_size = [], config.ngram_rows
     for prime in HASH_PRIMES[: config.ngram_functions]:
         for size in config.ngram_sizes:
-            hashed = polynomial_hash(grams[..., grams.shape[-1] - size :], prime, rows)
-            found.append(hashed + len(found) * rows)
-    return torch.stack(found, dim=-1)
+            hashed = polynomial_hash(grams[..., grams.shape[-1] - size :], prime, table_size)
+            rows.append(hashed + len(rows) * table_size)
+    return torch.stack(rows, dim=-1)
 
 
 class NgramEmbedding(nn.Embedding):
@@ -48,5 +48,5 @@ class NgramEmbedding(nn.Embedding):
     def forward(self, rows: Int[Tensor, "*batch E"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`rows` as `ngram_rows` gives them; a row behind the table, for padding, adds nothing."""
         inside = rows < self.num_embeddings
-        found = super().forward(rows.where(inside, 0))
-        return found.masked_fill(~inside[..., None], 0).sum(dim=-2)
+        embedded = super().forward(rows.where(inside, 0))
+        return embedded.masked_fill(~inside[..., None], 0).sum(dim=-2)

@@ -39,8 +39,8 @@ def find_segment_starts(
     """
     length = ids.shape[1]
     numbers = 1 + torch.arange(length, device=ids.device)[None, :]
-    behind = torch.where(ends_segment(ids, vocab, reset_on), numbers, 0)
-    segment_starts = F.pad(behind, (1, 0))[:, :length]
+    next_start = torch.where(ends_segment(ids, vocab, reset_on), numbers, 0)
+    segment_starts = F.pad(next_start, (1, 0))[:, :length]
     return torch.cummax(segment_starts, dim=1).values if length else segment_starts
 
 
@@ -91,22 +91,22 @@ def lay_out(
     """
     (batch, length), device = ids.shape, ids.device
     segment_starts = find_segment_starts(ids, vocab, reset_on)
-    here = torch.arange(length, device=device)[None, :]
+    index = torch.arange(length, device=device)[None, :]
     used = (
         torch.cumsum(position_in_segment(segment_starts) % patch == 0, dim=1) - 1
     )  # patches before the one begun here
     # What is used and what is left to place can only grow from reset to reset, so that once one
     # finds no room none behind it does.
-    fits = used - (-(length - here) // patch) <= capacity
-    wanted = (segment_starts == here) & (here > 0)
-    segment_starts = torch.where(wanted & fits, here, 0)
+    fits = used - (-(length - index) // patch) <= capacity
+    wanted = (segment_starts == index) & (index > 0)
+    segment_starts = torch.where(wanted & fits, index, 0)
     segment_starts = torch.cummax(segment_starts, dim=1).values if length else segment_starts
     segment_positions = position_in_segment(segment_starts)
     slots = (
         torch.cumsum(segment_positions % patch == 0, dim=1) - 1
     ) * patch + segment_positions % patch
     byte_positions = torch.full((batch, capacity * patch), length, device=device)
-    byte_positions = byte_positions.scatter(1, slots, here.expand(batch, -1))
+    byte_positions = byte_positions.scatter(1, slots, index.expand(batch, -1))
     first = byte_positions[:, ::patch]
     starts = F.pad(segment_starts, (0, 1), value=length).gather(1, first)
     patches = F.pad(ids, (0, 1), value=vocab.pad_id).gather(1, byte_positions)
@@ -117,8 +117,8 @@ def lay_out(
 
 def scope_of(layout: Layout) -> Scope:
     """What each patch sees: itself and those before it in its segment."""
-    here = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
-    return Scope(here.tril(), layout.segment_positions)
+    same_segment = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
+    return Scope(same_segment.tril(), layout.segment_positions)
 
 
 def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

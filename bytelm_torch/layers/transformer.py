@@ -37,8 +37,8 @@ class TransformerLayer(nn.Module):
         super().__init__()
         self.rate = rate
         self.attention = GroupedAttention(dim, heads, kv_heads, window, guided)
-        made = GatedFeedForward if feedforward == "gated" else SplineFeedForward
-        self.feedforward = made(dim, hidden_dim)
+        kind = GatedFeedForward if feedforward == "gated" else SplineFeedForward
+        self.feedforward = kind(dim, hidden_dim)
 
     def forward(
         self,
@@ -152,11 +152,11 @@ class Transformer(nn.Module):
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
         """The same for another position in each row; gives the new keys and values [B, G, K]."""
         inside = index if segment_starts is None else index - segment_starts
-        rope, made = self.rope(inside[:, None], x.dtype), []
+        rope, new_caches = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)  # pyright: ignore[reportCallIssue]
-            made.append(new)
-        return x, tuple(made)
+            new_caches.append(new)
+        return x, tuple(new_caches)
 
     def rope(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None where `theta` is 0."""
@@ -179,5 +179,5 @@ def position_in(
     index: int, segment_starts: Int[Tensor, " B"] | None, device: torch.device
 ) -> Int[Tensor, "#B 1"]:
     """The same for the position `index` alone."""
-    here = torch.full((1, 1), index, device=device)
-    return here if segment_starts is None else here - segment_starts[:, None]
+    position = torch.full((1, 1), index, device=device)
+    return position if segment_starts is None else position - segment_starts[:, None]

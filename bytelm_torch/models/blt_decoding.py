@@ -19,12 +19,12 @@ from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.transformer import Caches, position_in
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import (
-    begin_with,
     empty_segment_starts,
     entropy,
     segment_starts_of,
     shift_right,
     write_prefix,
+    write_segment_start,
     write_segment_starts,
 )
 from bytelm_torch.models.interface import Choose
@@ -136,7 +136,7 @@ def decode_round(
     model: "BLT", cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
 ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
     """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
-    byte, segment_start = begin_with(previous, index, cache.segment_starts, model.config)
+    byte, segment_start = write_segment_start(previous, index, cache.segment_starts, model.config)
     recent = _remember(model.config, cache, byte, index, segment_start)
     ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
 
@@ -164,8 +164,8 @@ def _remember(
         recent = recent.where(positions >= segment_start[:, None], patching.NO_BYTE)
     if config.reads_histograms:
         values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], config.vocab)
-        found = patching.histogram_entropy(values)
-        cache.histograms[:, index] = found.where(byte[:, 0] != config.vocab.pad_id, 0)
+        entropies = patching.histogram_entropy(values)
+        cache.histograms[:, index] = entropies.where(byte[:, 0] != config.vocab.pad_id, 0)
     return recent
 
 
@@ -222,8 +222,8 @@ def _finish_patches(
     rows = ends.nonzero()[:, 0]
     slot = number[rows]
     pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
-    for capacity, made in pairs:
-        for old, new in zip(capacity, made, strict=True):
+    for buffers, new_values in pairs:
+        for old, new in zip(buffers, new_values, strict=True):
             old[rows, slot] = new[rows]
     cache.global_calls.add_(1)
 
@@ -231,12 +231,14 @@ def _finish_patches(
 def _newest(cache: BLTCache, newest: Tensor, first: Tensor | None) -> Caches:
     """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
     rows = torch.arange(newest.shape[0], device=newest.device)
-    found = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
+    newest_caches = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
     if first is None:
-        return tuple(found)
+        return tuple(newest_caches)
     # A segment that began past the budget has no patch of its own.
     past = (first >= cache.memory[0].keys.shape[1])[:, None, None, None]
-    return tuple(KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in found)
+    return tuple(
+        KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in newest_caches
+    )
 
 
 def _in_patch(cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"]:

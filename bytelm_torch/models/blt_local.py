@@ -22,9 +22,9 @@ from bytelm_torch.layers.transformer import Caches, Transformer, position_in, po
 
 def bias_free(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
     """A Linear without bias, initialised by fan-in."""
-    made = kind(inputs, outputs, bias=False)
-    fan_in_normal(inputs)(made.weight)
-    return made
+    linear = kind(inputs, outputs, bias=False)
+    fan_in_normal(inputs)(linear.weight)
+    return linear
 
 
 class Encoder(nn.Module):

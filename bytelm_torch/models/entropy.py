@@ -109,7 +109,9 @@ class EntropyModel(nn.Module):
         self, cache: EntropyCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
         """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
-        byte, segment_start = begin_with(previous, index, cache.segment_starts, self.config)
+        byte, segment_start = write_segment_start(
+            previous, index, cache.segment_starts, self.config
+        )
         logits, _ = self.extend(byte, cache.layers, index, segment_start)
         return cache, as_ids(choose(logits, 0))[:, None]
 
@@ -170,7 +172,7 @@ def write_segment_starts(
     return buffer
 
 
-def begin_with(
+def write_segment_start(
     previous: Integer[Tensor, "B 1"],
     index: int,
     segment_starts: Int[Tensor, "B M"],
@@ -193,7 +195,7 @@ def begin_with(
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:
     """`caches` with their first positions overwritten, in place."""
-    for capacity, made in zip(caches, written, strict=True):
-        for old, new in zip(capacity, made, strict=True):
+    for capacity, values in zip(caches, written, strict=True):
+        for old, new in zip(capacity, values, strict=True):
             old[:, : new.shape[1]] = new
     return caches

@@ -253,7 +253,7 @@ class LFByteTransformer(nn.Module):
 def _linear(
     inputs: int, outputs: int, init_std: float, kind: type[nn.Linear] = nn.Linear
 ) -> nn.Linear:
-    made = kind(inputs, outputs)
-    nn.init.normal_(made.weight, std=init_std)
-    nn.init.zeros_(made.bias)
-    return made
+    linear = kind(inputs, outputs)
+    nn.init.normal_(linear.weight, std=init_std)
+    nn.init.zeros_(linear.bias)
+    return linear

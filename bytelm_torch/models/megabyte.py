@@ -103,10 +103,10 @@ class Megabyte(nn.Module):
             return ByteEmbedding(c.vocab.size, dim, c.init_std)
 
         def linear(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-            made = kind(inputs, outputs)
-            nn.init.normal_(made.weight, std=c.init_std)
-            nn.init.zeros_(made.bias)
-            return made
+            layer = kind(inputs, outputs)
+            nn.init.normal_(layer.weight, std=c.init_std)
+            nn.init.zeros_(layer.bias)
+            return layer
 
         def transformer(dim: int, layers: int, heads: int) -> Transformer:
             return Transformer(dim, layers, heads, c.init_std, c.dropout, alibi)

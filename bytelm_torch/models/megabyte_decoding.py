@@ -54,12 +54,12 @@ def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | Re
     if model.config.reset_on == "none":
         patches = -(-length // patch)
         return MegabyteCache(model.global_transformer.empty_caches(batch, patches, weight.dtype))
-    behind = length + patch - 1
+    capacity = length + patch - 1
     ids = torch.full((batch, patch + length), model.config.vocab.pad_id, device=weight.device)
     return ResetCache(
         model.global_transformer.empty_caches(batch, length, weight.dtype),
-        model.local_transformer.empty_caches(batch, behind, weight.dtype),
-        weight.new_zeros(batch, behind, model.config.local_dim),
+        model.local_transformer.empty_caches(batch, capacity, weight.dtype),
+        weight.new_zeros(batch, capacity, model.config.local_dim),
         ids,
         torch.zeros(batch, length, dtype=torch.int64, device=weight.device),
     )
@@ -113,9 +113,9 @@ def decode_round(
 def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> ResetCache:
     c, (batch, length) = model.config, ids.shape
     # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
-    behind = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
-    most = behind.shape[1]
-    layout = lay_out(behind, c.vocab, c.reset_on, c.patch_size, most)
+    padded = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
+    most = padded.shape[1]
+    layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
     empty = model.global_transformer.empty_caches(batch, most, dtype)
@@ -130,14 +130,14 @@ def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> Rese
         return flat.take_along_dim(slots[..., None], dim=1)
 
     slots = layout.slots[:, :length]
-    for caches, made, where in (
+    for caches, new_caches, where in (
         (cache.layers, layers, slots // c.patch_size),
         (cache.local, local, slots),
     ):
         start = c.patch_size - 1 if caches is cache.local else 0
-        for rooms, values in zip(caches, made, strict=True):
-            for capacity, value in zip(rooms, values, strict=True):
-                capacity[:, start : start + length] = at_bytes(value, where)
+        for buffers, values in zip(caches, new_caches, strict=True):
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer[:, start : start + length] = at_bytes(value, where)
     cache.shares[:, :most] = at_bytes(shares, layout.slots)
     cache.ids[:, c.patch_size : c.patch_size + length] = ids
     cache.segment_starts[:, :length] = find_segment_starts(ids, c.vocab, c.reset_on)
@@ -151,17 +151,18 @@ def _decode_byte(
     is_segment_start = ends_segment(previous[:, 0], c.vocab, c.reset_on)
     is_segment_start = is_segment_start if index else torch.ones_like(is_segment_start)
     segment_start = torch.where(is_segment_start, index, cache.segment_starts[:, max(index - 1, 0)])
-    place, offset = (index - segment_start) // c.patch_size, (index - segment_start) % c.patch_size
+    position = index - segment_start
+    segment_position, offset = position // c.patch_size, position % c.patch_size
     cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
     cache.segment_starts[:, index] = segment_start
-    _begin_patches(model, cache, segment_start, place, offset == 0, index)
+    _start_patches(model, cache, segment_start, segment_position, offset == 0, index)
 
     share = cache.shares[:, index : index + 1]
     first = is_segment_start if c.variant == "in_action" else offset == 0
     hidden = model.local_input(torch.where(first[:, None], pad, previous)) + share
     near = tuple(  # views: what is written there is written in the cache
-        KeyValueCache(*(capacity[:, index : index + c.patch_size] for capacity in rooms))
-        for rooms in cache.local
+        KeyValueCache(*(buffer[:, index : index + c.patch_size] for buffer in buffers))
+        for buffers in cache.local
     )
     slots = torch.arange(c.patch_size, device=previous.device)[None, :]
     inside = slots - (c.patch_size - 1 - offset)[:, None]
@@ -170,11 +171,11 @@ def _decode_byte(
     return cache, as_ids(choose(model.to_logits(hidden)[:, 0], 0))[:, None]
 
 
-def _begin_patches(
+def _start_patches(
     model: "Megabyte",
     cache: ResetCache,
     segment_start: Tensor,
-    place: Tensor,
+    segment_position: Tensor,
     starts: Tensor,
     index: int,
 ) -> None:
@@ -187,12 +188,12 @@ def _begin_patches(
     patch, pad = model.config.patch_size, model.config.vocab.pad_id
     most = model.config.patches(model.config.max_length)
     recent = cache.ids[:, index : index + patch]
-    recent = torch.where((place == 0)[:, None], pad, recent)[:, None]
+    recent = torch.where((segment_position == 0)[:, None], pad, recent)[:, None]
     slots = torch.arange(cache.segment_starts.shape[1], device=segment_start.device)[None, :]
     inside = slots - segment_start[:, None]
     seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
     scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
-    inputs = model.global_input_at(recent, place[:, None], most)
+    inputs = model.global_input_at(recent, segment_position[:, None], most)
     context, _ = model.global_transformer.extend(inputs, cache.layers, index, scope)
     shares = cache.shares[:, index : index + patch]
     shares[:] = torch.where(starts[:, None, None], model.split(context)[:, 0], shares)

@@ -161,10 +161,10 @@ def patch_starts(
     position = position if segment_starts is None else position - segment_starts
     summed = None
     if config.patcher == "histogram":
-        found = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
+        values = histogram_entropy(recent_bytes(ids, config.vocab, WINDOWS[-1], segment_starts))
         limit = math.floor(config.threshold * BIT)
         summed = sums_since_start(
-            found, held_back(config, ids, segment_starts), limit, segment_starts
+            values, held_back(config, ids, segment_starts), limit, segment_starts
         )
     after = boundary_after(config, recent, position, entropies, summed)
     after = (after | (position == 0)) & present(ids, config.vocab, segment_starts)
@@ -181,23 +181,23 @@ def held_back(
 
 
 def sums_since_start(
-    found: Int[Tensor, "B T"],
+    values: Int[Tensor, "B T"],
     held: Bool[Tensor, "B T"],
     limit: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """Running sum of `found` ≥ 0 that starts again behind a position where it passed `limit`.
+    """Running sum of `values` ≥ 0 that starts again behind a position where it passed `limit`.
 
     Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
     log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
     reaches, by doubling, then which positions are starts, by following those jumps twice as far
     each time.
     """
-    length = found.shape[1]
-    index = torch.arange(length + 1, device=found.device)[None, :].expand(found.shape[0], -1)
+    length = values.shape[1]
+    index = torch.arange(length + 1, device=values.device)[None, :].expand(values.shape[0], -1)
     read = lambda x, at: x.gather(1, at.clamp(max=length))  # noqa: E731
     cap, powers = limit + 1, []
-    sums = F.pad(found.clamp(max=cap), (0, 1), value=cap)
+    sums = F.pad(values.clamp(max=cap), (0, 1), value=cap)
     for k in range(length.bit_length()):
         powers.append(sums)  # of 2^k positions from each on, saturated
         sums = (sums + read(sums, index + 2**k)).clamp(max=cap)
@@ -219,7 +219,7 @@ def sums_since_start(
     for _ in range(length.bit_length()):
         starts = starts.scatter_reduce(1, jump, starts, "amax")
         jump = read(jump, jump)
-    upto = found.cumsum(dim=1)
+    upto = values.cumsum(dim=1)
     segment_start = torch.where(starts[:, :-1] > 0, index[:, :-1], 0).cummax(dim=1).values
     return upto - F.pad(upto, (1, 0))[:, :-1].gather(1, segment_start)
 

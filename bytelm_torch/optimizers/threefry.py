@@ -62,11 +62,11 @@ def normals(
     size = math.prod(shape)
     if size > 2**32:
         raise ValueError(f"shape={tuple(shape)}: noise needs at most 2**32 elements a parameter")
-    drawn = torch.empty(size, dtype=dtype, device=device)
+    samples = torch.empty(size, dtype=dtype, device=device)
     for start in range(0, size, _CHUNK):  # the counters and words are int64, twice float32
         counter = torch.arange(start, min(start + _CHUNK, size), device=device)
         first, second = threefry_2x32(key, torch.zeros_like(counter), counter)
         radius = torch.sqrt(-2 * torch.log((first.to(dtype) + 0.5) / 2.0**32))
         angle = 2 * math.pi * (second.to(dtype) / 2.0**32)
-        drawn[start : start + _CHUNK] = radius * torch.cos(angle)
-    return drawn.reshape(tuple(shape))
+        samples[start : start + _CHUNK] = radius * torch.cos(angle)
+    return samples.reshape(tuple(shape))

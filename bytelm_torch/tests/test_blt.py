@@ -96,19 +96,19 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):
     numbers = plan.numbers
     for first, filled in ((0, 0), (17, 40), (40, 40)):
         # What a prefill wrote from `first` on is junk that the rounds must write once more.
-        given = torch.where(torch.arange(LENGTH) < first, ids, ids.flip(1))[:, :filled]
-        cache = model.prefill(given, model.init_cache(rows, LENGTH))
-        found = []
+        prefix = torch.where(torch.arange(LENGTH) < first, ids, ids.flip(1))[:, :filled]
+        cache = model.prefill(prefix, model.init_cache(rows, LENGTH))
+        rounds = []
         for index in range(first, LENGTH):
 
-            def choose(logits, i, index=index, found=found):
-                found.append(logits)
+            def choose(logits, i, index=index, rounds=rounds):
+                rounds.append(logits)
                 return ids[:, index]
 
             before = ids[:, max(index - 1, 0), None]
             cache, chosen = model.decode_round(cache, before, index, choose)
             assert torch.equal(chosen, ids[:, index : index + 1])
-        error = (torch.stack(found, dim=1) - expected[:, first:]).norm()
+        error = (torch.stack(rounds, dim=1) - expected[:, first:]).norm()
         assert error <= LOGITS["float32"] * expected[:, first:].norm()
         assert torch.equal(cache.patches, numbers)
         ends = (plan.read_of == numbers[:, :-1]) & (numbers[:, :-1] < capacity)

@@ -35,7 +35,7 @@ CONFIG = MegabyteConfig(
 NORM, OTHER = "local_transformer.layers.0.attention.norm.weight", "to_logits.weight"
 
 
-def made(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def random_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A model whose parameters are random bits that make finite numbers, subnormals among them."""
     model = build_model(CONFIG).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_round_trip_keeps_every_bit(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = made(dtype=dtype)
+    model = random_model(dtype=dtype)
     bytelm_torch.save_pretrained(model, tmp_path / "new" / "out")
     loaded = bytelm_torch.from_pretrained(tmp_path / "new" / "out")
     assert bits(loaded) == bits(model)
@@ -105,7 +105,7 @@ def test_dtype_is_that_of_all_but_norms(
 
 
 def test_device(tmp_path: Path) -> None:
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     loaded = bytelm_torch.from_pretrained(tmp_path, device="meta")
     assert {value.device.type for value in loaded.state_dict().values()} == {"meta"}
     for bad in ("cuda:99", "nonsense"):
@@ -116,7 +116,7 @@ def test_device(tmp_path: Path) -> None:
 
 
 def test_loading_draws_no_random_number_and_keeps_no_hold_of_the_file(tmp_path: Path) -> None:
-    model = made()
+    model = random_model()
     bytelm_torch.save_pretrained(model, tmp_path)
     before = torch.get_rng_state()
     loaded = bytelm_torch.from_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def rewrite(folder: Path, damage: Callable[[dict[str, Tensor]], object]) -> None
 def test_a_wrong_tensor_is_named(
     damage: Callable[[dict[str, Tensor]], object], expected: str, tmp_path: Path
 ) -> None:
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     rewrite(tmp_path, damage)
     text = message(bytelm_torch.from_pretrained, tmp_path)
     assert text.startswith(f"{tmp_path}/model.safetensors: {expected}")
@@ -176,7 +176,7 @@ def config_with(**fields: Any) -> str:
     ],
 )
 def test_a_config_that_is_damaged_or_foreign(text: str, expected: str, tmp_path: Path) -> None:
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     (tmp_path / "config.json").write_text(text)
     assert expected in message(bytelm_torch.from_pretrained, tmp_path)
 
@@ -185,7 +185,7 @@ def test_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
     assert "config.json: cannot be read (No such file" in message(
         bytelm_torch.from_pretrained, tmp_path / "none"
     )
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     file = tmp_path / "model.safetensors"
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -206,7 +206,7 @@ class Bomb:
 
 
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     fired = tmp_path / "fired"
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(fired)))
     (tmp_path / "model.safetensors").unlink()
@@ -238,7 +238,7 @@ def test_neither_import_nor_use_needs_jax(tmp_path: Path) -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    model = made()
+    model = random_model()
     bytelm_torch.save_pretrained(model, tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert {name: (v.dtype, raw_bytes(v)) for name, v in stored.items()} == bits(model)
@@ -254,11 +254,11 @@ def test_what_is_written(tmp_path: Path) -> None:
 def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
     text = message(bytelm_torch.save_pretrained, nn.Linear(2, 2), tmp_path / "out")
     assert text == "model=Linear: must be a model of build_model, without wrappers"
-    wrapped = nn.Sequential(made())
+    wrapped = nn.Sequential(random_model())
     wrapped.config = CONFIG
     text = message(bytelm_torch.save_pretrained, wrapped, tmp_path / "out")
     assert text.startswith("global_embed.weight: missing; ")
-    model = made()
+    model = random_model()
     model.to_logits.bias = nn.Parameter(torch.zeros(512, dtype=torch.complex64))
     text = message(bytelm_torch.save_pretrained, model, tmp_path / "out")
     assert text == "to_logits.bias: dtype torch.complex64; expected F16, BF16, F32, F64"
@@ -267,19 +267,19 @@ def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 def test_what_is_not_finite_is_neither_saved_nor_loaded(value: float, tmp_path: Path) -> None:
-    bytelm_torch.save_pretrained(made(), tmp_path)
+    bytelm_torch.save_pretrained(random_model(), tmp_path)
     rewrite(tmp_path, lambda state: state[OTHER][511].fill_(value))
-    said = f"{OTHER}: holds NaN or infinity; take the weights of an earlier checkpoint"
+    error = f"{OTHER}: holds NaN or infinity; take the weights of an earlier checkpoint"
     text = message(bytelm_torch.from_pretrained, tmp_path)
-    assert text == f"{tmp_path}/model.safetensors: {said}"
-    model = made()
+    assert text == f"{tmp_path}/model.safetensors: {error}"
+    model = random_model()
     model.to_logits.weight.data[511].fill_(value)
-    assert message(bytelm_torch.save_pretrained, model, tmp_path / "out") == said
+    assert message(bytelm_torch.save_pretrained, model, tmp_path / "out") == error
     assert not (tmp_path / "out").exists()
 
 
 def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
-    model = made()
+    model = random_model()
     expected = bits(model)
     model.to_logits.weight = nn.Parameter(model.to_logits.weight.data.T.contiguous().T)
     assert not model.to_logits.weight.is_contiguous()
@@ -289,9 +289,9 @@ def test_tensors_that_are_not_contiguous(tmp_path: Path) -> None:
 
 def test_the_path_must_be_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    text = message(bytelm_torch.save_pretrained, made(), tmp_path / "file")
+    text = message(bytelm_torch.save_pretrained, random_model(), tmp_path / "file")
     assert text.endswith("file: is a file; name a folder")
-    text = message(bytelm_torch.save_pretrained, made(), tmp_path / "file" / "below")
+    text = message(bytelm_torch.save_pretrained, random_model(), tmp_path / "file" / "below")
     assert "below: cannot be written (Not a directory); " in text
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -305,7 +305,7 @@ def test_saving_that_fails_anywhere_changes_nothing(
     out = tmp_path / "out"
     out.mkdir()
     if previous:
-        bytelm_torch.save_pretrained(made(), out)
+        bytelm_torch.save_pretrained(random_model(), out)
     before = contents(out)
     calls = failing = 0
 
@@ -321,7 +321,7 @@ def test_saving_that_fails_anywhere_changes_nothing(
 
     for name in ("fsync", "replace"):
         monkeypatch.setattr(checkpoint.os, name, breaking(getattr(os, name)))
-    new = made(seed=1)
+    new = random_model(seed=1)
     after = 5 if previous else 4  # syncs and renames until both files stand in their places
     for each in range(1, after + 1):
         calls, failing = 0, each

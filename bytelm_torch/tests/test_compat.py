@@ -118,11 +118,11 @@ def snippets():
     heads = (BYTROPIX, LFBYTE, MEGABYTE)
     files = sorted(Path(EXAMPLES or "").glob("*.txt"))
     for file, head in zip(files, heads, strict=True):
-        found = re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
-        assert found, file
+        blocks = re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)
+        assert blocks, file
         if head is LFBYTE:
             parts.append(PRELUDE)
-        for code in found:
+        for code in blocks:
             lines = [x for x in code.splitlines() if not re.match(r"(from \S+ )?import ", x)]
             parts.append(head + "\n".join(lines).replace("'cuda'", "'cpu'"))
     assert len(parts) == 3 + 1 + 2 + 2

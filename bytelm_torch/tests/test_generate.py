@@ -56,18 +56,18 @@ def one_by_one(model, prompts, new):
 
 
 def assert_cached_equals_uncached(model, prompts, new):
-    made = one_by_one(model, prompts, new)
-    assert made == generate_uncached(model, prompts, new, GREEDY)
-    return made
+    generated = one_by_one(model, prompts, new)
+    assert generated == generate_uncached(model, prompts, new, GREEDY)
+    return generated
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_equals_uncached_at_every_prompt_length(models, variant):
     new = MAX_LENGTH - 4 * PATCH  # up to the last position of the paper variant
-    made = assert_cached_equals_uncached(models[variant], PROMPTS, new)
-    assert len(set(made)) == len(made)  # the prompt matters
-    assert len(set(b"".join(made))) > 20  # and what comes out is no constant
-    assert generate(models[variant], PROMPTS, new, GREEDY) == made  # nor do neighbours
+    generated = assert_cached_equals_uncached(models[variant], PROMPTS, new)
+    assert len(set(generated)) == len(generated)  # the prompt matters
+    assert len(set(b"".join(generated))) > 20  # and what comes out is no constant
+    assert generate(models[variant], PROMPTS, new, GREEDY) == generated  # nor do neighbours
     assert generate(models[variant], RAGGED, new, GREEDY) == one_by_one(
         models[variant], RAGGED, new
     )
@@ -90,16 +90,16 @@ def test_a_cache_with_one_layer_unwritten_is_noticed():
 
 @pytest.mark.parametrize("sampler", [PLAIN, CUT, MIXED])
 def test_sampled_cached_equals_uncached(models, sampler):
-    made = generate(models["paper"], RAGGED, 24, sampler, seed=5)
-    assert made == generate_uncached(models["paper"], RAGGED, 24, sampler, seed=5)
-    assert made != generate(models["paper"], RAGGED, 24, GREEDY)
+    generated = generate(models["paper"], RAGGED, 24, sampler, seed=5)
+    assert generated == generate_uncached(models["paper"], RAGGED, 24, sampler, seed=5)
+    assert generated != generate(models["paper"], RAGGED, 24, GREEDY)
 
 
 def test_end_of_sequence_ends_a_row():
     model = tiny("paper", eos_id=9.0)
-    made = generate(model, RAGGED, 24, PLAIN, seed=1)
-    assert len({len(new) for new in made}) > 3
-    assert made == generate_uncached(model, RAGGED, 24, PLAIN, seed=1)
+    generated = generate(model, RAGGED, 24, PLAIN, seed=1)
+    assert len({len(new) for new in generated}) > 3
+    assert generated == generate_uncached(model, RAGGED, 24, PLAIN, seed=1)
     endless = generate(model, RAGGED, 24, PLAIN, seed=1, stop_at_eos=False)
     assert {len(new) for new in endless} == {24}
     assert endless == generate_uncached(model, RAGGED, 24, PLAIN, seed=1, stop_at_eos=False)
@@ -118,14 +118,14 @@ def test_other_specials_change_nothing(models):
 
 def test_seeds_rows_and_positions_make_the_sample(models):
     model, prompts = models["in_action"], [TEXT[:6]] * 4
-    made = generate(model, prompts, 80, PLAIN, seed=7)
-    assert made == generate(model, prompts, 80, PLAIN, seed=7)
-    assert len(set(made)) > 1  # equal prompts, different rows
+    generated = generate(model, prompts, 80, PLAIN, seed=7)
+    assert generated == generate(model, prompts, 80, PLAIN, seed=7)
+    assert len(set(generated)) > 1  # equal prompts, different rows
     other = generate(model, prompts, 80, PLAIN, seed=8)
-    assert not set(made) & set(other)  # no row of one seed is a row of the next
+    assert not set(generated) & set(other)  # no row of one seed is a row of the next
     for shorter in (10, 60):  # within the first block of random numbers and past it
         cut = generate(model, prompts, shorter, PLAIN, seed=7)
-        assert cut == [new[:shorter] for new in made]
+        assert cut == [new[:shorter] for new in generated]
 
 
 def test_the_global_generator_is_left_alone(models):
@@ -138,11 +138,11 @@ def test_the_global_generator_is_left_alone(models):
 
 def test_neighbours_change_nothing(models):
     model = models["paper"]
-    made = generate(model, RAGGED, 20, PLAIN, seed=7)
+    generated = generate(model, RAGGED, 20, PLAIN, seed=7)
     other = [prompt if i in (2, 5) else TEXT[:4] for i, prompt in enumerate(RAGGED)]
     changed = generate(model, other, 20, PLAIN, seed=7)
-    assert [made[i] for i in (2, 5)] == [changed[i] for i in (2, 5)]
-    assert made[1] != changed[1]
+    assert [generated[i] for i in (2, 5)] == [changed[i] for i in (2, 5)]
+    assert generated[1] != changed[1]
 
 
 @pytest.mark.parametrize("sampler", [GREEDY, PLAIN])

@@ -7,8 +7,8 @@ from bytelm_torch.layers.logits import LogitsLinear
 from parity_tests import tolerances
 
 
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -19,11 +19,11 @@ def test_of_16_bits_the_products_are_those_of_float32(dtype, bias):
     x = torch.randn(2, 8, 6).to(dtype)
     exact = torch.nn.Linear(6, 5, bias=bias).double()
     exact.load_state_dict(layer.state_dict())
-    found, expected = layer(x), exact(x.double())
-    assert found.dtype == torch.float32
-    assert relative(found, expected) <= tolerances.LOGITS["float32"]
+    actual, expected = layer(x), exact(x.double())
+    assert actual.dtype == torch.float32
+    assert relative(actual, expected) <= tolerances.LOGITS["float32"]
     weight = torch.randn(2, 8, 5)
-    (found * weight).sum().backward()
+    (actual * weight).sum().backward()
     (expected * weight).sum().backward()
     for name, ours in layer.named_parameters():
         theirs = exact.get_parameter(name).grad
@@ -38,6 +38,6 @@ def test_under_autocast_and_in_wide_dtypes_it_is_the_plain_linear():
     x = torch.randn(2, 8, 6)
     with torch.autocast("cpu", torch.bfloat16):
         assert plain(x).dtype == torch.bfloat16
-        found = layer(x)
-    assert torch.equal(found, plain(x))
+        actual = layer(x)
+    assert torch.equal(actual, plain(x))
     assert torch.equal(layer.double()(x.double()), plain.double()(x.double()))

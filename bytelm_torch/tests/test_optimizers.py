@@ -42,9 +42,9 @@ def through_state_dict(make):
     def copied(pair):
         model, optimizer = pair
         other = copy.deepcopy(model)
-        made = make(other)
-        made.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        return other, made
+        restored = make(other)
+        restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return other, restored
 
     return copied
 
@@ -70,8 +70,8 @@ def test_the_example_in_the_docstring_runs():
 def test_newton_schulz_keeps_the_singular_vectors_of_each_matrix():
     torch.manual_seed(0)
     stack = torch.randn(2, 7, 4, dtype=torch.float64)
-    found = orthogonalize(stack)
-    for one, other in zip(stack, found, strict=True):
+    actual = orthogonalize(stack)
+    for one, other in zip(stack, actual, strict=True):
         left, _, right = torch.linalg.svd(one, full_matrices=False)
         values = left.mT @ other @ right.mT
         spread = torch.diagonal(values)

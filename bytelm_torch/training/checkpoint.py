@@ -83,29 +83,29 @@ def save(
     `training.pt` holds the optimizer, the identity of the data and the metrics.
     """
     folder = run_dir / "checkpoints"
-    beside = folder / f".{step}.{os.getpid()}.partial"
+    partial = folder / f".{step}.{os.getpid()}.partial"
     state = {"step": step, "data": data, "metrics": metrics, "optimizer": optimizer.state_dict()}
     try:
         extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
         if recipe.patching:
             extra["patching"] = to_dict(recipe.patching)
-        save_pretrained(model, beside, extra)
-        write_synced(beside / _TRAINING_FILE, lambda sink: torch.save(state, sink))
+        save_pretrained(model, partial, extra)
+        write_synced(partial / _TRAINING_FILE, lambda sink: torch.save(state, sink))
         shutil.rmtree(folder / str(step), ignore_errors=True)
-        os.replace(beside, folder / str(step))
+        os.replace(partial, folder / str(step))
     except OSError as error:
         why = error.strerror or one_line(error)
         raise ValueError(f"{folder}: cannot be written ({why}); earlier ones are whole") from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    for old in _not_kept(run_dir, recipe.train):
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in _superseded(run_dir, recipe.train):
         shutil.rmtree(folder / str(old))
 
 
-def _not_kept(run_dir: Path, train: TrainConfig) -> list[int]:
+def _superseded(run_dir: Path, train: TrainConfig) -> list[int]:
     steps = saved_steps(run_dir)
     scores = {step: score(read_training(run_dir, step)["metrics"]) for step in steps}
-    ranked = sorted((found, step) for step, found in scores.items() if found is not None)
+    ranked = sorted((value, step) for step, value in scores.items() if value is not None)
     best = {step for _, step in ranked[: train.keep_best]}
     return [step for step in steps[: -train.keep_last] if step not in best]
 
@@ -115,14 +115,14 @@ def read_training(run_dir: Path, step: int) -> dict[str, Any]:
     file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
     with about(file, "delete that checkpoint to go on from the one before"):
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
             raise
         except Exception as error:  # damaged files make torch raise nearly anything
             raise ValueError(f"damaged ({one_line(error, 160)}); delete that folder") from None
-        whole = isinstance(found, dict) and {"step", "data", "metrics", "optimizer"} <= set(found)
+        whole = isinstance(state, dict) and {"step", "data", "metrics", "optimizer"} <= set(state)
         require(whole, "not what training writes; delete that folder")
-        return found
+        return state
 
 
 def restore(
@@ -134,17 +134,17 @@ def restore(
     """
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)
-    found = read_training(run_dir, step)
+    state = read_training(run_dir, step)
     with about(run_dir / "checkpoints" / str(step), ""):
-        require_finite(first_non_finite(found["optimizer"], "optimizer"))
+        require_finite(first_non_finite(state["optimizer"], "optimizer"))
     try:
-        optimizer.load_state_dict(found["optimizer"])
+        optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"{run_dir}/checkpoints/{step}: another optimizer's state ({one_line(error)}); "
             "keep the optimizer or choose another run_dir"
         ) from None
-    return found
+    return state
 
 
 def score(metrics: dict[str, Any] | None) -> float | None:

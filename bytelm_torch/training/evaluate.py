@@ -70,9 +70,9 @@ def evaluate(
     for ids in batches:
         count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
         nats.extend(row_nats(torch.from_numpy(ids).to(group.device)).tolist())
-    found: list[Any] = [(nats, count)]
+    gathered: list[Any] = [(nats, count)]
     if group.size > 1:
-        found = [None] * group.size
-        dist.all_gather_object(found, (nats, count))
-    total = math.fsum(each for part, _ in found for each in part)
-    return Evaluation(total, sum(number for _, number in found))
+        gathered = [None] * group.size
+        dist.all_gather_object(gathered, (nats, count))
+    total = math.fsum(each for part, _ in gathered for each in part)
+    return Evaluation(total, sum(number for _, number in gathered))

@@ -113,13 +113,13 @@ class Display:
         if now - self._last > _LINE_SECONDS:
             self._last = now
             bits, rate = record["bits_per_byte"], record["bytes_per_second"] / 1e3
-            said = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
+            line = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
             if "mfu" in record:
-                said += f"  MFU {record['mfu']:.1%}"
+                line += f"  MFU {record['mfu']:.1%}"
             if step > since:
                 left = (now - begun) / (step - since) * (self._steps - step)
-                said += f"  {timedelta(seconds=round(left))} left"
-            self.say(said)
+                line += f"  {timedelta(seconds=round(left))} left"
+            self.say(line)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
@@ -148,11 +148,11 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
 
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
     """Training and validation windows of the recipe's data, and the identity of that data."""
-    kept = recipe.data
-    corpus = data.open_corpus(kept.paths)
-    parts = data.split(corpus, kept.validation_fraction, kept.split_seed)
+    config = recipe.data
+    corpus = data.open_corpus(config.paths)
+    parts = data.split(corpus, config.validation_fraction, config.split_seed)
     windows, held_out = (
-        data.Windows(part, recipe.model.vocab, kept.sequence_length, kept.append_eos)
+        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
         for part in parts
     )
     return windows, held_out, corpus.fingerprint()
@@ -206,8 +206,8 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     parallel.wait_for_all(group)
     start = (checkpoint.saved_steps(run_dir) or [0])[-1]
     if start:
-        found = checkpoint.restore(run_dir, start, model, optimizer)
-        if found["data"] != identity:
+        restored = checkpoint.restore(run_dir, start, model, optimizer)
+        if restored["data"] != identity:
             raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
     if first:
         checkpoint.save_config(run_dir, recipe)
@@ -227,16 +227,20 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     saved, asked, bad = start, False, 0
 
     def diverged(step: int, why: str) -> DivergedError:
-        kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
+        saved_note = (
+            f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
+        )
         rate = recipe.optimizer.learning_rate
-        return DivergedError(f"step {step}: {why}; {kept}; lower optimizer.learning_rate={rate}")
+        return DivergedError(
+            f"step {step}: {why}; {saved_note}; lower optimizer.learning_rate={rate}"
+        )
 
     def stop_on_non_finite(step: int, **trees: Any) -> None:
         """Ends the run, in all processes alike, as they hold the same: no later step would
         repair."""
-        found = first_non_finite(trees)
-        if found is not None:
-            raise diverged(step, f"{found} holds NaN or infinity")
+        name = first_non_finite(trees)
+        if name is not None:
+            raise diverged(step, f"{name} holds NaN or infinity")
 
     def drain(keep: int) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
@@ -270,16 +274,16 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         stop_on_non_finite(step, model=model.state_dict())
         rows = -(-run.batch_size // group.size) * group.size
         batches = data.evaluation_batches(held_out, rows, run.eval_windows, group.rank, group.size)
-        found = evaluate(row_nats, batches, vocab.pad_id, group)
+        result = evaluate(row_nats, batches, vocab.pad_id, group)
         record = {
-            "validation_loss": found.nats / found.count,
-            checkpoint.METRIC: found.bits_per_byte,
+            "validation_loss": result.nats / result.count,
+            checkpoint.METRIC: result.bits_per_byte,
         }
         if log:
             log.write({"step": step, **record})
         bits = checkpoint.score(record)
-        said = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
-        display.say(f"step {step}: validation {said}")
+        outcome = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        display.say(f"step {step}: validation {outcome}")
         return record
 
     def save(step: int, record: dict[str, float] | None) -> None:
@@ -346,15 +350,15 @@ def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         if name == "optimizer.name":
             continue
         *path, last = name.split(".")
-        place = tree
+        node = tree
         for part in path:
-            place = place.get(part) if isinstance(place, dict) else None
-        known = bool(equals) and isinstance(place, dict) and last in place
+            node = node.get(part) if isinstance(node, dict) else None
+        known = bool(equals) and isinstance(node, dict) and last in node
         others = [] if known else optimizers_with(name.removeprefix("optimizer."))
         hint = f"has no effect on {recipe.optimizer.name}; choose optimizer.name "
         require(not others, f"{change}: {hint}{' or '.join(others)}")
         require(known, f"{change}: no such field; write for example train.steps=100")
-        place[last] = _value(text)  # pyright: ignore[reportOptionalSubscript]
+        node[last] = _value(text)  # pyright: ignore[reportOptionalSubscript]
     return from_dict(Recipe, tree)
 
 

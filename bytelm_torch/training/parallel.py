@@ -53,15 +53,17 @@ def join_group(device: str = "auto", timeout: int = 0) -> Iterator[Group]:
             )
         torch.cuda.set_device(local)
         kind = f"cuda:{local}"
-    mine = torch.device(kind)
+    local_device = torch.device(kind)
     if size == 1 or dist.is_initialized():
         known = dist.is_initialized()
-        yield Group(dist.get_rank() if known else 0, dist.get_world_size() if known else 1, mine)
+        yield Group(
+            dist.get_rank() if known else 0, dist.get_world_size() if known else 1, local_device
+        )
         return
     limit = timedelta(seconds=timeout) if timeout else None
-    dist.init_process_group("nccl" if mine.type == "cuda" else "gloo", timeout=limit)
+    dist.init_process_group("nccl" if local_device.type == "cuda" else "gloo", timeout=limit)
     try:
-        yield Group(dist.get_rank(), size, mine)
+        yield Group(dist.get_rank(), size, local_device)
     finally:
         dist.destroy_process_group()
 
@@ -143,8 +145,8 @@ def make_train_step(
             nats, extra, metrics = whole(ids)
         # DDP averages the gradients of the processes; theirs is a sum.
         ((nats / count + extra / train.batch_size) * group.size).backward()
-        found = {"loss": nats / count, **{k: v / train.batch_size for k, v in metrics.items()}}
-        return {name: value.detach() for name, value in found.items()}
+        report = {"loss": nats / count, **{k: v / train.batch_size for k, v in metrics.items()}}
+        return {name: value.detach() for name, value in report.items()}
 
     def step(
         count: int, rows: np.ndarray, learning_rate: float, max_grad_norm: float, stop: bool
@@ -161,8 +163,8 @@ def make_train_step(
                 reports.append(backward(ids[part::parts], counted))
         names = sorted(reports[0])
         wide = reports[0]["loss"].dtype
-        own = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
-        sums = all_sum(group, torch.stack([*own, own[0].new_tensor(float(stop))]))
+        local = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
+        sums = all_sum(group, torch.stack([*local, local[0].new_tensor(float(stop))]))
         report = dict(zip([*names, "stop"], sums, strict=True))
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         report["grad_norm"] = global_norm(gradients)

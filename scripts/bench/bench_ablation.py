@@ -31,12 +31,12 @@ def measure(trainer: Trainer, seed: int, cpu_seconds: float) -> dict[str, Any]:
     trained = trainer.train(seed, cpu_seconds, time.process_time)
     return {
         "seed": seed,
-        "bits_per_byte": round(trained.found.bits_per_byte, 4),
+        "bits_per_byte": round(trained.evaluation.bits_per_byte, 4),
         "steps": trained.steps,
         "trained_bytes": trained.steps * recipe.train.batch_size * recipe.data.sequence_length,
         "cpu_seconds": round(trained.seconds, 1),
         "seconds_in_all": round(time.perf_counter() - wall, 1),
-        "held_out_bytes": trained.found.count,
+        "held_out_bytes": trained.evaluation.count,
     }
 
 
@@ -62,15 +62,15 @@ def main() -> None:
     parser.add_argument("--options", default="", help="overrides of every row, in one string")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cpu-seconds", type=float, default=120.0)
-    given = parser.parse_args()
-    recipes = {row: read_row(row, given.options) for row in given.rows}
+    args = parser.parse_args()
+    recipes = {row: read_row(row, args.options) for row in args.rows}
     for row, recipe in recipes.items():
         recipes[row] = replace(recipe, optimizer=replace(recipe.optimizer, final_fraction=1.0))
     trainers = {row: Trainer(recipe) for row, recipe in recipes.items()}
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for seed in given.seeds:
+    for seed in args.seeds:
         for row, trainer in trainers.items():
-            runs[row].append(measure(trainer, seed, given.cpu_seconds))
+            runs[row].append(measure(trainer, seed, args.cpu_seconds))
             print(json.dumps({"row": row, **runs[row][-1]}), flush=True)
     first = 0.0
     for row, recipe in recipes.items():

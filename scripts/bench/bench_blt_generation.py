@@ -45,26 +45,26 @@ def their_generation(recipe: str, context: int, new: int, repeats: int) -> dict[
     model = their_model(configuration(recipe)).to(device_of_torch(), torch.bfloat16).eval()
     patcher, vocab = model.model.patcher.float(), configuration(recipe).vocab  # exact entropies
     ids = torch.tensor([[byte + vocab.offset for byte in prompt(context)]], device=model.device)
-    made = ids
+    generated = ids
     with torch.inference_mode():
         entropies = patcher(ids, patch_size=PATCH, threshold=0.0)[0].flatten()
         model.model.config.patching_threshold = entropies.quantile(1 - 1 / PATCH).item()
 
         def run() -> None:
-            nonlocal made
-            made = model.generate(
+            nonlocal generated
+            generated = model.generate(
                 ids, min_new_tokens=new, max_new_tokens=new, do_sample=True, use_cache=False,
                 pad_token_id=vocab.pad_id,
             ).cpu()  # fmt: skip
 
         median = timed(run, repeats)
         limit = model.model.config.patching_threshold
-        _, lengths, _ = patcher(made.to(model.device), patch_size=PATCH, threshold=limit)
+        _, lengths, _ = patcher(generated.to(model.device), patch_size=PATCH, threshold=limit)
     return {
         "row": f"transformers:generate:{context}:{new}",
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes_per_second": round(new / median, 2),
-        "mean_patch": round(made.shape[1] / int((lengths > 0).sum()), 2),
+        "mean_patch": round(generated.shape[1] / int((lengths > 0).sum()), 2),
         **their_machine(),
     }
 
@@ -96,19 +96,19 @@ def our_generation(
 
     scores = patch_contract.boundary_scores(config, params, windows(prompt(context)), None)
     config = replace(config, threshold=float(np.quantile(scores, 1 - 1 / PATCH)))
-    model, made = define_model(config)[0](params), b""
+    model, generated = define_model(config)[0](params), b""
 
     def run() -> None:
-        nonlocal made
-        (made,) = generate(model, [prompt(context)], new, stop_at_eos=False)
+        nonlocal generated
+        (generated,) = generate(model, [prompt(context)], new, stop_at_eos=False)
 
     median = timed(run, repeats)
-    found = patch_contract.measure(config, params, windows(prompt(context) + made))
+    contract = patch_contract.measure(config, params, windows(prompt(context) + generated))
     return {
         "row": f"{recipe}:generate:{context}:{new}",
         "parameters": config.parameter_count(),
         "bytes_per_second": round(new / median, 2),
-        "mean_patch": round(found.mean_length, 2),
+        "mean_patch": round(contract.mean_length, 2),
         "dtype": str(dtype),
         **machine(),
     }
@@ -127,11 +127,11 @@ def main() -> None:
     recipe, context, repeats = options.recipe, options.context, options.repeats
     if options.here == "ours":
         with tempfile.TemporaryDirectory() as folder:
-            found = our_generation(Path(folder), recipe, context, options.new, repeats)
-        print(json.dumps(found), flush=True)
+            row = our_generation(Path(folder), recipe, context, options.new, repeats)
+        print(json.dumps(row), flush=True)
     elif options.here == "theirs":
-        found = their_generation(recipe, context, options.their_new, repeats)
-        print(json.dumps(found), flush=True)
+        row = their_generation(recipe, context, options.their_new, repeats)
+        print(json.dumps(row), flush=True)
     else:
         for who in ("ours", "theirs"):
             subprocess.run([sys.executable, *sys.argv, "--here", who])

@@ -46,14 +46,14 @@ def their_model(config: BLTConfig) -> Any:
     c, e, width = config, config.entropy, {"hidden_size_global": config.global_dim}
     encoder = sizes(c.local_dim, c.encoder_heads, c.encoder_hidden_dim, c.encoder_layers)
     decoder = sizes(c.local_dim, c.decoder_heads, c.decoder_hidden_dim, c.decoder_layers)
-    theirs = BltConfig(
+    foreign = BltConfig(
         encoder_hash_byte_group_vocab=c.ngram_rows,
         encoder_config=encoder | width,
         decoder_config=decoder | width,
         global_config=sizes(c.global_dim, c.global_heads, c.global_hidden_dim, c.global_layers),
         patcher_config=sizes(e.dim, e.heads, e.hidden_dim, e.layers),
     )
-    return BltForCausalLM(theirs)
+    return BltForCausalLM(foreign)
 
 
 def device_of_torch() -> str:
@@ -138,8 +138,8 @@ def main() -> None:
     recipe = options.recipe
     if options.theirs:
         batch, length, patch = map(int, options.theirs.split(":"))
-        found = their_training(recipe, batch, length, patch, options.repeats)
-        print(json.dumps(found), flush=True)
+        row = their_training(recipe, batch, length, patch, options.repeats)
+        print(json.dumps(row), flush=True)
         return
     rows = [f"{options.batch}:{n}:{p}" for n in options.lengths for p in options.patches]
     ours = Path(__file__).with_name("bench_train.py")

@@ -37,14 +37,14 @@ def dense(layer: Any, states: Any, queries: Any, patch_of: Any) -> Any:
     """The same through a mask of vectors times bytes."""
     rows, count = queries.shape[:2]
     vectors = jnp.repeat(jnp.arange(count), QUERIES)
-    own = vectors[None, :, None] == patch_of[:, None, :]
+    mask = vectors[None, :, None] == patch_of[:, None, :]
 
     def attend(x: Any, seen: Any, mask: Any) -> Any:
         keys, values = layer.keys_values(seen)
         return layer._add(x, grouped_attention(layer._queries(x), keys, values, mask))
 
-    pooled = attend(queries.reshape(rows, -1, DIM), states, own)
-    return attend(states, pooled, jnp.swapaxes(own, 1, 2))
+    pooled = attend(queries.reshape(rows, -1, DIM), states, mask)
+    return attend(states, pooled, jnp.swapaxes(mask, 1, 2))
 
 
 def measure(name: str, form: Any, length: int, repeats: int) -> dict[str, object]:

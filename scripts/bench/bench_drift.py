@@ -49,11 +49,11 @@ def measure(run_dir: Path, path: str, limit: int, batch: int) -> dict[str, Any]:
         parts = (jnp.ones(ids.shape), apart, same, token_nats(exact, ids), token_nats(rough, ids))
         return jnp.stack([jnp.where(ids != vocab.pad_id, part, 0).sum() for part in parts])
 
-    found = [
+    counts = [
         np.asarray(sums(params, ids), float)
         for ids in data.evaluation_batches(windows, batch, limit)
     ]
-    count, apart, same, exact, rough = np.sum(found, axis=0).tolist()
+    count, apart, same, exact, rough = np.sum(counts, axis=0).tolist()
     return {
         "run": str(run_dir),
         "recipe": recipe.name,
@@ -77,12 +77,12 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--gpus", type=int, default=1, help="run folders at a time")
     parser.add_argument("--here", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.here:
-        found = measure(given.here, given.data, given.windows, given.batch)
-        print(json.dumps(found), flush=True)
+    args = parser.parse_args()
+    if args.here:
+        row = measure(args.here, args.data, args.windows, args.batch)
+        print(json.dumps(row), flush=True)
         return
-    for row in side_by_side([[*sys.argv, "--here", str(run)] for run in given.runs], given.gpus):
+    for row in side_by_side([[*sys.argv, "--here", str(run)] for run in args.runs], args.gpus):
         print(json.dumps(row), flush=True)
 
 

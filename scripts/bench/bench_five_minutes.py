@@ -41,28 +41,30 @@ ROWS = [
 ]
 
 
-def measure(row: str, given: argparse.Namespace) -> dict[str, Any]:
+def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row, in this process."""
-    recipe = read_row(row, given.options)
-    kept = replace(recipe.data, paths=(given.train,), validation_fraction=0.0)
-    recipe, corpus = replace(recipe, data=kept), data.open_corpus([given.valid])
-    held_out = data.Windows(corpus, recipe.model.vocab, kept.sequence_length, append_eos=False)
+    recipe = read_row(row, args.options)
+    data_config = replace(recipe.data, paths=(args.train,), validation_fraction=0.0)
+    recipe, corpus = replace(recipe, data=data_config), data.open_corpus([args.valid])
+    held_out = data.Windows(
+        corpus, recipe.model.vocab, data_config.sequence_length, append_eos=False
+    )
     trainer, begin = Trainer(recipe, held_out), time.perf_counter()
-    trained = trainer.train(recipe.train.seed, given.seconds, time.perf_counter, given.points)
-    count = trained.steps * recipe.train.batch_size * kept.sequence_length
+    trained = trainer.train(recipe.train.seed, args.seconds, time.perf_counter, args.points)
+    count = trained.steps * recipe.train.batch_size * data_config.sequence_length
     rate, peak = count / trained.seconds, peak_flops(jax.devices()[0].device_kind)
-    flops = training_flops_per_byte(recipe.model, kept.sequence_length)
-    if given.save:
+    flops = training_flops_per_byte(recipe.model, data_config.sequence_length)
+    if args.save:
         if isinstance(recipe.model, BLTConfig):
-            found = patch_contract.measure(recipe.model, trained.params, trainer.windows)
-            recipe = replace(recipe, patching=found)
-        checkpoint.create_run(given.save / folder(row), recipe, trained.params)
+            contract = patch_contract.measure(recipe.model, trained.params, trainer.windows)
+            recipe = replace(recipe, patching=contract)
+        checkpoint.create_run(args.save / folder(row), recipe, trained.params)
     return {
         "row": row,
         "parameters": recipe.model.parameter_count(),
-        "bits_per_byte": round(trained.found.bits_per_byte, 4),
-        "nats_per_byte": round(trained.found.nats / trained.found.count, 4),
-        "held_out_bytes": trained.found.count,
+        "bits_per_byte": round(trained.evaluation.bits_per_byte, 4),
+        "nats_per_byte": round(trained.evaluation.nats / trained.evaluation.count, 4),
+        "held_out_bytes": trained.evaluation.count,
         "steps": trained.steps,
         "trained_bytes": count,
         "bytes_per_second": round(rate),
@@ -116,22 +118,22 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, metavar="OUT.png")
     parser.add_argument("--plot", type=Path, nargs=2, metavar=("FILE.jsonl", "OUT.png"))
     parser.add_argument("--here", metavar="ROW", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.plot:
-        draw(read_metrics(given.plot[0]), given.plot[1])
+    args = parser.parse_args()
+    if args.plot:
+        draw(read_metrics(args.plot[0]), args.plot[1])
         return
-    if given.here:
-        print(json.dumps(measure(given.here, given)), flush=True)
+    if args.here:
+        print(json.dumps(measure(args.here, args)), flush=True)
         return
     rows, command = [], shlex.join(["python", *sys.argv])
-    for row in side_by_side([[*sys.argv, "--here", row] for row in given.rows], given.gpus):
+    for row in side_by_side([[*sys.argv, "--here", row] for row in args.rows], args.gpus):
         print(json.dumps(row | {"command": command}), flush=True)
         rows.append(row)
-        if given.out:
-            with given.out.open("a", encoding="utf-8") as file:
+        if args.out:
+            with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row | {"command": command}) + "\n")
-    if given.picture:
-        draw(rows, given.picture)
+    if args.picture:
+        draw(rows, args.picture)
 
 
 if __name__ == "__main__":

@@ -35,16 +35,16 @@ def main() -> None:
     greedy = SamplerConfig(sampler="greedy")
     for batch in options.batches:
         prompts, times = [b"hello world, this is"] * batch, []
-        made: list[bytes] = []
+        generated: list[bytes] = []
         for _ in range(1 + options.repeats):
             start = time.perf_counter()
-            made = generate(model, prompts, options.bytes, greedy, stop_at_eos=False)
+            generated = generate(model, prompts, options.bytes, greedy, stop_at_eos=False)
             times.append(time.perf_counter() - start)
         seconds = statistics.median(times[1:])
         row = {
             "recipe": recipe.name,
             "batch": batch,
-            "bytes_per_second": round(sum(map(len, made)) / seconds, 1),
+            "bytes_per_second": round(sum(map(len, generated)) / seconds, 1),
             "seconds": round(seconds, 4),
             "dtype": str(dtype),
             "device": jax.devices()[0].device_kind,

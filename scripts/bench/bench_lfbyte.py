@@ -60,21 +60,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
-    given = parser.parse_args()
+    args = parser.parse_args()
     config = LFByteConfig(
-        embed_dim=given.embed_dim,
-        adapt_dim=given.embed_dim,
-        num_layers=given.num_layers,
-        kernel_length=given.kernel_length,
+        embed_dim=args.embed_dim,
+        adapt_dim=args.embed_dim,
+        num_layers=args.num_layers,
+        kernel_length=args.kernel_length,
     )
     before: tuple[int, float] | None = None
-    for context in given.contexts:
-        seconds = measure(config, context, given.batch, given.steps, given.repeats)
+    for context in args.contexts:
+        seconds = measure(config, context, args.batch, args.steps, args.repeats)
         row = {
             "context": context,
-            "batch": given.batch,
+            "batch": args.batch,
             "step_ms": round(1e3 * seconds, 4),
-            "cache_bytes": config.cache_bytes(context + given.steps, 4),
+            "cache_bytes": config.cache_bytes(context + args.steps, 4),
             "parameters": config.parameter_count(),
             "device": jax.devices()[0].device_kind,
             "machine": platform.machine(),

@@ -51,13 +51,13 @@ MIDDLE = {"sgd": 0.5, "q_learning_sgd": 0.5, "adamw": 5e-3, "q_learning_adamw": 
 def configure(row: str, steps: int) -> OptimizerConfig:
     """`NAME` or `NAME:field=value,…` as a configuration whose learning rate is 1."""
     name, _, text = row.partition(":")
-    given = dict(pair.split("=") for pair in text.split(",") if pair)
-    values = {key: json.loads(value) for key, value in given.items()}
-    own = {field.name for field in fields(optimizer_class(name))}
+    pairs = dict(pair.split("=") for pair in text.split(",") if pair)
+    values = {key: json.loads(value) for key, value in pairs.items()}
+    names = {field.name for field in fields(optimizer_class(name))}
     base: dict[str, Any] = {"warmup_steps": steps // 20, "weight_decay": 0.0, "learning_rate": 1.0}
-    kept = base | {key: value for key, value in values.items() if key in own}
-    steered = {key: value for key, value in values.items() if key not in own}
-    tree = {"name": name, **kept} | ({"controller": steered} if steered else {})
+    plain = base | {key: value for key, value in values.items() if key in names}
+    steered = {key: value for key, value in values.items() if key not in names}
+    tree = {"name": name, **plain} | ({"controller": steered} if steered else {})
     return from_dict(OptimizerConfig, tree, "optimizer")
 
 

@@ -23,7 +23,7 @@ from bench_train import measure_all
 
 def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str, Any]]:
     """What to measure, each row of `bench_train.py` once."""
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for row in rows:
         name, batch, *rest = row.split(":")
         for form in forms:
@@ -34,8 +34,8 @@ def plan(rows: list[str], counts: list[int], forms: list[str]) -> list[dict[str,
                     ):  # fmt: skip
                         full = ":".join([name, str(total), *rest]) + f"@{count}x{fsdp}x{form}"
                         known = {"kinds": [], "model": row, "devices": count, "fsdp": fsdp}
-                        found.setdefault(full, known | {"form": form})["kinds"].append(kind)
-    return [{"row": full} | setting for full, setting in found.items()]
+                        settings.setdefault(full, known | {"form": form})["kinds"].append(kind)
+    return [{"row": full} | setting for full, setting in settings.items()]
 
 
 def chosen(only: list[str], rows: list[str], counts: list[int]) -> list[dict[str, Any]]:
@@ -122,12 +122,12 @@ def main() -> None:
         settings = chosen(options.only, options.rows, options.devices)
     rest = ["--repeats", str(options.repeats)]
     known = {setting["row"]: setting for setting in settings}
-    for found in measure_all(list(known), rest, options.workers, profile=3):
-        kernels = found.pop("kernels", None)
+    for row in measure_all(list(known), rest, options.workers, profile=3):
+        kernels = row.pop("kernels", None)
         if kernels:
-            found["collectives"] = round(kernels["collectives"] / found["ms"], 4)
-            found["kernels_ms"] = kernels["all kernels"]
-        print(json.dumps(known[found["row"]] | found), flush=True)
+            row["collectives"] = round(kernels["collectives"] / row["ms"], 4)
+            row["kernels_ms"] = kernels["all kernels"]
+        print(json.dumps(known[row["row"]] | row), flush=True)
 
 
 if __name__ == "__main__":

@@ -47,25 +47,25 @@ def tokenizer_for(path: Path, text: str, size: int, entries: int) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if not path.exists():
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=entries, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
         )
-        made.train_from_iterator(pieces(text, size), trainer)
-        made.save(str(path))
+        tokenizer.train_from_iterator(pieces(text, size), trainer)
+        tokenizer.save(str(path))
     return Tokenizer.from_file(str(path))
 
 
 def tokens(tokenizer: Any, path: str) -> np.ndarray:
     """All of a text as ids; that they stand for exactly that text is checked."""
     text = list(pieces(path, -1))
-    found = [encoding.ids for encoding in tokenizer.encode_batch_fast(text)]
-    if tokenizer.decode_batch(found, skip_special_tokens=False) != text:
+    encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(text)]
+    if tokenizer.decode_batch(encoded, skip_special_tokens=False) != text:
         raise ValueError(f"{path}: the tokenizer does not give it back")
-    return np.concatenate([np.array(ids, np.int32) for ids in found])
+    return np.concatenate([np.array(ids, np.int32) for ids in encoded])
 
 
 def windows(ids: np.ndarray, length: int, end: int) -> np.ndarray:
@@ -123,7 +123,7 @@ def train(
     return count, time.perf_counter() - start
 
 
-def gpt2(given: argparse.Namespace) -> dict[str, Any]:
+def gpt2(args: argparse.Namespace) -> dict[str, Any]:
     """The row of GPT-2."""
     import torch
     import transformers
@@ -131,11 +131,11 @@ def gpt2(given: argparse.Namespace) -> dict[str, Any]:
 
     begin = time.perf_counter()
     no_dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    config = GPT2Config(**no_dropout | json.loads(given.gpt2_config))
-    bpe = tokenizer_for(given.tokenizer, given.train, given.bpe_bytes, config.vocab_size)
-    end, length, batch = bpe.token_to_id(END), config.n_positions, given.gpt2_batch
-    training, valid = tokens(bpe, given.train), tokens(bpe, given.valid)
-    sizes = [Path(path).stat().st_size for path in (given.train, given.valid)]
+    config = GPT2Config(**no_dropout | json.loads(args.gpt2_config))
+    bpe = tokenizer_for(args.tokenizer, args.train, args.bpe_bytes, config.vocab_size)
+    end, length, batch = bpe.token_to_id(END), config.n_positions, args.gpt2_batch
+    training, valid = tokens(bpe, args.train), tokens(bpe, args.valid)
+    sizes = [Path(path).stat().st_size for path in (args.train, args.valid)]
     prepared = time.perf_counter() - begin
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
@@ -143,7 +143,7 @@ def gpt2(given: argparse.Namespace) -> dict[str, Any]:
     model = model.to("cuda" if cuda else "cpu").train()
     whole = len(training) // (length - 1) * (length - 1)
     rows = windows(training[:whole], length, end)
-    count, seconds = train(model, rows, given.seconds, batch, given.gpt2_rate)
+    count, seconds = train(model, rows, args.seconds, batch, args.gpt2_rate)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     model.eval()
     with torch.inference_mode():
@@ -164,8 +164,8 @@ def gpt2(given: argparse.Namespace) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "batch_size": batch,
         "window": length,
-        "learning_rate": given.gpt2_rate,
-        "bpe_bytes": min(given.bpe_bytes, sizes[0]),
+        "learning_rate": args.gpt2_rate,
+        "bpe_bytes": min(args.bpe_bytes, sizes[0]),
         "preparing_seconds": round(prepared, 1),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "cores": os.cpu_count(),
@@ -195,15 +195,15 @@ def main() -> None:
     parser.add_argument("--bpe-bytes", type=int, default=32_000_000)
     parser.add_argument("--tokenizer", type=Path, default=Path("gpt2_tokenizer.json"))
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.here:
-        print(json.dumps(gpt2(given)), flush=True)
+    args = parser.parse_args()
+    if args.here:
+        print(json.dumps(gpt2(args)), flush=True)
         return
     five = str(Path(__file__).with_name("bench_five_minutes.py"))
-    shared = ["--options", given.options, "--train", given.train, "--valid", given.valid]
-    shared += ["--seconds", str(given.seconds), "--points", "0"]
-    calls = [[*sys.argv, "--here"], *([five, *shared, "--here", row] for row in given.rows)]
-    for row in side_by_side(calls, given.gpus):
+    shared = ["--options", args.options, "--train", args.train, "--valid", args.valid]
+    shared += ["--seconds", str(args.seconds), "--points", "0"]
+    calls = [[*sys.argv, "--here"], *([five, *shared, "--here", row] for row in args.rows)]
+    for row in side_by_side(calls, args.gpus):
         row = as_in_the_table(row) if "curve" in row else row
         print(json.dumps(row | {"command": shlex.join(["python", *sys.argv])}), flush=True)
 

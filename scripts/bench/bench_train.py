@@ -150,15 +150,15 @@ def measure(
     times = [some_steps() for _ in range(repeats)]
     used = [device.memory_stats() or {} for device in mesh.devices.flat]
     first = mesh.devices.flat[0]
-    kept = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
+    state_bytes = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards
                if s.device == first)  # fmt: skip
     if trace:
         with jax.profiler.trace(str(trace)):
             some_steps()
     spread, loss = max(times) - min(times), float(report["loss"])
-    found = {"seconds": statistics.median(times), "spread": spread, "loss": loss}
+    timing = {"seconds": statistics.median(times), "spread": spread, "loss": loss}
     peak = max(m.get("peak_bytes_in_use", 0) for m in used)
-    return found, {"peak": peak, "state": kept}
+    return timing, {"peak": peak, "state": state_bytes}
 
 
 def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
@@ -223,10 +223,10 @@ def measure_all(
         def run_on_devices(row: str) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as trace:
                 traced = ["--trace", trace] if profile else []
-                found = run(row, "--lock", str(lock), *traced)
-                if profile and "failed" not in found:
-                    found["kernels"] = longest_kernels(Path(trace), STEPS, profile)
-            return found
+                result = run(row, "--lock", str(lock), *traced)
+                if profile and "failed" not in result:
+                    result["kernels"] = longest_kernels(Path(trace), STEPS, profile)
+            return result
 
         compiled = dict(zip(rows, pool.map(lambda row: run(row, "--compile"), rows), strict=True))
         jobs = {pool.submit(run_on_devices, row): row for row in rows}
@@ -250,12 +250,12 @@ def main() -> None:
         seconds = prepare(options.rows[0], options.remat).seconds
         print(json.dumps({"compile_seconds": round(seconds, 1)}))
     elif options.lock:
-        given = options.remat, options.repeats, options.lock, options.trace
-        print(json.dumps(run_row(options.rows[0], *given)), flush=True)
+        settings = options.remat, options.repeats, options.lock, options.trace
+        print(json.dumps(run_row(options.rows[0], *settings)), flush=True)
     else:
         rest = ["--repeats", str(options.repeats)] + ["--remat"] * options.remat
-        for found in measure_all(options.rows, rest, options.workers, options.profile):
-            print(json.dumps(found), flush=True)
+        for row in measure_all(options.rows, rest, options.workers, options.profile):
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

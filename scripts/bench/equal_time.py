@@ -49,7 +49,7 @@ class Trained(NamedTuple):
     steps: int
     seconds: float
     peak_gib: float
-    found: Evaluation
+    evaluation: Evaluation
     curve: list[tuple[float, float, float]]
 
 
@@ -88,9 +88,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, held_out: data.Windows | None = None) -> None:
         self.recipe, run, vocab = recipe, recipe.train, recipe.model.vocab
-        self.windows, own, _ = open_windows(recipe)
+        self.windows, validation, _ = open_windows(recipe)
         self._limit, self.held_out = (
-            (run.eval_windows, own) if held_out is None else (None, held_out)
+            (run.eval_windows, validation) if held_out is None else (None, held_out)
         )
         self._mesh = meshes.make_mesh(1)
         self._bind, self._init = define_model(recipe.model)
@@ -153,8 +153,8 @@ class Trainer:
         return self._programs[count]
 
     def _look(self, params: Params, limit: int | None) -> Evaluation:
-        kept = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)
-        return evaluate(self._row_nats, params, kept, self._mesh)
+        batches = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)
+        return evaluate(self._row_nats, params, batches, self._mesh)
 
     def _point(self, run: "_Run") -> tuple[float, float]:
         """Held-out and training bits per byte, the latter since the last point."""
@@ -199,8 +199,8 @@ def side_by_side(calls: list[list[str]], gpus: int) -> Iterator[dict[str, Any]]:
     Yields the JSON object that each prints last, as they end, and {"failed": call} for one that
     ends badly. What they write to stderr passes through.
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    names = given.split(",") if given else [str(i) for i in range(gpus)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(gpus)]
     free: SimpleQueue[str] = SimpleQueue()
     for name in names[:gpus]:
         free.put(name)

@@ -88,9 +88,9 @@ class Run:
 
 def steps_on_disk(run_dir: Path) -> list[int]:
     """The checkpoints that stand there whole, in order."""
-    shelf = run_dir / "checkpoints"
-    found = shelf.iterdir() if shelf.exists() else ()
-    return sorted(int(path.name) for path in found if path.name.isdigit())
+    checkpoints = run_dir / "checkpoints"
+    paths = checkpoints.iterdir() if checkpoints.exists() else ()
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def inject(run: Run, fault: str, chance: random.Random) -> None:
@@ -111,16 +111,16 @@ def outcome(run_dir: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]
     _, params, step = checkpoint.load_run(run_dir)
     assert step == STEPS, f"ended at step {step}"
     records = read_metrics(run_dir / "metrics.jsonl")
-    kept = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
-    return {k: np.asarray(v) for k, v in params.items()}, kept
+    comparable = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
+    return {k: np.asarray(v) for k, v in params.items()}, comparable
 
 
 def compare(run_dir: Path, intact: Path, same_layout: bool) -> str:
     """What differs, or nothing."""
-    (ours, told), (theirs, expected) = outcome(run_dir), outcome(intact)
+    (ours, records), (theirs, expected) = outcome(run_dir), outcome(intact)
     if same_layout:
         bits = all(ours[name].tobytes() == theirs[name].tobytes() for name in theirs)
-        return ("" if bits else "other bits; ") + ("" if told == expected else "other metrics; ")
+        return ("" if bits else "other bits; ") + ("" if records == expected else "other metrics; ")
     worst = max(relative_error(ours[name], theirs[name]) for name in theirs)
     return "" if worst <= 1e-5 else f"off by {worst:.1e}; "
 
@@ -135,13 +135,13 @@ def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict
     run.wait_for(phase, mark, chance)
     inject(run, fault, chance)
     status = run.finish()
-    said, wrong, whole = run.log.read_text(), "", steps_on_disk(run_dir)
-    early = re.search(r"done: step", said)  # the fault came when all was over
+    log, wrong, whole = run.log.read_text(), "", steps_on_disk(run_dir)
+    early = re.search(r"done: step", log)  # the fault came when all was over
     expected = (0,) if fault == "stop one" or early else tuple(range(1, 256))
     if status not in expected:
         wrong += f"status {status}; "
     if fault == "freeze one" and not early and not (
-        status == HUNG and re.search(r"no progress for .*: process [01] \(host .*\) answered", said)
+        status == HUNG and re.search(r"no progress for .*: process [01] \(host .*\) answered", log)
     ):  # fmt: skip
         wrong += "the frozen process was not named; "
     newest = whole[-1] if whole else 0
@@ -155,11 +155,11 @@ def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict
     if again.finish():
         wrong += "could not go on; "
     else:
-        told = again.log.read_text()[len(said) :]
-        went_on = re.search(r"(?:resuming|training) \S+ in .*, step (\d+)", told)
+        second_log = again.log.read_text()[len(log) :]
+        went_on = re.search(r"(?:resuming|training) \S+ in .*, step (\d+)", second_log)
         if not went_on or int(went_on[1]) != newest:
             wrong += f"went on from {went_on and went_on[1]}, not {newest}; "
-        if fault == "truncate" and "is now" not in told:
+        if fault == "truncate" and "is now" not in second_log:
             wrong += "the damaged checkpoint was not told; "
         wrong += compare(run_dir, intact, same)
     return {
@@ -191,11 +191,14 @@ def main() -> int:
             pool.submit(trial, i, options.seed, folder, data, folder / "intact") for i in chosen
         ]
         for job in jobs:
-            found = job.result()
-            good += not found["wrong"]
-            print(json.dumps(found), flush=True)
-            if found["wrong"]:
-                print((folder / f"trial{found['trial']}.log").read_text()[-3000:], file=sys.stderr)
+            trial_report = job.result()
+            good += not trial_report["wrong"]
+            print(json.dumps(trial_report), flush=True)
+            if trial_report["wrong"]:
+                print(
+                    (folder / f"trial{trial_report['trial']}.log").read_text()[-3000:],
+                    file=sys.stderr,
+                )
     print(f"{good} of {len(chosen)} as they should be")
     return 0 if good == len(chosen) else 1
 

@@ -62,13 +62,13 @@ def load_jax(folder: Path) -> dict[str, Any]:
 
 def load_by_command(folder: Path) -> dict[str, Any]:
     """The same by the command, and out of the run folder that it makes."""
-    out, said = folder.parent / "run", io.StringIO()
+    out, stderr = folder.parent / "run", io.StringIO()
     shutil.rmtree(out, ignore_errors=True)
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
         code = cli.main(["import", str(folder), "--out", str(out)])
     if code == 2:
         assert not out.exists(), "a refused import left a run folder"
-        raise ValueError(said.getvalue().removesuffix("\n"))
+        raise ValueError(stderr.getvalue().removesuffix("\n"))
     assert code == 0, f"exit code {code}"
     recipe, params, _ = checkpoint.load_run(out)
     return fingerprint(recipe.model, params)
@@ -77,7 +77,7 @@ def load_by_command(folder: Path) -> dict[str, Any]:
 def outcome(load: Callable[[Path], Any], folder: Path, original: Any) -> str:
     """ "error", "equal", or what went wrong."""
     try:
-        found = load(folder)
+        loaded = load(folder)
     except ValueError as error:
         clear = str(error).strip() and "\n" not in str(error) and len(str(error)) < 1000
         return "error" if clear else f"unclear: {error!s:.300}"
@@ -85,7 +85,7 @@ def outcome(load: Callable[[Path], Any], folder: Path, original: Any) -> str:
         return f"hung for {SECONDS} s"
     except Exception as error:
         return f"{type(error).__name__}: {error!s:.300}"
-    return "equal" if found == original else "DIFFERENT"
+    return "equal" if loaded == original else "DIFFERENT"
 
 
 def fuzz(
@@ -111,14 +111,14 @@ def fuzz(
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             signal.alarm(SECONDS)
             original = originals[name, load_jax if load is load_by_command else load]
-            found = outcome(load, work / "model", original)
+            verdict = outcome(load, work / "model", original)
             signal.alarm(0)
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
             if grown * 1024 > MEMORY:
-                found += f", {grown // 1024} MiB"
-            counts[what, found if found in ("error", "equal") else "FAILURE"] += 1
-            if found not in ("error", "equal"):
-                failures.append(f"trial {trial}, {name}, {what}, {load.__name__}: {found}")
+                verdict += f", {grown // 1024} MiB"
+            counts[what, verdict if verdict in ("error", "equal") else "FAILURE"] += 1
+            if verdict not in ("error", "equal"):
+                failures.append(f"trial {trial}, {name}, {what}, {load.__name__}: {verdict}")
     return counts, failures
 
 
@@ -135,11 +135,11 @@ def main(trials: int, seed: int = 0) -> int:
         folders = make_folders(Path(folder) / "whole")
         counts, failures = fuzz(trials, seed, Path(folder), folders)
     print(*failures, sep="\n")
-    for (what, found), count in sorted(counts.items()):
-        print(f"{what:40} {found:8} {count:6}")
+    for (what, verdict), count in sorted(counts.items()):
+        print(f"{what:40} {verdict:8} {count:6}")
     total = Counter[str]()
-    for (_, found), count in counts.items():
-        total[found] += count
+    for (_, verdict), count in counts.items():
+        total[verdict] += count
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     spent = f"{time.process_time():.0f} CPU-seconds, {memory} MiB at most"
     print(f"{trials} trials, seed {seed}, {sum(total.values())} loads: {dict(total)}; {spent}")

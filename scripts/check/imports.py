@@ -50,8 +50,8 @@ def main() -> None:
         make(source)
         sizes = [file.stat().st_size for file in source.glob("*.safetensors")]
         command = [sys.executable, "-c", IMPORT, str(source), "--out", str(out)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    before, after = map(int, said.splitlines()[-1].split())
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    before, after = map(int, output.splitlines()[-1].split())
     row = {"model": sum(sizes), "largest_shard": max(sizes), "memory": after - before}
     print(json.dumps({f"{k}_mb": round(v / 1e6, 1) for k, v in row.items()} | {"n": len(sizes)}))
 

@@ -69,14 +69,14 @@ def milliseconds(call: Callable[..., Any], *arrays: jax.Array) -> float:
     jax.block_until_ready(call(*arrays))
     start = time.perf_counter()
     for _ in range(20):
-        found = call(*arrays)
-    jax.block_until_ready(found)
+        result = call(*arrays)
+    jax.block_until_ready(result)
     return round(50 * (time.perf_counter() - start), 4)
 
 
-def errors(found: Any, exact: Any) -> list[float]:
+def errors(actual: Any, exact: Any) -> list[float]:
     """Relative errors of output and gradients."""
-    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(exact), strict=True)
     return [
         float(f"{relative_error(np.asarray(a, np.float32), np.asarray(b)):.2e}") for a, b in pairs
     ]

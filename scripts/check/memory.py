@@ -37,11 +37,11 @@ def main(rows: list[str]) -> None:
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
         memory = estimate_memory(recipe, mesh, abstract_state(recipe, mesh))
-        found = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
+        report = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}
         if measured:
             error = memory.peak / 2**30 / float(measured) - 1
-            found |= {"measured": float(measured), "error_percent": round(100 * error, 1)}
-        print(json.dumps(found), flush=True)
+            report |= {"measured": float(measured), "error_percent": round(100 * error, 1)}
+        print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":

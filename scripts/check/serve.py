@@ -70,8 +70,8 @@ def resident(server: subprocess.Popen) -> float:
 
 def ask(address: str, request: tuple) -> str:
     """Puts a request into the queue, which returns its number."""
-    said = httpx.post(f"{address}/gradio_api/call/generate", json={"data": request}, **PATIENT)
-    return said.json()["event_id"]
+    response = httpx.post(f"{address}/gradio_api/call/generate", json={"data": request}, **PATIENT)
+    return response.json()["event_id"]
 
 
 def answer(address: str, event: str) -> tuple[float, str]:
@@ -93,7 +93,7 @@ def at_once(address: str, folder: Path) -> dict:
             event = ask(address, (prompt, LENGTH, 1.0, 0, 1.0, "categorical", i))
             jobs.append(readers.submit(answer, address, event))
         waiting = sum(not job.done() for job in jobs)
-        found = [job.result() for job in jobs]
+        answers = [job.result() for job in jobs]
     recipe, params, _ = checkpoint.load_run(folder)
     model = define_model(recipe.model)[0](params)
     wanted = []
@@ -103,51 +103,51 @@ def at_once(address: str, folder: Path) -> dict:
     return {
         "requests at once": AT_ONCE,
         "unanswered when the last one was asked": waiting,
-        "answered": sum(text != "lost" for _, text in found),
-        "right": sum(text == right for (_, text), right in zip(found, wanted, strict=True)),
-        "finished in the order asked": found == sorted(found, key=lambda one: one[0]),
+        "answered": sum(text != "lost" for _, text in answers),
+        "right": sum(text == right for (_, text), right in zip(answers, wanted, strict=True)),
+        "finished in the order asked": answers == sorted(answers, key=lambda one: one[0]),
     }
 
 
 def awkward(client: Client) -> dict:
-    found = {}
+    results = {}
     for name, prompt in AWKWARD.items():
         text, cells, _ = client.predict(
             prompt, LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate"
         )
         size = len(prompt.encode())
-        found[name] = text.startswith(prompt) and size < cells.count("<span") <= size + LENGTH
+        results[name] = text.startswith(prompt) and size < cells.count("<span") <= size + LENGTH
     for name, request in REFUSED.items():
         try:
             client.predict(*request, api_name="/generate")
-            found[name] = False
+            results[name] = False
         except Exception as error:  # gradio_client raises AppError, a ValueError in older ones
-            found[name] = str(error)
-    return found
+            results[name] = str(error)
+    return results
 
 
 def main(requests: int) -> None:
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) / "run"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "run"
         make_run(folder)
         server, address = start(folder)
-        found: dict = {}
+        report: dict = {}
         try:
-            found |= at_once(address, folder)
+            report |= at_once(address, folder)
             client = Client(address, verbose=False, httpx_kwargs=PATIENT)
-            found |= awkward(client)
+            report |= awkward(client)
             memory, began = {}, time.perf_counter()
             for i in range(requests + 1):
                 if i % max(1, requests // 5) == 0:
                     memory[i] = resident(server)
                 settings = (f"{i}", LENGTH, 1.0, 0, 1.0, "categorical", i)
                 client.predict(*settings, api_name="/generate")
-            found["MiB after so many requests"] = memory
-            found["requests a second"] = round(requests / (time.perf_counter() - began), 1)
+            report["MiB after so many requests"] = memory
+            report["requests a second"] = round(requests / (time.perf_counter() - began), 1)
         finally:
             server.send_signal(signal.SIGTERM)
-            found["exit code"] = server.wait(30)
-    print(json.dumps(found, ensure_ascii=False))
+            report["exit code"] = server.wait(30)
+    print(json.dumps(report, ensure_ascii=False))
 
 
 if __name__ == "__main__":

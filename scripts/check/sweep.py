@@ -74,11 +74,11 @@ def _draw(values: list[str] | tuple[str, ...], source: random.Random) -> str:
         return source.choice(values)
     low, high = map(float, values[:2])
     if len(values) == 3:
-        drawn = math.exp(source.uniform(math.log(low), math.log(high)))
+        value = math.exp(source.uniform(math.log(low), math.log(high)))
     else:
-        drawn = source.uniform(low, high)
+        value = source.uniform(low, high)
     whole = all(end.lstrip("-").isdigit() for end in values[:2])
-    return str(round(drawn)) if whole else f"{drawn:.4g}"
+    return str(round(value)) if whole else f"{value:.4g}"
 
 
 def configure(recipe: str, point: Point, fixed: list[str]) -> Recipe:
@@ -146,11 +146,11 @@ def main(argv: list[str]) -> int:
             name = ",".join(f"{key}={value}" for key, value in point.items())
             print(f"{number}/{len(grid)}: {name}", file=sys.stderr, flush=True)
             options.out.mkdir(parents=True, exist_ok=True)
-            found = run(recipe, options.out / name.replace("/", "_"))
-            if found is None:
+            result = run(recipe, options.out / name.replace("/", "_"))
+            if result is None:
                 print("stopped; the same command goes on", file=sys.stderr)
                 break
-            rows.append((point, found))
+            rows.append((point, result))
     except (ValueError, OSError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
