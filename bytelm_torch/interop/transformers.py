@@ -11,6 +11,7 @@ transformers reads `logits[:, t]` as the distribution of id t + 1, ours is that 
 appends an id that no logit sees and returns ours from position 1 on. B rows, T ids, V vocabulary.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, no_type_check
@@ -40,6 +41,15 @@ from bytelm.config import (
 from bytelm_torch.interop import export
 from bytelm_torch.interop.finite import first_non_finite, require_finite
 from bytelm_torch.interop.transformers_cache import ByteCache
+from bytelm_torch.interop.transformers_inputs import (
+    check_labels,
+    check_positions,
+    checked_ids,
+    checked_mask,
+    largest,
+    left_justify,
+    refuse,
+)
 from bytelm_torch.interop.transformers_tokenizer import ByteLMTokenizer, tokenizer_for
 from bytelm_torch.models import build_model
 
@@ -139,8 +149,8 @@ class EntropyLMConfig(ByteLMConfig):
 class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     """A model of this library, `model`, behind the interface of transformers.
 
-    In `forward` a row may be padded on either side, as `attention_mask` tells: it changes no logit.
     `loss` is that of transformers, the mean over `labels[:, 1:]` without −100, plus a balance loss.
+    What `attention_mask` leaves out, at either end of a row or inside it, changes no logit.
     """
 
     base_model_prefix = "model"
@@ -150,7 +160,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: ByteLMConfig):
         super().__init__(config)
         native = config.to_native()
-        require(getattr(native, "causal", True), "causal=False: generation needs a causal model")
+        require(native.causal, "causal=False: generation needs a causal model")
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
         self.model.patching = export.patching_of(extra)  # pyright: ignore[reportArgumentType]
@@ -164,59 +174,102 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: Any) -> None:
         """Nothing: `build_model` initialised every parameter."""
 
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any
+    ) -> Any:
+        """As in transformers, but never in part: raises `ValueError` for the first tensor that is
+        missing, unexpected, of another shape or not finite.
+        """
+        report = options.pop("output_loading_info", False)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+        model, loading = loaded
+        problem = _loading_problem(loading, model)
+        require(problem is None, f"{pretrained_model_name_or_path}: {problem}")
+        return (model, loading) if report else model
+
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Any = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
         labels: Tensor | None = None,
-        past_key_values: ByteCache | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
-        **unused: Any,
+        **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, V], or [B, 1, V] of the next id alone with `use_cache=True`."""
-        if use_cache and labels is None:
-            if past_key_values is None:
-                ids, lengths = _left_justified(input_ids, attention_mask)
-                capacity = ids.shape[1] + max(64, ids.shape[1] // 2)
-                past_key_values = ByteCache(self.model, len(ids), capacity, self._limit())
-                logits = past_key_values.prefill(ids, lengths)
-            else:
-                steps = [past_key_values.append(column) for column in input_ids.T]
-                logits = torch.cat(steps, dim=1)
-            output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)  # pyright: ignore
+        """Logits [B, T, V], those behind each id.
+
+        `attention_mask` is 0 where an id is none of its row's, wherever that is: at its logits
+        stands what follows the ids before it. `past_key_values` is a cache that an earlier call
+        gave; the mask spans its ids, too, and may leave out others of them than before.
+        `use_cache=True` without a past gives one, and the logits of the next id alone, [B, 1, V].
+        `position_ids` must be those of one text a row. A row as long as the model allows has NaN
+        in the place of its last logits, and is taken with `labels` alone.
+
+        Raises `ValueError` for another argument that is neither None nor False, and for a
+        combination that cannot be honoured.
+        """
+        refuse(others)
+        ids, past = checked_ids(input_ids, self.model.config.vocab), past_key_values
+        require(
+            past is None or isinstance(past, ByteCache),
+            f"past_key_values={type(past).__name__}: give the cache of an earlier call",
+        )
+        seen = 0 if past is None else past.get_seq_length()
+        real = checked_mask(attention_mask, (len(ids), seen + ids.shape[1]))
+        if past is not None or use_cache:
+            require(labels is None, "labels: a loss has no cache; leave out use_cache and the past")
+            past = ByteCache(self.model, len(ids), self._limit()) if past is None else past
+            logits = past.extend(ids, real, position_ids)
+            output = CausalLMOutputWithPast(logits=logits, past_key_values=past)  # pyright: ignore
         else:
-            output = self._uncached(input_ids, attention_mask, labels, num_items_in_batch)
-        return output.to_tuple() if return_dict is False else output
+            check_labels(labels, (len(ids), ids.shape[1]))
+            output = self._uncached(ids, real, position_ids, labels, num_items_in_batch)
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def _uncached(
-        self, input_ids: Tensor, mask: Tensor | None, labels: Tensor | None, items: Any
+        self,
+        ids: Tensor,
+        real: Tensor | None,
+        position_ids: Tensor | None,
+        labels: Tensor | None,
+        items: Any,
     ) -> CausalLMOutputWithPast:
-        ids, _ = _left_justified(input_ids, mask)
-        limit, any_byte = self._limit(), self.model.config.vocab.offset
-        capacity = limit is None or ids.shape[1] < limit
+        vocab = self.model.config.vocab
+        rows = left_justify(ids, real, vocab.pad_id)
+        check_positions(position_ids, real, rows.counts - 1)
+        held, limit = rows.ids, self._limit()
+        if real is not None and limit is not None and held.shape[1] >= limit:
+            held = held[:, : largest(rows.lengths)]
+        capacity = limit is None or held.shape[1] < limit
         require(
             capacity or labels is not None,
-            f"max_length={limit}: no room to predict what follows {ids.shape[1]} ids; give fewer",
+            f"max_length={limit}: no room to predict what follows {held.shape[1]} ids; give fewer",
         )
-        output = self.model.outputs(F.pad(ids, (0, 1), value=any_byte) if capacity else ids)
-        logits = output.logits[:, 1:]
-        if mask is not None:
-            shift = _padding(mask)[:, None]
-            back = (torch.arange(logits.shape[1], device=ids.device) - shift) % input_ids.shape[1]
-            logits = logits.take_along_dim(back.clamp(max=logits.shape[1] - 1)[..., None], dim=1)
+        output = self.model.outputs(F.pad(held, (0, 1), value=vocab.offset) if capacity else held)
+        logits = output.logits if capacity else F.pad(output.logits, (0, 0, 0, 1), value=math.nan)
+        if real is None:
+            logits = logits[:, 1:]
+        else:
+            logits = logits.take_along_dim(rows.counts[..., None], dim=1)
         loss = None
         if labels is not None:
-            count = input_ids.shape[1] - 1
             wanted = labels[:, 1:].to(logits.device)
-            wide = logits[:, :count].to(torch.promote_types(logits.dtype, torch.float32))
+            wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
             nats = F.cross_entropy(
                 wide.flatten(0, 1), wanted.flatten(), ignore_index=_IGNORED, reduction="sum"
             )
             counted = (wanted != _IGNORED).sum().clamp(min=1) if items is None else items
             loss = nats / counted + output.extra_loss.mean()
         return CausalLMOutputWithPast(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+
+    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+        """None: positions follow from the mask, here for padding on the right, too."""
 
     def _limit(self) -> int | None:
         native: Any = self.model.config
@@ -242,7 +295,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; the tensors are called as in an export, and stand in one file."""
         state = self.state_dict() if state_dict is None else state_dict
         plain = _as_exported(state)
-        require_finite(first_non_finite(plain))
+        require_finite(_non_finite(plain))
         super().save_pretrained(
             save_directory,
             is_main_process,
@@ -257,15 +310,37 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As in torch, by the names of an export or by those of `state_dict()`, but never in part.
 
         `strict=False`, with which transformers' Trainer resumes, does not help a tensor that is
-        missing, unexpected or of another shape: it raises `ValueError`, and nothing is loaded.
+        missing, unexpected, of another shape or not finite: it raises `ValueError`, and nothing is
+        loaded.
         `self.model.load_state_dict` does load parts.
         """
-        export.check_state(_as_exported(state_dict), self.model)
+        plain = _as_exported(state_dict)
+        export.check_state(plain, self.model)
+        require_finite(_non_finite(plain))
         return super().load_state_dict(state_dict, assign=assign)
 
 
 def _as_exported(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(_PREFIX): value for name, value in state.items()}
+
+
+def _loading_problem(loading: Mapping[str, Any], model: ByteLMForCausalLM) -> str | None:
+    """What transformers' report of loading says is wrong, in one line, or which tensor is."""
+    lines = [f"{name}: missing; give whole weights" for name in loading["missing_keys"]]
+    why = "unexpected; the configuration has no such tensor"
+    lines += [f"{name}: {why}" for name in loading["unexpected_keys"]]
+    for name, shape, expected in loading["mismatched_keys"]:
+        lines.append(f"{name}: shape {tuple(shape)}; expected {tuple(expected)}")
+    lines += map(export.one_line, loading["error_msgs"])
+    if lines:
+        return min(lines).removeprefix(_PREFIX)
+    bad = _non_finite(_as_exported(model.state_dict()))
+    return bad and f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint"
+
+
+def _non_finite(state: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity, but for those that a device map left on disk."""
+    return first_non_finite({n: value for n, value in state.items() if not value.is_meta})
 
 
 def _take_names_of_export(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -274,20 +349,6 @@ def _take_names_of_export(module: Any, state: dict[str, Any], prefix: str, *_: A
         local = name.removeprefix(prefix)
         if not local.startswith(_PREFIX):
             state[prefix + _PREFIX + local] = state.pop(name)
-
-
-def _padding(mask: Tensor) -> Tensor:
-    """[B] ids of padding before each row's first real one."""
-    return (mask != 0).int().argmax(dim=1)
-
-
-def _left_justified(ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows turned so that their first real id stands in front, and the rows' lengths."""
-    length = ids.shape[1]
-    if mask is None:
-        return ids, torch.full((len(ids),), length, device=ids.device)
-    order = (torch.arange(length, device=ids.device) + _padding(mask)[:, None]) % max(length, 1)
-    return ids.gather(1, order), (mask != 0).sum(dim=1)
 
 
 class MegabyteForCausalLM(ByteLMForCausalLM):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bytelm.config import require
+from bytelm_torch.interop.transformers_inputs import check_positions, largest, left_justify
 
 
 class _Found(Exception):
@@ -27,66 +28,105 @@ class ByteCache:
 
     is_compileable = False
 
-    def __init__(self, model: Any, rows: int, capacity: int, limit: int | None):
-        patch = model.round_length
+    def __init__(self, model: Any, rows: int, limit: int | None):
         self._model, self._limit = model, limit
         device = next(model.parameters()).device
-        self._seen = 0
+        self._columns = torch.full((rows, 0), model.config.vocab.pad_id, device=device)
+        self._real = torch.ones(rows, 0, dtype=torch.bool, device=device)
         self._lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._ids = torch.full((rows, 0), model.config.vocab.pad_id, device=device)
-        self._capacity = 0
-        self._reserve(-(-capacity // patch) * patch)
+        self._ids, self._capacity = self._columns, 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns that `forward` was given so far, padding included."""
-        return self._seen
+        return self._columns.shape[1]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
+        self._columns, self._real = self._columns[beam_idx], self._real[beam_idx]
         self._ids, self._lengths = self._ids[beam_idx], self._lengths[beam_idx]
         self._state = _each_tensor(self._state, lambda x: x[beam_idx])
 
-    def prefill(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Takes the prompts [B, T], left-justified; logits [B, 1, V] of each row's next id."""
-        self._seen += ids.shape[1]
-        self._ids[:, : ids.shape[1]] = ids
-        self._lengths = lengths.clone()
-        self._fill()
-        return self._logits()[:, None]
+    def extend(
+        self, ids: Tensor, real: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Takes the ids [B, T] that follow; logits of the next id: [B, T, V], at first [B, 1, V].
 
-    def append(self, ids: Tensor) -> Tensor:
-        """Takes one more id a row [B]; logits [B, 1, V] of each row's next."""
-        self._seen += 1
-        if grows := int(self._lengths.max()) + 1 >= self._capacity:
-            self._reserve(2 * self._capacity)
-        self._ids.scatter_(1, self._lengths[:, None], ids[:, None])
-        self._lengths += 1
-        if grows:  # only now: the round before the next must be whole
-            self._fill()
-        return self._logits()[:, None]
+        `real` spans the columns before, too; where it differs from what it was for those, all is
+        computed once more. Without it, the new ids are all real. Raises `ValueError` where a row
+        would leave no room for an id that follows, and for positions that are not the ids'.
+        """
+        seen = self.get_seq_length()
+        require(
+            len(ids) == len(self._lengths),
+            f"input_ids: {len(ids)} rows; the cache has {len(self._lengths)}",
+        )
+        require(ids.shape[1] > 0 or seen == 0, f"input_ids: no id behind the {seen} in the cache")
+        if real is None:
+            real = torch.cat([self._real, torch.ones_like(ids, dtype=torch.bool)], dim=1)
+        if position_ids is not None:
+            check_positions(position_ids, real[:, seen:], real.cumsum(dim=1)[:, seen:] - 1)
+        self._check_room(real)
+        changed = not torch.equal(real[:, :seen], self._real)
+        self._columns, self._real = torch.cat([self._columns, ids], dim=1), real
+        if seen == 0 or changed:
+            logits = self._compute(seen or ids.shape[1])
+            if seen == 0:
+                return logits[:, None]
+        steps = [self._append(ids[:, i], real[:, seen + i]) for i in range(ids.shape[1])]
+        return torch.stack(steps, dim=1)
 
-    def _reserve(self, capacity: int) -> None:
-        patch = self._model.round_length
+    def _check_room(self, real: Tensor) -> None:
+        """Raises `ValueError` where no id can follow a row."""
         if self._limit is not None:
-            capacity = min(capacity, self._limit)
             require(
-                capacity > self._capacity,
+                largest(real.sum(dim=1)) < self._limit,
                 f"max_length={self._limit}: the text has reached it; generate fewer bytes",
             )
-        more, pad = max(capacity, patch) - self._capacity, self._model.config.vocab.pad_id
-        self._ids = F.pad(self._ids, (0, more), value=pad)
-        self._capacity = self._ids.shape[1]
-        self._state = self._model.init_cache(len(self._ids), self._capacity)
+
+    def _compute(self, seen: int) -> Tensor:
+        """Starts over with the first `seen` columns; logits [B, V] of each row's next id."""
+        pad = self._model.config.vocab.pad_id
+        rows = left_justify(self._columns[:, :seen], self._real[:, :seen], pad)
+        longest = largest(rows.lengths)
+        self._ids, self._capacity, self._lengths = self._ids[:, :0], 0, rows.lengths
+        self._reserve(longest + max(64, longest // 2))
+        self._ids[:, :longest] = rows.ids[:, :longest]
+        self._fill()
+        return self._logits()  # which writes the round that is under way
+
+    def _append(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Takes one more id of each row [B] where it is real; logits [B, V] of each row's next."""
+        if grows := largest(self._lengths + real) >= self._capacity:
+            self._reserve(2 * self._capacity)
+        slots = self._lengths[:, None]
+        ids = torch.where(real[:, None], ids[:, None], self._ids.gather(1, slots))
+        self._ids.scatter_(1, slots, ids)
+        self._lengths = self._lengths + real
+        if grows:  # only now: the round before the next must be whole
+            self._fill()
+        return self._logits()
+
+    def _reserve(self, capacity: int) -> None:
+        """Room for `capacity` ids, as far as the model allows."""
+        patch = self._model.round_length
+        capacity = capacity if self._limit is None else min(capacity, self._limit)
+        capacity = -(-capacity // patch) * patch
+        pad = self._model.config.vocab.pad_id
+        self._ids = F.pad(self._ids, (0, capacity - self._capacity), value=pad)
+        self._capacity = capacity
+        self._state = self._model.init_cache(len(self._ids), capacity)
 
     def _fill(self) -> None:
         """Writes the rounds that the longest row has finished, in one pass."""
         patch = self._model.round_length
-        whole = int(self._lengths.max()) // patch * patch
+        whole = largest(self._lengths) // patch * patch
         if whole:
             self._state = self._model.prefill(self._ids[:, :whole], self._state)
 
     def _logits(self) -> Tensor:
         rounds = self._lengths // self._model.round_length
+        if len(rounds) == 0:
+            return torch.zeros(0, self._model.config.vocab.size, device=rounds.device)
         if bool((rounds == rounds[0]).all()):
             logits, self._state = self._run(self._state, self._ids, self._lengths, int(rounds[0]))
             return logits

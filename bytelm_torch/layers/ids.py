@@ -4,7 +4,7 @@ In a narrower dtype special ids do not fit and wrap silently: as uint8, a pad of
 """
 
 import torch
-from jaxtyping import Int, Integer, Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
@@ -22,7 +22,7 @@ def as_ids(ids: Shaped[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
     return ids.long()
 
 
-def check_ids(ids: Integer[Tensor, "B T"], size: int) -> Int[Tensor, "B T"]:
+def check_ids(ids: Shaped[Tensor, "*batch"], size: int) -> Int[Tensor, "B T"]:
     """`as_ids`, which raises `ValueError` also for another shape and for an id outside [0, size).
 
     On an accelerator the look would stall the device at every call; there the embedding's own
