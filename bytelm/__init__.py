@@ -1,4 +1,4 @@
-"""bytelm: byte-level language models. What both frameworks share: neither is imported here."""
+"""bytelm: byte-level language models. What both frameworks share; imports neither of them."""
 
 from bytelm import recipes
 from bytelm.config import (
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> str:
-    if name == "__version__":  # read from the disk, and seldom wanted
+    if name == "__version__":  # read from disk, and rarely needed
         from importlib.metadata import version
 
         return version("bytelm")

@@ -1,7 +1,7 @@
 """What a parameter's name means: the one table of kinds of leaves.
 
-A name is dotted: the modules from the outside in, then the kind of leaf. The JAX package calls its
-parameters so; the PyTorch twin holds the same name in each parameter's `bytelm_path`.
+A name is dotted: the modules from the outside in, then the kind of leaf. The JAX package names its
+parameters this way; in the PyTorch twin each parameter holds the same name in `bytelm_path`.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ class LeafKind(NamedTuple):
     torch_name: str
     """The last part of its name in a PyTorch state dict."""
     transposed: bool = False
-    """Whether its last two axes, (in, out) in JAX, change places in PyTorch."""
+    """Whether its last two axes, (in, out) in JAX, are swapped in PyTorch."""
     decays: bool = False
     """Whether weight decay applies to it."""
     product: bool = False
-    """Whether its last two axes are a matrix that activations are multiplied by."""
+    """Whether its last two axes form a matrix that activations are multiplied by."""
 
 
 LEAVES = {
@@ -34,7 +34,7 @@ LEAVES = {
     "gamma": LeafKind("gamma"),
     "beta": LeafKind("beta"),
 }
-"""Kind of leaf → what it is; `kernels` are those of experts, [E, in, out] in both packages."""
+"""Kind of leaf → its properties; `kernels` are those of experts, [E, in, out] in both packages."""
 
 
 def leaf_kind(name: str) -> LeafKind:
@@ -52,19 +52,19 @@ def is_norm(name: str) -> bool:
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter called `name`: not to norms and biases.
 
-    Nor to the gains of splines, which start at 1, and the γ and β of guided attention.
+    It does not apply to the gains of splines, which start at 1, or the γ and β of guided attention.
     """
     return leaf_kind(name).decays
 
 
 def is_output_head(name: str) -> bool:
-    """Whether the parameter called `name` belongs to the last layer, whose columns are ids."""
+    """Whether the parameter called `name` belongs to the output layer, whose columns are ids."""
     return name.split(".")[-2] == "to_logits"
 
 
 def is_hidden_matrix(name: str) -> bool:
-    """Whether the parameter called `name` is a matrix, or a stack of them, between activations.
+    """Whether the parameter called `name` is a matrix, or a stack of them, in a hidden layer.
 
-    That is every kernel but the output head's.
+    That is every kernel except the output head's.
     """
     return leaf_kind(name).product and not is_output_head(name)

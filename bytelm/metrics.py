@@ -14,21 +14,22 @@ WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
-"""Dense bfloat16 operations a second by the vendors' data sheets, by part of the device's name."""
+"""Dense bfloat16 operations per second by the vendors' data sheets, by part of the device's name.
+"""
 
 
 def peak_flops(device: str) -> float | None:
-    """Operations per second of a device by its name, None where the data sheet is unknown."""
+    """Peak operations per second of a device by its name; None if it is not in the table."""
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
 
 
 class MetricsLog:
-    """Appends one JSON object a line, each line whole on disk before the next begins."""
+    """Appends one JSON object per line; each is complete on disk before the next begins."""
 
     def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
-        """Opens `path` for a run that stands at `step`: lines of later steps are cut away.
+        """Opens `path` for a run at step `step`: lines of later steps are removed.
 
-        `trackers` get every record as well, and are closed with the file.
+        `trackers` receive every record as well and are closed with the file.
         """
         if path.is_file():
             lines = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
@@ -40,7 +41,7 @@ class MetricsLog:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line and flushes it; null stands for numbers that JSON does not have."""
+        """Appends one line and flushes it; null stands for values that JSON cannot express."""
         record = {name: None if _is_no_json(value) else value for name, value in record.items()}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
@@ -55,7 +56,7 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file."""
+    """All complete lines of a metrics file."""
     records = []
     for line in path.read_text("utf-8").splitlines():
         try:
@@ -77,21 +78,21 @@ def _keeps(line: str, step: int) -> bool:
 
 
 class Throughput:
-    """Bytes a second and model FLOP utilisation since the last reading."""
+    """Bytes per second and model FLOP utilisation since the last reading."""
 
     def __init__(self, flops_per_byte: float, devices: int, device: str):
-        """`flops_per_byte` is the cost of training on a byte, `device` the name of each device."""
+        """`flops_per_byte` is the training cost, `device` the name of each device."""
         self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops(device)
         self._reading: dict[str, float] = {}
         self.restart()
 
     def add(self, count: int) -> None:
-        """Counts `count` more bytes that were trained on."""
+        """Counts `count` more trained bytes."""
         self._count += count
 
     def read(self) -> dict[str, float]:
-        """The rates since the last reading or restart; the last reading where nothing was added."""
+        """The rates since the last reading or restart; the previous rates if nothing was added."""
         if self._reading and not self._count:
             return self._reading
         seconds = time.perf_counter() - self._since
@@ -103,9 +104,9 @@ class Throughput:
         return rates
 
     def restart(self, flops_per_byte: float | None = None) -> None:
-        """Leaves out the time and bytes since the last reading (compilation, evaluation).
+        """Excludes the time and bytes since the last reading (compilation, evaluation).
 
-        `flops_per_byte` is the cost from here on, where it changes.
+        `flops_per_byte` is the cost from now on, if it changes.
         """
         self._flops = self._flops if flops_per_byte is None else flops_per_byte
         self._count, self._since = 0, time.perf_counter()

@@ -1,6 +1,7 @@
-"""Named runs as functions. `bytelm train NAME` looks a recipe up here; any field can be overridden.
+"""Named runs as functions. `bytelm train NAME` looks up a recipe here; any field can be overridden.
 
-Each docstring says what it is and the command; measured figures stand in the README's tables.
+Each docstring says what the recipe is and gives the command; measured figures are in the README's
+tables.
 """
 
 from dataclasses import replace
@@ -18,7 +19,7 @@ from bytelm.config import (
 )
 
 _RECIPE = {"return": Recipe}
-"""The annotations by which `names` tells a recipe from other functions."""
+"""The annotations by which `names` distinguishes recipes from other functions."""
 
 _TINY_DATA = DataConfig(sequence_length=256)
 _TINY_OPTIMIZER = AdamWConfig(learning_rate=3e-3, warmup_steps=40)
@@ -35,7 +36,7 @@ _LARGE_TRAIN = TrainConfig(
 
 _BYTROPIX = BLTConfig(
     patcher="histogram",
-    threshold=9.25,  # six bytes a patch in Python source; English needs 11.8: `bytelm calibrate`
+    threshold=9.25,  # six bytes per patch in Python source; English needs 11.8: `bytelm calibrate`
     bytes_per_patch=6.0,
     ngram_sizes=(3, 4, 5),
     ngram_rows=30_000,
@@ -59,7 +60,7 @@ _BYTROPIX = BLTConfig(
 
 
 def megabyte_tiny() -> Recipe:
-    """MEGABYTE that learns on two CPU cores in minutes: `bytelm train megabyte_tiny`."""
+    """MEGABYTE that learns on two CPU cores within minutes: `bytelm train megabyte_tiny`."""
     model = MegabyteConfig(
         patch_size=4,
         global_dim=64,
@@ -80,7 +81,7 @@ def megabyte_tiny() -> Recipe:
 
 
 def transformer_tiny() -> Recipe:
-    """The yardstick for tiny models, a plain byte transformer: patch size 1, no local stack."""
+    """The baseline for tiny models, a plain byte transformer: patch size 1, no local stack."""
     model = MegabyteConfig(
         patch_size=1,
         global_dim=176,
@@ -95,7 +96,7 @@ def transformer_tiny() -> Recipe:
 
 
 def megabyte_132m() -> Recipe:
-    """MEGABYTE of 132,278,528 parameters, for one GPU or more: `bytelm train megabyte_132m`."""
+    """MEGABYTE with 132,278,528 parameters, for one or more GPUs: `bytelm train megabyte_132m`."""
     return Recipe(
         name="megabyte_132m",
         model=MegabyteConfig(),
@@ -106,13 +107,13 @@ def megabyte_132m() -> Recipe:
 
 
 def megabyte_in_action_132m() -> Recipe:
-    """The "in action" variant of 131,918,336 parameters: ALiBi, local input across patches."""
+    """The "in action" variant with 131,918,336 parameters: ALiBi, local input across patches."""
     model = MegabyteConfig(variant="in_action")
     return replace(megabyte_132m(), name="megabyte_in_action_132m", model=model)
 
 
 def transformer_132m() -> Recipe:
-    """The yardstick for large models: a plain byte transformer of 132,232,704 parameters."""
+    """The baseline for large models: a plain byte transformer with 132,232,704 parameters."""
     model = MegabyteConfig(
         patch_size=1,
         global_dim=1024,
@@ -134,7 +135,7 @@ def entropy_tiny() -> Recipe:
 def entropy_100m() -> Recipe:
     """The entropy model of the public weights, 99,512,064 parameters: `bytelm train entropy_100m`.
 
-    `--dim 512 --layers 4 --heads 8 --hidden-dim 1408` makes it the one of `blt_767m`.
+    `--dim 512 --layers 4 --heads 8 --hidden-dim 1408` turns it into that of `blt_767m`.
     """
     return replace(megabyte_132m(), name="entropy_100m", model=EntropyConfig())
 
@@ -142,7 +143,7 @@ def entropy_100m() -> Recipe:
 def blt_tiny() -> Recipe:
     """BLT for two CPU cores: `bytelm train blt_tiny --entropy-from runs/entropy_tiny`.
 
-    Of these parameters 271,584 are the entropy model's.
+    271,584 of its parameters belong to the entropy model.
     """
     model = BLTConfig(
         entropy=_ENTROPY_TINY,
@@ -163,9 +164,9 @@ def blt_tiny() -> Recipe:
 
 
 def blt_132m() -> Recipe:
-    """BLT of 131,732,352 parameters, 62,208,000 of them n-gram tables, patches after words.
+    """BLT with 131,732,352 parameters, 62,208,000 of them in n-gram tables; splits after words.
 
-    `bytelm train blt_132m`. Words have 5.4 bytes in English prose, with what stands behind them.
+    `bytelm train blt_132m`. Words in English prose have 5.4 bytes, including the separator.
     """
     model = BLTConfig(
         patcher="space",
@@ -186,9 +187,10 @@ def blt_132m() -> Recipe:
 
 
 def blt_767m() -> Recipe:
-    """BLT of 766,579,968 parameters, 230,409,216 of them n-gram tables, for one GPU or more.
+    """BLT with 766,579,968 parameters, 230,409,216 of them in n-gram tables, for one or more GPUs.
 
-    `bytelm train blt_767m --entropy-from DIR`, DIR a calibrated run of `entropy_100m` or smaller.
+    `bytelm train blt_767m --entropy-from DIR`, where DIR is a calibrated run of `entropy_100m` or
+    smaller.
     """
     entropy = EntropyConfig(dim=512, layers=4, heads=8, hidden_dim=1408)
     model = BLTConfig(
@@ -239,15 +241,15 @@ def bytropix_tiny() -> Recipe:
 
 
 def bytropix() -> Recipe:
-    """Bytropix in its first sizes, 28,625,216 parameters: width 256, 4 layers, 8 heads.
+    """Bytropix in its original sizes, 28,625,216 parameters: width 256, 4 layers, 8 heads.
 
-    `bytelm train bytropix`. Most of them are n-gram tables, 23,040,000.
+    `bytelm train bytropix`. 23,040,000 of the parameters are n-gram tables.
     """
     return replace(megabyte_132m(), name="bytropix", model=_BYTROPIX)
 
 
 def lfbyte_tiny() -> Recipe:
-    """LFByteTransformer that learns on two CPU cores in minutes: `bytelm train lfbyte_tiny`."""
+    """LFByteTransformer that learns on two CPU cores within minutes: `bytelm train lfbyte_tiny`."""
     model = LFByteConfig(
         embed_dim=128, num_layers=4, adapt_dim=64, rank=8, kernel_length=64, dropout=0.0
     )
@@ -266,7 +268,7 @@ def lfbyte() -> Recipe:
 
 
 def lfbyte_130m() -> Recipe:
-    """The same shape with 48 experts, 2 of them at work: 133,826,056 parameters, for GPUs."""
+    """The same shape with 48 experts, 2 of them active: 133,826,056 parameters, for GPUs."""
     model = LFByteConfig(num_experts=48, dropout=0.0)
     return replace(megabyte_132m(), name="lfbyte_130m", model=model)
 
@@ -277,7 +279,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Recipe:
-    """The recipe called `name`; hyphens count as underscores. Raises `ValueError`."""
+    """The recipe called `name`; hyphens count as underscores. Raises `ValueError` if unknown."""
     known, wanted = names(), name.replace("-", "_")
     if wanted not in known:
         near = get_close_matches(wanted, known, n=1)

@@ -1,4 +1,4 @@
-"""How the next byte is chosen: the settings of generation, the same in both frameworks."""
+"""How the next byte is chosen: the generation settings, the same in both frameworks."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -10,15 +10,16 @@ from bytelm.config import require
 class SamplerConfig:
     """How the next byte is chosen.
 
-    - `greedy`: the likeliest byte; the numbers below are ignored.
-    - `categorical`: drawn from softmax(logits / temperature), cut to the `top_k` likeliest bytes
-      (0: all), then to the fewest likeliest of these that hold the share `top_p` of them (1: all).
-    - `entropy`: by the entropy H, in bits, of the model's own distribution (temperature 1):
-      H < `entropy_low` the likeliest byte, H < `entropy_medium` one of the ten likeliest, else any;
-      above `entropy_high` at 0.8 times the temperature. `top_k` and `top_p` cut further.
+    - `greedy`: the most likely byte; the other fields are ignored.
+    - `categorical`: sampled from softmax(logits / temperature), restricted to the `top_k` most
+      likely bytes (0: all), then to the fewest most likely of these whose probabilities sum to at
+      least the fraction `top_p` of theirs (1: all).
+    - `entropy`: by the entropy H, in bits, of the model's own distribution (temperature 1): for H <
+      `entropy_low` the most likely byte, for H < `entropy_medium` one of the ten most likely,
+      otherwise any byte; above `entropy_high` at 0.8 times the temperature. `top_k` and `top_p`
+      restrict it further.
 
-    Equal logits rank by id. `temperature=0` is greedy. A field that cannot work raises
-    `ValueError`.
+    Equal logits rank by id. `temperature=0` is greedy. An invalid field raises `ValueError`.
     """
 
     sampler: Literal["greedy", "categorical", "entropy"] = "categorical"
@@ -40,5 +41,6 @@ class SamplerConfig:
         thresholds = (self.entropy_low, self.entropy_medium, self.entropy_high)
         require(
             0 <= thresholds[0] <= thresholds[1] <= thresholds[2],
-            f"entropy_low, entropy_medium, entropy_high={thresholds}: must rise from at least 0",
+            f"entropy_low, entropy_medium, entropy_high={thresholds}: must be increasing, from "
+            "at least 0",
         )

@@ -14,23 +14,23 @@ _UNPAIRED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 class ByteTokenizer:
-    """Byte b is id b + `vocab.offset`; every other id of the vocabulary stands for no byte."""
+    """Byte b has id b + `vocab.offset`; all other ids of the vocabulary stand for no byte."""
 
     def __init__(self, vocab: ByteVocab) -> None:
         self.vocab = vocab
 
     def encode(self, text: str | bytes) -> NDArray[np.int32]:
-        """Ids [T] int32 of the UTF-8 bytes of `text`, or of `text` itself when it is bytes.
+        """Ids [T] int32 of the UTF-8 bytes of `text`, or of `text` itself if it is bytes.
 
-        No string fails: U+DC80 to U+DCFF, by which Python's `surrogateescape` carries the bytes
-        80 to FF of undecodable file names and arguments, become those bytes again, and any other
-        lone surrogate, which has no UTF-8, becomes U+FFFD. No special id is added.
+        No string fails: U+DC80 to U+DCFF, by which Python's `surrogateescape` carries the bytes 80
+        to FF of undecodable file names and arguments, become those bytes again, and any other lone
+        surrogate, which has no UTF-8, becomes U+FFFD. No special id is added.
         """
         data = _utf8(text) if isinstance(text, str) else text
         return np.frombuffer(data, np.uint8).astype(np.int32) + np.int32(self.vocab.offset)
 
     def decode(self, ids: ArrayLike) -> str:
-        """Text of ids [T]; invalid UTF-8 becomes U+FFFD, other ids than bytes are skipped.
+        """Text of ids [T]; invalid UTF-8 becomes U+FFFD, ids that are not bytes are skipped.
 
         Raises `ValueError` as `to_bytes` does.
         """
@@ -57,9 +57,9 @@ class ByteTokenizer:
 
 
 class StreamingDecoder:
-    """Decodes ids that arrive piece by piece.
+    """Decodes ids that arrive in pieces.
 
-    However the ids are cut, the results of `push` followed by that of `finish` add up to
+    However the ids are divided, the results of `push` followed by that of `finish` add up to
     `ByteTokenizer.decode` of all ids.
     """
 
@@ -68,14 +68,15 @@ class StreamingDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: ArrayLike) -> str:
-        """Text that ids [T] complete; the bytes of an unfinished character are kept back.
+        """The text that ids [T] complete; the bytes of an unfinished character are held back.
 
-        Raises `ValueError` as `ByteTokenizer.to_bytes` does, and has then taken none of the ids.
+        Raises `ValueError` as `ByteTokenizer.to_bytes` does, in which case none of the ids is
+        consumed.
         """
         return self._decoder.decode(self._tokenizer.to_bytes(ids))
 
     def finish(self) -> str:
-        """U+FFFD for an unfinished character, else nothing. The decoder can be used afresh."""
+        """U+FFFD for an unfinished character, otherwise nothing. The decoder can then be reused."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -1,7 +1,6 @@
-"""The metrics of a run in TensorBoard and Weights & Biases, beside `metrics.jsonl`.
+"""The metrics of a run in TensorBoard and Weights & Biases, in addition to `metrics.jsonl`.
 
-`bytelm/tracking.py` is the same text but for this docstring; a test holds that. The extra
-`track` installs what this needs; nothing of it is imported before a run asks for it.
+The extra `track` installs what this needs; nothing of it is imported unless a run asks for it.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Takes the same records as `metrics.jsonl`."""
+    """Receives the same records as `metrics.jsonl`."""
 
     def write(self, record: dict[str, Any]) -> None:
-        """Takes one record: `step`, and numbers by their names, None for one that is not finite."""
+        """Takes one record: `step`, and values by name, None for one that is not finite."""
         ...
 
     def close(self) -> None:
-        """Leaves everything on disk."""
+        """Ensures that everything is on disk."""
         ...
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises `ValueError` when a tracker is named whose package is not installed."""
+    """Raises `ValueError` if the package of a named tracker is not installed."""
     for name in names:
         require(
             importlib.util.find_spec(_PACKAGES[name]) is not None,
@@ -44,7 +43,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def open_trackers(recipe: Recipe, run_dir: Path, start: int) -> list[Tracker]:
-    """The trackers that the recipe asks for, of a run that goes on behind step `start`."""
+    """The trackers that the recipe asks for, of a run that continues after step `start`."""
     check_trackers(recipe.train.track)
     kinds = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
     return [kinds[name](recipe, run_dir, start) for name in dict.fromkeys(recipe.train.track)]
@@ -53,7 +52,7 @@ def open_trackers(recipe: Recipe, run_dir: Path, start: int) -> list[Tracker]:
 class TensorBoardTracker:
     """Event files in DIR/tensorboard, for `tensorboard --logdir DIR`.
 
-    Readers leave out what an earlier, killed process wrote past `start`.
+    Readers ignore what an earlier, killed process wrote past `start`.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start: int):
@@ -66,7 +65,7 @@ class TensorBoardTracker:
         self._writer.add_text("recipe", recipe.name, start)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes a scalar for each number."""
+        """Writes one scalar per value."""
         for name, value in record.items():
             if name != "step" and value is not None:
                 self._writer.add_scalar(name, value, record["step"])
@@ -78,10 +77,10 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """A run of Weights & Biases in DIR/wandb: offline unless somebody is logged in there.
+    """A run of Weights & Biases in DIR/wandb, offline unless the machine is logged in.
 
-    `WANDB_MODE` decides where it is set. A run that is resumed keeps its id, so that
-    `wandb sync DIR/wandb/offline-run-*` makes one run of all its parts.
+    `WANDB_MODE`, if set, takes precedence. A resumed run keeps its id, so that `wandb sync
+    DIR/wandb/offline-run-*` joins all its parts into one run.
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start: int):
@@ -105,21 +104,21 @@ class WandbTracker:
             )
         except package.errors.Error as error:
             why = " ".join(str(error).split())
-            hint = "set WANDB_MODE=offline to go on without their server"
+            hint = "set WANDB_MODE=offline to continue without the W&B server"
             raise ValueError(f"train.track=wandb: {why}; {hint}") from None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Logs the numbers at their step."""
+        """Logs the values at their step."""
         values = {k: v for k, v in record.items() if k != "step" and v is not None}
         self._run.log(values, step=record["step"])
 
     def close(self) -> None:
-        """Waits until everything is written, and sent where that was asked for."""
+        """Waits until everything is written and, when online, uploaded."""
         self._run.finish()
 
 
 def _run_id(run_dir: Path, start: int) -> str:
-    """The id of this run folder; a run that begins gets a new one."""
+    """The id of this run folder; a new run gets a new one."""
     path = run_dir / "wandb" / "id"
     if not (start and path.is_file()):
         path.parent.mkdir(exist_ok=True)

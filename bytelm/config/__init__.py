@@ -1,4 +1,4 @@
-"""Every configuration: frozen, keyword-only, JSON both ways.
+"""Every configuration: frozen, keyword-only, convertible to JSON and back.
 
 Defaults live here and nowhere else. A value that cannot work raises `ValueError` with one line that
 names the field, the value and what to do.

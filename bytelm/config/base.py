@@ -1,4 +1,4 @@
-"""What every configuration is built from: checks of fields, and the vocabulary."""
+"""What every configuration is built from: field checks and the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_finite(config: Any) -> None:
-    """Raises `ValueError` for the first real field that is not a finite number of float32."""
+    """Raises `ValueError` for the first float field that is not a finite float32 value."""
     for field in fields(config):
         value = getattr(config, field.name)
         require(
             not isinstance(value, float) or abs(value) <= LARGEST_FLOAT,
-            f"{field.name}={value}: must be a finite number, at most {LARGEST_FLOAT:.7g}",
+            f"{field.name}={value}: must be a finite value, at most {LARGEST_FLOAT:.7g}",
         )
 
 
@@ -70,47 +70,47 @@ class ByteVocab:
 
 
 Config = TypeVar("Config")
-"""The class of a configuration, where a method gives another of the same; beartype refuses Self."""
+"""The class of a configuration, for methods that return their own class."""
 
 
 class ArchitectureConfig:
-    """What is asked of every architecture, with the answers that most of them give.
+    """The questions that every architecture answers, with the most common answers.
 
-    Configurations of models derive from it; nobody asks which architecture one is.
+    Model configurations derive from it, so that no caller has to ask which architecture one is.
     """
 
     architecture: ClassVar[str]
     """The tag in `config.json`."""
     frozen_prefixes: ClassVar[tuple[str, ...]] = ()
-    """What the names of parameters that training leaves alone begin with."""
+    """Name prefixes of the parameters that training does not change."""
     has_patching_contract: ClassVar[bool] = False
-    """Whether a run records how long its patches are on the data that it was trained on."""
+    """Whether a run records the patch lengths of the data it was trained on."""
     vocab: ByteVocab
 
     @property
     def causal(self) -> bool:
-        """Whether the logits of a byte see the bytes before it alone, so that it can generate."""
+        """Whether logits depend on earlier bytes alone, so that the model can generate."""
         return True
 
     @property
     def longest_input(self) -> int | None:
-        """The most bytes in one row; None, there is no bound."""
+        """The longest row in bytes; None if there is no limit."""
         return None
 
     @property
     def logit_width(self) -> int:
-        """Ids for which the model computes logits."""
+        """Number of ids for which the model computes logits."""
         return self.vocab.size
 
     @property
     def parity_length(self) -> int:
-        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        """Bytes per row when the twins are compared: an odd number, just over four patches."""
         return 35
 
     def frozen_flops_per_byte(self, length: int) -> float:
-        """Those of the forward operations a byte that no backward pass follows."""
+        """Forward operations per byte that no backward pass follows."""
         return 0.0
 
     def with_resets(self: Config, reset_on: str) -> Config:
-        """This configuration with texts that start where `reset_on` says."""
+        """This configuration with segments that start as `reset_on` says."""
         return replace(self, reset_on=reset_on)  # pyright: ignore[reportArgumentType]

@@ -35,7 +35,8 @@ SPLINE_BASES = 11
 """Cubic B-splines over a uniform grid of 8 intervals, its knots extended by 3 on either side."""
 
 HISTOGRAM_LIMIT = 255.0
-"""The largest threshold of the patcher `histogram` in bits: two such sums fit 32-bit integers."""
+"""The largest threshold of the `histogram` patcher in bits: two such sums fit in a 32-bit integer.
+"""
 
 
 def _blt_vocab() -> ByteVocab:
@@ -47,8 +48,8 @@ def _blt_vocab() -> ByteVocab:
 class EntropyConfig(ArchitectureConfig):
     """A plain causal byte transformer; in BLT its entropies set the patch boundaries.
 
-    `kv_heads=0` means as many as `heads`; a byte attends to itself and the `window - 1` before it,
-    to everything before it with `window=0`. `reset_on` as in `BLTConfig`.
+    `kv_heads=0` means as many as `heads`. A byte attends to itself and the `window - 1` bytes
+    before it, or to everything before it with `window=0`. `reset_on` as in `BLTConfig`.
     """
 
     architecture: ClassVar[str] = "entropy"
@@ -77,7 +78,7 @@ class EntropyConfig(ArchitectureConfig):
         return self.layers * layer + 2 * self.vocab.size * self.dim + self.dim
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations a byte at `length` bytes; causal attention half."""
+        """Forward floating-point operations per byte at `length` bytes; causal attention half."""
         layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
         keys = _mean_keys(length, self.window)
         return 2 * (self.layers * (layer + 2 * self.dim * keys) + self.dim * self.vocab.size)
@@ -85,28 +86,28 @@ class EntropyConfig(ArchitectureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class BLTConfig(ArchitectureConfig):
-    """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults of its 1B model.
+    """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults are its 1B model.
 
-    - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is unsure by more
-      than `threshold` nats, `histogram` where the entropies of the last bytes' histograms, summed
-      since the patch began, pass `threshold` bits, `space` after separators, `fixed` every
-      `patch_size` bytes, `byte` before every byte. `whole_characters` forbids boundaries inside a
-      UTF-8 character (`byte` excepted); the public weights were trained without that rule.
-    - Shapes are static: the global transformer has room for `patch_budget` patches a byte of input;
-      patches past it merge into the last one. 1 never overflows; 0 stands for 1.5 divided by
-      `bytes_per_patch`, the mean patch length that is expected, and where newlines reset for two
-      patches more in every 16 bytes: a line's BOS is a patch, and so is what its end cuts off.
+    - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is uncertain by
+      more than `threshold` nats; `histogram` where the entropies of the histograms of recent bytes,
+      summed since the patch began, exceed `threshold` bits; `space` after separators; `fixed` every
+      `patch_size` bytes; `byte` before every byte. `whole_characters` forbids boundaries inside a
+      UTF-8 character (except for `byte`); the public weights were trained without that rule.
+    - Shapes are static: the global transformer has capacity for `patch_budget` patches per byte of
+      input, and patches beyond that merge into the last one. 1 never overflows. 0 stands for 1.5
+      divided by `bytes_per_patch`, the expected mean patch length, plus two patches per 16 bytes if
+      newlines reset, because a line's BOS is a patch and the end of a line cuts one short.
     - n-gram embeddings: one table of `ngram_rows` rows for each of `ngram_functions` hash functions
       and each size in `ngram_sizes`, in that order. `ngram_combine="mean"` divides the sum of byte
       and n-gram embeddings by their number.
     - `patch_queries` is the number k of vectors by which a patch is pooled and read back.
-    - `feedforward="spline"` puts a learned spline a channel in the place of the gated layer;
+    - `feedforward="spline"` replaces the gated layer by one learned spline per channel;
       `entropy_attention` lets the global attention see how varied the bytes of each patch are;
-      `positions="sinusoidal"` adds positions to the byte embeddings in the place of rotation.
+      `positions="sinusoidal"` adds positions to the byte embeddings instead of rotating.
     - `*_kv_heads=0` means as many as heads; `local_window=0` lets bytes attend without a window.
-    - `reset_on` makes a text of its own of each line ("newline") or document (`vocab.eos_id`):
+    - `reset_on` makes each line ("newline") or document (`vocab.eos_id`) a segment of its own:
       attention, positions, n-grams and patches see nothing before it, and it begins with BOS and a
-      patch. The entropy model resets likewise.
+      new patch. The entropy model resets likewise.
     """
 
     architecture: ClassVar[str] = "blt"
@@ -162,7 +163,7 @@ class BLTConfig(ArchitectureConfig):
         require_fraction(self, "dropout")
         require(
             self.patcher != "histogram" or 0 <= self.threshold <= HISTOGRAM_LIMIT,
-            f"threshold={self.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits a patch",
+            f"threshold={self.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits per patch",
         )
         rate = self.bytes_per_patch
         require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
@@ -195,12 +196,12 @@ class BLTConfig(ArchitectureConfig):
 
     @property
     def parity_length(self) -> int:
-        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        """Bytes per row when the twins are compared: an odd number, just over four patches."""
         varies = self.patcher in ("entropy", "space", "histogram")
         return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
 
     def with_resets(self, reset_on: Any) -> BLTConfig:
-        """This configuration, its entropy model included, with texts that start as asked."""
+        """This configuration and its entropy model with segments that start as `reset_on` says."""
         entropy = replace(self.entropy, reset_on=reset_on)
         return replace(self, reset_on=reset_on, entropy=entropy)
 
@@ -211,19 +212,20 @@ class BLTConfig(ArchitectureConfig):
 
     @property
     def reads_histograms(self) -> bool:
-        """Whether the model needs the entropies of the bytes' histograms."""
+        """Whether the model needs the entropies of byte histograms."""
         return self.patcher == "histogram" or self.entropy_attention
 
     @property
     def rotation_base(self) -> float:
-        """The base of the rotary frequencies; 0 where positions are not rotated."""
+        """The base of the rotary frequencies; 0 if positions are not rotated."""
         return self.rope_theta if self.positions == "rotary" else 0.0
 
     def budget(self, length: int) -> int:
-        """Patches for which the global transformer has room at `length` bytes.
+        """Patches that the global transformer has capacity for at `length` bytes.
 
-        It counts the patches that end before the byte to be predicted; the open one is not run.
-        Never more than one a byte, and exact for the patchers that count bytes, resets aside.
+        Counts the patches that end before the byte to be predicted; the open patch is not run.
+        Never more than one per byte, and exact for the patchers that count bytes, apart from
+        resets.
         """
         if self.patcher == "byte":
             return length
@@ -233,11 +235,11 @@ class BLTConfig(ArchitectureConfig):
         often = 1 / self.patch_size if fixed else 1.5 / self.bytes_per_patch
         lines = 2 / 16 if self.reset_on == "newline" else 0.0
         rate = self.patch_budget or min(1.0, often + lines)
-        # Eight more, because short texts stray further from the mean than long ones.
+        # Eight more, because short texts deviate further from the mean than long ones.
         return min(length, math.ceil(length * rate) + 8)
 
     def parameter_count(self) -> int:
-        """Number of parameters, the frozen entropy model included, in closed form."""
+        """Number of parameters, including the frozen entropy model, in closed form."""
         local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
         count = self.entropy.parameter_count() if self.patcher == "entropy" else 0
         count += (self.vocab.size + self.ngram_tables * self.ngram_rows) * local
@@ -250,7 +252,7 @@ class BLTConfig(ArchitectureConfig):
         return count + local + local * self.vocab.size
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations a byte at `length` bytes, `bytes_per_patch` a patch.
+        """Forward floating-point operations per byte at `length` bytes and this mean patch length.
 
         Causal attention counts half.
         """
@@ -270,7 +272,7 @@ class BLTConfig(ArchitectureConfig):
         return work + self.frozen_flops_per_byte(length)
 
     def frozen_flops_per_byte(self, length: int) -> float:
-        """The part of `flops_per_byte` that training runs forward alone: the entropy model."""
+        """The part of `flops_per_byte` that training only runs forward: the entropy model."""
         return self.entropy.flops_per_byte(length) if self.patcher == "entropy" else 0.0
 
     def _encoder_layer(self) -> int:
@@ -301,11 +303,11 @@ class BLTConfig(ArchitectureConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PatchingContract:
-    """How a run's text was cut into patches: data that is cut otherwise is not what it knows.
+    """How the text of a run was divided into patches, to detect data that is divided otherwise.
 
-    `entropy_model` is the SHA-256 of the entropy model's parameters, empty under other patchers.
+    `entropy_model` is the SHA-256 of the entropy model's parameters, empty for other patchers.
     `histogram` counts the patches of 1, 2, … bytes, the last entry those of that length or longer,
-    on a sample of `sampled_bytes` bytes.
+    in a sample of `sampled_bytes` bytes.
     """
 
     patcher: Literal["entropy", "histogram", "space", "fixed", "byte"]
@@ -327,7 +329,7 @@ class PatchingContract:
 
 
 def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
-    """Raises `ValueError` unless the heads are equal parts of even width and the groups whole."""
+    """Raises `ValueError` unless heads divide the width evenly, have even width and form groups."""
     require(
         width % heads == 0 and width // heads % 2 == 0,
         f"{name}={heads}: must divide the width {width} into heads of even width",
@@ -351,6 +353,7 @@ def _layer_parameters(width: int, heads: int, kv_heads: int, hidden: int) -> int
 
 
 def _mean_keys(length: int, window: int) -> float:
-    """Keys that the mean byte of a text of `length` bytes attends to; the causal half as T / 2."""
+    """Mean number of keys that a byte attends to in `length` bytes; the causal half counts T /
+    2."""
     window = min(window or length, length)
     return window - window * window / (2 * length) if length else 0.0

@@ -1,7 +1,4 @@
-"""The configuration of the LFByteTransformer.
-
-`bytelm/config/lfbyte.py` is the same text but for this docstring; a test holds that.
-"""
+"""The configuration of the LFByteTransformer."""
 
 from __future__ import annotations
 
@@ -19,28 +16,29 @@ from bytelm.config.base import (
 
 
 def _lfbyte_vocab() -> ByteVocab:
-    """256 bytes and three specials, without unused ids."""
+    """256 bytes and three special ids, no unused ids."""
     return ByteVocab(size=259)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LFByteConfig(ArchitectureConfig):
-    """LFByteTransformer: token mixing, channel mixing and experts out of input-adaptive linears.
+    """LFByteTransformer: token mixing, channel mixing and experts of input-adaptive linear layers.
 
     - `adaptation`: `low_rank` adds U diag(S a + s) V, of rank `rank`, to each weight matrix; `full`
       adds a whole matrix, linear in the adaptation vector a of width `adapt_dim`.
-    - `context`: a is made of the mean of a layer's inputs up to each position (`causal`), or over
-      the `sequence`, which needs `causal=False`.
-    - `causal=False` feeds the ids unshifted: an encoder, whose output at a position sees that
-      position's own byte. It cannot be trained on the next byte, nor generate.
-    - `token_mixing`: a causal convolution with `kernel_length` taps a channel, or `none`.
+    - `context`: a is computed from the mean of a layer's inputs up to each position (`causal`), or
+      over the whole `sequence`, which needs `causal=False`.
+    - `causal=False` feeds the ids unshifted: an encoder, whose output at a position depends on that
+      position's own byte. It can neither be trained on the next byte nor generate.
+    - `token_mixing`: a causal convolution with `kernel_length` taps per channel, or `none`.
     - `hidden_mult` sets the hidden width of channel mixing in units of `embed_dim`; 0 leaves one
-      adaptive linear without nonlinearity.
-    - `top_k` of `num_experts` serve a position; 0, or as many as there are, means all, weighted.
-      `balance_coefficient` weighs the loss that spreads a row's positions over the experts.
-    - `block`: `residual` with a norm before and dropout after each branch, or `plain`, the bare
-      composition, closed by a linear.
-    - `reset_on`: the text starts over behind each newline, or behind each document; needs
+      adaptive linear layer without a nonlinearity.
+    - `top_k` of `num_experts` serve a position; 0, or the number of experts, means all of them,
+      weighted. `balance_coefficient` weighs the loss that spreads a row's positions over the
+      experts.
+    - `block`: `residual` has a norm before and dropout after each branch; `plain` is the bare
+      composition followed by a linear layer.
+    - `reset_on`: a new segment starts after each newline, or after each document; needs
       `causal=True`. The convolution is then the plain sum over `kernel_length` taps.
     """
 
@@ -81,8 +79,8 @@ class LFByteConfig(ArchitectureConfig):
         )
         require(
             self.causal or self.reset_on == "none",
-            f"reset_on={self.reset_on}: an encoder reads its text whole; leave it at none or "
-            "choose causal=True",
+            f"reset_on={self.reset_on}: an encoder reads the whole text at once; use "
+            "reset_on=none or causal=True",
         )
 
     @classmethod
@@ -94,7 +92,7 @@ class LFByteConfig(ArchitectureConfig):
         adapt_dim: int = 256,
         num_experts: int = 4,
     ) -> LFByteConfig:
-        """The layers of the family that the model builds on (lfm-torch 0.0.2), for comparison."""
+        """The number of layers in the family it builds on (lfm-torch 0.0.2), for comparison."""
         return cls(
             embed_dim=embed_dim,
             num_layers=num_layers,
@@ -112,17 +110,17 @@ class LFByteConfig(ArchitectureConfig):
 
     @property
     def sparse(self) -> bool:
-        """Whether each position is served by fewer experts than there are."""
+        """Whether fewer experts serve each position than there are."""
         return 0 < self.top_k < self.num_experts
 
     @property
     def hidden_dim(self) -> int:
-        """Hidden width of channel mixing, 0 for none."""
+        """Hidden width of channel mixing; 0 if there is none."""
         return self.hidden_mult * self.embed_dim
 
     @property
     def logit_width(self) -> int:
-        """Columns of the last product: the vocabulary rounded up to a multiple of 8."""
+        """Columns of the output projection: the vocabulary size rounded up to a multiple of 8."""
         return -(-self.vocab.size // 8) * 8
 
     def parameter_count(self) -> int:
@@ -147,14 +145,14 @@ class LFByteConfig(ArchitectureConfig):
         return count + (6 * dim if self.block == "residual" else dim * dim + dim)
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations a byte at `length` bytes.
+        """Forward floating-point operations per byte at `length` bytes.
 
-        Products of matrices alone; the convolution's within chunks is counted half, being
-        triangular, and its Fourier transforms, the products that stand for them on accelerators,
-        and the plain sum that resets need, not at all.
+        Counts matrix products only. The convolution within chunks is triangular and counts half;
+        its Fourier transforms, the products that replace them on accelerators, and the plain sum
+        that resets need are not counted.
         """
         dim, experts = self.embed_dim, self.num_experts
-        once = 1 / length if self.context == "sequence" else 1.0  # products of a alone
+        once = 1 / length if self.context == "sequence" else 1.0  # products that involve a alone
         work = once * self.adapt_dim * (dim + experts)
         used = self.top_k if self.sparse else experts
         work += used * self._linear_products(dim, dim, 1.0 if self.sparse else once)
@@ -173,7 +171,7 @@ class LFByteConfig(ArchitectureConfig):
         return 2 * (self.num_layers * work + dim * self.logit_width)
 
     def cache_bytes(self, length: int, itemsize: int) -> int:
-        """Bytes a row of a decoding cache for `length` positions, `itemsize` a parameter."""
+        """Bytes per row of a cache for `length` positions, with `itemsize` bytes per value."""
         sums = (length + 1) * max(itemsize, 4)
         past = (length + min(length, self.kernel_length) - 1) * itemsize
         past = past if self.token_mixing == "long_conv" else 0
@@ -198,7 +196,7 @@ class LFByteConfig(ArchitectureConfig):
 
 
 def require_prediction(config: ArchitectureConfig) -> None:
-    """Raises `ValueError` for a model that sees the bytes that it would be asked for."""
+    """Raises `ValueError` for a model whose logits depend on the very bytes they should predict."""
     require(
         config.causal,
         "model.causal=False: this model sees the bytes that it would predict; "

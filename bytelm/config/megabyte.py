@@ -20,14 +20,14 @@ from bytelm.config.base import (
 class MegabyteConfig(ArchitectureConfig):
     """MEGABYTE (Yu et al. 2023, arXiv 2305.07185). The global width is patch_size * global_dim.
 
-    `patch_size=1, local_layers=0` makes it a plain byte transformer, the yardstick of comparisons.
+    `patch_size=1, local_layers=0` makes it a plain byte transformer, the baseline of comparisons.
     `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
     ignores it.
 
-    `reset_on`: the text starts over behind each newline, or behind each document. What lies between
-    is a text of its own, with its own patches, the last one filled up with pads. In training these
-    find room for `reset_room` times the patches of an undivided row: a reset that finds none left
-    is not made, so that the rest of that row is one text. Evaluation and generation make them all.
+    `reset_on`: a new segment starts after each newline, or after each document. A segment has its
+    own patches, the last one padded. In training a row has capacity for `reset_room` times the
+    patches of a row without resets; a reset that would exceed it is skipped, so that the rest of
+    the row is one segment. Evaluation and generation apply every reset.
     """
 
     architecture: ClassVar[str] = "megabyte"
@@ -67,22 +67,22 @@ class MegabyteConfig(ArchitectureConfig):
         return max(1, -(-length // self.patch_size))
 
     def reset_patches(self, length: int) -> int:
-        """Patches that training has room for in a row of `length` bytes with resets."""
+        """Patches that training has capacity for in a row of `length` bytes with resets."""
         return math.ceil(self.reset_room * self.patches(length))
 
     @property
     def global_width(self) -> int:
-        """Width of the global transformer: one patch of concatenated byte embeddings."""
+        """Width of the global transformer: the concatenated byte embeddings of one patch."""
         return self.patch_size * self.global_dim
 
     @property
     def longest_input(self) -> int | None:
-        """The most bytes in one row, None where there is no bound."""
+        """The longest row in bytes; None if there is no limit."""
         return self.max_length if self.variant == "paper" else None
 
     @property
     def parity_length(self) -> int:
-        """Bytes of a row on which the twins are compared: a little more than four patches, odd."""
+        """Bytes per row when the twins are compared: an odd number, just over four patches."""
         return 4 * self.patch_size + 3
 
     def parameter_count(self) -> int:
@@ -96,9 +96,9 @@ class MegabyteConfig(ArchitectureConfig):
         return count + narrow * local + local
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations a byte at `length` bytes; causal attention half.
+        """Forward floating-point operations per byte at `length` bytes; causal attention is halved.
 
-        Of one text: the room that resets need is not counted.
+        For an undivided text: the extra capacity for resets is not counted.
         """
         patches = -(-length // self.patch_size)
         wide, heads = self.global_width, self.global_heads
@@ -109,14 +109,15 @@ class MegabyteConfig(ArchitectureConfig):
 
 
 def _block_parameters(width: int, heads: int) -> int:
-    """Parameters of one multi-query attention block and its feed-forward of four widths."""
+    """Parameters of one multi-query attention block and its feed-forward layer of fourfold
+    width."""
     head = width // heads
     attention = 2 * width + width * heads * head + width * 2 * head + heads * head * width
     return attention + 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)
 
 
 def _block_flops(width: int, heads: int, keys: int) -> int:
-    """Forward floating-point operations of that block for one position out of `keys`."""
+    """Forward floating-point operations of that block per position with `keys` keys."""
     head = width // heads
     products = 2 * width * heads * head + width * 2 * head + 8 * width * width
     return 2 * products + 2 * heads * head * keys  # scores and values, each half of 2 * keys

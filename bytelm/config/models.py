@@ -1,4 +1,4 @@
-"""The registry of model configurations, and what is asked of any of them."""
+"""The registry of model configurations, and functions that apply to all of them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (
 
 
 def training_flops_per_byte(config: ModelConfig, length: int) -> float:
-    """Operations a byte of a training step: the backward pass costs twice the forward one.
+    """Operations per byte of a training step: the backward pass costs twice the forward pass.
 
-    A frozen entropy model runs forward alone.
+    A frozen entropy model only runs forward.
     """
     return 3 * config.flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)

@@ -1,4 +1,4 @@
-"""The configurations of the optimizers: one class each, which `name` tells apart.
+"""The configurations of the optimizers: one class per optimizer, selected by `name`.
 
 A new optimizer is a class here with a line in `OPTIMIZER_CONFIGS`, and a builder in
 `optimizers/build.py` of each framework.
@@ -22,20 +22,20 @@ from bytelm.config.q_learning import QLearningConfig
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The fields that every optimizer has; its own ones stand in its class.
+    """The fields that all optimizers share; each class adds its own.
 
     The schedule is linear warm-up, then cosine decay. Weight decay is decoupled, unless the class
-    says otherwise, and leaves norms and biases alone.
+    says otherwise, and does not apply to norms and biases.
     """
 
     name: ClassVar[str]
-    """Chooses the class in `config.json` and on the command line."""
+    """Selects the class in `config.json` and on the command line."""
     has_agent: ClassVar[bool] = False
-    """Whether a Q-learning agent steers it, which reports what it does at each step."""
+    """Whether a Q-learning agent steers this optimizer and reports its actions at each step."""
     adamw_rate: ClassVar[float] = 1.0
-    """AdamW's learning rate over its own on the same model, and its own weight decay over AdamW's.
+    """AdamW's learning rate divided by this optimizer's; the weight decay scales inversely.
 
-    A recipe made for one optimizer takes these factors to another, where nothing was measured.
+    Used to convert a recipe tuned for one optimizer to another one that has not been tuned.
     """
 
     learning_rate: float = 1e-3
@@ -43,15 +43,15 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     final_fraction: float = 0.1
-    """Learning rate at the end of the run, as a share of `learning_rate`."""
+    """Learning rate at the end of the run, as a fraction of `learning_rate`."""
     weight_decay: float = 0.1
-    """Share of a weight that a step takes off it, before the learning rate multiplies it."""
+    """Fraction of a weight that a step removes, before multiplication by the learning rate."""
     max_grad_norm: float = 1.0
     """Global norm to which the gradient is clipped; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
         if type(self) is OptimizerConfig:
-            raise TypeError("OptimizerConfig: make one of its classes, such as AdamWConfig")
+            raise TypeError("OptimizerConfig: use one of its subclasses, such as AdamWConfig")
         require_finite(self)
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
@@ -62,7 +62,7 @@ class OptimizerConfig:
         require_non_negative(self, "weight_decay", "max_grad_norm")
 
     def _require_shrinking(self, most: float = 2.0) -> None:
-        """Raises `ValueError` where a weight that nothing else moves would grow at each step."""
+        """Raises `ValueError` if weight decay alone would make a weight grow at each step."""
         rate, decay = self.learning_rate, self.weight_decay
         require(
             rate * decay <= most,
@@ -98,7 +98,7 @@ class SGDConfig(OptimizerConfig):
     name: ClassVar[str] = "sgd"
 
     momentum: float = 0.9
-    """Share of the last step's velocity that is kept."""
+    """Fraction of the previous velocity that is kept."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,15 +114,15 @@ class QLearningSGDConfig(OptimizerConfig):
     has_agent: ClassVar[bool] = True
 
     momentum: float = 0.9
-    """Decay of the average of gradients, before the agent changes it."""
+    """Decay of the average of gradients, before the agent adjusts it."""
     entropy_threshold: float = 0.0
-    """Entropy of the gradient over the leaves below which steps shrink, in [0, 1]; 0: never."""
+    """Steps shrink when the gradient's entropy over the leaves is lower, in [0, 1]; 0: never."""
     noise_scale: float = 0.0
-    """Deviation of the gradient noise over the gradient's root mean square; 0: no noise."""
+    """Deviation of the gradient noise relative to the gradient's root mean square; 0: no noise."""
     centralize: bool = True
-    """Whether the mean over its inputs is taken off the gradient of each kernel."""
+    """Whether the mean over its inputs is subtracted from the gradient of each kernel."""
     controller: QLearningConfig = field(default_factory=QLearningConfig)
-    """The agent."""
+    """Configuration of the Q-learning agent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,13 +140,13 @@ class QLearningAdamWConfig(OptimizerConfig):
     has_agent: ClassVar[bool] = True
 
     beta1: float = 0.9
-    """Decay of the average of gradients, before the agent changes it."""
+    """Decay of the average of gradients, before the agent adjusts it."""
     beta2: float = 0.95
     """Decay of the average of squared gradients."""
     epsilon: float = 1e-8
     """Added to the root of the average of squared gradients."""
     controller: QLearningConfig = field(default_factory=QLearningConfig)
-    """The agent."""
+    """Configuration of the Q-learning agent."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,19 +160,19 @@ class QLearningAdamWConfig(OptimizerConfig):
 class LionConfig(OptimizerConfig):
     """Lion, the sign of an average of gradients (Chen et al. 2023).
 
-    Learning rate and weight decay are AdamW's divided and multiplied by 10, the far end of the
-    paper's 3 to 10.
+    Learning rate and weight decay are AdamW's divided and multiplied by 10, the upper end of the
+    paper's range of 3 to 10.
     """
 
     name: ClassVar[str] = "lion"
     adamw_rate: ClassVar[float] = 10.0
 
     learning_rate: float = 1e-4
-    """Learning rate at the end of the warm-up, by which every weight moves at each step."""
+    """Learning rate at the end of the warm-up; every weight moves by this much at each step."""
     weight_decay: float = 1.0
-    """Share of a weight that a step takes off it, before the learning rate multiplies it."""
+    """Fraction of a weight that a step removes, before multiplication by the learning rate."""
     beta1: float = 0.9
-    """Share of the average in what the sign is taken of; the rest is the step's gradient."""
+    """Weight of the average in the sum whose sign is taken; the current gradient has the rest."""
     beta2: float = 0.99
     """Decay of the average of gradients."""
 
@@ -184,11 +184,11 @@ class LionConfig(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig(OptimizerConfig):
-    """Muon (Jordan et al. 2024) for kernels, those of experts each by itself; AdamW for the rest.
+    """Muon (Jordan et al. 2024) for kernels, each expert's separately; AdamW for everything else.
 
-    The rest are embeddings, n-gram tables, the output head, norms and biases. An update of Muon is
-    scaled to the root mean square of AdamW's (Liu et al. 2025), so AdamW's learning rate and weight
-    decay fit.
+    Everything else is embeddings, n-gram tables, the output head, norms and biases. Muon's updates
+    are scaled to the root mean square of AdamW's (Liu et al. 2025), so that AdamW's learning rate
+    and weight decay fit.
     """
 
     name: ClassVar[str] = "muon"
@@ -198,7 +198,7 @@ class MuonConfig(OptimizerConfig):
     ns_steps: int = 5
     """Iterations of Newton-Schulz that orthogonalise that average."""
     consistent_rms: float = 0.2
-    """Root mean square of an update of Muon, before the learning rate multiplies it."""
+    """Root mean square of a Muon update, before multiplication by the learning rate."""
     adam_learning_rate: float | None = None
     """Learning rate of AdamW, under the same schedule; None: `learning_rate`."""
     adam_beta1: float = 0.9
@@ -241,7 +241,7 @@ OPTIMIZER_CONFIGS: dict[str, type[OptimizerConfig]] = {
 """Name → class of every optimizer."""
 
 DEFAULT_OPTIMIZER = AdamWConfig.name
-"""The optimizer of a configuration that names none."""
+"""The optimizer of a configuration file that names none."""
 
 _FLAT_FORM: dict[str, Any] = {
     "beta1": 0.9,
@@ -253,11 +253,11 @@ _FLAT_FORM: dict[str, Any] = {
     "centralize": True,
     "controller": {f.name: f.default for f in fields(QLearningConfig)},
 }
-"""Older files hold these fields for every optimizer, at these values where they have no effect."""
+"""Older files hold these fields for every optimizer; at these values they have no effect."""
 
 
 def optimizer_class(name: Any, where: str = "optimizer") -> type[OptimizerConfig]:
-    """The configuration class of the optimizer called `name`; an unknown one raises `ValueError`.
+    """The configuration class of the optimizer called `name`; raises `ValueError` if it is unknown.
 
     `where` is the configuration that names it, for the message.
     """
@@ -269,7 +269,7 @@ def optimizer_class(name: Any, where: str = "optimizer") -> type[OptimizerConfig
 
 
 def optimizers_with(field_name: str) -> list[str]:
-    """The names of the optimizers that have the field; `controller.interval` goes by `interval`."""
+    """Names of the optimizers that have the field; `interval` also finds `controller.interval`."""
 
     def has(kind: type[OptimizerConfig]) -> bool:
         values = {f.name: getattr(kind(), f.name) for f in fields(kind)}
@@ -280,11 +280,11 @@ def optimizers_with(field_name: str) -> list[str]:
 
 
 def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
-    """What a recipe with `config` has under the optimizer called `name`.
+    """Converts `config` to the optimizer called `name`.
 
-    The shared fields stay, learning rate and weight decay in proportion to `adamw_rate`, and so
-    does each other field that was changed. Raises `ValueError` for an unknown name, and for a
-    changed field that this optimizer does not have.
+    Shared fields stay, except that learning rate and weight decay are scaled by `adamw_rate`; other
+    fields that were changed from their defaults stay too. Raises `ValueError` for an unknown name,
+    and for a changed field that the new optimizer does not have.
     """
     kind = optimizer_class(name)
     if kind is type(config):
@@ -296,7 +296,7 @@ def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
     for field_name, value in changed.items():
         _require_effect(kind, field_name, value, "optimizer")
     ratio = kind.adamw_rate / type(config).adamw_rate
-    if ratio != 1:  # in decimals, so that a file shows 0.003 / 10 as 0.0003
+    if ratio != 1:  # rounded in decimal, so that a file shows 0.003 / 10 as 0.0003
         changed["learning_rate"] = float(f"{changed['learning_rate'] / ratio:.12g}")
         changed["weight_decay"] = float(f"{changed['weight_decay'] * ratio:.12g}")
     return kind(**changed)
@@ -305,9 +305,9 @@ def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
 def without_foreign_fields(
     kind: type[OptimizerConfig], values: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    """JSON fields without those of other optimizers that older files hold for every optimizer.
+    """Drops the fields of other optimizers, which older files hold for every optimizer.
 
-    One that is not at its old default raises `ValueError`.
+    A dropped field that differs from its old default raises `ValueError`.
     """
     names, accepted = {f.name for f in fields(kind)}, dict[str, Any]()
     for name, value in values.items():
@@ -326,7 +326,7 @@ def without_foreign_fields(
 
 
 def _require_effect(kind: type[OptimizerConfig], name: str, value: Any, where: str) -> None:
-    """Raises `ValueError` where other optimizers have the field and `kind` does not."""
+    """Raises `ValueError` if other optimizers have the field and `kind` does not."""
     takers = optimizers_with(name)
     require(
         not takers or kind.name in takers,
@@ -336,7 +336,7 @@ def _require_effect(kind: type[OptimizerConfig], name: str, value: Any, where: s
 
 
 def _require_reach(controller: QLearningConfig, name: str, value: float) -> None:
-    """Raises `ValueError` unless the agent can hold the momentum that it starts from."""
+    """Raises `ValueError` unless the initial momentum lies within the agent's limits."""
     low, high = controller.min_momentum, controller.max_momentum
     require(
         low <= value <= high,

@@ -18,15 +18,15 @@ class QLearningConfig:
     """The agent that steers learning rate and momentum.
 
     It decides every `interval` steps; loss and gradient norm are smoothed over `window` steps.
-    `alpha` is the least step size of the table, `gamma` the discount. Each decision explores with
-    probability `epsilon`, which is multiplied by `epsilon_decay` down to `epsilon_floor`. Greedy
-    choices whose values lie within `indifference` of the best count as equal, and the one nearest
-    to no change wins; an explored change whose reward does not exceed `undo_margin` is taken back.
-    Smaller values of these two let noise move the learning rate. Running means and deviations
-    reach back over about `memory` decisions. When the loss, and the smoothed loss, stand above
-    `surge` times the first one, that is a failure: the last decision earns −1 and the learning rate
-    is halved, at most once in `window` steps (0: never). The learning rate stays within its base
-    times [`min_scale`, `max_scale`].
+    `alpha` is the smallest step size of the table, `gamma` the discount. Each decision explores
+    with probability `epsilon`, which is multiplied by `epsilon_decay` down to `epsilon_floor`.
+    Greedy choices whose values lie within `indifference` of the best count as equal, and the one
+    closest to no change wins; an exploratory change whose reward does not exceed `undo_margin` is
+    undone. Smaller values of these two let noise move the learning rate. Running means and
+    deviations cover about the last `memory` decisions. It is a failure when both the loss and the
+    smoothed loss exceed `surge` times the first loss: the last decision then earns −1 and the
+    learning rate is halved, at most once in `window` steps (`surge=0`: never). The learning rate
+    stays within its base times [`min_scale`, `max_scale`].
     """
 
     interval: int = 10
@@ -68,5 +68,5 @@ class QLearningConfig:
 
     @property
     def window(self) -> int:
-        """Half-life of the smoothed loss and reach of the gradient norms, in steps."""
+        """Half-life of the smoothed loss and length of the gradient-norm window, in steps."""
         return max(8, self.interval)

@@ -21,13 +21,14 @@ from bytelm.config.optimizer import AdamWConfig, OptimizerConfig
 class DataConfig:
     """Where bytes come from and how they become windows of `sequence_length` ids.
 
-    `paths` empty means the source of the running interpreter's standard library. Documents are
-    split into training and validation by a hash of `split_seed` and the document's index, so that
-    about `validation_fraction` of them are held out; `append_eos` closes each document with the
+    Empty `paths` mean the source of the running interpreter's standard library. Documents are split
+    into training and validation by a hash of `split_seed` and the document's index, so that about
+    `validation_fraction` of them are held out. `append_eos` ends each document with the
     end-of-sequence id.
 
-    `warmup_lengths`: the first steps train on pieces of that many ids, into which the windows of a
-    batch are cut, `warmup_length_steps` steps on each length in turn; a step's bytes stay the same.
+    `warmup_lengths`: the first steps train on shorter pieces of these many ids, into which the
+    windows of a batch are cut, `warmup_length_steps` steps per length in this order. The number of
+    bytes per step stays the same.
     """
 
     paths: tuple[str, ...] = ()
@@ -51,26 +52,26 @@ class DataConfig:
             )
 
     def length_at(self, step: int) -> int:
-        """Ids in each row that the step numbered `step`, from 0, trains on."""
+        """Ids per row in the step with index `step`, counted from 0."""
         stage = step // self.warmup_length_steps
         return (*self.warmup_lengths, self.sequence_length)[min(stage, len(self.warmup_lengths))]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run. `batch_size` is global and counts windows; 0 for `devices` means all there are.
+    """The run. `batch_size` is global and counts windows; `devices=0` means all there are.
 
-    Each `fsdp` of the devices hold one copy of parameters and optimizer state together, cut in as
+    Every group of `fsdp` devices shares one copy of parameters and optimizer state, cut into that
     many parts; 1 means a whole copy on every device.
 
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
-    float32. `eval_every=0` and `checkpoint_every=0` leave only the last step's.
-    `eval_windows` bounds the validation windows of each evaluation during training.
-    A step whose loss or gradient is no number is skipped; `max_bad_steps` of them in a row end the
-    run. So does a process that shows no progress for `step_timeout` seconds (0: never).
-    `track` names what gets the metrics besides `metrics.jsonl`.
-    `entropy_from` names a calibrated run folder, from which BLT with patcher="entropy" takes its
-    entropy model: sizes, weights, threshold and mean patch length.
+    float32. `eval_every=0` and `checkpoint_every=0` evaluate and save at the last step only.
+    `eval_windows` limits the validation windows of each evaluation during training. A step with a
+    non-finite loss or gradient is skipped; `max_bad_steps` of them in a row end the run. So does a
+    process that makes no progress for `step_timeout` seconds (0: never). `track` names the services
+    that receive the metrics, besides `metrics.jsonl`. `entropy_from` names a calibrated run folder,
+    from which BLT with patcher="entropy" takes its entropy model: sizes, weights, threshold and
+    mean patch length.
     """
 
     steps: int = 1000
@@ -109,7 +110,8 @@ class TrainConfig:
 class Recipe:
     """A named run: everything that `bytelm train NAME` needs.
 
-    `patching`, which no recipe sets, is what `train` and `calibrate` found out about the patches.
+    `patching`, which recipes leave empty, is what `train` and `calibrate` measured about the
+    patches.
     """
 
     name: str
@@ -121,9 +123,9 @@ class Recipe:
 
 
 def require_document_ends(recipe: Recipe) -> None:
-    """Raises `ValueError` where a model resets behind documents whose ends the data do not tell."""
+    """Raises `ValueError` if a model resets after documents but the data do not mark their ends."""
     require(
         recipe.model.reset_on != "document" or recipe.data.append_eos,
-        "model.reset_on=document: needs data.append_eos=True, for it is the end-of-sequence id "
-        "behind each document that resets; or choose newline",
+        "model.reset_on=document: needs data.append_eos=True, because the end-of-sequence id "
+        "after each document is what resets; or choose newline",
     )

@@ -23,7 +23,7 @@ from bytelm.config.optimizer import (
 _TAGS: dict[type, str] = {kind: "architecture" for kind in MODEL_CONFIGS} | {
     kind: "name" for kind in OPTIMIZER_CONFIGS.values()
 }
-"""Class of a tagged union → the attribute by which a file names it."""
+"""Class of a tagged union → the attribute that holds its tag in a file."""
 
 
 def to_dict(config: Any) -> Any:
@@ -38,7 +38,7 @@ def to_dict(config: Any) -> Any:
 
 
 def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
-    """Builds `kind` from what `to_dict` gave. Unknown, missing or ill-typed fields raise."""
+    """Builds `kind` from what `to_dict` gave; unknown, missing or ill-typed fields raise."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if type(None) in arguments:
         return None if value is None else from_dict(arguments[0], value, where)
@@ -56,14 +56,14 @@ def from_dict(kind: Any, value: Any, where: str = "config") -> Any:
         return tuple(from_dict(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         fits = abs(value) <= LARGEST_FLOAT
-        require(fits, f"{where}: must be a finite number, at most {LARGEST_FLOAT:.7g}")
+        require(fits, f"{where}: must be a finite value, at most {LARGEST_FLOAT:.7g}")
         return float(value)
     require(type(value) is kind, f"{where}={value!r}: must be of type {kind.__name__}")
     return value
 
 
 def model_from_dict(value: Any, where: str = "model") -> Any:
-    """The model config whose `architecture` the dictionary names."""
+    """The model configuration of the architecture that `value` names."""
     require(isinstance(value, dict), f"{where}={value!r}: must be an object")
     fields = dict(value)
     tag = fields.pop("architecture", None)
@@ -76,7 +76,7 @@ def model_from_dict(value: Any, where: str = "model") -> Any:
 
 
 def _optimizer_from_dict(value: Any, where: str) -> OptimizerConfig:
-    """The optimizer config whose `name` the dictionary holds, in today's form or the older one."""
+    """The optimizer configuration that `value` names, in the current form or the older flat one."""
     require(isinstance(value, dict), f"{where}={value!r}: must be an object")
     fields = dict(value)
     kind = optimizer_class(fields.pop("name", DEFAULT_OPTIMIZER), where)
@@ -94,5 +94,5 @@ def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
     values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()}
     try:
         return kind(**values)
-    except TypeError as error:  # a field without default is missing
+    except TypeError as error:  # a field without a default is missing
         raise ValueError(f"{where}: {error}") from None

@@ -1,4 +1,4 @@
-"""Bytes on disk to windows of ids: corpora, prepared files, the split, windows, the shuffle."""
+"""Bytes on disk become windows of ids: corpora, prepared files, split, windows, shuffle."""
 
 from bytelm.data.corpus import MAGIC, Corpus, SourceFile, open_corpus
 from bytelm.data.prepared import Prepared, prepare

@@ -28,7 +28,7 @@ from bytelm.config import require
 
 MAGIC = b"BYTELM01"
 _FOOTER_TAIL = 16  # bytes of count and magic
-_OPEN_MAPS = 256  # each holds a file descriptor, of which a process often has 1024
+_OPEN_MAPS = 256  # each map holds a file descriptor, of which a process often has only 1024
 _NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"]
 
 
@@ -37,7 +37,7 @@ _NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus: its name within the path that gave it, where it lies, its bytes."""
+    """A file of a corpus: its name relative to the given path, its location, its size in bytes."""
 
     name: str
     path: str
@@ -45,7 +45,7 @@ class SourceFile:
 
 
 class _Maps:
-    """The memory maps of a corpus' files, the least recently used closed first. Thread-safe."""
+    """The memory maps of a corpus' files; closes the least recently used first. Thread-safe."""
 
     def __init__(self, files: tuple[SourceFile, ...]) -> None:
         self.files = files
@@ -64,7 +64,7 @@ class _Maps:
     def _map(self, file: SourceFile) -> np.ndarray:
         try:
             size = os.stat(file.path).st_size
-            # Reading a map past the end of a file that shrank kills the process.
+            # Reading a map past the end of a file that has shrunk kills the process.
             require(
                 size == file.size,
                 f"{file.path}: changed from {file.size} to {size} bytes since it was opened; "
@@ -76,7 +76,7 @@ class _Maps:
 
 
 class Corpus:
-    """Documents of bytes in memory-mapped files; made by `open_corpus`, `split` and its methods.
+    """Documents in memory-mapped files; created by `open_corpus`, `split` and its own methods.
 
     `lengths` is int64 [documents], in bytes; no document is empty, but a corpus may be.
     """
@@ -99,13 +99,13 @@ class Corpus:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all documents."""
+        """Total bytes of all documents."""
         return int(self.lengths.sum())
 
     def read(self, document: int, start: int, stop: int) -> UInt8[np.ndarray, " bytes"]:
         """Bytes `start` to `stop` of a document, uint8 [stop - start]: a read-only view.
 
-        Raises `ValueError` for a range outside the document and for a file that changed size.
+        Raises `ValueError` for a range outside the document and for a file whose size has changed.
         """
         known = 0 <= document < self.documents
         require(known, f"document={document}: the corpus has {self.documents}, counted from 0")
@@ -116,14 +116,14 @@ class Corpus:
         return self._maps[int(self._owners[document])][origin + start : origin + stop]
 
     def subset(self, indices: Sequence[int] | Int64[np.ndarray, " chosen"]) -> Corpus:
-        """The documents of these indices, in their order."""
+        """A corpus of the documents with these indices, in that order."""
         chosen = np.asarray(indices, np.int64)
         inside = bool(((chosen >= 0) & (chosen < self.documents)).all())
         require(inside, f"indices: choose from 0 to {self.documents - 1}")
         return Corpus(self._maps, self._owners[chosen], self._starts[chosen], self._stops[chosen])
 
     def cut(self, position: int) -> tuple[Corpus, Corpus]:
-        """The first `position` bytes and the rest; a document across the cut gives both a part."""
+        """The first `position` bytes and the rest; a document across the cut is divided."""
         total = self.total_bytes
         require(0 <= position <= total, f"position={position}: the corpus has {total} bytes")
         starts = np.cumsum(self.lengths) - self.lengths
@@ -137,8 +137,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the names and sizes of the files and the bounds of the documents.
 
-        The same for the same data at another place. It does not read the documents: a change that
-        keeps every size goes unseen.
+        It is independent of where the data is stored. It does not read the documents: a change that
+        keeps every size goes unnoticed.
         """
         digest = hashlib.sha256(f"{len(self._maps.files)} {self.documents}".encode())
         for file in self._maps.files:
@@ -152,11 +152,11 @@ class Corpus:
 def open_corpus(paths: Sequence[str | Path]) -> Corpus:
     """The documents of files and folders, in the order of `paths`.
 
-    A prepared file gives its documents, any other file is one document, a folder gives its files
-    in the order of their relative paths. In folders hidden and empty files are skipped and each
-    linked folder is entered once. No paths: the `.py` files of the running interpreter's standard
-    library without its tests. Raises `ValueError` for a path that is missing, unreadable or
-    without bytes, and for a file that ends in the magic of a prepared file but does not add up.
+    A prepared file contributes its documents, any other file is one document, and a folder
+    contributes its files in the order of their relative paths. In folders, hidden and empty files
+    are skipped and each linked folder is entered once. Empty `paths` mean the `.py` files of the
+    running interpreter's standard library without its tests. Raises `ValueError` for a path that is
+    missing, unreadable or without bytes, and for a damaged prepared file.
     """
     if not path_list(paths):
         library = sysconfig.get_paths()["stdlib"]
@@ -192,7 +192,9 @@ def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
         if name.startswith(".") or name in left_out:
             return False
         parent, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
-        if target in seen or os.path.commonpath((parent, target)) == target:  # seen, or a loop
+        if (
+            target in seen or os.path.commonpath((parent, target)) == target
+        ):  # already visited, or a loop
             return False
         seen.add(target)
         return True
@@ -210,7 +212,7 @@ def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
 def assemble(
     listings: Iterable[tuple[str | Path, list[tuple[str, str]]]], *, damaged_is_plain: bool
 ) -> Corpus:
-    """The corpus of (path given, its files). A path without bytes raises."""
+    """The corpus of pairs (path given, its files). Raises `ValueError` for a path without bytes."""
     files: list[SourceFile] = []
     ends: list[np.ndarray] = []
     for path, listed in listings:
@@ -231,7 +233,7 @@ def assemble(
 
 
 def _inspect(path: str, damaged_is_plain: bool) -> tuple[int, Int64[np.ndarray, " documents"]]:
-    """Size of a file and the ends of its documents: none if it is empty or no regular file."""
+    """Size of a file and the ends of its documents: none if it is empty or not a regular file."""
     status = os.stat(path)
     size = status.st_size
     if not stat.S_ISREG(status.st_mode) or not size:

@@ -18,7 +18,7 @@ _COPY_CHUNK = 1 << 22  # bytes
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` wrote."""
+    """The result of `prepare`."""
 
     documents: int
     bytes: int
@@ -27,10 +27,10 @@ class Prepared:
 def prepare(paths: Sequence[str | Path], out: str | Path) -> Prepared:
     """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
 
-    Prepared files among them are merged; here a file that ends in the magic but does not add up
-    is a document like any other. Memory is bounded whatever the size. `out` appears complete or
-    keeps its old content. Raises `ValueError` where `open_corpus` does, for an `out` that is a
-    folder, lies in one of the inputs or cannot be written, and for a file that shrinks meanwhile.
+    Prepared files among them are merged; a damaged prepared file counts as one plain document.
+    Memory use is bounded whatever the size. `out` appears complete or keeps its old content. Raises
+    `ValueError` where `open_corpus` does, for an `out` that is a folder, lies in one of the inputs
+    or cannot be written, and for a file that shrinks meanwhile.
     """
     require(len(path_list(paths)) > 0, "paths: give at least one file or folder")
     target = Path(os.path.realpath(out))
@@ -69,7 +69,7 @@ def _check_target(paths: Sequence[str | Path], out: str | Path, target: Path) ->
 
 
 def _bodies(corpus: Corpus) -> Iterator[bytes]:
-    """The documents' bytes in chunks. Plain reads: a map of a shrinking file is fatal."""
+    """The documents' bytes in chunks, by plain reads: mapping a shrinking file would be fatal."""
     firsts = np.flatnonzero(np.diff(corpus._owners, prepend=-1))
     sizes = np.add.reduceat(corpus.lengths, firsts)
     for source, body in zip(corpus._maps.files, sizes.tolist(), strict=True):
@@ -85,7 +85,7 @@ def _bodies(corpus: Corpus) -> Iterator[bytes]:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes the rename survive a power cut, where the file system can."""
+    """Makes the rename survive a power cut, if the file system can."""
     handle = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):
         os.fsync(handle)

@@ -14,20 +14,21 @@ import numpy as np
 _ROUNDS = 4
 _WORD = 2**32
 _DEPTH = 1
-"""grain mixes into a seed how many datasets stand between `seed` and `shuffle`."""
+"""The number of datasets between `seed` and `shuffle`, which grain mixes into the seed."""
 
 
 def shuffled_index(position: int, count: int, seed: int) -> int:
-    """Which of `count` rows stands at `position` of the endless order: a new shuffle an epoch."""
+    """Index of the row at `position` in an endless order of `count` rows, shuffled each epoch."""
     epoch, index = divmod(position, count)
     if count == 1:
         return 0
     keys = _round_keys((_shuffle_seed(seed) + epoch) % _WORD)
-    # As grain counts: for a greatest index of 2^B the block has B bits, one too few. The row 2^B
-    # then stands for another, and a row is left out of the epoch; equal batches matter more here.
+    # Like grain: for a greatest index of 2^B the block has B bits, one too few, so another row
+    # stands in for row 2^B and one row is missing from the epoch. Batches equal to grain's matter
+    # more here.
     bits = max(16, (count - 2).bit_length())
     half = (bits + bits % 2) // 2
-    if half > 8:  # then the block holds at most four times as many numbers as there are rows
+    if half > 8:  # so that the block holds at most four times as many numbers as there are rows
         index = _encrypt(index, half, keys)
         while index >= count:
             index = _encrypt(index, half, keys)
@@ -41,12 +42,12 @@ def shuffled_index(position: int, count: int, seed: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _smallest_block(keys: tuple[int, ...]) -> list[int]:
-    """The whole permutation of 16 bits: few rows mean a long walk."""
+    """The whole permutation of 16 bits, cached: with few rows the cycle walk is long."""
     return _encrypt(np.arange(2**16), 8, keys).tolist()
 
 
 def _encrypt(value: Any, half: int, keys: tuple[int, ...]) -> Any:
-    """Simon's Feistel network on two words of `half` bits, of an integer or an array of them."""
+    """Simon's Feistel network on two words of `half` bits each, for an integer or an array."""
     mask = (1 << half) - 1
 
     def rotate(word: Any, by: int) -> Any:

@@ -12,13 +12,13 @@ from jaxtyping import Int32
 from bytelm.config import ByteVocab, require
 from bytelm.data.corpus import Corpus
 
-SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and wraps larger ones silently
+SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and silently wraps larger ones
 
 
 class Windows:
     """The stream of a corpus' documents as rows of `length` ids; a random-access sequence.
 
-    Each document is followed by `eos_id` if `append_eos`; the last row is filled up with `pad_id`.
+    Each document is followed by `eos_id` if `append_eos`; the last row is padded with `pad_id`.
     """
 
     def __init__(self, corpus: Corpus, vocab: ByteVocab, length: int, append_eos: bool) -> None:
@@ -63,9 +63,9 @@ def evaluation_batches(
 ) -> Iterator[Int32[np.ndarray, "B T"]]:
     """Every window once and in order, int32 [batch_size // process_count, length].
 
-    The last batch is filled up with rows of `pad_id`. `limit` takes at most that many windows,
-    evenly spaced. Process p gets the p-th of the equal parts that each batch is cut into. Raises
-    `ValueError` at once for a corpus without bytes and for sizes that do not fit.
+    The last batch is padded with rows of `pad_id`. `limit` takes at most that many windows, evenly
+    spaced. Process p gets the p-th of the equal parts of each batch. Raises `ValueError`
+    immediately for a corpus without bytes and for sizes that do not fit.
     """
     rows = process_rows(windows, batch_size, process_index, process_count)
     require(limit is None or limit >= 1, f"limit={limit}: must be at least 1")
@@ -83,7 +83,7 @@ def evaluation_batches(
 
 def process_rows(windows: Windows, batch_size: int, process_index: int, process_count: int) -> int:
     """Rows of each batch that belong to one process."""
-    require(len(windows) > 0, "corpus: holds no bytes; give data, or hold less of it out")
+    require(len(windows) > 0, "corpus: holds no bytes; give data, or hold out less of it")
     known = 0 <= process_index < process_count
     require(known, f"process_index={process_index}: must be from 0 to {process_count - 1}")
     require(

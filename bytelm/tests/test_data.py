@@ -335,7 +335,7 @@ def test_a_side_is_never_empty(tmp_path: Path) -> None:
         assert b"".join(contents(validation)) == expected
         assert b"".join(contents(train) + contents(validation)) == b"abcdefghijkl"
     assert [part.documents for part in data.split(several, 0.0, 0)] == [3, 0]
-    with refuses("fraction=0.5: 1 bytes cannot be shared"):
+    with refuses("fraction=0.5: 1 bytes cannot be split"):
         data.split(corpus_of(tmp_path / "byte", [b"x"]), 0.5, 0)
     for fraction in (-0.1, 1.0):
         with refuses(f"fraction={fraction}: must be at least 0 and below 1"):

@@ -1,4 +1,4 @@
-"""Command lines: tyro underneath, its errors in one line, fields reachable by bare name."""
+"""Command lines: tyro underneath, one-line errors, fields addressable without their section."""
 
 import contextlib
 import dataclasses
@@ -20,24 +20,24 @@ ALIASES = {
     "seq_len": "data.sequence_length",
     "lr": "optimizer.learning_rate",
 }
-"""Names that training scripts commonly give to fields of ours."""
+"""Names that training scripts commonly use for our fields."""
 
 _EVERYWHERE = ("reset_on",)
 """Bare names that set the field of that name in every part of a model at once."""
 
 
 class UsageError(ValueError):
-    """The command line is wrong; the message says where, and what would be right."""
+    """A wrong command line; the message names the argument and what would be right."""
 
 
 def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> int:
-    """Calls `function` with arguments parsed by its signature."""
+    """Calls `function` with arguments parsed according to its signature."""
     call = _parse(lambda: tyro.cli(_deferred(function), args=list(argv), prog=prog))
     return call()
 
 
 def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: str) -> Recipe:
-    """The recipe with the overrides in `argv`; a field's section may be left out when clear."""
+    """The recipe with the overrides in `argv`; a field's section may be omitted if unambiguous."""
     recipe, argv = choose_optimizer(recipe, argv)
     kinds = {name: type(getattr(recipe, name)) for name in _SECTIONS}
     shape = dataclasses.make_dataclass("Overrides", kinds.items(), frozen=True)
@@ -50,9 +50,9 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
 
 
 def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
-    """The recipe under the optimizer that `--optimizer NAME` names, and the other arguments.
+    """The recipe with the optimizer that `--optimizer NAME` names, and the remaining arguments.
 
-    It decides which fields there are, so it is read before them.
+    The optimizer decides which fields exist, so it is read first.
     """
     name, rest = take_option(argv, "optimizer", "optimizer.name", "name")
     if name is None:
@@ -61,9 +61,9 @@ def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[
 
 
 def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is no field, under any of its names, and the other arguments.
+    """The value of an option that is not a field, under any of its names, and the other arguments.
 
-    The last value counts, as it does for fields; two names at once raise `UsageError`.
+    The last value counts, as it does for fields; two different names at once raise `UsageError`.
     """
     rest: list[str] = []
     seen, value, waits = "", None, False
@@ -92,10 +92,10 @@ def take_flag(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
-    """Writes out `--steps` as `--train.steps` and so on, and aliases as the fields they stand for.
+    """Expands `--steps` to `--train.steps` and so on, and aliases to the fields they stand for.
 
-    `--reset-on` stands for the field of that name in the model and in its entropy model.
-    Unknown names, and a field given under its own name and an alias, raise `UsageError`.
+    `--reset-on` stands for the field of that name in the model and in its entropy model. Unknown
+    names, and a field given both by its own name and by an alias, raise `UsageError`.
     """
     recipe, argv = choose_optimizer(recipe, argv)
     parts = {section: getattr(recipe, section) for section in _SECTIONS}
@@ -138,7 +138,7 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
             name = choices[0]
         if spelling.setdefault(name, alias) != alias:
             meant = name.replace("_", "-")
-            raise UsageError(f"--{spelling[name] or alias}: means --{meant}; give one of them")
+            raise UsageError(f"--{spelling[name] or alias}: means --{meant}; give only one of them")
         section, field = name.split(".", 1)
         no = "no-" if negation else ""
         expanded.append(f"--{section}.{no}{field.replace('_', '-')}{value}")
@@ -166,9 +166,9 @@ def _leaves(part: Any) -> list[str]:
 
 
 def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """`function` with the same signature and docstring, but only remembering its arguments.
+    """`function` with the same signature and docstring, but only storing its arguments.
 
-    So that an error inside the command is never taken for an error on the command line.
+    This way an error inside the command is never taken for an error on the command line.
     """
     import functools
 
@@ -180,7 +180,7 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
 
 
 def _parse(parse: Callable[[], T]) -> T:
-    """Runs a tyro parse; its boxed report of an error becomes one line in a `UsageError`."""
+    """Runs a tyro parse and turns its boxed error report into a one-line `UsageError`."""
     report = io.StringIO()
     try:
         with contextlib.redirect_stderr(report):
@@ -191,6 +191,6 @@ def _parse(parse: Callable[[], T]) -> T:
         text = re.split(r"Argument helptext|For full helptext", report.getvalue())[0]
         rows = [re.sub(r"[─│╭╮╰╯]|-{4,}", " ", line).strip() for line in text.splitlines()]
         lines = [line for line in rows if line]
-        # The first line is the box's title ("Value error"), the rest says what is wrong.
+        # The first line is the box's title ("Value error"); the rest says what is wrong.
         message = " ".join(" ".join(lines[1:] if len(lines) > 1 else lines).split())
         raise UsageError(f"{message}; see --help") from None

@@ -21,23 +21,23 @@ def doctor_command(
     process_id: int | None = None,
     limit: float = 300.0,
 ) -> int:
-    """Before a run: do devices, arithmetic, gradients, checkpoints and data work here?
+    """Checks before a run that devices, arithmetic, gradients, checkpoints and data work here.
 
-    One line a check, ok or FAIL and what to do; exit code 1 when one fails. Several processes take
-    the options of `bytelm train` and check together.
+    Prints one line per check, ok or FAIL and what to do; exit code 1 if one fails. Several
+    processes take the options of `bytelm train` and check together.
 
     Example: bytelm doctor --run-dir runs/first --fsdp 1
 
     Args:
-        run_dir: a folder for checkpoints, as of `bytelm train`; left as it was.
+        run_dir: a folder for checkpoints, as for `bytelm train`; it is left unchanged.
         data: files, folders or a prepared file that should be readable.
         devices: how many to use; 0 means all.
-        fsdp: as of `bytelm train`; must divide the number of devices.
+        fsdp: as for `bytelm train`; must divide the number of devices.
         distributed: join the processes of a SLURM or MPI job or a TPU pod.
-        coordinator: HOST:PORT of process 0, elsewhere.
-        num_processes: how many there are, with a coordinator.
-        process_id: which this one is, from 0, with a coordinator.
-        limit: seconds that any check may take.
+        coordinator: HOST:PORT of process 0, outside such jobs.
+        num_processes: number of processes, with --coordinator.
+        process_id: index of this process, from 0, with --coordinator.
+        limit: seconds that each check may take.
     """
     for name, value, least in (("devices", devices, 0), ("fsdp", fsdp, 1), ("limit", limit, 1)):
         if value < least:
@@ -55,7 +55,7 @@ def doctor_command(
     for finding in findings:
         doctor.report(finding)
     if not all(finding.ok for finding in findings):
-        return 1  # alone, the rest would say nothing about the run
+        return 1  # checks of one process would say nothing about the run
     well = True
     for finding in doctor.examine(run_dir, devices, fsdp, data, limit):
         doctor.report(finding)
@@ -64,7 +64,7 @@ def doctor_command(
 
 
 def _reach(joining: Joining) -> "Finding":
-    """Whether the coordinator can be reached; raises `UsageError` for an address that is none."""
+    """Whether the coordinator can be reached; raises `UsageError` for an invalid address."""
     from bytelm_jax.tools import doctor
     from bytelm_jax.training import processes
 
@@ -81,7 +81,7 @@ def _reach(joining: Joining) -> "Finding":
 
 
 def _join(joining: Joining) -> "list[Finding]":
-    """Joins the other processes; what went wrong, if they did not come."""
+    """Joins the other processes; returns a failed check if they do not come."""
     from bytelm_jax.cli.run import join_processes
     from bytelm_jax.tools.doctor import Finding
 

@@ -1,7 +1,7 @@
 """The `bytelm` command. Bad input: exit code 2 and one line on standard error.
 
 Help and mistakes are answered without JAX, whose import takes seconds: this module imports the
-standard library alone, and the commands import what they run only once their line is understood.
+standard library alone, and the commands import what they run only after parsing their arguments.
 """
 
 import importlib
@@ -18,19 +18,19 @@ COMMANDS = {
     "generate": "stream text from a trained model",
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
-    "import": "make a run folder of other weights",
+    "import": "make a run folder from other weights",
     "parity": "compare the JAX and torch twins",
     "calibrate": "find the entropy threshold for a mean patch length",
-    "plot": "draw a run: PNG and one HTML file",
+    "plot": "plot a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
-    "serve": "a page in the browser to try a model",
+    "serve": "try a model on a page in the browser",
     "doctor": "check devices, disk and data before a run",
 }
 
 _MODULES = {"train": "train", "doctor": "doctor"} | dict.fromkeys(
     ("inspect", "plot", "serve"), "view"
 )
-"""Where the commands are that are not in `model`."""
+"""The modules of the commands that are not in `model`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _command(name)(arguments[1:])
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of our output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:
-        # A failed Orbax write leaves coroutines that speak of themselves as the process ends, after
-        # the one line that says what to do.
+        # A failed Orbax write leaves coroutines that complain as the process ends, after the one
+        # line that says what to do.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(f"bytelm {name}: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -78,7 +78,10 @@ def _unknown(name: str) -> str:
 
 
 def _overview() -> str:
-    lines = ["usage: bytelm COMMAND …   (bytelm COMMAND --help tells more)", ""]
+    lines = [
+        "usage: bytelm COMMAND …   (bytelm COMMAND --help shows its options)",
+        "",
+    ]
     lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     lines += ["", "bytelm --version prints the version."]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The commands on models and data, one function each; signatures and docstrings are their help.
 
-Each imports what it runs after it has looked at its options, so that help and mistakes need no JAX.
+Each command checks its options before it imports what it runs, so that help and mistakes need no
+JAX.
 """
 
 import sys
@@ -37,19 +38,19 @@ def eval_command(
     json: bool = False,
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
 ) -> int:
-    """Exact bits per byte: total nats and total bytes, every byte counted once.
+    """Evaluates exact bits per byte: total nats and total bytes, every byte counted once.
 
     Example: bytelm eval runs/megabyte_tiny --data README.md
 
     Args:
         run: the run folder.
-        data: files, folders or a prepared file; their bytes are cut into windows as long as those
-            of the training.
+        data: files, folders or a prepared file; their bytes are cut into windows of the training
+            length.
         checkpoint: latest, best or a step.
-        batch_size: windows a step; a multiple of the number of devices.
-        dtype: of the arithmetic.
+        batch_size: windows per step, rounded up to a multiple of the number of devices.
+        dtype: precision of the arithmetic.
         json: print one JSON object instead of a sentence.
-        reset_on: where the text starts over for the model; as it was trained, if not given.
+        reset_on: where a new segment starts for the model; as in training, by default.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
@@ -90,7 +91,7 @@ def eval_command(
 
 
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
-    """The recipe with its model starting texts anew as asked for, or as it was trained."""
+    """The recipe with the model resetting as asked for, or as it was trained."""
     if reset_on != "trained":
         recipe = replace(recipe, model=recipe.model.with_resets(reset_on))
     require_document_ends(recipe)
@@ -98,7 +99,7 @@ def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
 
 
 def _check_patches(recipe: Recipe, params: "Params", windows: corpora.Windows) -> dict[str, float]:
-    """The mean patch length of a BLT on these data; a line on stderr where the run knows others."""
+    """The mean patch length of a BLT on these data; warns if it differs from the run's."""
     if not recipe.model.has_patching_contract:
         return {}
 
@@ -128,21 +129,21 @@ def generate_command(
     checkpoint: str = "latest",
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
 ) -> int:
-    """Streams text that goes on from the prompt; never splits a UTF-8 character.
+    """Streams text that continues the prompt; never splits a UTF-8 character.
 
     Example: bytelm generate runs/megabyte_tiny --prompt "def " --max-new-bytes 64
 
     Args:
         run: the run folder.
         prompt: what the text starts with; it is printed first.
-        max_new_bytes: how many bytes at most; the model may end earlier.
+        max_new_bytes: the most bytes to generate; the model may end earlier.
         temperature: divides the logits; 0 is greedy.
-        top_k: keep only the k likeliest bytes; 0 keeps all.
-        top_p: keep the likeliest bytes that together reach this probability.
+        top_k: keep only the k most likely bytes; 0 keeps all.
+        top_p: keep the most likely bytes that together reach this probability.
         sampler: greedy, categorical, or by the entropy of each distribution.
-        seed: of the random choices.
+        seed: seed of the random choices.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts over for the model; as it was trained, if not given.
+        reset_on: where a new segment starts for the model; as in training, by default.
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
 
@@ -177,7 +178,7 @@ def export_command(
 ) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
 
-    Or, with --format hf-blt, for `BltForCausalLM.from_pretrained(OUT)` of transformers.
+    With --format hf-blt, writes them for `BltForCausalLM.from_pretrained(OUT)` of transformers.
 
     Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
 
@@ -186,8 +187,8 @@ def export_command(
         out: the folder to write.
         checkpoint: latest, best or a step.
         format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
-        vocab_size: ids of the export; -1, here and below, keeps what the model has.
-        vocab_offset: the id of byte 0; the model is the same, its rows move with their ids.
+        vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
+        vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
         bos_id: the id of the beginning of a sequence.
         eos_id: the id of the end of a sequence.
@@ -218,7 +219,7 @@ def export_command(
 def import_command(
     source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte", "hf-blt"] = "auto"
 ) -> int:
-    """Makes a run folder of an export or of other people's weights.
+    """Makes a run folder from an export or from weights of other projects.
 
     Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
     `BltForCausalLM`, in one file or in shards. The run's parameters are float32: float16 and
@@ -230,7 +231,7 @@ def import_command(
         source: an export folder, a folder of transformers, or a .pt or .safetensors file with a
             state dict.
         out: the run folder to make; it must not hold a run yet.
-        format: what SOURCE is; auto looks at it.
+        format: what SOURCE is; auto detects it.
     """
     from bytelm_jax.interop import convert, formats
     from bytelm_jax.training import checkpoint as checkpoints
@@ -268,16 +269,16 @@ def calibrate_command(
     """Finds the entropy threshold for a wanted mean patch length and stores it in the run.
 
     RUN is an entropy model, from which `bytelm train blt_… --entropy-from RUN` takes model and
-    threshold, or a Byte Latent Transformer, whose patches then change at once.
+    threshold, or a Byte Latent Transformer, whose patches then change immediately.
 
     Example: bytelm calibrate runs/entropy_tiny --data README.md --bytes-per-patch 4.5
 
     Args:
         run: the run folder.
-        data: files, folders or a prepared file, cut into windows as in the training.
+        data: files, folders or a prepared file, cut into windows as in training.
         bytes_per_patch: the wanted mean.
-        check: other data, whose mean at that threshold is shown beside.
-        windows: how many windows to look at, evenly spaced; 0 is all.
+        check: other data, whose mean patch length at that threshold is printed too.
+        windows: how many windows to measure, evenly spaced; 0 is all.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
@@ -341,19 +342,19 @@ def parity_command(
     length: int = 0,
     checkpoint: str = "latest",
 ) -> int:
-    """Runs the JAX and torch twins in lock-step on real bytes and reports where they part.
+    """Runs the JAX and torch twins in lock-step on real bytes and reports where they differ.
 
-    Prints one line a layer, then logits, loss, gradients and generation; the first tensor past its
-    tolerance is named. Exit code 1 when one is.
+    Prints one line per layer, then logits, loss, gradients and generation, and names the first
+    tensor beyond its tolerance. Exit code 1 if there is one.
 
     Example: bytelm parity runs/megabyte_tiny
 
     Args:
         path: a run folder or an export.
-        dtype: float64 is the verdict.
-        data: real bytes to compare on; empty takes Python's standard library.
+        dtype: precision; float64 decides.
+        data: real bytes to compare on; by default Python's standard library.
         rows: windows to compare on.
-        length: bytes a window; 0 takes a little more than four patches, an odd number.
+        length: bytes per window; 0 takes a little more than four patches, an odd number.
         checkpoint: of a run folder: latest, best or a step.
     """
     from bytelm_jax.parity import report as parity

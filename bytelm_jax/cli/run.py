@@ -1,4 +1,4 @@
-"""`bytelm train` once its command line is read: processes, training, how a run ends, dry runs."""
+"""`bytelm train` after its command line is parsed: processes, training, endings, dry runs."""
 
 import json
 import math
@@ -20,10 +20,10 @@ from bytelm_jax.training.reporter import DivergedError
 
 
 def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -> int:
-    """Trains; `epochs` takes the place of the recipe's number of steps. Returns the exit code."""
+    """Trains; `epochs` replaces the recipe's number of steps. Returns the exit code."""
     join_processes(joining, "train")
     recipe = _with_epochs(recipe, epochs) if epochs else recipe
-    # Orbax raises again, here, what fails in its threads; their own tracebacks would be noise.
+    # Orbax raises errors of its threads again, here; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
     estimates.require_memory(recipe)
     try:
@@ -41,16 +41,19 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
     if not processes.is_first():
         return 0
     if outcome.interrupted and not outcome.step:
-        print("stopped before the first step; nothing is lost, the same command starts again")
+        print("stopped before the first step; nothing is lost; run the same command again")
     elif outcome.interrupted:
-        print(f"stopped: step {outcome.step} is saved in {run_dir}; the same command goes on")
+        print(
+            f"stopped: step {outcome.step} is saved in {run_dir}; run the same command to continue"
+        )
     else:
         print(f"done: step {outcome.step} is saved in {run_dir}")
     return 0
 
 
 def join_processes(joining: Joining, command: str) -> None:
-    """Joins the processes that the command line speaks of; the first one says how many came."""
+    """Joins the processes that the command line describes; the first one reports how many
+    joined."""
     if not joining.several:
         processes.check_alone()
         return
@@ -61,7 +64,7 @@ def join_processes(joining: Joining, command: str) -> None:
 
 
 def dry_run(recipe: Recipe, asked: DryRun) -> int:
-    """Prints what a run would take and how long, reading and writing nothing."""
+    """Prints the memory and time that a run would take, reading and writing nothing."""
     estimate = estimates.dry_run(recipe, asked.machine)
     if asked.as_json:
         print(json.dumps(estimates.as_json(recipe.name, estimate)))
@@ -71,7 +74,8 @@ def dry_run(recipe: Recipe, asked: DryRun) -> int:
 
 
 def _with_epochs(recipe: Recipe, epochs: float) -> Recipe:
-    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
+    """The recipe with the number of steps, rounded up, that shows each training window `epochs`
+    times."""
     windows, _, _ = open_windows(recipe)
     steps = max(1, math.ceil(epochs * len(windows) / recipe.train.batch_size))
     return replace(recipe, train=replace(recipe.train, steps=steps))
@@ -86,11 +90,11 @@ def _out_of_memory(recipe: Recipe, error: BaseException) -> str:
 
 
 def _leave(error: BaseException) -> NoReturn:
-    """Ends a process that lost another one: nothing milder than this returns from a collective."""
+    """Ends a process that has lost another one: nothing milder returns from a collective."""
     line = str(error).strip().splitlines()[0][:200]
     print(
-        f"bytelm train: process {jax.process_index()} lost another one ({line}); the same command "
-        "goes on from the last checkpoint",
+        f"bytelm train: process {jax.process_index()} lost contact with another one ({line}); "
+        "run the same command to continue from the last checkpoint",
         file=sys.stderr,
         flush=True,
     )

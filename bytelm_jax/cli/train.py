@@ -1,4 +1,4 @@
-"""`bytelm train`: its command line, which is read without JAX; `run.py` does what it says."""
+"""`bytelm train`: its command line, which is parsed without JAX; `run.py` does the work."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from bytelm_jax.tools.machine import Machine
 
 
 def train_command(argv: list[str]) -> int:
-    """`bytelm train RECIPE …`: the options depend on the recipe, so the name comes first."""
+    """`bytelm train RECIPE …`: the options depend on the recipe, so its name comes first."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_train_help())
         return 0 if argv else 2
@@ -34,13 +34,13 @@ def train_command(argv: list[str]) -> int:
         raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
     run_dir = Path(run_dir or Path("runs") / recipe.name)
     if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
-        raise UsageError("--epochs: sets --train.steps; give one of them")
+        raise UsageError("--epochs: sets --train.steps; give only one of them")
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
     require_prediction(recipe.model)
     require_document_ends(recipe)
     times = _number_of_epochs(epochs) if epochs else None
 
-    from bytelm_jax.cli import run  # what stands above needs no JAX: a mistake is told at once
+    from bytelm_jax.cli import run  # the lines above need no JAX, so a mistake is reported at once
 
     return run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times)
 
@@ -69,11 +69,11 @@ def _train_help() -> str:
             *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
             "  --save_path for --run-dir",
             "  --epochs N for the --steps that show each window N times",
-            "  --distributed for one run over all the processes of a SLURM or MPI job or a TPU pod",
-            "  --coordinator HOST:PORT --num-processes N --process-id I for the same elsewhere",
+            "  --distributed for one run over all processes of a SLURM or MPI job or a TPU pod",
+            "  --coordinator HOST:PORT --num-processes N --process-id I for one run elsewhere",
             "  --dry-run --devices N to compile the step for N simulated devices and print memory,",
             "    collectives and their share of a step, reading and writing nothing; and with it",
-            "    --json, --chip H100 --mfu 0.4 --link-gbytes 50 (GB/s of each device)",
+            "    --json, --chip H100 --mfu 0.4 --link-gbytes 50 (GB/s per device)",
             "",
             "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
             "",
@@ -83,7 +83,7 @@ def _train_help() -> str:
 
 
 class Joining(NamedTuple):
-    """Whether this process is one of several, and what the command line says of them."""
+    """Whether this process is one of several, and what the command line says about them."""
 
     several: bool
     coordinator: str
@@ -92,7 +92,7 @@ class Joining(NamedTuple):
 
 
 def take_processes(argv: list[str]) -> tuple[Joining, list[str]]:
-    """What the command line says of processes, and what is left of it."""
+    """The command line's description of processes, and the remaining arguments."""
     distributed, argv = take_flag(argv, "distributed")
     coordinator, argv = take_option(argv, "coordinator")
     numbers: list[int | None] = []
@@ -109,14 +109,14 @@ def take_processes(argv: list[str]) -> tuple[Joining, list[str]]:
 
 
 class DryRun(NamedTuple):
-    """A dry run is asked for: on which machine, and how to print."""
+    """A requested dry run: for which machine, and how to print it."""
 
     machine: Machine
     as_json: bool
 
 
 def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
-    """What the command line says of a dry run, and what is left of it."""
+    """The command line's description of a dry run, and the remaining arguments."""
     wanted, argv = take_flag(argv, "dry-run")
     as_json, argv = take_flag(argv, "json")
     chip, argv = take_option(argv, "chip")

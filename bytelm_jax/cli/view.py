@@ -1,4 +1,4 @@
-"""The commands that show a model or a run to a person; as in `model.py`, one function each."""
+"""The commands that show a model or a run to a person; one function each, as in `model.py`."""
 
 import signal
 import sys
@@ -24,7 +24,7 @@ def inspect_command(
 ) -> int:
     """Shows patches, entropy and surprise (bits) of every byte; colours only on a terminal.
 
-    The entropy is that of the model's own distribution of the next byte. The background tells the
+    The entropy is that of the model's own distribution of the next byte. The background shows the
     surprise: green for 0 bits, yellow for 4, red for 8 and more.
 
     Example: bytelm inspect "def main():" --model runs/megabyte_tiny
@@ -32,11 +32,11 @@ def inspect_command(
     Args:
         text: a text, or a file if there is one of that name.
         model: the run folder.
-        max_bytes: look at so many bytes at most; what is left out is told.
+        max_bytes: the most bytes to show; a note says if some are left out.
         table: print the rows of numbers below the text.
         json: print one JSON object instead: bytes, surprise, entropy, starts.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts over for the model; as it was trained, if not given.
+        reset_on: where a new segment starts for the model; as in training, by default.
     """
     if max_bytes < 1:
         raise UsageError(f"--max-bytes {max_bytes}: must be at least 1")
@@ -69,10 +69,10 @@ def inspect_command(
 
 
 def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
-    """The first `limit` bytes of a file or a text, what to call it, and its size in bytes."""
+    """The first `limit` bytes of a file or a text, a name for it, and its size in bytes."""
     try:
         is_file = Path(text).is_file()
-    except (OSError, ValueError):  # too long for a name, or a NUL in it
+    except (OSError, ValueError):  # too long for a file name, or contains a NUL
         is_file = False
     if is_file:
         with open(text, "rb") as file:
@@ -82,16 +82,16 @@ def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
 
 
 def plot_command(run: Path, /, out: Path | None = None) -> int:
-    """Draws a run: OUT/plot.png, and OUT/plot.html with the picture inside.
+    """Plots a run: OUT/plot.png, and OUT/plot.html with the picture inside.
 
-    Loss, bits per byte, learning rate, momentum, gradient norms; where the run has them, actions
-    and tables of the Q-learning agent, patch lengths, and the load of the experts.
+    Loss, bits per byte, learning rate, momentum and gradient norms; if the run has them, also
+    actions and tables of the Q-learning agent, patch lengths, and the load of the experts.
 
     Example: bytelm plot runs/megabyte_tiny
 
     Args:
         run: the run folder.
-        out: the folder to write to; the run folder if not given.
+        out: the folder to write to; the run folder by default.
     """
     from bytelm_jax.tools.plot import write_plots
 
@@ -112,9 +112,9 @@ def serve_command(
     checkpoint: str = "latest",
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
 ) -> int:
-    """A page in the browser: text as it is generated, and what the model thinks of each byte.
+    """Serves a page in the browser: text as it is generated, and the model's view of each byte.
 
-    Only this machine reaches it, unless --host says otherwise. One request runs at a time.
+    Only this machine can reach it, unless --host says otherwise. One request runs at a time.
 
     Example: bytelm serve runs/megabyte_tiny
 
@@ -127,7 +127,7 @@ def serve_command(
         time_limit: seconds after which a generation is stopped.
         queue: how many requests may wait; more are refused.
         checkpoint: latest, best or a step.
-        reset_on: where the text starts over for the model; as it was trained, if not given.
+        reset_on: where a new segment starts for the model; as in training, by default.
     """
     from bytelm_jax.tools import app
     from bytelm_jax.training import checkpoint as checkpoints
@@ -147,7 +147,7 @@ def serve_command(
 
 
 def _wait_for_interrupt() -> None:
-    """Returns at SIGINT or SIGTERM."""
+    """Blocks until SIGINT or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     with suppress(KeyboardInterrupt):

@@ -174,7 +174,7 @@ def changed(**fields: Any) -> str:
         (changed(architecture="gpt"), "config.architecture='gpt': choose one of"),
         (changed(patch_size="2"), "config.patch_size='2': must be of type int"),
         (changed(patch_size=0), "patch_size=0: must be at least 1"),
-        (changed(init_std=float("nan")), "init_std=nan: must be a finite number"),
+        (changed(init_std=float("nan")), "init_std=nan: must be a finite value"),
         (changed(extra=3), "extra=3: must be an object"),
     ],
 )

@@ -74,7 +74,7 @@ class StepReporter:
         """Logs and shows an evaluation."""
         self._log.write({"step": step, **record})
         bits = checkpoint.score(record)
-        result = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        result = "is not finite" if bits is None else f"{bits:.4f} bits per byte"
         self._display.say(f"step {step}: validation {result}")
 
     def diverged(self, step: int, why: str) -> DivergedError:

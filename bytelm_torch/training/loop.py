@@ -227,13 +227,9 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     saved, asked, bad = start, False, 0
 
     def diverged(step: int, why: str) -> DivergedError:
-        saved_note = (
-            f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
-        )
+        note = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
         rate = recipe.optimizer.learning_rate
-        return DivergedError(
-            f"step {step}: {why}; {saved_note}; lower optimizer.learning_rate={rate}"
-        )
+        return DivergedError(f"step {step}: {why}; {note}; lower optimizer.learning_rate={rate}")
 
     def stop_on_non_finite(step: int, **trees: Any) -> None:
         """Ends the run, in all processes alike, as they hold the same: no later step would
@@ -282,7 +278,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         if log:
             log.write({"step": step, **record})
         bits = checkpoint.score(record)
-        outcome = "is not a finite number" if bits is None else f"{bits:.4f} bits per byte"
+        outcome = "is not finite" if bits is None else f"{bits:.4f} bits per byte"
         display.say(f"step {step}: validation {outcome}")
         return record
 

@@ -9,7 +9,7 @@
 A field goes by its name on the command line of `bytelm train`; what stands after `--` holds for
 every point. `FIELD=A,B,…` lists values. `FIELD=LOW:HIGH` is a range, `FIELD=LOW:HIGH:log` one with
 an even logarithm; ranges of whole numbers stay whole, and need --random. Each point has its run
-folder in OUT. The same command goes on where it stopped: finished points are read, not run again.
+folder in OUT. The same command continues where it stopped: finished points are read, not run again.
 Prints a table, best first, and writes it as OUT/results.json and OUT/results.csv.
 """
 
@@ -148,7 +148,7 @@ def main(argv: list[str]) -> int:
             options.out.mkdir(parents=True, exist_ok=True)
             result = run(recipe, options.out / name.replace("/", "_"))
             if result is None:
-                print("stopped; the same command goes on", file=sys.stderr)
+                print("stopped; run the same command to continue", file=sys.stderr)
                 break
             rows.append((point, result))
     except (ValueError, OSError) as error:
