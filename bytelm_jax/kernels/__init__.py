@@ -1,1 +1,1 @@
-"""The same function, faster on one machine: what depends on the platform or on a dtype's width."""
+"""The same functions, faster on one machine: code that depends on platform or dtype width."""

@@ -1,4 +1,4 @@
-"""Causal attention that never stores its scores, by cuDNN on NVIDIA's GPUs.
+"""Causal attention that never stores its scores, by cuDNN on NVIDIA GPUs.
 
 Axes: B batch, T positions, H heads in G groups, K head width, J head width of queries and keys.
 """
@@ -14,9 +14,9 @@ from bytelm_jax.kernels.dtypes import is_low_precision
 
 
 def has_fused_attention() -> bool:
-    """Whether cuDNN's attention runs on the machine that layers should suit.
+    """Whether cuDNN's attention is available on the machine that layers are traced for.
 
-    It does on NVIDIA's GPUs, from compute capability 8.0 on; AMD's are called "gpu" as well.
+    It is on NVIDIA GPUs from compute capability 8.0 on; AMD's platform is called "gpu" as well.
     """
     if backend() != "gpu" or is_pretended():
         return backend() == "gpu"
@@ -29,7 +29,7 @@ def has_fused_attention() -> bool:
 def traced_attention(
     q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B T H K"]:
-    """Stands for cuDNN's attention in a trace: its shapes, and what it keeps for its gradient."""
+    """Stands in for cuDNN's attention in a trace: its shapes and the residuals of its gradient."""
     return _traced_forward(q, k, v)[0]
 
 
@@ -50,7 +50,7 @@ traced_attention.defvjp(_traced_forward, _traced_backward)
 
 
 def _refuse(*_: Array) -> None:
-    raise RuntimeError("a program traced for another machine was run")
+    raise RuntimeError("a program that was traced for another machine was run")
 
 
 def fused_or_plain(
@@ -60,7 +60,7 @@ def fused_or_plain(
     window: int,
     plain: Callable[[], Float[Array, "B T H K"]],
 ) -> Float[Array, "B T H K"]:
-    """Causal softmax attention by `fused_attention`, or where it cannot serve by `plain()`."""
+    """Causal softmax attention by `fused_attention`, or by `plain()` if that is not available."""
     out = fused_attention(q, k, v, window)
     return plain() if out is None else out
 
@@ -68,18 +68,18 @@ def fused_or_plain(
 def fused_attention(
     q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
 ) -> Float[Array, "B T H K"] | None:
-    """Causal attention by cuDNN, which never stores the scores; None where it cannot serve.
+    """Causal attention by cuDNN, which never stores the scores; None if it is not available.
 
-    It serves 16-bit numbers on an NVIDIA GPU. Each position sees itself and the `window` − 1 before
-    it, everything before it with 0; scale K^-0.5.
+    It is available for 16-bit dtypes on an NVIDIA GPU. Each position sees itself and the `window` −
+    1 positions before it, or with `window=0` everything before it; scale K^-0.5.
     """
     width, length = q.shape[-1], q.shape[1]
     fits = is_low_precision(q) and width == v.shape[-1] and width % 8 == 0 and width <= 128
     if length < 64 or not fits or not has_fused_attention():
         return None
     if length % 2:
-        # JAX has its gradient at even lengths alone. One more key behind all others is seen by one
-        # more query alone, which is left out again: nothing else changes.
+        # JAX has its gradient for even lengths only. One more key after all others is seen by one
+        # more query only, whose output is dropped: nothing else changes.
         q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     if is_pretended():
         out = traced_attention(q, k, v)

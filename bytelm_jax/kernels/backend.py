@@ -1,7 +1,7 @@
-"""The platform whose kernels are chosen: this machine's, or one that a trace pretends to be for.
+"""The platform whose kernels are chosen: this machine's, or the one that a trace is meant for.
 
-Some layers compute the same in another way on a GPU or a TPU. What a program for such a machine
-would keep in memory can be asked of a CPU as well, as long as nothing is computed.
+Some layers compute the same function differently on a GPU or a TPU. A CPU can also answer what a
+program for such a machine would keep in memory, as long as nothing is computed.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ _pretended: ContextVar[str] = ContextVar("pretended", default="")
 
 
 def backend() -> str:
-    """The kind of machine that layers should suit: "cpu", "gpu" or "tpu"."""
+    """The platform that layers are traced for: "cpu", "gpu" or "tpu"."""
     return _pretended.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def pretend_platform(name: str) -> Iterator[None]:
-    """Within, whatever is traced is traced for the machine `name`. For shapes alone: not to run."""
+    """Within this context everything is traced for platform `name`; for shapes only, not to run."""
     before = _pretended.set(name)
     try:
         yield
@@ -29,24 +29,24 @@ def pretend_platform(name: str) -> Iterator[None]:
 
 
 def is_pretended() -> bool:
-    """Whether kernels of another machine are traced, which JAX may refuse to do here."""
+    """Whether kernels of another machine are being traced, which JAX may refuse on this one."""
     return bool(_pretended.get())
 
 
 def platform_of(chip: str) -> str:
-    """The platform of an accelerator, "gpu" or "tpu", by its name ("H100", "TPU v4") or kind."""
+    """The platform, "gpu" or "tpu", of an accelerator by its name or kind ("H100", "TPU v4")."""
     return "tpu" if chip.lower().startswith("tpu") else "gpu"
 
 
 def has_preallocation(device: jax.Device) -> bool:
-    """Whether JAX takes a fixed share of the device's memory at its start, as it does on a GPU."""
+    """Whether JAX reserves a fixed share of the device's memory when it starts, as on a GPU."""
     return device.platform == "gpu"
 
 
 def simulate_devices(count: int) -> bool:
-    """Gives this process `count` simulated CPU devices, before anything else is done with JAX.
+    """Gives this process `count` simulated CPU devices; must precede any other use of JAX.
 
-    False where JAX was used before and does not have as many.
+    Returns False if JAX was used before and has fewer devices.
     """
     try:
         jax.config.update("jax_num_cpu_devices", count)

@@ -2,12 +2,12 @@
 
 Axes: B batch, T positions, K taps, D channels, C positions per chunk, M blocks.
 
-Exactly causal: one Fourier transform over the sequence would be causal in exact arithmetic only,
-its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
-whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
-them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter. A GPU or TPU multiplies
-matrices so fast that filters of a few chunks take one product with all that a chunk reaches.
+Exactly causal: one Fourier transform over the whole sequence would be causal in exact arithmetic
+only, because its rounding errors reach every output. Here a chunk mixes within itself by a
+triangular product, whose zeros are exact, and a transform reads finished blocks only and is cut to
+what comes after them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, …
+positions add their sums to the block that follows, until a block is longer than the filter. A GPU
+or TPU multiplies matrices so fast that filters of a few chunks take a single product instead.
 """
 
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from jaxtyping import Array, Float
 from bytelm_jax.kernels.backend import backend
 
 _DIRECT_CHUNKS = 8
-"""Chunks that `direct_convolution` may reach back, being as many copies of the inputs."""
+"""Chunks that `direct_convolution` may reach back; it holds that many copies of the inputs."""
 
 
 def long_convolution(
     x: Float[Array, "B T D"], taps: Float[Array, "K D"], chunk: int
 ) -> Float[Array, "B T D"]:
-    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result as `x`.
+    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result in x's dtype.
 
-    `chunk` moves work between the triangular product (2 · chunk operations a value) and the
-    transforms, and changes the result by rounding alone.
+    `chunk` shifts work between the triangular product (2 · chunk operations per value) and the
+    transforms, and changes the result by rounding only.
     """
     length = x.shape[1]
     if length == 0:
@@ -41,7 +41,7 @@ def long_convolution(
 def direct_convolution(
     rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
 ) -> Float[Array, "D B T"]:
-    """The sums in at least float32, K <= T: each chunk by one product with all that it reaches."""
+    """The sums in at least float32, K <= T: one product per chunk with everything it reaches."""
     dim, batch, length = rows.shape
     count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
     padding = (before * chunk, count * chunk - length)
@@ -51,7 +51,7 @@ def direct_convolution(
     summed = jnp.einsum(
         "dbns,dst->dbnt",
         jnp.concatenate(near, axis=-1),
-        # Wide, so that the gradients along a diagonal are summed wide.
+        # In the wide dtype, so that the gradients along a diagonal are summed in it.
         toeplitz(kernel.astype(wide), chunk, before * chunk).astype(rows.dtype),
         preferred_element_type=wide,
     )
@@ -61,7 +61,7 @@ def direct_convolution(
 def transformed_convolution(
     rows: Float[Array, "D B T"], kernel: Float[Array, "D K"], chunk: int
 ) -> Float[Array, "D B T"]:
-    """The same by products within chunks and transforms from block to block; chunk <= T."""
+    """The same sums by products within chunks and transforms between blocks; chunk <= T."""
     length, size, reach = rows.shape[2], chunk, kernel.shape[1] - 1
     total = _within_chunks(rows, kernel, size)
     rows, kernel = rows.astype(total.dtype), kernel.astype(total.dtype)
@@ -92,10 +92,10 @@ def _within_chunks(rows: Array, kernel: Array, chunk: int) -> Array:
 def toeplitz(
     kernel: Float[Array, "D K"], chunk: int, before: int = 0
 ) -> Float[Array, "D {before}+{chunk} {chunk}"]:
-    """[d, s, t] = kernel[d, t + before − s], and 0 where there is no such tap.
+    """[d, s, t] = kernel[d, t + before − s], and 0 outside the filter.
 
-    By tiling and cutting, which a row of odd length shifts by one step a row: the transpose is a
-    sum, where that of an indexed read would be a scatter of chunk² colliding values.
+    Built by tiling and cutting, which shifts rows of odd length by one step per row: its transpose
+    is a sum, whereas that of an indexed read would be a scatter of chunk² colliding values.
     """
     dim, rows = kernel.shape[0], before + chunk
     period, taps = rows + chunk, kernel[:, :rows]
@@ -108,15 +108,15 @@ def toeplitz(
 def _from_block_before(rows: Array, kernel: Array, size: int, every: bool) -> Array:
     """[D, B, T] → [D, B, T]: what blocks of `size` positions add to the block after them.
 
-    `every` block hands on, or the even ones only: an odd one's successor belongs to another block
-    of twice the size, whose turn comes later.
+    Either `every` block adds to its successor, or only the even ones: the successor of an odd block
+    belongs to another block of twice the size, which is handled in a later round.
     """
     dim, batch, length = rows.shape
     step = size if every else 2 * size
     count = -(-(length - size) // step)  # blocks that have a successor
     padded = jnp.pad(rows, ((0, 0), (0, 0), (0, max(0, count * step - length))))
     blocks = padded[:, :, : count * step].reshape(dim, batch, count, step)[..., :size]
-    # A circular transform of 2 · size wraps only onto its first half, which is dropped.
+    # A circular transform of length 2 · size wraps only onto its first half, which is dropped.
     spectrum = jnp.fft.rfft(blocks, 2 * size) * jnp.fft.rfft(kernel, 2 * size)[:, None, None]
     after = jnp.fft.irfft(spectrum, 2 * size)[..., size:]
     after = jnp.pad(after, ((0, 0), (0, 0), (0, 0), (0, step - size)))

@@ -1,8 +1,8 @@
 """Cached decoding of few rows.
 
-XLA on a GPU takes a product with a single row for multiplications and a sum, the one written to
-memory for the other, which it cannot fuse well. So a query alone is attended to in a form that
-fuses, and no batch is a single row.
+On a GPU, XLA turns a product with a single row into multiplications and a sum, with the product
+written to memory in between, and cannot fuse them well. So a single query is attended to in a form
+that fuses, and no batch has only one row.
 
 Axes: B rows, S key positions, H heads in G groups, K head width, J head width of queries and keys.
 """
@@ -19,7 +19,7 @@ from bytelm_jax.kernels.backend import backend
 def min_rows() -> int:
     """The smallest batch that should be decoded.
 
-    On a GPU a second row, done from the start, makes a byte of MEGABYTE 1.5 times faster.
+    On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster.
     """
     return 2 if backend() == "gpu" else 1
 
@@ -31,9 +31,9 @@ def attend_once(
     mask: Bool[Array | np.ndarray, "#B 1 S"],
     plain: Callable[..., Array],
 ) -> Float[Array, "B 1 H K"]:
-    """`plain(q, k, v, mask)`, softmax attention with scale K^-0.5, of one query a row.
+    """`plain(q, k, v, mask)`, softmax attention with scale K^-0.5, for one query per row.
 
-    On a GPU it takes fewer kernels where no heads share a key.
+    On a GPU it takes fewer kernels if no heads share a key.
     """
     if backend() != "gpu" or q.shape[2] != k.shape[2]:
         return plain(q, k, v, mask)

@@ -1,4 +1,4 @@
-"""GELU, which in 16 bits keeps its input alone for the backward pass."""
+"""GELU, which in 16-bit dtypes keeps only its input for the backward pass."""
 
 import math
 
@@ -12,7 +12,8 @@ from bytelm_jax.kernels.dtypes import is_low_precision
 def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
     """x Φ(x) with the normal distribution Φ (Hendrycks & Gimpel 2016), not its tanh form.
 
-    In 16 bits it keeps x alone for the backward pass, and errs less than the result is rounded.
+    In 16-bit dtypes only x is kept for the backward pass, and the error is below the rounding of
+    the result.
     """
     if is_low_precision(x):
         return _gelu(x)
@@ -46,10 +47,10 @@ _gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 def _normal(x: Array) -> tuple[Array, Array]:
-    """(Φ(x) to 4e-5 of itself, exp(−x² / 2)).
+    """(Φ(x) to a relative error of 4e-5, exp(−x² / 2)).
 
-    Φ(−z) = exp(−z² / 2) P(1 / (1 + c z)), the form of Hastings 1955; the coefficients are the best
-    for z up to 14 in the sense of the largest relative error.
+    Φ(−z) = exp(−z² / 2) P(1 / (1 + c z)), the form of Hastings 1955; the coefficients minimise the
+    largest relative error for z up to 14.
     """
     bell = jnp.exp(-0.5 * jnp.square(x))
     t = 1 / (1 + _HASTINGS[0] * jnp.abs(x))

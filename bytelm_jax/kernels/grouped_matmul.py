@@ -21,12 +21,12 @@ _LARGEST_BLOCK = 512
 
 
 class Groups(NamedTuple):
-    """Where the rows go. `block` 0 means runs without padding, for `ragged_dot`."""
+    """Where the rows go. `block=0` means runs without padding, for `ragged_dot`."""
 
     slot: Int[Array, " M"]
     """The slot of each row."""
     row: Int[Array, " S"]
-    """The row of each slot; any row where nothing stands."""
+    """The row of each slot; any row for an empty slot."""
     filled: Bool[Array, " S"]
     group: Int[Array, " S"]
     """The group of each slot."""
@@ -35,9 +35,9 @@ class Groups(NamedTuple):
 
 
 def block_length(rows: int, groups: int) -> int:
-    """Rows of a block: an eighth of the products is padding when the groups are even.
+    """Rows of a block, so that an eighth of the products is padding when the groups are even.
 
-    One where there are fewer rows than groups, so that no matrix is read without need.
+    One if there are fewer rows than groups, so that no matrix is read needlessly.
     """
     share = rows // (4 * groups)
     return min(1 << max(share.bit_length() - 1, 3), _LARGEST_BLOCK) if rows > groups else 1
@@ -60,20 +60,20 @@ def make_groups(group: Int[Array, " M"], count: int, block: int | None = None) -
         jnp.cumsum(runs), jnp.arange(rows // block + count), side="right", method="compare_all"
     )
     of_slot = jnp.repeat(jnp.minimum(of_block, count - 1), block)
-    at = jnp.arange(of_slot.shape[0]) - shift[of_slot]  # place among the sorted rows
+    at = jnp.arange(of_slot.shape[0]) - shift[of_slot]  # position among the sorted rows
     ends = jnp.cumsum(sizes)[of_slot]
     filled = (at < ends) & jnp.repeat(of_block < count, block)
     return Groups(slot, order[jnp.clip(at, 0, rows - 1)], filled, of_slot, sizes, block)
 
 
 def spread(x: Float[Array, "N I"], copies: int, groups: Groups) -> Float[Array, "S I"]:
-    """Row n of x in the slots of the rows n · copies and so on: M = N · copies."""
+    """Places row n of x in the slots of rows n · copies and so on: M = N · copies."""
     return _spread(x, groups.row // copies, groups.slot.reshape(len(x), copies))
 
 
 @jax.custom_vjp
 def _spread(x: Array, source: Array, slots: Array) -> Array:
-    """`x[source]`, whose gradient is read back through `slots` and summed: no scatter."""
+    """`x[source]`, whose gradient is gathered through `slots` and summed instead of scattered."""
     return x[source]
 
 
@@ -93,7 +93,7 @@ _spread.defvjp(_spread_forward, _spread_backward)
 def grouped_matmul(
     x: Float[Array, "S I"], kernels: Float[Array, "G I O"], groups: Groups
 ) -> Float[Array, "S O"]:
-    """Each slot times the matrix of its group; empty slots hold anything."""
+    """Each slot times the matrix of its group; empty slots hold arbitrary values."""
     if not groups.block:
         return jax.lax.ragged_dot(x, kernels, groups.sizes)
     blocks = x.shape[0] // groups.block
@@ -107,7 +107,7 @@ def grouped_matmul(
 def grouped_bias(bias: Float[Array, "G O"], groups: Groups) -> Float[Array, "S O"]:
     """The bias of each slot's group."""
     if not groups.block:
-        # A one-hot product instead of reads by index: its transpose is a product, too.
+        # A one-hot product instead of indexed reads: its transpose is a product, too.
         return jax.nn.one_hot(groups.group, len(bias), dtype=bias.dtype) @ bias
     of_block = look_up(vary_like(bias, groups.group), groups.group[:: groups.block])
     return jnp.repeat(of_block, groups.block, axis=0)
@@ -120,7 +120,7 @@ def mix(
     chosen: Int[Array, "N k"],
     groups: Groups,
 ) -> Float[Array, "N O"]:
-    """Σ_j gates_j · (x in the slot of row (n, j) + bias of its group), summed like the gates."""
+    """Σ_j gates_j · (x in the slot of row (n, j) + bias of its group), in the gates' dtype."""
     bias = vary_like(bias, groups.group)
     return _mix(x, bias, gates, chosen, groups.slot.reshape(gates.shape), groups.row, groups.filled)
 

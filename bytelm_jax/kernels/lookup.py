@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Integer
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _lookup(table: Array, ids: Array, rows: int) -> Array:
-    # An id outside the table gives NaN, which every check downstream notices; clamping would not.
+    # An id outside the table gives NaN, which every check downstream notices; clamping would hide
+    # it.
     return table.at[ids].get(mode="fill", fill_value=jnp.nan)
 
 
@@ -18,8 +19,8 @@ def _lookup_forward(table: Array, ids: Array, rows: int) -> tuple[Array, Array]:
 
 
 def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, None]:
-    # As a matrix product: the transpose of a gather is a scatter-add, and the pads that start
-    # every patch all hit one row, where colliding atomics make a GPU step six times slower.
+    # As a matrix product: the transpose of a gather is a scatter-add, and the pads that start every
+    # patch all hit one row, where colliding atomics make a GPU step six times slower.
     flat = gradient.reshape(-1, gradient.shape[-1])
     hot = jax.nn.one_hot(ids.reshape(-1), rows, dtype=flat.dtype)
     accumulate = jnp.promote_types(flat.dtype, jnp.float32)
@@ -36,10 +37,10 @@ def look_up(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[
 
 
 def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
-    """`table`, varying over the devices over which `data` vary; nothing outside `shard_map`.
+    """`table`, varying over the devices over which `data` vary; unchanged outside `shard_map`.
 
-    Inside it the data vary over devices and the table does not; the cast makes the cotangent type
-    of a custom gradient match, and its transpose sums over the devices.
+    Inside `shard_map` the data vary over devices and the table does not; the cast makes the
+    cotangent type of a custom gradient match, and its transpose sums over the devices.
     """
     axes = [jax.typeof(x).manual_axis_type.varying for x in (data, table)]
     varying = tuple(sorted(axes[0] - axes[1]))

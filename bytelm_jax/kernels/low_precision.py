@@ -1,13 +1,14 @@
-"""What linear layers do otherwise in 16 bits, for speed and for exactness.
+"""What linear layers do differently in 16-bit dtypes, for speed and for exactness.
 
-The function is that of the plain layers, which every other dtype takes; the roundings differ.
+They compute the same function as the plain layers, which all other dtypes use; only the roundings
+differ.
 
-A norm is folded into the linears behind it, and linears see rows. Measured on an H100 (README,
-"Measured"): with several leading axes XLA kept MEGABYTE's activations with the batch innermost and
-transposed them twice a layer; and the gradients of a norm's scale and bias are sums over all
-positions, which the gradient of the kernel behind it already contains.
+A norm is folded into the linear layers that follow it, and linear layers see flattened rows.
+Measured on an H100 (README, "Measured"): with several leading axes XLA kept MEGABYTE's activations
+with the batch innermost and transposed them twice per layer; and the gradients of a norm's scale
+and bias are sums over all positions, which the gradient of the following kernel already contains.
 
-Logits are not rounded: in bfloat16 two of them are the same number at about one byte in a hundred.
+Logits are not rounded: in bfloat16 the two largest would coincide at about one byte in a hundred.
 """
 
 import math
@@ -25,26 +26,26 @@ from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.normalization import rescale, standardize
 
 _ROWS = 4
-"""Rows for each input of the kernel from which on folding pays: it is a pass over the kernel."""
+"""Rows per input of the kernel from which on folding pays: it costs a pass over the kernel."""
 
 
 @runtime_checkable
 class Norm(Protocol):
-    """What is asked of a normalisation layer."""
+    """The interface that a normalisation layer must have."""
 
     centred: ClassVar[bool]
-    """Whether the mean is taken off, and a bias `bias` added."""
+    """Whether the mean is subtracted and a bias `bias` added."""
     scale: Any
 
     def __call__(self, x: Any, /) -> Any:
-        """The layer itself."""
+        """Applies the layer."""
         ...
 
 
 def normalized_linears(
     norm: Norm, x: Float[Array, "*batch D"], *linears: nnx.Linear
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """Each of `linears` of norm(x)."""
+    """Each of `linears` applied to norm(x)."""
     count = math.prod(x.shape[:-1])
     if not is_low_precision(x) or count < _ROWS * x.shape[-1]:
         x = norm(x)
@@ -60,7 +61,7 @@ def linear_of_rows(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Arr
 
 
 def unrounded_linear(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-    """linear(x) in at least float32; of 16-bit inputs, the products are, too."""
+    """linear(x) in at least float32; for 16-bit inputs, the products are wide, too."""
     if not is_low_precision(x):
         return nnx.Linear.__call__(linear, x)
 
@@ -77,9 +78,9 @@ def _on_rows(function: Callable[[Array], Array], x: Array) -> Array:
 
 
 def folded(norm: Norm, linear: nnx.Linear, rows: Float[Array, "N D"]) -> Float[Array, "N _"]:
-    """The linear of the norm whose `normalized` values are `rows`.
+    """The linear layer applied to the norm whose `normalized` values are `rows`.
 
-    The scale goes into the kernel, and the norm's bias through it, in at least float32.
+    The scale is folded into the kernel, and the norm's bias through it, in at least float32.
     """
     kernel = linear.kernel[...]
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
@@ -93,9 +94,9 @@ def folded(norm: Norm, linear: nnx.Linear, rows: Float[Array, "N D"]) -> Float[A
 
 
 def normalized(x: Float[Array, "*batch D"], centred: bool) -> Float[Array, "*batch D"]:
-    """What a norm makes of x before its scale and bias: LayerNorm if `centred`, else RMSNorm.
+    """A norm of x before its scale and bias: LayerNorm if `centred`, otherwise RMSNorm.
 
-    The backward pass reads the result again, in its own dtype, and no wider copy of it.
+    The backward pass reads the result, in its own dtype, instead of a wider copy.
     """
     return _normalized(x, centred)
 
@@ -136,7 +137,7 @@ def _wide_forward(rows: Array, kernel: Array) -> tuple[Array, tuple[Array, Array
 
 
 def _wide_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    # Rounded first: a product of float32 with 16 bits would be one of float32.
+    # Rounded first: a product of float32 with a 16-bit dtype would be computed in float32.
     rows, kernel = residuals
     gradient = gradient.astype(rows.dtype)
     return gradient @ kernel.T, rows.T @ gradient

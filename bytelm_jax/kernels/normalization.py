@@ -1,11 +1,11 @@
-"""The sums of normalisation, in at least float32."""
+"""The reductions of normalisation, in at least float32."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 EPSILON = 1e-5
-"""What is added to the variance: PyTorch's default."""
+"""Added to the variance: PyTorch's default."""
 
 
 def standardize(
@@ -13,7 +13,7 @@ def standardize(
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
     """(x − mean) / deviation over the last axis and 1 / deviation, both in at least float32.
 
-    The variance is the two-pass one: the fast E[x²] − E[x]² form loses digits at large means.
+    The variance takes two passes: the fast form E[x²] − E[x]² loses digits at large means.
     """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - wide.mean(axis=-1, keepdims=True)

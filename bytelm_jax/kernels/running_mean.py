@@ -1,4 +1,4 @@
-"""Means over all positions up to each: by a scan, or in 16 bits by triangular products.
+"""Running means over positions: by a scan, or in 16-bit dtypes by triangular products.
 
 Axes: B batch, T positions, D width.
 """
@@ -12,11 +12,11 @@ from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.dtypes import is_low_precision
 
 _CHUNK = 64
-"""Positions that one product of `_running_sums` adds."""
+"""Positions that one product of `_running_sums` adds up."""
 
 
 def prefix_mean(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Mean over the positions up to each, summed in at least float32."""
+    """Mean over all positions up to each one, summed in at least float32."""
     if is_low_precision(x) and backend() != "cpu":
         return mean_by_products(x)
     return mean_by_sums(x)
@@ -30,7 +30,7 @@ def mean_by_sums(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 @jax.custom_vjp
 def mean_by_products(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """The running mean of 16-bit numbers by triangular products, which add up in float32."""
+    """The running mean in 16-bit dtypes by triangular products, which accumulate in float32."""
     sums = _running_sums(x, backward=False)
     return (sums / prefix_counts(0, x.shape[1], sums.dtype)).astype(x.dtype)
 
@@ -49,13 +49,13 @@ mean_by_products.defvjp(_mean_forward, _mean_backward)
 
 
 def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T D"]:
-    """Sums up to each position, or from it on, in float32."""
+    """Sums up to each position, or from it on if `backward`, in float32."""
     batch, length, dim = x.shape
     count = -(-length // _CHUNK)
     blocks = jnp.pad(x, ((0, 0), (0, count * _CHUNK - length), (0, 0)))
     blocks = blocks.reshape(batch * count, _CHUNK, dim)
     triangle = np.tri(_CHUNK).T if backward else np.tri(_CHUNK)
-    # One for each block: a product that shares a matrix would have its result transposed.
+    # One matrix per block: a product that shares a matrix would have its result transposed.
     triangle = jnp.broadcast_to(jnp.asarray(triangle, x.dtype)[None], (len(blocks), _CHUNK, _CHUNK))
     inside = jnp.einsum("nts,nsd->ntd", triangle, blocks, preferred_element_type=jnp.float32)
     inside = inside.reshape(batch, count, _CHUNK, dim)
@@ -69,5 +69,5 @@ def _running_sums(x: Float[Array, "B T D"], backward: bool) -> Float[Array, "B T
 def prefix_counts(
     start: int | Int[Array, ""], count: int, dtype: jnp.dtype
 ) -> Float[Array, "1 {count} 1"]:
-    """How many positions each mean is over."""
+    """The number of positions in each mean."""
     return (start + 1 + jnp.arange(count)).astype(dtype).reshape(1, -1, 1)

@@ -1,4 +1,4 @@
-"""The learned activation gain · SiLU(x) + Σ_i coefficients_i · B_i(x), with its gradient by hand.
+"""The learned activation gain · SiLU(x) + Σ_i coefficients_i · B_i(x), with a handwritten gradient.
 
 Axes: F channels, each with a gain and 11 coefficients.
 """
@@ -23,8 +23,8 @@ _SCALE = INTERVALS / (2 * EDGE)
 def bump(distance: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
     """The uniform cubic B-spline at a distance from its middle, in intervals; 0 from 2 on.
 
-    Written in powers of what is left to the ends of its pieces, it has no case to tell apart, and
-    automatic differentiation gives the derivative that is right at the knots, too.
+    Written in powers of the distances to the ends of its pieces, it needs no case distinctions, and
+    automatic differentiation gives the right derivative at the knots, too.
     """
     away = jnp.abs(distance)
     return (jnp.maximum(2 - away, 0) ** 3 - 4 * jnp.maximum(1 - away, 0) ** 3) / 6
@@ -43,8 +43,8 @@ def spline_activation(
 ) -> Float[Array, "*batch F"]:
     """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32.
 
-    All basis functions are evaluated: picking the four that are not zero would bring a gather,
-    whose backward pass is a scatter. Nothing but x is kept for that pass.
+    All basis functions are evaluated: selecting the four that are not zero would need a gather,
+    whose backward pass is a scatter. Only x is kept for the backward pass.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, coefficients = (vary_like(p.astype(wide), x) for p in (gain, coefficients))
@@ -66,8 +66,8 @@ def _forward(x: Array, gain: Array, coefficients: Array) -> tuple[Array, tuple[A
 
 
 def _backward(residual: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
-    # By hand: differentiated automatically, the loop took five times as long on a CPU. The sum over
-    # positions for each coefficient is a product with ones here.
+    # Handwritten: differentiated automatically, the loop took five times as long on a CPU. The sum
+    # over positions for each coefficient is a product with ones here.
     x, gain, coefficients = residual
     ones, share = jnp.ones(x.shape[0], x.dtype), jax.nn.sigmoid(x)
 
@@ -85,13 +85,16 @@ _activate.defvjp(_forward, _backward)
 
 
 def _place(x: Array) -> Array:
-    """Where x lies, in intervals: at the middle of B_0 it is 0, at that of B_1 1, and so on."""
+    """The position of x in intervals: 0 at the middle of B_0, 1 at the middle of B_1, and so on."""
     return (x + EDGE) * _SCALE + 1
 
 
 def _over_basis(function: Callable, start: Array, weights: Array) -> tuple[Array, Any]:
-    """`function` over all basis functions: a loop on a CPU, where one fused expression takes eight
-    times as long, and that expression elsewhere, where each turn would read all of x again."""
+    """`function` over all basis functions: a loop on a CPU, one fused expression elsewhere.
+
+    On a CPU the fused expression takes eight times as long; elsewhere each iteration of a loop
+    would read all of x again.
+    """
     middles = jnp.arange(SPLINE_BASES, dtype=start.dtype)
     whole = backend() != "cpu"
     return jax.lax.scan(function, start, (middles, weights), unroll=SPLINE_BASES if whole else 1)

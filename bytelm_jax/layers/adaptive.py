@@ -1,8 +1,8 @@
-"""Linear layers whose weights adapt to the input, and the mixing layers made of them.
+"""Linear layers whose weights adapt to the input, and the mixing layers built from them.
 
 y = (W + ΔW(a)) x + b with an adaptation vector a for each position. `full`: ΔW is a linear function
-of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, in the manner of LoRA
-(Hu et al. 2021, arXiv 2106.09685) with a middle that depends on the input.
+of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, like LoRA (Hu et al.
+2021, arXiv 2106.09685) with a middle that depends on the input.
 
 Axes: B batch, T positions, D width, A adaptation width, R rank, I inputs and O outputs of a linear.
 """
@@ -23,7 +23,7 @@ from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import segmented_sums
 
 Product = Callable[[Array, Array], Array]
-"""`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped one."""
+"""`product(x [*, I], kernel [I, O]) -> [*, O]`; experts pass a grouped product."""
 
 
 class AdaptiveWeights(NamedTuple):
@@ -43,7 +43,7 @@ class AdaptiveWeights(NamedTuple):
 def adaptive_linear(
     weights: AdaptiveWeights, x: Float[Array, "B T I"], a: Float[Array, "B S A"]
 ) -> Float[Array, "B T O"]:
-    """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
+    """Applies the linear layer; S is T (one vector per position) or 1 (one per row)."""
     bias = weights.bias.reshape(1, 1, -1)
     if weights.down is not None and weights.up is not None:
         narrow = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)) * (x @ weights.down)
@@ -59,10 +59,10 @@ def adaptive_linear(
 def full_adaptation(
     weights: AdaptiveWeights, x: Float[Array, "*n I"], a: Float[Array, "*n A"], product: Product
 ) -> Float[Array, "*n O"]:
-    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix ever exists.
+    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix is materialised.
 
-    The sum is kept in at least float32. With a grouped `product` every array of `weights` has a
-    leading axis of experts.
+    The sum is accumulated in at least float32. With a grouped `product` every array of `weights`
+    has a leading axis of experts.
     """
     width, wide = a.shape[-1], jnp.promote_types(x.dtype, jnp.float32)
     *lead, inputs, outputs = weights.base.shape
@@ -70,7 +70,7 @@ def full_adaptation(
     def kernel(flat: Array) -> Array:
         return flat.reshape(*lead, outputs, inputs).swapaxes(-1, -2)
 
-    @jax.checkpoint  # or the backward pass would keep A results
+    @jax.checkpoint  # otherwise the backward pass would keep A results
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         share, matrix = part
         more = share[..., None] * product(x, kernel(matrix))
@@ -83,7 +83,7 @@ def full_adaptation(
 
 
 class AdaptiveLinear(nnx.Module):
-    """An adaptive linear I → O; `rank=0` is the full form. Starts as a plain linear: ΔW = 0."""
+    """An adaptive linear layer I → O; `rank=0` is the full form. Starts as a plain one: ΔW = 0."""
 
     def __init__(
         self,
@@ -125,10 +125,10 @@ class AdaptiveLinear(nnx.Module):
 def running_mean(
     x: Float[Array, "B T D"], segment_positions: Int[Array, "B T"] | None = None
 ) -> Float[Array, "B T D"]:
-    """Mean over the positions up to each, summed in at least float32.
+    """Mean over all positions up to each one, summed in at least float32.
 
-    `segment_positions` counts the positions before each in its segment, where means start over with
-    these.
+    With `segment_positions`, the number of earlier positions in the same segment, the mean restarts
+    at each segment.
     """
     if segment_positions is not None:
         sums = segmented_sums(x.astype(jnp.promote_types(x.dtype, jnp.float32)), segment_positions)
@@ -142,12 +142,12 @@ def extend_running_mean(
     index: int | Int[Array, ""],
     segment_positions: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-    """The same for T positions that start at `index`, and `sums` with theirs written.
+    """Cached version of `running_mean` for T positions from `index` on; also gives the new `sums`.
 
-    `segment_positions` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds
-    the sum over the first t positions, or those of them in the segment of the last, in at least
-    float32; S is one more than the positions there is room for. Being stored by position, entries
-    past `index` may hold anything.
+    `segment_positions` as in `running_mean`, for one position, or for T positions from 0 on.
+    `sums[:, t]` holds the sum over the first t positions, restricted to the segment of the last of
+    them, in at least float32; S is the capacity in positions plus 1. Since sums are stored by
+    position, entries past `index` may hold anything.
     """
     before = jax.lax.dynamic_slice_in_dim(sums, index, 1, axis=1)
     if segment_positions is None:
@@ -157,8 +157,8 @@ def extend_running_mean(
     else:
         more = segmented_sums(x.astype(sums.dtype), segment_positions)
     sums = jax.lax.dynamic_update_slice_in_dim(sums, more, index + 1, axis=1)
-    # Read back what was written: a use of `more` would let the compiler read `before` once more,
-    # after the write, for which it would copy the whole buffer in every step.
+    # Read back what was written: using `more` would let the compiler read `before` again after the
+    # write, for which it would copy the whole buffer in every step.
     written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
     counts = prefix_counts(index, x.shape[1], sums.dtype)
     counts = (
@@ -170,7 +170,7 @@ def extend_running_mean(
 
 
 class TokenMixing(nnx.Module):
-    """Norm → long convolution → adaptive linear; `norm` and `kernel_length=0` leave parts out."""
+    """Norm → long convolution → adaptive linear; `norm=False` and `kernel_length=0` omit parts."""
 
     def __init__(
         self,
@@ -209,7 +209,10 @@ class TokenMixing(nnx.Module):
         index: int | Int[Array, ""],
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
-        """The same for one position at `index`, or for T positions from 0, and the new past."""
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
+
+        Also gives the new past.
+        """
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
             x, past = self.convolution.extend(x, past, index, segment_positions)

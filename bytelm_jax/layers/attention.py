@@ -25,19 +25,19 @@ class KeyValueCache(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """What the queries of each row see, where a row holds several texts."""
+    """Which keys the queries of each row see, where a row holds several segments."""
 
     mask: Bool[Array, "B T S"]
     segment_positions: Int[Array, "B S"]
-    """The number of each key in its text, from 0."""
+    """The position of each key within its segment, from 0."""
 
 
 def alibi_bias(heads: int, length: int) -> np.ndarray:
     """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
 
     Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
-    whatever the model's dtype: published MEGABYTE checkpoints were made so. Adding slope · j equals
-    the usual slope · (j − i), since softmax ignores what is constant over the keys.
+    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
+    usual slope · (j − i), since softmax ignores what is constant over the keys.
     """
     slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
     return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
@@ -52,12 +52,13 @@ def multi_query_attention(
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
-    at least float32. A masked key has weight exactly 0, so a changed future changes nothing. Every
-    query must see at least one key.
+    `mask` and `bias` may have a batch axis or not. Scores and softmax are in at least float32. A
+    masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
+    least one key.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    # Heads behind queries, as they come in: products with the shared head need no transposes.
+    # The heads axis stays behind the queries axis: products with the shared head need no
+    # transposes.
     scores = jnp.einsum("...thk,...sk->...ths", q, k, preferred_element_type=wide)
     scores = scores * q.shape[-1] ** -0.5
     lead = (1,) * (scores.ndim - 1 - mask.ndim) + mask.shape[:-2]
@@ -69,7 +70,7 @@ def multi_query_attention(
 
 
 class MultiQueryAttention(nnx.Module):
-    """LayerNorm → causal multi-query attention → Linear, all linears without bias."""
+    """LayerNorm → causal multi-query attention → Linear, all linear layers without bias."""
 
     def __init__(self, dim: int, heads: int, init_std: float, alibi: bool, *, rngs: nnx.Rngs):
         self.heads, self.head_dim, self.alibi = heads, dim // heads, alibi
@@ -87,7 +88,7 @@ class MultiQueryAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "*batch T D"], scope: Scope | None = None
     ) -> Float[Array, "*batch T D"]:
-        """Each position sees itself and all before it, or what `scope` says."""
+        """Each position sees itself and everything before it, or what `scope` says."""
         q, k, v = self._project(x)
         if scope is not None:
             return self._attend(q, k, v, *scope)
@@ -104,7 +105,10 @@ class MultiQueryAttention(nnx.Module):
         index: int | Int[Array, ""],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """The same for T positions that start at `index`, with the past taken from `cache`."""
+        """Cached version of `__call__`: T positions from `index` on attend to `cache`.
+
+        Also gives `cache` with their keys and values written.
+        """
         q, k, v = self._project(x)
         keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
@@ -115,7 +119,7 @@ class MultiQueryAttention(nnx.Module):
         return self._attend(q, keys, values, mask), KeyValueCache(keys, values)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         empty = jnp.zeros((batch, length, self.head_dim), dtype)
         return KeyValueCache(empty, empty)
 

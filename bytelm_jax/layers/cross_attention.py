@@ -1,10 +1,10 @@
 """Cross-attention between bytes and patches, in time and memory linear in the bytes.
 
-Pagnoni et al. 2024 (arXiv 2412.09871), section 3.2.2, in the form of the published weights. A byte
-belongs to one patch, so pooling is a softmax over segments and reading back a gather: the [N, T]
-matrix of the dense form is never made.
+Pagnoni et al. 2024 (arXiv 2412.09871), section 3.2.2, as in the published weights. A byte belongs
+to one patch, so pooling is a softmax over segments and reading back is a gather: the [N, T] matrix
+of the dense form is never materialised.
 
-Axes: B batch, T bytes, N patches, M vectors a patch (`patch_queries`), H heads in G groups of R,
+Axes: B batch, T bytes, N patches, M vectors per patch (`patch_queries`), H heads in G groups of R,
 K head width, D width.
 """
 
@@ -26,8 +26,8 @@ from bytelm_jax.layers.segments import segment_max, take_segments
 class CrossAttention(nnx.Module):
     """Queries x → 2x + attention(norm(x), norm(states)); no rotation, no bias, scale K^-0.5.
 
-    The published layer adds its input and its caller adds it once more; both are done here. Values
-    are projected from the normed states, too.
+    The published layer adds its input and its caller adds it again; both happen here. Values are
+    also projected from the normalised states.
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, *, rngs: nnx.Rngs):
@@ -52,7 +52,8 @@ class CrossAttention(nnx.Module):
     ) -> tuple[Float[Array, "B N M D"], KeyValueCache]:
         """The M queries of each patch attend to exactly the bytes of that patch.
 
-        `patch_of` is N or more for a byte of no patch. Also gives keys and values, [B, T, G, K].
+        `patch_of` is N or more for a byte without a patch. Also gives keys and values, [B, T, G,
+        K].
         """
         count, cache = queries.shape[1], self.keys_values(states)
         keys, values = cache
@@ -78,7 +79,7 @@ class CrossAttention(nnx.Module):
     def pool_one(
         self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]
     ) -> Float[Array, "B M D"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
         mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
         return self._add(queries, mixed)
 
@@ -94,7 +95,7 @@ class CrossAttention(nnx.Module):
         """
         cache = self.keys_values(memory)
         batch, count = memory.shape[:2]
-        # One gather for both: its backward pass, a segment sum, is what costs.
+        # One gather for both: its backward pass, a segment sum, is the expensive part.
         both = jnp.concatenate([part.reshape(batch, count, -1) for part in cache], axis=-1)
         near = take_segments(both, read_of).reshape(*x.shape[:2], 2, *cache.keys.shape[2:])
         q = self._queries(x)[:, :, None]
@@ -103,7 +104,7 @@ class CrossAttention(nnx.Module):
         return self._add(x, mixed), cache
 
     def read_one(self, x: Float[Array, "B 1 D"], cache: KeyValueCache) -> Float[Array, "B 1 D"]:
-        """The same for one byte a row and the keys and values [B, M, G, K] of its patch."""
+        """Version of `read` for one byte per row; its patch has keys and values [B, M, G, K]."""
         mask = jnp.ones((1, 1, cache.keys.shape[1]), bool)
         return self._add(x, attend_once(self._queries(x), *cache, mask, grouped_attention))
 

@@ -1,4 +1,4 @@
-"""Dropout whose bits depend on the global row alone, so that one device equals many."""
+"""Dropout whose bits depend on the global row alone, so that one device and many agree."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Key
 
 
 def fold_rows(keys: Key[Array, " B"] | None, site: int) -> Key[Array, " B"] | None:
-    """One fresh key a row for the dropout site numbered `site`; None stays None."""
+    """One new key per row for the dropout site numbered `site`; None stays None."""
     if keys is None:
         return None
     return jax.vmap(lambda key: jax.random.fold_in(key, site))(keys)
@@ -17,7 +17,7 @@ def dropout(
 ) -> Float[Array, "B *rest"]:
     """Zeroes each value with probability `rate` and scales the others by 1 / (1 − rate).
 
-    `keys` holds one key a row of the batch; None means evaluation and returns `x` itself.
+    `keys` holds one key per row of the batch; None means evaluation and returns `x` itself.
     """
     if keys is None or rate == 0.0:
         return x

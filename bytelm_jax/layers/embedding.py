@@ -13,7 +13,7 @@ from bytelm_jax.layers.initializers import normal
 
 
 def embed(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
-    """Rows of a table at ids of any integer dtype; NaN for an id outside it."""
+    """Rows of a table for ids of any integer dtype; NaN for an id outside it."""
     ids = as_ids(ids)
     return look_up(vary_like(table, ids), ids)
 
@@ -21,7 +21,7 @@ def embed(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Ar
 class ByteEmbedding(nnx.Module):
     """A table [V, D] looked up by id: gather forward (exact), one-hot product backward.
 
-    `init_std` is the deviation of a normal initialisation; an initializer may stand in its place.
+    `init_std` is the standard deviation of a normal initialisation, or an initializer.
     """
 
     def __init__(self, size: int, dim: int, init_std: float | Initializer, *, rngs: nnx.Rngs):
@@ -42,8 +42,7 @@ class PositionEmbedding(nnx.Module):
         return jax.lax.dynamic_slice_in_dim(self.embedding[...], start, count)
 
     def patches(self, numbers: Int[Array, "B N"], count: int, patch: int) -> Float[Array, "B N W"]:
-        """The rows of the patches numbered `numbers`, side by side; `count` is above all of
-        them."""
+        """The rows of the patches numbered `numbers`, concatenated; `count` exceeds all of them."""
         table = self.embedding[...][: count * patch].reshape(count, -1)
         return look_up(vary_like(table, numbers), numbers)
 
@@ -51,7 +50,7 @@ class PositionEmbedding(nnx.Module):
 def sinusoidal_positions(
     start: int | Int[Array, ""], count: int, dim: int, dtype: jnp.dtype
 ) -> Float[Array, "{count} {dim}"]:
-    """`sinusoids` of `count` positions from `start` on."""
+    """`sinusoids` for `count` positions from `start` on."""
     return sinusoids(start + jnp.arange(count), dim, dtype)
 
 

@@ -1,8 +1,8 @@
 """Mixture of adaptive-linear experts: all of them, weighted, or the best few for each position.
 
 Sparse dispatch sorts (position, expert) pairs by expert and multiplies each run by its expert's
-matrix (`grouped_matmul`): no capacity, so no position is ever dropped, and neither later bytes nor
-other rows change a position through the routing.
+matrix (`grouped_matmul`). There is no capacity limit, so no position is ever dropped, and neither
+later bytes nor other rows affect a position through the routing.
 
 Axes: B batch, T positions, N = B·T, M = N·k pairs, D width, A adaptation width, R rank, E experts.
 """
@@ -32,11 +32,11 @@ class Routing(NamedTuple):
     balance: Float[Array, " B"]
     """E Σ_e load_e · mean gate_e (Fedus et al. 2021, arXiv 2101.03961, section 2.2): 1 if even."""
     load: Float[Array, "B E"]
-    """Each expert's share of the row's pairs; adds up to 1."""
+    """Each expert's share of the row's pairs; sums to 1."""
 
 
 class ExpertLinear(nnx.Module):
-    """E linears side by side: `kernels` [E, I, O] and `bias` [E, O], in both packages alike."""
+    """E linear layers side by side: `kernels` [E, I, O] and `bias` [E, O], in both packages."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ExpertLinear(nnx.Module):
 
 
 class AdaptiveExperts(nnx.Module):
-    """E adaptive linears D → D, stacked; `rank=0` is the full form."""
+    """E adaptive linear layers D → D, stacked; `rank=0` is the full form."""
 
     def __init__(
         self,
@@ -129,8 +129,8 @@ class AdaptiveExperts(nnx.Module):
 class MixtureOfExperts(nnx.Module):
     """Norm → experts, mixed by gate = softmax(Linear(a)) in at least float32.
 
-    `top_k=0`: all experts, weighted by the gate. Otherwise the `top_k` experts with the greatest
-    gates (equal ones by number), weighted by these gates divided by their sum.
+    `top_k=0`: all experts, weighted by the gate. Otherwise the `top_k` experts with the largest
+    gates (ties by number), weighted by these gates divided by their sum.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class MixtureOfExperts(nnx.Module):
         return mixed.reshape(x.shape), _routing(probabilities, share)
 
     def probabilities(self, a: Float[Array, "B S A"], length: int) -> Float[Array, "B T E"]:
-        """The gate of each of `length` positions."""
+        """The gates at `length` positions."""
         wide = jnp.promote_types(a.dtype, jnp.float32)
         kernel, bias = self.gate.kernel[...].astype(wide), self.gate.bias
         assert bias is not None
@@ -174,14 +174,14 @@ class MixtureOfExperts(nnx.Module):
 
 
 def _positions(values: Array) -> Array:
-    """[B, T, F] → [N, F]; a −1 could not be solved for when T = 0."""
+    """[B, T, F] → [N, F]; reshaping with −1 would be ambiguous for T = 0."""
     return values.reshape(values.shape[0] * values.shape[1], values.shape[2])
 
 
 def choose_experts(
     probabilities: Float[Array, "B T E"], top_k: int
 ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T E"]]:
-    """(experts by falling gate, their gates over the sum, each expert's share of the pairs)."""
+    """(experts by decreasing gate, their normalised gates, each expert's share of the pairs)."""
     _, chosen = jax.lax.top_k(probabilities, top_k)
     hot = jax.nn.one_hot(chosen, probabilities.shape[-1], dtype=probabilities.dtype)
     gates = jnp.sum(hot * probabilities[:, :, None], axis=-1)

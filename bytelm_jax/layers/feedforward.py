@@ -11,7 +11,7 @@ from bytelm_jax.layers.norm import LayerNorm, RMSNorm
 
 
 class FeedForward(nnx.Module):
-    """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linears with bias."""
+    """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linear layers with bias."""
 
     def __init__(self, dim: int, init_std: float, *, rngs: nnx.Rngs):
         init = normal(init_std)
@@ -25,7 +25,7 @@ class FeedForward(nnx.Module):
 
 
 class GatedFeedForward(nnx.Module):
-    """RMSNorm → down(SiLU(gate(x)) · up(x)), width F inside, no bias (Shazeer 2020, SwiGLU)."""
+    """RMSNorm → down(SiLU(gate(x)) · up(x)), hidden width F, no bias (Shazeer 2020, SwiGLU)."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int) -> nnx.Linear:

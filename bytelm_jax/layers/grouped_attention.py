@@ -30,10 +30,9 @@ def grouped_attention(
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. J is K but where `guide` has added features.
-    The axes of `mask` before S are those of q, or 1; leading ones may be missing.
-    A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
-    least one key.
+    Heads gR … gR + R − 1 use key head g. J is K unless `guide` has added features. The axes of
+    `mask` before S are those of q, or 1; leading ones may be missing. A masked key has weight
+    exactly 0, so a changed future changes nothing. Every query must see at least one key.
     """
     groups, wide = k.shape[-2], jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(*q.shape[:-2], groups, q.shape[-2] // groups, q.shape[-1])
@@ -54,8 +53,8 @@ def guide(
 ) -> tuple[Float[Array, "B T H J"], Float[Array, "B T G J"]]:
     """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e the entropy.
 
-    β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
-    width a multiple of 8 where K is one.
+    β_h e_j is an additional feature of the key, so any attention kernel can be used; J = K + 8
+    keeps the width a multiple of 8 if K is one.
     """
     entropy = patch_entropy[:, :, None, None].astype(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).astype(q.dtype)[None, None, :, None]
@@ -73,9 +72,9 @@ def causal_attention(
     window: int,
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H K"]:
-    """Each position sees itself and the `window` − 1 before it, everything before it with 0.
+    """Each position sees itself and the `window` − 1 before it; all before it if `window=0`.
 
-    It sees nothing before `segment_starts`, the first position of its segment. Past the window,
+    It sees nothing before `segment_starts`, the first position of its segment. With a window,
     memory is linear in T: the text is cut into chunks of `window` positions, and a chunk sees the
     chunk before it and itself.
     """
@@ -109,7 +108,7 @@ def _written_out(
 
 
 def _chunks(x: Array, count: int, window: int) -> Array:
-    """[B, T, H, K] → [B, C, window, H, K], zeros behind the end."""
+    """[B, T, H, K] → [B, C, window, H, K], padded with zeros at the end."""
     padded = jnp.pad(x, ((0, 0), (0, count * window - x.shape[1]), (0, 0), (0, 0)))
     return padded.reshape(x.shape[0], count, window, *x.shape[2:])
 
@@ -119,9 +118,9 @@ def _chunk_before(x: Array) -> Array:
 
 
 class GroupedAttention(nnx.Module):
-    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
+    """RMSNorm → causal attention → Linear, all linear layers without bias; K = D / heads.
 
-    `guided` adds γ and β per head, 0 at first, by which `patch_entropy` guides it (`guide`).
+    `guided` adds γ and β per head, initially 0, by which `patch_entropy` guides it (`guide`).
     """
 
     def __init__(
@@ -158,7 +157,7 @@ class GroupedAttention(nnx.Module):
         patch_entropy: Float[Array, "B T"] | None = None,
         segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """Also gives the (rotated) keys and the values, [B, T, G, K]."""
+        """The output, and the (rotated) keys and the values, [B, T, G, K]."""
         q, k, v = self._project(x, rope, patch_entropy)
         return self._out(causal_attention(q, k, v, self.window, segment_starts)), KeyValueCache(
             k, v
@@ -172,7 +171,10 @@ class GroupedAttention(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """The same for the position `index` of all rows, with the past taken from `cache`."""
+        """Cached version of `__call__` for one position `index` of all rows.
+
+        Also gives `cache` with the new key and value written.
+        """
         q, k, v = self._project(x, rope)
         keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
@@ -196,10 +198,10 @@ class GroupedAttention(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """The same for another position in each row, without a window.
+        """Cached version of `__call__` for a different position in each row, without a window.
 
-        Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
-        row is the caller's to decide.
+        Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
+        which rows they are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
@@ -212,7 +214,7 @@ class GroupedAttention(nnx.Module):
         return self._out(mixed), KeyValueCache(k[:, 0], v[:, 0])
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         shape = (batch, length, self.kv_heads)
         keys = jnp.zeros((*shape, self.head_dim + _GUIDE * self.guided), dtype)
         return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))

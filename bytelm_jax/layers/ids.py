@@ -1,4 +1,4 @@
-"""Ids of any integer dtype, made int32 before anything is computed with them.
+"""Ids of any integer dtype, converted to int32 before anything is computed with them.
 
 In a narrower dtype special ids do not fit and wrap silently: as uint8, a pad of 257 is the byte 1.
 """
@@ -12,9 +12,9 @@ _INT32 = np.iinfo(np.int32)
 
 
 def as_ids(ids: Shaped[Array | np.ndarray, "*batch"]) -> Int32[Array, "*batch"]:
-    """`ids` as int32. What int32 cannot hold stays outside every vocabulary.
+    """`ids` as int32. Ids that int32 cannot hold stay outside every vocabulary.
 
-    Raises `ValueError` for a dtype that is not an integer, bool included.
+    Raises `ValueError` for a dtype that is not an integer, including bool.
     """
     if ids.dtype.kind not in "iu":
         raise ValueError(f"ids: dtype {ids.dtype}; give integers, such as int32")
@@ -27,9 +27,9 @@ def as_ids(ids: Shaped[Array | np.ndarray, "*batch"]) -> Int32[Array, "*batch"]:
 
 
 def check_ids(ids: Integer[Array | np.ndarray, "B T"], size: int) -> Int32[Array, "B T"]:
-    """`as_ids`, which raises `ValueError` also for another shape and for an id outside [0, size).
+    """`as_ids` with checks: raises `ValueError` for other shapes and ids outside [0, size).
 
-    Traced ids, whose values are unknown, pass; one past the end gives NaN logits through the
+    Traced ids, whose values are unknown, pass; an id past the end gives NaN logits through the
     embedding.
     """
     if ids.ndim != 2:

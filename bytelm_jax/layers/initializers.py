@@ -1,9 +1,9 @@
 """Random initialisation that compiles quickly: equal draws are made together.
 
-A model draws hundreds of arrays of a few shapes. Compiled one by one, the random bits of each are a
-program of their own: minutes for a large model on a GPU. While `deferring()`, initializers only
-note what is to be drawn, and `draw_all` makes the arrays of each kind and size in one loop, bit for
-bit those that each would have drawn alone.
+A model draws hundreds of arrays of a few shapes. Compiled one by one, the random bits of each array
+are a program of their own: minutes for a large model on a GPU. Within `deferring()`, initializers
+only record what is to be drawn, and `draw_all` draws the arrays of each kind and size in one loop,
+bit for bit as each would have been drawn alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Finish = Callable[[Array], Array]
 
 
 class Draw(NamedTuple):
-    """An array still to be drawn: `std` times a normal one, which is cut at ±`cut` (0: not cut).
+    """An array still to be drawn: `std` times a normal variable cut at ±`cut` (0: not cut).
 
-    While `deferring()`, `key` is the number of the key.
+    Within `deferring()`, `key` is the number of the key.
     """
 
     key: Any
@@ -40,13 +40,13 @@ class Draw(NamedTuple):
 
 
 def normal(std: float, cut: float = 0.0, finish: Finish | None = None) -> Initializer:
-    """Float32, normal with deviation `std`, cut at ±`cut` before it is scaled; then `finish`ed."""
+    """An initializer for float32: normal, truncated at ±`cut`, scaled by `std`, then `finish`ed."""
 
     def initialize(
         key: Any, shape: Sequence[int], dtype: Any = jnp.float32, out_sharding: Any = None
     ) -> Any:
         if dtype != jnp.float32:
-            raise ValueError(f"dtype={dtype}: parameters are made in float32")
+            raise ValueError(f"dtype={dtype}: parameters are created in float32")
         draw = Draw(key, std, tuple(shape), cut, finish)
         return draw if _deferring.get() else _finished(draw, _bare(key, draw.shape, cut))
 
@@ -54,13 +54,13 @@ def normal(std: float, cut: float = 0.0, finish: Finish | None = None) -> Initia
 
 
 def fan_in_normal(fan_in: int) -> Initializer:
-    """Normal with σ = fan_in^-0.5, cut at ±3σ, as the Byte Latent Transformer does it."""
+    """Normal with σ = fan_in^-0.5, truncated at ±3σ, as in the Byte Latent Transformer."""
     return normal(fan_in**-0.5, 3.0)
 
 
 @contextlib.contextmanager
 def deferring() -> Iterator[None]:
-    """Inside, initializers give a `Draw` in the place of an array."""
+    """Within this context initializers return a `Draw` instead of an array."""
     token = _deferring.set(True)
     try:
         yield
@@ -69,10 +69,10 @@ def deferring() -> Iterator[None]:
 
 
 def draw_all(values: dict[str, Any], seed: int | Int[Array, ""]) -> dict[str, Array]:
-    """`values` with every `Draw` made, those of one kind and size in one loop.
+    """`values` with every `Draw` replaced by its array, drawn in one loop per kind and size.
 
-    Draw n has the n-th key of `nnx.Rngs(seed).params()`, so this is what a model without deferring
-    would hold: outside `jit` bit for bit, inside it up to the compiler's rounding.
+    Draw n has the n-th key of `nnx.Rngs(seed).params()`, so the result is what a model without
+    deferring would hold: bit for bit outside `jit`, up to the compiler's rounding inside it.
     """
     root = jax.random.key(seed)
     groups = defaultdict[tuple[int, float], list[str]](list)
@@ -99,6 +99,6 @@ def _bare(key: Array, shape: tuple[int, ...], cut: float) -> Array:
 
 
 def _finished(draw: Draw, bare: Array) -> Array:
-    # Not in the loop, where the compiler would round the product otherwise.
+    # Not in the loop, where the compiler would round the product differently.
     scaled = bare * jnp.asarray(draw.std, jnp.float32)
     return draw.finish(scaled) if draw.finish else scaled

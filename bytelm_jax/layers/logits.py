@@ -1,6 +1,6 @@
-"""The last layer. Logits are not rounded to 16 bits.
+"""The output layer. Logits are not rounded to 16 bits.
 
-In bfloat16 two of them would be the same number at about one byte in a hundred.
+In bfloat16 the two largest would coincide at about one byte in a hundred.
 """
 
 from flax import nnx
@@ -10,7 +10,7 @@ from bytelm_jax.kernels.low_precision import unrounded_linear
 
 
 class LogitsLinear(nnx.Linear):
-    """A linear whose results are in at least float32; of 16-bit inputs, the products are, too."""
+    """A linear layer with results in at least float32; for 16-bit inputs its products are, too."""
 
     def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         return unrounded_linear(self, inputs)

@@ -1,10 +1,10 @@
 """Depthwise causal convolution with long filters: y[t] = Σ_j taps[j] · x[t − j] in each channel.
 
-Axes: B batch, T positions, S positions of a cache, R of them that a filter reaches, K taps, D
+Axes: B batch, T positions, S positions of a cache, R of them within the filter's reach, K taps, D
 channels.
 
-How `kernels.convolution` sums is exactly causal. Where the text falls into segments, it would carry
-one into the next: there the plain sum is taken, tap by tap.
+The sums of `kernels.convolution` are exactly causal. Where the text consists of segments, they
+would carry one into the next: there the plain sum is computed, tap by tap.
 """
 
 import jax
@@ -22,11 +22,11 @@ _TAPS = 16
 def segmented_convolution(
     x: Float[Array, "B T D"], taps: Float[Array, "K D"], segment_positions: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """`long_convolution` within segments; `segment_positions` counts the positions before each in
-    its segment.
+    """`long_convolution` within segments, by the plain sum.
 
-    The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
-    is left out by a mask, so that a position has the very sum that it has in its segment alone.
+    `segment_positions` is the number of earlier positions in the same segment. K · T operations per
+    channel, in memory linear in T. A mask excludes everything before a segment, so that a position
+    has exactly the sum that it has in its segment alone.
     """
     batch, length, dim = x.shape
     wide, block = jnp.promote_types(x.dtype, jnp.float32), min(_TAPS, length, taps.shape[0])
@@ -36,7 +36,7 @@ def segmented_convolution(
     kernel = jnp.pad(taps[:length], ((0, count * block - min(length, taps.shape[0])), (0, 0)))
     padded = jnp.pad(x, ((0, 0), (count * block - 1, 0), (0, 0))).astype(wide)
 
-    @jax.checkpoint  # or the backward pass would keep each tap's masked input
+    @jax.checkpoint  # otherwise the backward pass would keep each tap's masked input
     def add(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         first, some = part
         start = (count - 1) * block - first
@@ -74,9 +74,10 @@ class LongConvolution(nnx.Module):
         index: int | Int[Array, ""],
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-        """The same for one position at `index`, or for T positions from 0, and the new past.
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
 
-        One position is the plain sum over the filter's length, whatever the context.
+        Also gives the new past. One position is the plain sum over the filter's length, whatever
+        the context.
         """
         reach = self._reach(past)
         past = jax.lax.dynamic_update_slice_in_dim(past, x, index + reach - 1, axis=1)
@@ -94,7 +95,7 @@ class LongConvolution(nnx.Module):
         return mixed[:, None].astype(x.dtype), past
 
     def empty_past(self, batch: int, length: int, dtype: jnp.dtype) -> Float[Array, "B S D"]:
-        """Room for the inputs of `length` positions, after zeros for what lies before the first."""
+        """An empty cache for the inputs of `length` positions, preceded by zeros."""
         kernel_length, dim = self.taps.shape
         return jnp.zeros((batch, length + min(length, kernel_length) - 1, dim), dtype)
 
@@ -110,6 +111,6 @@ def decays(kernel_length: int, dim: int) -> Float[Array, "K D"]:
 
 
 def _decaying(noise: Array) -> Array:
-    """Filters [K, D] of norm 1 that die away."""
+    """An initializer of filters [K, D] with norm 1 that decay exponentially."""
     taps = noise * decays(*noise.shape)
     return taps / jnp.linalg.norm(taps, axis=0, keepdims=True)

@@ -1,9 +1,9 @@
 """Embeddings of hashed byte n-grams (Pagnoni et al. 2024, arXiv 2412.09871, section 3.2.1).
 
 Axes: B batch, T bytes, E tables, D width. A hash is Σ_j id_j · prime^j, j = 0 the oldest id, in
-wrapping signed 64-bit arithmetic, then the remainder (never negative) by the rows of a table.
-Wrapping is part of the definition from three ids on, and JAX without its 64-bit mode would make
-int64 int32 in silence; so the sum is carried in two uint32 limbs, exact on every device.
+wrapping signed 64-bit arithmetic, then the remainder (never negative) by the rows of a table. From
+three ids on the definition relies on wrapping, and JAX without its 64-bit mode would silently make
+int64 int32; so the sum is held in two uint32 limbs, exact on every device.
 """
 
 import jax
@@ -24,7 +24,7 @@ def polynomial_hash(
 ) -> Int32[Array, "*batch"]:
     """Hash of the last axis, oldest id first: ids from 0 to 65535, result from 0 to rows − 1.
 
-    `rows` is below 2^31.
+    `rows` must be below 2^31.
     """
     high, low = jnp.uint32(0), jnp.uint32(0)
     for j in range(grams.shape[-1]):
@@ -45,7 +45,7 @@ def _product(small: Array, factor: int) -> tuple[Array, Array]:
 
 
 def _floor_mod(high: Array, low: Array, rows: int) -> Array:
-    """The signed 64-bit number (high, low) modulo `rows`, by long division that stays in uint32."""
+    """The signed 64-bit number (high, low) modulo `rows`, by long division within uint32."""
     step, divisor = _LIMB - rows.bit_length(), jnp.uint32(rows)
     remainder = jnp.zeros_like(high)
     for limb in (high, low):
@@ -63,8 +63,8 @@ def _floor_mod(high: Array, low: Array, rows: int) -> Array:
 def ngram_rows(grams: Integer[Array, "*batch n"], config: BLTConfig) -> Int32[Array, "*batch E"]:
     """Row of the fused table for each table, function-major, then by size in the config's order.
 
-    `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with
-    id 0 before the first one.
+    `grams` holds the ids that end at each byte, oldest first, as many as the largest size, with id
+    0 before the first one.
     """
     rows, table_size = [], config.ngram_rows
     for prime in HASH_PRIMES[: config.ngram_functions]:
@@ -84,7 +84,7 @@ def _lookup_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Arra
 
 
 def _lookup_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
-    # A scatter-add is right here, other than for bytes: the tables are large and rows seldom meet.
+    # Unlike for bytes, a scatter-add is right here: the tables are large and rows seldom collide.
     # It adds in float32, in which frequent n-grams lose no digits; rows outside are dropped.
     table, rows = residual
     wide = jnp.promote_types(gradient.dtype, jnp.float32)
@@ -98,12 +98,12 @@ _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class NgramEmbedding(nnx.Module):
-    """One fused table [tables · rows, D]; the looked-up rows of a byte are summed."""
+    """One fused table [tables · rows, D]; the rows of a byte are looked up and summed."""
 
     def __init__(self, count: int, dim: int, *, rngs: nnx.Rngs):
         init = fan_in_normal(dim)
         self.embedding = nnx.Param(init(rngs.params(), (count, dim), jnp.float32))
 
     def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
-        """`rows` as `ngram_rows` gives them; a row behind the table, for padding, adds nothing."""
+        """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
         return _lookup(vary_like(self.embedding[...], rows), rows)

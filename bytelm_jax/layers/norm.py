@@ -1,4 +1,4 @@
-"""Normalisation, computed in at least float32 whatever the compute dtype (float64 stays)."""
+"""Normalisation, computed in at least float32 whatever the compute dtype."""
 
 from typing import ClassVar
 

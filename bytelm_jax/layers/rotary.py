@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles of K / 2 pairs; a leading 1 serves all rows."""
+    """Cosines and sines of the angles of K / 2 pairs; a leading axis of 1 serves all rows."""
 
     cos: Float[Array, "B T K//2"]
     sin: Float[Array, "B T K//2"]
@@ -22,8 +22,8 @@ def rotation(
 ) -> Rotation:
     """Angles position · theta^(−2i / K) of pair i, in at least float32.
 
-    The frequencies are float32 in every dtype: published weights were made so, and at position
-    4,000 the rounding shows in the fourth digit.
+    The frequencies are float32 in every dtype, as in published weights; at position 4,000 their
+    rounding shows in the fourth digit.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = 1 / np.float32(theta) ** exponents
@@ -33,8 +33,8 @@ def rotation(
 
 
 def rotate(x: Float[Array, "B T H K"], rope: Rotation) -> Float[Array, "B T H K"]:
-    """Turns each pair (2i, 2i + 1) of the last axis by its angle."""
-    # Neighbours by shifts: to split the axis into pairs is a transpose on a GPU.
+    """Rotates each pair (2i, 2i + 1) of the last axis by its angle."""
+    # Neighbours by shifts: splitting the axis into pairs is a transpose on a GPU.
     wide, even = x.astype(rope.cos.dtype), np.arange(x.shape[-1]) % 2 == 0
     partner = jnp.where(_last(even), jnp.roll(wide, -1, axis=-1), jnp.roll(wide, 1, axis=-1))
     cos, sin = (jnp.repeat(part, 2, axis=-1)[:, :, None, :] for part in rope)

@@ -37,7 +37,7 @@ def segment_max(
 ) -> Float[Array, "B {count} F"]:
     """Maximum over the bytes of each patch; 0 for a patch without bytes.
 
-    Bytes that share a maximum share its gradient in equal parts, as in PyTorch.
+    Bytes that share a maximum share its gradient equally, as in PyTorch.
     """
     return _segment_max(x, patch_of, count)
 

@@ -1,7 +1,7 @@
-"""Learned activations: a weighted SiLU plus a cubic B-spline in each channel (Liu et al. 2024,
-arXiv 2404.19756, section 2.2), inside a feed-forward layer.
+"""Learned activations: a weighted SiLU plus a cubic B-spline in each channel.
 
-Axes: B batch, T positions, D width, F channels.
+Liu et al. 2024, arXiv 2404.19756, section 2.2, inside a feed-forward layer. Axes: B batch, T
+positions, D width, F channels.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from bytelm_jax.layers.norm import RMSNorm
 
 
 class Spline(nnx.Module):
-    """A learned activation a channel; starts as SiLU with a small random spline."""
+    """One learned activation per channel; starts as SiLU with a small random spline."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         init = normal(0.1 / INTERVALS)
@@ -27,7 +27,7 @@ class Spline(nnx.Module):
 
 
 class SplineFeedForward(nnx.Module):
-    """RMSNorm → Linear(D, F) → spline a channel → Linear(F, D), both linears without bias."""
+    """RMSNorm → Linear(D, F) → one spline per channel → Linear(F, D), without biases."""
 
     def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
         def linear(inputs: int, outputs: int) -> nnx.Linear:

@@ -1,7 +1,7 @@
-"""The stack that the Byte Latent Transformer is made of: pre-norm, RMSNorm, rotary, gated.
+"""The stack that the Byte Latent Transformer is built from: pre-norm, RMSNorm, rotary, gated.
 
-Bytropix leaves the rotation out, puts splines in the gate's place and guides the attention.
-Axes: B batch, T positions, D width.
+Bytropix omits the rotation, uses splines instead of gates and guides the attention. Axes: B batch,
+T positions, D width.
 """
 
 import jax
@@ -17,7 +17,7 @@ from bytelm_jax.layers.rotary import Rotation, rotation
 from bytelm_jax.layers.spline import SplineFeedForward
 
 Caches = tuple[KeyValueCache, ...]
-"""Keys and values, one pair a layer."""
+"""Keys and values, one pair per layer."""
 
 
 class TransformerLayer(nnx.Module):
@@ -49,7 +49,7 @@ class TransformerLayer(nnx.Module):
         patch_entropy: Float[Array, "B T"] | None = None,
         segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """Also gives the attention's keys and values."""
+        """The output, and the attention's keys and values."""
         attended, cache = self.attention(x, rope, patch_entropy, segment_starts)
         x = x + dropout(attended, self.rate, fold_rows(keys, 0))
         return x + dropout(self.feedforward(x), self.rate, fold_rows(keys, 1)), cache
@@ -62,7 +62,7 @@ class TransformerLayer(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """The same for the position `index`, with the past taken from `cache`."""
+        """Cached version of `__call__` for the position `index`; also gives the new cache."""
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
@@ -76,7 +76,10 @@ class TransformerLayer(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """The same for another position in each row; gives the new key and value [B, G, K]."""
+        """Cached version of `__call__` for a different position in each row.
+
+        Also gives the new key and value [B, G, K].
+        """
         attended, new = self.attention.extend_rows(
             x, rope, cache, index, patch_entropy, segment_starts
         )
@@ -88,9 +91,9 @@ class Transformer(nnx.Module):
     """A stack of layers without a final norm.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
-    `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
-    `segment_starts` holds the first position of each position's segment, a text of its own:
-    positions count from there and nothing before it is seen. Without it all is one text.
+    `guided` attention takes `patch_entropy`, one value per position (`grouped_attention.guide`).
+    `segment_starts` holds the first position of each position's segment: positions count from there
+    and nothing before it is seen. Without it the row is one text.
     """
 
     def __init__(
@@ -120,7 +123,7 @@ class Transformer(nnx.Module):
         patch_entropy: Float[Array, "B T"] | None = None,
         segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches]:
-        """Also gives every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
+        """The output, and every layer's keys and values, [B, T, G, K]; unused ones cost nothing."""
         rope, written = self.rope(positions_in(x.shape[1], segment_starts), x.dtype), []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
@@ -135,7 +138,7 @@ class Transformer(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """The same for the position `index`, with the past taken from `caches`."""
+        """Cached version of `__call__` for the position `index`; also gives the new caches."""
         rope, written = self.rope(position_in(index, segment_starts), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)
@@ -150,7 +153,10 @@ class Transformer(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """The same for another position in each row; gives the new keys and values [B, G, K]."""
+        """Cached version of `__call__` for a different position in each row.
+
+        Also gives the new keys and values [B, G, K].
+        """
         inside = index if segment_starts is None else index - segment_starts
         rope, new_caches = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -159,11 +165,11 @@ class Transformer(nnx.Module):
         return x, tuple(new_caches)
 
     def rope(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
-        """The rotation of keys and queries at these positions; None where `theta` is 0."""
+        """The rotation of keys and queries at these positions; None if `theta` is 0."""
         return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
 
     def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> Caches:
-        """One cache a layer for `length` positions."""
+        """One empty cache per layer for `length` positions."""
         return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)
 
 
@@ -176,5 +182,5 @@ def positions_in(length: int, segment_starts: Int[Array, "B T"] | None) -> Int[A
 def position_in(
     index: Int[Array, ""], segment_starts: Int[Array, " B"] | None
 ) -> Int[Array, "#B 1"]:
-    """The same for the position `index` alone."""
+    """Version of `positions_in` for the position `index` alone."""
     return index[None, None] if segment_starts is None else (index - segment_starts)[:, None]

@@ -50,10 +50,10 @@ def split_model(model: nnx.Module) -> tuple[Callable[[Params], Any], Params]:
 
 
 class _Keys(nnx.Rngs):
-    """Gives what it was made of in the place of keys: numbers for draws that are made later.
+    """Yields consecutive numbers instead of keys, for draws that are made later.
 
-    Under a trace, `nnx.Rngs` walks what was traced so far for every key that it gives: a minute for
-    the 1B model's shapes.
+    Under a trace, `nnx.Rngs` walks everything traced so far for each key that it gives: a minute
+    for the 1B model's shapes.
     """
 
     def __init__(self, keys: Iterator[Any]):
@@ -63,7 +63,7 @@ class _Keys(nnx.Rngs):
 def define_model(
     config: ModelConfig,
 ) -> tuple[Callable[[Params], Any], Callable[[int], Params]]:
-    """`(bind, init)` without allocating anything: `init(seed)` makes the parameters, jit or not."""
+    """`(bind, init)` without allocating anything: `init(seed)` creates the parameters."""
     same = itertools.repeat(jax.random.key(0))
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config, _Keys(same))), nnx.Param)
 
@@ -81,7 +81,7 @@ def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
-    """The parameters in the compute dtype; norms stay as they are, being computed in float32."""
+    """The parameters in the compute dtype; norms keep theirs because they compute in float32."""
     return {name: value if is_norm(name) else value.astype(dtype) for name, value in params.items()}
 
 

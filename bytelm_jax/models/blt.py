@@ -1,17 +1,17 @@
-"""Byte Latent Transformer: a latent transformer over patches of bytes whose length varies.
+"""Byte Latent Transformer: a latent transformer over patches of varying numbers of bytes.
 
 Pagnoni et al. 2024 (arXiv 2412.09871), in the form of the published weights, which transformers
-calls `BltForCausalLM`. Axes: B batch, T bytes, N patches, M vectors a patch (W together), G key
+calls `BltForCausalLM`. Axes: B batch, T bytes, N patches, M vectors per patch (W together), G key
 heads, K head width, D width, V vocabulary. The model runs on s = [BOS, ids[:, :-1]].
 
-Where this differs: shapes are static, a budget bounds the patches and those past it merge into the
+Differences: shapes are static, so a budget bounds the patches and those past it merge into the
 last; cross-attention is linear in the bytes; padding is neither patched nor hashed; entropies of a
-row never see another row; boundaries inside a UTF-8 character are left out unless
+row never depend on another row; boundaries inside a UTF-8 character are excluded unless
 `whole_characters` is off.
 
-With `reset_on` the text falls into segments, each a text of its own with its own BOS and patches:
-`segment_starts` holds, wherever it appears, the first position (or patch) of each one's segment,
-and is None where all is one text.
+With `reset_on` the text consists of segments, each a text of its own with its own BOS and patches:
+`segment_starts` holds, wherever it appears, the first position (or patch) of each position's (or
+patch's) segment, and is None if the row is one text.
 
 Bytropix is the same skeleton with other parts, each a field of the configuration: patches by the
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
@@ -74,8 +74,8 @@ class BLT(nnx.Module):
         """Logits in at least float32; the compute dtype is that of the parameters.
 
         `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
-        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
-        dropout on. `remat` recomputes the layers in the backward pass.
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key per row and
+        turns dropout on. `remat` recomputes the layers in the backward pass.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
@@ -86,12 +86,12 @@ class BLT(nnx.Module):
         remat: bool = False,
         starts: Bool[Array, "B S"] | None = None,
     ) -> ModelOutput:
-        """As `__call__`, with the metrics `patch_length` (mean, bytes) and `patch_overflow`.
+        """Logits as from `__call__`; metrics `patch_length` (mean, bytes) and `patch_overflow`.
 
         A model that reads histograms adds `histogram_entropy` (mean, bits).
 
-        `starts`, S = T + 1, takes the place of the patcher: whether a patch starts at each position
-        of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
+        `starts`, S = T + 1, replaces the patcher: whether a patch starts at each position of s and
+        at the byte still to come (`patching.starts_from_lengths` computes it from lengths).
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)
@@ -145,7 +145,7 @@ class BLT(nnx.Module):
     ) -> Float[Array, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
-        No gradient reaches that model. None under the other patchers.
+        No gradient reaches that model. None for the other patchers.
         """
         if self.config.patcher != "entropy":
             return None
@@ -165,7 +165,7 @@ class BLT(nnx.Module):
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         return blt_decoding.prefill(self, ids, cache)
 
@@ -176,7 +176,7 @@ class BLT(nnx.Module):
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[BLTCache, Int[Array, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (anything at first).
+        """Appends byte number `index`; `previous` is the byte before it (ignored at first).
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
@@ -188,7 +188,7 @@ class BLT(nnx.Module):
         counted: Bool[Array, "B T"],
         segment_starts: Int[Array, "B T"] | None,
     ) -> Int[Array, "B M"]:
-        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
+        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not needed."""
         if not self.config.reads_histograms:
             return jnp.zeros((shifted.shape[0], 0), jnp.int32)
         recent = patching.recent_bytes(
@@ -203,7 +203,7 @@ class BLT(nnx.Module):
         plan: patching.PatchPlan,
         dtype: jnp.dtype,
     ) -> Float[Array, "B N"] | None:
-        """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
+        """Mean histogram entropy of each patch's bytes, relative to the largest, log2 7."""
         if not self.config.entropy_attention:
             return None
         wide, count = jnp.promote_types(dtype, jnp.float32), plan.lengths.shape[1] - 1
@@ -229,7 +229,7 @@ class BLT(nnx.Module):
     def add_ngrams(
         self, x: Float[Array, "B T D"], rows: Int[Array, "B T E"]
     ) -> Float[Array, "B T D"]:
-        """Byte embeddings and those of the n-grams, in these rows of the fused table."""
+        """Embeddings of bytes and of their n-grams, whose rows of the fused table are given."""
         total = x + self.encoder.ngrams(rows)
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
@@ -237,12 +237,12 @@ class BLT(nnx.Module):
     def add_positions(
         self, x: Float[Array, "B T D"], positions: Int[Array, "#B T"]
     ) -> Float[Array, "B T D"]:
-        """Embeddings with their positions, where those are not rotations."""
+        """Embeddings with their positions added, unless positions are rotations."""
         if self.config.positions == "rotary":
             return x
         return x + sinusoids(positions, x.shape[2], x.dtype)
 
     def widen(self, patches: Float[Array, "B N W"]) -> Float[Array, "B N D"]:
-        """Pooled patches → the global width D."""
+        """Pooled patches projected to the global width D."""
         wide = self.config.patch_queries * self.config.local_dim
         return patches if wide == self.config.global_dim else self.to_global(patches)

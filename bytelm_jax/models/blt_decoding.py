@@ -1,8 +1,8 @@
 """Cached decoding of the Byte Latent Transformer, for the methods of `models.blt.BLT`.
 
-One round is one byte, and the global transformer runs where a patch ends in some row. Axes: B
-batch, T bytes, L positions and N patches of a cache, M vectors a patch, G key heads, K head width,
-D width, V vocabulary. `segment_start` holds where each row's segment begins, None where all is one
+One round is one byte, and the global transformer runs when a patch ends in some row. Axes: B batch,
+T bytes, L positions and N patches of a cache, M vectors per patch, G key heads, K head width, D
+width, V vocabulary. `segment_start` holds the start of each row's segment, None if the row is one
 text.
 """
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 
 class BLTCache(NamedTuple):
-    """What cached decoding keeps, by position in s or by patch, so that a round may be run again.
+    """The state of cached decoding, by position in s or by patch, so that a round can be repeated.
 
-    L positions, N patches. Whatever a prefill wrote past the true prompt is written once more by
-    the round of its position, or of its patch, before anything reads it.
+    L positions, N patches. Anything that a prefill wrote past the true prompt is overwritten by the
+    round of its position, or of its patch, before it is read.
     """
 
     ids: Int[Array, "B L"]
-    """s behind as many −1 as the longest look back needs."""
+    """s, preceded by as many −1 as the longest look-back needs."""
     segment_starts: Int[Array, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
+    """The first position of each position's segment, M = L; M = 0 if the row is one text."""
     patches: Int[Array, "B L+1"]
-    """The patch of each position, known before its byte is, unless that begins a segment."""
+    """The patch of each position, known before its byte is, unless that byte starts a segment."""
     histograms: Int[Array, "B M"]
-    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
+    """`patching.histogram_entropy` of each position, M = L if the model reads it, else 0."""
     patcher: Caches
     encoder: Caches
     states: Float[Array, "B L D"]
-    """The encoder's byte states, of which a complete patch takes the maximum."""
+    """The encoder's byte states; a complete patch takes their maximum."""
     pooled: KeyValueCache
     """Keys and values of those states for pooling, [B, L, G, K]."""
     global_layers: Float[Array, "B N F"]
@@ -65,7 +65,7 @@ class BLTCache(NamedTuple):
 
 
 def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
-    """No byte and no patch yet."""
+    """An empty cache."""
     c, dtype = model.config, model.to_logits.kernel[...].dtype
     local, patches = model.encoder.transformer, c.budget(length)
     head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
@@ -87,7 +87,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
 
 
 def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCache) -> BLTCache:
-    """The forward pass over the prompt, whose parts go into the cache."""
+    """Runs the forward pass over the prompt and writes the parts of it into the cache."""
     c, length = model.config, ids.shape[1]
     if length == 0:
         return cache
@@ -133,7 +133,7 @@ def decode_round(
     index: int | Int[Array, ""],
     choose: Choose,
 ) -> tuple[BLTCache, Int[Array, "B 1"]]:
-    """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
+    """Runs the local stacks on one byte, and the global transformer if a patch ends with it."""
     index = jnp.asarray(index)
     byte, segment_starts, segment_start = write_segment_start(
         previous, index, cache.segment_starts, model.config
@@ -160,7 +160,7 @@ def decode_round(
 def _remember(
     config: BLTConfig, cache: BLTCache, byte: Array, index: Array, segment_start: Array | None
 ) -> tuple[BLTCache, Array]:
-    """The cache with s_index in it, and the ids of its segment that end there."""
+    """The cache with s_index written, and the ids of its segment that end there."""
     span = _look_back(config)
     ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
     recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
@@ -184,9 +184,9 @@ def _mark(
     index: Array,
     segment_start: Array | None,
 ) -> tuple[BLTCache, Array, Array, Array | None]:
-    """The cache with the patch of the byte to come; whether a patch ends here; its number.
+    """The cache with the patch of the next byte; whether a patch ends here; its number.
 
-    And, where texts start over, the number of the segment's first patch.
+    Also gives the number of the segment's first patch, if the model resets.
     """
     c, capacity = model.config, cache.memory.shape[1]
     patcher, entropies, summed = cache.patcher, None, None
@@ -196,7 +196,7 @@ def _mark(
     number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
     position, first = jnp.full(number.shape, index), None
     if segment_start is not None:
-        # A segment begins with a patch, whatever the patcher said before it.
+        # A segment starts with a patch, whatever the patcher decided before it.
         before = jnp.take(cache.patches, jnp.maximum(index - 1, 0), axis=1)
         is_segment_start = jnp.minimum(before + 1, capacity)
         number = jnp.where((segment_start == index) & (index > 0), is_segment_start, number)
@@ -216,7 +216,7 @@ def _mark(
 def _finish_patches(
     model: "BLT", cache: BLTCache, ends: Array, number: Array, first: Array | None, index: Array
 ) -> BLTCache:
-    """Runs the patches that end here through the global transformer, if any does."""
+    """Runs the patches that end here, if any, through the global transformer."""
     mask = _in_patch(cache, number, index)
     batch, capacity = cache.memory.shape[:2]
 
@@ -238,7 +238,7 @@ def _finish_patches(
     some = ends.any()
     layers, memory = jax.lax.cond(some, run, skip)
     rows, slot = jnp.arange(batch), jnp.where(ends, number, capacity)
-    # A slot past the end is dropped: rows whose patch goes on write nothing.
+    # A slot past the end is dropped: rows whose patch continues write nothing.
     return cache._replace(
         global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),
         memory=cache.memory.at[rows, slot].set(memory, mode="drop"),
@@ -249,7 +249,7 @@ def _finish_patches(
 def _newest(config: BLTConfig, cache: BLTCache, newest: Array, first: Array | None) -> Caches:
     """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
     if first is not None:
-        # A row in a segment that began past the budget reads past the end, and so zeros.
+        # A row in a segment that starts past the budget reads past the end, and so zeros.
         capacity = cache.memory.shape[1]
         newest = jnp.where(first < capacity, newest, capacity)
     rows = jnp.arange(newest.shape[0])
@@ -274,7 +274,7 @@ def _in_patch(cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"
 def _patch_entropy_of(
     config: BLTConfig, cache: BLTCache, mask: Array, dtype: jnp.dtype
 ) -> Float[Array, "B 1"] | None:
-    """`BLT.patch_entropy` for one patch a row, whose bytes `mask` picks out of the cached ones."""
+    """`BLT.patch_entropy` for one patch per row; `mask` selects its bytes from the cached ones."""
     if not config.entropy_attention:
         return None
     wide = jnp.promote_types(dtype, jnp.float32)
@@ -295,12 +295,12 @@ def _embed_recent(
     grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
     inside = (byte != c.vocab.pad_id)[..., None]
     rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
-    # Without the barrier a GPU computes the hashes anew for each element of the embedding.
+    # Without the barrier a GPU recomputes the hashes for each element of the embedding.
     rows = jax.lax.optimization_barrier(rows)
     return model.add_positions(model.add_ngrams(x, rows), position)
 
 
 def _look_back(config: BLTConfig) -> int:
-    """Ids that patcher and hashes need up to a byte, itself included."""
+    """The number of ids up to and including a byte that patcher and hashes need."""
     windows = patching.WINDOWS if config.reads_histograms else ()
     return max((patching.CONTEXT, *windows, *config.ngram_sizes))

@@ -1,6 +1,6 @@
-"""The local stacks of the Byte Latent Transformer: the encoder of bytes and their decoder.
+"""The local stacks of the Byte Latent Transformer: the byte encoder and the byte decoder.
 
-Axes: B batch, T bytes, N patches, M vectors a patch (W together), G key heads, K head width, D
+Axes: B batch, T bytes, N patches, M vectors per patch (W together), G key heads, K head width, D
 width.
 """
 
@@ -53,7 +53,7 @@ class Encoder(nnx.Module):
     def pool_one(
         self, states: Float[Array, "B L D"], cache: KeyValueCache, mask: Bool[Array, "B L"]
     ) -> Float[Array, "B 1 W"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
         top = jnp.where(mask[:, :, None], states, -jnp.inf).max(axis=1, keepdims=True)
         queries = self._split(self.to_queries(top))[:, 0]
         pooled = self.cross_attention.pool_one(queries, cache, mask)
@@ -64,7 +64,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Byte states and patches → byte states that know the newest complete patch."""
+    """Byte states and patches → byte states that include the newest complete patch."""
 
     def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):
         c, dim = config, config.local_dim
@@ -94,7 +94,7 @@ class Decoder(nnx.Module):
         remat: bool = False,
         segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Caches, Caches]:
-        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
+        """The output, then keys and values of the patches' vectors and of the bytes by layer."""
         rope = self.transformer.rope(positions_in(x.shape[1], segment_starts), x.dtype)
         memory, read, written = self.split(patches), [], []
         for i, (cross, layer) in enumerate(self._layers()):
@@ -116,7 +116,7 @@ class Decoder(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
+        """Cached version of `__call__` at `index`; `memory` is one patch per row, [B, M, G, K]."""
         rope, written = self.transformer.rope(position_in(index, segment_starts), x.dtype), []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
             x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, segment_starts)

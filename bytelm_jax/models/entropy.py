@@ -1,4 +1,4 @@
-"""The entropy model: a plain causal byte transformer, by which BLT sets its patch boundaries.
+"""The entropy model: a plain causal byte transformer from which BLT derives patch boundaries.
 
 Pagnoni et al. 2024 (arXiv 2412.09871), section 2.3. It is trained like every other model here, then
 frozen inside the Byte Latent Transformer. Axes: B batch, T bytes, D width, V vocabulary.
@@ -24,11 +24,11 @@ from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 
 
 class EntropyCache(NamedTuple):
-    """What cached decoding keeps, by position, so that a round may be run again."""
+    """The state of cached decoding, by position, so that a round can be repeated."""
 
     layers: Caches
     segment_starts: Int[Array, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
+    """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
 class EntropyModel(nnx.Module):
@@ -54,8 +54,8 @@ class EntropyModel(nnx.Module):
         """Logits in at least float32; the compute dtype is that of the parameters.
 
         `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
-        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
-        dropout on. `remat` recomputes the layers in the backward pass.
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key per row and
+        turns dropout on. `remat` recomputes the layers in the backward pass.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
@@ -65,7 +65,7 @@ class EntropyModel(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
-        """As `__call__`; the one metric is `entropy`, the mean over the row in nats."""
+        """Logits as from `__call__`, and the metric `entropy`, the mean over the row in nats."""
         ids = check_ids(ids, self.config.vocab.size)
         segment_starts = segment_starts_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
@@ -80,9 +80,9 @@ class EntropyModel(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> Float[Array, "B T V"]:
-        """Logits of the byte behind each position of s (`shift_right`).
+        """Logits of the byte after each position of s (`shift_right`).
 
-        `segment_starts` as `segment_starts_of` gives it.
+        `segment_starts` as from `segment_starts_of`.
         """
         x, _ = self.transformer(
             self.embed(shifted), dropout_keys, remat, segment_starts=segment_starts
@@ -92,7 +92,7 @@ class EntropyModel(nnx.Module):
     def predict_cached(
         self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T V"], Caches]:
-        """The same and every layer's keys and values."""
+        """Logits as from `predict`, and every layer's keys and values."""
         x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
 
@@ -112,7 +112,7 @@ class EntropyModel(nnx.Module):
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         segment_starts = segment_starts_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
@@ -129,7 +129,7 @@ class EntropyModel(nnx.Module):
         index: int | Int[Array, ""],
         choose: Choose,
     ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
+        """Appends byte number `index`; `previous` is the byte before it (ignored at first)."""
         index = jnp.asarray(index)
         byte, segment_starts, segment_start = write_segment_start(
             previous, index, cache.segment_starts, self.config
@@ -144,9 +144,9 @@ class EntropyModel(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B V"], Caches]:
-        """Logits of the byte behind position `index` of s, with the past taken from `caches`.
+        """Cached version of `predict`: logits of the byte after position `index` of s.
 
-        `segment_starts` is where each row's segment begins.
+        `segment_start` is the start of each row's segment.
         """
         x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
         return self.to_logits(self.norm(x))[:, 0], caches
@@ -164,7 +164,7 @@ def shift_right(
     bos_id: int,
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
+    """s = [BOS, ids[:, :-1]], with BOS also where a segment starts; empty stays empty."""
     shifted = jnp.pad(as_ids(ids), ((0, 0), (1, 0)), constant_values=bos_id)[:, : ids.shape[1]]
     if segment_starts is None:
         return shifted
@@ -174,7 +174,7 @@ def shift_right(
 def segment_starts_of(
     ids: Integer[Array | np.ndarray, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Array, "B T"] | None:
-    """Where the segment of each position begins; None for a model to which all is one text."""
+    """Where the segment of each position starts; None if the model does not reset."""
     if config.reset_on == "none":
         return None
     return find_segment_starts(ids, config.vocab, config.reset_on)
@@ -183,7 +183,7 @@ def segment_starts_of(
 def empty_segment_starts(
     batch: int, length: int, config: BLTConfig | EntropyConfig
 ) -> Int[Array, "B M"]:
-    """Room for `segment_starts_of` in a cache."""
+    """An empty buffer for `segment_starts_of` in a cache."""
     return jnp.zeros((batch, 0 if config.reset_on == "none" else length), jnp.int32)
 
 
@@ -204,10 +204,10 @@ def write_segment_start(
     segment_starts: Int[Array, "B M"],
     config: BLTConfig | EntropyConfig,
 ) -> tuple[Int[Array, "B 1"], Int[Array, "B M"], Int[Array, " B"] | None]:
-    """s_index, `segment_starts` written, and where each row's segment begins, None if all is one
-    text.
+    """Begins round `index`: the byte to feed, the updated `segment_starts`, the segment start.
 
-    s_index is the byte before, BOS in the first round and where a segment begins.
+    The byte to feed, s_index, is `previous`, or BOS in the first round and where a segment
+    starts. The segment start is None if the model does not reset.
     """
     previous = as_ids(previous)
     bos = jnp.asarray(config.vocab.bos_id, previous.dtype)

@@ -1,4 +1,4 @@
-"""What training and generation ask of every architecture, with what they share."""
+"""What training and generation need from every architecture, and helpers shared by them."""
 
 import math
 from collections.abc import Callable
@@ -10,18 +10,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer, Shaped
 
 Choose = Callable[[Array, int], Array]
-"""`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
+"""`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
 
 
 class ModelOutput(NamedTuple):
-    """What `model.outputs(ids, dropout_keys, remat)` gives; `model(...)` gives its logits alone.
+    """The result of `model.outputs(ids, dropout_keys, remat)`; `model(...)` gives only its logits.
 
-    Everything but the logits is one value a row, so that data parallelism averages it exactly.
+    Everything but the logits is one value per row, so that data parallelism averages it exactly.
     """
 
     logits: Float[Array, "B T V"]
     extra_loss: Float[Array, " B"]
-    """Added, averaged over the rows, to the mean cross-entropy: nats, coefficient included."""
+    """Averaged over the rows and added to the mean cross-entropy: nats, coefficient included."""
     metrics: dict[str, Float[Array, " B"]]
     """Statistics for the training log, averaged over the rows."""
 
@@ -54,8 +54,7 @@ class Decoder(Protocol):
 
 
 def write_at(buffers: Any, values: Any, index: int | Int[Array, ""]) -> Any:
-    """The arrays of a tree of caches, overwritten by `values` from position `index` of axis 1
-    on."""
+    """The arrays of a tree of caches with `values` written at position `index` of axis 1."""
     return jax.tree.map(
         lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1),
         buffers,
@@ -64,18 +63,17 @@ def write_at(buffers: Any, values: Any, index: int | Int[Array, ""]) -> Any:
 
 
 def pack(caches: Any, lead: int) -> Shaped[Array, "*lead F"]:
-    """The arrays of a tree side by side in one, all axes behind the first `lead` laid flat.
+    """The arrays of a tree concatenated into one, with all axes after the first `lead` flattened.
 
-    So that one write serves many layers: in cached decoding of one text, time goes by the number of
-    kernels and hardly by their size.
+    One write then serves many layers: when decoding one text from a cache, time depends on the
+    number of kernels and hardly on their size.
     """
     flat = [leaf.reshape(*leaf.shape[:lead], -1) for leaf in jax.tree.leaves(caches)]
     return jnp.concatenate(flat, axis=-1)
 
 
 def unpack(packed: Shaped[Array, "*lead F"], template: Any) -> Any:
-    """The tree that was packed; `template` has its structure and, behind the same axes, its
-    shapes."""
+    """Undoes `pack`; `template` has the tree's structure and, after those axes, its shapes."""
     lead, leaves, start = packed.ndim - 1, [], 0
     for leaf in jax.tree.leaves(template):
         end = start + math.prod(leaf.shape[lead:])

@@ -1,12 +1,14 @@
-"""LFByteTransformer: byte embedding and sinusoidal positions, then layers of token mixing, channel
-mixing and a mixture of experts, all built from linears that adapt their weights to the input.
+"""LFByteTransformer: a stack of token mixing, channel mixing and a mixture of experts.
+
+All are built from linear layers that adapt their weights to the input, on top of byte embeddings
+with sinusoidal positions.
 
 The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean over the whole
 sequence, which shows each byte its future, mixes no information between positions, and composes
-linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
-adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
-With `reset_on`, means, filters and positions start over with each segment; the shares of the
-experts, a statistic, stay those of the row.
+linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that model; the
+defaults adapt to the running mean, convolve causally, and put each part into a pre-norm residual
+branch. With `reset_on`, means, filters and positions restart at each segment; the shares of the
+experts, a statistic, remain those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
 """
@@ -43,21 +45,21 @@ from bytelm_jax.models.interface import Choose, ModelOutput, write_at
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps of the past, by position: running sums, and the convolution's inputs."""
+    """A layer's past, by position: running sums, and the convolution's inputs."""
 
     sums: Array
     past: Array | None
 
 
 class LFByteCache(NamedTuple):
-    """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
+    """The state of cached decoding; with resets also each position's segment start, [B, L]."""
 
     layers: tuple[LayerCache, ...]
     segment_starts: Array | None = None
 
 
 class LFByteLayer(nnx.Module):
-    """Token mixing, channel mixing, experts; the three share one adaptation vector a position."""
+    """Token mixing, channel mixing, experts; the three share one adaptation vector per position."""
 
     def __init__(self, config: LFByteConfig, *, rngs: nnx.Rngs):
         c = self.config = config
@@ -80,8 +82,10 @@ class LFByteLayer(nnx.Module):
         keys: Key[Array, " B"] | None = None,
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
-        """`segment_positions` counts the positions before each in its segment; None: the row is
-        one."""
+        """`segment_positions` is the number of earlier positions in the same segment.
+
+        None means that the row is one segment.
+        """
         if self.config.context == "causal":
             context = running_mean(x, segment_positions)
         else:
@@ -98,7 +102,7 @@ class LFByteLayer(nnx.Module):
         index: int | Int[Array, ""],
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The same for one position at `index`, or for T positions from 0, with the past cached."""
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on."""
         context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
@@ -106,7 +110,7 @@ class LFByteLayer(nnx.Module):
         return x, LayerCache(sums, past)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         wide = jnp.promote_types(dtype, jnp.float32)
         sums = jnp.zeros((batch, length + 1, self.config.embed_dim), wide)
         convolution = self.token_mixing.convolution
@@ -114,7 +118,7 @@ class LFByteLayer(nnx.Module):
         return LayerCache(sums, past)
 
     def _at_each_position(self, x: Array, a: Array, keys: Array | None) -> tuple[Array, Routing]:
-        """What follows token mixing and looks at no other position."""
+        """The part after token mixing, which works on each position alone."""
         x = self._join(x, self.channel_mixing(x, a), fold_rows(keys, 1))
         mixed, routing = self.mixture(x, a)
         x = self._join(x, mixed, fold_rows(keys, 2))
@@ -128,12 +132,12 @@ class LFByteLayer(nnx.Module):
 class LFByteTransformer(nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
-    With `causal=False` there is no shift, and every output may see every id.
+    With `causal=False` there is no shift, and every output may depend on every id.
     """
 
     def __init__(self, config: LFByteConfig, *, rngs: nnx.Rngs):
         c = self.config = config
-        # Embeddings as large as the positions that are added to them.
+        # Embeddings of the same magnitude as the positions that are added to them.
         self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0, rngs=rngs)
         self.layers = nnx.List([LFByteLayer(c, rngs=rngs) for _ in range(c.num_layers)])
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
@@ -149,9 +153,9 @@ class LFByteTransformer(nnx.Module):
         """Logits in at least float32; the compute dtype is that of the parameters.
 
         `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
-        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and turns
-        dropout on. `remat` recomputes the layers in the backward pass instead of keeping their
-        activations.
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key per row and
+        turns dropout on. `remat` recomputes the layers in the backward pass instead of keeping
+        their activations.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
@@ -161,11 +165,11 @@ class LFByteTransformer(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
-        """As `__call__`; with sparse experts also the balance loss and the load of the experts.
+        """Logits as from `__call__`; with sparse experts also their balance loss and load.
 
         The extra loss is `balance_coefficient` times the sum of the layers' balance. Metrics:
         `expert_balance`, the mean over the layers (1 if even); `expert_load_<e>`, expert e's share,
-        likewise; `expert_load_max`, the greatest share in any layer.
+        averaged likewise; `expert_load_max`, the largest share in any layer.
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)
@@ -208,7 +212,7 @@ class LFByteTransformer(nnx.Module):
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         ids, segment_positions = as_ids(ids), None
         if cache.segment_starts is not None:
@@ -257,12 +261,12 @@ class LFByteTransformer(nnx.Module):
         return x, cache._replace(layers=tuple(written))
 
     def _shift(self, ids: Array) -> Array:
-        """Moves ids one step right; a pad comes in, the last step drops out."""
+        """Shifts ids by one position; a pad enters, the last position drops out."""
         padded = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.config.vocab.pad_id)
         return padded[:, : ids.shape[1]]
 
     def _embed(self, ids: Array, start: int | Array, segment_positions: Array | None) -> Array:
-        """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
+        """Embeds preceding bytes, [B, T, D], with positions from `start` or within segments."""
         if segment_positions is not None:
             embedded = self.embed(
                 pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
@@ -273,7 +277,7 @@ class LFByteTransformer(nnx.Module):
         return embedded + positions[None]
 
     def _to_logits(self, x: Array) -> Array:
-        """[B, T, D] → [B, T, V]; the columns that only round up the product are cut off."""
+        """[B, T, D] → [B, T, V]; the columns that only pad the product are cut off."""
         x = x if self.norm is None else self.norm(x)
         return self.to_logits(x)[..., : self.config.vocab.size]
 

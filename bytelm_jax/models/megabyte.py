@@ -1,15 +1,15 @@
 """MEGABYTE: a global transformer over patches and a local one inside each patch.
 
-Yu et al. 2023, "MEGABYTE: Predicting Million-byte Sequences with Multiscale Transformers"
-(arXiv 2305.07185). Axes: B batch, T bytes, N patches, P bytes per patch, D width, V vocabulary.
+Yu et al. 2023, "MEGABYTE: Predicting Million-byte Sequences with Multiscale Transformers" (arXiv
+2305.07185). Axes: B batch, T bytes, N patches, P bytes per patch, D width, V vocabulary.
 
 Where this differs from the paper: one shared key/value head (multi-query) in every attention, no
-norm after the last layer, and a pad id instead of learned start embeddings (section 2.2); so the
-published checkpoints of the PyTorch reimplementation load. `in_action` replaces learned positions
-by ALiBi and lets the local input see the byte before its patch (the paper's section 2.3.1 in its
-smallest form). A length that is no multiple of P is padded on the right and cut again. With
-`reset_on` each segment is a text of its own: its patches start at its first byte, the last one is
-filled up with pads, and nothing is seen of other segments.
+norm after the last layer, and a pad id instead of learned start embeddings (section 2.2), so that
+the published checkpoints of the PyTorch reimplementation load. `in_action` replaces learned
+positions by ALiBi and lets the local input see the byte before its patch (the paper's section 2.3.1
+in its smallest form). A length that is not a multiple of P is padded on the right, and the padding
+is cut off again. With `reset_on` each segment is a text of its own: its patches start at its first
+byte, the last one is padded, and nothing of other segments is seen.
 """
 
 import jax
@@ -65,14 +65,17 @@ class Block(nnx.Module):
         index: int | Int[Array, ""],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """The same for T positions that start at `index`, with the past taken from `cache`."""
+        """Cached version of `__call__`: T positions from `index` on attend to `cache`.
+
+        Also gives the new cache.
+        """
         attended, cache = self.attention.extend(x, cache, index, scope)
         x = x + attended
         return x + self.feedforward(x), cache
 
 
 class Transformer(nnx.Module):
-    """A stack of blocks without a final norm; `scope` cuts rows into texts (`layers.attention`)."""
+    """A stack of blocks without a final norm; `scope` divides rows into segments."""
 
     def __init__(
         self,
@@ -108,7 +111,10 @@ class Transformer(nnx.Module):
         index: int | Int[Array, ""],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...]]:
-        """The same for T positions that start at `index`, with the past taken from `caches`."""
+        """Cached version of `__call__`: T positions from `index` on attend to `caches`.
+
+        Also gives the new caches.
+        """
         written = []
         for block, cache in zip(self.layers, caches, strict=True):
             x, cache = block.extend(x, cache, index, scope)
@@ -116,7 +122,7 @@ class Transformer(nnx.Module):
         return x, tuple(written)
 
     def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> tuple[KeyValueCache, ...]:
-        """One cache a layer for `length` positions."""
+        """One empty cache per layer for `length` positions."""
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)
 
 
@@ -159,9 +165,9 @@ class Megabyte(nnx.Module):
         """Logits in at least float32; the compute dtype is that of the parameters.
 
         `ids` may have any integer dtype; one outside the vocabulary raises `ValueError` (under
-        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key a row and means
-        training: dropout is on, and resets find the room of `reset_room`. `remat` recomputes the
-        blocks in the backward pass instead of keeping their activations.
+        `jit`, where values are unknown, it gives NaN). `dropout_keys` holds one key per row and
+        means training: dropout is on, and resets are limited by `reset_room`. `remat` recomputes
+        the blocks in the backward pass instead of keeping their activations.
         """
         return self.outputs(ids, dropout_keys, remat).logits
 
@@ -171,9 +177,9 @@ class Megabyte(nnx.Module):
         dropout_keys: Key[Array, " B"] | None = None,
         remat: bool = False,
     ) -> ModelOutput:
-        """As `__call__`, and no further loss.
+        """Logits as from `__call__`, and no further loss.
 
-        With resets the metric `reset_overflow` counts those that found no room.
+        With resets the metric `reset_overflow` counts those that were skipped for lack of capacity.
         """
         ids = check_ids(ids, self.config.vocab.size)
         self.check_length(ids.shape[1])
@@ -231,7 +237,7 @@ class Megabyte(nnx.Module):
     ) -> MegabyteCache | ResetCache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         return megabyte_decoding.prefill(self, ids, cache)
 
@@ -249,7 +255,7 @@ class Megabyte(nnx.Module):
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
 
     def check_length(self, length: int) -> None:
-        """Raises `ValueError` where there are more bytes than learned positions."""
+        """Raises `ValueError` if there are more bytes than learned positions."""
         limit = self.config.max_length
         if self.config.variant == "paper" and length > limit:
             raise ValueError(
@@ -258,7 +264,7 @@ class Megabyte(nnx.Module):
             )
 
     def shift(self, ids: Int[Array, "*batch"], axis: int) -> Int[Array, "*batch"]:
-        """Moves ids one step right along `axis`; pads come in, the last step drops out."""
+        """Shifts ids by one position along `axis`; pads enter, the last position drops out."""
         pads = jnp.full_like(jax.lax.slice_in_dim(ids, 0, 1, axis=axis), self.config.vocab.pad_id)
         rest = jax.lax.slice_in_dim(ids, 0, ids.shape[axis] - 1, axis=axis)
         return jnp.concatenate([pads, rest], axis=axis)
@@ -266,7 +272,7 @@ class Megabyte(nnx.Module):
     def global_input(
         self, patches: Int[Array, "B N P"], start: int | Int[Array, ""]
     ) -> Float[Array, "B N W"]:
-        """Ids whose first byte stands at position `start` → W = P·D_G features a patch."""
+        """Embeds ids whose first byte is at position `start`: W = P·D_G features per patch."""
         batch, count, patch = patches.shape
         if self.config.variant == "in_action":
             embedded = self.embed(patches)
@@ -292,23 +298,23 @@ class Megabyte(nnx.Module):
     def global_input_at(
         self, previous: Int[Array, "B N P"], segment_positions: Int[Array, "B N"], count: int
     ) -> Float[Array, "B N W"]:
-        """Ids of the patches before, and each patch's number in its text, below `count`."""
+        """Embeds preceding patches, of these `numbers` in their segments, all below `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
         embedded = self.global_embed(previous).reshape(*segment_positions.shape, -1)
-        # What lies behind the longest text is never read, but must be finite.
+        # What lies behind the longest segment is never read, but must be finite.
         segment_positions = jnp.minimum(segment_positions, count - 1)
         return embedded + self.global_position.patches(
             segment_positions, count, self.config.patch_size
         )
 
     def local_input(self, before: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
-        """Embedded ids of the bytes before, D = D_L."""
+        """Embeds the preceding bytes, D = D_L."""
         if self.config.variant == "in_action":
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
     def split(self, context: Float[Array, "B N W"]) -> Float[Array, "B N P D"]:
-        """W = P·D_G, D = D_L: each byte's share of its patch's context."""
+        """Each byte's share of its patch's context: W = P·D_G, D = D_L."""
         patch = self.config.patch_size
         return self.global_to_local(context.reshape(*context.shape[:-1], patch, -1))

@@ -1,7 +1,7 @@
 """Cached decoding of MEGABYTE, for the methods of `models.megabyte.Megabyte`.
 
-One round is one patch, and the global transformer runs once a round. With `reset_on` a round is one
-byte, and the global transformer runs where a patch begins in some row. Axes: B batch, T bytes, L
+One round is one patch, and the global transformer runs once per round. With `reset_on` a round is
+one byte, and the global transformer runs when a patch starts in some row. Axes: B batch, T bytes, L
 positions of a cache, P bytes per patch, D width, K head width, V vocabulary.
 """
 
@@ -22,32 +22,32 @@ if TYPE_CHECKING:
 
 
 class MegabyteCache(NamedTuple):
-    """What cached decoding keeps: the global layers' keys and values, S = patches."""
+    """The state of cached decoding: the global layers' keys and values, S = patches."""
 
     layers: tuple[KeyValueCache, ...]
 
 
 class ResetCache(NamedTuple):
-    """The same with `reset_on`, where each row is at its own place of its own patch.
+    """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
 
-    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
-    I = P + L with what comes before the first.
+    Everything is stored by position, so that later entries may hold anything. L positions, S = P −
+    1 + L and I = P + L, including the padding in front.
     """
 
     layers: tuple[KeyValueCache, ...]
-    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
+    """The global layers' keys and values, [B, L, K]; read where a patch starts."""
     local: tuple[KeyValueCache, ...]
-    """The local layers', [B, S, K], after P − 1 zeros."""
+    """The local layers' keys and values, [B, S, K], after P − 1 zeros."""
     shares: Float[Array, "B S D"]
-    """Each byte's share of its patch's context, those of the patch begun last included."""
+    """Each byte's share of its patch's context, including the bytes of the unfinished patch."""
     ids: Int[Array, "B I"]
-    """After P pads."""
+    """The ids, after P pads."""
     segment_starts: Int[Array, "B L"]
-    """Where the segment of each position begins."""
+    """Where the segment of each position starts."""
 
 
 def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` where texts start over within a row, else a `MegabyteCache`."""
+    """A `ResetCache` if the model resets within a row, otherwise a `MegabyteCache`."""
     model.check_length(length)
     patch, dtype = model.config.patch_size, model.to_logits.kernel[...].dtype
     if model.config.reset_on == "none":
@@ -68,8 +68,8 @@ def prefill(
 ) -> MegabyteCache | ResetCache:
     """Runs the prompt's patches through the global transformer.
 
-    Only resets keep what the local one did: without them a round is a whole patch, and the local
-    transformer starts empty in each.
+    The local transformer's results are kept only with resets: otherwise a round is a whole patch,
+    in which the local transformer starts empty.
     """
     ids = as_ids(ids)
     if isinstance(cache, ResetCache):
@@ -87,7 +87,7 @@ def decode_round(
     index: int | Int[Array, ""],
     choose: Choose,
 ) -> tuple[MegabyteCache | ResetCache, Int[Array, "B P"]]:
-    """Runs the global transformer once, on the round before, and the local one byte by byte."""
+    """Runs the global transformer once, on the previous round, then the local one byte by byte."""
     previous = as_ids(previous)
     if isinstance(cache, ResetCache):
         return _decode_byte(model, cache, previous, jnp.asarray(index), choose)
@@ -110,7 +110,7 @@ def decode_round(
 
 def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> ResetCache:
     c, (batch, length) = model.config, ids.shape
-    # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
+    # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
     padded = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
     most = padded.shape[1]
     layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
@@ -176,9 +176,9 @@ def _start_patches(
     starts: Array,
     index: Array,
 ) -> ResetCache:
-    """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
+    """Runs the patches that start at `index`, in the rows `starts`, through the global stack.
 
-    The other rows write keys where no patch of theirs begins, which nobody reads.
+    The other rows write keys at positions where none of their patches starts, which are never read.
     """
     patch, pad = model.config.patch_size, model.config.vocab.pad_id
     most = model.config.patches(model.config.max_length)

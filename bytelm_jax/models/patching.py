@@ -1,16 +1,17 @@
-"""Patch boundaries: pure functions of static shape, in a whole-text form and one byte at a time.
+"""Patch boundaries: pure functions of static shape, for whole texts and for one byte at a time.
 
-Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. All work on
-s = [BOS, ids[:, :-1]], the model's shifted input. Whether a patch starts at s_j is decided from
-s_<j alone: the decoder reads it before it predicts s_j, so a patcher that looked at s_j would leak
-it. Patches start at 0, at 1, and at j ≥ 2 where `boundary_after`, given what ends at s_{j−1}, says
-so. Both forms call that one function.
+Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. All work on s = [BOS,
+ids[:, :-1]], the model's shifted input. Whether a patch starts at s_j is decided from s_<j alone:
+the decoder reads it before it predicts s_j, so a patcher that looked at s_j would leak it. Patches
+start at 0, at 1, and at j ≥ 2 where `boundary_after`, given what ends at s_{j−1}, says so. Both
+forms call that one function.
 
-A row ends at its first pad: nothing from there on is counted, and no patch starts behind it.
+A row ends at its first pad: nothing from there on is counted, and no patch starts after it.
 
-Where texts start over, `segment_starts` [B, T] holds the first position of each position's segment,
-at which s holds BOS. All the rules then hold within a segment, as if it were a text alone. That one
-begins is told by the byte before it, a target: nobody reads it but the segment itself.
+For a model that resets, `segment_starts` [B, T] holds the first position of each position's
+segment, at which s holds BOS. All rules then apply within a segment as if it were a text alone.
+That a segment starts is known only from the byte before it, a target: nothing but the segment
+itself may read it.
 """
 
 import math
@@ -25,27 +26,27 @@ from bytelm.config import BLTConfig, ByteVocab
 from bytelm_jax.layers.ids import as_ids
 
 NO_BYTE = -1
-"""Stands for an id that is no byte, and for what lies before the first one."""
+"""Stands for an id that is not a byte, and for positions before the first byte."""
 
 CONTEXT = 3
-"""Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+"""Number of bytes a patcher looks back: a UTF-8 character is unfinished for three at most."""
 
 
 WINDOWS = (3, 5, 7)
-"""Bytes in the windows whose histograms `histogram_entropy` reads."""
+"""Numbers of bytes in the windows whose histograms `histogram_entropy` reads."""
 
 BIT = 2**22
-"""Histogram entropies are integers, so many a bit: their sums are exact in any order."""
+"""Histogram entropies are integers, this many per bit: their sums are exact in any order."""
 
 _SHARES = [
     [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
     for n in range(8)
 ]
-"""What a byte seen c times among n adds to the entropy of a window, over the number of windows."""
+"""What a byte that occurs c times among n adds to the mean entropy of the windows."""
 
 
 MOST = BIT * math.log2(WINDOWS[-1])
-"""The entropy of seven different bytes, by which entropies become parts of 1."""
+"""The entropy of seven different bytes; entropies are divided by it."""
 
 
 class PatchPlan(NamedTuple):
@@ -60,20 +61,20 @@ class PatchPlan(NamedTuple):
     read_of: Int[Array, "B T"]
     """The newest patch that is complete before s_{t+1}: what the decoder reads at position t.
 
-    Number N, none, in a segment that begins past the budget.
+    It is N, none, in a segment that starts past the budget.
     """
     lengths: Int[Array, "B N+1"]
-    """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
+    """Bytes in each patch; they sum to the row's bytes, including BOS but not padding."""
     overflow: Int[Array, " B"]
-    """Boundaries that the budget made disappear."""
+    """Boundaries that were removed because of the budget."""
     numbers: Int[Array, "B S"]
-    """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
+    """Patch of each byte and of the one still to come, if it starts no segment, at most N."""
     segment_starts: Int[Array, "B N"] | None
-    """The first patch of each patch's segment; None where all is one text."""
+    """The first patch of each patch's segment; None if the row is one text."""
 
 
 def to_bytes(ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab) -> Int[Array, "*batch"]:
-    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
+    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that is not a byte."""
     values = as_ids(ids) - vocab.offset
     return jnp.where((values >= 0) & (values < 256), values, NO_BYTE)
 
@@ -81,8 +82,8 @@ def to_bytes(ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab) -> In
 def inside_character(recent: Int[Array, "*batch 3"]) -> Bool[Array, "*batch"]:
     """Whether a text that ends in these bytes, oldest first, ends inside a UTF-8 character.
 
-    So it does when the end is the beginning of a valid character (Unicode 15, table 3-7): an
-    overlong form, a surrogate or a stray continuation byte is no character and holds nothing up.
+    It does if the end is the beginning of a valid character (Unicode 15, table 3-7): an overlong
+    form, a surrogate or a stray continuation byte is not a character and never delays a boundary.
     """
     third, second, last = recent[..., 0], recent[..., 1], recent[..., 2]
     after_one = (last >= 0xC2) & (last <= 0xF4)
@@ -94,8 +95,8 @@ def inside_character(recent: Int[Array, "*batch 3"]) -> Bool[Array, "*batch"]:
 def histogram_entropy(recent: Int[Array, "*batch 7"]) -> Int[Array, "*batch"]:
     """Shannon entropy of the histograms of the last 3, 5 and 7 bytes, averaged, in 1 / `BIT` bits.
 
-    `recent` holds the bytes that end there, oldest first; what is no byte is not counted, so the
-    windows of the first bytes are shorter.
+    `recent` holds the bytes that end there, oldest first; ids that are not bytes are not counted,
+    so the windows of the first bytes are shorter.
     """
     shares, total = jnp.asarray(_SHARES, jnp.int32).reshape(-1), 0
     for window in WINDOWS:
@@ -114,7 +115,7 @@ def recent_bytes(
     count: int,
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T n"]:
-    """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
+    """The `count` bytes that end at each position, oldest first, padded with `NO_BYTE`."""
     values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
     return jnp.stack([shifted(values, n, NO_BYTE, segment_starts) for n in back], axis=-1)
 
@@ -126,11 +127,11 @@ def boundary_after(
     entropies: Float[Array, "*batch"] | None,
     summed: Int[Array, "*batch"] | None = None,
 ) -> Bool[Array, "*batch"]:
-    """Whether a patch starts behind a byte, by the patcher of `config`.
+    """Whether a patch starts after a byte, by the patcher of `config`.
 
-    `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in its segment of s, `entropies`, which only the patcher `entropy` needs, that of the
-    prediction after it, in nats, and `summed`, which only `histogram` needs, the sum of
+    `recent` holds the bytes that end there, oldest first, and `position` the index j ≥ 1 of the
+    last of them in its segment of s. `entropies`, needed by the patcher `entropy` only, is that of
+    the prediction after it, in nats; `summed`, needed by `histogram` only, is the sum of
     `histogram_entropy` since the patch began.
     """
     match config.patcher:
@@ -143,7 +144,8 @@ def boundary_after(
                 raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
             boundary = summed > math.floor(config.threshold * BIT)
         case "space":
-            # A run's end shows only in the byte behind it, so its first byte draws the boundary.
+            # The end of a run of separators shows only in the byte after it, so the boundary
+            # follows the first byte of the run.
             boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
         case "fixed":
             boundary = position % config.patch_size == 0
@@ -160,9 +162,9 @@ def patch_starts(
 ) -> Bool[Array, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
-    `ids` is s; `entropies` as in `boundary_after`. Where a segment begins, this is what the patcher
-    would have said had the one before gone on, which is what may be read there; that a patch starts
-    in any case is for `plan_patches`.
+    `ids` is s; `entropies` as in `boundary_after`. At the start of a segment this is what the
+    patcher would have decided had the previous segment continued, which may be read there;
+    `plan_patches` then adds the patch that starts in any case.
     """
     recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     position = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :], ids.shape)
@@ -184,7 +186,7 @@ def held_back(
     ids: Integer[Array | np.ndarray, "B T"],
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Bool[Array, "B T"]:
-    """Whether no patch may start behind each position, a character being unfinished there."""
+    """Whether no patch may start after each position because a character is unfinished there."""
     recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     inside = inside_character(recent)
     return inside if config.whole_characters else jnp.zeros_like(inside)
@@ -196,10 +198,10 @@ def sums_since_start(
     limit: int | Int[Array, ""],
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """Running sum of `values` ≥ 0 that starts again behind a position where it passed `limit`.
+    """Running sum of `values` ≥ 0 that restarts after a position where it exceeded `limit`.
 
-    Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
-    log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
+    Where `held`, it continues instead. The first position of a segment always starts and ends a
+    sum. log₂ T rounds of gathers replace a loop over T: first how far a sum from each position
     reaches, by doubling, then which positions are starts, by following those jumps twice as far
     each time.
     """
@@ -230,7 +232,7 @@ def sums_since_start(
     for _ in range(length.bit_length()):
         starts = starts | jnp.zeros_like(starts).at[rows, jump].max(starts)
         jump = read(jump, jump)
-    upto = jnp.cumsum(values, axis=1)  # may wrap: the difference of two of them is right again
+    upto = jnp.cumsum(values, axis=1)  # may wrap: differences are still right
     segment_start = jax.lax.cummax(jnp.where(starts[:, :-1], index[:, :-1], 0), axis=1)
     before = jnp.pad(upto, ((0, 0), (1, 0)))[:, :-1]
     return upto - jnp.take_along_axis(before, segment_start, axis=1)
@@ -254,8 +256,7 @@ def shifted(
     fill: int,
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before
-    `segment_starts`."""
+    """`ids` shifted right by `count`; `fill` replaces what lies before `segment_starts`."""
     moved = jnp.pad(as_ids(ids), ((0, 0), (count, 0)), constant_values=fill)[:, : ids.shape[1]]
     if segment_starts is None:
         return moved
@@ -265,7 +266,7 @@ def shifted(
 def starts_from_lengths(lengths: Int[Array, "B N"], length: int) -> Bool[Array, "B {length}+1"]:
     """Starts from the lengths of patches that cover `length` bytes.
 
-    A length of 0 behind the last patch says that the byte still to come starts a patch.
+    A length of 0 after the last patch says that the byte still to come starts a patch.
     """
     segment_starts = jnp.cumsum(lengths, axis=1) - lengths
     rows = jnp.arange(lengths.shape[0])[:, None]
@@ -279,7 +280,7 @@ def plan_patches(
     budget: int,
     segment_starts: Int[Array, "B T"] | None = None,
 ) -> PatchPlan:
-    """Patches of a text from its starts; `counted` leaves out the padding.
+    """The patches of a text from their starts; `counted` excludes padding.
 
     Starts at the first two positions of each segment are added where they are missing: without a
     complete patch before every prediction there would be nothing to read.
@@ -308,7 +309,7 @@ def plan_patches(
 
 
 def _separates(value: Array) -> Array:
-    """Whether a byte is neither letter, digit nor part of a character beyond ASCII."""
+    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
     lower = value | 0x20
     letter = (lower >= ord("a")) & (lower <= ord("z"))
     digit = (value >= ord("0")) & (value <= ord("9"))

@@ -225,10 +225,10 @@ def _product(a: Any, b: Any) -> Any:
 
 
 def check_gradients(mesh: Mesh) -> str:
-    """Gradients over the mesh, by plain SGD, against those of one device by a formula of its own.
+    """Compares gradients over the mesh, by plain SGD, with those of one device.
 
-    AdamW would hide gradients that are too large by the same factor devices. Both forms of the
-    step are looked at.
+    AdamW would hide gradients that are too large by the same factor everywhere. Checks both forms
+    of the step.
     """
     rows, pad_id = 2 * mesh.size, _TINY.vocab.pad_id
     ids = np.random.default_rng(0).integers(0, 256, (rows, _TINY.max_length), np.int32)

@@ -1,8 +1,8 @@
-"""Linear layers whose weights adapt to the input, and the mixing layers made of them.
+"""Linear layers whose weights adapt to the input, and the mixing layers built from them.
 
 y = (W + ΔW(a)) x + b with an adaptation vector a for each position. `full`: ΔW is a linear function
-of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, in the manner of LoRA
-(Hu et al. 2021, arXiv 2106.09685) with a middle that depends on the input.
+of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, like LoRA (Hu et al.
+2021, arXiv 2106.09685) with a middle that depends on the input.
 
 Axes: B batch, T positions, D width, A adaptation width, R rank, I inputs and O outputs of a linear.
 """
@@ -37,7 +37,7 @@ class AdaptiveWeights(NamedTuple):
 def adaptive_linear(
     weights: AdaptiveWeights, x: Float[Tensor, "B T I"], a: Float[Tensor, "B S A"]
 ) -> Float[Tensor, "B T O"]:
-    """Applies the linear; S is T (a vector for each position) or 1 (one for the row)."""
+    """Applies the linear layer; S is T (one vector per position) or 1 (one per row)."""
     if weights.down is not None and weights.up is not None:
         narrow = (a @ weights.adapt + weights.adapt_bias) * (x @ weights.down)
         return x @ weights.base + narrow @ weights.up + weights.bias
@@ -72,7 +72,7 @@ def full_adaptation(
 
 
 class AdaptiveLinear(nn.Module):
-    """An adaptive linear I → O; `rank=0` is the full form. Starts as a plain linear: ΔW = 0."""
+    """An adaptive linear layer I → O; `rank=0` is the full form. Starts as a plain one: ΔW = 0."""
 
     def __init__(self, inputs: int, outputs: int, adapt_dim: int, rank: int, init_std: float):
         super().__init__()
@@ -112,10 +112,10 @@ class AdaptiveLinear(nn.Module):
 def running_mean(
     x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None
 ) -> Float[Tensor, "B T D"]:
-    """Mean over the positions up to each, summed in at least float32.
+    """Mean over all positions up to each one, summed in at least float32.
 
-    `segment_positions` counts the positions before each in its segment, where means start over with
-    these.
+    With `segment_positions`, the number of earlier positions in the same segment, the mean restarts
+    at each segment.
     """
     if segment_positions is not None:
         sums = segmented_sums(x.to(torch.promote_types(x.dtype, torch.float32)), segment_positions)
@@ -160,7 +160,7 @@ def _counts(start: int, sums: Tensor) -> Tensor:
 
 
 class TokenMixing(nn.Module):
-    """Norm → long convolution → adaptive linear; `norm` and `kernel_length=0` leave parts out."""
+    """Norm → long convolution → adaptive linear; `norm=False` and `kernel_length=0` omit parts."""
 
     def __init__(
         self,
@@ -196,7 +196,10 @@ class TokenMixing(nn.Module):
         index: int,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"] | None]:
-        """The same for one position at `index`, or for T positions from 0, and the new past."""
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
+
+        Also gives the new past.
+        """
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
             x, past = self.convolution.extend(x, past, index, segment_positions)

@@ -21,19 +21,19 @@ class KeyValueCache(NamedTuple):
 
 
 class Scope(NamedTuple):
-    """What the queries of each row see, where a row holds several texts."""
+    """Which keys the queries of each row see, where a row holds several segments."""
 
     mask: Bool[Tensor, "B T S"]
     segment_positions: Int[Tensor, "B S"]
-    """The number of each key in its text, from 0."""
+    """The position of each key within its segment, from 0."""
 
 
 def alibi_bias(heads: int, length: int) -> np.ndarray:
     """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
 
     Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
-    whatever the model's dtype: published MEGABYTE checkpoints were made so. Adding slope · j equals
-    the usual slope · (j − i), since softmax ignores what is constant over the keys.
+    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
+    usual slope · (j − i), since softmax ignores what is constant over the keys.
     """
     slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
     return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
@@ -60,7 +60,7 @@ def multi_query_attention(
 
 
 class MultiQueryAttention(nn.Module):
-    """LayerNorm → causal multi-query attention → Linear, all linears without bias."""
+    """LayerNorm → causal multi-query attention → Linear, all linear layers without bias."""
 
     def __init__(self, dim: int, heads: int, init_std: float, alibi: bool):
         super().__init__()
@@ -76,7 +76,7 @@ class MultiQueryAttention(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch T D"], scope: Scope | None = None
     ) -> Float[Tensor, "*batch T D"]:
-        """Each position sees itself and all before it, or what `scope` says."""
+        """Each position sees itself and everything before it, or what `scope` says."""
         q, k, v = self._project(x)
         if scope is not None:
             return self._attend(q, k, v, *scope)
@@ -105,7 +105,7 @@ class MultiQueryAttention(nn.Module):
         return self._attend(q, cache.keys[:, :stop], cache.values[:, :stop], mask), cache
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         shape = (batch, length, self.head_dim)
         device = self.to_kv.weight.device
         return KeyValueCache(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"))

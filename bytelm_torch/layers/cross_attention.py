@@ -1,10 +1,10 @@
 """Cross-attention between bytes and patches, in time and memory linear in the bytes.
 
-Pagnoni et al. 2024 (arXiv 2412.09871), section 3.2.2, in the form of the published weights. A byte
-belongs to one patch, so pooling is a softmax over segments and reading back a gather: the [N, T]
-matrix of the dense form is never made.
+Pagnoni et al. 2024 (arXiv 2412.09871), section 3.2.2, as in the published weights. A byte belongs
+to one patch, so pooling is a softmax over segments and reading back is a gather: the [N, T] matrix
+of the dense form is never materialised.
 
-Axes: B batch, T bytes, N patches, M vectors a patch (`patch_queries`), H heads in G groups of R,
+Axes: B batch, T bytes, N patches, M vectors per patch (`patch_queries`), H heads in G groups of R,
 K head width, D width.
 """
 
@@ -22,8 +22,8 @@ from bytelm_torch.layers.segments import segment_max, segment_sum, take_segments
 class CrossAttention(nn.Module):
     """Queries x → 2x + attention(norm(x), norm(states)); no rotation, no bias, scale K^-0.5.
 
-    The published layer adds its input and its caller adds it once more; both are done here. Values
-    are projected from the normed states, too.
+    The published layer adds its input and its caller adds it again; both happen here. Values are
+    also projected from the normalised states.
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int):
@@ -70,7 +70,7 @@ class CrossAttention(nn.Module):
     def pool_one(
         self, queries: Float[Tensor, "B M D"], cache: KeyValueCache, mask: Bool[Tensor, "B S"]
     ) -> Float[Tensor, "B M D"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
         mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
         return self._add(queries, mixed)
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         Also gives the patches' keys and values, [B, N, M, G, K].
         """
         cache = self.keys_values(memory)
-        # One gather for both: its backward pass, a segment sum, is what costs.
+        # One gather for both: its backward pass, a segment sum, is the expensive part.
         both = torch.cat([part.flatten(2) for part in cache], dim=-1)
         near = take_segments(both, read_of).reshape(*x.shape[:2], 2, *cache.keys.shape[2:])
         q = self._queries(x)[:, :, None]
@@ -94,7 +94,7 @@ class CrossAttention(nn.Module):
         return self._add(x, mixed), cache
 
     def read_one(self, x: Float[Tensor, "B 1 D"], cache: KeyValueCache) -> Float[Tensor, "B 1 D"]:
-        """The same for one byte a row and the keys and values [B, M, G, K] of its patch."""
+        """Version of `read` for one byte per row; its patch has keys and values [B, M, G, K]."""
         mask = torch.ones(1, cache.keys.shape[1], dtype=torch.bool, device=x.device)
         return self._add(x, grouped_attention(self._queries(x), *cache, mask))
 

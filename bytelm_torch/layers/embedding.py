@@ -42,15 +42,14 @@ class PositionEmbedding(nn.Embedding):
     def patches(
         self, numbers: Int[Tensor, "B N"], count: int, patch: int
     ) -> Float[Tensor, "B N W"]:
-        """The rows of the patches numbered `numbers`, side by side; `count` is above all of
-        them."""
+        """The rows of the patches numbered `numbers`, concatenated; `count` exceeds all of them."""
         return F.embedding(numbers, self.weight[: count * patch].reshape(count, -1))
 
 
 def sinusoidal_positions(
     start: int, count: int, dim: int, dtype: torch.dtype, device: torch.device | None = None
 ) -> Float[Tensor, "{count} {dim}"]:
-    """`sinusoids` of `count` positions from `start` on."""
+    """`sinusoids` for `count` positions from `start` on."""
     return sinusoids(torch.arange(start, start + count, device=device), dim, dtype)
 
 

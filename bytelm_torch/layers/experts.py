@@ -27,11 +27,11 @@ class Routing(NamedTuple):
     balance: Float[Tensor, " B"]
     """E Σ_e load_e · mean gate_e (Fedus et al. 2021, arXiv 2101.03961, section 2.2): 1 if even."""
     load: Float[Tensor, "B E"]
-    """Each expert's share of the row's pairs; adds up to 1."""
+    """Each expert's share of the row's pairs; sums to 1."""
 
 
 class ExpertLinear(nn.Module):
-    """E linears side by side: `kernels` [E, I, O] and `bias` [E, O], in both packages alike."""
+    """E linear layers side by side: `kernels` [E, I, O] and `bias` [E, O], in both packages."""
 
     def __init__(
         self, experts: int, inputs: int, outputs: int, init_std: float, bias: float | None
@@ -43,7 +43,7 @@ class ExpertLinear(nn.Module):
 
 
 class AdaptiveExperts(nn.Module):
-    """E adaptive linears D → D, stacked; `rank=0` is the full form."""
+    """E adaptive linear layers D → D, stacked; `rank=0` is the full form."""
 
     def __init__(self, experts: int, dim: int, adapt_dim: int, rank: int, init_std: float):
         super().__init__()
@@ -108,8 +108,8 @@ class AdaptiveExperts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """Norm → experts, mixed by gate = softmax(Linear(a)) in at least float32.
 
-    `top_k=0`: all experts, weighted by the gate. Otherwise the `top_k` experts with the greatest
-    gates (equal ones by number), weighted by these gates divided by their sum.
+    `top_k=0`: all experts, weighted by the gate. Otherwise the `top_k` experts with the largest
+    gates (ties by number), weighted by these gates divided by their sum.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class MixtureOfExperts(nn.Module):
         return mixed.reshape(x.shape), _routing(probabilities, share)
 
     def probabilities(self, a: Float[Tensor, "B S A"], length: int) -> Float[Tensor, "B T E"]:
-        """The gate of each of `length` positions."""
+        """The gates at `length` positions."""
         wide = torch.promote_types(a.dtype, torch.float32)
         logits = F.linear(a.to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
         return logits.softmax(dim=-1).expand(-1, length, -1)
@@ -152,7 +152,7 @@ class MixtureOfExperts(nn.Module):
 def choose_experts(
     probabilities: Float[Tensor, "B T E"], top_k: int
 ) -> tuple[Int[Tensor, "B T k"], Float[Tensor, "B T k"], Float[Tensor, "B T E"]]:
-    """(experts by falling gate, their gates over the sum, each expert's share of the pairs)."""
+    """(experts by decreasing gate, their normalised gates, each expert's share of the pairs)."""
     # A stable sort, because topk leaves the order of equal gates open.
     order = torch.argsort(probabilities, dim=-1, descending=True, stable=True)
     chosen = order[..., :top_k]

@@ -9,7 +9,7 @@ from bytelm_torch.layers.norm import LayerNorm, RMSNorm
 
 
 class FeedForward(nn.Module):
-    """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linears with bias."""
+    """LayerNorm → Linear(D, 4D) → GELU (erf) → Linear(4D, D), both linear layers with bias."""
 
     def __init__(self, dim: int, init_std: float):
         super().__init__()
@@ -25,7 +25,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """RMSNorm → down(SiLU(gate(x)) · up(x)), width F inside, no bias (Shazeer 2020, SwiGLU)."""
+    """RMSNorm → down(SiLU(gate(x)) · up(x)), hidden width F, no bias (Shazeer 2020, SwiGLU)."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()

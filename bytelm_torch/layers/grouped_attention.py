@@ -49,8 +49,8 @@ def guide(
 ) -> tuple[Float[Tensor, "B T H J"], Float[Tensor, "B T G J"]]:
     """Queries and keys whose scores are (1 + γ_h e_i) q_i·k_j / √K + β_h e_j, e the entropy.
 
-    β_h e_j is one more feature of the key, so any attention kernel serves; J = K + 8 keeps the
-    width a multiple of 8 where K is one.
+    β_h e_j is an additional feature of the key, so any attention kernel can be used; J = K + 8
+    keeps the width a multiple of 8 if K is one.
     """
     entropy = patch_entropy[:, :, None, None].to(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).to(q.dtype)[:, None]
@@ -67,9 +67,9 @@ def causal_attention(
     window: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H K"]:
-    """Each position sees itself and the `window` − 1 before it, everything before it with 0.
+    """Each position sees itself and the `window` − 1 before it; all before it if `window=0`.
 
-    It sees nothing before `segment_starts`, the first position of its segment. Past the window,
+    It sees nothing before `segment_starts`, the first position of its segment. With a window,
     memory is linear in T: the text is cut into chunks of `window` positions, and a chunk sees the
     chunk before it and itself.
     """
@@ -96,7 +96,7 @@ def causal_attention(
 
 
 def _chunks(x: Tensor, count: int, window: int) -> Tensor:
-    """[B, T, H, K] → [B, C, window, H, K], zeros behind the end."""
+    """[B, T, H, K] → [B, C, window, H, K], padded with zeros at the end."""
     padded = F.pad(x, (0, 0, 0, 0, 0, count * window - x.shape[1]))
     return padded.unflatten(1, (count, window))
 
@@ -106,9 +106,9 @@ def _chunk_before(x: Tensor) -> Tensor:
 
 
 class GroupedAttention(nn.Module):
-    """RMSNorm → causal attention → Linear, all linears without bias; K = D / heads.
+    """RMSNorm → causal attention → Linear, all linear layers without bias; K = D / heads.
 
-    `guided` adds γ and β per head, 0 at first, by which `patch_entropy` guides it (`guide`).
+    `guided` adds γ and β per head, initially 0, by which `patch_entropy` guides it (`guide`).
     """
 
     def __init__(self, dim: int, heads: int, kv_heads: int, window: int, guided: bool = False):
@@ -135,7 +135,7 @@ class GroupedAttention(nn.Module):
         patch_entropy: Float[Tensor, "B T"] | None = None,
         segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """Also gives the (rotated) keys and the values, [B, T, G, K]."""
+        """The output, and the (rotated) keys and the values, [B, T, G, K]."""
         q, k, v = self._project(x, rope, patch_entropy)
         return self._out(causal_attention(q, k, v, self.window, segment_starts)), KeyValueCache(
             k, v
@@ -172,10 +172,10 @@ class GroupedAttention(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """The same for another position in each row, without a window.
+        """Cached version of `__call__` for a different position in each row, without a window.
 
-        Gives the new key and value [B, G, K] instead of a changed cache: what is written for which
-        row is the caller's to decide.
+        Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
+        which rows they are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
         slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
@@ -187,7 +187,7 @@ class GroupedAttention(nn.Module):
         return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         shape, device = (batch, length, self.kv_heads), self.to_q.weight.device
         widths = (self.head_dim + _GUIDE * self.guided, self.head_dim)
         return KeyValueCache(

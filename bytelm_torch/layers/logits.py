@@ -1,6 +1,6 @@
-"""The last layer. Logits are not rounded to 16 bits.
+"""The output layer. Logits are not rounded to 16 bits.
 
-In bfloat16 two of them would be the same number at about one byte in a hundred.
+In bfloat16 the two largest would coincide at about one byte in a hundred.
 """
 
 import torch

@@ -23,10 +23,10 @@ _TAPS = 16
 def long_convolution(
     x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], chunk: int
 ) -> Float[Tensor, "B T D"]:
-    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result as `x`.
+    """y[t] = Σ_{j < K, j <= t} taps[j] · x[t − j]; sums in at least float32, result in x's dtype.
 
-    `chunk` moves work between the triangular product (2 · chunk operations a value) and the
-    transforms, and changes the result by rounding alone.
+    `chunk` shifts work between the triangular product (2 · chunk operations per value) and the
+    transforms, and changes the result by rounding only.
     """
     length = x.shape[1]
     if length == 0:
@@ -72,15 +72,15 @@ def toeplitz(kernel: Float[Tensor, "D K"], chunk: int) -> Float[Tensor, "D {chun
 def _from_block_before(rows: Tensor, kernel: Tensor, size: int, every: bool) -> Tensor:
     """[D, B, T] → [D, B, T]: what blocks of `size` positions add to the block after them.
 
-    `every` block hands on, or the even ones only: an odd one's successor belongs to another block
-    of twice the size, whose turn comes later.
+    Either `every` block adds to its successor, or only the even ones: the successor of an odd block
+    belongs to another block of twice the size, which is handled in a later round.
     """
     dim, batch, length = rows.shape
     step = size if every else 2 * size
     count = -(-(length - size) // step)  # blocks that have a successor
     padded = F.pad(rows, (0, max(0, count * step - length)))
     blocks = padded[:, :, : count * step].reshape(dim, batch, count, step)[..., :size]
-    # A circular transform of 2 · size wraps only onto its first half, which is dropped.
+    # A circular transform of length 2 · size wraps only onto its first half, which is dropped.
     spectrum = torch.fft.rfft(blocks, 2 * size) * torch.fft.rfft(kernel, 2 * size)[:, None, None]
     after = torch.fft.irfft(spectrum, 2 * size)[..., size:]
     after = F.pad(after, (0, step - size)).reshape(dim, batch, count * step)
@@ -90,11 +90,11 @@ def _from_block_before(rows: Tensor, kernel: Tensor, size: int, every: bool) -> 
 def segmented_convolution(
     x: Float[Tensor, "B T D"], taps: Float[Tensor, "K D"], segment_positions: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T D"]:
-    """`long_convolution` within segments; `segment_positions` counts the positions before each in
-    its segment.
+    """`long_convolution` within segments, by the plain sum.
 
-    The plain sum: K · T operations a channel, in memory linear in T. What lies before a segment
-    is left out by a mask, so that a position has the very sum that it has in its segment alone.
+    `segment_positions` is the number of earlier positions in the same segment. K · T operations per
+    channel, in memory linear in T. A mask excludes everything before a segment, so that a position
+    has exactly the sum that it has in its segment alone.
     """
     length, wide = x.shape[1], torch.promote_types(x.dtype, torch.float32)
     if length == 0:
@@ -162,7 +162,7 @@ class LongConvolution(nn.Module):
         return (window * newest_last).sum(dim=1, keepdim=True).to(x.dtype), past
 
     def empty_past(self, batch: int, length: int, dtype: torch.dtype) -> Float[Tensor, "B S D"]:
-        """Room for the inputs of `length` positions, after zeros for what lies before the first."""
+        """An empty cache for the inputs of `length` positions, preceded by zeros."""
         kernel_length, dim = self.taps.shape
         shape = (batch, length + min(length, kernel_length) - 1, dim)
         return torch.zeros(shape, dtype=dtype, device=self.taps.device)

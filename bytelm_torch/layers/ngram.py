@@ -39,14 +39,14 @@ def ngram_rows(grams: Integer[Tensor, "*batch n"], config: BLTConfig) -> Int[Ten
 
 
 class NgramEmbedding(nn.Embedding):
-    """One fused table [tables · rows, D]; the looked-up rows of a byte are summed."""
+    """One fused table [tables · rows, D]; the rows of a byte are looked up and summed."""
 
     def __init__(self, count: int, dim: int):
         super().__init__(count, dim)
         fan_in_normal(dim)(self.weight)
 
     def forward(self, rows: Int[Tensor, "*batch E"]) -> Float[Tensor, "*batch D"]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`rows` as `ngram_rows` gives them; a row behind the table, for padding, adds nothing."""
+        """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
         inside = rows < self.num_embeddings
         embedded = super().forward(rows.where(inside, 0))
         return embedded.masked_fill(~inside[..., None], 0).sum(dim=-2)

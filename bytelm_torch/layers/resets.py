@@ -1,7 +1,7 @@
-"""Where a text starts over: behind each newline, or behind each document.
+"""Where a segment of the text starts: after each newline, or after each document.
 
-To a model with `reset_on`, what lies between two resets is a text of its own: its logits are those
-of that text alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
+To a model with `reset_on` each segment is a text of its own: its logits are those of the segment
+alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from bytelm_torch.layers.ids import as_ids
 def ends_segment(
     ids: Integer[Tensor, "*batch"], vocab: ByteVocab, reset_on: str
 ) -> Bool[Tensor, "*batch"]:
-    """Whether the text starts over behind each id: a newline, or with "document" an `eos_id`."""
+    """Whether a segment ends with each id: a newline, or with "document" an `eos_id`."""
     ids = as_ids(ids)
     match reset_on:
         case "newline":
@@ -33,9 +33,9 @@ def ends_segment(
 def find_segment_starts(
     ids: Integer[Tensor, "B T"], vocab: ByteVocab, reset_on: str
 ) -> Int[Tensor, "B T"]:
-    """The position at which the segment of each position begins; the id that ends it belongs to it.
+    """The position at which the segment of each position starts; its last id belongs to it.
 
-    `ids` are the ids to be predicted, unshifted; a position's own id does not decide about it.
+    `ids` are the ids to be predicted, unshifted; a position's own id does not affect its segment.
     """
     length = ids.shape[1]
     numbers = 1 + torch.arange(length, device=ids.device)[None, :]
@@ -45,7 +45,7 @@ def find_segment_starts(
 
 
 def position_in_segment(segment_starts: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """How many positions of its own segment lie before each position."""
+    """The number of earlier positions in the same segment, for each position."""
     return (
         torch.arange(segment_starts.shape[1], device=segment_starts.device)[None, :]
         - segment_starts
@@ -55,14 +55,14 @@ def position_in_segment(segment_starts: Int[Tensor, "B T"]) -> Int[Tensor, "B T"
 def pad_segment_starts(
     before: Int[Tensor, "B T"], segment_positions: Int[Tensor, "B T"], pad_id: int
 ) -> Int[Tensor, "B T"]:
-    """`before`, the id before each position, with a pad where a segment begins."""
+    """`before`, the id before each position, with a pad where a segment starts."""
     return torch.where(segment_positions == 0, pad_id, before)
 
 
 class Layout(NamedTuple):
-    """Text cut into segments and these into patches of P bytes, the last of each filled with pads.
+    """Text cut into segments and these into patches of P bytes, the last of each one padded.
 
-    S = N·P slots; a patch or slot that holds nothing belongs to position T.
+    S = N·P slots; an empty patch or slot belongs to position T.
     """
 
     patches: Int[Tensor, "B N P"]
@@ -70,13 +70,13 @@ class Layout(NamedTuple):
     slots: Int[Tensor, "B T"]
     """The slot of each byte; no two are equal."""
     bytes: Int[Tensor, "B S"]
-    """The position of the byte in each slot, T where none is."""
+    """The position of the byte in each slot, T for an empty slot."""
     segment_starts: Int[Tensor, "B N"]
-    """The position at which the segment of each patch begins, T for an empty patch."""
+    """The position at which the segment of each patch starts, T for an empty patch."""
     segment_positions: Int[Tensor, "B N"]
-    """The number of each patch in its segment, from 0."""
+    """The number of each patch within its segment, from 0."""
     overflow: Int[Tensor, " B"]
-    """Resets that were not made for want of room."""
+    """Resets that were skipped for lack of capacity."""
 
 
 def lay_out(
@@ -84,19 +84,18 @@ def lay_out(
 ) -> Layout:
     """The segments of `ids` in `capacity` patches of `patch` bytes; T patches always suffice.
 
-    A segment begins only where the rest of the row, should nothing begin behind it, still finds
-    room; otherwise the one before goes on, to the end of the row. So every byte has a slot, and
-    where a byte stands depends on the bytes before it and on T alone. `capacity` must be at least
-    T / patch.
+    A segment starts only if the rest of the row, without further resets, still fits; otherwise the
+    previous segment continues to the end of the row. So every byte has a slot, and its slot depends
+    on earlier bytes and on T alone. `capacity` must be at least T / patch.
     """
     (batch, length), device = ids.shape, ids.device
     segment_starts = find_segment_starts(ids, vocab, reset_on)
     index = torch.arange(length, device=device)[None, :]
     used = (
         torch.cumsum(position_in_segment(segment_starts) % patch == 0, dim=1) - 1
-    )  # patches before the one begun here
-    # What is used and what is left to place can only grow from reset to reset, so that once one
-    # finds no room none behind it does.
+    )  # patches before the one that starts here
+    # The number of patches used and still needed can only grow from reset to reset: once one reset
+    # does not fit, no later one does.
     fits = used - (-(length - index) // patch) <= capacity
     wanted = (segment_starts == index) & (index > 0)
     segment_starts = torch.where(wanted & fits, index, 0)
@@ -116,7 +115,7 @@ def lay_out(
 
 
 def scope_of(layout: Layout) -> Scope:
-    """What each patch sees: itself and those before it in its segment."""
+    """Each patch sees itself and the earlier patches of its segment."""
     same_segment = layout.segment_starts[:, :, None] == layout.segment_starts[:, None, :]
     return Scope(same_segment.tril(), layout.segment_positions)
 
@@ -129,11 +128,11 @@ def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Ten
 def segmented_sums(
     x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T D"]:
-    """Running sums that start again with each segment, in the dtype of `x`.
+    """Running sums that restart at each segment, in the dtype of `x`.
 
-    By doubling: each round adds the sum that ends as many positions before, if it lies in the
+    By doubling: each round adds the sum that ends as many positions earlier, if it lies in the
     segment. Nothing from before the segment is ever added, so nothing has to cancel, and a position
-    has the very sum that it has in its segment alone.
+    has exactly the sum that it has in its segment alone.
     """
     reach = 1
     while reach < x.shape[1]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of the angles of K / 2 pairs; a leading 1 serves all rows."""
+    """Cosines and sines of the angles of K / 2 pairs; a leading axis of 1 serves all rows."""
 
     cos: Float[Tensor, "B T K//2"]
     sin: Float[Tensor, "B T K//2"]
@@ -23,8 +23,8 @@ def rotation(
 ) -> Rotation:
     """Angles position · theta^(−2i / K) of pair i, in at least float32.
 
-    The frequencies are float32 in every dtype: published weights were made so, and at position
-    4,000 the rounding shows in the fourth digit.
+    The frequencies are float32 in every dtype, as in published weights; at position 4,000 their
+    rounding shows in the fourth digit.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = torch.from_numpy(1 / np.float32(theta) ** exponents)
@@ -34,7 +34,7 @@ def rotation(
 
 
 def rotate(x: Float[Tensor, "B T H K"], rope: Rotation) -> Float[Tensor, "B T H K"]:
-    """Turns each pair (2i, 2i + 1) of the last axis by its angle."""
+    """Rotates each pair (2i, 2i + 1) of the last axis by its angle."""
     first, second = x.to(rope.cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope.cos[:, :, None, :], rope.sin[:, :, None, :]
     rotated = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,7 +1,7 @@
-"""Learned activations: a weighted SiLU plus a cubic B-spline in each channel (Liu et al. 2024,
-arXiv 2404.19756, section 2.2), inside a feed-forward layer.
+"""Learned activations: a weighted SiLU plus a cubic B-spline in each channel.
 
-Axes: B batch, T positions, D width, F channels.
+Liu et al. 2024, arXiv 2404.19756, section 2.2, inside a feed-forward layer. Axes: B batch, T
+positions, D width, F channels.
 """
 
 import torch
@@ -20,8 +20,8 @@ EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
 def bump(distance: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The uniform cubic B-spline at a distance from its middle, in intervals; 0 from 2 on.
 
-    Written in powers of what is left to the ends of its pieces, it has no case to tell apart, and
-    automatic differentiation gives the derivative that is right at the knots, too.
+    Written in powers of the distances to the ends of its pieces, it needs no case distinctions, and
+    automatic differentiation gives the right derivative at the knots, too.
     """
     away = distance.abs()
     return ((2 - away).clamp(min=0) ** 3 - 4 * (1 - away).clamp(min=0) ** 3) / 6
@@ -40,7 +40,7 @@ def spline_activation(
 
 
 class Spline(nn.Module):
-    """A learned activation a channel; starts as SiLU with a small random spline."""
+    """One learned activation per channel; starts as SiLU with a small random spline."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -53,7 +53,7 @@ class Spline(nn.Module):
 
 
 class SplineFeedForward(nn.Module):
-    """RMSNorm → Linear(D, F) → spline a channel → Linear(F, D), both linears without bias."""
+    """RMSNorm → Linear(D, F) → one spline per channel → Linear(F, D), without biases."""
 
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()

@@ -1,7 +1,7 @@
-"""The stack that the Byte Latent Transformer is made of: pre-norm, RMSNorm, rotary, gated.
+"""The stack that the Byte Latent Transformer is built from: pre-norm, RMSNorm, rotary, gated.
 
-Bytropix leaves the rotation out, puts splines in the gate's place and guides the attention.
-Axes: B batch, T positions, D width.
+Bytropix omits the rotation, uses splines instead of gates and guides the attention. Axes: B batch,
+T positions, D width.
 """
 
 import torch
@@ -17,7 +17,7 @@ from bytelm_torch.layers.rotary import Rotation, rotation
 from bytelm_torch.layers.spline import SplineFeedForward
 
 Caches = tuple[KeyValueCache, ...]
-"""Keys and values, one pair a layer."""
+"""Keys and values, one pair per layer."""
 
 
 class TransformerLayer(nn.Module):
@@ -47,7 +47,7 @@ class TransformerLayer(nn.Module):
         patch_entropy: Float[Tensor, "B T"] | None = None,
         segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """Also gives the attention's keys and values."""
+        """The output, and the attention's keys and values."""
         attended, cache = self.attention(x, rope, patch_entropy, segment_starts)
         x = x + dropout(attended, self.rate, self.training)
         return x + dropout(self.feedforward(x), self.rate, self.training), cache
@@ -60,7 +60,7 @@ class TransformerLayer(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """The same for the position `index`, with the past taken from `cache`."""
+        """Cached version of `__call__` for the position `index`; also gives the new cache."""
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
@@ -74,7 +74,10 @@ class TransformerLayer(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """The same for another position in each row; gives the new key and value [B, G, K]."""
+        """Cached version of `__call__` for a different position in each row.
+
+        Also gives the new key and value [B, G, K].
+        """
         attended, new = self.attention.extend_rows(
             x, rope, cache, index, patch_entropy, segment_starts
         )
@@ -86,9 +89,9 @@ class Transformer(nn.Module):
     """A stack of layers without a final norm.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
-    `guided` attention is given `patch_entropy`, one number a position (`grouped_attention.guide`).
-    `segment_starts` holds the first position of each position's segment, a text of its own:
-    positions count from there and nothing before it is seen. Without it all is one text.
+    `guided` attention takes `patch_entropy`, one value per position (`grouped_attention.guide`).
+    `segment_starts` holds the first position of each position's segment: positions count from there
+    and nothing before it is seen. Without it the row is one text.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class Transformer(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """The same for the position `index`, with the past taken from `caches`."""
+        """Cached version of `__call__` for the position `index`; also gives the new caches."""
         rope, written = self.rope(position_in(index, segment_starts, x.device), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
@@ -150,7 +153,10 @@ class Transformer(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """The same for another position in each row; gives the new keys and values [B, G, K]."""
+        """Cached version of `__call__` for a different position in each row.
+
+        Also gives the new keys and values [B, G, K].
+        """
         inside = index if segment_starts is None else index - segment_starts
         rope, new_caches = self.rope(inside[:, None], x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -159,11 +165,11 @@ class Transformer(nn.Module):
         return x, tuple(new_caches)
 
     def rope(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation | None:
-        """The rotation of keys and queries at these positions; None where `theta` is 0."""
+        """The rotation of keys and queries at these positions; None if `theta` is 0."""
         return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
 
     def empty_caches(self, batch: int, length: int, dtype: torch.dtype) -> Caches:
-        """One cache a layer for `length` positions."""
+        """One empty cache per layer for `length` positions."""
         return tuple(layer.attention.empty_cache(batch, length, dtype) for layer in self.layers)  # pyright: ignore
 
 
@@ -178,6 +184,6 @@ def positions_in(
 def position_in(
     index: int, segment_starts: Int[Tensor, " B"] | None, device: torch.device
 ) -> Int[Tensor, "#B 1"]:
-    """The same for the position `index` alone."""
+    """Version of `positions_in` for the position `index` alone."""
     position = torch.full((1, 1), index, device=device)
     return position if segment_starts is None else position - segment_starts[:, None]

@@ -107,7 +107,7 @@ class BLT(nn.Module):
     ) -> Float[Tensor, "B T"] | None:
         """Entropy in nats of the entropy model's prediction after each position of s.
 
-        No gradient reaches that model. None under the other patchers.
+        No gradient reaches that model. None for the other patchers.
         """
         if self.config.patcher != "entropy":
             return None
@@ -135,14 +135,14 @@ class BLT(nn.Module):
     def prefill(self, ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         return blt_decoding.prefill(self, ids, cache)
 
     def decode_round(
         self, cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (anything at first).
+        """Appends byte number `index`; `previous` is the byte before it (ignored at first).
 
         `choose(logits [B, V], 0)` gives its ids [B].
         """
@@ -154,7 +154,7 @@ class BLT(nn.Module):
         counted: Bool[Tensor, "B T"],
         segment_starts: Int[Tensor, "B T"] | None,
     ) -> Int[Tensor, "B M"]:
-        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not read."""
+        """`patching.histogram_entropy` of each position, 0 for padding; M = 0 if not needed."""
         if not self.config.reads_histograms:
             return torch.zeros_like(shifted[:, :0])
         recent = patching.recent_bytes(
@@ -169,7 +169,7 @@ class BLT(nn.Module):
         plan: patching.PatchPlan,
         dtype: torch.dtype,
     ) -> Float[Tensor, "B N"] | None:
-        """Mean histogram entropy of each patch's bytes, as a part of the largest, log2 7."""
+        """Mean histogram entropy of each patch's bytes, relative to the largest, log2 7."""
         if not self.config.entropy_attention:
             return None
         wide, count = torch.promote_types(dtype, torch.float32), plan.lengths.shape[1] - 1
@@ -195,7 +195,7 @@ class BLT(nn.Module):
     def add_ngrams(
         self, x: Float[Tensor, "B T D"], rows: Int[Tensor, "B T E"]
     ) -> Float[Tensor, "B T D"]:
-        """Byte embeddings and those of the n-grams, in these rows of the fused table."""
+        """Embeddings of bytes and of their n-grams, whose rows of the fused table are given."""
         total = x + self.encoder.ngrams(rows)
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
@@ -203,12 +203,12 @@ class BLT(nn.Module):
     def add_positions(
         self, x: Float[Tensor, "B T D"], positions: Int[Tensor, "#B T"]
     ) -> Float[Tensor, "B T D"]:
-        """Embeddings with their positions, where those are not rotations."""
+        """Embeddings with their positions added, unless positions are rotations."""
         if self.config.positions == "rotary":
             return x
         return x + sinusoids(positions, x.shape[2], x.dtype)
 
     def widen(self, patches: Float[Tensor, "B N W"]) -> Float[Tensor, "B N D"]:
-        """Pooled patches → the global width D."""
+        """Pooled patches projected to the global width D."""
         wide = self.config.patch_queries * self.config.local_dim
         return patches if wide == self.config.global_dim else self.to_global(patches)

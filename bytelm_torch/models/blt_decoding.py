@@ -42,17 +42,17 @@ class BLTCache(NamedTuple):
     """
 
     ids: Int[Tensor, "B L"]
-    """s behind as many −1 as the longest look back needs."""
+    """s, preceded by as many −1 as the longest look-back needs."""
     segment_starts: Int[Tensor, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
+    """The first position of each position's segment, M = L; M = 0 if the row is one text."""
     patches: Int[Tensor, "B L+1"]
-    """The patch of each position, known before its byte is, unless that begins a segment."""
+    """The patch of each position, known before its byte is, unless that byte starts a segment."""
     histograms: Int[Tensor, "B M"]
-    """`patching.histogram_entropy` of each position, M = L where the model reads it, else 0."""
+    """`patching.histogram_entropy` of each position, M = L if the model reads it, else 0."""
     patcher: Caches
     encoder: Caches
     states: Float[Tensor, "B L D"]
-    """The encoder's byte states, of which a complete patch takes the maximum."""
+    """The encoder's byte states; a complete patch takes their maximum."""
     pooled: KeyValueCache
     """Keys and values of those states for pooling, [B, L, G, K]."""
     global_layers: Caches
@@ -64,7 +64,7 @@ class BLTCache(NamedTuple):
 
 
 def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
-    """No byte and no patch yet."""
+    """An empty cache."""
     c, weight = model.config, model.to_logits.weight
     local, patches = model.encoder.transformer, c.budget(length)
     head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
@@ -94,7 +94,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
 
 
 def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCache:
-    """The forward pass over the prompt, whose parts go into the cache."""
+    """Runs the forward pass over the prompt and writes the parts of it into the cache."""
     c, length = model.config, ids.shape[1]
     if length == 0:
         return cache
@@ -135,7 +135,7 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
 def decode_round(
     model: "BLT", cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
 ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
-    """Runs the local stacks on one byte; the global transformer where a patch ends with it."""
+    """Runs the local stacks on one byte, and the global transformer if a patch ends with it."""
     byte, segment_start = write_segment_start(previous, index, cache.segment_starts, model.config)
     recent = _remember(model.config, cache, byte, index, segment_start)
     ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
@@ -189,7 +189,7 @@ def _mark(
     number = cache.patches[:, index]
     position, first = torch.full_like(number, index), None
     if segment_start is not None:
-        # A segment begins with a patch, whatever the patcher said before it.
+        # A segment starts with a patch, whatever the patcher decided before it.
         is_segment_start = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=capacity)
         number = torch.where((segment_start == index) & (index > 0), is_segment_start, number)
         cache.patches[:, index] = number
@@ -208,7 +208,7 @@ def _mark(
 def _finish_patches(
     model: "BLT", cache: BLTCache, ends: Tensor, number: Tensor, first: Tensor | None, index: int
 ) -> None:
-    """Runs the patches that end here through the global transformer, if any does."""
+    """Runs the patches that end here, if any, through the global transformer."""
     if not ends.any():
         return
     mask = _in_patch(cache, number, index)
@@ -250,7 +250,7 @@ def _in_patch(cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"
 def _patch_entropy_of(
     config: BLTConfig, cache: BLTCache, mask: Tensor, dtype: torch.dtype
 ) -> Float[Tensor, "B 1"] | None:
-    """`BLT.patch_entropy` for one patch a row, whose bytes `mask` picks out of the cached ones."""
+    """`BLT.patch_entropy` for one patch per row; `mask` selects its bytes from the cached ones."""
     if not config.entropy_attention:
         return None
     wide = torch.promote_types(dtype, torch.float32)
@@ -276,6 +276,6 @@ def _embed_recent(
 
 
 def _look_back(config: BLTConfig) -> int:
-    """Ids that patcher and hashes need up to a byte, itself included."""
+    """The number of ids up to and including a byte that patcher and hashes need."""
     windows = patching.WINDOWS if config.reads_histograms else ()
     return max((patching.CONTEXT, *windows, *config.ngram_sizes))

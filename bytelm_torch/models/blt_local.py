@@ -1,6 +1,6 @@
-"""The local stacks of the Byte Latent Transformer: the encoder of bytes and their decoder.
+"""The local stacks of the Byte Latent Transformer: the byte encoder and the byte decoder.
 
-Axes: B batch, T bytes, N patches, M vectors a patch (W together), G key heads, K head width, D
+Axes: B batch, T bytes, N patches, M vectors per patch (W together), G key heads, K head width, D
 width.
 """
 
@@ -55,7 +55,7 @@ class Encoder(nn.Module):
     def pool_one(
         self, states: Float[Tensor, "B L D"], cache: KeyValueCache, mask: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B 1 W"]:
-        """The same for one patch a row, whose bytes `mask` picks out of the cached ones."""
+        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
         top = states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
         pooled = self.cross_attention.pool_one(self._split(self.to_queries(top)), cache, mask)
         return pooled.flatten(1)[:, None]
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Byte states and patches → byte states that know the newest complete patch."""
+    """Byte states and patches → byte states that include the newest complete patch."""
 
     def __init__(self, config: BLTConfig):
         super().__init__()
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
         remat: bool = False,
         segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches, Caches]:
-        """Also gives keys and values of the patches' vectors and of the bytes, a pair a layer."""
+        """The output, then keys and values of the patches' vectors and of the bytes by layer."""
         rope = self.transformer.rope(positions_in(x.shape[1], segment_starts, x.device), x.dtype)
         memory, read, written = self.split(patches), [], []
         for cross, layer in self._layers():
@@ -111,7 +111,8 @@ class Decoder(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """The same for the position `index`; `memory` holds one patch a row, [B, M, G, K]."""
+        """Cached version of `__call__` at `index`; `memory` holds one patch per row, [B, M, G,
+        K]."""
         rope = self.transformer.rope(position_in(index, segment_starts, x.device), x.dtype)
         written = []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):

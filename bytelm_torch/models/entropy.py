@@ -1,4 +1,4 @@
-"""The entropy model: a plain causal byte transformer, by which BLT sets its patch boundaries.
+"""The entropy model: a plain causal byte transformer from which BLT derives patch boundaries.
 
 Pagnoni et al. 2024 (arXiv 2412.09871), section 2.3. It is trained like every other model here, then
 frozen inside the Byte Latent Transformer. Axes: B batch, T bytes, D width, V vocabulary.
@@ -23,11 +23,11 @@ from bytelm_torch.models.interface import Choose, ModelOutput
 
 
 class EntropyCache(NamedTuple):
-    """What cached decoding keeps, by position, so that a round may be run again."""
+    """The state of cached decoding, by position, so that a round can be repeated."""
 
     layers: Caches
     segment_starts: Int[Tensor, "B M"]
-    """The first position of each position's segment, M = L; M = 0 where all is one text."""
+    """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
 class EntropyModel(nn.Module):
@@ -66,9 +66,9 @@ class EntropyModel(nn.Module):
         segment_starts: Int[Tensor, "B T"] | None = None,
         remat: bool = False,
     ) -> Float[Tensor, "B T V"]:
-        """Logits of the byte behind each position of s (`shift_right`).
+        """Logits of the byte after each position of s (`shift_right`).
 
-        `segment_starts` as `segment_starts_of` gives it.
+        `segment_starts` as from `segment_starts_of`.
         """
         x, _ = self.transformer(self.embed(shifted), remat, segment_starts=segment_starts)
         return self.to_logits(self.norm(x))
@@ -76,7 +76,7 @@ class EntropyModel(nn.Module):
     def predict_cached(
         self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T V"], Caches]:
-        """The same and every layer's keys and values."""
+        """Logits as from `predict`, and every layer's keys and values."""
         x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
 
@@ -96,7 +96,7 @@ class EntropyModel(nn.Module):
     def prefill(self, ids: Integer[Tensor, "B T"], cache: EntropyCache) -> EntropyCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         segment_starts = segment_starts_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
@@ -108,7 +108,7 @@ class EntropyModel(nn.Module):
     def decode_round(
         self, cache: EntropyCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
     ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (anything at first)."""
+        """Appends byte number `index`; `previous` is the byte before it (ignored at first)."""
         byte, segment_start = write_segment_start(
             previous, index, cache.segment_starts, self.config
         )
@@ -122,9 +122,9 @@ class EntropyModel(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B V"], Caches]:
-        """Logits of the byte behind position `index` of s, with the past taken from `caches`.
+        """Cached version of `predict`: logits of the byte after position `index` of s.
 
-        `segment_starts` is where each row's segment begins.
+        `segment_start` is the start of each row's segment.
         """
         x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
         return self.to_logits(self.norm(x))[:, 0], caches
@@ -139,7 +139,7 @@ def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
 def shift_right(
     ids: Integer[Tensor, "B T"], bos_id: int, segment_starts: Int[Tensor, "B T"] | None = None
 ) -> Int[Tensor, "B T"]:
-    """s = [BOS, ids[:, :-1]], BOS also where a segment begins; empty stays empty."""
+    """s = [BOS, ids[:, :-1]], with BOS also where a segment starts; empty stays empty."""
     shifted = F.pad(as_ids(ids), (1, 0), value=bos_id)[:, : ids.shape[1]]
     if segment_starts is None:
         return shifted
@@ -149,7 +149,7 @@ def shift_right(
 def segment_starts_of(
     ids: Integer[Tensor, "B T"], config: BLTConfig | EntropyConfig
 ) -> Int[Tensor, "B T"] | None:
-    """Where the segment of each position begins; None for a model to which all is one text."""
+    """Where the segment of each position starts; None if the model does not reset."""
     if config.reset_on == "none":
         return None
     return find_segment_starts(ids, config.vocab, config.reset_on)
@@ -158,7 +158,7 @@ def segment_starts_of(
 def empty_segment_starts(
     batch: int, length: int, config: BLTConfig | EntropyConfig, device: torch.device
 ) -> Int[Tensor, "B M"]:
-    """Room for `segment_starts_of` in a cache."""
+    """An empty buffer for `segment_starts_of` in a cache."""
     size = 0 if config.reset_on == "none" else length
     return torch.zeros((batch, size), dtype=torch.int64, device=device)
 

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 Choose = Callable[[Tensor, int], Tensor]
-"""`choose(logits [B, V], i) -> ids [B]`: picks the byte number i of the current round."""
+"""`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
 
 
 class ModelOutput(NamedTuple):
@@ -18,7 +18,7 @@ class ModelOutput(NamedTuple):
 
     logits: Float[Tensor, "B T V"]
     extra_loss: Float[Tensor, " B"]
-    """Added, averaged over the rows, to the mean cross-entropy: nats, coefficient included."""
+    """Averaged over the rows and added to the mean cross-entropy: nats, coefficient included."""
     metrics: dict[str, Float[Tensor, " B"]]
     """Statistics for the training log, averaged over the rows."""
 

@@ -1,12 +1,14 @@
-"""LFByteTransformer: byte embedding and sinusoidal positions, then layers of token mixing, channel
-mixing and a mixture of experts, all built from linears that adapt their weights to the input.
+"""LFByteTransformer: a stack of token mixing, channel mixing and a mixture of experts.
+
+All are built from linear layers that adapt their weights to the input, on top of byte embeddings
+with sinusoidal positions.
 
 The family it builds on (lfm-torch 0.0.2) takes the adaptation from the mean over the whole
 sequence, which shows each byte its future, mixes no information between positions, and composes
-linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that; the defaults
-adapt to the running mean, convolve causally, and put each part into a pre-norm residual branch.
-With `reset_on`, means, filters and positions start over with each segment; the shares of the
-experts, a statistic, stay those of the row.
+linear maps without norm, residual or nonlinearity. `LFByteConfig.original` is that model; the
+defaults adapt to the running mean, convolve causally, and put each part into a pre-norm residual
+branch. With `reset_on`, means, filters and positions restart at each segment; the shares of the
+experts, a statistic, remain those of the row.
 
 Axes: B batch, T bytes, D width, A adaptation width, E experts, V vocabulary, L layers.
 """
@@ -43,21 +45,21 @@ from bytelm_torch.models.interface import Choose, ModelOutput
 
 
 class LayerCache(NamedTuple):
-    """What a layer keeps of the past, by position: running sums, and the convolution's inputs."""
+    """A layer's past, by position: running sums, and the convolution's inputs."""
 
     sums: Tensor
     past: Tensor | None
 
 
 class LFByteCache(NamedTuple):
-    """What cached decoding keeps; with resets also where each position's segment begins, [B, L]."""
+    """The state of cached decoding; with resets also each position's segment start, [B, L]."""
 
     layers: tuple[LayerCache, ...]
     segment_starts: Tensor | None = None
 
 
 class LFByteLayer(nn.Module):
-    """Token mixing, channel mixing, experts; the three share one adaptation vector a position."""
+    """Token mixing, channel mixing, experts; the three share one adaptation vector per position."""
 
     def __init__(self, config: LFByteConfig):
         super().__init__()
@@ -75,8 +77,10 @@ class LFByteLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
-        """`segment_positions` counts the positions before each in its segment; None: the row is
-        one."""
+        """`segment_positions` is the number of earlier positions in the same segment.
+
+        None means that the row is one segment.
+        """
         if self.config.context == "causal":
             context = running_mean(x, segment_positions)
         else:
@@ -93,7 +97,7 @@ class LFByteLayer(nn.Module):
         index: int,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
-        """The same for one position at `index`, or for T positions from 0, with the past cached."""
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on."""
         context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
@@ -101,7 +105,7 @@ class LFByteLayer(nn.Module):
         return x, LayerCache(sums, past)
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> LayerCache:
-        """A cache for `length` positions."""
+        """An empty cache for `length` positions."""
         wide = torch.promote_types(dtype, torch.float32)
         device = self.featurizer.weight.device
         shape = (batch, length + 1, self.config.embed_dim)
@@ -110,7 +114,7 @@ class LFByteLayer(nn.Module):
         return LayerCache(torch.zeros(shape, dtype=wide, device=device), past)
 
     def _at_each_position(self, x: Tensor, a: Tensor) -> tuple[Tensor, Routing]:
-        """What follows token mixing and looks at no other position."""
+        """The part after token mixing, which works on each position alone."""
         x = self._join(x, self.channel_mixing(x, a))
         mixed, routing = self.mixture(x, a)
         x = self._join(x, mixed)
@@ -124,13 +128,13 @@ class LFByteLayer(nn.Module):
 class LFByteTransformer(nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
-    With `causal=False` there is no shift, and every output may see every id.
+    With `causal=False` there is no shift, and every output may depend on every id.
     """
 
     def __init__(self, config: LFByteConfig):
         super().__init__()
         c = self.config = config
-        # Embeddings as large as the positions that are added to them.
+        # Embeddings of the same magnitude as the positions that are added to them.
         self.embed = ByteEmbedding(c.vocab.size, c.embed_dim, 1.0)
         self.layers = nn.ModuleList([LFByteLayer(c) for _ in range(c.num_layers)])
         self.norm = LayerNorm(c.embed_dim) if c.block == "residual" else None
@@ -192,7 +196,7 @@ class LFByteTransformer(nn.Module):
     def prefill(self, ids: Integer[Tensor, "B T"], cache: LFByteCache) -> LFByteCache:
         """Writes a prompt into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         ids, segment_positions = as_ids(ids), None
         if cache.segment_starts is not None:
@@ -229,11 +233,11 @@ class LFByteTransformer(nn.Module):
         return x, cache._replace(layers=tuple(written))
 
     def _shift(self, ids: Tensor) -> Tensor:
-        """Moves ids one step right; a pad comes in, the last step drops out."""
+        """Shifts ids by one position; a pad enters, the last position drops out."""
         return F.pad(ids, (1, 0), value=self.config.vocab.pad_id)[:, : ids.shape[1]]
 
     def _embed(self, ids: Tensor, start: int, segment_positions: Tensor | None) -> Tensor:
-        """Ids of the bytes before → [B, T, D], with positions from `start`, or within segments."""
+        """Embeds preceding bytes, [B, T, D], with positions from `start` or within segments."""
         if segment_positions is not None:
             embedded = self.embed(
                 pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
@@ -245,7 +249,7 @@ class LFByteTransformer(nn.Module):
         )
 
     def _to_logits(self, x: Tensor) -> Tensor:
-        """[B, T, D] → [B, T, V]; the columns that only round up the product are cut off."""
+        """[B, T, D] → [B, T, V]; the columns that only pad the product are cut off."""
         x = x if self.norm is None else self.norm(x)
         return self.to_logits(x)[..., : self.config.vocab.size]
 

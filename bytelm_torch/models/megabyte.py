@@ -46,14 +46,17 @@ class Block(nn.Module):
         index: int,
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """The same for T positions that start at `index`, with the past taken from `cache`."""
+        """Cached version of `__call__`: T positions from `index` on attend to `cache`.
+
+        Also gives the new cache.
+        """
         attended, cache = self.attention.extend(x, cache, index, scope)
         x = x + attended
         return x + self.feedforward(x), cache
 
 
 class Transformer(nn.Module):
-    """A stack of blocks without a final norm; `scope` cuts rows into texts (`layers.attention`)."""
+    """A stack of blocks without a final norm; `scope` divides rows into segments."""
 
     def __init__(
         self, dim: int, layers: int, heads: int, init_std: float, rate: float, alibi: bool
@@ -77,7 +80,10 @@ class Transformer(nn.Module):
         index: int,
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], tuple[KeyValueCache, ...]]:
-        """The same for T positions that start at `index`, with the past taken from `caches`."""
+        """Cached version of `__call__`: T positions from `index` on attend to `caches`.
+
+        Also gives the new caches.
+        """
         written = []
         for block, cache in zip(self.layers, caches, strict=True):
             x, cache = block.extend(x, cache, index, scope)  # pyright: ignore[reportCallIssue]
@@ -87,7 +93,7 @@ class Transformer(nn.Module):
     def empty_caches(
         self, batch: int, length: int, dtype: torch.dtype
     ) -> tuple[KeyValueCache, ...]:
-        """One cache a layer for `length` positions."""
+        """One empty cache per layer for `length` positions."""
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)  # pyright: ignore
 
 
@@ -187,7 +193,7 @@ class Megabyte(nn.Module):
     ) -> MegabyteCache | ResetCache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
-        Rows past the true prompt may hold anything: a later round writes them before it reads.
+        Rows past the true prompt may hold anything: a later round writes them before it reads them.
         """
         return megabyte_decoding.prefill(self, ids, cache)
 
@@ -205,7 +211,7 @@ class Megabyte(nn.Module):
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
 
     def check_length(self, length: int) -> None:
-        """Raises `ValueError` where there are more bytes than learned positions."""
+        """Raises `ValueError` if there are more bytes than learned positions."""
         limit = self.config.max_length
         if self.config.variant == "paper" and length > limit:
             raise ValueError(
@@ -214,12 +220,12 @@ class Megabyte(nn.Module):
             )
 
     def shift(self, ids: Int[Tensor, "*batch"], axis: int) -> Int[Tensor, "*batch"]:
-        """Moves ids one step right along `axis`; pads come in, the last step drops out."""
+        """Shifts ids by one position along `axis`; pads enter, the last position drops out."""
         pads = torch.full_like(ids.narrow(axis, 0, 1), self.config.vocab.pad_id)
         return torch.cat([pads, ids.narrow(axis, 0, ids.shape[axis] - 1)], dim=axis)
 
     def global_input(self, patches: Int[Tensor, "B N P"], start: int) -> Float[Tensor, "B N W"]:
-        """Ids whose first byte stands at position `start` → W = P·D_G features a patch."""
+        """Embeds ids whose first byte is at position `start`: W = P·D_G features per patch."""
         batch, count, patch = patches.shape
         if self.config.variant == "in_action":
             embedded = self.embed(patches)
@@ -245,22 +251,23 @@ class Megabyte(nn.Module):
     def global_input_at(
         self, previous: Int[Tensor, "B N P"], segment_positions: Int[Tensor, "B N"], count: int
     ) -> Float[Tensor, "B N W"]:
-        """Ids of the patches before, and each patch's number in its text, below `count`."""
+        """Embeds preceding patches; `numbers` are their numbers in their segments, below
+        `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
         embedded = self.global_embed(previous).flatten(-2)
-        # What lies behind the longest text is never read, but must be finite.
+        # What lies behind the longest segment is never read, but must be finite.
         segment_positions = segment_positions.clamp(max=count - 1)
         return embedded + self.global_position.patches(
             segment_positions, count, self.config.patch_size
         )
 
     def local_input(self, before: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
-        """Embedded ids of the bytes before, D = D_L."""
+        """Embeds the preceding bytes, D = D_L."""
         if self.config.variant == "in_action":
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
     def split(self, context: Float[Tensor, "B N W"]) -> Float[Tensor, "B N P D"]:
-        """W = P·D_G, D = D_L: each byte's share of its patch's context."""
+        """Each byte's share of its patch's context: W = P·D_G, D = D_L."""
         return self.global_to_local(context.unflatten(-1, (self.config.patch_size, -1)))

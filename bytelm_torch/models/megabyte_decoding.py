@@ -23,32 +23,32 @@ if TYPE_CHECKING:
 
 
 class MegabyteCache(NamedTuple):
-    """What cached decoding keeps: the global layers' keys and values, S = patches."""
+    """The state of cached decoding: the global layers' keys and values, S = patches."""
 
     layers: tuple[KeyValueCache, ...]
 
 
 class ResetCache(NamedTuple):
-    """The same with `reset_on`, where each row is at its own place of its own patch.
+    """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
 
-    All by position, so that what lies ahead may hold anything. L positions, S = P − 1 + L and
-    I = P + L with what comes before the first.
+    Everything is stored by position, so that later entries may hold anything. L positions, S = P −
+    1 + L and I = P + L, including the padding in front.
     """
 
     layers: tuple[KeyValueCache, ...]
-    """The global layers' keys and values, [B, L, K]; read where a patch begins."""
+    """The global layers' keys and values, [B, L, K]; read where a patch starts."""
     local: tuple[KeyValueCache, ...]
-    """The local layers', [B, S, K], after P − 1 zeros."""
+    """The local layers' keys and values, [B, S, K], after P − 1 zeros."""
     shares: Float[Tensor, "B S D"]
-    """Each byte's share of its patch's context, those of the patch begun last included."""
+    """Each byte's share of its patch's context, including the bytes of the unfinished patch."""
     ids: Int[Tensor, "B I"]
-    """After P pads."""
+    """The ids, after P pads."""
     segment_starts: Int[Tensor, "B L"]
-    """Where the segment of each position begins."""
+    """Where the segment of each position starts."""
 
 
 def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` where texts start over within a row, else a `MegabyteCache`."""
+    """A `ResetCache` if the model resets within a row, otherwise a `MegabyteCache`."""
     model.check_length(length)
     patch, weight = model.config.patch_size, model.to_logits.weight
     if model.config.reset_on == "none":
@@ -70,8 +70,8 @@ def prefill(
 ) -> MegabyteCache | ResetCache:
     """Runs the prompt's patches through the global transformer.
 
-    Only resets keep what the local one did: without them a round is a whole patch, and the local
-    transformer starts empty in each.
+    The local transformer's results are kept only with resets: otherwise a round is a whole patch,
+    in which the local transformer starts empty.
     """
     ids = as_ids(ids)
     if isinstance(cache, ResetCache):
@@ -89,7 +89,7 @@ def decode_round(
     index: int,
     choose: Choose,
 ) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
-    """Runs the global transformer once, on the round before, and the local one byte by byte."""
+    """Runs the global transformer once, on the previous round, then the local one byte by byte."""
     previous = as_ids(previous)
     if isinstance(cache, ResetCache):
         return _decode_byte(model, cache, previous, index, choose)
@@ -112,7 +112,7 @@ def decode_round(
 
 def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> ResetCache:
     c, (batch, length) = model.config, ids.shape
-    # The patch that the prompt leaves unfinished needs the shares of its other bytes, too.
+    # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
     padded = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
     most = padded.shape[1]
     layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
@@ -179,9 +179,9 @@ def _start_patches(
     starts: Tensor,
     index: int,
 ) -> None:
-    """Runs the patches that begin at `index`, in the rows `starts`, through the global stack.
+    """Runs the patches that start at `index`, in the rows `starts`, through the global stack.
 
-    The other rows write keys where no patch of theirs begins, which nobody reads.
+    The other rows write keys at positions where none of their patches starts, which are never read.
     """
     if not bool(starts.any()):
         return

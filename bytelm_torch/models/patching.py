@@ -17,26 +17,26 @@ from bytelm.config import BLTConfig, ByteVocab
 from bytelm_torch.layers.ids import as_ids
 
 NO_BYTE = -1
-"""Stands for an id that is no byte, and for what lies before the first one."""
+"""Stands for an id that is not a byte, and for positions before the first byte."""
 
 CONTEXT = 3
-"""Bytes that a patcher looks back on: a UTF-8 character is unfinished for three at most."""
+"""Number of bytes a patcher looks back: a UTF-8 character is unfinished for three at most."""
 
 
 WINDOWS = (3, 5, 7)
-"""Bytes in the windows whose histograms `histogram_entropy` reads."""
+"""Numbers of bytes in the windows whose histograms `histogram_entropy` reads."""
 
 BIT = 2**22
-"""Histogram entropies are integers, so many a bit: their sums are exact in any order."""
+"""Histogram entropies are integers, this many per bit: their sums are exact in any order."""
 
 _SHARES = [
     [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
     for n in range(8)
 ]
-"""What a byte seen c times among n adds to the entropy of a window, over the number of windows."""
+"""What a byte that occurs c times among n adds to the mean entropy of the windows."""
 
 MOST = BIT * math.log2(WINDOWS[-1])
-"""The entropy of seven different bytes, by which entropies become parts of 1."""
+"""The entropy of seven different bytes; entropies are divided by it."""
 
 
 class PatchPlan(NamedTuple):
@@ -51,20 +51,20 @@ class PatchPlan(NamedTuple):
     read_of: Int[Tensor, "B T"]
     """The newest patch that is complete before s_{t+1}: what the decoder reads at position t.
 
-    Number N, none, in a segment that begins past the budget.
+    It is N, none, in a segment that starts past the budget.
     """
     lengths: Int[Tensor, "B N+1"]
-    """Bytes of each patch; they sum to the row's bytes, BOS included and padding not."""
+    """Bytes in each patch; they sum to the row's bytes, including BOS but not padding."""
     overflow: Int[Tensor, " B"]
-    """Boundaries that the budget made disappear."""
+    """Boundaries that were removed because of the budget."""
     numbers: Int[Tensor, "B S"]
-    """Patch of each byte and of the one still to come, if no segment begins there, at most N."""
+    """Patch of each byte and of the one still to come, if it starts no segment, at most N."""
     segment_starts: Int[Tensor, "B N"] | None
-    """The first patch of each patch's segment; None where all is one text."""
+    """The first patch of each patch's segment; None if the row is one text."""
 
 
 def to_bytes(ids: Integer[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*batch"]:
-    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that stands for none."""
+    """Byte values 0 to 255 of ids, `NO_BYTE` for an id that is not a byte."""
     values = as_ids(ids) - vocab.offset
     return torch.where((values >= 0) & (values < 256), values, NO_BYTE)
 
@@ -72,8 +72,8 @@ def to_bytes(ids: Integer[Tensor, "*batch"], vocab: ByteVocab) -> Int[Tensor, "*
 def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
     """Whether a text that ends in these bytes, oldest first, ends inside a UTF-8 character.
 
-    So it does when the end is the beginning of a valid character (Unicode 15, table 3-7): an
-    overlong form, a surrogate or a stray continuation byte is no character and holds nothing up.
+    It does if the end is the beginning of a valid character (Unicode 15, table 3-7): an overlong
+    form, a surrogate or a stray continuation byte is not a character and never delays a boundary.
     """
     third, second, last = recent[..., 0], recent[..., 1], recent[..., 2]
     after_one = (last >= 0xC2) & (last <= 0xF4)
@@ -85,8 +85,8 @@ def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
 def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
     """Shannon entropy of the histograms of the last 3, 5 and 7 bytes, averaged, in 1 / `BIT` bits.
 
-    `recent` holds the bytes that end there, oldest first; what is no byte is not counted, so the
-    windows of the first bytes are shorter.
+    `recent` holds the bytes that end there, oldest first; ids that are not bytes are not counted,
+    so the windows of the first bytes are shorter.
     """
     shares = torch.tensor(_SHARES, device=recent.device).flatten()
     total = torch.zeros_like(recent[..., 0])
@@ -106,7 +106,7 @@ def recent_bytes(
     count: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T n"]:
-    """The `count` bytes that end at each position, oldest first, `NO_BYTE` where none is."""
+    """The `count` bytes that end at each position, oldest first, padded with `NO_BYTE`."""
     values, back = to_bytes(ids, vocab), range(count - 1, -1, -1)
     return torch.stack([shifted(values, n, NO_BYTE, segment_starts) for n in back], dim=-1)
 
@@ -118,11 +118,11 @@ def boundary_after(
     entropies: Float[Tensor, "*batch"] | None,
     summed: Int[Tensor, "*batch"] | None = None,
 ) -> Bool[Tensor, "*batch"]:
-    """Whether a patch starts behind a byte, by the patcher of `config`.
+    """Whether a patch starts after a byte, by the patcher of `config`.
 
-    `recent` holds the bytes that end there, oldest first, `position` the index j ≥ 1 of the last of
-    them in its segment of s, `entropies`, which only the patcher `entropy` needs, that of the
-    prediction after it, in nats, and `summed`, which only `histogram` needs, the sum of
+    `recent` holds the bytes that end there, oldest first, and `position` the index j ≥ 1 of the
+    last of them in its segment of s. `entropies`, needed by the patcher `entropy` only, is that of
+    the prediction after it, in nats; `summed`, needed by `histogram` only, is the sum of
     `histogram_entropy` since the patch began.
     """
     match config.patcher:
@@ -135,7 +135,8 @@ def boundary_after(
                 raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
             boundary = summed > math.floor(config.threshold * BIT)
         case "space":
-            # A run's end shows only in the byte behind it, so its first byte draws the boundary.
+            # The end of a run of separators shows only in the byte after it, so the boundary
+            # follows the first byte of the run.
             boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
         case "fixed":
             boundary = position % config.patch_size == 0
@@ -152,9 +153,9 @@ def patch_starts(
 ) -> Bool[Tensor, "B S"]:
     """Whether a patch starts at s_j for each j from 0 to T, T being the byte still to come.
 
-    `ids` is s; `entropies` as in `boundary_after`. Where a segment begins, this is what the patcher
-    would have said had the one before gone on, which is what may be read there; that a patch starts
-    in any case is for `plan_patches`.
+    `ids` is s; `entropies` as in `boundary_after`. At the start of a segment this is what the
+    patcher would have decided had the previous segment continued, which may be read there;
+    `plan_patches` then adds the patch that starts in any case.
     """
     recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     position = torch.arange(ids.shape[1], device=ids.device)[None, :].expand(ids.shape)
@@ -174,7 +175,7 @@ def patch_starts(
 def held_back(
     config: BLTConfig, ids: Integer[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None
 ) -> Bool[Tensor, "B T"]:
-    """Whether no patch may start behind each position, a character being unfinished there."""
+    """Whether no patch may start after each position because a character is unfinished there."""
     recent = recent_bytes(ids, config.vocab, CONTEXT, segment_starts)
     inside = inside_character(recent)
     return inside if config.whole_characters else torch.zeros_like(inside)
@@ -186,10 +187,10 @@ def sums_since_start(
     limit: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """Running sum of `values` ≥ 0 that starts again behind a position where it passed `limit`.
+    """Running sum of `values` ≥ 0 that restarts after a position where it exceeded `limit`.
 
-    Where `held`, it goes on instead. The first position of a segment always starts and ends a sum.
-    log₂ T rounds of gathers take the place of a loop over T: how far a sum from each position
+    Where `held`, it continues instead. The first position of a segment always starts and ends a
+    sum. log₂ T rounds of gathers replace a loop over T: first how far a sum from each position
     reaches, by doubling, then which positions are starts, by following those jumps twice as far
     each time.
     """
@@ -238,8 +239,7 @@ def shifted(
     fill: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T"]:
-    """`ids` moved right by `count`; `fill` comes in, and stands for what lies before
-    `segment_starts`."""
+    """`ids` shifted right by `count`; `fill` replaces what lies before `segment_starts`."""
     moved = F.pad(as_ids(ids), (count, 0), value=fill)[:, : ids.shape[1]]
     if segment_starts is None:
         return moved
@@ -251,7 +251,7 @@ def shifted(
 def starts_from_lengths(lengths: Int[Tensor, "B N"], length: int) -> Bool[Tensor, "B {length}+1"]:
     """Starts from the lengths of patches that cover `length` bytes.
 
-    A length of 0 behind the last patch says that the byte still to come starts a patch.
+    A length of 0 after the last patch says that the byte still to come starts a patch.
     """
     segment_starts = torch.cumsum(lengths, dim=1) - lengths
     starts = lengths.new_zeros((lengths.shape[0], max(length, int(segment_starts.max())) + 1))
@@ -264,7 +264,7 @@ def plan_patches(
     budget: int,
     segment_starts: Int[Tensor, "B T"] | None = None,
 ) -> PatchPlan:
-    """Patches of a text from its starts; `counted` leaves out the padding.
+    """The patches of a text from their starts; `counted` excludes padding.
 
     Starts at the first two positions of each segment are added where they are missing: without a
     complete patch before every prediction there would be nothing to read.
@@ -294,7 +294,7 @@ def plan_patches(
 
 
 def _separates(value: Tensor) -> Tensor:
-    """Whether a byte is neither letter, digit nor part of a character beyond ASCII."""
+    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
     lower = value | 0x20
     letter = (lower >= ord("a")) & (lower <= ord("z"))
     digit = (value >= ord("0")) & (value <= ord("9"))
