@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, throughput, and model FLOP utilisation."""
+"""`metrics.jsonl`, bits per byte, throughput, and model FLOP utilisation."""
 
 import json
 import math
@@ -6,9 +6,12 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bytelm.tracking import Tracker
+
+METRIC = "validation_bits_per_byte"
+"""What "best" means of a checkpoint: the lowest of this that is finite."""
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
@@ -16,6 +19,29 @@ WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
 """Dense bfloat16 operations per second by the vendors' data sheets, by part of the device's name.
 """
+
+
+def bits_per_byte(nats: float, count: int) -> float:
+    """Mean code length in bits of `count` bytes that cost `nats` in all."""
+    return nats / count / math.log(2)
+
+
+class Evaluation(NamedTuple):
+    """Summed nats and how many ids they cover (bytes, and end-of-document ids where asked)."""
+
+    nats: float
+    count: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Mean code length in bits."""
+        return bits_per_byte(self.nats, self.count)
+
+
+def score(metrics: dict[str, Any] | None) -> float | None:
+    """What "best" compares; None for what was not evaluated, or to no finite number."""
+    value = (metrics or {}).get(METRIC)
+    return value if value is not None and math.isfinite(value) else None
 
 
 def peak_flops(device: str) -> float | None:

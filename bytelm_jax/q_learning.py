@@ -1,5 +1,6 @@
-"""The Q-learning optimizers, under the name that people import."""
+"""The Q-learning optimizers, under the name that people import; called, it is `q_learning`."""
 
+from bytelm.callable_module import make_callable
 from bytelm_jax.optimizers.q_learning import (
     q_learning,
     q_learning_metrics,
@@ -7,3 +8,5 @@ from bytelm_jax.optimizers.q_learning import (
 )
 
 __all__ = ["q_learning", "q_learning_metrics", "q_learning_sgd"]
+
+make_callable(__name__, q_learning)

@@ -1,5 +1,8 @@
-"""Generation, under the name that people import."""
+"""Generation, under the name that people import; called, it is `generate`."""
 
+from bytelm.callable_module import make_callable
 from bytelm_torch.inference.generate import SamplerConfig, generate, generate_uncached, stream
 
 __all__ = ["SamplerConfig", "generate", "generate_uncached", "stream"]
+
+make_callable(__name__, generate)

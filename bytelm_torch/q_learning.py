@@ -1,5 +1,6 @@
-"""The Q-learning optimizers, under the name that people import."""
+"""The Q-learning optimizers, under the name that people import; called, it is `q_learning`."""
 
+from bytelm.callable_module import make_callable
 from bytelm_torch.optimizers.q_learning import (
     EnhancedSGD,
     QLearning,
@@ -8,3 +9,5 @@ from bytelm_torch.optimizers.q_learning import (
 )
 
 __all__ = ["EnhancedSGD", "QLearning", "q_learning", "q_learning_metrics"]
+
+make_callable(__name__, q_learning)

@@ -11,6 +11,7 @@ import torch
 
 from bytelm import recipes as jax_recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_dict
+from bytelm.metrics import METRIC
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
@@ -67,7 +68,7 @@ class Package:
         recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
         module, steps = (jax_train, jax_step) if self.name == "jax" else (train, parallel)
         evaluations = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
-        self._patch.setattr(module, "evaluate", lambda *_: next(evaluations))
+        self._patch.setattr(module, "evaluate_batches", lambda *_: next(evaluations))
         make = self._jax_step if self.name == "jax" else self._torch_step
         self._patch.setattr(steps, "make_train_step", make(skipped, spoiled))
         paths = ["--run-dir", str(self.run), "--data", str(self.text)]
@@ -213,14 +214,14 @@ def test_an_evaluation_to_no_finite_number_is_never_the_best(package, value, cap
         assert jax_checkpoint.load_run(package.run, "best")[2] == 3
     lines = (package.run / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    scores = [r[checkpoint.METRIC] for r in records if checkpoint.METRIC in r]
+    scores = [r[METRIC] for r in records if METRIC in r]
     assert scores == [3.0, None, 2.0, None]
 
 
 def test_what_older_runs_stored_is_never_the_best_either(package, monkeypatch):
     with monkeypatch.context() as older:
         for module in (jax_checkpoint, checkpoint):
-            older.setattr(module, "score", lambda metrics: metrics and metrics[checkpoint.METRIC])
+            older.setattr(module, "score", lambda metrics: metrics and metrics[METRIC])
         older.setattr(jax_checkpoint, "_rank", lambda metrics: 0.0)
         options = {"eval_every": 1, "keep_last": 3}
         assert package.command(validations=(3.0, 2.0, float("nan")), **options) == 0

@@ -107,6 +107,13 @@ class ArchitectureConfig:
         """Bytes per row when the twins are compared: an odd number, just over four patches."""
         return 35
 
+    def patch_rule(self, threshold: float | None = None) -> str:
+        """How bytes fall into patches, in a few words.
+
+        `threshold` is the one for which a run was calibrated, None where it was not.
+        """
+        return "no patches in this architecture"
+
     def frozen_flops_per_byte(self, length: int) -> float:
         """Forward operations per byte that no backward pass follows."""
         return 0.0

@@ -83,6 +83,18 @@ class EntropyConfig(ArchitectureConfig):
         keys = _mean_keys(length, self.window)
         return 2 * (self.layers * (layer + 2 * self.dim * keys) + self.dim * self.vocab.size)
 
+    def patch_rule(self, threshold: float | None = None) -> str:
+        """How bytes fall into patches under the calibrated threshold, in a few words."""
+        if threshold is None:
+            return "no patches: not calibrated yet"
+        return self.as_patcher(threshold).patch_rule()
+
+    def as_patcher(self, threshold: float) -> BLTConfig:
+        """A Byte Latent Transformer with this entropy model, for its rules about patches."""
+        return BLTConfig(
+            vocab=self.vocab, entropy=self, reset_on=self.reset_on, threshold=threshold
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class BLTConfig(ArchitectureConfig):
@@ -199,6 +211,13 @@ class BLTConfig(ArchitectureConfig):
         """Bytes per row when the twins are compared: an odd number, just over four patches."""
         varies = self.patcher in ("entropy", "space", "histogram")
         return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
+
+    def patch_rule(self, threshold: float | None = None) -> str:
+        """How bytes fall into patches, in a few words; the threshold is the model's own."""
+        units = {"entropy": "nats", "histogram": "bits a patch"}
+        unit = units.get(self.patcher)
+        cut = f", threshold {self.threshold:.6g} {unit}" if unit else ""
+        return f"patcher {self.patcher}{cut}"
 
     def with_resets(self, reset_on: Any) -> BLTConfig:
         """This configuration and its entropy model with segments that start as `reset_on` says."""

@@ -85,6 +85,10 @@ class MegabyteConfig(ArchitectureConfig):
         """Bytes per row when the twins are compared: an odd number, just over four patches."""
         return 4 * self.patch_size + 3
 
+    def patch_rule(self, threshold: float | None = None) -> str:
+        """How bytes fall into patches, in a few words."""
+        return "of fixed length"
+
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""
         vocab, narrow, local = self.vocab.size, self.global_dim, self.local_dim

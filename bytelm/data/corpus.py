@@ -75,6 +75,18 @@ class _Maps:
             raise ValueError(unreadable(file.path, error)) from None
 
 
+class _Memory(_Maps):
+    """Documents in memory, in the place of files."""
+
+    def __init__(self, documents: Sequence[bytes]) -> None:
+        named = enumerate(map(len, documents))
+        super().__init__(tuple(SourceFile(str(index), "", size) for index, size in named))
+        self._documents = documents
+
+    def _map(self, file: SourceFile) -> np.ndarray:
+        return np.frombuffer(self._documents[int(file.name)], np.uint8)
+
+
 class Corpus:
     """Documents in memory-mapped files; created by `open_corpus`, `split` and its own methods.
 
@@ -162,6 +174,20 @@ def open_corpus(paths: Sequence[str | Path]) -> Corpus:
         library = sysconfig.get_paths()["stdlib"]
         return assemble([(library, _library_files(library))], damaged_is_plain=False)
     return assemble([(path, list_files(path)) for path in paths], damaged_is_plain=False)
+
+
+def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:
+    """A document, or several in their order, as a corpus; empty ones are left out.
+
+    Raises `ValueError` for what is not bytes.
+    """
+    given = [documents] if isinstance(documents, bytes) else documents
+    for document in given:
+        known = isinstance(document, bytes)
+        require(known, f"data: {type(document).__name__}; give bytes (text.encode()), or a list")
+    filled = [document for document in given if document]
+    owners, stops = np.arange(len(filled)), np.array([len(each) for each in filled], np.int64)
+    return Corpus(_Memory(filled), owners, np.zeros_like(stops), stops)
 
 
 def path_list(paths: Sequence[str | Path]) -> Sequence[str | Path]:

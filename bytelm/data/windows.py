@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
 
 import numpy as np
 from jaxtyping import Int32
 
-from bytelm.config import ByteVocab, require
-from bytelm.data.corpus import Corpus
+from bytelm.config import ByteVocab, DataConfig, ModelConfig, require
+from bytelm.data.corpus import Corpus, memory_corpus
 
 SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and silently wraps larger ones
 
@@ -79,6 +79,26 @@ def evaluation_batches(
             yield batch
 
     return generate()
+
+
+def scored_windows(
+    config: ModelConfig, data: bytes | Sequence[bytes] | Corpus, length: int | None = None
+) -> tuple[Windows, int | None]:
+    """The windows by which data are evaluated, and the id in them that is read but not counted.
+
+    `data` is a document, several, or a corpus; they are joined and cut into windows of `length`
+    bytes, of each of which the model sees nothing but itself (default: 512, or the longest input
+    of the model where that is less). A model that resets behind documents reads their ends.
+    """
+    longest = config.longest_input
+    if length is None:
+        length = min(DataConfig().sequence_length, longest or DataConfig().sequence_length)
+    fits = longest is None or length <= longest
+    require(fits, f"length={length}: this model sees at most {longest} bytes")
+    corpus = data if isinstance(data, Corpus) else memory_corpus(data)
+    by_document = config.reset_on == "document"
+    end_id = config.vocab.eos_id if by_document else None
+    return Windows(corpus, config.vocab, length, append_eos=by_document), end_id
 
 
 def process_rows(windows: Windows, batch_size: int, process_index: int, process_count: int) -> int:

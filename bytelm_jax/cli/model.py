@@ -62,22 +62,20 @@ def eval_command(
     from bytelm_jax.models import define_model
     from bytelm_jax.training import checkpoint as checkpoints
     from bytelm_jax.training import mesh as meshes
-    from bytelm_jax.training.evaluate import evaluate, make_row_nats
+    from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, meshes.make_mesh()
-    by_document = recipe.model.reset_on == "document"  # whose ends are read, but not counted
-    windows = corpora.Windows(corpus, vocab, recipe.data.sequence_length, append_eos=by_document)
-    end_id = vocab.eos_id if by_document else None
+    windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
     batches = corpora.evaluation_batches(windows, -(-batch_size // mesh.size) * mesh.size)
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
         wide = meshes.place(mesh, wide)
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
-        result = evaluate(row_nats, wide, batches, mesh)
+        result = evaluate_batches(row_nats, wide, batches, mesh)
     record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
     if json:

@@ -48,11 +48,12 @@ def inspect_command(
 
     from bytelm_jax.tools import inspection
     from bytelm_jax.training import checkpoint as checkpoints
+    from bytelm_jax.training.pretrained import model_of
 
     recipe, params, _ = checkpoints.load_run(model, checkpoint)
     recipe = with_resets(recipe, reset_on)
     shown = content[: recipe.model.longest_input]
-    inspected = inspection.make_inspector(recipe, params)(shown)
+    inspected = inspection.inspect(model_of(recipe, params), shown)
     if len(shown) < size:
         why = "--max-bytes" if len(shown) == max_bytes else "the model's max_length"
         note = f"bytelm inspect: {name}: the first {len(shown):,} of {size:,} bytes ({why})"
@@ -61,7 +62,7 @@ def inspect_command(
         print(dump_json(inspected.to_dict()))
         return 0
     console = Console(highlight=False, soft_wrap=True)
-    console.print(inspection.describe(recipe, inspected), markup=False)
+    console.print(inspected.describe(), markup=False)
     console.print(inspection.paint_text(inspected))
     if table:
         console.print(inspection.paint_table(inspected), end="")

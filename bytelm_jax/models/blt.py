@@ -36,10 +36,10 @@ from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_jax.models.interface import Choose, ModelOutput
+from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel
 
 
-class BLT(nnx.Module):
+class BLT(PatchedModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):
@@ -150,6 +150,14 @@ class BLT(nnx.Module):
         if self.config.patcher != "entropy":
             return None
         return jax.lax.stop_gradient(entropy(self.patcher.predict(shifted, segment_starts)))
+
+    def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
+        """Whether a patch starts at each byte, whatever the budget merges later."""
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        entropies = self.entropies(shifted, segment_starts)
+        # s_0 is BOS and s_t+1 is byte t.
+        return patching.patch_starts(self.config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: `models.blt_decoding`.
 

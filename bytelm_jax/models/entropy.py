@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_jax.layers.embedding import ByteEmbedding
@@ -20,7 +20,8 @@ from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, find_segment_starts
 from bytelm_jax.layers.transformer import Caches, Transformer
-from bytelm_jax.models.interface import Choose, ModelOutput, write_at
+from bytelm_jax.models import patching
+from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel, write_at
 
 
 class EntropyCache(NamedTuple):
@@ -31,7 +32,7 @@ class EntropyCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
-class EntropyModel(nnx.Module):
+class EntropyModel(PatchedModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: EntropyConfig, *, rngs: nnx.Rngs):
@@ -95,6 +96,17 @@ class EntropyModel(nnx.Module):
         """Logits as from `predict`, and every layer's keys and values."""
         x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
+
+    def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
+        """Whether a patch starts at each byte, in the run that this model was calibrated for."""
+        if self.patching is None:
+            return None
+        config = self.config.as_patcher(self.patching.threshold)
+        segment_starts = segment_starts_of(ids, config)
+        shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
+        entropies = entropy(self.predict(shifted, segment_starts))
+        # s_0 is BOS and s_t+1 is byte t.
+        return patching.patch_starts(config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: one round is one byte.
 

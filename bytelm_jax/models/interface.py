@@ -7,7 +7,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
+
+from bytelm.config import PatchingContract
 
 Choose = Callable[[Array, int], Array]
 """`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
@@ -24,6 +26,17 @@ class ModelOutput(NamedTuple):
     """Averaged over the rows and added to the mean cross-entropy: nats, coefficient included."""
     metrics: dict[str, Float[Array, " B"]]
     """Statistics for the training log, averaged over the rows."""
+
+
+class PatchedModel:
+    """What is asked of every model about patches, with the answers of one that has none."""
+
+    patching: PatchingContract | None = None
+    """The contract of the run that the model comes from, where there is one."""
+
+    def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
+        """Whether a patch starts at each byte; None for a model that knows no patches."""
+        return None
 
 
 class Decoder(Protocol):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Integer, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import MegabyteConfig
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
@@ -26,9 +26,16 @@ from bytelm_jax.layers.feedforward import FeedForward
 from bytelm_jax.layers.ids import check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.logits import LogitsLinear
-from bytelm_jax.layers.resets import Layout, lay_out, scope_of, take_once
+from bytelm_jax.layers.resets import (
+    Layout,
+    find_segment_starts,
+    lay_out,
+    position_in_segment,
+    scope_of,
+    take_once,
+)
 from bytelm_jax.models import megabyte_decoding
-from bytelm_jax.models.interface import Choose, ModelOutput
+from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel
 from bytelm_jax.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
@@ -126,7 +133,7 @@ class Transformer(nnx.Module):
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)
 
 
-class Megabyte(nnx.Module):
+class Megabyte(PatchedModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: MegabyteConfig, *, rngs: nnx.Rngs):
@@ -220,6 +227,11 @@ class Megabyte(nnx.Module):
         logits = self.to_logits(take_once(hidden, layout.slots, layout.bytes))
         overflow = {"reset_overflow": layout.overflow.astype(jnp.float32)}
         return ModelOutput(logits, jnp.zeros((batch,)), overflow)
+
+    def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
+        """Whether a patch starts at each byte: every `patch_size` bytes of a text."""
+        segment_starts = find_segment_starts(ids, self.config.vocab, self.config.reset_on)
+        return position_in_segment(segment_starts) % self.config.patch_size == 0
 
     # Cached decoding: `models.megabyte_decoding`.
 

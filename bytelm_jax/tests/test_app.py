@@ -129,7 +129,8 @@ def test_generation_stops_when_its_time_is_over(service, params):
 def test_cells_as_literals():
     surprise = np.array([0.0, 2.0, 8.0, 20.0, 1.0, 0.5], np.float32)
     starts = np.array([True, False, True, False, False, False])
-    inspected = Inspection("<é\n".encode() + b"\xff\x00", surprise, surprise / 2, starts)
+    data = "<é\n".encode() + b"\xff\x00"
+    inspected = Inspection(data, surprise, surprise / 2, starts, "patcher space")
     inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(inspected, 2))[1]
     shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside)
     assert [(names, html.unescape(text)) for names, text in shown] == [

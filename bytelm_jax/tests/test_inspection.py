@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import bytelm_jax
 from bytelm.config import (
     BLTConfig,
     ByteVocab,
     EntropyConfig,
     LFByteConfig,
     MegabyteConfig,
-    PatchingContract,
     Recipe,
 )
 from bytelm.data import Windows, open_corpus
@@ -24,6 +24,7 @@ from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.tools import inspection
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
+from bytelm_jax.training.pretrained import model_of
 
 TEXT = "def é(self):\n  🎉".encode()
 SIZES = {"global_dim": 8, "local_dim": 16, "global_heads": 2, "local_heads": 2}
@@ -79,18 +80,16 @@ def test_patches_of_an_entropy_model_are_those_that_it_was_calibrated_for(tmp_pa
     windows = Windows(open_corpus((path,)), ENTROPY.vocab, 64, append_eos=False)
     params = random_params(ENTROPY)
     recipe = Recipe(name="tiny", model=ENTROPY)
-    assert "not calibrated yet" in inspection.describe(
-        recipe, inspection.make_inspector(recipe, params)(b"the")
-    )
+    assert "not calibrated yet" in inspection.inspect(model_of(recipe, params), b"the").describe()
     calibrated = patch_contract.calibrate(recipe, params, windows, 4.08, None)
     blt, named = patch_contract.as_blt(calibrated, params)
     scores = patch_contract.boundary_scores(blt, named, windows, None)
-    inspected = inspection.make_inspector(calibrated, params)(path.read_bytes())
+    inspected = inspection.inspect(model_of(calibrated, params), path.read_bytes())
     # The contract cuts s = [BOS, bytes]; the patch of BOS is no byte's.
     wanted = scores[1:] > calibrated.patching.threshold
     assert inspected.starts is not None and 8 <= inspected.patches <= 16
     np.testing.assert_array_equal(inspected.starts[: len(wanted)], wanted)
-    text = inspection.describe(calibrated, inspected)
+    text = inspected.describe()
     assert f"{inspected.patches} patches of" in text and "patcher entropy, threshold" in text
 
 
@@ -111,9 +110,8 @@ def test_patches_of_a_byte_latent_transformer_are_its_own():
         decoder_hidden_dim=8,
         global_hidden_dim=8,
     )
-    inspected = inspection.make_inspector(Recipe(name="tiny", model=model), random_params(model))(
-        b"ab cde f  g"
-    )
+    recipe = Recipe(name="tiny", model=model)
+    inspected = inspection.inspect(model_of(recipe, random_params(model)), b"ab cde f  g")
     assert inspected.starts is not None
     assert np.flatnonzero(inspected.starts).tolist() == [0, 3, 7, 9]
     assert np.isfinite(inspected.surprise).all() and (inspected.entropy > 0).all()
@@ -130,7 +128,7 @@ def test_colours_are_off_where_nobody_sees_them(run, capsys):
     assert lines[4].split()[1:4:2] == ["│", lines[4].split()[3]] and "def " in lines[4]
     console = Console(force_terminal=True, color_system="truecolor", width=200)
     recipe, params, _ = checkpoint.load_run(run)
-    inspected = inspection.make_inspector(recipe, params)(TEXT)
+    inspected = inspection.inspect(model_of(recipe, params), TEXT)
     with console.capture() as capture:
         console.print(inspection.paint_text(inspected))
     red, green, blue = inspection.shade(float(inspected.surprise[0]))
@@ -167,12 +165,12 @@ def test_refusals(run, capsys, tmp_path):
         assert cli.main(["inspect", *map(str, argv)]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
-    sees = Recipe(name="sees", model=LFByteConfig(causal=False))
+    sees = bytelm_jax.build_model(LFByteConfig(embed_dim=8, num_layers=1, causal=False))
     with pytest.raises(ValueError, match=r"model.causal=False"):
-        inspection.make_inspector(sees, {})
+        inspection.inspect(sees, TEXT)
     recipe, params, _ = checkpoint.load_run(run)
     with pytest.raises(ValueError, match="text: 65 bytes; this model sees 64 at most"):
-        inspection.make_inspector(recipe, params)(b"x" * 65)
+        inspection.inspect(model_of(recipe, params), b"x" * 65)
 
 
 def test_the_scale_of_colours():
@@ -188,10 +186,11 @@ def test_the_scale_of_colours():
     ]
 
 
-def test_a_contract_is_needed_for_patches_of_an_entropy_model():
-    contract = PatchingContract(
-        patcher="entropy", threshold=2.0, entropy_model="", sampled_bytes=4, histogram=(4,)
-    )
-    recipe = Recipe(name="tiny", model=ENTROPY)
-    assert inspection._patcher(recipe) is None
-    assert inspection._patcher(Recipe(name="t", model=ENTROPY, patching=contract)).threshold == 2.0
+def test_the_rule_of_patches_is_told():
+    """An entropy model has none before it is calibrated."""
+    assert ENTROPY.patch_rule() == "no patches: not calibrated yet"
+    assert ENTROPY.patch_rule(2.0) == "patcher entropy, threshold 2 nats"
+    histogram = BLTConfig(patcher="histogram", threshold=9.25)
+    assert histogram.patch_rule(2.0) == "patcher histogram, threshold 9.25 bits a patch"
+    assert BLTConfig(patcher="space").patch_rule() == "patcher space"
+    assert LFByteConfig().patch_rule() == "no patches in this architecture"

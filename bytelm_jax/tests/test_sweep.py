@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from bytelm.metrics import METRIC
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.loop import Outcome
 from bytelm_jax.training.reporter import DivergedError
@@ -28,7 +29,7 @@ def sweep(monkeypatch):
         module.trained.append(rate)
         run_dir.mkdir(parents=True)
         checkpoint.save_config(run_dir, recipe)
-        lines = [{"step": recipe.train.steps, checkpoint.METRIC: 3 + abs(rate - 0.1)}]
+        lines = [{"step": recipe.train.steps, METRIC: 3 + abs(rate - 0.1)}]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         if rate == 9:
             raise DivergedError("step 7: the loss is nan")
@@ -46,7 +47,7 @@ def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [row["learning_rate"] for row in rows] == ["0.1", "0.1", "0.3", "0.3", "9", "9"]
     assert [row["outcome"] for row in rows[3:]] == ["finished", "diverged", "diverged"]
-    assert rows[0][checkpoint.METRIC] == 3 and rows[0]["step"] == 7
+    assert rows[0][METRIC] == 3 and rows[0]["step"] == 7
     with open(tmp_path / "results.csv", newline="") as file:
         assert [row["optimizer"] for row in csv.DictReader(file)][:2] == ["sgd", "q_learning_sgd"]
     saved = checkpoint.load_config(tmp_path / "learning_rate=0.3,optimizer=q_learning_sgd")
@@ -61,7 +62,7 @@ def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
 def test_a_point_without_a_finite_validation_is_ranked_last(sweep, tmp_path):
     scores = {"1": None, "2": 3.0, "3": 2.0}
     rows = [
-        ({"learning_rate": rate}, {"outcome": "finished", checkpoint.METRIC: score})
+        ({"learning_rate": rate}, {"outcome": "finished", METRIC: score})
         for rate, score in scores.items()
     ]
     sweep.report(rows, tmp_path)

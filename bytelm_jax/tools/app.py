@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
+from bytelm.inspection import Inspection
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
-from bytelm_jax.models import Params, define_model
-from bytelm_jax.tools.inspection import Inspection, characters, describe, make_inspector, shade
+from bytelm_jax.models import Params
+from bytelm_jax.tools.inspection import characters, inspect, shade
+from bytelm_jax.training.pretrained import model_of
 
 SAMPLERS = ("greedy", "categorical", "entropy")
 Number = int | float | None
@@ -57,8 +59,7 @@ class Service:
     def __init__(self, recipe: Recipe, params: Params, limits: Limits):
         require_prediction(recipe.model)
         self.recipe, self.limits = recipe, limits
-        self._model = define_model(recipe.model)[0](params)
-        self._inspect = make_inspector(recipe, params)
+        self._model = model_of(recipe, params)
         self._tokenizer = ByteTokenizer(recipe.model.vocab)
 
     def reply(
@@ -112,8 +113,8 @@ class Service:
         if not data + generated:
             yield Reply("", "", status)
             return
-        inspected = self._inspect(data + generated)
-        status += f". {describe(self.recipe, inspected)}"
+        inspected = inspect(self._model, data + generated)
+        status += f". {inspected.describe()}"
         yield Reply(text, paint_cells(inspected, len(data)), status)
 
 

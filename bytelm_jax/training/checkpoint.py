@@ -26,11 +26,9 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.metrics import score
 from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
-
-METRIC = "validation_bits_per_byte"
-"""What "best" means: the lowest of this that is finite."""
 
 _MOST_TRIED = 64
 """Checkpoints that a run looks at, newest first, for one that is whole."""
@@ -143,12 +141,6 @@ def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = N
 
 def _fingerprints(marks: list[Mark]) -> list[int]:
     return [int(mark.fingerprint) for mark in marks]
-
-
-def score(metrics: dict[str, Any] | None) -> float | None:
-    """What "best" compares; None for what was not evaluated, or to no finite number."""
-    value = (metrics or {}).get(METRIC)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _rank(metrics: dict[str, Any]) -> float:

@@ -1,9 +1,10 @@
 """Exact bits per byte: the code length of every byte, each counted once."""
 
+import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,42 +12,63 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer
 
+from bytelm.config.lfbyte import require_prediction
+from bytelm.data import Corpus, evaluation_batches, scored_windows
+from bytelm.metrics import Evaluation
+from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.layers.ids import as_ids
-from bytelm_jax.models import Params, cast_params
+from bytelm_jax.models import cast_params
 from bytelm_jax.training import mesh as meshes
-from bytelm_jax.training.loss import bits_per_byte, token_nats
+from bytelm_jax.training.loss import token_nats
 
 
-class Evaluation(NamedTuple):
-    """Summed nats and how many ids they cover (bytes, and end-of-document ids where asked)."""
+def evaluate(
+    model: Any,
+    data: bytes | Sequence[bytes] | Corpus,
+    length: int | None = None,
+    batch_size: int = 16,
+) -> Evaluation:
+    """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
-    nats: float
-    count: int
+    `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
+    into windows of `length` bytes, each of which the model sees alone; give the length of the
+    training (default 512, or the model's longest input where that is less). `batch_size` windows
+    are computed at once, spread over all devices. Arithmetic is in the dtype of the parameters.
+    Raises `ValueError` for data without bytes, for a window that is too long, and for a model that
+    sees the bytes that it would predict.
+    """
+    require_prediction(model.config)
+    windows, end_id = scored_windows(model.config, data, length)
+    mesh = meshes.make_mesh()
+    part = meshes.process_slice(mesh)
+    rows = -(-min(batch_size, len(windows)) // mesh.size) * mesh.size
+    batches = evaluation_batches(windows, rows, None, *part)
+    structure, params = split_cached(model)
+    row_nats = _model_row_nats(structure, windows.vocab.pad_id, mesh, end_id)
+    return evaluate_batches(row_nats, meshes.place(mesh, params), batches, mesh)
 
-    @property
-    def bits_per_byte(self) -> float:
-        """Mean code length in bits."""
-        return bits_per_byte(self.nats, self.count)
 
-
-RowNats = Callable[[Params, Integer[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
+RowNats = Callable[[Any, Integer[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
 
 
 def make_row_nats(
-    bind: Callable[[Params], Any],
+    bind: Callable[[Any], Any],
     pad_id: int,
     mesh: Mesh,
-    dtype: jnp.dtype,
+    dtype: jnp.dtype | None,
     end_id: int | None = None,
 ) -> RowNats:
-    """The compiled function from ids to each row's summed nats and count of ids, pads left out.
+    """The compiled function from parameters and ids to each row's summed nats and count of ids.
 
-    `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
+    Pads are left out, and so is `end_id`: the ends of documents, where the model reads them and
+    bytes count. Parameters, `Params` or whatever else `bind` takes, are cast to `dtype`, and stay
+    as they are where that is None.
     """
 
-    def row_nats(params: Params, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:
+    def row_nats(params: Any, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:
         ids = as_ids(ids)
-        logits = bind(meshes.gather(mesh, cast_params(params, dtype)))(ids)
+        cast = params if dtype is None else cast_params(params, dtype)
+        logits = bind(meshes.gather(mesh, cast))(ids)
         counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
         return nats, counted.sum(axis=1)
@@ -54,8 +76,15 @@ def make_row_nats(
     return jax.jit(row_nats, out_shardings=meshes.replicated(mesh))
 
 
-def evaluate(
-    row_nats: RowNats, params: Params, batches: Iterable[np.ndarray], mesh: Mesh
+@functools.lru_cache(maxsize=8)
+def _model_row_nats(
+    structure: CompiledModelKey, pad_id: int, mesh: Mesh, end_id: int | None
+) -> RowNats:
+    return make_row_nats(structure.model, pad_id, mesh, None, end_id)
+
+
+def evaluate_batches(
+    row_nats: RowNats, params: Any, batches: Iterable[np.ndarray], mesh: Mesh
 ) -> Evaluation:
     """Sums over `batches` of ids int[B, T], this process's rows of them; added exactly (`fsum`)."""
     waiting: deque[tuple[Array, Array]] = deque()

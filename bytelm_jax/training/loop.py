@@ -19,7 +19,7 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.config.lfbyte import require_prediction
-from bytelm.metrics import MetricsLog
+from bytelm.metrics import METRIC, MetricsLog
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -31,7 +31,7 @@ from bytelm_jax.training import (
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.display import Display
-from bytelm_jax.training.evaluate import evaluate, make_row_nats
+from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.reporter import StepReporter
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
@@ -188,12 +188,12 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             checkpoint.check_finite({"params": state.params})
             batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
             watched = watchdog.over(batches, f"the evaluation of step {step}")
-            result = evaluate(row_nats, state.params, stop.until(watched), mesh)
+            result = evaluate_batches(row_nats, state.params, stop.until(watched), mesh)
             if stop:
                 return None
             record = {
                 "validation_loss": result.nats / result.count,
-                checkpoint.METRIC: result.bits_per_byte,
+                METRIC: result.bits_per_byte,
             }
             reporter.evaluated(step, record)
             return record

@@ -1,6 +1,4 @@
-"""Masked cross-entropy as (sum of nats, count of predicted ids), and bits per byte."""
-
-import math
+"""Masked cross-entropy as (sum of nats, count of predicted ids)."""
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +32,3 @@ def token_nats(
     hit = jax.nn.one_hot(as_ids(ids), wide.shape[-1], dtype=jnp.bool_)
     picked = jnp.where(hit, wide, 0.0).sum(axis=-1)
     return jax.nn.logsumexp(wide, axis=-1) - picked
-
-
-def bits_per_byte(nats: float, count: int) -> float:
-    """Mean code length in bits of `count` bytes that cost `nats` in all."""
-    return nats / count / math.log(2)

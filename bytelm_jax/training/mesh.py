@@ -111,29 +111,33 @@ def fetch(mesh: Mesh, tree: Any) -> Any:
     return jax.device_get(jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree))
 
 
-def gather(mesh: Mesh, params: Params) -> Params:
-    """Parameters whole on every device, inside a jitted function; gradients come back cut."""
+def gather(mesh: Mesh, params: Any) -> Any:
+    """A tree of parameters, whole on every device, inside a jitted function.
+
+    Gradients come back cut.
+    """
     if mesh.shape[FSDP] == 1:
         return params
 
-    def constrain(tree: Params, shardings: Any) -> Params:
+    def constrain(tree: Any, shardings: Any) -> Any:
         return jax.lax.with_sharding_constraint(tree, shardings)
 
     @jax.custom_vjp
-    def whole(tree: Params) -> Params:
+    def whole(tree: Any) -> Any:
         # Cut once more first: else the compiler may move the gathering before the cast that comes
         # before it, and twice the bytes would travel.
         return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
 
-    def cut(gradients: Params) -> Params:
+    def cut(gradients: Any) -> Any:
         # The gradient of a constraint is the same constraint: whole gradients on every device, of
         # which each needs its own part only. Small ones are summed whole all the same: the compiler
         # would rather gather all that an embedding's product reads.
         parts = state_shardings(mesh, gradients)
-        first = {
-            name: replicated(mesh) if leaf.size < _MIN_SCATTERED_SIZE else parts[name]
-            for name, leaf in gradients.items()
-        }
+        first = jax.tree.map(
+            lambda leaf, part: replicated(mesh) if leaf.size < _MIN_SCATTERED_SIZE else part,
+            gradients,
+            parts,
+        )
         return constrain(constrain(gradients, first), parts)
 
     whole.defvjp(lambda tree: (whole(tree), None), lambda _, gradients: (cut(gradients),))

@@ -14,11 +14,10 @@ from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
-from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm.metrics import MetricsLog, Throughput, bits_per_byte, read_metrics
 from bytelm_jax.optimizers.build import learning_rate_schedule
 from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training.display import Display
-from bytelm_jax.training.loss import bits_per_byte
 
 
 class DivergedError(RuntimeError):

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bytelm.config import BLTConfig, require
 from bytelm.data import Windows, open_corpus
+from bytelm.metrics import bits_per_byte
 from bytelm.tokenizer import ByteTokenizer
 from bytelm_torch.inference import generate
 from bytelm_torch.models.blt import BLT
+from bytelm_torch.models.interface import inference
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.training import parallel
-from bytelm_torch.training.loss import bits_per_byte
 
 __all__ = [
     "EnhancedByteTransformer",
@@ -200,7 +201,7 @@ def generate_text(
     )
     tokenizer, seen = ByteTokenizer(_VOCAB), model.context_size - 1
     ids = tokenizer.encode(seed_text).tolist()
-    with generate._inference(model.to(device)):
+    with inference(model.to(device)):
         for _ in range(length):
             window = torch.tensor([[*ids[-seen:], _VOCAB.offset]], device=device)
             logits = model(window)[:, -1]

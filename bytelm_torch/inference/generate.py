@@ -7,7 +7,6 @@ Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary, 
 Greedy choices are those of the JAX package; random numbers come from torch and differ from JAX's.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig
+from bytelm_torch.models.interface import inference
 
 _BLOCK = 64  # random numbers drawn at a time
 
@@ -190,7 +190,7 @@ def generate_uncached(
     ids = _prompt_ids(prompts, vocab, (len(prompts), last), 0).to(device)
     uniforms = _uniforms(seed, len(prompts), last).to(device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    with _inference(model):
+    with inference(model):
         for position in range(first, last):
             logits = model(ids[:, : position + 1])[:, position]
             chosen = next_ids(logits, uniforms[:, position], sampler, vocab, stop_at_eos)
@@ -250,14 +250,14 @@ def _begin(
     ids = _prompt_ids(prompts, model.config.vocab, (batch, (1 + total) * patch), patch).to(device)
     first = min(map(len, prompts)) // patch
     rows = _Rows(_uniforms(seed, batch, total * patch).to(device), lengths, ends)
-    with _inference(model):
+    with inference(model):
         cache = model.init_cache(batch, total * patch)
         if first:
             cache = model.prefill(ids[:, patch : (1 + first) * patch], cache)
     state = _State(cache, ids, first, ends == 0)
 
     def advance(state: _State, stop: int) -> _State:
-        with _inference(model):
+        with inference(model):
             while state.index < stop and not state.done.all():
                 state = _append_round(model, sampler, stop_at_eos, rows, state)
         return state
@@ -282,19 +282,6 @@ def _append_round(
     here[:] = torch.where(state.done[:, None], vocab.pad_id, chosen)
     ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
     return _State(cache, state.ids, state.index + 1, state.done | ended)
-
-
-@contextlib.contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Inference mode, no dropout; afterwards every module trains, or does not, as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) -> None:

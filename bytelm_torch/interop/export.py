@@ -35,15 +35,16 @@ from bytelm.config import (
     require,
     to_dict,
 )
+from bytelm.runs import MODEL_FILE, find_export
 from bytelm_torch.interop.finite import first_non_finite, is_finite, require_finite
-from bytelm_torch.models import build_model, name_parameters
+from bytelm_torch.models import build_abstract, name_parameters
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
 _JSON_LIMIT = 2**24
 """Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
 
-MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+CONFIG_FILE = "config.json"
 
 _FLOATS = {
     torch.float16: "F16",
@@ -69,8 +70,13 @@ def from_pretrained(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    checkpoint: str | int = "latest",
 ) -> Any:
-    """The model of an export, in eval mode, whichever of the two packages wrote it.
+    """The model of an export or of a run folder of this package, in eval mode.
+
+    An export may be the JAX package's; a run folder of that one is refused, since reading it takes
+    JAX: `bytelm export` writes what is read here. `checkpoint` chooses from a run folder: "latest",
+    "best" (lowest validation loss) or a step.
 
     `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
     least float32, stay at least float32. `device` is the CPU by default. Leaves torch's random
@@ -83,11 +89,16 @@ def from_pretrained(
         f"dtype={dtype}: choose one of {', '.join(map(str, _FLOATS))}",
     )
     target = _usable_device(device)
-    config, config_sum, contract = _read_config(Path(path) / CONFIG_FILE)
-    with _open_safetensors(Path(path) / MODEL_FILE) as tensors:
+    folder = find_export(Path(path), checkpoint)
+    if folder is None:
+        raise ValueError(
+            f"{path}: a run folder of JAX, which JAX alone reads; `bytelm export {path} --out DIR` "
+            "writes what PyTorch reads, then give DIR"
+        )
+    config, config_sum, contract = _read_config(folder / CONFIG_FILE)
+    with _open_safetensors(folder / MODEL_FILE) as tensors:
         _check_size(tensors, config)
-        with torch.device("meta"):
-            model = build_model(config)
+        model = build_abstract(config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         _check(tensors, shapes)
         # A copy even where nothing is cast: what `read` gives is backed by the file.
@@ -96,7 +107,7 @@ def from_pretrained(
             for name, tensor in tensors.items()
         }
         tensors.verify(config_sum)
-    model.patching = contract  # pyright: ignore[reportArgumentType]
+    model.patching = contract
     model.load_state_dict(state, strict=True, assign=True)
     name_parameters(model)
     return model.eval()
@@ -275,8 +286,7 @@ def save_pretrained(
     if not isinstance(config, MODEL_CONFIGS):
         raise ValueError(f"model={type(model).__name__}: {why}")
     state = model.state_dict()
-    with torch.device("meta"):
-        check_state(state, build_model(config))
+    check_state(state, build_abstract(config))
     require_finite(first_non_finite(state))
     fields, config_sum = describe(model, extra), _sum_of_json(describe(config))
     text = (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()

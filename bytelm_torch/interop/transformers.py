@@ -163,7 +163,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         require(native.causal, "causal=False: generation needs a causal model")
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
-        self.model.patching = export.patching_of(extra)  # pyright: ignore[reportArgumentType]
+        self.model.patching = export.patching_of(extra)
         self.register_load_state_dict_pre_hook(_take_names_of_export)
         self.post_init()
         vocab = native.vocab

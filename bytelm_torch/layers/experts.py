@@ -37,7 +37,8 @@ class ExpertLinear(nn.Module):
         self, experts: int, inputs: int, outputs: int, init_std: float, bias: float | None
     ):
         super().__init__()
-        self.kernels = nn.Parameter(init_std * torch.randn(experts, inputs, outputs))
+        self.kernels = nn.Parameter(torch.empty(experts, inputs, outputs))
+        nn.init.normal_(self.kernels, std=init_std)
         filled = None if bias is None else torch.full((experts, outputs), bias)
         self.bias = None if filled is None else nn.Parameter(filled)
 

@@ -127,8 +127,10 @@ class LongConvolution(nn.Module):
     def __init__(self, dim: int, kernel_length: int, chunk: int):
         super().__init__()
         self.chunk = chunk
-        taps = torch.randn(kernel_length, dim) * decays(kernel_length, dim)
-        self.taps = nn.Parameter(taps / torch.linalg.norm(taps, dim=0, keepdim=True))
+        self.taps = nn.Parameter(torch.empty(kernel_length, dim))
+        if not self.taps.is_meta:  # arithmetic there would import torch's compiler
+            taps = torch.randn(kernel_length, dim) * decays(kernel_length, dim)
+            self.taps.data = taps / torch.linalg.norm(taps, dim=0, keepdim=True)
 
     def forward(
         self, x: Float[Tensor, "B T D"], segment_positions: Int[Tensor, "B T"] | None = None

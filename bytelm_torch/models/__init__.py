@@ -1,6 +1,10 @@
 """`build_model(config)`: one explicit match, no registry."""
 
+from typing import Any
+
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
 from bytelm_torch.models.blt import BLT
@@ -29,6 +33,28 @@ def build_model(config: ModelConfig) -> Model:
             raise ValueError(f"config={type(config).__name__}: not a model configuration of bytelm")
     name_parameters(model)
     return model
+
+
+class _SkipDraws(TorchFunctionMode):
+    """Leaves out the draws of initialisation.
+
+    On the device "meta" they draw nothing, and the first of them imports torch's compiler, which
+    takes five seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def build_abstract(config: ModelConfig) -> Model:
+    """The model that `config` describes without values: parameters on the device "meta"."""
+    with torch.device("meta"), _SkipDraws():
+        return build_model(config)
 
 
 def name_parameters(model: nn.Module) -> None:

@@ -20,10 +20,10 @@ from bytelm_torch.models import blt_decoding, patching
 from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_torch.models.interface import Choose, ModelOutput
+from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
 
 
-class BLT(nn.Module):
+class BLT(PatchedModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig):
@@ -120,6 +120,14 @@ class BLT(nn.Module):
         if self.config.patcher == "entropy":
             self.patcher.eval()
         return self
+
+    def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
+        """Whether a patch starts at each byte, whatever the budget merges later."""
+        segment_starts = segment_starts_of(ids, self.config)
+        shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
+        entropies = self.entropies(shifted, segment_starts)
+        # s_0 is BOS and s_t+1 is byte t.
+        return patching.patch_starts(self.config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: `models.blt_decoding`.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import BLTConfig, EntropyConfig
@@ -19,7 +19,8 @@ from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.resets import ends_segment, find_segment_starts
 from bytelm_torch.layers.transformer import Caches, Transformer
-from bytelm_torch.models.interface import Choose, ModelOutput
+from bytelm_torch.models import patching
+from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
 
 
 class EntropyCache(NamedTuple):
@@ -30,7 +31,7 @@ class EntropyCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
-class EntropyModel(nn.Module):
+class EntropyModel(PatchedModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: EntropyConfig):
@@ -79,6 +80,17 @@ class EntropyModel(nn.Module):
         """Logits as from `predict`, and every layer's keys and values."""
         x, caches = self.transformer(self.embed(shifted), segment_starts=segment_starts)
         return self.to_logits(self.norm(x)), caches
+
+    def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
+        """Whether a patch starts at each byte, in the run that this model was calibrated for."""
+        if self.patching is None:
+            return None
+        config = self.config.as_patcher(self.patching.threshold)
+        segment_starts = segment_starts_of(ids, config)
+        shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
+        entropies = entropy(self.predict(shifted, segment_starts))
+        # s_0 is BOS and s_t+1 is byte t.
+        return patching.patch_starts(config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: one round is one byte.
 

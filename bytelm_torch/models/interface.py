@@ -1,10 +1,14 @@
 """What training and generation ask of every architecture."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
-from jaxtyping import Float, Int, Integer
-from torch import Tensor
+import torch
+from jaxtyping import Bool, Float, Int, Integer
+from torch import Tensor, nn
+
+from bytelm.config import PatchingContract
 
 Choose = Callable[[Tensor, int], Tensor]
 """`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
@@ -21,6 +25,30 @@ class ModelOutput(NamedTuple):
     """Averaged over the rows and added to the mean cross-entropy: nats, coefficient included."""
     metrics: dict[str, Float[Tensor, " B"]]
     """Statistics for the training log, averaged over the rows."""
+
+
+class PatchedModel:
+    """What is asked of every model about patches, with the answers of one that has none."""
+
+    patching: PatchingContract | None = None
+    """The contract of the run that the model comes from, where there is one."""
+
+    def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
+        """Whether a patch starts at each byte; None for a model that knows no patches."""
+        return None
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Inference mode, no dropout; afterwards every module trains, or does not, as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class Decoder(Protocol):

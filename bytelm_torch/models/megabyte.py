@@ -7,7 +7,7 @@ The mirror of `bytelm_jax/models/megabyte.py`, which says where this differs fro
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,9 +18,16 @@ from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
 from bytelm_torch.layers.ids import check_ids
 from bytelm_torch.layers.logits import LogitsLinear
-from bytelm_torch.layers.resets import Layout, lay_out, scope_of, take_once
+from bytelm_torch.layers.resets import (
+    Layout,
+    find_segment_starts,
+    lay_out,
+    position_in_segment,
+    scope_of,
+    take_once,
+)
 from bytelm_torch.models import megabyte_decoding
-from bytelm_torch.models.interface import Choose, ModelOutput
+from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
 from bytelm_torch.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
@@ -97,7 +104,7 @@ class Transformer(nn.Module):
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)  # pyright: ignore
 
 
-class Megabyte(nn.Module):
+class Megabyte(PatchedModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: MegabyteConfig):
@@ -176,6 +183,11 @@ class Megabyte(nn.Module):
         logits = self.to_logits(take_once(hidden, layout.slots))
         overflow = {"reset_overflow": layout.overflow.to(torch.float32)}
         return ModelOutput(logits, logits.new_zeros(batch), overflow)
+
+    def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
+        """Whether a patch starts at each byte: every `patch_size` bytes of a text."""
+        segment_starts = find_segment_starts(ids, self.config.vocab, self.config.reset_on)
+        return position_in_segment(segment_starts) % self.config.patch_size == 0
 
     # Cached decoding: `models.megabyte_decoding`.
 

@@ -6,7 +6,6 @@ A checkpoint is an export with the state of the optimizer beside it.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +21,8 @@ from bytelm.config import (
     require,
     to_dict,
 )
+from bytelm.metrics import score
+from bytelm.runs import saved_steps
 from bytelm_torch.interop.export import (
     CONFIG_FILE,
     about,
@@ -31,10 +32,6 @@ from bytelm_torch.interop.export import (
     write_synced,
 )
 from bytelm_torch.interop.finite import first_non_finite, require_finite
-
-METRIC = "validation_bits_per_byte"
-"""What "best" means: the lowest of this that is finite."""
-
 
 _TRAINING_FILE = "training.pt"
 
@@ -59,13 +56,6 @@ def load_config(path: Path) -> Recipe:
     file = path / CONFIG_FILE if path.is_dir() else path
     with about(file, "give a run folder or a JSON file with a recipe"):
         return from_dict(Recipe, json.loads(file.read_text("utf-8")))
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    """The steps of which `run_dir` holds a checkpoint, rising."""
-    folder = run_dir / "checkpoints"
-    names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def save(
@@ -145,9 +135,3 @@ def restore(
             "keep the optimizer or choose another run_dir"
         ) from None
     return state
-
-
-def score(metrics: dict[str, Any] | None) -> float | None:
-    """What "best" compares; None for what was not evaluated, or to no finite number."""
-    value = (metrics or {}).get(METRIC)
-    return value if value is not None and math.isfinite(value) else None

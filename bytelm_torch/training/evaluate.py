@@ -1,8 +1,8 @@
 """Exact bits per byte: the code length of every byte, each counted once."""
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,21 +10,37 @@ import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
 
+from bytelm.config.lfbyte import require_prediction
+from bytelm.data import Corpus, evaluation_batches, scored_windows
+from bytelm.metrics import Evaluation
 from bytelm_torch.layers.ids import as_ids
+from bytelm_torch.models.interface import inference
 from bytelm_torch.training import parallel
-from bytelm_torch.training.loss import bits_per_byte, token_nats
+from bytelm_torch.training.loss import token_nats
 
 
-class Evaluation(NamedTuple):
-    """Summed nats and how many ids they cover (bytes, and end-of-document ids where asked)."""
+def evaluate(
+    model: Any,
+    data: bytes | Sequence[bytes] | Corpus,
+    length: int | None = None,
+    batch_size: int = 16,
+) -> Evaluation:
+    """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
-    nats: float
-    count: int
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Mean code length in bits."""
-        return bits_per_byte(self.nats, self.count)
+    `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
+    into windows of `length` bytes, each of which the model sees alone; give the length of the
+    training (default 512, or the model's longest input where that is less). `batch_size` windows
+    are computed at once, on the model's device and in the dtype of its parameters. Raises
+    `ValueError` for data without bytes, for a window that is too long, and for a model that sees
+    the bytes that it would predict.
+    """
+    require_prediction(model.config)
+    windows, end_id = scored_windows(model.config, data, length)
+    weight = model.to_logits.weight
+    alone, pad_id = parallel.Group(0, 1, weight.device), windows.vocab.pad_id
+    row_nats = make_row_nats(model, pad_id, torch.float32, end_id)
+    batches = evaluation_batches(windows, min(batch_size, len(windows)))
+    return evaluate_batches(row_nats, batches, pad_id, alone, end_id)
 
 
 RowNats = Callable[[Integer[Tensor, "B T"]], Float[Tensor, " B"]]
@@ -36,24 +52,19 @@ def make_row_nats(
     """The function from ids to the summed nats of each row, pads left out; dropout is off.
 
     `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
+    Products are in `dtype` where that is narrower than the parameters.
     """
 
     def row_nats(ids: Integer[Tensor, "B T"]) -> Float[Tensor, " B"]:
         ids = as_ids(ids)
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad(), parallel.autocast(ids.device, dtype):
-                nats = token_nats(model(ids), ids)
-        finally:
-            model.train(was_training)
         left_out = ids == pad_id if end_id is None else (ids == pad_id) | (ids == end_id)
-        return nats.masked_fill(left_out, 0.0).sum(dim=1)
+        with inference(model), parallel.autocast(ids.device, dtype):
+            return token_nats(model(ids), ids).masked_fill(left_out, 0.0).sum(dim=1)
 
     return row_nats
 
 
-def evaluate(
+def evaluate_batches(
     row_nats: RowNats,
     batches: Iterable[np.ndarray],
     pad_id: int,

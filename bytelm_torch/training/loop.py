@@ -38,7 +38,7 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
-from bytelm.metrics import MetricsLog, Throughput
+from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
@@ -46,8 +46,7 @@ from bytelm_torch.models import build_model
 from bytelm_torch.optimizers.build import build_optimizer, learning_rate_schedule
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training.batches import training_batches
-from bytelm_torch.training.evaluate import evaluate, make_row_nats
-from bytelm_torch.training.loss import bits_per_byte
+from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
 
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -270,10 +269,10 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         stop_on_non_finite(step, model=model.state_dict())
         rows = -(-run.batch_size // group.size) * group.size
         batches = data.evaluation_batches(held_out, rows, run.eval_windows, group.rank, group.size)
-        result = evaluate(row_nats, batches, vocab.pad_id, group)
+        result = evaluate_batches(row_nats, batches, vocab.pad_id, group)
         record = {
             "validation_loss": result.nats / result.count,
-            checkpoint.METRIC: result.bits_per_byte,
+            METRIC: result.bits_per_byte,
         }
         if log:
             log.write({"step": step, **record})

@@ -1,6 +1,4 @@
-"""Masked cross-entropy as (sum of nats, count of predicted ids), and bits per byte."""
-
-import math
+"""Masked cross-entropy as (sum of nats, count of predicted ids)."""
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +29,3 @@ def token_nats(
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     flat = F.cross_entropy(wide.flatten(0, -2), as_ids(ids).flatten().long(), reduction="none")
     return flat.reshape(ids.shape)
-
-
-def bits_per_byte(nats: float, count: int) -> float:
-    """Mean code length in bits of `count` bytes that cost `nats` in all."""
-    return nats / count / math.log(2)

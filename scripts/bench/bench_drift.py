@@ -21,9 +21,10 @@ from equal_time import machine, side_by_side
 from jaxtyping import Array, Int
 
 from bytelm import data
+from bytelm.metrics import bits_per_byte
 from bytelm_jax.models import Params, cast_params, define_model
 from bytelm_jax.training import checkpoint
-from bytelm_jax.training.loss import bits_per_byte, token_nats
+from bytelm_jax.training.loss import token_nats
 
 MOST_NATS, LEAST_AGREEMENT = 1e-3, 0.99
 """The bounds that `within` speaks of."""

@@ -26,10 +26,11 @@ import numpy as np
 from bytelm import data
 from bytelm.config import ByteVocab, MegabyteConfig, OptimizerConfig, from_dict
 from bytelm.config.optimizer import optimizer_class
+from bytelm.metrics import bits_per_byte
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training.batches import training_batches
-from bytelm_jax.training.loss import bits_per_byte, cross_entropy
+from bytelm_jax.training.loss import cross_entropy
 
 MODEL = MegabyteConfig(
     vocab=ByteVocab(size=259),

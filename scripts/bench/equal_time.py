@@ -24,6 +24,7 @@ import jax
 
 from bytelm import data, recipes
 from bytelm.config import Recipe
+from bytelm.metrics import Evaluation, bits_per_byte
 from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -31,9 +32,8 @@ from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
-from bytelm_jax.training.evaluate import Evaluation, evaluate, make_row_nats
+from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.loop import open_windows
-from bytelm_jax.training.loss import bits_per_byte
 
 _PROBE = 0.02
 """The share of the time after which the speed is known, and so the number of steps."""
@@ -154,7 +154,7 @@ class Trainer:
 
     def _look(self, params: Params, limit: int | None) -> Evaluation:
         batches = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)
-        return evaluate(self._row_nats, params, batches, self._mesh)
+        return evaluate_batches(self._row_nats, params, batches, self._mesh)
 
     def _point(self, run: "_Run") -> tuple[float, float]:
         """Held-out and training bits per byte, the latter since the last point."""

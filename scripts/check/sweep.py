@@ -29,7 +29,7 @@ from rich.table import Table
 
 from bytelm import recipes
 from bytelm.config import Recipe
-from bytelm.metrics import read_metrics
+from bytelm.metrics import METRIC, read_metrics
 from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.loop import train
@@ -99,7 +99,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
     except DivergedError as error:
         result = {"outcome": "diverged", "message": str(error)}
     for record in read_metrics(run_dir / "metrics.jsonl"):
-        named = ("step", "bits_per_byte", checkpoint.METRIC, "skipped_steps")
+        named = ("step", "bits_per_byte", METRIC, "skipped_steps")
         result |= {name: record[name] for name in named if name in record}
     checkpoint.write_text(done, json.dumps(result) + "\n")
     jax.clear_caches()  # the next point shares no program with this one
@@ -111,7 +111,7 @@ def report(rows: list[tuple[Point, dict[str, Any]]], out: Path) -> None:
 
     def rank(row: tuple[Point, dict[str, Any]]) -> float:
         _, result = row
-        best = result.get(checkpoint.METRIC, result.get("bits_per_byte"))
+        best = result.get(METRIC, result.get("bits_per_byte"))
         return math.inf if result["outcome"] != "finished" or best is None else best
 
     records = [point | result for point, result in sorted(rows, key=rank)]

@@ -1,0 +1,83 @@
+"""Models out of run folders and exports, and into exports."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from bytelm.config import PatchingContract, Recipe, from_dict, require, to_dict
+from bytelm.leaves import is_norm
+from bytelm.runs import find_export
+from bytelm_jax.interop import convert, formats
+from bytelm_jax.models import Model, Params, define_model, split_model
+
+
+def from_pretrained(
+    path: str | Path, dtype: DTypeLike | None = None, checkpoint: str | int = "latest"
+) -> Model:
+    """The model of an export or of a run folder, whichever of the two packages wrote it.
+
+    `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
+    least float32, stay at least float32. `checkpoint` chooses from a run folder: "latest", "best"
+    (lowest validation loss) or a step. The arrays lie on the default device. `model.patching` is
+    the patching contract, where there is one. Raises `ValueError` when a file is missing or
+    damaged, config.json holds a field or version that is not known, the tensors are not those of
+    the configuration, or one holds NaN or infinity.
+    """
+    if dtype is not None:
+        _check_dtype(dtype)
+    folder = Path(path)
+    export = find_export(folder, checkpoint)
+    if export is None:
+        from bytelm_jax.training import checkpoint as checkpoints  # Orbax takes a second to import
+
+        recipe, params, _ = checkpoints.load_run(folder, str(checkpoint))
+        if dtype is not None:
+            params = {name: v.astype(_dtype_of(name, dtype)) for name, v in params.items()}
+        return model_of(recipe, params)
+
+    def cast(name: str, array: np.ndarray) -> np.ndarray:
+        return array if dtype is None else array.astype(_dtype_of(name, dtype))
+
+    config, params = convert.load_export(export, cast)
+    stored = formats.stored_extra(export).get("patching")
+    contract = None if stored is None else from_dict(PatchingContract, stored, "extra.patching")
+    recipe = Recipe(name="pretrained", model=config, patching=contract)
+    return model_of(recipe, params)
+
+
+def model_of(recipe: Recipe, params: Params) -> Model:
+    """The model of a run, with what the run knows of its patches."""
+    model: Model = define_model(recipe.model)[0](params)
+    if recipe.patching is not None:
+        model.patching = recipe.patching
+    return model
+
+
+def save_pretrained(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+    """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
+
+    `bytelm_jax.from_pretrained` and `bytelm_torch.from_pretrained` read it. The patching contract
+    of `model.patching` goes into the file's `extra`; what the argument `extra` says counts first. A
+    failure leaves a previous export as it was. Raises `ValueError` when a parameter is not finite,
+    when `path` is a file and when it cannot be written.
+    """
+    _, params = split_model(model)
+    known = {} if model.patching is None else {"patching": to_dict(model.patching)}
+    convert.export_model(model.config, params, path, known | (extra or {}))
+
+
+def _check_dtype(dtype: DTypeLike) -> None:
+    wanted = jnp.dtype(dtype)
+    known = jnp.issubdtype(wanted, jnp.floating)
+    require(known, f"dtype={wanted}: choose float32, bfloat16, float16 or float64")
+    held = jax.dtypes.canonicalize_dtype(wanted) == wanted
+    require(held, f"dtype={wanted}: JAX's 64-bit mode is off; set JAX_ENABLE_X64=1")
+
+
+def _dtype_of(name: str, dtype: DTypeLike) -> jnp.dtype:
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return wide if is_norm(name) else jnp.dtype(dtype)
