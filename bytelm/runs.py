@@ -7,9 +7,8 @@ PyTorch are exports and in JAX are Orbax's.
 from pathlib import Path
 
 from bytelm.config import require
+from bytelm.export import MODEL_FILE
 from bytelm.metrics import METRIC, read_metrics, score
-
-MODEL_FILE = "model.safetensors"
 
 
 def is_run(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 
 import bytelm_torch
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, LFByteConfig, MegabyteConfig
+from bytelm.export import sum_of_json
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
@@ -51,7 +52,7 @@ def make_folders(root: Path) -> dict[str, Path]:
     shards = folders["shards"] = root / "shards"
     shards.mkdir()
     shutil.copy(folders["hf-blt"] / "config.json", shards)
-    config_sum = convert._sum_of_json(json.loads((shards / "config.json").read_text()))
+    config_sum = sum_of_json(json.loads((shards / "config.json").read_text()))
     config, params = formats.import_any(folders["hf-blt"])
     names, index = convert_blt.hf_blt_names(config), {}
     for part in range(2):
@@ -60,7 +61,7 @@ def make_folders(root: Path) -> dict[str, Path]:
         index |= {names[name]: file for name in part_names}
         stems = {n: names[n].removesuffix("weight") + n.rpartition(".")[2] for n in part_names}
         with open(shards / file, "wb") as sink:
-            convert._write_tensors(sink, {stems[n]: params[n] for n in part_names}, config_sum)
+            convert.write_params({stems[n]: params[n] for n in part_names}, config_sum, sink)
     (shards / convert_blt.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
     return folders
 

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Literal
 from bytelm import data as corpora
 from bytelm.config import (
     BLTConfig,
-    PatchingContract,
     Recipe,
-    from_dict,
     require_document_ends,
     to_dict,
 )
 from bytelm.config.lfbyte import require_prediction
+from bytelm.export import patching_of
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.arguments import UsageError
@@ -237,8 +236,7 @@ def import_command(
     checkpoints.check_unused(out)
     cast = convert.Float32Cast()
     config, params = formats.import_any(source, format, cast)
-    patching = formats.stored_extra(source).get("patching")
-    patching = None if patching is None else from_dict(PatchingContract, patching, "extra.patching")
+    patching = patching_of(formats.stored_extra(source))
     recipe = Recipe(name="imported", model=config, patching=patching)
     if config.longest_input is not None:
         length = min(recipe.data.sequence_length, config.longest_input)

@@ -4,14 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.config import ModelConfig, require
-from bytelm_jax.interop.convert import (
-    CONFIG_FILE,
-    LIBRARY,
-    Cast,
-    Float32Cast,
-    _read_json,
-    load_export,
-)
+from bytelm.export import CONFIG_FILE, LIBRARY, read_json
+from bytelm_jax.interop.convert import Cast, Float32Cast, load_export
 from bytelm_jax.interop.hf_blt import INDEX_FILE, import_hf_blt
 from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte
 from bytelm_jax.models import Params
@@ -48,7 +42,7 @@ def _recognise(path: Path) -> str:
 
 def _fields(folder: Path) -> dict[str, Any]:
     try:
-        fields = _read_json(folder / CONFIG_FILE)
+        fields = read_json(folder / CONFIG_FILE)
     except (OSError, ValueError, RecursionError, OverflowError):
         return {}
     return fields if isinstance(fields, dict) else {}

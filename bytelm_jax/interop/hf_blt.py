@@ -12,13 +12,14 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from bytelm import export
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params
@@ -340,31 +341,31 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
     configuration or not finite.
     """
     folder = Path(path)
-    with convert._about(folder / convert.CONFIG_FILE, "give a folder of save_pretrained"):
-        fields = convert._read_json(folder / convert.CONFIG_FILE)
+    with export.errors_about(folder / export.CONFIG_FILE, "give a folder of save_pretrained"):
+        fields = export.read_json(folder / export.CONFIG_FILE)
         require(isinstance(fields, dict), "must hold a JSON object")
         config = blt_config_from_hf(fields)
-    tensors: dict[str, convert._Tensor] = {}
+    tensors: dict[str, export.StoredTensor] = {}
     shards = {file: _listed(file) for file in _shards(folder)}
     for held in shards.values():
         tensors |= held
-    convert._check_size(tensors, config)
+    export.check_size(tensors, config)
     leaves, names = abstract_params(config), hf_blt_names(config)
-    shapes = {names[name]: convert._torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
-    convert._check(tensors, shapes)
+    shapes = {names[name]: convert.torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
+    export.check_tensors(tensors, shapes)
     params = {
-        name: _placed(name, convert._read_tensor(source, tensors[source], cast))
+        name: _placed(name, convert.read_tensor(source, tensors[source], cast))
         for name, source in names.items()
     }
     for file, held in shards.items():
-        with convert._about(file, ""):
-            held.verify(convert._sum_of_json(fields))
+        with export.errors_about(file, ""):
+            held.verify(export.sum_of_json(fields))
     return config, params
 
 
 def _placed(name: str, array: np.ndarray) -> Array:
     """A tensor as a JAX array, without another copy of it in between."""
-    return jax.device_put(convert._turned(name, array))  # the buffer is nobody else's
+    return jax.device_put(convert.swapped(name, array))  # the buffer is nobody else's
 
 
 def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
@@ -373,30 +374,24 @@ def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
     Both files are put in place whole or not at all. Raises `ValueError` when `params` are not those
     of `config` or not finite, when transformers cannot express it, when `out` cannot be written.
     """
-    leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
-    convert._check({name: convert._in_memory(value) for name, value in params.items()}, leaves)
-    convert.check_finite(params)
+    convert.check_params(config, params)
     renamed = {
         f"{_foreign_module(name)}.{name.rpartition('.')[2]}": value
         for name, value in params.items()
     }
     dtype = params["to_logits.kernel"].dtype.name
     fields = blt_config_to_hf(config, dtype)
-
-    def write(sink: BinaryIO) -> None:
-        convert._write_tensors(sink, renamed, convert._sum_of_json(fields))
-
-    text = json.dumps(fields, indent=2) + "\n"
-    convert._replace_export(Path(out), write, text.encode())
+    write = partial(convert.write_params, renamed, export.sum_of_json(fields))
+    export.replace_export(Path(out), write, export.config_text(fields))
 
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder."""
     index = folder / INDEX_FILE
     if not index.is_file():
-        return [folder / convert.MODEL_FILE]
-    with convert._about(index, "download the folder again"):
-        fields = convert._read_json(index)
+        return [folder / export.MODEL_FILE]
+    with export.errors_about(index, "download the folder again"):
+        fields = export.read_json(index)
         files = fields.get("weight_map") if isinstance(fields, dict) else None
         if not (isinstance(files, dict) and files):
             raise ValueError("weight_map: must name the tensors")
@@ -413,24 +408,24 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / name for name in names]
 
 
-def _listed(file: Path) -> convert._Tensors:
+def _listed(file: Path) -> export.StoredTensors:
     """The tensors of a safetensors file; each is read by itself, through no memory map.
 
     A map's pages count as memory of this process until the file is closed, so that a table that
     fills its shard would be there twice.
     """
-    with convert._open_safetensors(file) as tensors:  # checks the header
+    with export.open_safetensors(file, convert.NUMPY) as tensors:  # checks the header
         known, metadata = dict(tensors), tensors.metadata
     with open(file, "rb") as source:
         size = int.from_bytes(source.read(8), "little")
         header = json.loads(source.read(size))
 
-    def read(name: str, tensor: convert._Tensor) -> np.ndarray:
+    def read(name: str, tensor: export.StoredTensor) -> np.ndarray:
         begin, end = header[name]["data_offsets"]
         data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
         return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
 
-    listed = convert._Tensors(metadata)
+    listed = export.StoredTensors(metadata, convert.NUMPY)
     for name, tensor in known.items():
         listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
     return listed

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm.config import ByteVocab, MegabyteConfig, require
+from bytelm.export import MODEL_FILE, StoredTensors, errors_about, one_line, open_safetensors
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
 
 FOREIGN_FILES = (
-    convert.MODEL_FILE,
+    MODEL_FILE,
     "pytorch_model.bin",
 )  # what transformers' save_pretrained writes
 
@@ -48,13 +49,14 @@ def import_megabyte(
     if file.is_dir():
         inside = [file / name for name in FOREIGN_FILES]
         file = next(filter(Path.is_file, inside), inside[0])
-    opened = convert._open_safetensors if file.suffix == ".safetensors" else _open_torch_file
-    with opened(file) as tensors:
+    is_safetensors = file.suffix == ".safetensors"
+    opened = open_safetensors(file, convert.NUMPY) if is_safetensors else _open_torch_file(file)
+    with opened as tensors:
         prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
         shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
         config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
         names = lambda name: prefix + _original_name(name)  # noqa: E731
-        params = convert._assemble(tensors, config, names, cast)
+        params = convert.assemble(tensors, config, names, cast)
         tensors.check_finite()
         return config, params
 
@@ -150,13 +152,13 @@ def _original_name(name: str) -> str:
 
 
 @contextmanager
-def _open_torch_file(file: Path) -> Iterator[convert._Tensors]:
-    with convert._about(file, "give a file of torch.save or a .safetensors file"):
+def _open_torch_file(file: Path) -> Iterator[StoredTensors]:
+    with errors_about(file, "give a file of torch.save or a .safetensors file"):
         loaded = _load_plain(file)
         require(isinstance(loaded, dict), f"holds a {type(loaded).__name__}; expected a state dict")
         inner = (loaded.get(key) for key in ("model_state_dict", "state_dict"))
         loaded = next((each for each in inner if isinstance(each, dict)), loaded)
-        tensors = convert._Tensors({})
+        tensors = StoredTensors({}, convert.NUMPY)
         for name, value in loaded.items():
             tensors.add(*_torch_tensor(name, value))
         yield tensors
@@ -182,14 +184,14 @@ def _load_plain(file: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # damaged and hostile files make torch raise nearly anything
-        why = convert._one_line(error, 160)
+        why = one_line(error, 160)
         raise ValueError(f"not a plain state dict of torch.save ({why})") from None
 
 
 def _torch_tensor(
     name: Any, value: Any
 ) -> tuple[str, tuple[int, ...], str, Callable[[], np.ndarray]]:
-    """What `_Tensors.add` takes of an entry of a state dict."""
+    """What `StoredTensors.add` takes of an entry of a state dict."""
     import torch
 
     require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")

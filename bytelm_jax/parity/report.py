@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bytelm import data
+from bytelm import data, export
 from bytelm.config import ModelConfig
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
@@ -122,8 +122,10 @@ def compare(
         import bytelm_torch
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
-    exported = (path / convert.MODEL_FILE).exists()
-    config = convert.load_config(path) if exported else checkpoint.load_config(path).model
+    exported = (path / export.MODEL_FILE).exists()
+    config = (
+        export.read_description(path).config if exported else checkpoint.load_config(path).model
+    )
     length = length or _default_length(config)
     windows = data.Windows(data.open_corpus(paths), config.vocab, length, append_eos=False)
     ids = next(data.evaluation_batches(windows, rows, rows))

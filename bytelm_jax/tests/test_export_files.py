@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bytelm import export as file_format
 from bytelm.config import MegabyteConfig
+from bytelm.export import config_text, describe
 from bytelm_jax.interop import convert
 from bytelm_jax.tests.exports import (
     PAPER,
@@ -66,7 +68,7 @@ def test_an_export_that_fails_anywhere_changes_nothing(
         return call
 
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(convert.os, name, breaking(getattr(os, name)))
+        monkeypatch.setattr(file_format.os, name, breaking(getattr(os, name)))
     params = any_bits(PAPER, np.float32, seed=1)
     after = 5 if previous else 4  # syncs and renames until both files stand in their places
     for each in range(1, after + 1):
@@ -100,7 +102,7 @@ def test_a_kill_at_any_moment_leaves_a_loadable_export(
         return call
 
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(convert.os, name, watched(getattr(os, name)))
+        monkeypatch.setattr(file_format.os, name, watched(getattr(os, name)))
     export(tmp_path, seed=1)
     kinds = [state == new for state in seen]
     assert all(state in (old, new) for state in seen)
@@ -136,7 +138,7 @@ def test_a_missing_or_alien_model_file(tmp_path: Path) -> None:
     text = message(convert.load_export, tmp_path / "none")
     assert text.endswith(
         "config.json: cannot be read (No such file or directory); "
-        "give a folder that `bytelm export` wrote"
+        "give a folder that `bytelm export` or `save_pretrained` wrote"
     )
     file = export(tmp_path) / "model.safetensors"
     file.write_bytes(b"\x80\x04 a pickle, say" * 20)
@@ -150,13 +152,13 @@ def test_a_missing_or_alien_model_file(tmp_path: Path) -> None:
 def test_tensors_in_the_file_are_checked_like_those_in_memory(tmp_path: Path) -> None:
     export(tmp_path)
     config = MegabyteConfig(**{**vars(PAPER), "local_layers": 2})
-    (tmp_path / "config.json").write_bytes(convert._config_text(config, None))
+    (tmp_path / "config.json").write_bytes(config_text(describe(config)))
     text = message(convert.load_export, tmp_path)
     assert "model.safetensors: local_transformer.layers.1.attention.norm.bias: missing; " in text
 
 
 def changed(**fields: Any) -> str:
-    return json.dumps({**json.loads(convert._config_text(PAPER, None)), **fields})
+    return json.dumps({**json.loads(config_text(describe(PAPER))), **fields})
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bytelm.config import require
-
 
 def is_finite(value: Tensor) -> bool:
     """Whether every element is a finite number; one pass, and no copy of `value`."""
@@ -28,8 +26,3 @@ def first_non_finite(tree: Any, name: str = "") -> str | None:
         items = enumerate(tree) if isinstance(tree, (list, tuple)) else ()
     found = (first_non_finite(part, f"{name}.{key}" if name else str(key)) for key, part in items)
     return next((each for each in found if each is not None), None)
-
-
-def require_finite(bad: str | None) -> None:
-    """Raises `ValueError` for the tensor that `first_non_finite` found, if it found one."""
-    require(bad is None, f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint")

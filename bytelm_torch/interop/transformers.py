@@ -38,8 +38,15 @@ from bytelm.config import (
     require,
     to_dict,
 )
+from bytelm.export import (
+    FORMAT_VERSION,
+    LIBRARY,
+    parse_description,
+    patching_of,
+    refuse_non_finite,
+)
 from bytelm_torch.interop import export
-from bytelm_torch.interop.finite import first_non_finite, require_finite
+from bytelm_torch.interop.finite import first_non_finite
 from bytelm_torch.interop.transformers_cache import ByteCache
 from bytelm_torch.interop.transformers_inputs import (
     check_labels,
@@ -95,8 +102,8 @@ class ByteLMConfig(PreTrainedConfig):
 
     def __post_init__(self, **fields: Any) -> None:
         kind = type(self).native
-        named = {"library": export.LIBRARY, "format_version": export.FORMAT_VERSION}
-        config, extra = export.parse_description(named | (self.bytelm or to_dict(kind())))
+        named = {"library": LIBRARY, "format_version": FORMAT_VERSION}
+        config, extra = parse_description(named | (self.bytelm or to_dict(kind())))
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
         self.bytelm = export.describe(config, extra)
@@ -108,7 +115,7 @@ class ByteLMConfig(PreTrainedConfig):
 
     def to_native(self) -> ModelConfig:
         """The configuration for `build_model`."""
-        return export.parse_description(self.bytelm or {})[0]
+        return parse_description(self.bytelm or {})[0]
 
 
 @no_type_check
@@ -163,7 +170,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         require(native.causal, "causal=False: generation needs a causal model")
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
-        self.model.patching = export.patching_of(extra)
+        self.model.patching = patching_of(extra)
         self.register_load_state_dict_pre_hook(_take_names_of_export)
         self.post_init()
         vocab = native.vocab
@@ -295,7 +302,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers; the tensors are called as in an export, and stand in one file."""
         state = self.state_dict() if state_dict is None else state_dict
         plain = _as_exported(state)
-        require_finite(_non_finite(plain))
+        refuse_non_finite(_non_finite(plain))
         super().save_pretrained(
             save_directory,
             is_main_process,

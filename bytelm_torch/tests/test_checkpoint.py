@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import bytelm_torch
+from bytelm import export as file_format
 from bytelm.config import MegabyteConfig, to_dict
-from bytelm_torch.interop import export as checkpoint
 from bytelm_torch.models import build_model
 
 CONFIG = MegabyteConfig(
@@ -144,7 +144,7 @@ def rewrite(folder: Path, damage: Callable[[dict[str, Tensor]], object]) -> None
         ),
         (
             lambda state: state.update({NORM: torch.ones(8, dtype=torch.int32)}),
-            f"{NORM}: dtype I32; expected F16, BF16, F32, F64",
+            f"{NORM}: dtype I32; expected float16, bfloat16, float32, float64",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
     model = random_model()
     model.to_logits.bias = nn.Parameter(torch.zeros(512, dtype=torch.complex64))
     text = message(bytelm_torch.save_pretrained, model, tmp_path / "out")
-    assert text == "to_logits.bias: dtype torch.complex64; expected F16, BF16, F32, F64"
+    assert text == "to_logits.bias: dtype complex64; expected float16, bfloat16, float32, float64"
     assert not (tmp_path / "out").exists()
 
 
@@ -320,7 +320,7 @@ def test_saving_that_fails_anywhere_changes_nothing(
         return call
 
     for name in ("fsync", "replace"):
-        monkeypatch.setattr(checkpoint.os, name, breaking(getattr(os, name)))
+        monkeypatch.setattr(file_format.os, name, breaking(getattr(os, name)))
     new = random_model(seed=1)
     after = 5 if previous else 4  # syncs and renames until both files stand in their places
     for each in range(1, after + 1):

@@ -21,17 +21,17 @@ from bytelm.config import (
     require,
     to_dict,
 )
-from bytelm.metrics import score
-from bytelm.runs import saved_steps
-from bytelm_torch.interop.export import (
+from bytelm.export import (
     CONFIG_FILE,
-    about,
-    from_pretrained,
+    errors_about,
     one_line,
-    save_pretrained,
+    refuse_non_finite,
     write_synced,
 )
-from bytelm_torch.interop.finite import first_non_finite, require_finite
+from bytelm.metrics import score
+from bytelm.runs import saved_steps
+from bytelm_torch.interop.export import from_pretrained, save_pretrained
+from bytelm_torch.interop.finite import first_non_finite
 
 _TRAINING_FILE = "training.pt"
 
@@ -54,7 +54,7 @@ def save_config(run_dir: Path, recipe: Recipe) -> None:
 def load_config(path: Path) -> Recipe:
     """Reads a recipe: a JSON file, or the `config.json` of a run folder; raises `ValueError`."""
     file = path / CONFIG_FILE if path.is_dir() else path
-    with about(file, "give a run folder or a JSON file with a recipe"):
+    with errors_about(file, "give a run folder or a JSON file with a recipe"):
         return from_dict(Recipe, json.loads(file.read_text("utf-8")))
 
 
@@ -103,7 +103,7 @@ def _superseded(run_dir: Path, train: TrainConfig) -> list[int]:
 def read_training(run_dir: Path, step: int) -> dict[str, Any]:
     """What stands beside the export of a checkpoint; no code in it is run."""
     file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
-    with about(file, "delete that checkpoint to go on from the one before"):
+    with errors_about(file, "delete that checkpoint to go on from the one before"):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
@@ -125,8 +125,8 @@ def restore(
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)
     state = read_training(run_dir, step)
-    with about(run_dir / "checkpoints" / str(step), ""):
-        require_finite(first_non_finite(state["optimizer"], "optimizer"))
+    with errors_about(run_dir / "checkpoints" / str(step), ""):
+        refuse_non_finite(first_non_finite(state["optimizer"], "optimizer"))
     try:
         optimizer.load_state_dict(state["optimizer"])
     except (ValueError, KeyError, TypeError, RuntimeError) as error:

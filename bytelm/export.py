@@ -1,0 +1,355 @@
+"""The file format of an export: the contract between both packages and with everybody else.
+
+An export is a folder of two files:
+
+    model.safetensors   every parameter by the name and in the layout of the PyTorch twin
+    config.json         the model configuration as `to_dict` gives it, and beside its fields
+                        `library` ("bytelm"), `format_version` (1) and, where there is something
+                        to say, `extra`, an object that loading ignores
+
+Reading is strict: a tensor that is missing, unexpected, of another shape, not floating point or not
+finite raises `ValueError`. The metadata of model.safetensors hold SHA-256 sums of the tensors and
+of config.json but for `extra`; reading compares them where a file has them, as other programs leave
+them out. Both files are replaced together or not at all. Nothing here ever unpickles.
+
+An array is whatever the framework uses: an `ArrayLibrary` says how to read one, see its bytes and
+test it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from bytelm.config import (
+    ModelConfig,
+    PatchingContract,
+    from_dict,
+    model_from_dict,
+    require,
+    to_dict,
+)
+
+LIBRARY, FORMAT_VERSION = "bytelm", 1
+MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+
+DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+"""The dtypes that a parameter may have: name → code in a safetensors file."""
+
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
+_JSON_LIMIT = 2**24
+"""Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
+
+
+class ArrayLibrary(NamedTuple):
+    """What the format asks of a framework's arrays."""
+
+    framework: str
+    """What the safetensors library calls it: "np" or "pt"."""
+    raw: Callable[[Any], memoryview]
+    """The bytes of an array in row-major order."""
+    is_finite: Callable[[Any], bool]
+    """Whether an array holds neither NaN nor infinity."""
+
+
+class StoredTensor(NamedTuple):
+    """A tensor in a file or in memory, whose shape and dtype are known before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """A key of `DTYPE_CODES`, or the code in the file of any other dtype."""
+    read: Callable[[], Any]
+
+
+class StoredTensors(dict[str, StoredTensor]):
+    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
+
+    def __init__(self, metadata: Mapping[str, str], arrays: ArrayLibrary):
+        super().__init__()
+        self.metadata, self.sums = metadata, dict[str, str]()
+        self._arrays, self._non_finite = arrays, list[str]()
+
+    def add(self, name: str, shape: tuple[int, ...], dtype: str, read: Callable[[], Any]) -> None:
+        """Adds a tensor that `read` reads."""
+
+        def read_and_check() -> Any:
+            array = read()
+            self._non_finite += [] if self._arrays.is_finite(array) else [name]
+            if _TENSOR_SUM in self.metadata:
+                self.sums[name] = _sum_of_tensor(name, shape, dtype, self._arrays.raw(array))
+            return array
+
+        self[name] = StoredTensor(shape, dtype, read_and_check)
+
+    def verify(self, config_sum: str) -> None:
+        """Raises `ValueError` unless all is what was written, and what was read is finite."""
+        stored = self.metadata.get(_TENSOR_SUM)
+        good = stored is None or stored == _sum_of_sums(self.sums)
+        hint = "give an undamaged copy"
+        require(good, f"the tensors are not those that were written (SHA-256); {hint}")
+        good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
+        hint = f"{hint}, or export again"
+        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {hint}")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raises `ValueError` for the first tensor that was read and is not finite."""
+        refuse_non_finite(next(iter(self._non_finite), None))
+
+
+def refuse_non_finite(bad: str | None) -> None:
+    """Raises `ValueError` for the tensor called `bad`, unless that is None."""
+    require(bad is None, f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint")
+
+
+# ---- config.json ----------------------------------------------------------------------------
+
+
+def describe(config: ModelConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What config.json says of a model; `extra` is left out where it is empty."""
+    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
+    return fields | ({"extra": dict(extra)} if extra else {})
+
+
+def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and `extra` of what `describe` gave; raises `ValueError` for anything else."""
+    fields = dict(fields)
+    library = fields.pop("library", None)
+    require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
+    version = fields.pop("format_version", None)
+    why = f"this release reads {FORMAT_VERSION}; update bytelm or export again"
+    require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
+    extra = fields.pop("extra", {})
+    require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
+    return model_from_dict(fields, "config"), extra
+
+
+def config_text(fields: Mapping[str, Any]) -> bytes:
+    """The text of config.json; raises `ValueError` where `extra` holds what JSON cannot."""
+    try:
+        return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"extra: cannot be stored as JSON ({one_line(error)})") from None
+
+
+class Description(NamedTuple):
+    """What config.json says of an export."""
+
+    config: ModelConfig
+    extra: dict[str, Any]
+    sum: str
+    """SHA-256 of the file but for `extra`."""
+
+
+def read_description(folder: str | Path) -> Description:
+    """Reads `folder`/config.json, also one that transformers wrote; raises `ValueError`."""
+    file = Path(folder) / CONFIG_FILE
+    with errors_about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
+        fields = read_json(file)
+        if isinstance(fields, dict):
+            fields = fields.get("bytelm", fields)  # where transformers wrote the file
+        require(isinstance(fields, dict), "must hold a JSON object")
+        config_sum = sum_of_json({k: v for k, v in fields.items() if k != "extra"})
+        return Description(*parse_description(fields), config_sum)
+
+
+def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
+    """The patching contract in `extra`, None where there is none."""
+    fields = extra.get("patching")
+    return None if fields is None else from_dict(PatchingContract, fields, "extra.patching")
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file says; what is no plain file, or too large, is not even opened."""
+    require_plain_file(file)
+    size = file.stat().st_size
+    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
+    return json.loads(file.read_text("utf-8"))
+
+
+def require_plain_file(file: Path) -> None:
+    """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait for ever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(0, "not a plain file")
+
+
+# ---- model.safetensors ----------------------------------------------------------------------
+
+
+@contextmanager
+def open_safetensors(file: Path, arrays: ArrayLibrary) -> Iterator[StoredTensors]:
+    """The tensors of a safetensors file; errors inside name the file."""
+    from safetensors import safe_open
+
+    names = {code: name for name, code in DTYPE_CODES.items()}
+    with errors_about(file, "give a whole safetensors file"):
+        require_plain_file(file)
+        with safe_open(file, framework=arrays.framework) as opened:
+            tensors = StoredTensors(opened.metadata() or {}, arrays)
+            for name in opened.keys():  # noqa: SIM118, it is no dictionary
+                view = opened.get_slice(name)
+                code = str(view.get_dtype())
+                read = lambda name=name: opened.get_tensor(name)  # noqa: E731
+                tensors.add(name, tuple(view.get_shape()), names.get(code, code), read)
+            yield tensors
+
+
+def check_tensors(
+    tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises `ValueError` for the first tensor that differs from what is expected."""
+    for name, shape in shapes.items():
+        require(name in tensors, f"{name}: missing; expected shape {shape}, floating point")
+    for name, tensor in tensors.items():
+        require(name in shapes, f"{name}: unexpected; the configuration has no such tensor")
+        expected = f"expected {shapes[name]}"
+        require(tensor.shape == shapes[name], f"{name}: shape {tensor.shape}; {expected}")
+        expected = f"expected {', '.join(DTYPE_CODES)}"
+        require(tensor.dtype in DTYPE_CODES, f"{name}: dtype {tensor.dtype}; {expected}")
+
+
+def check_size(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
+    """Before anything is built: a configuration of a million layers would take hours."""
+    stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
+    described = config.parameter_count()
+    require(
+        described <= 2 * stored,
+        f"holds {stored} parameters, {CONFIG_FILE} describes {described}; export again",
+    )
+
+
+def write_safetensors(
+    sink: BinaryIO,
+    tensors: Mapping[str, StoredTensor],
+    raw: Callable[[Any], memoryview],
+    config_sum: str,
+) -> None:
+    """Writes the safetensors format: length of the header, header, data; wide dtypes first.
+
+    The library's writer would hold a second copy of everything, refuses tied tensors, and gives the
+    file mode 0600 whatever the umask says. Here each tensor is read twice, for its sum and for its
+    data, and one at a time is in memory.
+    """
+    ordered = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], name))
+    sums = {
+        name: _sum_of_tensor(
+            name, tensors[name].shape, tensors[name].dtype, raw(tensors[name].read())
+        )
+        for name in ordered
+    }
+    metadata = {"format": "pt", _TENSOR_SUM: _sum_of_sums(sums), _CONFIG_SUM: config_sum}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name in ordered:
+        tensor = tensors[name]
+        end = offset + math.prod(tensor.shape) * _BYTES[tensor.dtype]
+        header[name] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": tensor.shape,
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    sink.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        sink.write(raw(tensors[name].read()))
+
+
+def replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: bytes) -> None:
+    """Puts both files in place, or neither: they are written beside their targets and renamed.
+
+    Raises `ValueError` when `out` is a file and when it cannot be written.
+    """
+    targets = {name: out / name for name in (MODEL_FILE, CONFIG_FILE)}
+    new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}
+    old = out / f".{CONFIG_FILE}.{os.getpid()}.old"
+    try:
+        require(not out.exists() or out.is_dir(), f"{out}: is a file; name a folder")
+        for target in targets.values():
+            require(not target.is_dir(), f"{target}: is a folder; remove it or write elsewhere")
+        out.mkdir(parents=True, exist_ok=True)
+        write_synced(new[MODEL_FILE], write_model)
+        write_synced(new[CONFIG_FILE], lambda sink: sink.write(config))
+        if targets[CONFIG_FILE].exists():
+            previous = targets[CONFIG_FILE].read_bytes()
+            write_synced(old, lambda sink: sink.write(previous))
+        try:
+            os.replace(new[CONFIG_FILE], targets[CONFIG_FILE])
+            os.replace(new[MODEL_FILE], targets[MODEL_FILE])
+        except BaseException:
+            if old.exists():
+                os.replace(old, targets[CONFIG_FILE])
+            else:
+                targets[CONFIG_FILE].unlink(missing_ok=True)
+            raise
+        sync_folder(out)  # the renames themselves must survive a power cut
+    except OSError as error:
+        why = f"cannot be written ({error.strerror or one_line(error)})"
+        raise ValueError(f"{out}: {why}; choose another place or free space") from None
+    finally:
+        for leftover in (*new.values(), old):
+            with suppress(OSError):
+                leftover.unlink()
+
+
+def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with open(path, "wb") as sink:
+        write(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the names in `folder` are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- sums and errors ------------------------------------------------------------------------
+
+
+def sum_of_json(fields: Any) -> str:
+    """SHA-256 of an object, in hexadecimal; the order of its keys does not matter."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _sum_of_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: memoryview) -> str:
+    code, data = DTYPE_CODES.get(dtype, dtype), hashlib.sha256(raw).hexdigest()
+    return f"{name} {code} {list(shape)} {data}"
+
+
+def _sum_of_sums(sums: Mapping[str, str]) -> str:
+    return hashlib.sha256("\n".join(sums[name] for name in sorted(sums)).encode()).hexdigest()
+
+
+@contextmanager
+def errors_about(path: Path, hint: str) -> Iterator[None]:
+    """Turns what reading `path` can raise into a `ValueError` of one line that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error in one line of at most `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
