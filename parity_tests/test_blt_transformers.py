@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -26,10 +27,13 @@ from bytelm_jax.interop.hf_blt import (
     hf_blt_names,
     import_hf_blt,
 )
+from bytelm_jax.layers import rotary as jax_rotary
 from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.parity.report import relative_error
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.checkpoint import load_run
+from bytelm_torch.layers import rotary as torch_rotary
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
 from parity_tests.tolerances import LOGITS
@@ -180,6 +184,24 @@ def test_the_jax_model_too(name, tmp_path):
     _, _, logits = run_reference(model, ids())
     ours = jax.jit(lambda params, ids: bind(params)(ids))(params, ids().numpy().astype(np.int32))
     assert relative(ours, logits) <= LOGITS["float32"]
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_angles_at_position_4095_are_those_of_transformers(head_dim, theta):
+    hf = transformers.BltConfig(
+        hidden_size=head_dim,
+        num_attention_heads=1,
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+    )
+    embedding = transformers.models.blt.modeling_blt.BltRotaryEmbedding(hf)
+    expected = embedding(torch.zeros(1), torch.tensor([[4095]]))
+    ours = jax_rotary.rotation(jnp.array([[4095]]), head_dim, theta, np.dtype("float32"))
+    twin = torch_rotary.rotation(torch.tensor([[4095]]), head_dim, theta, torch.float32)
+    for part, (cos_sin, ours_part, twin_part) in enumerate(zip(expected, ours, twin, strict=True)):
+        pairs = cos_sin[..., ::2].numpy()  # transformers repeats the angle of each pair
+        assert relative_error(np.asarray(ours_part), pairs) <= LOGITS["float32"], part
+        assert relative_error(twin_part.numpy(), pairs) <= LOGITS["float32"], part
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bytelm.rope import rope_frequencies
+
 
 class Rotation(NamedTuple):
     """Cosines and sines of the angles of K / 2 pairs; a leading axis of 1 serves all rows."""
@@ -20,13 +22,8 @@ class Rotation(NamedTuple):
 def rotation(
     positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype
 ) -> Rotation:
-    """Angles position · theta^(−2i / K) of pair i, in at least float32.
-
-    The frequencies are float32 in every dtype, as in published weights; at position 4,000 their
-    rounding shows in the fourth digit.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = 1 / np.float32(theta) ** exponents
+    """Angles position · theta^(−2i / K) of pair i, in at least float32."""
+    frequencies = rope_frequencies(head_dim, theta)
     wide = jnp.promote_types(dtype, jnp.float32)
     angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))

@@ -5,10 +5,11 @@ Axes: B batch, T positions, H heads, K head width.
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from bytelm.rope import rope_frequencies
 
 
 class Rotation(NamedTuple):
@@ -21,13 +22,8 @@ class Rotation(NamedTuple):
 def rotation(
     positions: Int[Tensor, "B T"], head_dim: int, theta: float, dtype: torch.dtype
 ) -> Rotation:
-    """Angles position · theta^(−2i / K) of pair i, in at least float32.
-
-    The frequencies are float32 in every dtype, as in published weights; at position 4,000 their
-    rounding shows in the fourth digit.
-    """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = torch.from_numpy(1 / np.float32(theta) ** exponents)
+    """Angles position · theta^(−2i / K) of pair i, in at least float32."""
+    frequencies = torch.from_numpy(rope_frequencies(head_dim, theta))
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions[..., None].to(wide) * frequencies.to(positions.device, wide)
     return Rotation(angles.cos(), angles.sin())
