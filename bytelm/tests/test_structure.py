@@ -16,8 +16,8 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "recipes", "data", "export", "runs", "inspection", "metrics", "tracking", "sampling",
-    "tokenizer", "leaves", "config", "callable_module",
+    "recipes", "data", "runs", "export", "inspection", "metrics", "tracking", "sampling",
+    "tokenizer", "leaves", "rope", "config", "callable_module",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

@@ -41,6 +41,7 @@ from bytelm.config import (
 from bytelm.export import (
     FORMAT_VERSION,
     LIBRARY,
+    one_line,
     parse_description,
     patching_of,
     refuse_non_finite,
@@ -323,7 +324,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         """
         plain = _as_exported(state_dict)
         export.check_state(plain, self.model)
-        require_finite(_non_finite(plain))
+        refuse_non_finite(_non_finite(plain))
         return super().load_state_dict(state_dict, assign=assign)
 
 
@@ -338,7 +339,7 @@ def _loading_problem(loading: Mapping[str, Any], model: ByteLMForCausalLM) -> st
     lines += [f"{name}: {why}" for name in loading["unexpected_keys"]]
     for name, shape, expected in loading["mismatched_keys"]:
         lines.append(f"{name}: shape {tuple(shape)}; expected {tuple(expected)}")
-    lines += map(export.one_line, loading["error_msgs"])
+    lines += map(one_line, loading["error_msgs"])
     if lines:
         return min(lines).removeprefix(_PREFIX)
     bad = _non_finite(_as_exported(model.state_dict()))
