@@ -1,5 +1,6 @@
 """transformers' Trainer: what it saves is what it resumes from, whichever the architecture."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import bytelm_torch
 from bytelm_torch.interop import transformers as hf
+from parity_tests.examples import run_example
 from parity_tests.hf_models import CONFIGS
 
 STEPS = 3
@@ -105,3 +107,18 @@ def test_tensors_by_either_name_and_behind_other_modules() -> None:
     around = torch.nn.ModuleDict({"module": wrapped("entropy", seed=2)})
     around.load_state_dict({f"module.{name}": value for name, value in bare.items()})
     assert same(around.state_dict(), {f"module.{name}": value for name, value in long.items()})
+
+
+def test_the_example_of_fine_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    bytelm_torch.save_pretrained(bytelm_torch.build_model(CONFIGS["entropy"]), tmp_path / "export")
+    (tmp_path / "text").write_bytes(b"def main(argument):\n    return argument\n" * 9)
+    options = ("--data", tmp_path / "text", "--length", 32, "--steps", 3, "--out", tmp_path / "new")
+    run_example(
+        "finetune_with_transformers", tmp_path / "export", *options, monkeypatch=monkeypatch
+    )
+    line = capsys.readouterr().out.splitlines()[-1]
+    before, after = map(float, re.findall(r"([\d.]+) bits per byte before, ([\d.]+)", line)[0])
+    assert after < before
