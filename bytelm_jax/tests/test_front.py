@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import inspect
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,33 @@ def test_help_needs_no_jax():
     for argv, code, output, loaded in answers(calls):
         assert (code, loaded) == (0, []), (argv, output)
         assert len(output.splitlines()) > 3 or output == f"bytelm {bytelm.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "seconds"),
+    [(["--help"], 0.5), (["trane"], 0.5), (["train", "megabyte_tiny", "--help"], 1.0)],
+)
+def test_answers_take_little_processor_time(argv, seconds):
+    """Of the best of three processes: the first may have to compile what it imports."""
+    used = []
+    while len(used) < 3 and not (used and min(used) < seconds):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-m", "bytelm_jax", *argv], capture_output=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(used) < seconds, used
+
+
+def test_the_list_of_commands_and_their_mistakes_need_the_standard_library_alone():
+    program = (
+        "import sys; before = {*sys.modules}; from bytelm_jax.cli.main import main\n"
+        "main(['--help']); main(['trane'])\n"
+        "new = {name.partition('.')[0] for name in {*sys.modules} - before}\n"
+        "print(*new - sys.stdlib_module_names)"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "bytelm_jax"
 
 
 def test_a_wrong_command_line_does_not_wait_for_jax():
