@@ -1,6 +1,6 @@
-"""Samplers and cached decoding: bytes in, bytes out, one compiled loop on the device.
+"""Cached decoding: bytes in, bytes out, one compiled loop on the device.
 
-Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary, S candidates.
+Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary.
 
 A round appends P bytes to every row, so all rows share one position. Generation starts at the last
 whole round of the shortest prompt; a row still inside its prompt takes the prompt's bytes and drops
@@ -11,141 +11,28 @@ are arguments of the compiled programs, so that a few programs serve every call.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
+from bytelm_jax.inference.sampling import (
+    SamplerNumbers,
+    choose_ids,
+    random_uniforms,
+    split_settings,
+)
 from bytelm_jax.kernels.decoding import min_rows
 
-_NO_LIMIT = 2**31 - 1
 _LEAST_ROUNDS = 16  # the smallest bucket: short prompts and short answers share one program
 
-
 _DEFAULT = SamplerConfig()
-
-
-class _Numbers(NamedTuple):
-    """What may change from call to call without a new program."""
-
-    allow_eos: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    low: float
-    medium: float
-    high: float
-
-
-def _settings(sampler: SamplerConfig, allow_eos: bool = True) -> tuple[str, _Numbers]:
-    """`sampler` as what the program is (greedy, plain or ranked) and what it is given."""
-    s = sampler
-    mixed = s.sampler == "entropy"
-    cut = mixed or s.top_k or s.top_p < 1
-    mode = "greedy" if s.sampler == "greedy" or s.temperature == 0 else "ranked" if cut else "plain"
-    # Thresholds that no entropy meets make categorical of entropy; a cumulative sum may pass 1 by
-    # rounding, and top_p=1 must cut nothing.
-    thresholds = (s.entropy_low, s.entropy_medium, s.entropy_high)
-    return mode, _Numbers(
-        allow_eos,
-        s.temperature,
-        min(s.top_k or _NO_LIMIT, _NO_LIMIT),
-        s.top_p if s.top_p < 1 else math.inf,
-        *(thresholds if mixed else (-math.inf, -math.inf, math.inf)),
-    )
-
-
-def probabilities(logits: Float[Array, "B S"], sampler: SamplerConfig) -> Float[Array, "B S"]:
-    """The distribution that `sampler` draws from, in at least float32. Logits may be −inf."""
-    return _probabilities(logits, *_settings(sampler))
-
-
-def _probabilities(logits: Array, mode: str, numbers: _Numbers) -> Array:
-    size = logits.shape[-1]
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    if mode == "greedy":
-        return jax.nn.one_hot(logits.argmax(axis=-1), size, dtype=logits.dtype)
-    # The maximum goes first: a small temperature must not make infinities of finite logits.
-    relative = logits - logits.max(axis=-1, keepdims=True)
-    if mode == "plain":
-        return jax.nn.softmax(relative / numbers.temperature, axis=-1)
-    nats = jax.scipy.special.entr(jax.nn.softmax(logits, axis=-1)).sum(axis=-1, keepdims=True)
-    bits = nats / math.log(2)
-    limit = jnp.where(bits < numbers.low, 1, jnp.where(bits < numbers.medium, 10, numbers.top_k))
-    cooling = jnp.where(bits > numbers.high, 0.8 * numbers.temperature, numbers.temperature)
-    # All pairs and no sort or scan, here and in `sample`: these are compiled once for every byte of
-    # a round and dominate its compile time, while S² comparisons fuse into one reduction.
-    mine, other = logits[:, :, None], logits[:, None, :]
-    ahead = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool)[None])
-    kept = ahead.sum(axis=-1) < jnp.minimum(limit, numbers.top_k)
-    chances = jax.nn.softmax(relative / cooling, axis=-1, where=kept)
-    likelier = jnp.where(ahead, chances[:, None, :], 0).sum(axis=-1)
-    chances = jnp.where(likelier < numbers.top_p, chances, 0)
-    return chances / chances.sum(axis=-1, keepdims=True)
-
-
-def sample(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
-    """One index a row by inversion of the cumulative sum; `uniform` lies in [0, 1).
-
-    What has probability 0 is never drawn, whatever the rounding of the sum.
-    """
-    size = chances.shape[-1]
-    lower = np.tri(size, k=-1, dtype=bool)[None]
-    below = jnp.where(lower, chances[:, None, :], 0).sum(axis=-1)
-    target = uniform.astype(chances.dtype) * chances.sum(axis=-1)
-    reached = (below <= target[:, None]) & (chances > 0)
-    return jnp.where(reached, jnp.arange(size)[None], 0).max(axis=-1)
-
-
-def next_ids(
-    logits: Float[Array, "B V"],
-    uniform: Float[Array, " B"],
-    sampler: SamplerConfig,
-    vocab: ByteVocab,
-    allow_eos: bool = True,
-) -> Int[Array, " B"]:
-    """The ids that follow: a byte's id or, if allowed, `vocab.eos_id`, and never another."""
-    return _next_ids(logits, uniform, *_settings(sampler, allow_eos), vocab)
-
-
-def _next_ids(
-    logits: Array, uniform: Array, mode: str, numbers: _Numbers, vocab: ByteVocab
-) -> Array:
-    # The candidates: a slice of the vocabulary, with the other specials in it ruled out.
-    low = min(vocab.offset, vocab.eos_id)
-    high = max(vocab.offset + 256, vocab.eos_id + 1)
-    ids = np.arange(low, high)[None]
-    is_byte = (ids >= vocab.offset) & (ids < vocab.offset + 256)
-    allowed = is_byte | (ids == vocab.eos_id) & numbers.allow_eos
-    logits = jnp.where(allowed, jax.lax.slice_in_dim(logits, low, high, axis=-1), -jnp.inf)
-    if mode == "greedy":
-        chosen = logits.argmax(axis=-1)
-    else:
-        chosen = sample(_probabilities(logits, mode, numbers), uniform)
-    return (chosen + low).astype(jnp.int32)
-
-
-def _uniforms(mode: str, seed: int, batch: int, length: int) -> Array | np.ndarray:
-    """[B, L] numbers in [0, 1) that depend on the seed, the row and the position alone."""
-    if mode == "greedy":  # nobody reads them, and the program that makes them takes a second
-        return np.zeros((batch, length), np.float32)
-    return _random_table(jax.random.key(seed), batch, length)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _random_table(key: Array, batch: int, length: int) -> Array:
-    def number(row: Array, position: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
-
-    by_position = jax.vmap(number, (None, 0))
-    return jax.vmap(by_position, (0, None))(jnp.arange(batch), jnp.arange(length))
 
 
 def generate(
@@ -230,8 +117,8 @@ def generate_uncached(
     first, last = int(lengths.min()), int(lengths.max()) + max_new_bytes
     ids = _prompt_ids(prompts, vocab, (len(prompts), _padded(model, last)), 0)
     structure, params = split_cached(model)
-    mode, numbers = _settings(sampler, stop_at_eos)
-    uniforms = _uniforms(mode, seed, *ids.shape)
+    mode, numbers = split_settings(sampler, stop_at_eos)
+    uniforms = random_uniforms(mode, seed, *ids.shape)
     full = _full_forward(structure, mode)
     done = np.zeros(len(prompts), bool)
     for position in range(first, last):
@@ -297,9 +184,9 @@ def _begin(
     prefix = _padded(model, first * patch) if first else 0
 
     structure, params = split_cached(model)
-    mode, numbers = _settings(sampler, stop_at_eos)
+    mode, numbers = split_settings(sampler, stop_at_eos)
     append = _append_rounds(structure, mode)
-    rows = _Rows(_uniforms(mode, seed, batch, length), lengths, ends)
+    rows = _Rows(random_uniforms(mode, seed, batch, length), lengths, ends)
     cache = _prefill(structure)(params, ids[:, patch:], prefix)
     state = _State(cache, jnp.asarray(ids), jnp.int32(first), jnp.asarray(ends == 0))
 
@@ -324,7 +211,7 @@ def _prefill(structure: CompiledModelKey) -> Callable[..., Any]:
 def _append_rounds(structure: CompiledModelKey, mode: str) -> Callable[..., _State]:
     @functools.partial(jax.jit, donate_argnames="state")
     def append(
-        params: list[Array], numbers: _Numbers, rows: _Rows, stop: Array, state: _State
+        params: list[Array], numbers: SamplerNumbers, rows: _Rows, stop: Array, state: _State
     ) -> _State:
         model = structure.model(params)
 
@@ -339,7 +226,9 @@ def _append_rounds(structure: CompiledModelKey, mode: str) -> Callable[..., _Sta
     return append
 
 
-def _append_round(model: Any, mode: str, numbers: _Numbers, rows: _Rows, state: _State) -> _State:
+def _append_round(
+    model: Any, mode: str, numbers: SamplerNumbers, rows: _Rows, state: _State
+) -> _State:
     patch, vocab = model.round_length, model.config.vocab
     start = state.index * patch
     previous = jax.lax.dynamic_slice_in_dim(state.ids, start, patch, axis=1)
@@ -347,7 +236,7 @@ def _append_round(model: Any, mode: str, numbers: _Numbers, rows: _Rows, state: 
     uniforms = jax.lax.dynamic_slice_in_dim(rows.uniforms, start, patch, axis=1)
 
     def choose(logits: Array, i: int) -> Array:
-        chosen = _next_ids(logits, uniforms[:, i], mode, numbers, vocab)
+        chosen = choose_ids(logits, uniforms[:, i], mode, numbers, vocab)
         return jnp.where(start + i < rows.lengths, prompt[:, i], chosen)
 
     cache, chosen = model.decode_round(state.cache, previous, state.index, choose)
@@ -362,12 +251,12 @@ def _append_round(model: Any, mode: str, numbers: _Numbers, rows: _Rows, state: 
 def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array]:
     @jax.jit
     def step(
-        params: list[Array], numbers: _Numbers, uniforms: Array, ids: Array, position: Array
+        params: list[Array], numbers: SamplerNumbers, uniforms: Array, ids: Array, position: Array
     ) -> Array:
         model = structure.model(params)
         logits = jax.lax.dynamic_index_in_dim(model(ids), position, axis=1, keepdims=False)
         uniform = jax.lax.dynamic_index_in_dim(uniforms, position, axis=1, keepdims=False)
-        return _next_ids(logits, uniform, mode, numbers, model.config.vocab)
+        return choose_ids(logits, uniform, mode, numbers, model.config.vocab)
 
     return step
 

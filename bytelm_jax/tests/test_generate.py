@@ -9,16 +9,9 @@ import pytest
 from flax import nnx
 
 from bytelm.config import ByteVocab, MegabyteConfig
-from bytelm_jax.inference.generate import (
-    SamplerConfig,
-    _begin,
-    generate,
-    generate_uncached,
-    next_ids,
-    probabilities,
-    sample,
-    stream,
-)
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference.generate import _begin, generate, generate_uncached, stream
+from bytelm_jax.inference.sampling import next_ids, probabilities, sample
 from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.models.megabyte_decoding import MegabyteCache

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 
+from bytelm import sampling
 from bytelm.config import BLTConfig, require
 from bytelm.data import Windows, open_corpus
 from bytelm.metrics import bits_per_byte
 from bytelm.tokenizer import ByteTokenizer
-from bytelm_torch.inference import generate
+from bytelm_torch.inference.sampling import next_ids
 from bytelm_torch.models.blt import BLT
 from bytelm_torch.models.interface import inference
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
@@ -192,7 +193,7 @@ def generate_text(
 
     Each byte is chosen by the entropy of its distribution, given the `context_size` − 1 before it.
     """
-    sampler = generate.SamplerConfig(
+    sampler = sampling.SamplerConfig(
         sampler="entropy",
         temperature=temperature,
         entropy_low=config.low_entropy_threshold,
@@ -205,7 +206,7 @@ def generate_text(
         for _ in range(length):
             window = torch.tensor([[*ids[-seen:], _VOCAB.offset]], device=device)
             logits = model(window)[:, -1]
-            ids.append(int(generate.next_ids(logits, _uniform(device), sampler, _VOCAB, False)))
+            ids.append(int(next_ids(logits, _uniform(device), sampler, _VOCAB, False)))
     return tokenizer.decode(ids)
 
 

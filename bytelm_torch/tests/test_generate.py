@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from bytelm.config import MegabyteConfig
-from bytelm_torch.inference.generate import (
-    SamplerConfig,
-    _begin,
-    generate,
-    generate_uncached,
-    stream,
-)
+from bytelm.sampling import SamplerConfig
+from bytelm_torch.inference.generate import _begin, generate, generate_uncached, stream
 from bytelm_torch.models.megabyte import Megabyte
 from bytelm_torch.models.megabyte_decoding import MegabyteCache
 
