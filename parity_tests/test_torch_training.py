@@ -267,6 +267,10 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
         (str(recipe), "optimizer.momentum=0.8"): "train: optimizer.momentum=0.8: has no effect on",
         (str(recipe), "optimizer.name=sdg"): "train: optimizer.name='sdg': choose one of adamw, ",
         (str(recipe), "train.steps=x"): "train: config.train.steps='x': must be of type int",
+        (str(recipe), 'data.paths=["a"]'): "train: --data and data.paths: mean the same; ",
+        (str(recipe), "train.steps=1", "train.steps=2"): "train: train.steps: is given 2 times; ",
+        (str(recipe), "--data="): "train: paths=('', ",
+        (str(recipe), "--data", str(recipe)): f"train: {tmp_path / 'nothing'}: does not exist; ",
         (str(recipe),): f"train: {tmp_path / 'nothing'}: does not exist; ",
     }.items():
         run = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "nothing")]

@@ -44,6 +44,10 @@ class DataConfig:
         require_finite(self)
         require_positive(self, "sequence_length", "warmup_length_steps")
         require_fraction(self, "validation_fraction")
+        require(
+            all(self.paths),
+            f"paths={self.paths}: an empty path names no file; leave it out",
+        )
         for piece in self.warmup_lengths:
             require(
                 piece >= 1 and self.sequence_length % piece == 0,

@@ -66,6 +66,7 @@ def test_recipes_are_found_by_name():
         (AdamWConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),
         (AdamWConfig, "final_fraction", 2.0, "must be between 0 and 1"),
         (DataConfig, "sequence_length", 0, "sequence_length=0: must be at least 1"),
+        (DataConfig, "paths", ("a", ""), r"paths=\('a', ''\): an empty path names no file"),
         (TrainConfig, "steps", 0, "steps=0: must be at least 1"),
         (TrainConfig, "accumulation_steps", 5, "must be a multiple of accumulation_steps=5"),
     ],

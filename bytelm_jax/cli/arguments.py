@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import inspect
 import io
 import re
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -32,7 +34,12 @@ class UsageError(ValueError):
 
 def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> int:
     """Calls `function` with arguments parsed according to its signature."""
-    call = _parse(lambda: tyro.cli(_deferred(function), args=list(argv), prog=prog))
+    hints = typing.get_type_hints(function)
+    hints = {name: hints[name] for name in inspect.signature(function).parameters}
+    lists = [_option(name) for name, kind in hints.items() if typing.get_origin(kind) is tuple]
+    args = join_lists(argv, lists)
+    _refuse_empty(hints, args)
+    call = _parse(lambda: tyro.cli(_deferred(function), args=args, prog=prog))
     return call()
 
 
@@ -42,7 +49,13 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
     kinds = {name: type(getattr(recipe, name)) for name in _SECTIONS}
     shape = dataclasses.make_dataclass("Overrides", kinds.items(), frozen=True)
     default = shape(**{name: getattr(recipe, name) for name in _SECTIONS})
-    args = expand_names(recipe, argv)
+    lists = [
+        _option(f"{section}.{name}")
+        for section in _SECTIONS
+        for name, value in _leaves(getattr(recipe, section)).items()
+        if isinstance(value, tuple)
+    ]
+    args = join_lists(expand_names(recipe, argv), lists)
     overrides = _parse(
         lambda: tyro.cli(shape, args=args, default=default, prog=prog, description=description)
     )
@@ -89,6 +102,72 @@ def take_flag(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
         if "=" in argument:
             raise UsageError(f"{argument}: takes no value; write --{name}")
     return bool(matches), [a for a in argv if a not in matches]
+
+
+def join_lists(argv: Sequence[str], lists: Collection[str]) -> list[str]:
+    """Moves the values of every mention of a list option behind its first mention.
+
+    `lists` names the options that take several values. `--section.no-NAME` is the empty list. An
+    option without a value, or with an empty one, raises `UsageError`.
+    """
+    joined: list[list[str]] = []
+    groups: dict[str, list[str]] = {}
+    reading, waits = list[str](), ""
+    for argument in [*argv, "--"]:
+        is_value = not argument.startswith("-") or re.match(r"-[.\d]", argument)
+        if is_value and reading:
+            reading.append(_not_empty(argument, reading[0]))
+            waits = ""
+            continue
+        if waits:
+            raise UsageError(f"{waits}: needs a value")
+        reading = []
+        name, equals, attached = argument.partition("=")
+        option = _option(name)
+        filled = option.replace(".no-", ".", 1)
+        if filled not in lists or not name.startswith("--"):
+            joined.append([argument])
+            continue
+        if filled not in groups:
+            groups[filled] = [f"--{filled}"]
+            joined.append(groups[filled])
+        if equals:
+            groups[filled].append(_not_empty(attached, name))
+        elif filled == option:
+            reading, waits = groups[filled], name
+    return [argument for group in joined[:-1] for argument in group]
+
+
+def _option(name: str) -> str:
+    """The name of an option without its hyphens in front, words joined by hyphens."""
+    return name.removeprefix("--").replace("_", "-")
+
+
+def _not_empty(value: str, option: str) -> str:
+    if not value:
+        raise UsageError(f"{option}: needs a value, not an empty one")
+    return value
+
+
+def _refuse_empty(hints: dict[str, Any], argv: Sequence[str]) -> None:
+    """Raises `UsageError` for an empty value, but of a text: as a path it would be this folder.
+
+    `hints` are the types of the parameters, those by position first.
+    """
+    texts = {_option(name) for name, kind in hints.items() if kind is str}
+    first = _option(next(iter(hints)))
+    option = ""
+    for argument in argv:
+        name, equals, attached = argument.partition("=")
+        if name.startswith("--"):
+            option = _option(name)
+            if equals and not attached and option not in texts:
+                raise UsageError(f"{name}: needs a value, not an empty one")
+            option = "" if equals else option
+            continue
+        if not argument and (option or first) not in texts:
+            raise UsageError(f"{f'--{option}' if option else first.upper()}: is empty")
+        option = ""
 
 
 def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
@@ -154,15 +233,16 @@ def _unknown(name: str, choices: list[str], known: list[str]) -> str:
     return f"--{name}: no such field; {hint}"
 
 
-def _leaves(part: Any) -> list[str]:
-    names = []
+def _leaves(part: Any) -> dict[str, Any]:
+    """Name → value of every field, those of the parts of `part` with the part's name in front."""
+    leaves = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
         if dataclasses.is_dataclass(value):
-            names += [f"{field.name}.{leaf}" for leaf in _leaves(value)]
+            leaves |= {f"{field.name}.{leaf}": inner for leaf, inner in _leaves(value).items()}
         else:
-            names.append(field.name)
-    return names
+            leaves[field.name] = value
+    return leaves
 
 
 def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:

@@ -1,10 +1,14 @@
-"""The command line's options that decide which other options there are."""
+"""Options that decide which other options there are, options that take lists, empty values."""
+
+import re
+from pathlib import Path
 
 import pytest
 
 from bytelm import recipes
 from bytelm.config import SGDConfig
-from bytelm_jax.cli.arguments import UsageError, expand_names, parse_recipe
+from bytelm_jax.cli import main as cli
+from bytelm_jax.cli.arguments import UsageError, expand_names, parse_call, parse_recipe
 
 
 def test_the_optimizer_decides_which_fields_there_are():
@@ -21,3 +25,68 @@ def test_the_optimizer_decides_which_fields_there_are():
         parse_recipe(recipe, bare, "train", "")
     with pytest.raises(ValueError, match=r"optimizer.name='sdg': choose one of adamw, sgd"):
         expand_names(recipe, ["--optimizer", "sdg"])
+
+
+def parsed(*argv):
+    """The data, the warm-up lengths, the trackers and the n-grams that the options ask for."""
+    recipe = parse_recipe(recipes.get("blt_tiny"), argv, "train", "")
+    data, model = recipe.data, recipe.model
+    return data.paths, data.warmup_lengths, recipe.train.track, model.ngram_sizes
+
+
+def test_mentions_of_a_list_option_add_up():
+    usual = ((), (), (), (3, 4, 5, 6, 7, 8))
+    assert parsed("--data", "a", "--data.paths=b", "--steps", "3", "--paths", "c", "d") == (
+        ("a", "b", "c", "d"),
+        *usual[1:],
+    )
+    given = ["--track", "wandb", "--ngram-sizes=3", "--warmup_lengths", "16", "--track=tensorboard"]
+    trackers = ("wandb", "tensorboard")
+    assert parsed(*given, "--warmup-lengths", "32") == ((), (16, 32), trackers, (3,))
+    assert parsed("--no-ngram-sizes") == (*usual[:3], ())
+    seen = []
+
+    def command(run: Path, /, data: tuple[Path, ...], check: tuple[Path, ...] = ()) -> int:
+        seen.append((run, data, check))
+        return 0
+
+    parse_call(command, ["x", "--data", "a", "--check", "c", "--data", "b", "-1"], "command")
+    assert seen == [(Path("x"), (Path("a"), Path("b"), Path("-1")), (Path("c"),))]
+
+
+@pytest.mark.parametrize("option", ["data", "track", "warmup-lengths", "ngram_sizes"])
+def test_a_list_option_needs_values(option):
+    for rest in ([], ["--steps", "3"], [f"--{option}", "1"]):
+        with pytest.raises(UsageError, match=r"^--\S+: needs a value$"):
+            parsed(f"--{option}", *rest)
+    for argv in ([f"--{option}="], [f"--{option}", ""], [f"--{option}", "1", ""]):
+        with pytest.raises(UsageError, match=r"^--\S+: needs a value, not an empty one$"):
+            parsed(*argv)
+
+
+EMPTY = {
+    "eval run --data": "--data: needs a value",
+    "eval run --data ''": "--data: needs a value, not an empty one",
+    "eval run --data a ''": "--data: needs a value, not an empty one",
+    "eval '' --data a": "RUN: is empty",
+    "calibrate run --data a --check": "--check: needs a value",
+    "calibrate run --data a --check=": "--check: needs a value, not an empty one",
+    "export run --out ''": "--out: is empty",
+    "import source --out=": "--out: needs a value, not an empty one",
+    "inspect text --model ''": "--model: is empty",
+    "parity run --data ''": "--data: needs a value, not an empty one",
+    "plot ''": "RUN: is empty",
+    "prepare '' --out x": "PATHS: is empty",
+    "prepare a '' --out x": "PATHS: is empty",
+    "serve ''": "RUN: is empty",
+    "doctor --run-dir ''": "--run-dir: is empty",
+    "doctor --data": "--data: needs a value",
+    "train megabyte_tiny --run-dir ''": "--run-dir: needs a value",
+}
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_path_is_not_the_working_directory(line, capsys):
+    assert cli.main([x.strip("'") for x in re.split(" ", line)]) == 2
+    error = capsys.readouterr().err
+    assert error == f"bytelm {line.split()[0]}: {EMPTY[line]}\n"

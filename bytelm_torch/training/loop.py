@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from datetime import timedelta
@@ -335,8 +335,11 @@ def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with fields set by `section.field=value`; values are JSON, or plain text.
 
     `optimizer.name=NAME` comes first, wherever it stands, since it decides which fields there are.
+    Raises `ValueError` for an unknown field and for one that is given twice.
     """
     split = [(change, *change.partition("=")) for change in changes]
+    for field, count in Counter(name for _, name, _, _ in split).items():
+        require(count == 1, f"{field}: is given {count} times; give it once, a list as [1, 2]")
     names = [_value(text) for _, name, _, text in split if name == "optimizer.name"]
     if names:
         recipe = replace(recipe, optimizer=change_optimizer(recipe.optimizer, names[-1]))
@@ -371,11 +374,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="a JSON file or a run folder")
     parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
     parser.add_argument("--run-dir", type=Path, help="default runs/NAME")
-    parser.add_argument("--data", nargs="+", help="files and folders with bytes to train on")
+    parser.add_argument(
+        "--data", nargs="+", action="extend", help="files and folders with bytes to train on"
+    )
     parser.add_argument("--initial", type=Path, help="an export to start from")
     options = parser.parse_intermixed_args(argv)
     try:
         recipe = with_changes(checkpoint.load_config(options.recipe), options.changes)
+        twice = options.data and any(c.startswith("data.paths=") for c in options.changes)
+        require(not twice, "--data and data.paths: mean the same; give one of them")
         if options.data:
             recipe = replace(recipe, data=replace(recipe.data, paths=tuple(options.data)))
         run_dir = options.run_dir or Path("runs") / recipe.name
