@@ -36,6 +36,7 @@ from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.layers import rotary as torch_rotary
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
+from parity_tests.thresholds import splitting_threshold
 from parity_tests.tolerances import LOGITS
 
 transformers = pytest.importorskip(
@@ -117,9 +118,7 @@ def reference(name: str) -> Any:
             if parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         entropies, _, _ = model.model.patcher(shifted(), use_cache=False)
-    ranked = entropies[0].sort().values
-    # Between two neighbours, so that rounding moves no boundary.
-    model.config.patching_threshold = float(ranked[LENGTH // 2 : LENGTH // 2 + 2].mean())
+    model.config.patching_threshold = splitting_threshold(entropies)
     return model
 
 

@@ -10,6 +10,7 @@ import torch
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm_torch.models import build_model, patching
 from bytelm_torch.models.entropy import segment_starts_of, shift_right
+from parity_tests.thresholds import splitting_threshold
 from parity_tests.tolerances import LOGITS
 
 LENGTH = 60
@@ -69,10 +70,8 @@ def model_of(name: str):
         segment_starts = segment_starts_of(text_ids(), model.config)
         shifted = shift_right(text_ids(), CONFIG.vocab.bos_id, segment_starts)
         entropies = model.entropies(shifted, segment_starts)
-        ranked = entropies.flatten().sort().values
-        # Between two neighbours, so that rounding moves no boundary.
-        middle = float(ranked[len(ranked) // 2 : len(ranked) // 2 + 2].mean())
-        model.config = dataclasses.replace(model.config, threshold=middle)
+        threshold = splitting_threshold(entropies)
+        model.config = dataclasses.replace(model.config, threshold=threshold)
     return model
 
 
