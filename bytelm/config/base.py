@@ -85,6 +85,10 @@ class ArchitectureConfig:
     """Name prefixes of the parameters that training does not change."""
     has_patching_contract: ClassVar[bool] = False
     """Whether a run records the patch lengths of the data it was trained on."""
+    patcher_prefix: ClassVar[str] = ""
+    """What the names of its parameters start with in the model that `patcher_config` describes."""
+    transformers_type: ClassVar[str | None] = None
+    """The `model_type` by which Hugging Face transformers itself knows the architecture."""
     vocab: ByteVocab
 
     @property
@@ -117,6 +121,23 @@ class ArchitectureConfig:
     def frozen_flops_per_byte(self, length: int) -> float:
         """Forward operations per byte that no backward pass follows."""
         return 0.0
+
+    @property
+    def needs_entropy_model(self) -> bool:
+        """Whether a new run takes its patcher from the run of a trained entropy model."""
+        return False
+
+    def patcher_config(self) -> Any:
+        """The model whose patches `bytelm calibrate` sets the threshold of, as a `BLTConfig`.
+
+        Raises `ValueError` for a model that cuts no patches by a threshold.
+        """
+        why = "cuts no patches by entropy; give a run of an entropy model or of BLT"
+        raise ValueError(f"architecture={self.architecture}: {why}")
+
+    def with_vocab(self: Config, vocab: ByteVocab) -> Config:
+        """This configuration with another id map; raises `ValueError` where there is none."""
+        return replace(self, vocab=vocab)  # pyright: ignore[reportArgumentType]
 
     def with_resets(self: Config, reset_on: str) -> Config:
         """This configuration with segments that start as `reset_on` says."""

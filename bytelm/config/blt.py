@@ -53,6 +53,7 @@ class EntropyConfig(ArchitectureConfig):
     """
 
     architecture: ClassVar[str] = "entropy"
+    patcher_prefix: ClassVar[str] = "patcher."
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     dim: int = 768
     layers: int = 14
@@ -87,13 +88,11 @@ class EntropyConfig(ArchitectureConfig):
         """How bytes fall into patches under the calibrated threshold, in a few words."""
         if threshold is None:
             return "no patches: not calibrated yet"
-        return self.as_patcher(threshold).patch_rule()
+        return replace(self.patcher_config(), threshold=threshold).patch_rule()
 
-    def as_patcher(self, threshold: float) -> BLTConfig:
+    def patcher_config(self) -> BLTConfig:
         """A Byte Latent Transformer with this entropy model, for its rules about patches."""
-        return BLTConfig(
-            vocab=self.vocab, entropy=self, reset_on=self.reset_on, threshold=threshold
-        )
+        return BLTConfig(vocab=self.vocab, entropy=self, reset_on=self.reset_on)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +124,7 @@ class BLTConfig(ArchitectureConfig):
     architecture: ClassVar[str] = "blt"
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
     has_patching_contract: ClassVar[bool] = True
+    transformers_type: ClassVar[str | None] = "blt"
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     patcher: Literal["entropy", "histogram", "space", "fixed", "byte"] = "entropy"
     threshold: float = 1.335442066192627
@@ -218,6 +218,29 @@ class BLTConfig(ArchitectureConfig):
         unit = units.get(self.patcher)
         cut = f", threshold {self.threshold:.6g} {unit}" if unit else ""
         return f"patcher {self.patcher}{cut}"
+
+    @property
+    def needs_entropy_model(self) -> bool:
+        """Whether a new run takes its patcher from the run of a trained entropy model."""
+        return self.patcher == "entropy"
+
+    def patcher_config(self) -> BLTConfig:
+        """Itself; raises `ValueError` for a patcher without a threshold."""
+        why = "has no threshold; only 'entropy' and 'histogram' have one"
+        require(self.patcher in ("entropy", "histogram"), f"patcher={self.patcher!r}: {why}")
+        return self
+
+    def with_vocab(self, vocab: ByteVocab) -> BLTConfig:
+        """This configuration and its entropy model with another id map.
+
+        Raises `ValueError` for n-gram embeddings, whose hashes are made of ids.
+        """
+        require(
+            self.ngram_tables == 0,
+            f"vocab: a model with ngram_sizes={self.ngram_sizes} hashes ids, which other ids "
+            "would send to other rows; keep its vocabulary",
+        )
+        return replace(self, vocab=vocab, entropy=replace(self.entropy, vocab=vocab))
 
     def with_resets(self, reset_on: Any) -> BLTConfig:
         """This configuration and its entropy model with segments that start as `reset_on` says."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 from bytelm import data as corpora
 from bytelm.config import (
-    BLTConfig,
     Recipe,
     require_document_ends,
     to_dict,
@@ -201,8 +200,6 @@ def export_command(
     model, params = remap_vocab(recipe.model, params, vocab)
     recipe = replace(recipe, model=model)
     if format == "hf-blt":
-        if not isinstance(recipe.model, BLTConfig):
-            raise ValueError(f"format=hf-blt: {run} holds {recipe.model.architecture}, not blt")
         hf_blt.export_hf_blt(recipe.model, params, out)
     else:
         extra = {"recipe": recipe.name, "step": step}

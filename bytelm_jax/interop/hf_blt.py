@@ -368,12 +368,14 @@ def _placed(name: str, array: np.ndarray) -> Array:
     return jax.device_put(convert.swapped(name, array))  # the buffer is nobody else's
 
 
-def export_hf_blt(config: BLTConfig, params: Params, out: str | Path) -> None:
+def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     """Writes a folder that `BltForCausalLM.from_pretrained` loads; makes it if need be.
 
     Both files are put in place whole or not at all. Raises `ValueError` when `params` are not those
     of `config` or not finite, when transformers cannot express it, when `out` cannot be written.
     """
+    known = config.transformers_type
+    require(known == "blt", f"format=hf-blt: the model is {config.architecture}, not blt")
     convert.check_params(config, params)
     renamed = {
         f"{_foreign_module(name)}.{name.rpartition('.')[2]}": value

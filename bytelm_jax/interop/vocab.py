@@ -4,13 +4,11 @@ The rows of every byte embedding and of the last product move with their ids, so
 costs what it did: bits per byte and greedy generation are those of before.
 """
 
-from dataclasses import replace
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bytelm.config import BLTConfig, ByteVocab, ModelConfig, require
+from bytelm.config import ByteVocab, ModelConfig, require
 from bytelm.leaves import is_output_head
 from bytelm_jax.models import Params, abstract_params
 
@@ -32,15 +30,7 @@ def remap_vocab(
     """
     if vocab == config.vocab:
         return config, params
-    if isinstance(config, BLTConfig):
-        require(
-            config.ngram_tables == 0,
-            f"vocab: a model with ngram_sizes={config.ngram_sizes} hashes ids, which other ids "
-            "would send to other rows; keep its vocabulary",
-        )
-        remapped = replace(config, vocab=vocab, entropy=replace(config.entropy, vocab=vocab))
-    else:
-        remapped = replace(config, vocab=vocab)
+    remapped = config.with_vocab(vocab)
     source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
     added = vocab.size > config.vocab.size
     biased = "to_logits.bias" in params

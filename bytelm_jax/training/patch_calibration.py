@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
-from bytelm.config import BLTConfig, EntropyConfig, PatchingContract, Recipe, require
+from bytelm.config import BLTConfig, PatchingContract, Recipe, require
 from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.data import Windows, evaluation_batches
 from bytelm_jax.layers.transformer import positions_in
@@ -179,18 +179,8 @@ def calibrate(
 
 def as_blt(recipe: Recipe, params: Params) -> tuple[BLTConfig, Params]:
     """The patcher of a run: an entropy model alone stands for that of a BLT to come."""
-    match recipe.model:
-        case EntropyConfig() as model:
-            named = {_PREFIX + name: value for name, value in params.items()}
-            return BLTConfig(vocab=model.vocab, entropy=model, reset_on=model.reset_on), named
-        case BLTConfig(patcher="entropy" | "histogram") as model:
-            return model, params
-        case BLTConfig(patcher=patcher):
-            why = "has no threshold; only 'entropy' and 'histogram' have one"
-            raise ValueError(f"patcher={patcher!r}: {why}")
-        case model:
-            why = "cuts no patches by entropy; give a run of an entropy model or of BLT"
-            raise ValueError(f"architecture={model.architecture}: {why}")
+    prefix = recipe.model.patcher_prefix
+    return recipe.model.patcher_config(), {prefix + name: v for name, v in params.items()}
 
 
 def _threshold(scores: np.ndarray, bytes_per_patch: float) -> float:
@@ -258,8 +248,9 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
     model finds no boundaries, for a source that was not calibrated, and for a field of the recipe
     that was overridden with something else.
     """
-    model, named = recipe.model, recipe.train.entropy_from
-    if not isinstance(model, BLTConfig) or model.patcher != "entropy":
+    model: Any = recipe.model
+    named = recipe.train.entropy_from
+    if not model.needs_entropy_model:
         require(
             not named,
             f"train.entropy_from={named}: this model has no use for an entropy model; leave it out",
@@ -267,7 +258,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         return recipe
     if (run_dir / "config.json").exists():
         saved = checkpoint.load_config(run_dir)
-        if not isinstance(saved.model, BLTConfig):
+        if type(saved.model) is not type(model):
             return recipe  # another run's folder, and `prepare_run_dir` says so
         source, theirs = saved, saved.model
         origin = saved.train.entropy_from

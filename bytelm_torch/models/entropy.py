@@ -4,6 +4,7 @@ Pagnoni et al. 2024 (arXiv 2412.09871), section 2.3. It is trained like every ot
 frozen inside the Byte Latent Transformer. Axes: B batch, T bytes, D width, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class EntropyModel(PatchedModel, nn.Module):
         """Whether a patch starts at each byte, in the run that this model was calibrated for."""
         if self.patching is None:
             return None
-        config = self.config.as_patcher(self.patching.threshold)
+        config = replace(self.config.patcher_config(), threshold=self.patching.threshold)
         segment_starts = segment_starts_of(ids, config)
         shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
         entropies = entropy(self.predict(shifted, segment_starts))
