@@ -155,7 +155,7 @@ def read_description(folder: str | Path) -> Description:
     with errors_about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
         fields = read_json(file)
         if isinstance(fields, dict):
-            fields = fields.get("bytelm", fields)  # where transformers wrote the file
+            fields = fields.get("bytelm", fields)  # written by transformers
         require(isinstance(fields, dict), "must hold a JSON object")
         config_sum = sum_of_json({k: v for k, v in fields.items() if k != "extra"})
         return Description(*parse_description(fields), config_sum)

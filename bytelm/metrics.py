@@ -22,12 +22,12 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12,
 
 
 def bits_per_byte(nats: float, count: int) -> float:
-    """Mean code length in bits of `count` bytes that cost `nats` in all."""
+    """Mean code length in bits of `count` bytes that cost `nats` in total."""
     return nats / count / math.log(2)
 
 
 class Evaluation(NamedTuple):
-    """Summed nats and how many ids they cover (bytes, and end-of-document ids where asked)."""
+    """Summed nats and the number of ids they cover: bytes, and ends of documents if requested."""
 
     nats: float
     count: int
@@ -39,7 +39,7 @@ class Evaluation(NamedTuple):
 
 
 def score(metrics: dict[str, Any] | None) -> float | None:
-    """What "best" compares; None for what was not evaluated, or to no finite number."""
+    """The score by which "best" compares; None without an evaluation or if it is not finite."""
     value = (metrics or {}).get(METRIC)
     return value if value is not None and math.isfinite(value) else None
 

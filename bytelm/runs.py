@@ -17,7 +17,7 @@ def is_run(folder: Path) -> bool:
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """The steps of which `run_dir` holds a checkpoint, rising."""
+    """The steps of which `run_dir` holds a checkpoint, in increasing order."""
     folder = run_dir / "checkpoints"
     names = [each.name for each in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())

@@ -110,7 +110,7 @@ def test_an_index_leads_nowhere_else(target, folders, tmp_path):
     (tmp_path / "link").symlink_to(folders["hf-blt"] / "model.safetensors")
     text = index.read_text().replace("model-1-of-2.safetensors", target)
     (tmp_path / convert_blt.INDEX_FILE).write_text(text)
-    with pytest.raises(ValueError, match="weight_map: must name files of this folder, no links"):
+    with pytest.raises(ValueError, match="weight_map: must name files of this folder, not links"):
         formats.import_any(tmp_path)
 
 

@@ -195,7 +195,7 @@ def test_no_run_goes_on_from_weights_that_are_not_finite(careless, capsys):
         assert careless.command() == 0
         output = capsys.readouterr()
         assert "checkpoint 3 in " in output.err and "holds NaN or infinity" in output.err
-        assert f"it is now {careless.run}/damaged/3, and the run goes on from" in output.err
+        assert f"it is now {careless.run}/damaged/3, and the run continues from" in output.err
         assert careless.steps()[-2:] == [2, 3]
     else:
         assert careless.command() == 2

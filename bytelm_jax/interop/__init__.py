@@ -1,1 +1,1 @@
-"""Weights to files and back, and other people's formats."""
+"""Weights to files and back, including the formats of other projects."""

@@ -1,4 +1,4 @@
-"""What a path holds, and the function that reads it: our exports and other people's weights."""
+"""What a path holds and how to read it: exports of this library and weights of other projects."""
 
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ def import_any(
 ) -> tuple[ModelConfig, Params]:
     """Configuration and parameters from an export of this library or from a known foreign format.
 
-    `format` is "bytelm", "megabyte", "hf-blt" or "auto", which looks: a file holds MEGABYTE
-    weights, a folder what its config.json says, an export where that says nothing. Parameters are
-    float32, whatever the file holds, unless another `cast` than `Float32Cast` is given. Raises
-    `ValueError` as that, `load_export`, `import_megabyte` and `import_hf_blt` do.
+    `format` is "bytelm", "megabyte", "hf-blt" or "auto", which detects it: a file holds MEGABYTE
+    weights; a folder's config.json says what it is, and if it does not, the folder is an export.
+    Parameters are float32, whatever the file holds, unless `cast` is not `Float32Cast`. Raises
+    `ValueError` as `cast`, `load_export`, `import_megabyte` and `import_hf_blt` do.
     """
     readers = {"bytelm": load_export, "megabyte": import_megabyte, "hf-blt": import_hf_blt}
     known = ", ".join(("auto", *readers))
@@ -35,7 +35,7 @@ def _recognise(path: Path) -> str:
     if fields.get("model_type") == "blt":
         return "hf-blt"
     weights = any((path / name).is_file() for name in (*FOREIGN_FILES, INDEX_FILE))
-    ours = fields.get("library") == LIBRARY or "bytelm" in fields  # where transformers wrote it
+    ours = fields.get("library") == LIBRARY or "bytelm" in fields  # written by transformers
     foreign = weights and bool(fields) and not ours
     return "megabyte" if foreign else "bytelm"  # `load_export` says what is wrong
 
@@ -49,8 +49,8 @@ def _fields(folder: Path) -> dict[str, Any]:
 
 
 def stored_extra(path: str | Path) -> dict[str, Any]:
-    """What an export says beside its configuration; empty for anything else."""
+    """What an export records besides its configuration; empty for anything else."""
     fields = _fields(Path(path))
-    described = fields.get("bytelm", fields)  # where transformers wrote the file
+    described = fields.get("bytelm", fields)  # written by transformers
     extra = described.get("extra") if isinstance(described, dict) else None
     return extra if isinstance(extra, dict) else {}

@@ -1,8 +1,8 @@
 """Byte Latent Transformers of Hugging Face transformers (`BltForCausalLM`) to files and back.
 
 A folder holds `config.json` and either `model.safetensors` or shards of it with their index. Names
-and configuration are translated here; layouts and strictness are those of `convert.py`. What
-transformers has and this library has not, or the other way round, is refused by name.
+and configuration are translated here; layouts and strictness are those of `convert.py`. Settings
+that only one of the two libraries has are refused with an error that names them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bytelm_jax.models import Params, abstract_params
 
 INDEX_FILE = "model.safetensors.index.json"
 
-# What a transformers of any version leaves out of config.json where it equals its default.
+# Fields that a transformers of any version omits from config.json when they equal the default.
 _STACK = {"rms_norm_eps": 1e-5, "dropout": 0.0, "hidden_act": "silu", "num_key_value_heads": None}
 _LOCAL = {"vocab_size": 260, "hidden_size": 1024, "num_attention_heads": 16}
 _LOCAL |= {"cross_attn_k": 2, "hidden_size_global": 2048, **_STACK}
@@ -102,7 +102,7 @@ _IN_LAYER = {
 
 
 def hf_blt_names(config: BLTConfig) -> dict[str, str]:
-    """The name in transformers' state dict of each of our parameters."""
+    """The name of each of our parameters in transformers' state dict."""
     return {name: _foreign_module(name) + ".weight" for name in abstract_params(config)}
 
 
@@ -122,8 +122,8 @@ def _foreign_module(name: str) -> str:
 def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
     """The configuration that a transformers `config.json` describes.
 
-    The patch budget is that of transformers, none. Raises `ValueError` for what cannot be the same
-    here, naming the field.
+    The patch budget is that of transformers, which has none. Raises `ValueError`, naming the field,
+    for settings that have no equivalent here.
     """
     _check_kinds(fields, "")
     top = _TOP | dict(fields)
@@ -181,7 +181,7 @@ def blt_config_from_hf(fields: Mapping[str, Any]) -> BLTConfig:
 
 
 def _check_kinds(fields: Mapping[Any, Any], where: str) -> None:
-    """Raises `ValueError` for the first field that is read here and not of its kind."""
+    """Raises `ValueError` for the first field that is read here and has the wrong type."""
     for key, value in fields.items():
         name = str(key)
         inside, kind, good = name.endswith("_config") or name.startswith("rope_p"), "", True
@@ -202,7 +202,7 @@ def _check_kinds(fields: Mapping[Any, Any], where: str) -> None:
 
 
 def _refuse_differences(top: dict[str, Any], parts: dict[str, Any], by_entropy: bool) -> None:
-    """Raises `ValueError` for the first field whose value has no counterpart here."""
+    """Raises `ValueError` for the first field whose value has no equivalent here."""
     encoder, wide = parts["encoder_config"], parts["global_config"]
     needed: list[tuple[str, Any, Any]] = [
         ("tie_word_embeddings", top["tie_word_embeddings"], False),
@@ -246,7 +246,7 @@ def _rope(part: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _theta(part: Mapping[str, Any], name: str) -> float:
-    flat = part.get("rope_theta", _THETA.get(name, 500_000.0))  # where version 4 wrote it
+    flat = part.get("rope_theta", _THETA.get(name, 500_000.0))  # written by version 4
     return float(_rope(part).get("rope_theta", flat))
 
 
@@ -260,15 +260,15 @@ def _hidden(part: Mapping[str, Any]) -> int:
 
 
 def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of transformers for `config`, whose weights are of type `dtype`.
+    """The `config.json` of transformers for `config`, whose weights have type `dtype`.
 
-    Raises `ValueError` for what transformers cannot express, naming the field.
+    Raises `ValueError`, naming the field, for settings that transformers cannot express.
     """
     c, vocab = config, config.vocab
     by_entropy = c.patcher == "entropy"
     require(
         c.patcher in ("entropy", "byte"),
-        f"patcher={c.patcher!r}: transformers knows 'entropy' and 'byte' alone",
+        f"patcher={c.patcher!r}: transformers only has 'entropy' and 'byte'",
     )
     require(
         not (by_entropy and c.whole_characters),
@@ -280,9 +280,9 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
     plain |= {"positions": "rotary", "reset_on": "none"}
     for name, known in plain.items():
         value = getattr(c, name)
-        require(value == known, f"{name}={value!r}: transformers knows {known!r} alone")
+        require(value == known, f"{name}={value!r}: transformers only supports {known!r}")
     require(c.ngram_tables > 0, "ngram_sizes=(): transformers needs at least one")
-    require(c.dropout == 0, f"dropout={c.dropout}: transformers places it elsewhere; set 0")
+    require(c.dropout == 0, f"dropout={c.dropout}: transformers applies it elsewhere; set it to 0")
     local = {"vocab_size": vocab.size, "hidden_size": c.local_dim}
     local |= {"cross_attn_k": c.patch_queries, "hidden_size_global": c.global_dim}
     encoder = _stack(c.encoder_layers, c.encoder_heads, c.encoder_kv_heads, c.encoder_hidden_dim)
@@ -335,10 +335,10 @@ def _stack(layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, Any
 def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[BLTConfig, Params]:
     """Configuration and parameters from a transformers folder, sharded or not.
 
-    Values keep their dtype and every bit, unless `cast` changes them; beyond the result one tensor
-    at a time is in memory. Raises `ValueError` when a file is missing or damaged, for a
-    configuration that cannot be the same here, and for tensors that are not those of the
-    configuration or not finite.
+    Values keep their dtype and every bit, unless `cast` changes them; apart from the result, one
+    tensor at a time is in memory. Raises `ValueError` if a file is missing or damaged, for a
+    configuration that has no equivalent here, and for tensors that do not match the configuration
+    or are not finite.
     """
     folder = Path(path)
     with export.errors_about(folder / export.CONFIG_FILE, "give a folder of save_pretrained"):
@@ -364,15 +364,15 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
 
 
 def _placed(name: str, array: np.ndarray) -> Array:
-    """A tensor as a JAX array, without another copy of it in between."""
-    return jax.device_put(convert.swapped(name, array))  # the buffer is nobody else's
+    """A tensor as a JAX array, without another copy in between."""
+    return jax.device_put(convert.swapped(name, array))  # nothing else refers to the buffer
 
 
 def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
-    """Writes a folder that `BltForCausalLM.from_pretrained` loads; makes it if need be.
+    """Writes a folder that `BltForCausalLM.from_pretrained` loads; creates it if necessary.
 
-    Both files are put in place whole or not at all. Raises `ValueError` when `params` are not those
-    of `config` or not finite, when transformers cannot express it, when `out` cannot be written.
+    Both files are written completely or not at all. Raises `ValueError` if `params` do not match
+    `config` or are not finite, if transformers cannot express it, or if `out` cannot be written.
     """
     known = config.transformers_type
     require(known == "blt", f"format=hf-blt: the model is {config.architecture}, not blt")
@@ -406,15 +406,15 @@ def _shards(folder: Path) -> list[Path]:
             and os.path.dirname(os.path.realpath(folder / name)) == root
             for name in names
         )
-        require(plain, "weight_map: must name files of this folder, no links out of it")
+        require(plain, "weight_map: must name files of this folder, not links out of it")
         return [folder / name for name in names]
 
 
 def _listed(file: Path) -> export.StoredTensors:
-    """The tensors of a safetensors file; each is read by itself, through no memory map.
+    """The tensors of a safetensors file, read one at a time without a memory map.
 
     A map's pages count as memory of this process until the file is closed, so that a table that
-    fills its shard would be there twice.
+    fills its shard would be in memory twice.
     """
     with export.open_safetensors(file, convert.NUMPY) as tensors:  # checks the header
         known, metadata = dict(tensors), tensors.metadata

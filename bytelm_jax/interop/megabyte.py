@@ -1,7 +1,7 @@
-"""Weights of the PyTorch MEGABYTE of shjwudp/megabyte, out of any file that holds its state dict.
+"""Weights of the PyTorch MEGABYTE of shjwudp/megabyte, from any file that holds its state dict.
 
-Names and sizes are translated here; layouts and strictness are those of `convert.py`. Nothing that
-a file of `torch.save` says is ever run.
+Names and sizes are translated here; layouts and strictness are those of `convert.py`. No code that
+a file of `torch.save` contains is ever run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bytelm_jax.models import Params
 FOREIGN_FILES = (
     MODEL_FILE,
     "pytorch_model.bin",
-)  # what transformers' save_pretrained writes
+)  # written by transformers' save_pretrained
 
 
 def import_megabyte(
@@ -39,11 +39,11 @@ def import_megabyte(
 
     `path` is a .safetensors file, a file of `torch.save` (loaded without running any code in it;
     needs PyTorch), or a folder with `model.safetensors` or `pytorch_model.bin`. All names may carry
-    the prefix `inner_model.`, and the dictionary may stand under `model_state_dict` or
+    the prefix `inner_model.`, and the dictionary may be nested under `model_state_dict` or
     `state_dict`. The configuration follows from the weights alone, see `megabyte_config`; `pad_id`
-    and `eos_id`, which weights do not tell, are the original's defaults. Values keep their dtype
-    and every bit, unless `cast` changes them. Raises `ValueError` for anything else, a tensor that
-    is missing, unknown or not finite included.
+    and `eos_id`, which weights do not reveal, are the original's defaults. Values keep their dtype
+    and every bit, unless `cast` changes them. Raises `ValueError` for anything else, including a
+    tensor that is missing, unknown or not finite.
     """
     file = Path(path)
     if file.is_dir():
@@ -69,9 +69,10 @@ def megabyte_config(
 ) -> MegabyteConfig:
     """The configuration that the shapes of an original MEGABYTE state dict imply.
 
-    The head width is half the rows of `to_kv`, the number of heads the rows of `to_q` over it; the
-    number of layers is counted. Raises `ValueError` where the shapes contradict each other and for
-    a head width other than floor(width / heads), which `MegabyteConfig` cannot express.
+    The head width is half the rows of `to_kv`, and the number of heads is the rows of `to_q`
+    divided by it; the number of layers is counted. Raises `ValueError` if the shapes contradict
+    each other and for a head width other than floor(width / heads), which `MegabyteConfig` cannot
+    express.
     """
     paper = shapes.keys().isdisjoint(("to_embed.weight", "to_l_embed.weight"))
     vocab, narrow = _matrix(shapes, "g_embedder.weight" if paper else "to_embed.weight")
@@ -106,7 +107,7 @@ def _matrix(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, int]
 
 
 def _stack(shapes: Mapping[str, tuple[int, ...]], name: str, width: int) -> tuple[int, int]:
-    """(layers, heads) of a transformer; one head where there is no layer to tell."""
+    """(layers, heads) of a transformer; one head if there is no layer to count them in."""
     matches = (re.match(rf"{name}\.layers\.(\d+)\.", each) for each in shapes)
     layers = len({match[1] for match in matches if match})
     if layers == 0:
@@ -165,7 +166,7 @@ def _open_torch_file(file: Path) -> Iterator[StoredTensors]:
 
 
 def _load_plain(file: Path) -> Any:
-    """What `torch.save` stored, as long as that is tensors and plain containers; runs no code."""
+    """What `torch.save` stored, if that is tensors and plain containers; runs no code."""
     try:
         import torch
     except ImportError:
@@ -176,10 +177,13 @@ def _load_plain(file: Path) -> Any:
         if mapped:
             with zipfile.ZipFile(file) as archive:
                 stored = {each.compress_type for each in archive.infolist()} <= {zipfile.ZIP_STORED}
-            require(stored, "the archive is compressed, and torch.save never does that")
+            require(stored, "the archive is compressed, which torch.save never does")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other versions of the format: it reads them or not
-            # Mapped, so that the optimizer's moments beside the weights are never read.
+            warnings.simplefilter(
+                "ignore"
+            )  # of other versions of the format: it may or may not read them
+            # Memory-mapped, so that the optimizer's moments stored next to the weights are never
+            # read.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError:
         raise
@@ -194,9 +198,9 @@ def _torch_tensor(
     """What `StoredTensors.add` takes of an entry of a state dict."""
     import torch
 
-    require(isinstance(name, str), f"{name!r}: a name of a state dict must be a string")
+    require(isinstance(name, str), f"{name!r}: the name of a state dict entry must be a string")
     plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
-    # An expanded view can pretend to any size.
+    # An expanded view can claim any size.
     whole = plain and value.is_cpu
     whole = whole and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
     require(whole, f"{name}: {type(value).__name__}; expected a dense tensor stored in full")

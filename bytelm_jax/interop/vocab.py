@@ -1,7 +1,7 @@
-"""The same model under another id map: bytes, pad, begin and end of sequence get other ids.
+"""The same model with another id map: bytes, pad, begin and end of sequence get other ids.
 
-The rows of every byte embedding and of the last product move with their ids, so that each byte
-costs what it did: bits per byte and greedy generation are those of before.
+The rows of every byte embedding and of the output projection move with their ids, so that each byte
+keeps its cost: bits per byte and greedy generation do not change.
 """
 
 import jax.numpy as jnp
@@ -13,8 +13,7 @@ from bytelm.leaves import is_output_head
 from bytelm_jax.models import Params, abstract_params
 
 SILENT = -(2.0**13)
-"""Bias of an id that is never predicted: its probability is 0 in every dtype, and casting to any of
-them leaves it as it is."""
+"""Bias of an id that is never predicted: its probability is 0 in every dtype, and casts keep it."""
 
 
 def remap_vocab(
@@ -23,10 +22,10 @@ def remap_vocab(
     """Configuration and parameters of the same model with the id map `vocab`.
 
     Unused ids keep their rows, in order, since the softmax counts them. A larger vocabulary adds
-    ids without probability, by their bias; a smaller one may leave out only such ids. Raises
-    `ValueError` where no such model exists: for n-gram embeddings, whose hashes are made of ids,
-    for a larger vocabulary without a bias to silence it, and for a smaller one that would leave
-    out an id that has a probability.
+    ids whose bias gives them no probability; a smaller one may drop only such ids. Raises
+    `ValueError` if no such model exists: for n-gram embeddings, whose hashes depend on ids, for a
+    larger vocabulary without a bias to silence new ids, and for a smaller one that would drop an id
+    with a probability.
     """
     if vocab == config.vocab:
         return config, params
@@ -36,8 +35,8 @@ def remap_vocab(
     biased = "to_logits.bias" in params
     require(
         biased or not added,
-        f"vocab.size={vocab.size}: the last layer has no bias, by which ids above "
-        f"{config.vocab.size - 1} could be silenced; keep size={config.vocab.size}",
+        f"vocab.size={vocab.size}: the output layer has no bias with which to silence ids above "
+        f"{config.vocab.size - 1}; keep size={config.vocab.size}",
     )
     shapes = {name: leaf.shape for name, leaf in abstract_params(remapped).items()}
     return remapped, {
@@ -47,20 +46,20 @@ def remap_vocab(
 
 
 def _sources(old: ByteVocab, new: ByteVocab, silent: set[int]) -> np.ndarray:
-    """The old id of each new one, −1 for one that is added."""
+    """The old id of each new one, −1 for an added one."""
     source = np.full(new.size, -1)
     source[new.offset : new.offset + 256] = np.arange(old.offset, old.offset + 256)
     for name in ("pad_id", "bos_id", "eos_id"):
         source[getattr(new, name)] = getattr(old, name)
-    # Ids with a probability first: what there is no room for must be silent.
+    # Ids with a probability first: those that do not fit must be silent.
     unused = [i for i in range(old.size) if i not in set(source.tolist())]
     unused = [i for i in unused if i not in silent] + [i for i in unused if i in silent]
     added = np.flatnonzero(source < 0)
     lost = [i for i in unused[len(added) :] if i not in silent]
     require(
         not lost,
-        f"vocab.size={new.size}: too small for the {old.size} ids of this model, whose unused ones "
-        f"have a probability, too; choose at least {new.size + len(lost)}",
+        f"vocab.size={new.size}: too small for the {old.size} ids of this model, whose unused "
+        f"ids have a probability, too; choose at least {new.size + len(lost)}",
     )
     count = min(len(added), len(unused))
     source[added[:count]] = unused[:count]
@@ -75,14 +74,14 @@ def _silent_ids(params: Params, size: int) -> set[int]:
 
 
 def _moved(name: str, value: Array, shape: tuple[int, ...], source: np.ndarray, size: int) -> Array:
-    """A leaf whose rows, or columns, belong to ids, in the new order; any other as it is."""
+    """A leaf with its rows or columns in the new order if they belong to ids, else unchanged."""
     module, _, leaf = name.rpartition(".")
     last = module.rpartition(".")[2]
     if leaf == "embedding" and last.endswith("embed"):
         return _taken(value, source, 0.0)
     if not is_output_head(name):
         return value
-    # Columns that only round up the product belong to no id.
+    # Columns that only pad the product belong to no id.
     spare = np.arange(size, size + shape[-1] - len(source))
     fill = SILENT if leaf == "bias" else 0.0
     columns = np.where(spare < value.shape[-1], spare, -1)

@@ -1,8 +1,8 @@
 """Learning-rate schedule, clipping, decay mask, and a builder for each optimizer.
 
-The schedule and the clip are our own formulas, so that the torch twin can compute the same numbers:
-optax's ready schedules return float32 even in a float64 run, and torch's clip adds 1e-6 to the
-norm; either alone moves 200 steps of float64 training apart by 3e-6.
+The schedule and the clip are our own formulas, so that the torch twin can compute the same values:
+optax's schedules return float32 even in a float64 run, and torch's clip adds 1e-6 to the norm;
+either alone makes 200 steps of float64 training differ by 3e-6.
 """
 
 import math
@@ -40,7 +40,7 @@ def learning_rate_schedule(
 ) -> Callable[[Any], Float[Array, ""]]:
     """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
 
-    The first step has learning_rate / warmup_steps and the last step of warm-up the full rate;
+    The first step has learning_rate / warmup_steps and the last step of the warm-up the full rate;
     from step `steps` on the rate stays at learning_rate · final_fraction.
     """
     warmup, floor = config.warmup_steps, config.final_fraction
@@ -63,7 +63,7 @@ def global_norm(tree: optax.Updates) -> Float[Array, ""]:
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
-    """g · min(1, max_norm / ‖g‖), Pascanu et al. 2013; `max_norm=0` leaves g alone."""
+    """g · min(1, max_norm / ‖g‖), Pascanu et al. 2013; `max_norm=0` leaves g unchanged."""
 
     def update(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None):
         del params
@@ -77,16 +77,17 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
-    """For each parameter whether weight decay applies."""
+    """Whether weight decay applies, for each parameter."""
     return {name: decays(name) for name in params}
 
 
 def freeze(
     inner: optax.GradientTransformationExtraArgs, prefixes: tuple[str, ...]
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` for every parameter but those whose names begin with one of `prefixes`.
+    """Applies `inner` to every parameter except those whose names begin with one of `prefixes`.
 
-    They cost no state, count in no norm, are not decayed, and updates of 0 come back for them.
+    The excluded parameters have no state, are not part of any norm, are not decayed, and get
+    updates of 0.
     """
 
     def init(params: Any) -> optax.OptState:
@@ -113,10 +114,10 @@ Build = Callable[[Any, int, ArrayLike], optax.GradientTransformationExtraArgs]
 def build_optimizer(
     config: OptimizerConfig, steps: int, seed: ArrayLike = 0, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer that `config` names, for a run of `steps` steps; `update` wants `value=loss`.
+    """The optimizer that `config` names, for a run of `steps` steps; `update` needs `value=loss`.
 
-    It leaves alone the parameters whose names begin with one of `frozen`. `seed` is that of an
-    agent's choices; an agent sees the gradient norm from before the clip.
+    It does not change parameters whose names begin with one of `frozen`. `seed` is that of an
+    agent's choices; an agent sees the gradient norm before clipping.
     """
     return freeze(BUILDERS[config.name](config, steps, seed), frozen)
 
@@ -131,7 +132,7 @@ def _adamw(
 
 
 def _sgd(config: SGDConfig, steps: int, seed: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    """Heavy-ball momentum, the decay added to the gradient, as in torch.optim.SGD."""
+    """Heavy-ball momentum with the decay added to the gradient, as in torch.optim.SGD."""
     del seed
     return _scheduled(config, steps, optax.chain(_decay(config), optax.trace(config.momentum)))
 
@@ -171,7 +172,7 @@ def _lion(config: LionConfig, steps: int, seed: ArrayLike) -> optax.GradientTran
 
 
 def _muon(config: MuonConfig, steps: int, seed: ArrayLike) -> optax.GradientTransformationExtraArgs:
-    """Muon for the matrices between activations, AdamW at its own rate for all other leaves."""
+    """Muon for the matrices of hidden layers, AdamW at its own rate for all other leaves."""
     del seed
     muon = scale_by_muon(config.beta, config.ns_steps, config.consistent_rms, config.epsilon)
     adam = optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.epsilon)
@@ -212,7 +213,9 @@ def _scheduled(
 
 
 def optimizer_metrics(state: optax.OptState) -> dict[str, Array]:
-    """What the optimizer with this state says of its last step, as scalars on the device: see
-    `q_learning_metrics`; nothing without an agent."""
+    """The agent's metrics of the last step, as scalars on the device; empty without an agent.
+
+    See `q_learning_metrics`.
+    """
     wrapped = isinstance(state, QLearningSGDState | QLearningWrapperState)
     return q_learning_metrics(state) if wrapped else {}

@@ -16,8 +16,8 @@ def scale_by_muon(
 ) -> optax.GradientTransformation:
     """Bias-corrected Nesterov momentum, orthogonalised over the last two axes of each leaf.
 
-    A leaf of more axes is a stack of matrices. The result is scaled by `consistent_rms` ·
-    √max(in, out), so that it has about the root mean square of AdamW's updates, and AdamW's
+    A leaf with more axes is a stack of matrices. The result is scaled by `consistent_rms` ·
+    √max(in, out), so that its root mean square is about that of AdamW's updates, and AdamW's
     learning rate and weight decay fit.
     """
 

@@ -1,9 +1,10 @@
 """The tabular Q-learning agent that steers learning rate and momentum: its table and one step.
 
-Watkins & Dayan 1992. Every `interval` steps the agent sees a cell of its table (where learning rate
-and momentum stand, how the smoothed loss falls, how steady the gradient norm is), picks one factor
-for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
-All of it is arrays of fixed shape, and a step has no branch: on a GPU one waits for the host.
+Watkins & Dayan 1992. Every `interval` steps the agent observes a cell of its table (the current
+learning rate and momentum, how the smoothed loss falls, how steady the gradient norm is), picks one
+factor for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
+Everything is an array of fixed shape, and a step has no branch: on a GPU a branch waits for the
+host.
 """
 
 import math
@@ -48,13 +49,13 @@ MOVES = LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS + (0.0,) * (COUNTS[0] - COUNTS[1
 _TRENDS, _STABILITIES = len(TREND_EDGES) + 1, len(STABILITY_EDGES) + 1
 _TREND_LIMIT = 10.0
 _FALL_LIMIT = 1e3  # a finite loss of 1e30 must not make the table NaN
-_CLEAR = 2.0  # deviations from which on a reward is learned faster
-_LEAST_SPREAD, _LEAST_SHARE = 1e-7, 1e-3  # of a fall, and of its mean: what is below is rounding
+_CLEAR = 2.0  # deviations above which a reward is learned faster
+_LEAST_SPREAD, _LEAST_SHARE = 1e-7, 1e-3  # of a fall, and of its mean: anything below is rounding
 _TINY = 1e-30
 
 
 def _bounds(config: QLearningConfig) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Least and greatest positions of (learning rate, momentum)."""
+    """Lowest and highest positions of (learning rate, momentum)."""
     least = math.log(config.min_scale), log_memory(config.min_momentum)
     return least, (math.log(config.max_scale), log_memory(config.max_momentum))
 
@@ -63,8 +64,11 @@ def _bounds(config: QLearningConfig) -> tuple[tuple[float, float], tuple[float, 
 
 
 class QLearningState(NamedTuple):
-    """The agent. Pairs are (learning rate, momentum); tables are float32, other reals float32, or
-    float64 with float64 parameters. `position` is (log of rate / base rate, log of 1 / (1 - μ))."""
+    """The agent's state.
+
+    Pairs are (learning rate, momentum); tables are float32, other floats float32, or float64 with
+    float64 parameters. `position` is (log of rate / base rate, log of 1 / (1 - μ)).
+    """
 
     count: Int[Array, ""]
     skipped: Int[Array, ""]
@@ -99,7 +103,7 @@ class QLearningState(NamedTuple):
 def init_agent(
     config: QLearningConfig, momentum: ArrayLike, seed: ArrayLike, dtype: DTypeLike
 ) -> QLearningState:
-    """A fresh agent at the base learning rate and at `momentum`; its reals have `dtype`."""
+    """A new agent at the base learning rate and at `momentum`; its floats have type `dtype`."""
     integer, real = jnp.int32(0), jnp.zeros((), dtype)
     position = jnp.stack([real, -jnp.log1p(-jnp.asarray(momentum, dtype))])
     return QLearningState(
@@ -141,9 +145,9 @@ def step_agent(
     config: QLearningConfig,
     steers_momentum: bool,
 ) -> tuple[QLearningState, Flag]:
-    """The agent after seeing `loss` and gradient `norm`, and whether both are finite.
+    """The agent after observing `loss` and gradient `norm`, and whether both are finite.
 
-    The position that it returns is that of this very step.
+    The position that it returns already applies to this step.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     first = jnp.where(finite & (state.count == state.skipped), loss, state.first)
@@ -153,7 +157,7 @@ def step_agent(
         calm = state.count - state.last_surge >= config.window
         high = config.surge * first
         surges = finite & calm & (first > 0) & (loss > high) & (state.smoothed > high)
-        # What stands far above would stay in the running deviations and hide all that follows.
+        # An outlier would stay in the running deviations and hide everything that follows.
         loss = jnp.where(first > 0, jnp.minimum(loss, 2 * high), loss)
     sound = finite & ~surges
     due = sound & (state.count % config.interval == 0)
@@ -179,9 +183,10 @@ def step_agent(
 def _observe(
     state: QLearningState, loss: Scalar, norm: Scalar, finite: Flag, config: QLearningConfig
 ) -> QLearningState:
-    """Smooths the loss and keeps the gradient norm.
+    """Smooths the loss and stores the gradient norm.
 
-    The fall is added up, not taken between two smoothed losses, where float32 would lose it.
+    The fall is accumulated, not computed as the difference of two smoothed losses, in which float32
+    would lose it.
     """
     seen = state.count - state.skipped
     rate = 1 - 0.5 ** (1 / config.window)
@@ -204,12 +209,13 @@ def _observe(
 def _judge(
     state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
-    """Rewards the last decision, takes back an exploration that did not pay, and says how large
-    a step the table takes: what stands out of the noise is learned at once, the rest by averaging.
+    """Rewards the last decision and undoes an exploration that did not pay.
 
-    What is rewarded is the fresh fall: the fall without what the smoothing carries over from
-    before the decision, which would credit it with the work of earlier ones. It is compared with
-    its own mean before it is squashed, or a loss that falls steadily saturates every reward.
+    Also gives the step size of the table: a reward that stands out of the noise is learned at once,
+    others by averaging. The reward is the new fall: the fall without the part that the smoothing
+    carries over from before the decision, which would credit it with the effect of earlier ones. It
+    is compared with its own mean before it is squashed; otherwise a steadily falling loss saturates
+    every reward.
     """
     settled = due & state.pending
     judged = state.judged + settled
@@ -251,7 +257,7 @@ def _halved(position: Float[Array, "2"], config: QLearningConfig) -> Float[Array
 
 
 def _cell(state: QLearningState) -> Int[Array, ""]:
-    """Index of the table's row for what the agent sees now."""
+    """Index of the table row for the current observation."""
     signals = (state.position[0], state.position[1], state.trend, state.stability)
     cell = jnp.int32(0)
     for signal, edges in zip(signals, EDGES, strict=True):
@@ -261,7 +267,7 @@ def _cell(state: QLearningState) -> Int[Array, ""]:
 
 
 def _rows(state: QLearningState, cell: Int[Array, ""]) -> Float[Array, "2 9"]:
-    """Both tables' rows of values, momentum's filled up with what is never chosen."""
+    """Rows of values of both tables; momentum's is padded with values that are never chosen."""
     missing = jnp.full(COUNTS[0] - COUNTS[1], -jnp.inf, jnp.float32)
     return jnp.stack([state.q_learning_rate[cell], jnp.append(state.q_momentum[cell], missing)])
 
@@ -292,8 +298,8 @@ def _choose(
     config: QLearningConfig,
     steers_momentum: bool,
 ) -> QLearningState:
-    """Picks both actions, ε-greedily, and moves the position by them."""
-    step = state.count.astype(jnp.uint32) + 1  # 0 is the counter of fold_in
+    """Picks both actions, ε-greedily, and moves the position accordingly."""
+    step = state.count.astype(jnp.uint32) + 1  # fold_in uses counter 0
     draws = random_bits(state.key, step, jnp.arange(6, dtype=jnp.uint32)).reshape(2, 3)
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position, (low, high) = state.position, jnp.asarray(_bounds(config), state.position.dtype)
@@ -319,7 +325,7 @@ def _pick(
     epsilon: Scalar,
     config: QLearningConfig,
 ) -> tuple[Int[Array, "2"], Bool[Array, "2"]]:
-    """Actions, and which were explored; a coin decides between a factor and its inverse."""
+    """Actions, and which ones were explored; a coin decides between a factor and its inverse."""
     chance, choice, coin = draws.T
     order = jnp.arange(COUNTS[0])
     mirrored = jnp.where(order == 0, 0, order + jnp.where(order % 2 == 1, 1, -1))

@@ -1,8 +1,8 @@
-"""SGD whose learning rate and momentum a Q-learning agent adjusts while it trains.
+"""SGD whose learning rate and momentum a Q-learning agent adjusts during training.
 
 Gradient centring: Yong et al. 2020. Annealed gradient noise: Neelakantan et al. 2015. Decoupled
 weight decay: Loshchilov & Hutter 2019. The agent (`q_agent.py`), its table and its random key live
-in the optimizer state on the device. `bytelm_torch/optimizers/q_learning.py` walks the same
+in the optimizer state on the device. `bytelm_torch/optimizers/q_learning.py` follows the same
 trajectory.
 """
 
@@ -34,14 +34,14 @@ _DEFAULT_CONTROLLER = QLearningConfig()
 
 
 class QLearningSGDState(NamedTuple):
-    """State of `q_learning_sgd`; `momentum` is a tree like the parameters, at least float32."""
+    """State of `q_learning_sgd`; `momentum` is a tree like the parameters, in at least float32."""
 
     agent: QLearningState
     momentum: optax.Updates
 
 
 class QLearningWrapperState(NamedTuple):
-    """State of `q_learning`; `initial_momentum` is 0 where momentum is not steered."""
+    """State of `q_learning`; `initial_momentum` is 0 if momentum is not steered."""
 
     agent: QLearningState
     initial_momentum: Float[Array, ""]
@@ -131,17 +131,16 @@ def q_learning(
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the updates of any optax transformation as the agent of `q_learning_sgd` decides.
 
-    Where exactly one part of `inner` exposes an unscheduled `momentum` or `b1` through
-    `optax.inject_hyperparams`, the agent steers it too; under a heavy-ball `momentum` the updates
-    are rescaled so that a change of it leaves the length of a step alone. A step whose loss or
+    If exactly one part of `inner` exposes an unscheduled `momentum` or `b1` through
+    `optax.inject_hyperparams`, the agent steers it too; with a heavy-ball `momentum` the updates
+    are rescaled so that changing it does not change the length of a step. A step whose loss or
     gradient norm is not finite changes neither parameters nor the inner state. `update` needs
-    `value=`, the global mean loss, and hands it on to `inner`.
+    `value=`, the global mean loss, and passes it on to `inner`.
 
-    >>> import jax.numpy as jnp, optax
-    >>> optimizer = q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9))
-    >>> state = optimizer.init({"dense.kernel": jnp.ones((3, 2))})
-    >>> round(float(q_learning_metrics(state)["momentum"]), 1)
-    0.9
+    >>> import jax.numpy as jnp, optax >>> optimizer =
+    q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9)) >>> state =
+    optimizer.init({"dense.kernel": jnp.ones((3, 2))}) >>>
+    round(float(q_learning_metrics(state)["momentum"]), 1) 0.9
     """
     wrapped = optax.with_extra_args_support(inner)
 
@@ -183,10 +182,10 @@ def q_learning(
 
 
 def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, ""]]:
-    """What the one agent in an optimizer state did last, as scalars on the device.
+    """The last actions and signals of the agent in an optimizer state, as scalars on the device.
 
-    `learning_rate` (of a wrapped transformation that does not expose its own: the scale alone) and
-    `momentum` (0 where it is not steered) as the last step used them, `learning_rate_scale` over
+    `learning_rate` (for a wrapped transformation that does not expose its own: only the scale) and
+    `momentum` (0 if it is not steered) as used by the last step, `learning_rate_scale` relative to
     the base, `epsilon`, `reward` (−1 at a skipped step and at a surge), the factors that the last
     decision chose (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)),
     `smoothed_loss`, `trend` (the fall of the loss over its deviation), `stability` (deviation over
@@ -224,8 +223,11 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
 
 
 class _Layout(NamedTuple):
-    """How a leaf is treated: its name for the noise, the axes that centring averages over, whether
-    it decays, and its axes in the order of the torch twin."""
+    """How a leaf is treated.
+
+    Its name for the noise, the axes that centring averages over, whether it decays, and its axes in
+    the order of the torch twin.
+    """
 
     path: str
     mean_axes: tuple[int, ...]
@@ -247,7 +249,7 @@ def _layout(path: Any, axes: int) -> _Layout:
 
 
 def _check(settings: _Settings) -> None:
-    """Raises `ValueError` for the first number that cannot work; arrays go unchecked."""
+    """Raises `ValueError` for the first invalid setting; arrays are not checked."""
     for name in ("learning_rate", "weight_decay", "max_grad_norm", "entropy_threshold"):
         _check_number(name, getattr(settings, name), 0.0, math.inf)
     _check_number("noise_scale", settings.noise_scale, 0.0, math.inf)
@@ -340,7 +342,7 @@ def _noisy(
     agent: QLearningState,
     settings: _Settings,
 ) -> list[Array]:
-    """Adds to each gradient noise that depends on its path and on the step, not on sharding."""
+    """Adds noise to each gradient, depending on its path and on the step but not on sharding."""
     size = sum(g.size for g in gradients)
     annealed = jnp.power(1 + agent.count.astype(norm.dtype), 0.55)
     deviation = settings.noise_scale * (norm / math.sqrt(max(size, 1))) / annealed
@@ -387,7 +389,7 @@ def _agent_dtype(params: optax.Params) -> DTypeLike:
 
 
 def _is_zero(number: Any) -> bool:
-    """Whether a setting is known to be 0 while tracing, so that its work can be left out."""
+    """Whether a setting is known to be 0 while tracing, so that its work can be omitted."""
     return isinstance(number, (int, float)) and number == 0
 
 
@@ -408,7 +410,7 @@ def _is_injected(node: Any) -> bool:
 
 
 def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
-    """The hyperparameter of one of these names that one injected state, and no other, holds."""
+    """The hyperparameter of one of these names, if exactly one injected state holds it."""
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
     values = [
         node.hyperparams[name]
@@ -420,7 +422,7 @@ def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
 
 
 def _rate(state: optax.OptState) -> Any:
-    """The learning rate, scheduled or not, that one injected state holds; 1 without one."""
+    """The learning rate, scheduled or not, if exactly one injected state holds it, otherwise 1."""
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
     rates = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
     return rates[0] if len(rates) == 1 else 1.0

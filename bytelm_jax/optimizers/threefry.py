@@ -1,9 +1,9 @@
-"""Counter-based random numbers that both twins draw alike: Threefry-2x32 (Salmon et al. 2011).
+"""Counter-based random numbers that are the same in both twins: Threefry-2x32 (Salmon et al. 2011).
 
 The bits are those of `jax.random` under `jax_threefry_partitionable=True`, JAX's default, whatever
-that flag says here: element i of an array is a function of (key, i) alone, so a draw depends on
-neither sharding nor shape. Normals come from Box and Muller (1958), since the inverse error
-functions of JAX and torch differ by 1.5e-12 in float64 and by 6e-6 in float32.
+the flag is here: element i of an array is a function of (key, i) alone, so a draw depends on
+neither sharding nor shape. Normals use Box and Muller (1958), since the inverse error functions of
+JAX and torch differ by 1.5e-12 in float64 and by 6e-6 in float32.
 """
 
 import math
@@ -19,19 +19,19 @@ Key = UInt32[Array, "2"]
 
 
 def seed_key(seed: ArrayLike) -> Key:
-    """The raw data of `jax.random.key(seed, impl="threefry2x32")`; `seed` holds 32 bits."""
+    """The raw data of `jax.random.key(seed, impl="threefry2x32")`; `seed` has 32 bits."""
     return jnp.stack([jnp.uint32(0), jnp.asarray(seed).astype(jnp.uint32)])
 
 
 def fold_in(key: Key, data: ArrayLike) -> Key:
-    """`jax.random.fold_in`: the key of the stream that `data`, taken as uint32, names."""
+    """`jax.random.fold_in`: the key of the stream numbered `data`, taken as uint32."""
     return jnp.stack(threefry_2x32(key, jnp.uint32(0), jnp.asarray(data).astype(jnp.uint32)))
 
 
 def threefry_2x32(
     key: Key, high: UInt32[Array, "*shape"], low: UInt32[Array, "*shape"]
 ) -> tuple[UInt32[Array, "*shape"], UInt32[Array, "*shape"]]:
-    """Both words of the hash of the 64-bit counters (high, low) under `key`."""
+    """Both words of the hash of the 64-bit counters (high, low) with `key`."""
     first, second = threefry2x32_p.bind(key[0], key[1], high, low)
     return first, second
 
@@ -53,7 +53,7 @@ def normals(
     (1, 0) draws a kernel [in, out] as its twin [out, in] would be. At most 2**32 elements.
     """
     if math.prod(shape) > 2**32:
-        raise ValueError(f"shape={tuple(shape)}: noise needs at most 2**32 elements a parameter")
+        raise ValueError(f"shape={tuple(shape)}: noise needs at most 2**32 elements per parameter")
     counter, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(order):
         counter += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)

@@ -1,1 +1,1 @@
-"""The two frameworks compared, tensor by tensor."""
+"""Compares the two frameworks, tensor by tensor."""

@@ -1,10 +1,10 @@
-"""What a model does, call by call, in both frameworks: the evidence behind `bytelm parity`.
+"""Records the calls inside a model, in both frameworks: the evidence behind `bytelm parity`.
 
-Every call of a layer, and of the functions named in `FUNCTIONS`, leaves the arrays that go in and
-those that come out, under the same name in both packages, because these mirror each other. Where
-two recordings part first, the fault lies between that array and the one before: in a layer whose
-inputs agree and whose output does not, or in the code of the caller that makes the next call's
-input. Gradients at the same places, read backwards, tell the same of the backward pass.
+Every call of a layer, and of the functions named in `FUNCTIONS`, is recorded with its input and
+output arrays, under the same name in both packages, because these mirror each other. At the first
+array where two recordings differ, the fault lies between it and the one before: in a layer whose
+inputs agree and whose output does not, or in the caller that computes the next call's input.
+Gradients at the same points, read backwards, locate a fault of the backward pass likewise.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ METHODS = (
     *("extend", "extend_rows", "pool", "pool_one", "read", "read_one", "keys_values"),
     *("predict", "predict_cached", "probabilities", "dense", "sparse"),
 )
-"""Methods that are calls of a layer, beside `__call__` and torch's `forward`.
+"""Methods that are calls of a layer, besides `__call__` and torch's `forward`.
 
-In each package some layer has each, or recording raises: a method that is renamed and not heard
-would leave the report emptier, and as green.
+In each package some layer must have each of them, otherwise recording raises: a method that was
+renamed and is no longer recorded would leave the report shorter but still green.
 """
 
 FUNCTIONS = {
@@ -43,11 +43,11 @@ FUNCTIONS = {
     "models.lfbyte": ("extend_running_mean", "running_mean", "sinusoidal_positions", "sinusoids"),
     "models.patching": ("histogram_entropy", "sums_since_start", "boundary_after", "plan_patches"),
 }
-"""Functions that count as layers, by the module that calls them; each stands in both packages."""
+"""Functions that count as layers, by the module that calls them; both packages have each."""
 
 
 class Tap(NamedTuple):
-    """An array at the boundary of a layer: going in, or coming out."""
+    """An array at the boundary of a layer: an input or an output."""
 
     key: str
     layer: str
@@ -56,22 +56,22 @@ class Tap(NamedTuple):
 
     @property
     def blamed(self) -> str:
-        """Whose fault it is if this array is the first wrong one."""
+        """The layer at fault if this array is the first wrong one."""
         return self.caller if self.entering else self.layer
 
     @property
     def backward_blamed(self) -> str:
-        """The same of its gradient, going backwards."""
+        """The layer at fault if its gradient is the first wrong one, going backwards."""
         return self.layer if self.entering else self.caller
 
 
 Visit = Callable[[str, Any], Any]
-"""What is done with an array of a given key; its result takes the array's place."""
+"""Called with the key and value of an array; its result replaces the array."""
 
 
 @dataclass
 class Recorder:
-    """Names the calls of one model, `root`, and hands each array to `visit`."""
+    """Names the calls of one model, `root`, and passes each array to `visit`."""
 
     root: str
     is_array: Callable[[Any], bool]
@@ -81,7 +81,7 @@ class Recorder:
     stack: list[str] = field(default_factory=list)
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, a layer called `name`, listened to; ": f" is the function f of the caller."""
+        """`function`, a layer called `name`, recorded; ": f" is the function f of the caller."""
 
         def call(*args: Any, **named: Any) -> Any:
             caller = self.stack[-1] if self.stack else self.root
@@ -109,9 +109,9 @@ class Recorder:
 
 
 class ArrayStore(MutableMapping[str, np.ndarray]):
-    """Arrays by name in files of a temporary folder; memory holds the one that is looked at.
+    """Arrays by name in files of a temporary folder; only the one in use is in memory.
 
-    To be used in a `with`, whose end removes the folder.
+    Use it in a `with` statement, whose end removes the folder.
     """
 
     def __init__(self) -> None:
@@ -146,9 +146,9 @@ class ArrayStore(MutableMapping[str, np.ndarray]):
 
 @contextlib.contextmanager
 def listen_jax(model: Any, visit: Visit) -> Iterator[Recorder]:
-    """Hands `visit` every array at a layer's boundary while `model` runs or is traced.
+    """Passes every array at a layer's boundary to `visit` while `model` runs or is traced.
 
-    What runs inside a control-flow primitive, where arrays cannot be taken out, goes unheard.
+    Calls inside a control-flow primitive, out of which arrays cannot be taken, are not recorded.
     """
     from flax import nnx
     from flax.nnx.tracers import TraceState
@@ -215,7 +215,7 @@ def _check_methods(package: str, base: type) -> None:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` for a while; what it inherits is not written into it for good."""
+    """Sets `owner.name` to `value` for a while; copies no inherited attribute into `owner`."""
     is_own = name in vars(owner)
     before = vars(owner).get(name)
     setattr(owner, name, value)
@@ -233,7 +233,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listen_torch(twin: Any, visit: Visit) -> Iterator[Recorder]:
-    """The same for the torch twin."""
+    """Version of `listen_jax` for the torch twin."""
     import torch
 
     _check_methods("bytelm_torch", torch.nn.Module)

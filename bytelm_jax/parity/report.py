@@ -1,8 +1,8 @@
 """The report behind `bytelm parity`: both twins on the same bytes, layer by layer.
 
-Imports both packages, lazily: the rest of `bytelm_jax` never needs torch. The twins run one after
-the other, torch first: what it does waits in files, so that memory holds one model at a time, its
-gradients, and the activations of a training step on these rows.
+Imports both packages lazily, so that the rest of `bytelm_jax` never needs torch. The twins run one
+after the other, torch first; its recording is kept in files, so that memory holds only one model at
+a time, its gradients, and the activations of a training step on these rows.
 """
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -25,12 +25,12 @@ LOGITS = {"float64": 1e-12, "float32": 1e-5}
 """Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss; integers and booleans must be equal."""
 
 GRADIENTS = {"float64": 1e-10, "float32": 5e-5}
-"""The same for every gradient."""
+"""Bound of ‖a − b‖ / ‖b‖ for every gradient."""
 
 
 @dataclass
 class Report:
-    """The lines of a comparison, and whose fault the first thing past its tolerance is."""
+    """The lines of a comparison, and the layer at fault for the first value past its tolerance."""
 
     lines: list[str] = field(default_factory=list)
     first: str | None = None
@@ -43,7 +43,7 @@ class Report:
 
     @property
     def text(self) -> str:
-        """The report for a person."""
+        """The report as text."""
         verdict = "equal: every tensor within tolerance"
         if not self.passed:
             seen = "" if self.seen == self.first else f" (first seen: {self.seen})"
@@ -53,17 +53,17 @@ class Report:
     def compare(
         self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, blamed: str = ""
     ) -> None:
-        """Adds one tensor; `blamed` is to blame when it is the first that differs."""
+        """Adds one tensor; `blamed` is the layer at fault if it is the first that differs."""
         verdict, good = difference(ours, theirs, bound)
         self.add(what, verdict, good, blamed)
 
     def compare_all(
         self, what: str, rows: Iterable[tuple[str, str, np.ndarray, np.ndarray]], bound: float
     ) -> None:
-        """One line for many tensors, (name, suspect, ours, theirs), and one for each that differs.
+        """Adds one line for many tensors, (name, blamed, ours, theirs), and one per difference.
 
-        An error counts from a thousandth of the bound of the largest norm on: what should be zero
-        is noise in both, and has no digits to compare.
+        Errors are relative to at least a thousandth of the largest norm: a tensor that should be
+        zero is noise in both twins and has no digits to compare.
         """
         count, largest = 0, 0.0
         for name, blamed, ours, theirs in rows:
@@ -83,7 +83,7 @@ class Report:
 def difference(
     ours: np.ndarray, theirs: np.ndarray, bound: float, floor: float = 0.0
 ) -> tuple[str, bool]:
-    """The difference of two arrays in a word, and whether it is within the bound."""
+    """The difference of two arrays as text, and whether it is within the bound."""
     if ours.shape != theirs.shape:
         return f"shape {ours.shape} against {theirs.shape}", False
     if theirs.dtype.kind in "iub":
@@ -94,9 +94,9 @@ def difference(
 
 
 def relative_error(ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> float:
-    """‖a − b‖ / ‖b‖ in float64; the absolute error where b is zero; infinite where not finite.
+    """‖a − b‖ / ‖b‖ in float64; the absolute error if b is zero; infinite if not finite.
 
-    `floor` stands for ‖b‖ where that is less.
+    `floor` replaces ‖b‖ where that is smaller.
     """
     a, b = ours.astype(np.float64), theirs.astype(np.float64)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
@@ -116,7 +116,7 @@ def compare(
 ) -> Report:
     """Compares the twins of a run folder or an export in `dtype` on `rows` windows of bytes.
 
-    Raises `ValueError` for what cannot be read, and when torch is not installed.
+    Raises `ValueError` for files that cannot be read, and if torch is not installed.
     """
     try:
         import bytelm_torch
@@ -145,7 +145,7 @@ def compare(
 
 
 def _default_length(config: ModelConfig) -> int:
-    """A little more than four patches, an odd number; with resets enough for some lines."""
+    """An odd number just over four patches; with resets enough for several lines."""
     if config.reset_on == "newline":
         return min(131, config.longest_input or 131)
     return config.parity_length
@@ -169,7 +169,7 @@ def compare_recordings(
     theirs: Recording,
     record_ours: Callable[[Mapping[str, tuple[int, ...]]], Recording],
 ) -> Report:
-    """The report of two recordings, in the order in which things happened."""
+    """The report of two recordings, in the order of execution."""
     report, ours = Report(), record_ours(theirs.moving)
     forward, backward = LOGITS[dtype], GRADIENTS[dtype]
     _compare_taps(report, ours, theirs, forward)
@@ -186,13 +186,13 @@ def compare_recordings(
 
 
 def _shared(ours: Recording, theirs: Recording, taps: list[Tap]) -> list[Tap]:
-    """The places that both know; inputs may be handed over in other numbers of arrays."""
+    """The taps that both recordings have; inputs may be passed as different numbers of arrays."""
     return [p for p in taps if p.key in ours.values and p.key in theirs.values]
 
 
 def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
     count, unseen = 0, {tap.key for tap in ours.taps if not tap.entering}
-    for tap in theirs.taps:  # in the order in which torch came by
+    for tap in theirs.taps:  # in torch's order of execution
         key = tap.key
         if key not in ours.values:
             if not tap.entering:
@@ -211,7 +211,7 @@ def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: flo
 
 
 def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
-    """Backwards, from the loss on: at every place, then of every parameter."""
+    """Backwards from the loss: first at every tap, then for every parameter."""
 
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
         for tap in reversed(_shared(ours, theirs, theirs.taps)):

@@ -1,4 +1,4 @@
-"""What each twin does on the same bytes: forward, backward, cached decoding and generation.
+"""What each twin computes on the same bytes: forward, backward, cached decoding and generation.
 
 Torch is imported where it is used: the rest of `bytelm_jax` never needs it.
 """
@@ -44,13 +44,13 @@ def make_twin(config: ModelConfig, params: Params) -> Any:
 
 @dataclass
 class Recording:
-    """What one twin did. Arrays are called by their place, their round, or what they are."""
+    """The recording of one twin. Arrays are named by tap, by round, or by what they are."""
 
     values: MutableMapping[str, np.ndarray]
     taps: list[Tap] = field(default_factory=list)
     decoding: list[Tap] = field(default_factory=list)
     moving: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """The places that a gradient flows through, in torch's eyes, and the arrays' shapes."""
+    """The taps that a gradient flows through in torch, with the arrays' shapes."""
     texts: list[bytes] | None = None
 
     def keep(self, key: str, value: Any) -> None:
@@ -60,18 +60,18 @@ class Recording:
 
 
 def _plan(ids: np.ndarray, patch: int) -> tuple[int, int]:
-    """Ids of the prompt and rounds of cached decoding behind it."""
+    """The length of the prompt and the number of rounds of cached decoding after it."""
     start = ids.shape[1] // 2 // patch * patch
     return start, min(_ROUNDS, (ids.shape[1] - start) // patch)
 
 
 def _before(ids: np.ndarray, start: int, patch: int, pad: int) -> np.ndarray:
-    """The ids of the round before `start`, pads where there is none."""
+    """The ids of the round before `start`, pads if there is none."""
     return ids[:, start - patch : start] if start else np.full_like(ids[:, :patch], pad)
 
 
 def _prompts(ids: np.ndarray, config: ModelConfig) -> tuple[list[bytes], int]:
-    """What greedy generation starts from, and how many bytes there is room for."""
+    """The prompts of greedy generation, and the largest number of bytes to generate."""
     half = max(1, ids.shape[1] // 2)
     capacity = min(_NEW_BYTES, (config.longest_input or half + _NEW_BYTES) - half)
     return [ByteTokenizer(config.vocab).to_bytes(row[:half]) for row in ids], capacity
@@ -85,9 +85,9 @@ def record_torch(
     values: MutableMapping[str, np.ndarray] | None = None,
     decode: bool = True,
 ) -> Recording:
-    """Forward, backward, cached decoding and generation of the torch twin, into `values`.
+    """Records forward, backward, cached decoding and generation of the torch twin into `values`.
 
-    `decode=False` leaves out the last two, which an encoder, `causal=False`, cannot do anyway.
+    `decode=False` omits the last two, which an encoder, `causal=False`, cannot do anyway.
     """
     import torch
 
@@ -116,7 +116,7 @@ def record_torch(
 
 
 def _visit_torch(recording: Recording, key: str, value: Any) -> Any:
-    """Keeps an array, and the gradient that flows through it, if one does."""
+    """Records an array, and the gradient that flows through it, if any."""
     recording.keep(key, value)
     if isinstance(value, np.ndarray) or not value.requires_grad:
         return value
@@ -128,7 +128,7 @@ def _visit_torch(recording: Recording, key: str, value: Any) -> Any:
 
 @contextlib.contextmanager
 def _recorded_gradients(twin: Any, recording: Recording) -> Iterator[None]:
-    """Each parameter's gradient goes from the model into `recording` once it is whole."""
+    """Moves each parameter's gradient from the model into `recording` as soon as it is complete."""
 
     def take(name: str, parameter: Any) -> None:
         recording.keep(f"gradient of {name}", parameter.grad)
@@ -187,7 +187,7 @@ def record_jax(
     moving: Mapping[str, tuple[int, ...]],
     decode: bool = True,
 ) -> Recording:
-    """The same of the JAX twin, with the gradients at the places that `moving` names."""
+    """Version of `record_torch` for the JAX twin, with the gradients at the taps in `moving`."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         params = {name: value.astype(dtype) for name, value in load().items()}
         bind, _ = define_model(config)

@@ -84,7 +84,7 @@ def test_replies_grow_by_whole_characters_to_what_generate_gives(service, params
     assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(len(shown))]
     assert all(re.fullmatch(r"surprise [\d.]+ bits, entropy [\d.]+ bits", one) for one in tooltips)
     assert f"{len(new)} bytes in" in replies[-1].status and len(new) == 24
-    assert "bytes a second once begun" in replies[-1].status
+    assert "bytes per second after the first" in replies[-1].status
     assert len(replies) >= 3  # two pieces and the cells
 
 

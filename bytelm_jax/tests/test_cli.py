@@ -251,7 +251,7 @@ def test_damaged_checkpoints(run, text, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
     copy, before = copy_with("both", ("20", truncate), ("30", flip))
     line = refused(capsys, *train, copy)
-    assert "checkpoint 30" in line and "no whole one" in line
+    assert "checkpoint 30" in line and "no undamaged one" in line
     assert contents(copy) == before
 
     copy = tmp_path / "truncated"

@@ -99,7 +99,7 @@ def test_devices_of_two_kinds_are_found(monkeypatch):
     Device = namedtuple("Device", ["device_kind"])
     both = [Device("H100"), Device("A100")]
     monkeypatch.setattr(jax, "devices", lambda: both)
-    with pytest.raises(SickError, match="A100, H100: kinds of devices do not mix"):
+    with pytest.raises(SickError, match="A100, H100: different kinds of devices cannot be mixed"):
         doctor.check_devices()
 
 
@@ -141,14 +141,14 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path, mesh, folder, expect
 def test_a_disk_that_forgets_or_is_full_is_found(tmp_path, mesh, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(SickError, match=r"0.00 GiB free; make room"):
+    with pytest.raises(SickError, match=r"0.00 GiB free; free some space"):
         doctor.check_checkpoints(tmp_path, mesh)
     monkeypatch.setattr(jnp, "array_equal", lambda a, b: False)
     with pytest.raises(SickError, match="arrays come back changed"):
         doctor.check_checkpoints(tmp_path, mesh)
     write = doctor.checkpoint.write_text
     monkeypatch.setattr(doctor.checkpoint, "write_text", lambda path, text: write(path, "other"))
-    with pytest.raises(SickError, match="gives back other bytes"):
+    with pytest.raises(SickError, match="returns different bytes"):
         doctor.check_checkpoints(tmp_path, mesh)
     monkeypatch.setattr(doctor.checkpoint, "write_text", lambda path, text: None)
     with pytest.raises(SickError, match="not the folder that process 0 sees"):

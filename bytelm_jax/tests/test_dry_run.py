@@ -195,8 +195,8 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ([], "devices=0: a dry run has to know how many"),
-        (["--devices", "9"], "devices=9: this process began with 8"),
+        ([], "devices=0: a dry run needs their number"),
+        (["--devices", "9"], "devices=9: this process started with 8"),
         (["--devices", "8", "--fsdp", "3"], "fsdp=3: must divide"),
         (["--devices", "8", "--batch-size", "4"], "batch_size=4: must be a multiple of 8"),
         (["--devices", "8", "--chip", "Z80"], "chip=Z80: unknown; choose one of H100"),

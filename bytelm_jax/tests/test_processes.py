@@ -70,9 +70,9 @@ SAID = {"count": 7, "doing": "the steps after 12", "host": "node1", "pid": 41}
     ("other", "names"),
     [
         (None, "process 1 has never reported"),
-        ({"age": 30, "count": 7}, "process 1 (host node1, pid 41) answered 30 s ago for the last"),
+        ({"age": 30, "count": 7}, "process 1 (host node1, pid 41) last answered 30 s ago"),
         ({"age": 0, "count": 5}, "process 1 (host node1, pid 41) is behind the others, in the st"),
-        ({"age": 0, "count": 7}, "in all processes alike: a collective hangs"),
+        ({"age": 0, "count": 7}, "all processes are stuck there: a collective hangs"),
     ],
 )
 def test_the_process_that_the_others_wait_for_is_named(other, names, tmp_path, monkeypatch):

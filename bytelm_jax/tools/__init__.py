@@ -1,1 +1,1 @@
-"""What looks at models, runs and machines."""
+"""Tools that examine models, runs and machines."""

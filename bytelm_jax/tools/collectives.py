@@ -1,7 +1,7 @@
 """The collectives of a compiled program, read from its text: kinds, counts, bytes, seconds.
 
 `all-reduce`, `all-gather`, `reduce-scatter`, `all-to-all` and `collective-permute`, with their
-asynchronous forms; those in the body of a loop count as often as it turns.
+asynchronous forms; those in the body of a loop count once per iteration.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-"""What devices do together, by the names that XLA gives it."""
+"""Collective operations by their names in XLA."""
 
 _FOUND = re.compile(rf"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
@@ -21,16 +21,16 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-    """The collectives of one kind over groups of as many devices, in one step."""
+    """The collectives of one kind, in one step, over groups of equal size."""
 
     kind: str
     group: int
     count: int
     bytes: int
-    """Of the whole arrays: what is summed, what has been gathered, what is to be scattered."""
+    """Bytes of the whole arrays: those to be summed, those gathered, those to be scattered."""
 
     def seconds(self, bytes_per_second: float) -> float:
-        """In a ring whose every device sends and receives so many bytes a second."""
+        """Seconds in a ring in which every device sends and receives this many bytes per second."""
         turns = 2.0 if self.kind == "all-reduce" else 1.0
         share = 1.0 if self.kind == "collective-permute" else (self.group - 1) / self.group
         return turns * share * self.bytes / bytes_per_second
@@ -53,7 +53,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and which of them is the program."""
+    """The lines of each computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""
     for line in text.splitlines():
@@ -68,7 +68,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
-    """How often each computation runs; a loop of unknown length counts as one turn."""
+    """How often each computation runs; a loop of unknown length counts as one iteration."""
     times = Counter({entry: 1})
     for name in reversed(_in_order(bodies, entry)):
         for line in bodies[name]:
@@ -85,7 +85,7 @@ def _calls(line: str) -> Iterable[tuple[str, str]]:
 
 
 def _in_order(bodies: dict[str, list[str]], entry: str) -> list[str]:
-    """What `entry` leads to, each computation behind all that it calls."""
+    """The computations reachable from `entry`, each after all that it calls."""
     done: dict[str, None] = {}
     waiting = [(entry, False)]
     while waiting:
@@ -99,7 +99,7 @@ def _in_order(bodies: dict[str, list[str]], entry: str) -> list[str]:
 
 
 def _group(line: str, devices: int) -> int:
-    """How many devices take part in each instance of the collective."""
+    """The number of devices in each instance of the collective."""
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
     grid = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\].*?\{([^}]*)\}", line)
@@ -110,7 +110,7 @@ def _group(line: str, devices: int) -> int:
     if mesh:
         sizes = dict(re.findall(r"'([^']*)'=(\d+)", mesh[1]))
         group = 1
-        # An axis may be taken in part: 'axis_0':(2)4 is a factor of 4 of it.
+        # An axis may be split: 'axis_0':(2)4 is a factor of 4 of it.
         for name, part in re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", mesh[2]):
             group *= int(part or sizes[name])
         return group
@@ -119,7 +119,7 @@ def _group(line: str, devices: int) -> int:
 
 def _bytes(shape: str, kind: str, start: bool, group: int) -> int:
     arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
-    if start and kind == "all-gather":  # (what goes in, what comes out)
+    if start and kind == "all-gather":  # (inputs, outputs)
         arrays = arrays[len(arrays) // 2 :]
     if start and kind == "collective-permute":  # and two counters
         arrays = arrays[1:2]

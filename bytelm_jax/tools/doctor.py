@@ -1,7 +1,8 @@
 """`bytelm doctor`: will a run work here? Versions, devices, arithmetic, gradients, disk, data.
 
-Every check gives one line. None of them changes anything but a folder that it removes again. With
-several processes all of them check, and gradients and checkpoints are checked across them.
+Every check gives one line. None of them changes anything except a folder that it removes again. If
+there are several processes, all of them check, and gradients and checkpoints are checked across
+them.
 """
 
 import importlib.metadata
@@ -37,13 +38,16 @@ Form = Literal["jit", "shard_map"]
 """The two forms of the train step."""
 
 FREE = 2**30
-"""Bytes that a folder for checkpoints should have free at the very least."""
+"""Free bytes that a folder for checkpoints should have at the very least."""
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 
 _BANDS = {"float32": (0.0, 1e-5), "bfloat16": (2e-4, 5e-3)}
-"""Relative errors that a product of matrices may have: bfloat16 keeps 8 bits of each result, which
-costs about 2e-3; much less would mean that it is computed in something else."""
+"""Relative errors that a product of matrices may have, lower and upper bound.
+
+bfloat16 keeps 8 bits of each result, which costs about 2e-3; a much smaller error would mean that
+the product is computed in another dtype.
+"""
 
 _GRADIENT_ERROR = 1e-4
 """Relative, in float32; a sum taken twice would be off by the number of devices."""
@@ -63,16 +67,16 @@ class Finding(NamedTuple):
 
 
 class SickError(Exception):
-    """A check failed; the message says what is wrong and what to do."""
+    """A failed check; the message says what is wrong and what to do."""
 
 
 def examine(
     run_dir: Path, devices: int, fsdp: int, paths: tuple[Path, ...], limit: float
 ) -> Iterator[Finding]:
-    """All checks that come after joining the processes, in turn.
+    """Runs all checks that come after joining the processes, in order.
 
-    A check that takes longer than `limit` seconds ends the process: a collective that others do
-    not take part in never returns.
+    A check that takes longer than `limit` seconds ends the process: a collective in which other
+    processes do not take part never returns.
     """
     yield _run("versions", check_versions, limit)
     yield _run("devices", check_devices, limit)
@@ -99,7 +103,7 @@ def _run(name: str, check: Callable[[], str], limit: float) -> Finding:
         return Finding(name, True, check())
     except SickError as error:
         return Finding(name, False, str(error))
-    except Exception as error:  # whatever it is, the other checks are worth making
+    except Exception as error:  # whatever it is, the other checks should still run
         line = (str(error).strip().splitlines() or [""])[0]
         return Finding(name, False, f"{type(error).__name__}: {line}")
     finally:
@@ -116,10 +120,9 @@ def _give_up(name: str, limit: float) -> None:
 
 
 def check_coordinator(host: str, port: int, is_coordinator: bool, patience: float = 60.0) -> str:
-    """Whether the coordinator answers; with `is_coordinator`, which is process 0, whether it could
-    be.
+    """Whether the coordinator answers or, with `is_coordinator` (process 0), could listen.
 
-    Others are given `patience` seconds to come up. Nothing of JAX is used.
+    The other processes get `patience` seconds to come up. Uses nothing of JAX.
     """
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -152,7 +155,7 @@ def check_coordinator(host: str, port: int, is_coordinator: bool, patience: floa
 
 
 def check_versions() -> str:
-    """Python and the packages that matter, none older than what is asked for."""
+    """The versions of Python and the relevant packages; none may be older than required."""
     installed = {name: importlib.metadata.version(name) for name in _PACKAGES}
     try:
         asked = importlib.metadata.requires("bytelm") or []
@@ -177,11 +180,13 @@ def _number(version: str) -> tuple[int, ...]:
 
 
 def check_devices() -> str:
-    """What there is, of all processes, and how much memory this one's devices have."""
+    """The devices of all processes, and the memory of this process's devices."""
     devices, local = jax.devices(), jax.local_devices()
     kinds = sorted({device.device_kind for device in devices})
     if len(kinds) > 1:
-        raise SickError(f"{', '.join(kinds)}: kinds of devices do not mix; give the run one kind")
+        raise SickError(
+            f"{', '.join(kinds)}: different kinds of devices cannot be mixed; use one kind"
+        )
     memory, share = device_limit(local[0]), "each"
     if memory is None:  # a CPU
         memory, share = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "of the host"
@@ -192,16 +197,16 @@ def check_devices() -> str:
 
 
 def check_mesh(mesh: Mesh) -> str:
-    """Its shape, and which rows of a batch this process feeds."""
+    """The shape of the mesh, and the rows of a batch that this process feeds."""
     part, parts = meshes.process_slice(mesh)
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return f"{shape}; this process feeds part {part + 1} of {parts} of each batch"
 
 
 def check_precision() -> str:
-    """A product of matrices on each device of this process, against float64 on the host."""
+    """Compares a product of matrices on each device of this process with float64 on the host."""
     if jax.config.read("jax_enable_x64"):
-        raise SickError("JAX_ENABLE_X64 is set: training is not meant for it; unset it")
+        raise SickError("JAX_ENABLE_X64 is set, but training is not meant for it; unset it")
     source, worst = np.random.default_rng(0), dict.fromkeys(_BANDS, 0.0)
     left, right = (source.standard_normal((256, 256)) for _ in range(2))
     for device in jax.local_devices():
@@ -213,8 +218,8 @@ def check_precision() -> str:
             worst[name] = max(worst[name], error)
             if not least <= error <= most:
                 raise SickError(
-                    f"{device}: a product in {name} is off by {error:.1e}, where {least:.0e} to "
-                    f"{most:.0e} are right; leave this device out"
+                    f"{device}: a product in {name} is off by {error:.1e}, expected {least:.0e} "
+                    f"to {most:.0e}; exclude this device"
                 )
     return ", ".join(f"{name} off by {error:.1e}" for name, error in worst.items())
 
@@ -248,9 +253,9 @@ def check_gradients(mesh: Mesh) -> str:
             if not error <= _GRADIENT_ERROR:
                 raise SickError(
                     f"{form} over {mesh.size} devices makes them "
-                    f"{_norm(gradients) / _norm(exact):.3g} times as long as one device does, off "
-                    f"by {error:.1e}: do not train on this mesh; try the other --parallel, --fsdp "
-                    "1, or fewer devices"
+                    f"{_norm(gradients) / _norm(exact):.3g} times as long as on one device, off "
+                    f"by {error:.1e}: do not train on this mesh; try the other --parallel, "
+                    "--fsdp 1, or fewer devices"
                 )
             errors.append(f"{form} to {error:.1e}")
     return f"those of {mesh.size} devices are those of one: {', '.join(errors)}"
@@ -259,7 +264,7 @@ def check_gradients(mesh: Mesh) -> str:
 def _gradients(
     mesh: Mesh, form: Form, bind: Any, before: dict[str, np.ndarray], ids: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """By how much a step of SGD at rate 1 lessens each parameter."""
+    """How much a step of SGD at rate 1 reduces each parameter."""
     groups = mesh.shape[meshes.FSDP]
     run = TrainConfig(batch_size=len(ids), fsdp=groups, compute_dtype="float32", parallel=form)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
@@ -278,11 +283,11 @@ def _norm(tree: dict[str, Any]) -> float:
 
 
 def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
-    """A file and a sharded array are written under `run_dir`, read back and removed."""
+    """Writes a file and a sharded array under `run_dir`, reads them back and removes them."""
     created = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     probe, problem = run_dir.absolute() / ".doctor", ""
     try:
-        # No process may stay behind in a collective because another one found something.
+        # No process may be left behind in a collective because another one failed.
         if processes.is_first():
             problem = _write(probe)
         if not processes.all_agree(not problem):
@@ -293,7 +298,10 @@ def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
         seconds = _through_orbax(probe / "arrays", mesh)
         free = shutil.disk_usage(run_dir).free
         if free < FREE:
-            raise SickError(f"{run_dir}: {free / 2**30:.2f} GiB free; make room or name another")
+            raise SickError(
+                f"{run_dir}: only {free / 2**30:.2f} GiB free; free some space or "
+                "name another folder"
+            )
         return f"{run_dir} keeps what is written ({seconds:.1f} s), {free / 2**30:.0f} GiB free"
     finally:
         if processes.is_first():
@@ -304,7 +312,7 @@ def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
 
 
 def _write(probe: Path) -> str:
-    """Writes a file; what is wrong, if anything."""
+    """Writes a file; returns the problem, if any."""
     try:
         shutil.rmtree(probe, ignore_errors=True)
         probe.mkdir(parents=True)
@@ -316,7 +324,7 @@ def _write(probe: Path) -> str:
 
 
 def _read(probe: Path) -> str:
-    """Reads it back; what is wrong, if anything."""
+    """Reads the file back; returns the problem, if any."""
     folder = probe.parent
     try:
         same = (probe / "file").read_text("utf-8") == "written"
@@ -324,11 +332,11 @@ def _read(probe: Path) -> str:
         return f"{folder}: not the folder that process 0 sees; name one that all hosts share"
     except OSError as error:
         return f"{folder}: {error.strerror}; name another folder with --run-dir"
-    return "" if same else f"{folder}: gives back other bytes than were written; name another"
+    return "" if same else f"{folder}: returns different bytes than were written; name another"
 
 
 def _through_orbax(path: Path, mesh: Mesh) -> float:
-    """Seconds that saving and restoring a sharded array took; raises where it came back changed."""
+    """Seconds for saving and restoring a sharded array; raises if it came back changed."""
     start = time.perf_counter()
     rows = meshes.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))
     tree = {"rows": rows}
@@ -350,7 +358,7 @@ def check_data(paths: tuple[Path, ...]) -> str:
 
 
 def report(finding: Finding) -> None:
-    """Prints one line: what is well in the first process alone, what is not in each."""
+    """Prints one line: successes in the first process only, failures in each."""
     who = f" (process {jax.process_index()})" if _joined() and not finding.ok else ""
     if finding.ok and _joined() and not processes.is_first():
         return
@@ -358,5 +366,5 @@ def report(finding: Finding) -> None:
 
 
 def _joined() -> bool:
-    """Whether this is one of several processes; does not start JAX's backends by asking."""
+    """Whether this is one of several processes; asking does not start JAX's backends."""
     return jax.distributed.is_initialized()

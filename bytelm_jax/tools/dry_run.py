@@ -1,9 +1,9 @@
 """`bytelm train --dry-run`: a run on any number of devices, estimated on one CPU.
 
-The sharded step is compiled for simulated devices, which tells the collectives. Memory is that of
-an accelerator, which a CPU's compilation knows nothing of: parameters, gradients and optimizer
-state by their shapes and shardings, activations by what the backward pass needs (`memory.py`) when
-the model is traced for that accelerator. Nothing is computed, read or written.
+The sharded step is compiled for simulated devices, which shows its collectives. Memory is estimated
+for the accelerator, not the CPU: parameters, gradients and optimizer state by their shapes and
+shardings, activations by what the backward pass needs (`memory.py`) when the model is traced for
+that accelerator. Nothing is computed, read or written.
 """
 
 import math
@@ -33,7 +33,7 @@ from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
 _TOO_HIGH = 0.2
-"""The share of a peak by which its estimate may be too high: 19 % is the most that was seen."""
+"""The fraction by which the estimate of a peak may be too high: the most observed was 19 %."""
 
 _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """The compiled program never runs."""
@@ -44,17 +44,17 @@ class Memory(NamedTuple):
 
     parameters: int
     copies: int
-    """The parameters in the compute dtype, and whole where they are cut over `fsdp`."""
+    """The parameters in the compute dtype, and unsharded ones if they are cut over `fsdp`."""
     gradients: int
     optimizer_state: int
     activations: int
     logits: int
     peak: int
-    """The most that is there at once; gradients and activations are not."""
+    """The most in use at once; gradients and activations are never all in use together."""
 
 
 class Estimate(NamedTuple):
-    """What a dry run finds. Times are seconds a step."""
+    """The result of a dry run. Times are seconds per step."""
 
     devices: int
     fsdp: int
@@ -71,17 +71,17 @@ class Estimate(NamedTuple):
 
     @property
     def collective_share(self) -> float:
-        """Of a step, if nothing is computed while collectives are under way."""
+        """Fraction of a step, if nothing is computed while collectives are in progress."""
         return self.collective_seconds / (self.collective_seconds + self.compute_seconds)
 
 
 def require_devices(count: int) -> None:
-    """Raises `ValueError` where this process cannot have `count` simulated CPU devices."""
+    """Raises `ValueError` if this process cannot have `count` simulated CPU devices."""
     if count < 1:
-        raise ValueError("devices=0: a dry run has to know how many; write --devices 256")
+        raise ValueError("devices=0: a dry run needs their number; write --devices 256")
     if not simulate_devices(count):
         raise ValueError(
-            f"devices={count}: this process began with {len(jax.devices())}; ask for at most "
+            f"devices={count}: this process started with {len(jax.devices())}; ask for at most "
             "that, or start another one"
         )
 
@@ -90,7 +90,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
     """Compiles the step of `recipe` for its `train.devices` and estimates memory and time.
 
     `compute_dtype="auto"` is bfloat16, as on an accelerator. Raises `ValueError` for settings that
-    do not fit.
+    do not fit together.
     """
     machine.check()
     run = recipe.train
@@ -121,7 +121,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
 
 
 def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
-    """Shapes, dtypes and shardings of what `steps.init_state` would make."""
+    """Shapes, dtypes and shardings of the result of `steps.init_state`."""
     run, frozen = recipe.train, recipe.model.frozen_prefixes
     _, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
@@ -131,7 +131,8 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     """The text of the compiled step."""
     run, frozen = recipe.train, recipe.model.frozen_prefixes
-    # A CPU's compiler widens bfloat16, collectives included; float16, as many bytes, it does not.
+    # A CPU's compiler widens bfloat16, including in collectives, but not float16, which has as many
+    # bytes.
     dtype = steps.compute_dtype(run)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
     bind, _ = define_model(recipe.model)
@@ -148,14 +149,14 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
 def estimate_memory(
     recipe: Recipe, mesh: Mesh, state: steps.TrainState, chip: str = "H100"
 ) -> Memory:
-    """The bytes of a step on each device, of which kind, and how many at once."""
+    """The bytes of a step on each device, by kind, and the peak."""
     run = recipe.train
     moving = without(state.params, recipe.model.frozen_prefixes)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part(state.opt_state)
     dtype = steps.compute_dtype(run)
     working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
-    # Where nothing is cut, what needs no cast is its own copy.
+    # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
         _whole(leaf)
         for name, leaf in working.items()
@@ -165,7 +166,7 @@ def estimate_memory(
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
     about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in saved if x not in about_logits]
-    # The gradient of an array exists before what was kept beside it is let go.
+    # The gradient of an array exists before the residuals kept for it are released.
     logits = total(about_logits) + array_bytes(shape, dtype)
     largest = max((x.bytes for x in rest), default=0)
     activations = total(rest)
@@ -183,9 +184,9 @@ def can_fit(peak: int, limit: int) -> bool:
 
 
 def require_memory(recipe: Recipe) -> None:
-    """Raises `ValueError` where a step surely needs more memory than this process's devices have.
+    """Raises `ValueError` if a step surely needs more memory than this process's devices have.
 
-    Nothing is allocated. Devices that do not say what they have, CPUs, are not asked for more.
+    Allocates nothing. Devices that do not report their memory, such as CPUs, are not checked.
     """
     device, run = jax.local_devices()[0], recipe.train
     limit = device_limit(device)
@@ -212,7 +213,7 @@ def require_memory(recipe: Recipe) -> None:
 
 
 def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
-    """What one device keeps for the backward pass of a micro-batch, on such a chip."""
+    """The arrays that one device with such a chip keeps for the backward pass of a micro-batch."""
     bind, _ = define_model(recipe.model)
     frozen, pad_id = recipe.model.frozen_prefixes, recipe.model.vocab.pad_id
     rows = _rows(recipe, mesh)
@@ -247,7 +248,7 @@ def _whole(leaf: Any) -> int:
 
 
 def _part(tree: Any) -> int:
-    """Bytes of a device's part of sharded arrays."""
+    """Bytes of one device's part of sharded arrays."""
     return sum(
         array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
         for leaf in jax.tree.leaves(tree)
@@ -255,20 +256,21 @@ def _part(tree: Any) -> int:
 
 
 def describe(name: str, estimate: Estimate) -> str:
-    """The estimate in lines for people."""
+    """The estimate as text."""
     gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in estimate.memory._asdict().items()}
     machine = estimate.machine
     lines = [
         f"{name} on {estimate.devices} devices, data {estimate.devices // estimate.fsdp} x fsdp "
-        f"{estimate.fsdp}, {estimate.form}, {estimate.compute_dtype}: {estimate.bytes_per_step:,} "
-        f"bytes a step, {estimate.rows} rows at a time on a device",
+        f"{estimate.fsdp}, {estimate.form}, {estimate.compute_dtype}: "
+        f"{estimate.bytes_per_step:,} bytes per step, {estimate.rows} rows at a time on each "
+        "device",
         "memory of a device",
         f"  parameters       {gib['parameters']}",
         f"  working copies   {gib['copies']}   of the parameters, as products read them",
         f"  gradients        {gib['gradients']}",
         f"  optimizer state  {gib['optimizer_state']}",
         f"  activations      {gib['activations']}",
-        f"  logits           {gib['logits']}   the loss's copies and their gradient included",
+        f"  logits           {gib['logits']}   including the loss's copies and their gradient",
         f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
         f"  at once          {gib['peak']}   at most",
         "collectives of a step",
@@ -279,9 +281,9 @@ def describe(name: str, estimate: Estimate) -> str:
         lines.append(f"  {many:32} {each.bytes:>15,} bytes {milliseconds:9.2f} ms")
     lines += [] if estimate.collectives else ["  none"]
     lines.append(
-        f"a step: {1e3 * estimate.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} % "
-        f"of {machine.chip}, {1e3 * estimate.collective_seconds:.1f} ms of collectives at "
-        f"{machine.link_gbytes:g} GB/s: {100 * estimate.collective_share:.1f} % of it, where "
+        f"a step: {1e3 * estimate.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} "
+        f"% of {machine.chip}, {1e3 * estimate.collective_seconds:.1f} ms of collectives at "
+        f"{machine.link_gbytes:g} GB/s: {100 * estimate.collective_share:.1f} % of it, if "
         "nothing overlaps"
     )
     return "\n".join(lines)

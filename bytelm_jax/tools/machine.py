@@ -1,4 +1,4 @@
-"""The machine that a dry run assumes; needs no JAX, so that a command line is read at once."""
+"""The machine that a dry run assumes; needs no JAX, so that a command line is parsed quickly."""
 
 import math
 from typing import NamedTuple
@@ -6,19 +6,18 @@ from typing import NamedTuple
 from bytelm.metrics import PEAK_FLOPS
 
 LINK_GBYTES = 50.0
-"""Gigabytes a second from device to device: 400 Gbit/s InfiniBand for each GPU."""
+"""Gigabytes per second from device to device: 400 Gbit/s InfiniBand for each GPU."""
 
 
 class Machine(NamedTuple):
-    """What the estimate of time assumes: a chip, the share of it that is used, the link between
-    chips."""
+    """The assumptions of the time estimate: a chip, its utilisation, the link between chips."""
 
     chip: str = "H100"
     mfu: float = 0.4
     link_gbytes: float = LINK_GBYTES
 
     def check(self) -> None:
-        """Raises `ValueError` for an unknown chip and shares and speeds that cannot be."""
+        """Raises `ValueError` for an unknown chip and for impossible utilisations and speeds."""
         if self.chip not in PEAK_FLOPS:
             raise ValueError(f"chip={self.chip}: unknown; choose one of {', '.join(PEAK_FLOPS)}")
         if not 0 < self.mfu <= 1:

@@ -1,11 +1,11 @@
-"""What the backward pass needs of the forward pass, found in the program itself, in bytes.
+"""The bytes that the backward pass needs from the forward pass, determined from the program itself.
 
-A compiler keeps some arrays from the forward to the backward pass and computes others again. Which
-ones is a minimum cut : of all sets of arrays from which the backward pass can be had by cheap
+A compiler keeps some arrays from the forward to the backward pass and recomputes others. Which ones
+is a minimum cut: of all sets of arrays from which the backward pass can be computed by cheap
 operations alone, the smallest. Cheap is what XLA's fusion is willing to repeat (where
 `InstructionFusion::IsExpensive` is false): arithmetic, comparisons, conversions, slices. Products,
-sums, reads by index and transcendental functions are computed once, and what a library call reads
-in both passes is in memory anyway.
+sums, indexed reads and transcendental functions are computed once, and what a library call reads in
+both passes is in memory anyway.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,7 +26,7 @@ _SAME = _names(
     "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
     "optimization_barrier sharding_constraint pvary pcast reduce_precision"
 )
-"""Primitives whose result is their operand, in another form."""
+"""Primitives whose result is their operand in another form."""
 
 _CHEAP = _names(
     "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp concatenate "
@@ -55,12 +55,12 @@ class Held(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Its size in bytes."""
         return array_bytes(self.shape, self.dtype)
 
 
 class _Value:
-    """One array of a flattened program; programs that are called twice have two of each."""
+    """One array of a flattened program; a program that is called twice has two of each."""
 
     def __init__(self, aval: Any, primitive: str):
         self.held = Held(tuple(aval.shape), aval.dtype, primitive)
@@ -74,7 +74,7 @@ class _Operation(NamedTuple):
 
 
 class Program:
-    """The operations of a program, those that it calls written out, in order."""
+    """The operations of a program in order, with the programs that it calls inlined."""
 
     def __init__(self, closed: ClosedJaxpr):
         jaxpr = closed.jaxpr
@@ -111,7 +111,7 @@ class Program:
 
 
 def _look_up(values: dict[Any, _Value | None], variable: Any) -> _Value | None:
-    """The array that a variable stands for; None for a number."""
+    """The array that a variable stands for; None for a literal."""
     return None if isinstance(variable, Literal) else values[variable]
 
 
@@ -132,10 +132,11 @@ def _divides_by_number(eqn: Any) -> bool:
 
 
 def saved_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) -> list[Held]:
-    """The arrays between the two passes of the gradient of `function(moving, *rest)` by `moving`.
+    """The arrays kept between the passes of the gradient of `function(moving, *rest)` by `moving`.
 
-    Shapes are enough. Arguments are not among them. With rematerialisation these are the inputs of
-    its parts and, of the part that needs most, what is kept while that part is differentiated.
+    Shapes are enough as arguments, which themselves are not counted. With rematerialisation the
+    arrays are the inputs of its parts and, for the part that needs most, what is kept while that
+    part is differentiated.
     """
 
     def residuals(moving: Any, *rest: Any) -> list[Any]:
@@ -144,7 +145,8 @@ def saved_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) ->
 
     held = _least(Program(jax.make_jaxpr(residuals)(moving, *rest)))
     parts: list[list[Held]] = [[]]
-    # `residuals` has the forward pass of these parts, but no longer where each begins and ends.
+    # `residuals` contains the forward pass of these parts, but no longer where each begins and
+    # ends.
     for part in _distinct(Program(jax.make_jaxpr(function)(moving, *rest)).rematerialised):
         shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in part.in_avals]
         floating = [i for i, v in enumerate(shapes) if jax.numpy.issubdtype(v.dtype, np.inexact)]
@@ -155,7 +157,7 @@ def saved_for_backward(function: Callable[..., Any], moving: Any, *rest: Any) ->
 def _by(
     function: Callable[..., Any], shapes: list[Any], floating: list[int]
 ) -> tuple[Callable[..., Any], list[Any], list[Any]]:
-    """`function` as one of (its floating arguments, all of them), and these."""
+    """`function` as one of (its floating-point arguments, all of them), and these arguments."""
 
     def split(moving: list[Any], every: list[Any]) -> Any:
         arguments = list(every)
@@ -167,18 +169,18 @@ def _by(
 
 
 def _distinct(parts: Iterable[ClosedJaxpr]) -> list[ClosedJaxpr]:
-    """One of each kind, by their arguments' shapes and length."""
+    """One of each kind, distinguished by their arguments' shapes and their length."""
     kinds = {(tuple(map(str, p.in_avals)), len(p.jaxpr.eqns)): p for p in parts}
     return list(kinds.values())
 
 
 def total(held: Iterable[Held]) -> int:
-    """Bytes of all."""
+    """Total bytes of all arrays."""
     return sum(array.bytes for array in held)
 
 
 def device_limit(device: jax.Device) -> int | None:
-    """Bytes of the device that programs can have; None where it does not say, as a CPU."""
+    """Bytes of the device available to programs; None if it does not say, as a CPU."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -189,7 +191,7 @@ def _least(program: Program) -> list[Held]:
     read = {v for operation in program.operations if operation.library for v in operation.inputs}
     number: dict[_Value, int] = {}
     edges: list[tuple[int, int, int]] = []
-    # Numbers fit in 32 bits, as scipy wants them; the error is a millionth of the whole.
+    # scipy needs 32-bit integers; the error is a millionth of the whole.
     unit = max(1, sum(value.held.bytes for value in wanted) >> 20)
     source, sink = 0, 1
 
@@ -213,7 +215,7 @@ def _least(program: Program) -> list[Held]:
 
 def _reached(edges: list[tuple[int, int, int]], nodes: int, source: int, sink: int) -> set[int]:
     """The nodes on the source's side of the minimum cut."""
-    # Here, since every `bytelm train` imports this module and hardly any looks at memory.
+    # Imported here because every `bytelm train` imports this module and hardly any uses it.
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 

@@ -1,7 +1,7 @@
 """`bytelm plot`: the story of a run in one picture, as PNG and as one self-contained HTML file.
 
-What to draw (`panels`) is apart from the drawing (`draw`), so that the numbers can be tested.
-matplotlib, of the extra `plot`, is imported by `draw` alone.
+What to draw (`panels`) is separate from the drawing (`draw`), so that the values can be tested.
+matplotlib, from the extra `plot`, is imported by `draw` alone.
 """
 
 import base64
@@ -31,7 +31,7 @@ _LABELS = {
     "learning_rate_action": "of the learning rate",
     "momentum_action": "of 1 / (1 − momentum)",
 }
-_MOST_EXPERTS = 12  # lines that a reader still tells apart
+_MOST_EXPERTS = 12  # lines that a reader can still tell apart
 _MOST_ROWS = 20  # names that fit beside a heat map
 
 Points = tuple[list[float], list[float]]
@@ -39,14 +39,14 @@ Points = tuple[list[float], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One drawing: lines over steps, bars, or a heat map with one row a state."""
+    """One plot: lines over steps, bars, or a heat map with one row per state."""
 
     title: str
     y: str
     x: str = "step"
     lines: dict[str, Points] = field(default_factory=dict)
     dotted: tuple[str, ...] = ()
-    """Lines of single decisions, drawn as points."""
+    """Lines of individual decisions, drawn as points."""
     logarithmic: bool = False
     bars: Points | None = None
     heat: Float32[np.ndarray, "states actions"] | None = None
@@ -55,9 +55,9 @@ class Panel:
 
 
 def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
-    """The run's recipe, and a panel for everything that the run knows of.
+    """The run's recipe, and a panel for everything that the run recorded.
 
-    Raises `ValueError` for a folder that is no run or has not logged a step yet.
+    Raises `ValueError` for a folder that is not a run or has not logged a step yet.
     """
     recipe = checkpoint.load_config(run_dir)
     path = run_dir / "metrics.jsonl"
@@ -65,11 +65,11 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
     if not any("loss" in record for record in records):
         raise ValueError(f"{path}: no metrics there yet; train first")
     candidates = [
-        _over_steps(records, "Loss", "nats a byte", "loss", "validation_loss"),
+        _over_steps(records, "Loss", "nats per byte", "loss", "validation_loss"),
         _over_steps(
             records,
             "Bits per byte",
-            "bits a byte",
+            "bits per byte",
             "bits_per_byte",
             "validation_bits_per_byte",
         ),
@@ -117,7 +117,7 @@ def _points(records: Sequence[dict[str, Any]], name: str) -> Points:
 
 
 def _expert_load(records: Sequence[dict[str, Any]]) -> Panel | None:
-    """The share of each expert over the steps; of many, its last value as bars."""
+    """The share of each expert over the steps; if there are many, the last values as bars."""
     columns = {
         int(name.removeprefix("expert_load_")): name
         for record in records
@@ -154,7 +154,8 @@ def _histogram(contract: PatchingContract) -> Panel:
 
 
 def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
-    """The agent's two tables in the latest checkpoint, of the states that it has learned about."""
+    """The agent's tables in the latest checkpoint, restricted to states that it has learned
+    about."""
     agent = read_agent(run_dir, recipe)
     if agent is None:
         return []
@@ -179,7 +180,7 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
 
 
 def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
-    """The Q-learning agent of the latest checkpoint; None where none has been saved."""
+    """The Q-learning agent of the latest checkpoint; None if none has been saved."""
     if not recipe.optimizer.has_agent:
         return None
     if not (run_dir / "checkpoints").is_dir():
@@ -213,7 +214,7 @@ def _agent_in(state: optax.OptState) -> QLearningState:
 
 
 def draw(panels: Sequence[Panel], title: str) -> Any:
-    """A matplotlib `Figure`, three panels a row."""
+    """A matplotlib `Figure` with three panels per row."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -274,7 +275,7 @@ def _draw_heat(figure: Any, axes: Any, panel: Panel) -> None:
 
 
 def write_plots(run_dir: Path, out: Path) -> tuple[Path, Path]:
-    """Writes OUT/plot.png and OUT/plot.html, each whole or not at all; returns the two paths."""
+    """Writes OUT/plot.png and OUT/plot.html, each as a whole; returns the two paths."""
     recipe, plots = panels(run_dir)
     figure = draw(plots, f"{recipe.name}: {recipe.model.architecture}, {recipe.optimizer.name}")
     buffer = io.BytesIO()

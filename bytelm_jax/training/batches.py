@@ -27,9 +27,9 @@ def training_batches(
     """Endless shuffled batches from `start_step` on, int32 [batch_size // process_count, length].
 
     The batch of step s is rows s * batch_size to (s + 1) * batch_size of an endless order in which
-    every epoch visits each window once, newly shuffled; process p gets the p-th of the equal parts
-    that it is cut into. Nothing before `start_step` is read; batches ahead are read by threads.
-    Raises `ValueError` at once for a corpus without bytes and for sizes that do not fit.
+    every epoch visits each window once, reshuffled; process p gets the p-th of its equal parts.
+    Nothing before `start_step` is read; threads read ahead. Raises `ValueError` immediately for a
+    corpus without bytes and for sizes that do not fit.
     """
     rows = process_rows(windows, batch_size, process_index, process_count)
     for name, value in (("shuffle_seed", shuffle_seed), ("start_step", start_step)):

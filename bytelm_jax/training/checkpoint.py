@@ -1,10 +1,9 @@
-"""Run folders: `config.json`, and Orbax checkpoints of everything a run needs to go on.
+"""Run folders: `config.json`, and Orbax checkpoints of everything a run needs to continue.
 
 A checkpoint holds the parameters, the optimizer state, the step (which is also the position in the
 data), the recipe with its vocabulary, the identity of the data, and a fingerprint of every array:
-an integer sum that is the same under any sharding, compared after every restore, because the
-array files themselves carry no checksum. Arrays that hold NaN or infinity are neither saved nor
-given back.
+an integer sum that is the same under any sharding, compared after every restore, because the array
+files themselves carry no checksum. Arrays that hold NaN or infinity are neither saved nor restored.
 """
 
 import contextlib
@@ -31,10 +30,10 @@ from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
 
 _MOST_TRIED = 64
-"""Checkpoints that a run looks at, newest first, for one that is whole."""
+"""Number of checkpoints that a run tries, newest first, to find an undamaged one."""
 
 _FILE_BYTES = 2**24
-"""Of an import's array files: Orbax gathers one in memory, of 2 GB unless told, then writes it."""
+"""Largest array file of an import: Orbax gathers one in memory, 2 GB by default, before writing."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -43,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that the old or the new content stands there at any moment."""
+    """Writes a file so that at any moment it has either the old or the new content."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(beside, "wb") as file:
@@ -61,7 +60,7 @@ def save_config(run_dir: Path, recipe: Recipe) -> None:
 
 
 def load_config(run_dir: Path) -> Recipe:
-    """Reads `config.json`; raises `ValueError` when the folder is no run folder."""
+    """Reads `config.json`; raises `ValueError` if the folder is not a run folder."""
     path = run_dir / "config.json"
     if not path.is_file():
         raise ValueError(f"{run_dir}: no config.json there; give a folder that `train` made")
@@ -74,10 +73,10 @@ def load_config(run_dir: Path) -> Recipe:
 
 
 class Mark(NamedTuple):
-    """What one pass over an array finds out about it.
+    """The results of one pass over an array.
 
     `fingerprint` is Σ bits_i · (2 i + 1) mod 2³², which any changed bit changes; `non_finite` is 0
-    where every element is a finite number.
+    if every element is finite.
     """
 
     fingerprint: UInt32[Array, ""]
@@ -89,19 +88,19 @@ class NonFiniteError(ValueError):
 
 
 def examine(arrays: dict[str, Any]) -> dict[str, list[Mark]]:
-    """The marks of each tree's leaves, as numbers of this host; the same in every process."""
+    """The marks of each tree's leaves, as numbers on the host; the same in every process."""
     marks: dict[str, list[Mark]] = {name: [] for name in arrays}
     for name, tree in arrays.items():
         for leaf in jax.tree.leaves(tree):
             marks[name].append(_mark(leaf))
             if jax.default_backend() == "cpu":
-                # Programs of simulated devices share threads: of two under way at once, each can
-                # hold those that the other waits for.
+                # Programs of simulated devices share threads: two programs in progress at once
+                # could each hold the threads that the other waits for.
                 jax.block_until_ready(marks[name][-1])
     return jax.device_get(marks)
 
 
-@jax.jit  # by itself: parameters and their moments share shapes, so few programs are compiled
+@jax.jit  # one program per array: parameters and their moments share shapes, so few are compiled
 def _mark(leaf: Any) -> Mark:
     leaf = jnp.asarray(leaf)
     real = jnp.issubdtype(leaf.dtype, jnp.inexact)
@@ -115,7 +114,7 @@ def _mark(leaf: Any) -> Mark:
     total = non_finite = zero = jnp.zeros((), jnp.uint32)
     for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
         word = (bits >> shift).astype(jnp.uint32)
-        # All at once: a single sum XLA splits up on a CPU, holding every term in memory.
+        # In one reduction: XLA splits up a single sum on a CPU and holds every term in memory.
         plain, weighted, non_finite = jax.lax.reduce(
             (word, word * index, bad),
             (zero, zero, zero),
@@ -129,7 +128,7 @@ def _mark(leaf: Any) -> Mark:
 def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = None) -> None:
     """Raises `NonFiniteError` for the first leaf of `arrays` that is not finite.
 
-    `marks` are those that `examine` gives, where it has been asked already.
+    `marks` are the result of `examine`, if it is already known.
     """
     for name, leaves in (examine(arrays) if marks is None else marks).items():
         bad = next((i for i, mark in enumerate(leaves) if mark.non_finite), None)
@@ -150,12 +149,12 @@ def _rank(metrics: dict[str, Any]) -> float:
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
-    """The run's checkpoints; `train` says how many to keep, None opens them for reading."""
-    # Orbax reports every step of its work, and tells of errors that it also raises.
+    """The run's checkpoints; `train` says how many to keep, None opens them read-only."""
+    # Orbax reports every step of its work, and logs errors that it also raises.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if train is None:
-        # Each process reads for itself: none waits for another that found the files damaged.
+        # Each process reads for itself: none waits for another one that found the files damaged.
         process = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(
             primary_host=process,
@@ -193,7 +192,7 @@ def save(
     """Starts an asynchronous save; the arrays may be donated as soon as it returns.
 
     Without an `opt_state` only the parameters are saved, and they must not be donated. Raises
-    `NonFiniteError`, before anything is written, for what is not finite.
+    `NonFiniteError`, before anything is written, for an array that is not finite.
     """
     arrays = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
     if jax.default_backend() == "cpu" and opt_state is not None:
@@ -209,7 +208,7 @@ def save(
         "fingerprints": {name: _fingerprints(each) for name, each in marks.items()},
     }
     stored: dict[str, Any]
-    if opt_state is None:  # the same files, cut so that what waits to be written stays small
+    if opt_state is None:  # the same files, cut so that little waits in memory to be written
         stored = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
     else:
         stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
@@ -220,21 +219,21 @@ def save(
 
 
 def finish(manager: ocp.CheckpointManager) -> None:
-    """Waits until every save is on disk; raises `ValueError` when one failed."""
+    """Waits until every save is on disk; raises `ValueError` if one failed."""
     with _writable(manager):
         manager.wait_until_finished()
 
 
 class DamagedError(ValueError):
-    """A checkpoint cannot be read as it was written; the message names it."""
+    """A checkpoint cannot be read back as it was written; the message names it."""
 
 
 def restore(
     manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None = None
 ) -> tuple[Params, Any, dict[str, Any]]:
-    """Arrays shaped and sharded as the abstract `params` and `opt_state`, and the metadata.
+    """Arrays shaped and sharded like the abstract `params` and `opt_state`, and the metadata.
 
-    Raises `DamagedError` when the checkpoint is damaged, holds other arrays or some that are not
+    Raises `DamagedError` if the checkpoint is damaged, holds other arrays or some that are not
     finite.
     """
     recovered = _read(manager, step, params, opt_state)
@@ -244,7 +243,7 @@ def restore(
 
 
 class Recovered(NamedTuple):
-    """What a run goes on from."""
+    """The state from which a run continues."""
 
     step: int
     params: Params
@@ -253,17 +252,17 @@ class Recovered(NamedTuple):
 
 
 def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
-    """The newest whole checkpoint of a run, on devices as the abstract arrays say, if there is one.
+    """The newest undamaged checkpoint of a run, if any, placed on devices like the abstract arrays.
 
-    Newer, damaged ones are set aside in the folder `damaged`, and a line on standard error says so.
-    Every process reads its own parts and all agree on what they found. Raises `ValueError` when
-    there are checkpoints but no whole one, and leaves them where they are.
+    Newer, damaged ones are moved to the folder `damaged`, with a line on standard error. Every
+    process reads its own parts and all agree on the result. Raises `ValueError` if there are
+    checkpoints but no undamaged one, and leaves them where they are.
     """
     bad: list[tuple[int, str]] = []
     recovered = None
     with contextlib.ExitStack() as stack:
-        # Whether there are any is the first process's word: another may look when the folder for
-        # the next ones is being made.
+        # The first process decides whether there are any: another one may look while the folder for
+        # the next ones is being created.
         there = (run_dir / "checkpoints").is_dir()
         manager = stack.enter_context(open_checkpoints(run_dir)) if there else None
         steps = sorted(manager.all_steps(), reverse=True) if manager else []
@@ -276,14 +275,16 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
             if processes.all_agree(recovered is not None) and recovered and manager:
                 try:
                     with _readable(manager, step):
-                        _check_arrays(recovered)  # a sum over all processes, so the same for each
+                        _check_arrays(
+                            recovered
+                        )  # a sum over all processes, so the same in each of them
                     break
                 except DamagedError as error:
                     problem = str(error)
             bad.append((step, problem or f"checkpoint {step}: another process cannot read it"))
             recovered = None
     if bad and recovered is None:
-        raise ValueError(f"{bad[0][1]}; there is no whole one; train in another run_dir")
+        raise ValueError(f"{bad[0][1]}; there is no undamaged one; train in another run_dir")
     for step, problem in bad:
         _set_aside(run_dir, step, problem)
     if bad:
@@ -301,7 +302,7 @@ def _set_aside(run_dir: Path, step: int, problem: str) -> None:
     target = folder / (f"{step}.{taken}" if taken else str(step))
     os.replace(run_dir / "checkpoints" / str(step), target)
     print(
-        f"bytelm train: warning: {problem}; it is now {target}, and the run goes on from the "
+        f"bytelm train: warning: {problem}; it is now {target}, and the run continues from the "
         "checkpoint before",
         file=sys.stderr,
         flush=True,
@@ -314,7 +315,8 @@ def _read(
     metadata = read_metadata(manager, step)
     if opt_state is not None and "optimizer" not in metadata["fingerprints"]:
         raise ValueError(
-            f"{manager.directory}: imported weights, not a run to go on with; name another"
+            f"{manager.directory}: imported weights, which training cannot continue from; name "
+            "another run_dir"
         )
     wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
@@ -329,12 +331,12 @@ def _check_arrays(recovered: Recovered) -> None:
     marks = examine(arrays)
     for name, each in marks.items():
         if _fingerprints(each) != recovered.metadata["fingerprints"][name]:
-            raise ValueError(f"the stored {name} are not those that were saved")
+            raise ValueError(f"the stored {name} differ from those that were saved")
     check_finite(arrays, marks)
 
 
 def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
-    """The step that `which` names: "latest", "best" or a number that is there."""
+    """The step that `which` names: "latest", "best" or the number of an existing step."""
     steps = sorted(manager.all_steps())
     if not steps:
         raise ValueError(f"{manager.directory}: no checkpoint there; train first")
@@ -352,7 +354,7 @@ def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What the checkpoint says of itself."""
+    """The metadata of a checkpoint."""
     with _readable(manager, step):
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         return manager.restore(step, args=items)["metadata"]
@@ -380,21 +382,21 @@ def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]
 
 
 def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:
-    """A model but for what `calibrate` changes in `config.json`, for every checkpoint at once."""
+    """A model configuration without the fields that `calibrate` changes in `config.json`."""
     return {k: v for k, v in model.items() if k not in ("threshold", "bytes_per_patch")}
 
 
 def check_unused(run_dir: Path) -> None:
-    """Raises `ValueError` unless a new run folder can be made at `run_dir`."""
+    """Raises `ValueError` unless a new run folder can be created at `run_dir`."""
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"{run_dir}: exists and is not an empty folder; name another")
 
 
 def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
-    """Makes a run folder that holds `params` as its step 0; it appears whole or not at all.
+    """Creates a run folder that holds `params` as its step 0; it appears complete or not at all.
 
-    Nobody can go on training from it, not knowing its data, so no optimizer state is stored. Raises
-    `ValueError` when a parameter is not float32, as which all of them are restored.
+    Training cannot continue from it, since its data are unknown, so no optimizer state is stored.
+    Raises `ValueError` if a parameter is not float32, the dtype in which all of them are restored.
     """
     check_unused(run_dir)
     for name, value in params.items():
@@ -414,14 +416,14 @@ def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
 
 @contextlib.contextmanager
 def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint raises into one line."""
+    """Turns any error of reading a damaged checkpoint into one line."""
     try:
         yield
     except NonFiniteError as error:
         raise DamagedError(
             f"checkpoint {step} in {manager.directory}: {error}, so the run had diverged"
         ) from None
-    except Exception as error:  # tensorstore, Orbax and JSON each raise their own kinds
+    except Exception as error:  # tensorstore, Orbax and JSON each raise their own types
         raise DamagedError(
             f"checkpoint {step} in {manager.directory}: damaged or not of this model "
             f"({_first_line(error)})"
@@ -430,13 +432,13 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
-    """Turns whatever a failed save raises into one line."""
+    """Turns any error of a failed save into one line."""
     try:
         yield
-    except Exception as error:  # from tensorstore's and Orbax's threads, of many kinds
+    except Exception as error:  # from tensorstore's and Orbax's threads, of many types
         raise ValueError(
             f"{manager.directory}: a checkpoint could not be written ({_first_line(error)}); "
-            "earlier ones are whole; free some space and run the same command again"
+            "earlier ones are intact; free some space and run the same command again"
         ) from error
 
 

@@ -16,11 +16,11 @@ from rich.progress import (
 )
 
 _LINE_SECONDS = 10.0
-"""Without a terminal, at most one progress line in this many seconds."""
+"""Without a terminal, at most one progress line per this many seconds."""
 
 
 class Display:
-    """A context manager around the training loop; writes to standard error, if `shown` at all."""
+    """A context manager around the training loop; writes to standard error, if `shown`."""
 
     def __init__(self, name: str, start: int, steps: int, shown: bool = True):
         self._console = Console(stderr=True, quiet=not shown)
@@ -55,7 +55,7 @@ class Display:
         self._console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def show(self, step: int, record: dict[str, Any]) -> None:
-        """Brings bar and rates up to a finished step's metrics."""
+        """Updates the bar and the rates to a finished step's metrics."""
         rates = (
             f"{record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second'] / 1e3:,.1f} kB/s"
         )
@@ -63,8 +63,7 @@ class Display:
             rates += f"  MFU {record['mfu']:.1%}"
         self._bar.update(self._task, completed=step, rates=rates)
         now = time.monotonic()
-        # Only what came behind the first report tells how long the rest takes: before it, the step
-        # was compiled.
+        # Only the time after the first report predicts the rest: before it, the step was compiled.
         since, begun = self._first = self._first or (step, now)
         if not self._console.is_terminal and now - self._last > _LINE_SECONDS:
             self._last = now

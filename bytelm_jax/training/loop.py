@@ -39,7 +39,7 @@ _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
 
 _IN_FLIGHT = 4
-"""Steps queued on the devices: simulated CPU devices deadlock when many are left un-awaited."""
+"""Steps queued on the devices: simulated CPU devices deadlock if many are not awaited."""
 
 
 class Outcome(NamedTuple):
@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Makes the folder, or makes sure that it holds this recipe; raises `ValueError` otherwise."""
+    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
     if (run_dir / "config.json").exists():
@@ -59,12 +59,12 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
 
 
 def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
-    """Raises `ValueError` for the first field whose change would make this another run."""
+    """Raises `ValueError` for the first field whose change would make this a different run."""
     pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
     pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
     for part, old, new in pairs:
         before, after = to_dict(old), to_dict(new)
-        for name in before:  # first the architecture, or the optimizer's name: then all others fit
+        for name in before:  # first the architecture, or the optimizer's name: others depend on it
             free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
             if before[name] != after[name] and not free:
                 raise ValueError(
@@ -76,7 +76,7 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
 def agree_on_patches(
     recipe: Recipe, state: steps.TrainState, mesh: Any, windows: data.Windows, resumed: bool
 ) -> Recipe:
-    """`recipe` with its patching contract; says so where these data break the one it came with."""
+    """`recipe` with its patching contract; warns if these data break the one it already has."""
     model, known = recipe.model, recipe.patching
     frozen = {k: v for k, v in state.params.items() if k.startswith(model.frozen_prefixes)}
     # On one device of this process: every process measures for itself.
@@ -101,19 +101,19 @@ def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
 
 
 def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
-    """What the first process writes, trackers included; the others write nowhere."""
+    """The log of the first process, including trackers; the other processes write nowhere."""
     if not processes.is_first():
         return MetricsLog(Path(os.devnull), start)
     return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
 
 
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
-    """Trains `recipe` in `run_dir`, from its latest whole checkpoint when it holds one.
+    """Trains `recipe` in `run_dir`, from its latest undamaged checkpoint if there is one.
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
-    overwritten, and `DivergedError` when the loss was no finite number at `max_bad_steps` steps in
-    a row, each of which was skipped, or at the last ones, and when weights are not finite, which
-    are neither evaluated nor saved. Several processes call it alike. SIGINT and SIGTERM end it
+    overwritten. Raises `DivergedError` if the loss was not finite at `max_bad_steps` steps in a
+    row, each of which was skipped, or at the last steps, and if weights are not finite; such
+    weights are neither evaluated nor saved. All processes call it alike. SIGINT and SIGTERM end it
     with everything saved, see `processes.StopSignal`.
     """
     with processes.StopSignal() as stop:
@@ -208,7 +208,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
 
         # ---- loop ----
         if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
-            validate(start, state)  # which a signal cut short
+            validate(start, state)  # cut short by a signal
         while step < run.steps and not stop.agreed():
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
@@ -226,8 +226,9 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
                 reporter.drain(0)
                 with reporter.stopping_on_non_finite(step):
                     record = validate(step, state) if evaluates else None
-                    # In the midst of trouble the checkpoint from before it stays the newest, but
-                    # at the end, where a validation can show that the weights are good.
+                    # While steps are being skipped, the checkpoint from before them stays the
+                    # newest, except at the end, where a validation can show that the weights are
+                    # good.
                     good = not reporter.bad_in_a_row or (
                         step == run.steps and checkpoint.score(record) is not None
                     )
@@ -239,8 +240,8 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
             if not stop:
                 raise reporter.diverged(
                     step,
-                    f"the last steps ({reporter.bad_in_a_row}) were skipped, for their loss or "
-                    "gradient norm is not finite, so the end of the run is not saved",
+                    f"the last steps ({reporter.bad_in_a_row}) were skipped because their loss "
+                    "or gradient norm is not finite, so the end of the run is not saved",
                 )
             with reporter.stopping_on_non_finite(step):
                 save(step, state, None)

@@ -11,7 +11,7 @@ from bytelm_jax.layers.ids import as_ids
 def cross_entropy(
     logits: Float[Array, "B T V"], ids: Integer[Array | np.ndarray, "B T"], pad_id: int
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Summed nats of `ids` under `logits`, and how many ids were counted: all but pads.
+    """Summed nats of `ids` under `logits`, and the number of counted ids: all but pads.
 
     Computed in at least float32. The mean is left to the caller, because devices and micro-batches
     must add nats and counts before they divide.
@@ -27,7 +27,7 @@ def token_nats(
 ) -> Float[Array, "*batch"]:
     """Surprise of each id in nats, in at least float32."""
     wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # A comparison instead of a gather: its gradient fuses with the softmax, a gather's is a
+    # A comparison instead of a gather: its gradient fuses with the softmax, whereas a gather's is a
     # scatter-add over [B, T, V].
     hit = jax.nn.one_hot(as_ids(ids), wide.shape[-1], dtype=jnp.bool_)
     picked = jnp.where(hit, wide, 0.0).sum(axis=-1)

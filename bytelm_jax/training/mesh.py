@@ -1,9 +1,8 @@
 """Devices: mesh and shardings. The only file that names a mesh axis.
 
 Models and losses run on one device unchanged. The rows of a batch are spread over all devices;
-parameters and optimizer state are partitioned over the `fsdp` of them that make up a group and
-repeated from group to group (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid
-sharding").
+parameters and optimizer state are partitioned over the `fsdp` devices of a group and replicated
+across groups (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid sharding").
 """
 
 import math
@@ -18,11 +17,11 @@ from bytelm.config import TrainConfig
 from bytelm_jax.models import Params
 
 DATA = "data"
-"""The mesh axis along which whole copies of the parameters are spread."""
+"""The mesh axis along which parameters are replicated."""
 
 
 FSDP = "fsdp"
-"""The mesh axis along which one copy of the parameters is cut."""
+"""The mesh axis along which one copy of the parameters is partitioned."""
 
 
 ROWS = (DATA, FSDP)
@@ -30,11 +29,11 @@ ROWS = (DATA, FSDP)
 
 
 _MIN_SHARDED_SIZE = 1024
-"""Parameters with fewer elements, norms and biases mostly, are not worth a collective each."""
+"""Parameters with fewer elements, mostly norms and biases, are not worth a collective each."""
 
 
 _MIN_SCATTERED_SIZE = 1 << 20
-"""Gradients with fewer elements may travel whole."""
+"""Gradients with fewer elements may be transferred whole."""
 
 
 def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
@@ -51,7 +50,7 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
         raise ValueError(f"fsdp={fsdp}: must divide the number of devices, {count}")
     shape, kinds = (count // fsdp, fsdp), (AxisType.Auto,) * len(ROWS)
     mesh = jax.make_mesh(shape, ROWS, axis_types=kinds, devices=known[:count])
-    if _process_rows(mesh) is None:  # an order that suits the wires better, but not our files
+    if _process_rows(mesh) is None:  # an order that would suit the links better, but not our files
         mesh = Mesh(np.asarray(known[:count]).reshape(shape), ROWS, axis_types=kinds)
     return mesh
 
@@ -66,14 +65,14 @@ def _process_rows(mesh: Mesh) -> int | None:
 
 
 def process_slice(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of the n equal parts that each batch is cut into."""
+    """(i, n): this process feeds the i-th of the n equal parts of each batch."""
     index = _process_rows(mesh)
-    assert index is not None  # made so by `make_mesh`
+    assert index is not None  # guaranteed by `make_mesh`
     return index, mesh.size // len(mesh.local_devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of what every device holds whole: scalars and metrics."""
+    """The sharding of values that every device holds whole: scalars and metrics."""
     return NamedSharding(mesh, jax.P())
 
 
@@ -83,7 +82,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
-    """The axis along which an array of the state is cut: the longest that divides evenly."""
+    """The axis along which an array of the state is partitioned: its longest divisible one."""
     parts = mesh.shape[FSDP]
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not axes or math.prod(shape) < _MIN_SHARDED_SIZE:
@@ -97,17 +96,17 @@ def partition(mesh: Mesh, shape: tuple[int, ...]) -> jax.P:
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The shardings of parameters and optimizer state, by one rule: a leaf's shape decides."""
+    """The shardings of parameters and optimizer state, determined by each leaf's shape."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(mesh, leaf.shape)), tree)
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """Arrays of this process, the same in every process, as part of the state."""
+    """Places arrays that are the same in every process as part of the state."""
     return jax.device_put(tree, state_shardings(mesh, tree))
 
 
 def fetch(mesh: Mesh, tree: Any) -> Any:
-    """Arrays of the state, whole, as numpy arrays in every process."""
+    """Arrays of the state, gathered, as numpy arrays in every process."""
     return jax.device_get(jax.jit(lambda leaves: leaves, out_shardings=replicated(mesh))(tree))
 
 
@@ -124,14 +123,14 @@ def gather(mesh: Mesh, params: Any) -> Any:
 
     @jax.custom_vjp
     def whole(tree: Any) -> Any:
-        # Cut once more first: else the compiler may move the gathering before the cast that comes
-        # before it, and twice the bytes would travel.
+        # Partitioned once more first: otherwise the compiler may move the gathering before the
+        # preceding cast, and twice the bytes would be transferred.
         return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
 
     def cut(gradients: Any) -> Any:
         # The gradient of a constraint is the same constraint: whole gradients on every device, of
-        # which each needs its own part only. Small ones are summed whole all the same: the compiler
-        # would rather gather all that an embedding's product reads.
+        # which each needs only its own part. Small ones are summed whole all the same: otherwise
+        # the compiler would rather gather everything that an embedding's product reads.
         parts = state_shardings(mesh, gradients)
         first = jax.tree.map(
             lambda leaf, part: replicated(mesh) if leaf.size < _MIN_SCATTERED_SIZE else part,
@@ -160,11 +159,11 @@ def check_batch(mesh: Mesh, train: TrainConfig) -> None:
 
 
 def gather_parts(params: Params, axes: dict[str, int | None]) -> Params:
-    """`gather` inside `shard_map`, where each device sees its own parts."""
+    """Version of `gather` inside `shard_map`, where each device sees its own parts."""
 
     def whole(part: Array, axis: int) -> Array:
-        # Said to vary over the groups before it is gathered, not after: its gradient is then summed
-        # within the group first, and what is summed from group to group is a device's part.
+        # Marked as varying over the groups before the gathering, not after: the gradient is then
+        # summed within the group first, and only a device's part is summed across groups.
         varying = jax.lax.pcast(part, DATA, to="varying")
         return jax.lax.all_gather(varying, FSDP, axis=axis, tiled=True)
 

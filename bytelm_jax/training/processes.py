@@ -1,8 +1,8 @@
 """Processes: joining those of a run, agreeing on when to stop, and leaving when one hangs.
 
 A run of several processes has one coordinator, process 0, which also writes everything that is not
-a checkpoint; checkpoints are written by all, so the run folder has to be on a file system that
-they share. A run of one process needs nothing of this, and every function here does without.
+a checkpoint; checkpoints are written by all processes, so the run folder has to be on a shared file
+system. A run of one process needs none of this, and every function here works without it.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ HUNG = 75
 """Exit status of a process that gave up waiting: EX_TEMPFAIL, start again."""
 
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-"""Where launchers that JAX knows say how many processes they started."""
+"""Variables in which launchers that JAX knows give the number of processes they started."""
 
 
 def join(coordinator: str = "", processes: int = 0, index: int | None = None) -> None:
-    """Joins the processes of one run, before anything else is done with JAX.
+    """Joins the processes of one run; must precede any other use of JAX.
 
-    `coordinator` is HOST:PORT of process 0; without it JAX asks SLURM, Open MPI or the TPU pod,
-    and where there is none of them this process stays alone. Raises `ValueError` for an address
-    that is none and when the others do not come.
+    `coordinator` is HOST:PORT of process 0; without it JAX asks SLURM, Open MPI or the TPU pod, and
+    if there is none of them this process stays alone. Raises `ValueError` for an invalid address
+    and if the other processes do not come.
     """
     if coordinator:
         if address(coordinator) is None:
-            raise ValueError(f"coordinator={coordinator}: must be HOST:PORT, as 10.0.0.1:1234")
+            raise ValueError(f"coordinator={coordinator}: must be HOST:PORT, such as 10.0.0.1:1234")
         if processes < 1 or index is None or not 0 <= index < processes:
             raise ValueError(
                 f"num_processes={processes}, process_id={index}: a coordinator needs both, the "
@@ -64,29 +64,29 @@ def address(coordinator: str) -> tuple[str, int] | None:
 
 
 def check_alone() -> None:
-    """Raises `ValueError` where a launcher started several processes and none was to be joined."""
+    """Raises `ValueError` if a launcher started several processes but none was to be joined."""
     for name in _TASKS:
         if int(os.environ.get(name) or 1) > 1:
             raise ValueError(
-                f"{name}={os.environ[name]}: so many processes would write one run folder; add "
-                "--distributed to make them one run, or start one process"
+                f"{name}={os.environ[name]}: that many processes would write to one run folder; "
+                "add --distributed to make them one run, or start one process"
             )
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Whether this process writes what is to be written only once."""
     return jax.process_index() == 0
 
 
 def all_agree(yes: bool) -> bool:
-    """Whether every process says yes; each has to ask."""
+    """Whether every process says yes; all processes must call it."""
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
 def from_first(numbers: list[int], capacity: int) -> list[int]:
-    """The first `capacity` of the first process's `numbers`, from 0 on, in every process."""
+    """The first `capacity` of the first process's `numbers` (0 and above), in every process."""
     padded = np.full(capacity, -1, np.int32)
     padded[: len(numbers)] = numbers[:capacity]
     if jax.process_count() > 1:
@@ -95,7 +95,7 @@ def from_first(numbers: list[int], capacity: int) -> list[int]:
 
 
 def wait_for_all(where: str) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has arrived here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
@@ -103,8 +103,8 @@ def wait_for_all(where: str) -> None:
 class StopSignal:
     """Whether SIGINT or SIGTERM asked this run to end; a second signal ends the process at once.
 
-    With several processes a signal to one of them stops all at the same `agreed`: the coordinator
-    collects how often each has asked and names a turn that none has passed yet.
+    With several processes a signal to one of them stops all at the same call of `agreed`: the
+    coordinator collects how often each has called and names a count that none has passed yet.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class StopSignal:
         self._turn = 0
 
     def agreed(self) -> bool:
-        """Whether to stop now; all processes have to ask equally often, and hear the same."""
+        """Whether to stop now; all processes must call it equally often and get the same answer."""
         if jax.process_count() == 1:
             self._stopped = self._seen
         elif not self._stopped:
@@ -121,18 +121,18 @@ class StopSignal:
         return self._stopped
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, cut short when the run is to stop."""
+        """`items`, cut short if the run is to stop."""
         for item in items:
             if self.agreed():
                 return
             yield item
 
     def __bool__(self) -> bool:
-        """What `agreed` said last."""
+        """The last result of `agreed`."""
         return self._stopped
 
     def __enter__(self) -> "StopSignal":
-        # With several processes SIGTERM belongs to JAX, which tells the coordinator of it.
+        # With several processes SIGTERM belongs to JAX, which reports it to the coordinator.
         numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
         self._old = {number: signal.signal(number, self._handle) for number in numbers}
         return self
@@ -151,11 +151,11 @@ class StopSignal:
 
 
 class Watchdog:
-    """Ends this process, with status `HUNG`, when it shows no progress for `seconds` (0: never).
+    """Ends this process, with status `HUNG`, if it makes no progress for `seconds` (0: never).
 
-    Every process keeps a small file in `folder` that says how far it is; whoever gives up reads
-    them all and names the one that the others wait for. A thread does both, since the main thread
-    of a process that waits for a collective does not come back.
+    Every process writes its progress to a small file in `folder`; a process that gives up reads all
+    of them and names the one that the others wait for. A thread does both, because the main thread
+    of a process that waits for a collective does not return.
     """
 
     def __init__(self, folder: Path, seconds: int):
@@ -178,11 +178,11 @@ class Watchdog:
                 self._file(jax.process_index()).unlink(missing_ok=True)
 
     def progress(self, doing: str) -> None:
-        """Something was finished, and `doing` is what comes next; the same in every process."""
+        """Records that something was finished and `doing` is next; the same in every process."""
         self._count, self._doing, self._since = self._count + 1, doing, time.monotonic()
 
     def over(self, items: Iterable[T], doing: str) -> Iterator[T]:
-        """`items`, each of which is progress."""
+        """`items`, each of which counts as progress."""
         for item in items:
             self.progress(doing)
             yield item
@@ -205,7 +205,7 @@ class Watchdog:
                 os._exit(HUNG)
 
     def _accuse(self, own_report: dict[str, Any]) -> str:
-        """One line: who is behind."""
+        """One line that says which process is behind."""
         line = f"bytelm train: no progress for {self._seconds} s in {own_report['doing']}: "
         reports = {index: self._read(index) for index in range(jax.process_count())}
         silent = [index for index, report in reports.items() if report is None]
@@ -216,15 +216,13 @@ class Watchdog:
         report = known[late]
         name = f"process {late} (host {report['host']}, pid {report['pid']})"
         if now - report["time"] > self._seconds / 2:
-            seen = (
-                f"answered {now - report['time']:.0f} s ago for the last time, in {report['doing']}"
-            )
+            seen = f"last answered {now - report['time']:.0f} s ago, in {report['doing']}"
         elif report["count"] < max(other["count"] for other in known.values()):
             seen = f"is behind the others, in {report['doing']}"
         elif len(known) == 1:
-            return line + "start the run again; it goes on from its last checkpoint"
+            return line + "start the run again; it continues from its last checkpoint"
         else:
-            return line + "so it is in all processes alike: a collective hangs; start again"
+            return line + "all processes are stuck there: a collective hangs; start the run again"
         return line + f"{name} {seen}; start the run again"
 
     def _read(self, index: int) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""What is said of steps: waited for, checked, counted, logged and shown."""
+"""What is reported about steps: waited for, checked, counted, logged and shown."""
 
 import math
 from collections import deque
@@ -36,13 +36,13 @@ class StepReporter:
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._rates = Throughput(0.0, devices, jax.devices()[0].device_kind)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
-        self._counted = start  # the step up to which rates reach
+        self._counted = start  # the last step that rates include
         self._skipped = sum("skipped" in record for record in read_metrics(log.path))
         self.saved = start
         self.bad_in_a_row = 0
 
     def add(self, step: int, report: dict[str, Any]) -> None:
-        """Takes the report of a step that may still be under way."""
+        """Takes the report of a step that may still be in progress."""
         self._pending.append((step, report))
 
     def drain(self, keep: int) -> None:
@@ -60,9 +60,9 @@ class StepReporter:
                 self._report(step, values)
 
     def exclude_from_rates(self, step: int, sequence_length: int = 0) -> None:
-        """Settles all; what was done since the last step up to `step` belongs to no rate.
+        """Drains all steps; the time and bytes since the last report up to `step` count in no rate.
 
-        `sequence_length` is that of the steps from here on, where it changes.
+        `sequence_length` is that of the steps from now on, if it changes.
         """
         self.drain(0)
         self._counted = step
@@ -77,7 +77,7 @@ class StepReporter:
         self._display.say(f"step {step}: validation {result}")
 
     def diverged(self, step: int, why: str) -> DivergedError:
-        """What to raise at `step`; waits until the checkpoint that it names is on disk."""
+        """The error to raise at `step`; waits until the checkpoint that it names is on disk."""
         checkpoint.finish(self._manager)
         saved = f"the checkpoint of step {self.saved} is kept"
         return DivergedError(
@@ -87,7 +87,7 @@ class StepReporter:
 
     @contextmanager
     def stopping_on_non_finite(self, step: int) -> Iterator[None]:
-        """Within, weights that are not finite end the run: no later step would repair them."""
+        """Within this context non-finite weights end the run: no later step would repair them."""
         try:
             yield
         except checkpoint.NonFiniteError as error:
@@ -103,7 +103,7 @@ class StepReporter:
                 f"{self.bad_in_a_row} steps in a row",
             )
         self._display.say(
-            f"step {step}: skipped, its loss or gradient norm is not a number "
+            f"step {step}: skipped because its loss or gradient norm is not finite "
             f"({self._skipped} so far)"
         )
         finite = {k: v for k, v in values.items() if math.isfinite(v)}
@@ -113,7 +113,7 @@ class StepReporter:
         run, length = self._recipe.train, self._recipe.data.sequence_length
         values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
         values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
-        # The host may come late: steps behind this one may be finished, too.
+        # The host may be late: steps after this one may be finished, too.
         finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
         self._rates.add((finished - self._counted) * run.batch_size * length)
         self._counted = finished

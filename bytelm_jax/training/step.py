@@ -1,7 +1,7 @@
 """The train step over all devices.
 
-It exists in two forms, equal to rounding: `jit`, where the compiler places the collectives, and
-`shard_map`, where they are written out.
+It exists in two forms, equal up to rounding: `jit`, where the compiler inserts the collectives, and
+`shard_map`, where they are explicit.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class TrainState(NamedTuple):
 
 
 def compute_dtype(train: TrainConfig) -> jnp.dtype:
-    """The dtype of products: what the config says, or what suits this machine."""
+    """The dtype of products: as configured, or what suits this machine."""
     name = train.compute_dtype
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -51,15 +51,18 @@ def compute_dtype(train: TrainConfig) -> jnp.dtype:
 
 
 def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable) -> TrainState:
-    """`init() -> params`, run once under jit so that every array is born where it belongs."""
+    """`init() -> params`, run once under jit so that every array is created with its sharding."""
     return compile_init(optimizer, init, abstract_init(mesh, optimizer, init))()
 
 
 def compile_init(
     optimizer: optax.GradientTransformation, init: Callable, template: TrainState
 ) -> Callable[[], TrainState]:
-    """What makes the state in `init_state`, compiled; `template` is what `abstract_init` gives."""
-    # It runs once: on a CPU, compiling it with all optimisations takes longer than it could save.
+    """The compiled function that creates the state of `init_state`.
+
+    `template` is the result of `abstract_init`.
+    """
+    # It runs once: on a CPU, compiling it with all optimisations would take longer than it saves.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda x: x.sharding, template)
     make = _initialiser(optimizer, init)
@@ -69,7 +72,7 @@ def compile_init(
 def abstract_init(
     mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable
 ) -> TrainState:
-    """Shapes, dtypes and shardings of what `init_state` makes."""
+    """Shapes, dtypes and shardings of the result of `init_state`."""
     shapes = jax.eval_shape(_initialiser(optimizer, init))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -90,10 +93,10 @@ def _initialiser(
 
 @contextlib.contextmanager
 def compiling(step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh) -> Iterator[None]:
-    """Within, a CPU compiles `step` beside whatever else is done; a later call finds it compiled.
+    """Within this context a CPU compiles `step` in the background; a later call finds it compiled.
 
     `state` is abstract, `shape` that of the ids. A GPU measures kernels while it compiles, and
-    nothing else may run beside that.
+    nothing else may run meanwhile.
     """
     if jax.default_backend() != "cpu":
         yield
@@ -108,7 +111,7 @@ def compiling(step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh) 
 def _over_micro_batches(function: Callable, rows: Any, parts: int) -> Any:
     """The sum of `function` over `parts` micro-batches, one after another.
 
-    Micro-batch i takes rows i, i + parts, …: each device cuts its own rows, nothing moves.
+    Micro-batch i takes rows i, i + parts, …: each device slices its own rows, nothing moves.
     """
     cut = jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), rows
@@ -135,12 +138,12 @@ def make_train_step(
 
     `dtype` is that of products, by default `compute_dtype(train)`.
 
-    Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, what the
-    model reports, averaged over rows, and what the optimizer reports. Gradients of micro-batches
-    are added before they are used, so `accumulation_steps` changes memory and nothing else.
-    A step whose loss or gradient norm is not a finite number changes nothing but the count of
-    steps (an optimizer with an agent has its own rule for it). Parameters whose names begin with
-    one of `frozen` have no gradient and leave the step as they came, bit for bit.
+    Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, the model's
+    metrics, averaged over rows, and the optimizer's. Gradients of micro-batches are added before
+    they are used, so `accumulation_steps` changes memory and nothing else. A step whose loss or
+    gradient norm is not finite changes nothing but the step count (an optimizer with an agent has
+    its own rule). Parameters whose names begin with one of `frozen` have no gradient and leave the
+    step unchanged, bit for bit.
     """
     check_batch(mesh, train)
     dtype = compute_dtype(train) if dtype is None else dtype
@@ -166,8 +169,8 @@ def make_train_step(
         report = report | {"grad_norm": norm} | optimizer_report
         return state, jax.lax.with_sharding_constraint(report, replicated(mesh))
 
-    # Products that share an input are not to be merged: each step would copy their kernels together
-    # first, 3 % of a step of `blt_767m` on an H100.
+    # Products that share an input must not be merged: each step would first copy their kernels
+    # together, which takes 3 % of a step of `blt_767m` on an H100.
     on_gpu = jax.default_backend() == "gpu"
     options = {"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
@@ -178,9 +181,9 @@ class _Form(NamedTuple):
 
     over_devices: Callable[[Any], Any]
     gather: Callable[[Params], Params]
-    """Parameters whole on every device; their gradients come back partitioned."""
+    """Parameters gathered on every device; their gradients come back partitioned."""
     first_row: Any
-    """The number, in the global batch, of the first row that this program sees."""
+    """The index, in the global batch, of the first row that this program sees."""
     total_rows: int
 
 
@@ -191,9 +194,9 @@ def _make_gradients(
     mesh: Mesh,
     dtype: jnp.dtype,
 ) -> Callable[[Array, Params, Params, Array], tuple[tuple[Array, dict[str, Array]], Params]]:
-    """`(step, moving, fixed, ids) -> ((loss, report), gradients of moving)`, in the form asked for.
+    """`(step, moving, fixed, ids) -> ((loss, report), gradients of moving)`, in the requested form.
 
-    Summed over all devices; gradients come partitioned as the parameters are.
+    Summed over all devices; gradients are partitioned like the parameters.
     """
     find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed))
 
@@ -243,13 +246,13 @@ def _gradients(
     """Loss, report and gradients of the rows that this program sees, summed over all devices."""
 
     def mean_loss(params: Params, ids: Array, keys: Array):
-        # Cast before they travel: half the bytes.
+        # Cast before the transfer: half the bytes.
         whole = form.gather(cast_params(params | fixed, dtype))
         output = bind(whole).outputs(ids, keys, train.remat)
         nats, _ = cross_entropy(output.logits, ids, pad_id)
-        # The sum over devices belongs inside the differentiated function: the gradient of a
-        # replicated parameter is summed by shard_map itself, and averaging it once more outside
-        # would be wrong by the number of devices, which AdamW would hide.
+        # The sum over devices belongs inside the differentiated function: shard_map itself sums the
+        # gradient of a replicated parameter, and averaging it again outside would be wrong by the
+        # number of devices, which AdamW would hide.
         nats, extra, metrics = form.over_devices(
             (nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()})
         )

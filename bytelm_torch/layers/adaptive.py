@@ -21,7 +21,7 @@ from bytelm_torch.layers.resets import segmented_sums
 
 
 class AdaptiveWeights(NamedTuple):
-    """The tensors of one adaptive linear, matrices as [in, out]; `down` and `up` None if full.
+    """The tensors of one adaptive linear, matrices [in, out]; the full form has no `down`, `up`.
 
     In the full form `adapt` is [A, O·I] and `adapt_bias` [O·I], in the low-rank form [A, R], [R].
     """
@@ -50,9 +50,9 @@ def adaptive_linear(
 def full_adaptation(
     weights: AdaptiveWeights, x: Float[Tensor, "*n I"], a: Float[Tensor, "*n A"]
 ) -> Float[Tensor, "*n O"]:
-    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix ever exists.
+    """W x + ΔW(a) x as a sum over the A matrices of ΔW: no position's own matrix is materialised.
 
-    The sum is kept in at least float32.
+    The sum is accumulated in at least float32.
     """
     inputs, outputs = weights.base.shape
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -65,7 +65,7 @@ def full_adaptation(
 
     total = (x @ (weights.base + kernel(weights.adapt_bias))).to(wide)
     for share, matrix in zip(a.unbind(-1), weights.adapt.unbind(0), strict=True):
-        # Or the backward pass would keep A results.
+        # Otherwise the backward pass would keep A results.
         total = checkpoint(add, total, share, matrix, use_reentrant=False)
         assert total is not None
     return total.to(x.dtype)
@@ -130,12 +130,12 @@ def extend_running_mean(
     index: int,
     segment_positions: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
-    """The same for T positions that start at `index`, and `sums` with theirs written, in place.
+    """Cached version of `running_mean` for T positions from `index` on; writes `sums` in place.
 
-    `segment_positions` as in `running_mean`, for one position or for T from 0. `sums[:, t]` holds
-    the sum over the first t positions, or those of them in the segment of the last, in at least
-    float32; S is one more than the positions there is room for. Being stored by position, entries
-    past `index` may hold anything.
+    `segment_positions` as in `running_mean`, for one position, or for T positions from 0 on.
+    `sums[:, t]` holds the sum over the first t positions, restricted to the segment of the last of
+    them, in at least float32; S is the capacity in positions plus 1. Since sums are stored by
+    position, entries past `index` may hold anything.
     """
     before = sums[:, index : index + 1]
     if segment_positions is None:
@@ -154,7 +154,7 @@ def extend_running_mean(
 
 
 def _counts(start: int, sums: Tensor) -> Tensor:
-    """[T, 1]: how many positions each mean is over."""
+    """[T, 1]: the number of positions in each mean."""
     stop = start + 1 + sums.shape[1]
     return torch.arange(start + 1, stop, dtype=sums.dtype, device=sums.device)[:, None]
 
@@ -196,7 +196,7 @@ class TokenMixing(nn.Module):
         index: int,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"] | None]:
-        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
+        """Cached version of `forward`: one position at `index`, or T positions from 0 on.
 
         Also gives the new past.
         """

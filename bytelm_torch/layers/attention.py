@@ -48,8 +48,8 @@ def multi_query_attention(
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` are the same for all of the batch, or have its axes. Scores and softmax are in
-    at least float32. Every query must see at least one key.
+    `mask` and `bias` may have a batch axis or not. Scores and softmax are in at least float32.
+    Every query must see at least one key.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("...thk,...sk->...hts", q, k).to(wide) * q.shape[-1] ** -0.5
@@ -91,7 +91,7 @@ class MultiQueryAttention(nn.Module):
         index: int,
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """The same for T positions that start at `index`, with the past taken from `cache`.
+        """Cached version of `forward`: T positions from `index` on attend to `cache`.
 
         The cache's tensors are written in place, and returned.
         """

@@ -47,7 +47,7 @@ class CrossAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B N M D"], KeyValueCache]:
         """The M queries of each patch attend to exactly the bytes of that patch.
 
-        `patch_of` is N for a byte of no patch. Also gives keys and values, [B, T, G, K].
+        `patch_of` is N for a byte without a patch. Also gives keys and values, [B, T, G, K].
         """
         count, cache = queries.shape[1], self.keys_values(states)
         keys, values = cache

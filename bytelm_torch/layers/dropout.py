@@ -1,4 +1,4 @@
-"""Dropout. JAX draws its bits per global row from explicit keys; torch from its own generator."""
+"""Dropout. JAX draws its bits per global row from explicit keys, torch from its own generator."""
 
 import torch.nn.functional as F
 from jaxtyping import Float

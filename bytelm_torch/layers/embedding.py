@@ -14,8 +14,8 @@ from bytelm_torch.layers.ids import as_ids
 class ByteEmbedding(nn.Embedding):
     """A table [V, D] looked up by id.
 
-    `init_std` is the deviation of a normal initialisation; a function that fills the weight may
-    stand in its place.
+    `init_std` is the standard deviation of a normal initialisation, or a function that fills the
+    weight.
     """
 
     def __init__(self, size: int, dim: int, init_std: float | Callable[[Tensor], Tensor]):

@@ -1,9 +1,10 @@
 """Mixture of adaptive-linear experts: all of them, weighted, or the best few for each position.
 
-Sparse dispatch sorts (position, expert) pairs by expert and runs each expert on its own: no
-capacity, so no position is ever dropped. A run is cut into tiles of equal size, the last one filled
-up: matrix libraries pick their order of summation by the number of rows, so that products of whole
-runs would let the routing of later bytes or other rows change a position in its last digits.
+Sparse dispatch sorts (position, expert) pairs by expert and runs each expert separately. There is
+no capacity limit, so no position is ever dropped. A run is cut into tiles of equal size, the last
+one padded: matrix libraries choose their order of summation by the number of rows, so that with
+products of whole runs the routing of later bytes or other rows would change the last digits of a
+position.
 
 Axes: B batch, T positions, N = B·T, M = N·k pairs, D width, A adaptation width, R rank, E experts.
 """
@@ -85,11 +86,11 @@ class AdaptiveExperts(nn.Module):
         return (gates[..., None] * pairs).sum(dim=1).to(x.dtype)
 
     def _run(self, expert: int, x: Tensor, a: Tensor, rows: Tensor) -> Tensor:
-        """[m, D]: what the expert makes of the given rows, tile by tile."""
+        """The expert's output [m, D] for the given rows, tile by tile."""
         if not len(rows):
             return x[:0]
         weights, spare = self._weights(expert), -len(rows) % _TILE
-        tiles = F.pad(rows, (0, spare)).split(_TILE)  # filled up with row 0, and cut again
+        tiles = F.pad(rows, (0, spare)).split(_TILE)  # padded with row 0, and cut off again
         outputs = [adaptive_linear(weights, x[tile][None], a[tile][None])[0] for tile in tiles]
         return torch.cat(outputs)[: len(rows)]
 
@@ -154,7 +155,7 @@ def choose_experts(
     probabilities: Float[Tensor, "B T E"], top_k: int
 ) -> tuple[Int[Tensor, "B T k"], Float[Tensor, "B T k"], Float[Tensor, "B T E"]]:
     """(experts by decreasing gate, their normalised gates, each expert's share of the pairs)."""
-    # A stable sort, because topk leaves the order of equal gates open.
+    # A stable sort, because topk leaves the order of equal gates undefined.
     order = torch.argsort(probabilities, dim=-1, descending=True, stable=True)
     chosen = order[..., :top_k]
     hot = F.one_hot(chosen, probabilities.shape[-1]).to(probabilities.dtype)

@@ -26,10 +26,9 @@ def grouped_attention(
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
-    Heads gR … gR + R − 1 use key head g. J is K but where `guide` has added features.
-    The axes of `mask` before S are those of q, or 1; leading
-    ones may be missing.
-    Every query must see at least one key.
+    Heads gR … gR + R − 1 use key head g. J is K unless `guide` has added features. The axes of
+    `mask` before S are those of q, or 1; leading ones may be missing. Every query must see at least
+    one key.
     """
     groups, wide = k.shape[-2], torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(-2, (groups, -1))
@@ -149,7 +148,7 @@ class GroupedAttention(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """The same for the position `index` of all rows, with the past taken from `cache`.
+        """Cached version of `forward` for one position `index` of all rows.
 
         The cache's tensors are written in place, and returned.
         """
@@ -172,7 +171,7 @@ class GroupedAttention(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for a different position in each row, without a window.
+        """Cached version of `forward` for a different position in each row, without a window.
 
         Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
         which rows they are written.

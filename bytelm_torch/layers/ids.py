@@ -1,4 +1,4 @@
-"""Ids of any integer dtype, made int64 before anything is computed with them.
+"""Ids of any integer dtype, converted to int64 before anything is computed with them.
 
 In a narrower dtype special ids do not fit and wrap silently: as uint8, a pad of 257 is the byte 1.
 """
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def as_ids(ids: Shaped[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
-    """`ids` as int64; int32, which holds every id and indexes a table as well, stays as it is.
+    """`ids` as int64; int32, which holds every id and can index a table as well, stays unchanged.
 
-    Raises `ValueError` for a dtype that is not an integer, bool included.
+    Raises `ValueError` for a dtype that is not an integer, including bool.
     """
     kind = ids.dtype
     if kind in (torch.int64, torch.int32):
@@ -23,10 +23,10 @@ def as_ids(ids: Shaped[Tensor, "*batch"]) -> Int[Tensor, "*batch"]:
 
 
 def check_ids(ids: Shaped[Tensor, "*batch"], size: int) -> Int[Tensor, "B T"]:
-    """`as_ids`, which raises `ValueError` also for another shape and for an id outside [0, size).
+    """`as_ids` with checks: raises `ValueError` for other shapes and ids outside [0, size).
 
-    On an accelerator the look would stall the device at every call; there the embedding's own
-    device assertion catches the same fault.
+    On an accelerator reading the values would stall the device at every call; there the embedding's
+    own device assertion catches the same fault.
     """
     if ids.ndim != 2:
         raise ValueError(f"ids: shape {tuple(ids.shape)}; give rows of ids, [B, T]")

@@ -1,4 +1,4 @@
-"""Initialisation by fan-in, as the Byte Latent Transformer does it."""
+"""Initialisation by fan-in, as in the Byte Latent Transformer."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,6 @@ from torch import Tensor, nn
 
 
 def fan_in_normal(fan_in: int) -> Callable[[Tensor], Tensor]:
-    """Fills with normal numbers, σ = fan_in^-0.5, cut at ±3σ (σ being that before the cut)."""
+    """Fills with normal numbers, σ = fan_in^-0.5, truncated at ±3σ (σ before the truncation)."""
     std = fan_in**-0.5
     return lambda weight: nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class LogitsLinear(nn.Linear):
-    """A linear whose results are in at least float32, under autocast and with 16-bit weights too.
+    """A linear layer with results in at least float32, also under autocast and with 16-bit weights.
 
-    There its products are those of float32, since torch has none of 16 bits that are not rounded on
-    every device.
+    In these cases its products are float32, since torch has no 16-bit products with unrounded
+    results on every device.
     """
 
     def forward(self, input: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:

@@ -2,12 +2,13 @@
 
 Axes: B batch, T positions, K taps, D channels, C positions per chunk, M blocks.
 
-Exactly causal: one Fourier transform over the sequence would be causal in exact arithmetic only,
-its rounding errors reach every output. Here a chunk mixes within itself by a triangular product,
-whose zeros are exact, and a transform reads finished blocks only and is cut to what comes after
-them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, … positions hand their
-sums to the block that follows, until a block is longer than the filter. Where the text falls into
-segments, a transform would carry one into the next: there the plain sum is taken, tap by tap.
+Exactly causal: one Fourier transform over the whole sequence would be causal in exact arithmetic
+only, because its rounding errors reach every output. Here a chunk mixes within itself by a
+triangular product, whose zeros are exact, and a transform reads finished blocks only and is cut to
+what comes after them (relaxed multiplication, van der Hoeven 2002): blocks of C, 2C, 4C, …
+positions add their sums to the block that follows, until a block is longer than the filter. Where
+the text consists of segments, a transform would carry one into the next: there the plain sum is
+computed, tap by tap.
 """
 
 import torch
@@ -58,9 +59,9 @@ def _within_chunks(rows: Tensor, kernel: Tensor, chunk: int) -> Tensor:
 
 
 def toeplitz(kernel: Float[Tensor, "D K"], chunk: int) -> Float[Tensor, "D {chunk} {chunk}"]:
-    """[d, s, t] = kernel[d, t − s], and 0 where t < s or the filter has ended.
+    """[d, s, t] = kernel[d, t − s], and 0 outside the filter.
 
-    By tiling and cutting, which a row of odd length shifts by one step a row.
+    Built by tiling and cutting, which shifts rows of odd length by one step per row.
     """
     dim, period = kernel.shape[0], 2 * chunk
     taps = kernel[:, :chunk]
@@ -115,7 +116,7 @@ def segmented_convolution(
         some = kernel[first : first + _TAPS]
         start = reach - first - len(some) + 1
         near = padded[:, start : start + length + len(some) - 1]
-        # Or the backward pass would keep each tap's masked input.
+        # Otherwise the backward pass would keep each tap's masked input.
         total = checkpoint(add, total, near, some, first, use_reentrant=False)
         assert total is not None
     return total.to(x.dtype)
@@ -146,7 +147,7 @@ class LongConvolution(nn.Module):
         index: int,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
-        """The same for one position at `index`, or for T positions from 0, and the new past.
+        """Cached version of `forward`: one position at `index`, or T positions from 0 on.
 
         One position is the plain sum over the filter's length, whatever the context. `past` is
         written in place, and returned.

@@ -121,7 +121,7 @@ def scope_of(layout: Layout) -> Scope:
 
 
 def take_once(x: Float[Tensor, "B S D"], index: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """`x[b, index[b, t]]`, no two indices of a row being equal."""
+    """`x[b, index[b, t]]`, where no two indices of a row are equal."""
     return x.take_along_dim(index[..., None], dim=1)
 
 

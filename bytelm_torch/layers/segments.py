@@ -30,7 +30,7 @@ def segment_max(
 ) -> Float[Tensor, "B {count} F"]:
     """Maximum over the bytes of each patch; 0 for a patch without bytes.
 
-    Bytes that share a maximum share its gradient in equal parts.
+    Bytes that share a maximum share its gradient equally.
     """
     start = x.new_zeros((x.shape[0], count + 1, x.shape[2]))
     index = patch_of[..., None].expand_as(x)

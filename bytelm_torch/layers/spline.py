@@ -32,7 +32,9 @@ def spline_activation(
 ) -> Float[Tensor, "*batch F"]:
     """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    position = (wide + EDGE) * (INTERVALS / (2 * EDGE)) + 1  # of B_0's middle: 0, of B_1's: 1, …
+    position = (wide + EDGE) * (
+        INTERVALS / (2 * EDGE)
+    ) + 1  # 0 at the middle of B_0, 1 at that of B_1, …
     out = gain.to(wide.dtype) * F.silu(wide)
     for i in range(SPLINE_BASES):
         out = out + coefficients[:, i].to(wide.dtype) * bump(position - i)

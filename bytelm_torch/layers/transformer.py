@@ -60,7 +60,7 @@ class TransformerLayer(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for the position `index`; also gives the new cache."""
+        """Cached version of `forward` for the position `index`; also gives the new cache."""
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
@@ -74,7 +74,7 @@ class TransformerLayer(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for a different position in each row.
+        """Cached version of `forward` for a different position in each row.
 
         Also gives the new key and value [B, G, K].
         """
@@ -119,7 +119,7 @@ class Transformer(nn.Module):
         patch_entropy: Float[Tensor, "B T"] | None = None,
         segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
-        """Also gives every layer's keys and values, [B, T, G, K]."""
+        """The output, and every layer's keys and values, [B, T, G, K]."""
         rope, written = self.rope(positions_in(x.shape[1], segment_starts, x.device), x.dtype), []
         for layer in self.layers:
             if remat:
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `__call__` for the position `index`; also gives the new caches."""
+        """Cached version of `forward` for the position `index`; also gives the new caches."""
         rope, written = self.rope(position_in(index, segment_starts, x.device), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         patch_entropy: Float[Tensor, "B 1"] | None = None,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `__call__` for a different position in each row.
+        """Cached version of `forward` for a different position in each row.
 
         Also gives the new keys and values [B, G, K].
         """

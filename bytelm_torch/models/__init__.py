@@ -60,7 +60,7 @@ def build_abstract(config: ModelConfig) -> Model:
 def name_parameters(model: nn.Module) -> None:
     """Writes into each parameter's `bytelm_path` its dotted name in the JAX twin.
 
-    A copy of a parameter, and one that was assigned, has lost it.
+    Copying or assigning a parameter loses it.
     """
     for name, path in parameter_paths(model).items():
         model.get_parameter(name).bytelm_path = path  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,8 +1,8 @@
-"""Byte Latent Transformer: a latent transformer over patches of bytes whose length varies.
+"""Byte Latent Transformer: a latent transformer over patches of varying numbers of bytes.
 
-Pagnoni et al. 2024 (arXiv 2412.09871). Axes: B batch, T bytes, N patches, M vectors a patch (W
-together), G key heads, K head width, D width, V vocabulary.
-The mirror of `bytelm_jax/models/blt.py`, which says where this differs from the published form.
+Pagnoni et al. 2024 (arXiv 2412.09871). Axes: B batch, T bytes, N patches, M vectors per patch (W
+together), G key heads, K head width, D width, V vocabulary. The mirror of
+`bytelm_jax/models/blt.py`, which lists the differences from the published form.
 """
 
 import torch
@@ -56,12 +56,12 @@ class BLT(PatchedModel, nn.Module):
         remat: bool = False,
         starts: Bool[Tensor, "B S"] | None = None,
     ) -> ModelOutput:
-        """As `forward`, with the metrics `patch_length` (mean, bytes) and `patch_overflow`.
+        """Logits as from `forward`; metrics `patch_length` (mean, bytes) and `patch_overflow`.
 
         A model that reads histograms adds `histogram_entropy` (mean, bits).
 
-        `starts`, S = T + 1, takes the place of the patcher: whether a patch starts at each position
-        of s and at the byte still to come (`patching.starts_from_lengths` makes it from lengths).
+        `starts`, S = T + 1, replaces the patcher: whether a patch starts at each position of s and
+        at the byte still to come (`patching.starts_from_lengths` computes it from lengths).
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)
@@ -115,7 +115,7 @@ class BLT(PatchedModel, nn.Module):
             return entropy(self.patcher.predict(shifted, segment_starts))
 
     def train(self, mode: bool = True) -> "BLT":
-        """As in torch, but the frozen entropy model stays in evaluation."""
+        """As in torch, but the frozen entropy model stays in evaluation mode."""
         super().train(mode)
         if self.config.patcher == "entropy":
             self.patcher.eval()

@@ -1,8 +1,8 @@
 """Cached decoding of the Byte Latent Transformer, for the methods of `models.blt.BLT`.
 
-One round is one byte, and the global transformer runs where a patch ends in some row. Axes: B
-batch, T bytes, L positions and N patches of a cache, M vectors a patch, G key heads, K head width,
-D width, V vocabulary. `segment_start` holds where each row's segment begins, None where all is one
+One round is one byte, and the global transformer runs when a patch ends in some row. Axes: B batch,
+T bytes, L positions and N patches of a cache, M vectors per patch, G key heads, K head width, D
+width, V vocabulary. `segment_start` holds the start of each row's segment, None if the row is one
 text. The mirror of `bytelm_jax/models/blt_decoding.py`.
 """
 
@@ -34,11 +34,10 @@ if TYPE_CHECKING:
 
 
 class BLTCache(NamedTuple):
-    """What cached decoding keeps, by position in s or by patch, so that a round may be run again.
+    """The state of cached decoding, by position in s or by patch, so that a round can be repeated.
 
-    L positions, N patches. Whatever a prefill wrote past the true prompt is written once more by
-    the round of its position, or of its patch, before anything reads it. The tensors are written
-    in place.
+    L positions, N patches. Anything that a prefill wrote past the true prompt is overwritten by the
+    round of its position, or of its patch, before it is read. The tensors are written in place.
     """
 
     ids: Int[Tensor, "B L"]
@@ -177,9 +176,9 @@ def _mark(
     index: int,
     segment_start: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Writes the patch of the byte to come; whether a patch ends here, and its number.
+    """Writes the patch of the next byte; gives whether a patch ends here, and its number.
 
-    And, where texts start over, the number of the segment's first patch.
+    Also gives the number of the segment's first patch, if the model resets.
     """
     c, capacity = model.config, cache.memory[0].keys.shape[1]
     entropies = summed = None
@@ -234,7 +233,7 @@ def _newest(cache: BLTCache, newest: Tensor, first: Tensor | None) -> Caches:
     newest_caches = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
     if first is None:
         return tuple(newest_caches)
-    # A segment that began past the budget has no patch of its own.
+    # A segment that starts past the budget has no patch of its own.
     past = (first >= cache.memory[0].keys.shape[1])[:, None, None, None]
     return tuple(
         KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in newest_caches

@@ -21,7 +21,7 @@ from bytelm_torch.layers.transformer import Caches, Transformer, position_in, po
 
 
 def bias_free(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
-    """A Linear without bias, initialised by fan-in."""
+    """A linear layer without bias, initialised by fan-in."""
     linear = kind(inputs, outputs, bias=False)
     fan_in_normal(inputs)(linear.weight)
     return linear
@@ -111,8 +111,7 @@ class Decoder(nn.Module):
         index: int,
         segment_starts: Int[Tensor, " B"] | None = None,
     ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `__call__` at `index`; `memory` holds one patch per row, [B, M, G,
-        K]."""
+        """Cached version of `forward` at `index`; `memory` is one patch per row, [B, M, G, K]."""
         rope = self.transformer.rope(position_in(index, segment_starts, x.device), x.dtype)
         written = []
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):

@@ -54,7 +54,7 @@ class EntropyModel(PatchedModel, nn.Module):
         return self.outputs(ids, remat).logits
 
     def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
-        """As `forward`; the one metric is `entropy`, the mean over the row in nats."""
+        """Logits as from `forward`, and the metric `entropy`, the mean over the row in nats."""
         ids = check_ids(ids, self.config.vocab.size)
         segment_starts = segment_starts_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
@@ -191,10 +191,10 @@ def write_segment_start(
     segment_starts: Int[Tensor, "B M"],
     config: BLTConfig | EntropyConfig,
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"] | None]:
-    """s_index and where each row's segment begins, None if all is one text; writes
-    `segment_starts`.
+    """Begins round `index`: writes `segment_starts`; gives the byte to feed and the segment start.
 
-    s_index is the byte before, BOS in the first round and where a segment begins.
+    The byte to feed, s_index, is `previous`, or BOS in the first round and where a segment starts.
+    The segment start is None if the model does not reset.
     """
     previous = as_ids(previous)
     bos = torch.full_like(previous, config.vocab.bos_id)

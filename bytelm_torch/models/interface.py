@@ -1,4 +1,4 @@
-"""What training and generation ask of every architecture."""
+"""What training and generation need from every architecture."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ Choose = Callable[[Tensor, int], Tensor]
 
 
 class ModelOutput(NamedTuple):
-    """What `model.outputs(ids, remat)` gives; `model(...)` gives its logits alone.
+    """The result of `model.outputs(ids, remat)`; `model(...)` returns its logits alone.
 
-    Everything but the logits is one value a row, so that data parallelism averages it exactly.
+    Everything but the logits is one value per row, so that data parallelism averages it exactly.
     """
 
     logits: Float[Tensor, "B T V"]

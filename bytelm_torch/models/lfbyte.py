@@ -97,7 +97,7 @@ class LFByteLayer(nn.Module):
         index: int,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
-        """Cached version of `__call__`: one position at `index`, or T positions from 0 on."""
+        """Cached version of `forward`: one position at `index`, or T positions from 0 on."""
         context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
@@ -149,11 +149,11 @@ class LFByteTransformer(PatchedModel, nn.Module):
         return self.outputs(ids, remat).logits
 
     def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
-        """As `forward`; with sparse experts also the balance loss and the load of the experts.
+        """Logits as from `forward`; with sparse experts also their balance loss and load.
 
         The extra loss is `balance_coefficient` times the sum of the layers' balance. Metrics:
         `expert_balance`, the mean over the layers (1 if even); `expert_load_<e>`, expert e's share,
-        likewise; `expert_load_max`, the greatest share in any layer.
+        averaged likewise; `expert_load_max`, the largest share in any layer.
         """
         c = self.config
         ids = check_ids(ids, c.vocab.size)

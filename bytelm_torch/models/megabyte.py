@@ -53,7 +53,7 @@ class Block(nn.Module):
         index: int,
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
-        """Cached version of `__call__`: T positions from `index` on attend to `cache`.
+        """Cached version of `forward`: T positions from `index` on attend to `cache`.
 
         Also gives the new cache.
         """
@@ -87,7 +87,7 @@ class Transformer(nn.Module):
         index: int,
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], tuple[KeyValueCache, ...]]:
-        """Cached version of `__call__`: T positions from `index` on attend to `caches`.
+        """Cached version of `forward`: T positions from `index` on attend to `caches`.
 
         Also gives the new caches.
         """
@@ -141,14 +141,14 @@ class Megabyte(PatchedModel, nn.Module):
 
         `ids` may have any integer dtype; one outside the vocabulary raises `ValueError`. `remat`
         recomputes the blocks in the backward pass instead of keeping their activations. In training
-        mode dropout is on, and resets find the room of `reset_room`.
+        mode dropout is on, and resets are limited by `reset_room`.
         """
         return self.outputs(ids, remat).logits
 
     def outputs(self, ids: Integer[Tensor, "B T"], remat: bool = False) -> ModelOutput:
-        """As `forward`, and no further loss.
+        """Logits as from `forward`, and no further loss.
 
-        With resets the metric `reset_overflow` counts those that found no room.
+        With resets the metric `reset_overflow` counts those that were skipped for lack of capacity.
         """
         ids = check_ids(ids, self.config.vocab.size)
         self.check_length(ids.shape[1])
@@ -263,8 +263,7 @@ class Megabyte(PatchedModel, nn.Module):
     def global_input_at(
         self, previous: Int[Tensor, "B N P"], segment_positions: Int[Tensor, "B N"], count: int
     ) -> Float[Tensor, "B N W"]:
-        """Embeds preceding patches; `numbers` are their numbers in their segments, below
-        `count`."""
+        """Embeds preceding patches, of these `numbers` in their segments, all below `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
         embedded = self.global_embed(previous).flatten(-2)

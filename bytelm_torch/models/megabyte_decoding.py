@@ -1,9 +1,9 @@
 """Cached decoding of MEGABYTE, for the methods of `models.megabyte.Megabyte`.
 
-One round is one patch, and the global transformer runs once a round. With `reset_on` a round is one
-byte, and the global transformer runs where a patch begins in some row. Axes: B batch, T bytes, L
-positions of a cache, P bytes per patch, D width, K head width, V vocabulary.
-The mirror of `bytelm_jax/models/megabyte_decoding.py`.
+One round is one patch, and the global transformer runs once per round. With `reset_on` a round is
+one byte, and the global transformer runs when a patch starts in some row. Axes: B batch, T bytes, L
+positions of a cache, P bytes per patch, D width, K head width, V vocabulary. The mirror of
+`bytelm_jax/models/megabyte_decoding.py`.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -160,7 +160,7 @@ def _decode_byte(
     share = cache.shares[:, index : index + 1]
     first = is_segment_start if c.variant == "in_action" else offset == 0
     hidden = model.local_input(torch.where(first[:, None], pad, previous)) + share
-    near = tuple(  # views: what is written there is written in the cache
+    near = tuple(  # views: writing to them writes to the cache
         KeyValueCache(*(buffer[:, index : index + c.patch_size] for buffer in buffers))
         for buffers in cache.local
     )

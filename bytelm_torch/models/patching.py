@@ -1,8 +1,8 @@
-"""Patch boundaries: pure functions of static shape, in a whole-text form and one byte at a time.
+"""Patch boundaries: pure functions of static shape, for whole texts and for one byte at a time.
 
-The mirror of `bytelm_jax/models/patching.py`, which explains the rules.
-Axes: B batch, T bytes, S = T + 1 bytes and the one still to come, N patches. Where texts start
-anew, `segment_starts` [B, T] holds the first position of each position's segment.
+The mirror of `bytelm_jax/models/patching.py`, which explains the rules. Axes: B batch, T bytes, S =
+T + 1 bytes and the one still to come, N patches. For a model that resets, `segment_starts` [B, T]
+holds the first position of each position's segment.
 """
 
 import math

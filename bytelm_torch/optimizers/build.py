@@ -32,7 +32,7 @@ from bytelm_torch.optimizers.q_learning import EnhancedSGD, q_learning
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
     """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
 
-    The first step has learning_rate / warmup_steps and the last step of warm-up the full rate;
+    The first step has learning_rate / warmup_steps and the last step of the warm-up the full rate;
     from step `steps` on the rate stays at learning_rate · final_fraction.
     """
     warmup, floor = config.warmup_steps, config.final_fraction
@@ -54,7 +54,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Float[Tensor, ""]:
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """grad · min(1, max_norm / ‖grad‖) in place; `max_norm=0` leaves it alone."""
+    """grad · min(1, max_norm / ‖grad‖) in place; `max_norm=0` leaves it unchanged."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if max_norm == 0 or not gradients:
         return
@@ -75,10 +75,10 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer that `config` names; the caller sets each group's `lr` from the schedule.
 
-    Those with an agent clip by themselves and want `step(loss=...)`; `seed` is that of the agent's
-    choices. For the others the caller clips. `q_learning_sgd` raises `ValueError` for parameters
-    without the names that `build_model` and `from_pretrained` give them. What the model's
-    configuration freezes is left out.
+    Optimizers with an agent clip by themselves and need `step(loss=...)`; `seed` is that of the
+    agent's choices. For the others the caller clips. `q_learning_sgd` raises `ValueError` for
+    parameters without the names that `build_model` and `from_pretrained` give them. Parameters that
+    the model's configuration freezes are excluded.
     """
     return BUILDERS[config.name](config, model, seed)
 
@@ -92,7 +92,7 @@ def _adamw(config: AdamWConfig, model: nn.Module, seed: int) -> torch.optim.Opti
 
 
 def _sgd(config: SGDConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """Heavy-ball momentum, the decay added to the gradient."""
+    """Heavy-ball momentum with the decay added to the gradient."""
     del seed
     groups = _groups(_trained(model), config.weight_decay)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
@@ -135,7 +135,7 @@ def _lion(config: LionConfig, model: nn.Module, seed: int) -> torch.optim.Optimi
 
 
 def _muon(config: MuonConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """Muon for the matrices between activations, AdamW at its own rate for all other leaves."""
+    """Muon for the matrices of hidden layers, AdamW at its own rate for all other leaves."""
     del seed
     parameters = _trained(model)
     rest = {name: p for name, p in parameters.items() if not is_hidden_matrix(name)}
@@ -180,7 +180,7 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> Groups:
-    """Two groups: what decays, and norms and biases."""
+    """Two groups: parameters that decay, and norms and biases."""
     return [
         {"params": [p for name, p in parameters.items() if decays(name)]}
         | {"weight_decay": weight_decay},

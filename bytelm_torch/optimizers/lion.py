@@ -11,15 +11,12 @@ from bytelm.config.base import require
 class Lion(torch.optim.Optimizer):
     """The step is −lr · (sign(β₁ m + (1 − β₁) g) + `weight_decay` · p); then m ← β₂ m + (1 − β₂) g.
 
-    Every element moves by the learning rate, so that takes about a tenth of AdamW's, and the weight
-    decay ten times AdamW's.
+    Every element moves by the learning rate, so it should be about a tenth of AdamW's, and the
+    weight decay ten times AdamW's.
 
-    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
-    >>> optimizer = Lion([weight], lr=0.25, weight_decay=0.0)
-    >>> weight.square().sum().backward()
-    >>> optimizer.step()
-    >>> weight.tolist()
-    [0.75, -0.75, 0.0]
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0])) >>> optimizer = Lion([weight],
+    lr=0.25, weight_decay=0.0) >>> weight.square().sum().backward() >>> optimizer.step() >>>
+    weight.tolist() [0.75, -0.75, 0.0]
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Muon for matrices and AdamW for all else, after optax's formulas.
+"""Muon for matrices and AdamW for everything else, with optax's formulas.
 
-Jordan et al. 2024; the scale of an update is that of Liu et al. 2025. `torch.optim.Muon` is another
-optimizer: it iterates in bfloat16 and leaves out the bias correction of Nesterov's momentum.
+Jordan et al. 2024; the scale of an update is that of Liu et al. 2025. `torch.optim.Muon` is a
+different optimizer: it iterates in bfloat16 and omits the bias correction of Nesterov's momentum.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,11 +23,11 @@ class Muon(torch.optim.Optimizer):
     Muon's step is −lr · (s · orthogonalize(m̂) + `weight_decay` · p) where m̂ is the bias-corrected
     Nesterov average of gradients and s = `consistent_rms` · √max(in, out), so that an update has
     about the root mean square of AdamW's, and AdamW's learning rate and weight decay fit. A weight
-    of more than two axes is a stack of matrices, its last two axes those of each.
+    with more than two axes is a stack of matrices, its last two axes being those of each.
 
-    Both kinds of groups take `lr` times their `lr_scale`: a scheduler that sets every group's `lr`
-    keeps a rate of AdamW's own in proportion. `adam_betas` are AdamW's; `epsilon` is added to the
-    norm of a matrix under Muon and to the root of the second moment under AdamW.
+    Both kinds of groups multiply `lr` by their `lr_scale`: a scheduler that sets every group's `lr`
+    keeps a separate rate for AdamW in proportion. `adam_betas` are AdamW's; `epsilon` is added to
+    the norm of a matrix in Muon and to the root of the second moment in AdamW.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"] if group["use_muon"] else []:
                 require(
                     weight.ndim >= 2,
-                    f"params: a weight of shape {tuple(weight.shape)} is no matrix; put it in a "
-                    "group with use_muon=False",
+                    f"params: a weight of shape {tuple(weight.shape)} is not a matrix; put it "
+                    "in a group with use_muon=False",
                 )
 
     @torch.no_grad()

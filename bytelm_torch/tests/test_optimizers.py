@@ -98,7 +98,7 @@ def test_every_group_keeps_its_share_of_a_rate_that_is_set():
 
 def test_what_cannot_work_is_refused():
     weight = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix; put it in a group"):
+    with pytest.raises(ValueError, match=r"shape \(3,\) is not a matrix; put it in a group"):
         Muon([weight])
     with pytest.raises(ValueError, match=r"lr=-1.0: must be at least 0"):
         Lion([weight], lr=-1.0)

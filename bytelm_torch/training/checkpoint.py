@@ -1,6 +1,6 @@
 """Run folders of the trainer: the configuration, and checkpoints.
 
-A checkpoint is an export with the state of the optimizer beside it.
+A checkpoint is an export together with the state of the optimizer.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRAINING_FILE = "training.pt"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that the old or the new content stands there at any moment."""
+    """Writes a file so that at any moment it has either the old or the new content."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write_synced(beside, lambda sink: sink.write(text.encode()))
@@ -67,10 +67,10 @@ def save(
     data: str,
     metrics: dict[str, float] | None,
 ) -> None:
-    """Writes `checkpoints/<step>`, whole or not at all, and removes what need not be kept.
+    """Writes `checkpoints/<step>`, completely or not at all, and removes superseded checkpoints.
 
-    The folder is an export, for `from_pretrained` and `bytelm import`, and beside it
-    `training.pt` holds the optimizer, the identity of the data and the metrics.
+    The folder is an export, for `from_pretrained` and `bytelm import`, in which `training.pt`
+    additionally holds the optimizer, the identity of the data and the metrics.
     """
     folder = run_dir / "checkpoints"
     partial = folder / f".{step}.{os.getpid()}.partial"
@@ -85,7 +85,7 @@ def save(
         os.replace(partial, folder / str(step))
     except OSError as error:
         why = error.strerror or one_line(error)
-        raise ValueError(f"{folder}: cannot be written ({why}); earlier ones are whole") from None
+        raise ValueError(f"{folder}: cannot be written ({why}); earlier ones are intact") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for old in _superseded(run_dir, recipe.train):
@@ -101,26 +101,27 @@ def _superseded(run_dir: Path, train: TrainConfig) -> list[int]:
 
 
 def read_training(run_dir: Path, step: int) -> dict[str, Any]:
-    """What stands beside the export of a checkpoint; no code in it is run."""
+    """The training state stored next to the export of a checkpoint; no code in it is run."""
     file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
-    with errors_about(file, "delete that checkpoint to go on from the one before"):
+    with errors_about(file, "delete that checkpoint to continue from the one before"):
         try:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
             raise
-        except Exception as error:  # damaged files make torch raise nearly anything
+        except Exception as error:  # damaged files make torch raise almost anything
             raise ValueError(f"damaged ({one_line(error, 160)}); delete that folder") from None
         whole = isinstance(state, dict) and {"step", "data", "metrics", "optimizer"} <= set(state)
-        require(whole, "not what training writes; delete that folder")
+        require(whole, "not written by training; delete that folder")
         return state
 
 
 def restore(
     run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Loads checkpoint `step` into `model` and `optimizer`; gives what was stored beside them.
+    """Loads checkpoint `step` into `model` and `optimizer`; returns what was stored with them.
 
-    Raises `ValueError` for what cannot be read, is another optimizer's or is not finite.
+    Raises `ValueError` for files that cannot be read, belong to another optimizer or are not
+    finite.
     """
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)

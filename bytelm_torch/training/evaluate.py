@@ -73,8 +73,8 @@ def evaluate_batches(
 ) -> Evaluation:
     """Sums over this process's `batches` of ids int[B, T] and over all processes.
 
-    Pads are left out, and `end_id` as in `make_row_nats`. Rows are added exactly (`math.fsum`), so
-    neither their order nor the number of processes counts.
+    Pads are excluded, and `end_id` as in `make_row_nats`. Rows are added exactly (`math.fsum`), so
+    neither their order nor the number of processes matters.
     """
     nats: list[float] = []
     count = 0

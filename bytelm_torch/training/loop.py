@@ -3,7 +3,7 @@
     python -m bytelm_torch.train recipe.json --run-dir runs/mine
     torchrun --nproc-per-node 2 -m bytelm_torch.train recipe.json --run-dir runs/mine
 
-The recipe is JSON as in a run folder's `config.json`; what it leaves out has its default. The same
+The recipe is JSON as in a run folder's `config.json`; omitted fields have their defaults. The same
 recipe trains on the same windows in the same order as `bytelm train`.
 """
 
@@ -55,7 +55,7 @@ _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
 
 _LINE_SECONDS = 10.0
-"""At most one progress line in this many seconds."""
+"""At most one progress line per this many seconds."""
 
 
 class Outcome(NamedTuple):
@@ -106,7 +106,7 @@ class Display:
             print(message, file=sys.stderr, flush=True)
 
     def show(self, step: int, record: dict[str, Any]) -> None:
-        """Prints a finished step's rates, if some time has passed since the last."""
+        """Prints a finished step's rates, if enough time has passed since the last line."""
         now = time.monotonic()
         since, begun = self._first = self._first or (step, now)
         if now - self._last > _LINE_SECONDS:
@@ -122,7 +122,7 @@ class Display:
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Makes the folder, or makes sure that it holds this recipe; raises `ValueError` otherwise."""
+    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
     if (run_dir / "config.json").exists():
@@ -131,12 +131,12 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
 
 
 def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
-    """Raises `ValueError` for the first field whose change would make this another run."""
+    """Raises `ValueError` for the first field whose change would make this a different run."""
     pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
     pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
     for part, old, new in pairs:
         before, after = to_dict(old), to_dict(new)
-        for name in before:  # first the architecture, or the optimizer's name: then all others fit
+        for name in before:  # first the architecture, or the optimizer's name: others depend on it
             free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
             if before[name] != after[name] and not free:
                 raise ValueError(
@@ -158,12 +158,12 @@ def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
 
 
 def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome:
-    """Trains `recipe` in `run_dir`, from its latest checkpoint when it holds one.
+    """Trains `recipe` in `run_dir`, continuing from its latest checkpoint if there is one.
 
     `initial` is an export whose parameters a new run starts from. Raises `ValueError` for settings,
-    data or checkpoints that do not fit, and `DivergedError` when the loss was no finite number at
-    `max_bad_steps` steps in a row, each of which was skipped, or at the last ones, and when weights
-    are not finite, which are neither evaluated nor saved.
+    data or checkpoints that do not fit. Raises `DivergedError` if the loss was not finite at
+    `max_bad_steps` steps in a row, each of which was skipped, or at the last steps, and if weights
+    are not finite; such weights are neither evaluated nor saved.
     """
     with parallel.join_group(timeout=recipe.train.step_timeout) as group:
         return _train(recipe, run_dir, initial, group)
@@ -175,9 +175,9 @@ def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) ->
         return build_model(recipe.model).to(group.device)
     model = from_pretrained(initial, device=group.device).float()
     same = model.config == recipe.model
-    require(same, f"initial={initial}: another model than the recipe's; give one of its own")
+    require(same, f"initial={initial}: not the recipe's model; give an export of that model")
     bad = first_non_finite(model.state_dict())
-    require(bad is None, f"initial={initial}: {bad} holds a number too large for float32")
+    require(bad is None, f"initial={initial}: {bad} holds a value too large for float32")
     return model
 
 
@@ -231,8 +231,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         return DivergedError(f"step {step}: {why}; {note}; lower optimizer.learning_rate={rate}")
 
     def stop_on_non_finite(step: int, **trees: Any) -> None:
-        """Ends the run, in all processes alike, as they hold the same: no later step would
-        repair."""
+        """Ends the run, in all processes alike: no later step would repair the weights."""
         name = first_non_finite(trees)
         if name is not None:
             raise diverged(step, f"{name} holds NaN or infinity")
@@ -254,7 +253,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
                     f"{bad} steps in a row",
                 )
             if bad:
-                display.say(f"step {step}: skipped, its loss or gradient norm is not a number")
+                display.say(f"step {step}: skipped because its loss or gradient norm is not finite")
                 continue
             if log and (step % run.log_every == 0 or step == run.steps):
                 values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
@@ -310,8 +309,8 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             if evaluates or saves:
                 drain(0)
                 record = validate(step) if evaluates else None
-                # In the midst of trouble the checkpoint from before it stays the newest, but at the
-                # end, where a validation can show that the weights are good.
+                # While steps are being skipped, the checkpoint from before them stays the newest,
+                # except at the end, where a validation can show that the weights are good.
                 good = not bad or (last and checkpoint.score(record) is not None)
                 if saves and good:
                     save(step, record)
@@ -321,8 +320,8 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
             if not asked:
                 raise diverged(
                     step,
-                    f"the last steps ({bad}) were skipped, for their loss or gradient norm is not "
-                    "finite, so the end of the run is not saved",
+                    f"the last steps ({bad}) were skipped because their loss or gradient norm "
+                    "is not finite, so the end of the run is not saved",
                 )
             save(step, None)
         if log:
@@ -334,7 +333,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
 def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
     """The recipe with fields set by `section.field=value`; values are JSON, or plain text.
 
-    `optimizer.name=NAME` comes first, wherever it stands, since it decides which fields there are.
+    `optimizer.name=NAME` is applied first, wherever it is, since it decides which fields exist.
     Raises `ValueError` for an unknown field and for one that is given twice.
     """
     split = [(change, *change.partition("=")) for change in changes]
@@ -361,7 +360,7 @@ def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
 
 
 def _value(text: str) -> Any:
-    """JSON where it is JSON, else the text itself."""
+    """JSON if it is valid JSON, otherwise the text itself."""
     try:
         return json.loads(text)
     except json.JSONDecodeError:

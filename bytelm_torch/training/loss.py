@@ -11,7 +11,7 @@ from bytelm_torch.layers.ids import as_ids
 def cross_entropy(
     logits: Float[Tensor, "B T V"], ids: Integer[Tensor, "B T"], pad_id: int
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """Summed nats of `ids` under `logits`, and how many ids were counted: all but pads.
+    """Summed nats of `ids` under `logits`, and the number of counted ids: all but pads.
 
     Computed in at least float32. The mean is left to the caller, because devices and micro-batches
     must add nats and counts before they divide.

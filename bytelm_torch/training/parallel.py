@@ -1,8 +1,8 @@
 """Processes: the group that `torchrun` started, and the train step over it.
 
-Models and losses run in one process unchanged. Each process holds one device, a copy of the
-parameters and its share of every batch's rows; gradients and losses are sums over all of them, so
-that the number of processes changes nothing but rounding.
+Models and losses run in one process unchanged. Each process has one device, a copy of the
+parameters and its share of every batch's rows; gradients and losses are sums over all processes, so
+that their number changes nothing but rounding.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ class Group(NamedTuple):
 
 @contextlib.contextmanager
 def join_group(device: str = "auto", timeout: int = 0) -> Iterator[Group]:
-    """The group of this process: what `torchrun` says in the environment, else one process alone.
+    """The group of this process: as set by `torchrun`, otherwise one process alone.
 
     A process that waits for the others for more than `timeout` seconds ends (0: torch's default).
 
-    `device` "auto" is the process's own GPU where there are any, else the CPU. GPUs speak over
-    nccl, CPUs over gloo.
+    `device="auto"` is the process's own GPU if there are any, otherwise the CPU. GPUs communicate
+    over nccl, CPUs over gloo.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,7 +91,7 @@ def compute_dtype(train: TrainConfig, device: torch.device) -> torch.dtype:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> Any:
-    """Products in `dtype` where that is narrower than the parameters, which stay as they are."""
+    """Products in `dtype` if it is narrower than the parameters, which stay unchanged."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is torch.bfloat16)
 
 
@@ -104,13 +104,13 @@ def all_sum(group: Group, values: Tensor) -> Tensor:
 
 
 def wait_for_all(group: Group) -> None:
-    """Returns when every process has come here."""
+    """Returns when every process has arrived here."""
     if group.size > 1:
         dist.barrier()
 
 
 class RowLoss(nn.Module):
-    """Summed nats, summed extra loss and summed metrics of rows; what DDP wraps."""
+    """Summed nats, summed extra loss and summed metrics of rows; the module that DDP wraps."""
 
     def __init__(self, model: Any, pad_id: int, remat: bool):
         super().__init__()
@@ -128,10 +128,10 @@ def make_train_step(
     """`step(count, rows, learning_rate, max_grad_norm, stop) -> metrics`, after `count` steps.
 
     `rows` are this process's ids of the global batch. Metrics: `loss` (nats, mean over all counted
-    ids of the global batch), `grad_norm`, what the model reports, averaged over rows, and `stop`,
-    above 0 when any process asks for it. Gradients of micro-batches are added before they are
-    used. A step whose loss or gradient norm is not a finite number moves nothing. Dropout depends
-    on seed, step and process alone, so a resumed run draws the same.
+    ids of the global batch), `grad_norm`, the model's metrics, averaged over rows, and `stop`,
+    above 0 if any process asks for it. Gradients of micro-batches are added before they are used. A
+    step whose loss or gradient norm is not finite changes no parameter. Dropout depends on seed,
+    step and process alone, so a resumed run draws the same.
     """
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
@@ -143,7 +143,7 @@ def make_train_step(
     def backward(ids: Tensor, count: Tensor) -> dict[str, Tensor]:
         with autocast(group.device, dtype):
             nats, extra, metrics = whole(ids)
-        # DDP averages the gradients of the processes; theirs is a sum.
+        # DDP averages the gradients of the processes, but they should be summed.
         ((nats / count + extra / train.batch_size) * group.size).backward()
         report = {"loss": nats / count, **{k: v / train.batch_size for k, v in metrics.items()}}
         return {name: value.detach() for name, value in report.items()}

@@ -141,7 +141,7 @@ def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict
     if status not in expected:
         wrong += f"status {status}; "
     if fault == "freeze one" and not early and not (
-        status == HUNG and re.search(r"no progress for .*: process [01] \(host .*\) answered", log)
+        status == HUNG and re.search(r"no progress for .*: process [01] \(host .*\) last", log)
     ):  # fmt: skip
         wrong += "the frozen process was not named; "
     newest = whole[-1] if whole else 0
