@@ -52,8 +52,7 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
 
 
 def join_processes(joining: Joining, command: str) -> None:
-    """Joins the processes that the command line describes; the first one reports how many
-    joined."""
+    """Joins the processes that the command line describes; the first one reports their number."""
     if not joining.several:
         processes.check_alone()
         return
@@ -74,8 +73,7 @@ def dry_run(recipe: Recipe, asked: DryRun) -> int:
 
 
 def _with_epochs(recipe: Recipe, epochs: float) -> Recipe:
-    """The recipe with the number of steps, rounded up, that shows each training window `epochs`
-    times."""
+    """The recipe with the steps, rounded up, that show each training window `epochs` times."""
     windows, _, _ = open_windows(recipe)
     steps = max(1, math.ceil(epochs * len(windows) / recipe.train.batch_size))
     return replace(recipe, train=replace(recipe.train, steps=steps))

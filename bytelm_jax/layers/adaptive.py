@@ -209,7 +209,7 @@ class TokenMixing(nnx.Module):
         index: int | Int[Array, ""],
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
-        """Cached version of `forward`: one position at `index`, or T positions from 0 on.
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
 
         Also gives the new past.
         """

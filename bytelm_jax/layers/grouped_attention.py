@@ -198,7 +198,7 @@ class GroupedAttention(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for a different position in each row, without a window.
+        """Cached version of `__call__` for a different position in each row, without a window.
 
         Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
         which rows they are written.

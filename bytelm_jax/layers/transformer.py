@@ -62,7 +62,7 @@ class TransformerLayer(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for the position `index`; also gives the new cache."""
+        """Cached version of `__call__` for the position `index`; also gives the new cache."""
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
@@ -76,7 +76,7 @@ class TransformerLayer(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for a different position in each row.
+        """Cached version of `__call__` for a different position in each row.
 
         Also gives the new key and value [B, G, K].
         """
@@ -138,7 +138,7 @@ class Transformer(nnx.Module):
         index: Int[Array, ""],
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Cached version of `forward` for the position `index`; also gives the new caches."""
+        """Cached version of `__call__` for the position `index`; also gives the new caches."""
         rope, written = self.rope(position_in(index, segment_starts), x.dtype), []
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)
@@ -153,7 +153,7 @@ class Transformer(nnx.Module):
         patch_entropy: Float[Array, "B 1"] | None = None,
         segment_starts: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Cached version of `forward` for a different position in each row.
+        """Cached version of `__call__` for a different position in each row.
 
         Also gives the new keys and values [B, G, K].
         """

@@ -102,7 +102,7 @@ class LFByteLayer(nnx.Module):
         index: int | Int[Array, ""],
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Cached version of `forward`: one position at `index`, or T positions from 0 on."""
+        """Cached version of `__call__`: one position at `index`, or T positions from 0 on."""
         context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)

@@ -72,7 +72,7 @@ class Block(nnx.Module):
         index: int | Int[Array, ""],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
-        """Cached version of `forward`: T positions from `index` on attend to `cache`.
+        """Cached version of `__call__`: T positions from `index` on attend to `cache`.
 
         Also gives the new cache.
         """
@@ -118,7 +118,7 @@ class Transformer(nnx.Module):
         index: int | Int[Array, ""],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...]]:
-        """Cached version of `forward`: T positions from `index` on attend to `caches`.
+        """Cached version of `__call__`: T positions from `index` on attend to `caches`.
 
         Also gives the new caches.
         """
