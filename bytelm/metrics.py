@@ -59,9 +59,9 @@ class MetricsLog:
         """
         if path.is_file():
             lines = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
-            beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            beside.write_text("".join(line + "\n" for line in lines), "utf-8")
-            os.replace(beside, path)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_text("".join(line + "\n" for line in lines), "utf-8")
+            os.replace(temporary, path)
         self.path = path
         self._trackers = trackers
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)

@@ -32,7 +32,7 @@ def find_export(folder: Path, checkpoint: str | int = "latest") -> Path | None:
     """
     if not is_run(folder):
         known = checkpoint == "latest"
-        require(known, f"checkpoint={checkpoint}: {folder} is no run folder; leave it out")
+        require(known, f"checkpoint={checkpoint}: {folder} is not a run folder; leave it out")
         return folder
     steps = saved_steps(folder)
     require(bool(steps), f"{folder}/checkpoints: no checkpoint there; train first")

@@ -1,6 +1,6 @@
 """The checker of annotations that conftest.py hooks into every import: beartype, once a signature.
 
-A function inside another is defined anew at every call, and making its checks takes beartype
+A function inside another is defined at every call, and making its checks takes beartype
 longer than most of our functions run. What is made depends on nothing but the signature.
 """
 

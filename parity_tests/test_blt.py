@@ -166,7 +166,7 @@ def test_every_gradient_equals_torch(name, x64):
         if key.startswith(config.frozen_prefixes):
             assert parameter.grad is None and (converted[key] == 0).all(), key
             continue
-        # One vector a patch, or one byte, leaves a softmax nothing to weigh.
+        # One vector per patch, or one byte, leaves a softmax nothing to weigh.
         assert name in ("space", "byte") or np.abs(converted[key]).max() > 0, f"{key} takes no part"
         assert relative(converted[key], parameter.grad) <= GRADIENTS["float64"], key
 

@@ -170,7 +170,7 @@ def test_every_gradient_equals_torch(name, x64):
     converted = to_torch(gradients)
     for key, parameter in twin.named_parameters():
         if not key.startswith(config.frozen_prefixes):
-            # One vector a patch leaves a softmax nothing to weigh.
+            # One vector per patch leaves a softmax nothing to weigh.
             assert name == "bytropix" or np.abs(converted[key]).max() > 0, f"{key} takes no part"
             assert relative(converted[key], parameter.grad) <= GRADIENTS["float64"], key
 
@@ -369,7 +369,7 @@ def test_greedy_bytes_are_those_of_whole_passes(name, x64):
 
 
 def test_room_for_lines():
-    """Two patches a line of 16 bytes more than without resets, where no budget is given."""
+    """Two patches per line of 16 bytes more than without resets, where no budget is given."""
     for patcher in ("space", "fixed"):
         config = dataclasses.replace(TINY, patcher=patcher, patch_budget=0.0, patch_size=6)
         more = resetting(config).budget(4800) - config.budget(4800)

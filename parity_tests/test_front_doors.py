@@ -210,7 +210,7 @@ def test_a_run_of_torch_opens_in_both(torch_run):
         with pytest.raises(ValueError, match=r"checkpoint=4: choose latest, best or one of"):
             package.from_pretrained(torch_run, checkpoint=4)
         export = torch_run / "checkpoints" / "3"
-        with pytest.raises(ValueError, match=r"checkpoint=best: .* is no run folder"):
+        with pytest.raises(ValueError, match=r"checkpoint=best: .* is not a run folder"):
             package.from_pretrained(export, checkpoint="best")
 
 

@@ -27,7 +27,7 @@ def test_layers_logits_loss_gradients_and_generation(variant, dtype):
     ids[1, 7:] = config.vocab.pad_id  # a ragged row
     report = compare_twins(config, params, twin, ids, dtype)
     assert report.passed, report.text
-    # One line a layer call, logits, loss, one line a parameter: nothing was left out.
+    # One line per layer call, logits, loss, one line per parameter: nothing was left out.
     gradients = [line for line in report.lines if "gradient of" in line]
     assert len(gradients) == len(params)
     layers = [line for line in report.lines if "transformer.layers." in line]

@@ -48,7 +48,7 @@ def zeros(optimizer, init, template):
 
 
 class Package:
-    """One package's command on `RECIPE`, its step replaced by one that goes wrong as told.
+    """One package's command on `RECIPE`, its step replaced by one that fails on request.
 
     `skipped` steps have no finite loss; from step `spoiled` on, the weights are not finite;
     `validations` are the bits per byte that one evaluation after another gives.

@@ -1,4 +1,4 @@
-"""Real processes over loopback: their run is the run of one device, stopped and gone on with."""
+"""Real processes over loopback: their run equals that of one device, also when resumed."""
 
 import os
 import re
@@ -102,7 +102,7 @@ def test_eight_devices_of_one_process_train_as_one(one_device, text, tmp_path):
 
 
 def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, text, tmp_path):
-    """SIGTERM to the second: both save the same step, and the same command goes on.
+    """SIGTERM to the second: both save the same step, and the same command continues.
 
     Parameters are cut over groups of devices that reach across both processes.
     """

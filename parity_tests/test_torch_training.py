@@ -237,7 +237,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
             losses.append(float(step(0, rows, 0.0, 0.0, False)["loss"]))
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert losses[0] != losses[1]
-        # A weight that is no number makes a loss that is none: nothing else moves then.
+        # A NaN weight makes a non-finite loss: nothing else moves then.
         mover = torch.optim.AdamW(model.parameters())
         step = parallel.make_train_step(model, mover, settings, 257, group)
         with torch.no_grad():

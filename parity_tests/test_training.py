@@ -267,7 +267,7 @@ def test_configs_survive_json():
         assert from_dict(type(config), json.loads(json.dumps(to_dict(config)))) == config
 
 
-if __name__ == "__main__":  # python -m parity_tests.test_training records the list anew
+if __name__ == "__main__":  # python -m parity_tests.test_training records the list again
     versions = {
         name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
     }

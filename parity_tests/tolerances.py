@@ -30,7 +30,7 @@ AFTER_200_STEPS = 1e-8
 """Parameters after 200 optimizer steps in float64, same bytes."""
 
 BF16_MEAN_KL = 1e-3
-"""Mean KL divergence (nats a byte) of bfloat16 logits from float32 logits."""
+"""Mean KL divergence (nats per byte) of bfloat16 logits from float32 logits."""
 
 BF16_TOP1 = 0.99
 """Least share of positions at which bfloat16 and float32 agree on the likeliest byte."""
@@ -45,4 +45,4 @@ BF16_LOSS = 1e-2
 """The loss under torch's autocast to bfloat16, relative to float32's."""
 
 PEAK_MEMORY = 0.2
-"""What a dry run foretells of the peak memory of one H100, relative to what was measured there."""
+"""A dry run's estimate of the peak memory of one H100, relative to the measured peak."""

@@ -214,7 +214,7 @@ class BLTConfig(ArchitectureConfig):
 
     def patch_rule(self, threshold: float | None = None) -> str:
         """How bytes fall into patches, in a few words; the threshold is the model's own."""
-        units = {"entropy": "nats", "histogram": "bits a patch"}
+        units = {"entropy": "nats", "histogram": "bits per patch"}
         unit = units.get(self.patcher)
         cut = f", threshold {self.threshold:.6g} {unit}" if unit else ""
         return f"patcher {self.patcher}{cut}"

@@ -53,7 +53,7 @@ def test_tensorboard_reads_what_the_metrics_file_says(tmp_path):
     records = logged(tmp_path, 0, RECORDS, "tensorboard")
     assert records == RECORDS
     assert read() == pytest.approx(scalars(RECORDS))
-    # Killed behind step 2, the run goes on from a checkpoint of step 1.
+    # Killed after step 2, the run continues from a checkpoint of step 1.
     records = logged(tmp_path, 1, MORE, "tensorboard")
     assert scalars(records) == scalars([RECORDS[0], *MORE])
     assert read() == pytest.approx(scalars(records))

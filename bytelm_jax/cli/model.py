@@ -291,16 +291,16 @@ def calibrate_command(
     )
     contract = calibrated.patching
     assert contract is not None
-    unit = "bits a patch" if contract.patcher == "histogram" else "nats"
+    unit = "bits per patch" if contract.patcher == "histogram" else "nats"
     lines = [
         f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
-        f"bytes a patch over {contract.sampled_bytes} bytes of --data"
+        f"bytes per patch over {contract.sampled_bytes} bytes of --data"
     ]
     if check:
         model, params = patch_calibration.as_blt(calibrated, params)
         model = replace(model, threshold=contract.threshold)
         seen = patch_calibration.measure(model, params, cut(check), windows or None)
-        lines += [f"{seen.mean_length:.3f} bytes a patch over {seen.sampled_bytes} of --check"]
+        lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
     checkpoints.save_config(run, calibrated)
     print("\n".join(lines))
     known = recipe.patching if recipe.model.has_patching_contract else None

@@ -177,7 +177,7 @@ def _free_port():
         return free.getsockname()[1]
 
 
-def test_requests_at_once_are_answered_in_order_and_refusals_are_told(page):
+def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
     client_of = pytest.importorskip("gradio_client", reason="needs the extra app")
     client = client_of.Client(page, verbose=False)
     jobs = [

@@ -222,7 +222,7 @@ def test_a_file_where_a_folder_should_be(run, export, text, tmp_path, capsys):
 
 
 def test_damaged_checkpoints(run, text, tmp_path, capsys):
-    """What only reads refuses; `train` goes on from the one before, if that is whole."""
+    """Commands that only read refuse; `train` continues from the one before, if undamaged."""
     capsys.readouterr()
 
     def copy_with(name, *damages):

@@ -22,7 +22,7 @@ class Pair(nnx.Module):
         return self.factor * sum(part[...].sum() for part in self.parts)
 
 
-def test_arrays_are_read_anew_and_the_model_is_not_walked_through_again(monkeypatch):
+def test_arrays_are_read_again_and_the_model_is_not_walked_through_again(monkeypatch):
     model = Pair()
     first, params = split_cached(model)
     monkeypatch.setattr(structure, "_parts_of", None)  # calling it would raise TypeError

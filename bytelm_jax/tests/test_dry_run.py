@@ -153,7 +153,7 @@ def test_collectives_are_read_with_their_groups_and_loops():
     assert gather == 64 * 7 / 8 / 8 and permute == 40 / 8
 
 
-def test_the_command_foretells_data_parallel_training_and_writes_nothing(tmp_path):
+def test_the_command_estimates_data_parallel_training_and_writes_nothing(tmp_path):
     """Of more devices than this process has, so it is another one."""
     command = [sys.executable, "-m", "bytelm_jax.cli", "train", "megabyte_tiny", *SMALL]
     options = ["--dry-run", "--devices", "16", "--batch-size", "32", "--json"]

@@ -106,7 +106,7 @@ def test_the_command_by_the_name_of_a_module(module):
     assert done.stdout == f"bytelm {importlib.metadata.version('bytelm')}\n"
 
 
-def test_the_package_offers_what_editors_are_told():
+def test_the_package_offers_what_editors_see():
     """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same."""
     tree = ast.parse(Path(bytelm_jax.__file__).read_text("utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))

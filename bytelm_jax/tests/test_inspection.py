@@ -69,7 +69,7 @@ def test_surprise_and_entropy_are_those_of_the_model(run, capsys):
     assert inspected["starts"] == [t % 4 == 0 for t in range(len(TEXT))]
 
 
-def test_patches_of_lines_start_anew(run, capsys):
+def test_patches_of_lines_start_over(run, capsys):
     argv = ["ab\ncdefgh", "--model", run, "--json", "--reset-on", "newline"]
     assert np.flatnonzero(json.loads(shown(capsys, *argv).out)["starts"]).tolist() == [0, 3, 7]
 
@@ -191,6 +191,6 @@ def test_the_rule_of_patches_is_told():
     assert ENTROPY.patch_rule() == "no patches: not calibrated yet"
     assert ENTROPY.patch_rule(2.0) == "patcher entropy, threshold 2 nats"
     histogram = BLTConfig(patcher="histogram", threshold=9.25)
-    assert histogram.patch_rule(2.0) == "patcher histogram, threshold 9.25 bits a patch"
+    assert histogram.patch_rule(2.0) == "patcher histogram, threshold 9.25 bits per patch"
     assert BLTConfig(patcher="space").patch_rule() == "patcher space"
     assert LFByteConfig().patch_rule() == "no patches in this architecture"

@@ -105,7 +105,7 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
         assert same == key.startswith("patcher."), key
     assert int(state.step) == 2
 
-    # A weight that is no number makes a loss that is none: the step counts and changes nothing.
+    # A NaN weight makes a non-finite loss: the step counts and changes nothing.
     name = "to_logits.kernel"
     state = state._replace(params=state.params | {name: state.params[name] * np.nan})
     before = jax.tree.map(np.asarray, state)

@@ -125,7 +125,7 @@ def test_three_lengths_compile_three_times(tmp_path, text, monkeypatch):
     assert all(1 < r["patch_length"] < 16 for r in records if "loss" in r)
 
 
-def test_other_data_is_told_by_name(blt_run, text, capsys):
+def test_other_data_is_reported_by_name(blt_run, text, capsys):
     assert cli.main(["eval", str(blt_run), "--data", str(text), "--json"]) == 0
     output = capsys.readouterr()
     assert output.err == "" and abs(json.loads(output.out)["bytes_per_patch"] / 4.5 - 1) < 0.2

@@ -101,7 +101,7 @@ def test_a_resumed_run_ends_with_the_same_agent(recipe, tmp_path, monkeypatch):
 def test_a_run_stops_where_its_optimizer_cannot_go_on(
     recipe, tmp_path, monkeypatch, skips, broken, stops
 ):
-    """Steps 2 to 1 + `broken` give no number; `skips` says whether the optimizer reports skips."""
+    """Steps 2 to 1 + `broken` are non-finite; `skips`: whether the optimizer reports skips."""
 
     def make_train_step(*arguments):
         def step(state, ids):

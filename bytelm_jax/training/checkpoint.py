@@ -43,15 +43,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file so that at any moment it has either the old or the new content."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, recipe: Recipe) -> None:
@@ -402,16 +402,16 @@ def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
     for name, value in params.items():
         require(value.dtype == jnp.float32, f"{name}: dtype {value.dtype}; a run holds float32")
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:
-        with open_checkpoints(beside, recipe.train) as manager:
+        with open_checkpoints(temporary, recipe.train) as manager:
             save(manager, 0, params, None, recipe, "", None)
             finish(manager)
-        save_config(beside, recipe)
-        beside.chmod(0o755)
-        os.replace(beside, run_dir)
+        save_config(temporary, recipe)
+        temporary.chmod(0o755)
+        os.replace(temporary, run_dir)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Cached decoding of the Byte Latent Transformer: the same logits, one global call a patch."""
+"""Cached decoding of the Byte Latent Transformer: the same logits, one global call per patch."""
 
 import dataclasses
 from typing import Any

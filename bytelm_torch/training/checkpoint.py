@@ -38,12 +38,12 @@ _TRAINING_FILE = "training.pt"
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that at any moment it has either the old or the new content."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(beside, lambda sink: sink.write(text.encode()))
-        os.replace(beside, path)
+        write_synced(temporary, lambda sink: sink.write(text.encode()))
+        os.replace(temporary, path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def save_config(run_dir: Path, recipe: Recipe) -> None:

@@ -7,8 +7,8 @@ A row is a recipe and its overrides, as `bytelm train` takes them; `--options` g
 run trains until its process has used up the CPU seconds, data reading included; compilation and
 evaluation do not count. The learning rate stays at its peak after warm-up, since runs that share a
 machine differ in their steps. Runs of all rows take turns, so that they share its moods.
-Prints a JSON line a run, then one a row: mean and sample deviation over the seeds, and the ratio of
-the mean to the first row's.
+Prints one JSON object per run, then one per row: mean and sample deviation over the seeds, and the
+ratio of the mean to the first row's.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def summary(row: str, recipe: Recipe, runs: list[dict[str, Any]], first: float) 
 
 
 def main() -> None:
-    """Prints a line a run, then a line a row."""
+    """Prints one line per run, then one per row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", required=True, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--options", default="", help="overrides of every row, in one string")

@@ -1,4 +1,4 @@
-"""Generation with a Byte Latent Transformer here and in transformers: bytes a second, one text.
+"""Generation with a Byte Latent Transformer here and in transformers: bytes per second, one text.
 
     python scripts/bench/bench_blt_generation.py --context 1024
 
@@ -6,7 +6,7 @@ Random weights in bfloat16. Both draw from the model's distribution after the sa
 An entropy model cuts the patches; the threshold makes them four bytes long on those letters. Ours
 is the cached loop, and reading the prompt is part of its time; transformers runs
 `generate(use_cache=False)`, since with the cache it stops with an error. Medians of `--repeats`
-after one call that does not count. A process a row, one after the other. JSON lines.
+after one call that does not count. One process per row, one after the other. JSON lines.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def prompt(context: int) -> bytes:
 
 
 def their_generation(recipe: str, context: int, new: int, repeats: int) -> dict[str, Any]:
-    """Bytes a second of transformers' `generate` after `context` bytes."""
+    """Bytes per second of transformers' `generate` after `context` bytes."""
     import torch
 
     torch.manual_seed(0)
@@ -72,7 +72,7 @@ def their_generation(recipe: str, context: int, new: int, repeats: int) -> dict[
 def our_generation(
     folder: Path, recipe: str, context: int, new: int, repeats: int
 ) -> dict[str, Any]:
-    """Bytes a second of cached generation after `context` bytes, which are read in that time.
+    """Bytes per second of cached generation after `context` bytes, which are read in that time.
 
     `folder` holds the texts whose patches are counted.
     """

@@ -91,7 +91,7 @@ def their_machine() -> dict[str, Any]:
 def their_training(
     recipe: str, batch: int, length: int, patch: int, repeats: int
 ) -> dict[str, Any]:
-    """One row of transformers: milliseconds a step, megabytes a second, memory."""
+    """One row of transformers: milliseconds per step, megabytes per second, memory."""
     import torch
 
     device = device_of_torch()
@@ -126,7 +126,7 @@ def their_training(
 
 
 def main() -> None:
-    """Prints a line a row: ours and theirs for each length and mean patch."""
+    """Prints one line per row: ours and theirs for each length and mean patch."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="blt_767m")
     parser.add_argument("--batch", type=int, default=8)

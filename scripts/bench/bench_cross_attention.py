@@ -1,4 +1,4 @@
-"""BLT's cross-attention, linear and dense side by side in one run: one JSON line a row.
+"""BLT's cross-attention, linear and dense side by side in one run: one JSON object per row.
 
     python scripts/bench/bench_cross_attention.py --lengths 2048 4096 8192 16384
 

@@ -2,10 +2,10 @@
 
     python scripts/bench/bench_drift.py runs/megabyte runs/blt --data english_valid.txt --gpus 2
 
-A JSON line a run folder: the mean over all bytes of KL(float32 ‖ bfloat16) in nats, the share of
-bytes at which the likeliest byte is the same, and bits per byte under both. Windows are as long as
-those of the training, `--windows` of them, evenly spaced. Products of float32 are whole ones
-("highest" precision), not those of shortened mantissas that a GPU takes by default.
+Prints one JSON object per run folder: the mean over all bytes of KL(float32 ‖ bfloat16) in nats,
+the share of bytes at which the likeliest byte is the same, and bits per byte under both. Windows
+are as long as those of the training, `--windows` of them, evenly spaced. Products of float32 are
+whole ones ("highest" precision), not those of shortened mantissas that a GPU takes by default.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def measure(run_dir: Path, path: str, limit: int, batch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a line a run folder."""
+    """Prints one line per run folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--data", default="english_valid.txt")

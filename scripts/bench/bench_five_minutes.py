@@ -4,12 +4,12 @@
         --gpus 4 --out five.jsonl --picture five.png
     python scripts/bench/bench_five_minutes.py --plot five.jsonl five.png      # the picture alone
 
-A row is a recipe and its overrides, as `bytelm train` takes them; `--options` go to every row.
-Each row has a process and a GPU of its own, `--gpus` at a time. It trains for `--seconds`,
-compilation and evaluation aside, and is then evaluated on every byte of `--valid`, window by
-window, each as if nothing stood before it. Prints a JSON line a row; a point of its `curve` is
-[seconds of training, bits per byte on 64 windows of `--valid`, on what was trained on since the
-last point]. `--save DIR` keeps the models as run folders.
+A row is a recipe and its overrides, as `bytelm train` takes them; `--options` go to every row. Each
+row has a process and a GPU of its own, `--gpus` at a time. It trains for `--seconds`, compilation
+and evaluation aside, and is then evaluated on every byte of `--valid`, window by window, each as if
+nothing stood before it. Prints one JSON object per row; a point of its `curve` is [seconds of
+training, bits per byte on 64 windows of `--valid`, on what was trained on since the last point].
+`--save DIR` keeps the models as run folders.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Prints a line a row, and draws."""
+    """Prints one line per row, and draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--options", default="--warmup-steps 200", help="overrides of every row")

@@ -1,4 +1,4 @@
-"""Speed of cached greedy generation with random weights: one JSON line a row.
+"""Speed of cached greedy generation with random weights: one JSON object per row.
 
     python scripts/bench/bench_generate.py --recipe megabyte_132m --batches 1 256 --bytes 1024
 
@@ -21,11 +21,11 @@ from bytelm_jax.training import step as steps
 
 
 def main() -> None:
-    """Prints a line a batch size."""
+    """Prints one line per batch size."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="megabyte_132m")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 256])
-    parser.add_argument("--bytes", type=int, default=1024, help="new bytes a row")
+    parser.add_argument("--bytes", type=int, default=1024, help="new bytes per row")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     recipe = recipes.get(options.recipe)

@@ -51,7 +51,7 @@ def measure(config: LFByteConfig, context: int, batch: int, steps: int, repeats:
 
 
 def main() -> None:
-    """Prints one JSON line a context length."""
+    """Prints one JSON object per context length."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--embed-dim", type=int, default=128)

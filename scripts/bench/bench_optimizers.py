@@ -4,11 +4,11 @@
     python scripts/bench/bench_optimizers.py --rates sgd=0.5 --rows sgd q_learning_sgd:interval=1
 
 A row is an optimizer of `bytelm train`, with fields of its configuration or of its controller; it
-is trained at its base learning rate (--rates) times each factor, from every seed. Prints a JSON
-line a cell (mean and spread of the validation bits per byte over the seeds, and how many runs
-diverged: ended at no number or above 8 bits per byte), then a table. Warm-up over a twentieth of
-the steps and cosine decay to a tenth, as in `bytelm train`; no weight decay. The rates of a row run
-side by side in one compiled program, over the seeds one after another.
+is trained at its base learning rate (--rates) times each factor, from every seed. Prints one JSON
+object per cell (mean and spread of the validation bits per byte over the seeds, and how many runs
+diverged: ended with a non-finite value or above 8 bits per byte), then a table. Warm-up over a
+twentieth of the steps and cosine decay to a tenth, as in `bytelm train`; no weight decay. The rates
+of a row run side by side in one compiled program, over the seeds one after another.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def shown(cell: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Prints a line a cell, then a table in Markdown."""
+    """Prints one line per cell, then a table in Markdown."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=[], metavar="NAME[:FIELD=VALUE,…]")
     parser.add_argument("--tune", nargs="*", default=[], metavar="NAME[:…]", help="wide sweep")

@@ -1,4 +1,4 @@
-"""What the agent and its noise cost: milliseconds of each optimizer's update, one JSON line each.
+"""What the agent and its noise cost: milliseconds of each optimizer's update, as JSON objects.
 
     python scripts/bench/bench_q_learning.py --recipe megabyte_tiny --batch 16
 
@@ -53,7 +53,7 @@ def milliseconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def main() -> None:
-    """Prints a line an optimizer."""
+    """Prints one line per optimizer."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--recipe", default="megabyte_tiny")
     parser.add_argument("--batch", type=int, default=16)

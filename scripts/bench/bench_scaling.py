@@ -45,7 +45,7 @@ def chosen(only: list[str], rows: list[str], counts: list[int]) -> list[dict[str
 
 
 def with_efficiency(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Measured records with their bytes a second per device, relative to one device's.
+    """Measured records with their bytes per second per device, relative to one device's.
 
     One device is that of the same form where it was measured, else of `jit`.
     """
@@ -94,7 +94,7 @@ def plot(path: Path, out: Path) -> None:
                 left.plot(x, [r["weak_efficiency"] for r in line], style, marker="o", label=label)
                 right.plot(x, [r["state_gib"] for r in line], style, marker="o", label=label)
     left.set(ylabel="weak-scaling efficiency", ylim=(0.7, 1.02))
-    right.set(ylabel="parameters and optimizer state, GiB a device", yscale="log")
+    right.set(ylabel="parameters and optimizer state, GiB per device", yscale="log")
     counts = sorted({r["devices"] for r in records})
     for axes in (left, right):
         axes.set(xlabel="devices", xticks=counts, xticklabels=counts)
@@ -104,7 +104,7 @@ def plot(path: Path, out: Path) -> None:
 
 
 def main() -> None:
-    """Prints a line a row."""
+    """Prints one line per row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32", "blt_767m:8:2048:4"])
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 4])

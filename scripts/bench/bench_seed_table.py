@@ -3,15 +3,15 @@
     python scripts/bench/bench_seed_table.py --train english_train.txt \\
         --valid english_valid.txt --gpus 3
 
-A JSON line a model: parameters, training speed in KB/s, peak memory, evaluation loss and bits per
-byte. One GPU and one process a row, `--seconds` of training each. Ours are rows of
+Prints one JSON object per model: parameters, training speed in KB/s, peak memory, evaluation loss
+and bits per byte. One GPU and one process per row, `--seconds` of training each. Ours are rows of
 `bench_five_minutes.py`. GPT-2 is transformers' `GPT2LMHeadModel`, eager, without dropout, bfloat16
 autocast, fused AdamW with our betas and decay, `--gpt2-rate` with warm-up and cosine as ours; its
 byte-level BPE of 50,257 entries is trained with `tokenizers` on the first `--bpe-bytes` of the same
 text and kept in `--tokenizer`. Every byte of the validation text is counted once: its tokens are
 cut into windows of the model's context less one, each begun with <|endoftext|>, from which the
 first token is predicted, and their nats in all are divided by the bytes of the text. Ours start
-anew in every window, too.
+over in every window, too.
 """
 
 import argparse
@@ -184,7 +184,7 @@ def as_in_the_table(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Prints a line a model."""
+    """Prints one line per model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=OURS, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--options", default="--warmup-steps 200", help="overrides of our rows")

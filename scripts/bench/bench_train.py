@@ -1,10 +1,10 @@
-"""Training speed of recipes, side by side in one run: one JSON line a row.
+"""Training speed of recipes, side by side in one run: one JSON object per row.
 
     python scripts/bench/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 blt_767m:8:2048:4
 
 A row is RECIPE:BATCH[:LENGTH[:PATCH]][@DEVICES[xFSDP][xFORM]]; bytes are random, windows as long as
-the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of so
-many bytes in the place of its patcher. BATCH is that of all DEVICES (1 if left out), of which each
+the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of that
+many bytes instead of its patcher. BATCH is that of all DEVICES (1 if left out), of which each
 FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype is bfloat16 on an
 accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
 step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
@@ -70,7 +70,7 @@ def read_row(row: str) -> Recipe:
 
 
 def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
-    """Milliseconds a step and device of what takes longest, by place in the program, and of all.
+    """Milliseconds per step and device of what takes longest, by place in the program, and of all.
 
     "collectives" are those between devices, waiting for the slowest of them included.
     """
@@ -127,7 +127,7 @@ def prepare(row: str, remat: bool = False) -> Prepared:
 def measure(
     prepared: Prepared, repeats: int, trace: Path | None
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Seconds a step, bytes of memory; a profile of ten steps goes to `trace`."""
+    """Seconds per step, bytes of memory; a profile of ten steps goes to `trace`."""
     recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
     shape = (run.batch_size, recipe.data.sequence_length)
     offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
@@ -162,7 +162,7 @@ def measure(
 
 
 def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
-    """One row: milliseconds a step, megabytes a second, MFU, memory."""
+    """One row: milliseconds per step, megabytes per second, MFU, memory."""
     run, length = prepared.recipe.train, prepared.recipe.data.sequence_length
     rate = run.batch_size * length / times["seconds"]
     peak = peak_flops(jax.devices()[0].device_kind)
@@ -235,7 +235,7 @@ def measure_all(
 
 
 def main() -> None:
-    """Prints a line a row."""
+    """Prints one line per row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="ROW")
     parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")

@@ -4,9 +4,9 @@
 
 A trial starts `bytelm train` as two processes with two simulated devices each, waits for a phase
 (compile, step, save, evaluation), and kills one process or both, sends SIGTERM to one, freezes one,
-fills the disk, or cuts the newest checkpoint short. The same command then has to go on from the
-newest whole checkpoint, on the same layout to the same bits, on another to 1e-5. One line a trial;
-the status is 1 when one failed. Trial i depends on --seed and i alone.
+fills the disk, or cuts the newest checkpoint short. The same command then has to continue from
+the newest undamaged checkpoint, with the same layout to the same bits, with another to 1e-5. Prints
+one line per trial; the status is 1 if one failed. Trial i depends on --seed and i alone.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Run:
 
     def wait_for(self, phase: str, mark: int, chance: random.Random) -> None:
         """Until the run is in `phase`, which for all but the first comes after step `mark`."""
-        log, shelf = self.run_dir / "metrics.jsonl", self.run_dir / "checkpoints"
+        log, checkpoints = self.run_dir / "metrics.jsonl", self.run_dir / "checkpoints"
         if phase == "evaluation":
             mark = EVALUATES
         deadline = time.monotonic() + DEADLINE
@@ -80,7 +80,9 @@ class Run:
             if phase == "compile" and (self.run_dir / "config.json").exists():
                 break
             late = any(step >= mark for step in steps) and phase != "compile"
-            if late and (phase != "save" or any("tmp" in path.name for path in shelf.iterdir())):
+            if late and (
+                phase != "save" or any("tmp" in path.name for path in checkpoints.iterdir())
+            ):
                 break
             time.sleep(0.001)
         time.sleep(chance.random() * {"compile": 2.0, "evaluation": 0.3}.get(phase, 0.02))
@@ -156,11 +158,11 @@ def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict
         wrong += "could not go on; "
     else:
         second_log = again.log.read_text()[len(log) :]
-        went_on = re.search(r"(?:resuming|training) \S+ in .*, step (\d+)", second_log)
-        if not went_on or int(went_on[1]) != newest:
-            wrong += f"went on from {went_on and went_on[1]}, not {newest}; "
+        resumed = re.search(r"(?:resuming|training) \S+ in .*, step (\d+)", second_log)
+        if not resumed or int(resumed[1]) != newest:
+            wrong += f"continued from {resumed and resumed[1]}, not {newest}; "
         if fault == "truncate" and "is now" not in second_log:
-            wrong += "the damaged checkpoint was not told; "
+            wrong += "the damaged checkpoint was not reported; "
         wrong += compare(run_dir, intact, same)
     return {
         "trial": index, "fault": fault, "phase": phase, "status": status, "goes on from": newest,
@@ -170,7 +172,7 @@ def trial(index: int, seed: int, folder: Path, data: Path, intact: Path) -> dict
 
 
 def main() -> int:
-    """Prints a line a trial and the sum."""
+    """Prints one line per trial and the sum."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--workers", type=int, default=1, help="trials at a time")

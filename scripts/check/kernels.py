@@ -180,7 +180,7 @@ def check_elementwise() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints a line a check."""
+    """Prints one line per check."""
     device = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     for name in SHAPES:
         print(json.dumps(check_attention(name) | device), flush=True)

@@ -1,10 +1,10 @@
-"""The memory that `bytelm train --dry-run` foretells, against what was measured on an H100.
+"""The memory that `bytelm train --dry-run` estimates, compared with measurements on an H100.
 
     python scripts/check/memory.py megabyte_132m:32=7.43 megabyte_132m:128@4x4xjit=6.5
 
-A row is one of `scripts/bench/bench_train.py`, behind `=` its `peak_gib`. One JSON line a row;
-nothing is compiled, so each takes seconds on a CPU, which stands in for eight devices. Without
-rows, those of the README.
+A row is one of `scripts/bench/bench_train.py` and, after `=`, its measured `peak_gib`. Prints one
+JSON object per row; nothing is compiled, so each takes seconds on a CPU, which simulates eight
+devices. The default rows are those of the README.
 """
 
 import json
@@ -30,7 +30,7 @@ MEASURED = (
 
 
 def main(rows: list[str]) -> None:
-    """Prints a line a row."""
+    """Prints one line per row."""
     for text in rows or MEASURED.split():
         row, _, measured = text.partition("=")
         recipe = read_row(row)

@@ -9,14 +9,14 @@
 #SBATCH --job-name=bytelm
 #SBATCH --nodes=4
 #SBATCH --gpus-per-node=8
-# One process a GPU: JAX gives the process with SLURM_LOCALID i the i-th GPU of its node, and would
-# leave the others of a single process a node idle.
+# One process per GPU: JAX gives the process with SLURM_LOCALID i the i-th GPU of its node, and would
+# leave the others of a single process per node idle.
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 # Two minutes before the time is up every process gets SIGTERM; the run saves and ends with status 0.
 #SBATCH --signal=TERM@120
-# After a preemption or a lost node SLURM starts this script again; the run goes on where it saved.
+# After a preemption or a lost node SLURM starts this script again; the run continues where it saved.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=bytelm-%j.log

@@ -11,7 +11,7 @@
 #
 # The command runs on every host (--worker=all); JAX finds the others through the pod itself.
 # Maintenance and preemption send SIGTERM: the run saves on all hosts and ends with status 0. The same
-# command goes on from there, on a new slice of any size, too.
+# command continues from there, on a new slice of any size, too.
 set -euo pipefail
 
 : "${TPU:?name the TPU}" "${ZONE:?name its zone}"
