@@ -1,18 +1,18 @@
-"""The file format of an export: the contract between both packages and with everybody else.
+"""The file format of an export: the contract between both packages and with other programs.
 
 An export is a folder of two files:
 
     model.safetensors   every parameter by the name and in the layout of the PyTorch twin
-    config.json         the model configuration as `to_dict` gives it, and beside its fields
-                        `library` ("bytelm"), `format_version` (1) and, where there is something
-                        to say, `extra`, an object that loading ignores
+    config.json         the model configuration as `to_dict` gives it, and besides its fields
+                        `library` ("bytelm"), `format_version` (1) and optionally `extra`,
+                        an object that loading ignores
 
 Reading is strict: a tensor that is missing, unexpected, of another shape, not floating point or not
 finite raises `ValueError`. The metadata of model.safetensors hold SHA-256 sums of the tensors and
-of config.json but for `extra`; reading compares them where a file has them, as other programs leave
-them out. Both files are replaced together or not at all. Nothing here ever unpickles.
+of config.json without `extra`; reading compares them if a file has them, since other programs omit
+them. Both files are replaced together or not at all. Nothing here ever unpickles.
 
-An array is whatever the framework uses: an `ArrayLibrary` says how to read one, see its bytes and
+Arrays belong to the framework in use: an `ArrayLibrary` says how to read one, access its bytes and
 test it.
 """
 
@@ -50,10 +50,10 @@ _JSON_LIMIT = 2**24
 
 
 class ArrayLibrary(NamedTuple):
-    """What the format asks of a framework's arrays."""
+    """What the format needs from a framework's arrays."""
 
     framework: str
-    """What the safetensors library calls it: "np" or "pt"."""
+    """Its name in the safetensors library: "np" or "pt"."""
     raw: Callable[[Any], memoryview]
     """The bytes of an array in row-major order."""
     is_finite: Callable[[Any], bool]
@@ -70,7 +70,7 @@ class StoredTensor(NamedTuple):
 
 
 class StoredTensors(dict[str, StoredTensor]):
-    """The tensors of a file by name; each that is read adds to the sums, where the file has one."""
+    """The tensors of a file by name; reading one adds it to the sums that are checked, if any."""
 
     def __init__(self, metadata: Mapping[str, str], arrays: ArrayLibrary):
         super().__init__()
@@ -90,14 +90,16 @@ class StoredTensors(dict[str, StoredTensor]):
         self[name] = StoredTensor(shape, dtype, read_and_check)
 
     def verify(self, config_sum: str) -> None:
-        """Raises `ValueError` unless all is what was written, and what was read is finite."""
+        """Raises `ValueError` unless everything is as written and everything read is finite."""
         stored = self.metadata.get(_TENSOR_SUM)
         good = stored is None or stored == _sum_of_sums(self.sums)
         hint = "give an undamaged copy"
-        require(good, f"the tensors are not those that were written (SHA-256); {hint}")
+        require(good, f"the tensors differ from those that were written (SHA-256); {hint}")
         good = self.metadata.get(_CONFIG_SUM, config_sum) == config_sum
         hint = f"{hint}, or export again"
-        require(good, f"{CONFIG_FILE} is not what was written with it (SHA-256); {hint}")
+        require(
+            good, f"{CONFIG_FILE} differs from the one that was written with it (SHA-256); {hint}"
+        )
         self.check_finite()
 
     def check_finite(self) -> None:
@@ -114,13 +116,14 @@ def refuse_non_finite(bad: str | None) -> None:
 
 
 def describe(config: ModelConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What config.json says of a model; `extra` is left out where it is empty."""
+    """The contents of config.json for a model; an empty `extra` is omitted."""
     fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
     return fields | ({"extra": dict(extra)} if extra else {})
 
 
 def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and `extra` of what `describe` gave; raises `ValueError` for anything else."""
+    """Configuration and `extra` from what `describe` gave; raises `ValueError` for anything
+    else."""
     fields = dict(fields)
     library = fields.pop("library", None)
     require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
@@ -133,7 +136,7 @@ def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str,
 
 
 def config_text(fields: Mapping[str, Any]) -> bytes:
-    """The text of config.json; raises `ValueError` where `extra` holds what JSON cannot."""
+    """The text of config.json; raises `ValueError` if `extra` holds what JSON cannot express."""
     try:
         return (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode()
     except (TypeError, ValueError) as error:
@@ -141,16 +144,16 @@ def config_text(fields: Mapping[str, Any]) -> bytes:
 
 
 class Description(NamedTuple):
-    """What config.json says of an export."""
+    """The contents of the config.json of an export."""
 
     config: ModelConfig
     extra: dict[str, Any]
     sum: str
-    """SHA-256 of the file but for `extra`."""
+    """SHA-256 of the file without `extra`."""
 
 
 def read_description(folder: str | Path) -> Description:
-    """Reads `folder`/config.json, also one that transformers wrote; raises `ValueError`."""
+    """Reads `folder`/config.json, including one written by transformers; raises `ValueError`."""
     file = Path(folder) / CONFIG_FILE
     with errors_about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
         fields = read_json(file)
@@ -162,13 +165,14 @@ def read_description(folder: str | Path) -> Description:
 
 
 def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
-    """The patching contract in `extra`, None where there is none."""
+    """The patching contract in `extra`; None if there is none."""
     fields = extra.get("patching")
     return None if fields is None else from_dict(PatchingContract, fields, "extra.patching")
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file says; what is no plain file, or too large, is not even opened."""
+    """The contents of a JSON file; one that is not a plain file, or too large, is not even
+    opened."""
     require_plain_file(file)
     size = file.stat().st_size
     require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
@@ -176,7 +180,7 @@ def read_json(file: Path) -> Any:
 
 
 def require_plain_file(file: Path) -> None:
-    """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait for ever."""
+    """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait forever."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise OSError(0, "not a plain file")
 
@@ -190,7 +194,7 @@ def open_safetensors(file: Path, arrays: ArrayLibrary) -> Iterator[StoredTensors
     from safetensors import safe_open
 
     names = {code: name for name, code in DTYPE_CODES.items()}
-    with errors_about(file, "give a whole safetensors file"):
+    with errors_about(file, "give a complete safetensors file"):
         require_plain_file(file)
         with safe_open(file, framework=arrays.framework) as opened:
             tensors = StoredTensors(opened.metadata() or {}, arrays)
@@ -217,7 +221,7 @@ def check_tensors(
 
 
 def check_size(tensors: Mapping[str, StoredTensor], config: ModelConfig) -> None:
-    """Before anything is built: a configuration of a million layers would take hours."""
+    """Checked before anything is built: a configuration of a million layers would take hours."""
     stored = sum(math.prod(tensor.shape) for tensor in tensors.values())
     described = config.parameter_count()
     require(
@@ -234,9 +238,9 @@ def write_safetensors(
 ) -> None:
     """Writes the safetensors format: length of the header, header, data; wide dtypes first.
 
-    The library's writer would hold a second copy of everything, refuses tied tensors, and gives the
-    file mode 0600 whatever the umask says. Here each tensor is read twice, for its sum and for its
-    data, and one at a time is in memory.
+    The safetensors library's writer would hold a second copy of everything, refuses tied tensors,
+    and gives the file mode 0600 whatever the umask. Here each tensor is read twice, for its sum and
+    for its data, and only one at a time is in memory.
     """
     ordered = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], name))
     sums = {
@@ -265,9 +269,9 @@ def write_safetensors(
 
 
 def replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: bytes) -> None:
-    """Puts both files in place, or neither: they are written beside their targets and renamed.
+    """Writes both files or neither: they are written next to their targets and renamed.
 
-    Raises `ValueError` when `out` is a file and when it cannot be written.
+    Raises `ValueError` if `out` is a file and if it cannot be written.
     """
     targets = {name: out / name for name in (MODEL_FILE, CONFIG_FILE)}
     new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}
@@ -310,7 +314,7 @@ def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in `folder` are on the disk."""
+    """Waits until the entries of `folder` are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -337,7 +341,7 @@ def _sum_of_sums(sums: Mapping[str, str]) -> str:
 
 @contextmanager
 def errors_about(path: Path, hint: str) -> Iterator[None]:
-    """Turns what reading `path` can raise into a `ValueError` of one line that names it."""
+    """Turns any error of reading `path` into a one-line `ValueError` that names it."""
     from safetensors import SafetensorError
 
     try:
@@ -350,6 +354,6 @@ def errors_about(path: Path, hint: str) -> Iterator[None]:
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The text of an error in one line of at most `limit` characters."""
+    """The text of an error as one line of at most `limit` characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,8 +1,8 @@
-"""What a model thinks of a text: surprise and entropy of every byte, and where patches start.
+"""A model's view of a text: surprise and entropy of every byte, and where patches start.
 
-Surprise is the code length of the byte that came, in bits, the same as an evaluation adds up;
-entropy is the surprise that the model expected there. Both are of its own distribution over the
-whole vocabulary. `bytelm_jax.inspect` and `bytelm_torch.inspect` compute them. Axis: T bytes.
+Surprise is the code length of the actual byte, in bits, as an evaluation sums it; entropy is the
+surprise that the model expected there. Both are of its own distribution over the whole vocabulary.
+`bytelm_jax.inspect` and `bytelm_torch.inspect` compute them. Axis: T bytes.
 """
 
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ _LEAST = 64  # ids: shorter texts share one program
 
 
 class Inspection(NamedTuple):
-    """What the model thinks of each byte of `data`; bits."""
+    """The model's view of each byte of `data`, in bits."""
 
     data: bytes
     surprise: Float[np.ndarray, " T"]
@@ -26,11 +26,11 @@ class Inspection(NamedTuple):
     starts: Bool[np.ndarray, " T"] | None
     """Whether a patch starts at each byte; None for a model without patches."""
     rule: str
-    """How bytes fall into patches, in a few words."""
+    """The patching rule, in a few words."""
 
     @property
     def patches(self) -> int:
-        """How many patches the bytes fall into, 0 without patches."""
+        """The number of patches, 0 for a model without patches."""
         return 0 if self.starts is None else int(self.starts.sum())
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def padded_ids(config: ModelConfig, data: bytes) -> Int32[np.ndarray, "1 S"]:
     """The ids of a text, padded to a power of two, so that few shapes serve all texts.
 
     Raises `ValueError` for an empty text, for one that is longer than the model's `longest_input`,
-    and for a model that sees the bytes that it would predict.
+    and for a model whose logits depend on the bytes they should predict.
     """
     require_prediction(config)
     require(isinstance(data, bytes), f"text: {type(data).__name__}; give bytes (text.encode())")
@@ -80,7 +80,7 @@ def inspection(
     entropy: Float[np.ndarray, "1 S"],
     starts: Bool[np.ndarray, "1 S"] | None,
 ) -> Inspection:
-    """The result for the `data` whose `padded_ids` `model` has seen; nats become bits."""
+    """The result for `data`, whose `padded_ids` `model` has processed; nats become bits."""
     size, contract = len(data), model.patching
     return Inspection(
         data,

@@ -1,7 +1,7 @@
 """Folders that hold a model: an export, or a run folder of either framework.
 
-An export is `config.json` and `model.safetensors`. A run folder has `checkpoints/STEP`, which in
-PyTorch are exports and in JAX are Orbax's.
+An export is `config.json` and `model.safetensors`. A run folder has `checkpoints/STEP`, which are
+exports in PyTorch and Orbax checkpoints in JAX.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from bytelm.metrics import METRIC, read_metrics, score
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` is a run folder, of JAX or of PyTorch, and no export."""
+    """Whether `folder` is a run folder, of JAX or of PyTorch, and not an export."""
     return (folder / "checkpoints").is_dir() and not (folder / MODEL_FILE).exists()
 
 
@@ -24,11 +24,11 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def find_export(folder: Path, checkpoint: str | int = "latest") -> Path | None:
-    """The export that `folder` is, or that it holds where PyTorch trained in it; else None.
+    """The export that `folder` is, or that it contains if PyTorch trained in it; otherwise None.
 
     None means a run folder of JAX. `checkpoint` is "latest", "best" (the lowest validation loss in
-    `metrics.jsonl`) or a step. Raises `ValueError` for one that is not there, and for a choice of
-    one in an export.
+    `metrics.jsonl`) or a step. Raises `ValueError` for a checkpoint that does not exist, and if one
+    is chosen in an export.
     """
     if not is_run(folder):
         known = checkpoint == "latest"

@@ -181,11 +181,11 @@ def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:
 
     Raises `ValueError` for what is not bytes.
     """
-    given = [documents] if isinstance(documents, bytes) else documents
-    for document in given:
+    listed = [documents] if isinstance(documents, bytes) else documents
+    for document in listed:
         known = isinstance(document, bytes)
         require(known, f"data: {type(document).__name__}; give bytes (text.encode()), or a list")
-    filled = [document for document in given if document]
+    filled = [document for document in listed if document]
     owners, stops = np.arange(len(filled)), np.array([len(each) for each in filled], np.int64)
     return Corpus(_Memory(filled), owners, np.zeros_like(stops), stops)
 

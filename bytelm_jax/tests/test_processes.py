@@ -83,7 +83,7 @@ def test_the_process_that_the_others_wait_for_is_named(other, names, tmp_path, m
     if other:
         other_report = SAID | {"time": now - other["age"], "count": other["count"]}
         (tmp_path / "process-1.json").write_text(json.dumps(other_report))
-    line = Watchdog(tmp_path, 40)._accuse(report)
+    line = Watchdog(tmp_path, 40)._diagnose(report)
     assert line.startswith("bytelm train: no progress for 40 s in the steps after 12: ")
     assert names in line and line.count("\n") == 0
 

@@ -109,15 +109,15 @@ class StopSignal:
 
     def __init__(self) -> None:
         self._seen = self._stopped = False
-        self._turn = 0
+        self._sync_point = 0
 
     def agreed(self) -> bool:
         """Whether to stop now; all processes must call it equally often and get the same answer."""
         if jax.process_count() == 1:
             self._stopped = self._seen
         elif not self._stopped:
-            self._turn += 1
-            self._stopped = multihost_utils.reached_preemption_sync_point(self._turn)
+            self._sync_point += 1
+            self._stopped = multihost_utils.reached_preemption_sync_point(self._sync_point)
         return self._stopped
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
@@ -200,11 +200,11 @@ class Watchdog:
             if self._done.wait(pause):
                 return
             if time.monotonic() - self._since > self._seconds:
-                print(self._accuse(report), file=sys.stderr, flush=True)
+                print(self._diagnose(report), file=sys.stderr, flush=True)
                 # Nothing milder ends a process whose main thread waits in a collective.
                 os._exit(HUNG)
 
-    def _accuse(self, own_report: dict[str, Any]) -> str:
+    def _diagnose(self, own_report: dict[str, Any]) -> str:
         """One line that says which process is behind."""
         line = f"bytelm train: no progress for {self._seconds} s in {own_report['doing']}: "
         reports = {index: self._read(index) for index in range(jax.process_count())}
