@@ -407,7 +407,7 @@ def test_what_float32_cannot_hold_makes_no_run(
         (pretending, "to_logits.bias: Tensor; expected a dense tensor stored in full"),
         (sparse, "to_logits.bias: Tensor; expected a dense tensor stored in full"),
         (spoiled, "to_logits.bias: holds NaN or infinity; take the weights of an earlier "),
-        (numbered, "7: a name of a state dict must be a string"),
+        (numbered, "7: the name of a state dict entry must be a string"),
     ],
 )
 def test_a_wrong_state_dict_is_named(

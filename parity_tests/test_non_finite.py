@@ -133,7 +133,7 @@ def last_line(capsys):
 def test_a_run_that_ends_on_skipped_steps_says_what_is_on_disk(package, capsys):
     assert package.command(skipped=(2, 3), validations=[float("nan")]) == 1
     line = last_line(capsys)
-    assert "train: step 3: the last steps (2) were skipped, " in line
+    assert "train: step 3: the last steps (2) were skipped because " in line
     assert "the checkpoint of step 1 is kept; lower optimizer.learning_rate=0.001" in line
     assert package.steps() == [1]
 

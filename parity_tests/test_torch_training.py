@@ -188,7 +188,7 @@ def test_initial_weights_of_any_dtype_become_float32(corpus, start, tmp_path):
     assert {value.dtype for value in started.parameters()} == {torch.float32}
     model.double().to_logits.bias.data[3] = 1e39
     bytelm_torch.save_pretrained(model, tmp_path / "large")
-    line = r"large: to_logits\.bias holds a number too large for float32$"
+    line = r"large: to_logits\.bias holds a value too large for float32$"
     with pytest.raises(ValueError, match=line):
         train._start_model(recipe, tmp_path / "large", alone)
 

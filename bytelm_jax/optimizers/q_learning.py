@@ -137,10 +137,11 @@ def q_learning(
     gradient norm is not finite changes neither parameters nor the inner state. `update` needs
     `value=`, the global mean loss, and passes it on to `inner`.
 
-    >>> import jax.numpy as jnp, optax >>> optimizer =
-    q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9)) >>> state =
-    optimizer.init({"dense.kernel": jnp.ones((3, 2))}) >>>
-    round(float(q_learning_metrics(state)["momentum"]), 1) 0.9
+    >>> import jax.numpy as jnp, optax
+    >>> optimizer = q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9))
+    >>> state = optimizer.init({"dense.kernel": jnp.ones((3, 2))})
+    >>> round(float(q_learning_metrics(state)["momentum"]), 1)
+    0.9
     """
     wrapped = optax.with_extra_args_support(inner)
 

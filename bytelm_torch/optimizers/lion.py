@@ -14,9 +14,12 @@ class Lion(torch.optim.Optimizer):
     Every element moves by the learning rate, so it should be about a tenth of AdamW's, and the
     weight decay ten times AdamW's.
 
-    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0])) >>> optimizer = Lion([weight],
-    lr=0.25, weight_decay=0.0) >>> weight.square().sum().backward() >>> optimizer.step() >>>
-    weight.tolist() [0.75, -0.75, 0.0]
+    >>> weight = torch.nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
+    >>> optimizer = Lion([weight], lr=0.25, weight_decay=0.0)
+    >>> weight.square().sum().backward()
+    >>> optimizer.step()
+    >>> weight.tolist()
+    [0.75, -0.75, 0.0]
     """
 
     def __init__(
