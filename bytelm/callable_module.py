@@ -1,4 +1,4 @@
-"""Modules that can be called, where a package has a function and a module of one name."""
+"""Callable modules, for packages that have a function and a module of the same name."""
 
 import sys
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 
 def make_callable(name: str, function: Callable[..., Any]) -> None:
-    """Lets the imported module called `name` be called as `function`.
+    """Makes the imported module called `name` callable as `function`.
 
-    A package has one attribute for `package.verb`, the function, and for `package/verb.py`, the
-    module, so that the one imported last would hide the other. A module that can be called is both,
-    in whatever order they are imported.
+    A package has one attribute for both `package.verb`, the function, and `package/verb.py`, the
+    module, so that whichever is imported last would hide the other. A callable module is both, in
+    any order of imports.
     """
 
     class CallableModule(ModuleType):

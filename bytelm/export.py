@@ -122,8 +122,7 @@ def describe(config: ModelConfig, extra: Mapping[str, Any] | None = None) -> dic
 
 
 def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and `extra` from what `describe` gave; raises `ValueError` for anything
-    else."""
+    """Configuration and `extra` from what `describe` gave; otherwise raises `ValueError`."""
     fields = dict(fields)
     library = fields.pop("library", None)
     require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
@@ -171,8 +170,7 @@ def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
 
 
 def read_json(file: Path) -> Any:
-    """The contents of a JSON file; one that is not a plain file, or too large, is not even
-    opened."""
+    """The contents of a JSON file; opens nothing but a plain file of limited size."""
     require_plain_file(file)
     size = file.stat().st_size
     require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")

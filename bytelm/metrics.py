@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from bytelm.tracking import Tracker
 
 METRIC = "validation_bits_per_byte"
-"""What "best" means of a checkpoint: the lowest of this that is finite."""
+"""The metric of "best" checkpoints: its lowest finite value wins."""
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""

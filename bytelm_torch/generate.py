@@ -1,4 +1,4 @@
-"""Generation, under the name that people import; called, it is `generate`."""
+"""Generation, under its public name; the module can be called as `generate`."""
 
 from bytelm.callable_module import make_callable
 from bytelm_torch.inference.generate import SamplerConfig, generate, generate_uncached, stream

@@ -1,4 +1,4 @@
-"""The Q-learning optimizers, under the name that people import; called, it is `q_learning`."""
+"""The Q-learning optimizers, under their public name; the module can be called as `q_learning`."""
 
 from bytelm.callable_module import make_callable
 from bytelm_torch.optimizers.q_learning import (

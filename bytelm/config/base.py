@@ -86,9 +86,9 @@ class ArchitectureConfig:
     has_patching_contract: ClassVar[bool] = False
     """Whether a run records the patch lengths of the data it was trained on."""
     patcher_prefix: ClassVar[str] = ""
-    """What the names of its parameters start with in the model that `patcher_config` describes."""
+    """Prefix of its parameters' names in the model that `patcher_config` describes."""
     transformers_type: ClassVar[str | None] = None
-    """The `model_type` by which Hugging Face transformers itself knows the architecture."""
+    """The `model_type` by which Hugging Face transformers knows the architecture."""
     vocab: ByteVocab
 
     @property
@@ -112,9 +112,9 @@ class ArchitectureConfig:
         return 35
 
     def patch_rule(self, threshold: float | None = None) -> str:
-        """How bytes fall into patches, in a few words.
+        """The patching rule, in a few words.
 
-        `threshold` is the one for which a run was calibrated, None where it was not.
+        `threshold` is the one for which a run was calibrated, None if it was not.
         """
         return "no patches in this architecture"
 
@@ -128,15 +128,15 @@ class ArchitectureConfig:
         return False
 
     def patcher_config(self) -> Any:
-        """The model whose patches `bytelm calibrate` sets the threshold of, as a `BLTConfig`.
+        """The model whose threshold `bytelm calibrate` sets, as a `BLTConfig`.
 
-        Raises `ValueError` for a model that cuts no patches by a threshold.
+        Raises `ValueError` for a model whose patches have no threshold.
         """
         why = "cuts no patches by entropy; give a run of an entropy model or of BLT"
         raise ValueError(f"architecture={self.architecture}: {why}")
 
     def with_vocab(self: Config, vocab: ByteVocab) -> Config:
-        """This configuration with another id map; raises `ValueError` where there is none."""
+        """This configuration with another id map; raises `ValueError` if that is impossible."""
         return replace(self, vocab=vocab)  # pyright: ignore[reportArgumentType]
 
     def with_resets(self: Config, reset_on: str) -> Config:

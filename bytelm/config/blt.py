@@ -85,13 +85,13 @@ class EntropyConfig(ArchitectureConfig):
         return 2 * (self.layers * (layer + 2 * self.dim * keys) + self.dim * self.vocab.size)
 
     def patch_rule(self, threshold: float | None = None) -> str:
-        """How bytes fall into patches under the calibrated threshold, in a few words."""
+        """The patching rule with the calibrated threshold, in a few words."""
         if threshold is None:
             return "no patches: not calibrated yet"
         return replace(self.patcher_config(), threshold=threshold).patch_rule()
 
     def patcher_config(self) -> BLTConfig:
-        """A Byte Latent Transformer with this entropy model, for its rules about patches."""
+        """A Byte Latent Transformer with this entropy model, for its patching rules."""
         return BLTConfig(vocab=self.vocab, entropy=self, reset_on=self.reset_on)
 
 
@@ -213,7 +213,7 @@ class BLTConfig(ArchitectureConfig):
         return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
 
     def patch_rule(self, threshold: float | None = None) -> str:
-        """How bytes fall into patches, in a few words; the threshold is the model's own."""
+        """The patching rule, in a few words; the threshold is the model's own."""
         units = {"entropy": "nats", "histogram": "bits per patch"}
         unit = units.get(self.patcher)
         cut = f", threshold {self.threshold:.6g} {unit}" if unit else ""
@@ -233,12 +233,12 @@ class BLTConfig(ArchitectureConfig):
     def with_vocab(self, vocab: ByteVocab) -> BLTConfig:
         """This configuration and its entropy model with another id map.
 
-        Raises `ValueError` for n-gram embeddings, whose hashes are made of ids.
+        Raises `ValueError` for n-gram embeddings, whose hashes depend on ids.
         """
         require(
             self.ngram_tables == 0,
-            f"vocab: a model with ngram_sizes={self.ngram_sizes} hashes ids, which other ids "
-            "would send to other rows; keep its vocabulary",
+            f"vocab: a model with ngram_sizes={self.ngram_sizes} hashes ids, and other ids "
+            "would select other rows; keep its vocabulary",
         )
         return replace(self, vocab=vocab, entropy=replace(self.entropy, vocab=vocab))
 
@@ -395,7 +395,6 @@ def _layer_parameters(width: int, heads: int, kv_heads: int, hidden: int) -> int
 
 
 def _mean_keys(length: int, window: int) -> float:
-    """Mean number of keys that a byte attends to in `length` bytes; the causal half counts T /
-    2."""
+    """Mean number of keys a byte attends to in `length` bytes; the causal half counts T / 2."""
     window = min(window or length, length)
     return window - window * window / (2 * length) if length else 0.0

@@ -86,7 +86,7 @@ class MegabyteConfig(ArchitectureConfig):
         return 4 * self.patch_size + 3
 
     def patch_rule(self, threshold: float | None = None) -> str:
-        """How bytes fall into patches, in a few words."""
+        """The patching rule, in a few words."""
         return "of fixed length"
 
     def parameter_count(self) -> int:
@@ -113,8 +113,7 @@ class MegabyteConfig(ArchitectureConfig):
 
 
 def _block_parameters(width: int, heads: int) -> int:
-    """Parameters of one multi-query attention block and its feed-forward layer of fourfold
-    width."""
+    """Parameters of a multi-query attention block and its feed-forward layer of fourfold width."""
     head = width // heads
     attention = 2 * width + width * heads * head + width * 2 * head + heads * head * width
     return attention + 2 * width + (width * 4 * width + 4 * width) + (4 * width * width + width)

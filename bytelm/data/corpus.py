@@ -76,7 +76,7 @@ class _Maps:
 
 
 class _Memory(_Maps):
-    """Documents in memory, in the place of files."""
+    """Documents in memory instead of files."""
 
     def __init__(self, documents: Sequence[bytes]) -> None:
         named = enumerate(map(len, documents))
@@ -177,9 +177,9 @@ def open_corpus(paths: Sequence[str | Path]) -> Corpus:
 
 
 def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:
-    """A document, or several in their order, as a corpus; empty ones are left out.
+    """One document, or several in order, as a corpus; empty ones are dropped.
 
-    Raises `ValueError` for what is not bytes.
+    Raises `ValueError` for data that are not bytes.
     """
     listed = [documents] if isinstance(documents, bytes) else documents
     for document in listed:

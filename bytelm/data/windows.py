@@ -87,8 +87,8 @@ def scored_windows(
     """The windows by which data are evaluated, and the id in them that is read but not counted.
 
     `data` is a document, several, or a corpus; they are joined and cut into windows of `length`
-    bytes, of each of which the model sees nothing but itself (default: 512, or the longest input
-    of the model where that is less). A model that resets behind documents reads their ends.
+    bytes, each of which the model sees alone (default: 512, or the model's longest input if that is
+    less). A model that resets after documents also reads their ends.
     """
     longest = config.longest_input
     if length is None:

@@ -105,7 +105,7 @@ def take_flag(argv: Sequence[str], name: str) -> tuple[bool, list[str]]:
 
 
 def join_lists(argv: Sequence[str], lists: Collection[str]) -> list[str]:
-    """Moves the values of every mention of a list option behind its first mention.
+    """Moves the values of all mentions of a list option to its first mention.
 
     `lists` names the options that take several values. `--section.no-NAME` is the empty list. An
     option without a value, or with an empty one, raises `UsageError`.
@@ -139,7 +139,7 @@ def join_lists(argv: Sequence[str], lists: Collection[str]) -> list[str]:
 
 
 def _option(name: str) -> str:
-    """The name of an option without its hyphens in front, words joined by hyphens."""
+    """The name of an option without leading hyphens, its words joined by hyphens."""
     return name.removeprefix("--").replace("_", "-")
 
 
@@ -150,9 +150,9 @@ def _not_empty(value: str, option: str) -> str:
 
 
 def _refuse_empty(hints: dict[str, Any], argv: Sequence[str]) -> None:
-    """Raises `UsageError` for an empty value, but of a text: as a path it would be this folder.
+    """Raises `UsageError` for an empty value except of a text: as a path it would be this folder.
 
-    `hints` are the types of the parameters, those by position first.
+    `hints` are the types of the parameters, positional ones first.
     """
     texts = {_option(name) for name, kind in hints.items() if kind is str}
     first = _option(next(iter(hints)))
@@ -234,7 +234,7 @@ def _unknown(name: str, choices: list[str], known: list[str]) -> str:
 
 
 def _leaves(part: Any) -> dict[str, Any]:
-    """Name → value of every field, those of the parts of `part` with the part's name in front."""
+    """Name → value of every field; fields of parts are prefixed with the part's name."""
     leaves = {}
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)

@@ -29,13 +29,13 @@ class ModelOutput(NamedTuple):
 
 
 class PatchedModel:
-    """What is asked of every model about patches, with the answers of one that has none."""
+    """What every model says about patches; the defaults are for a model without patches."""
 
     patching: PatchingContract | None = None
-    """The contract of the run that the model comes from, where there is one."""
+    """The contract of the run that the model comes from, if there is one."""
 
     def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
-        """Whether a patch starts at each byte; None for a model that knows no patches."""
+        """Whether a patch starts at each byte; None for a model without patches."""
         return None
 
 

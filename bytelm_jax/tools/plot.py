@@ -154,8 +154,7 @@ def _histogram(contract: PatchingContract) -> Panel:
 
 
 def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
-    """The agent's tables in the latest checkpoint, restricted to states that it has learned
-    about."""
+    """The agent's tables in the latest checkpoint, for the states that it has learned about."""
     agent = read_agent(run_dir, recipe)
     if agent is None:
         return []

@@ -31,11 +31,11 @@ def evaluate(
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
-    into windows of `length` bytes, each of which the model sees alone; give the length of the
-    training (default 512, or the model's longest input where that is less). `batch_size` windows
-    are computed at once, spread over all devices. Arithmetic is in the dtype of the parameters.
-    Raises `ValueError` for data without bytes, for a window that is too long, and for a model that
-    sees the bytes that it would predict.
+    into windows of `length` bytes, each of which the model sees alone; use the training length
+    (default 512, or the model's longest input if that is less). `batch_size` windows are computed
+    at once, spread over all devices. Arithmetic is in the dtype of the parameters. Raises
+    `ValueError` for data without bytes, for windows that are too long, and for a model whose logits
+    depend on the bytes they should predict.
     """
     require_prediction(model.config)
     windows, end_id = scored_windows(model.config, data, length)
@@ -60,9 +60,9 @@ def make_row_nats(
 ) -> RowNats:
     """The compiled function from parameters and ids to each row's summed nats and count of ids.
 
-    Pads are left out, and so is `end_id`: the ends of documents, where the model reads them and
-    bytes count. Parameters, `Params` or whatever else `bind` takes, are cast to `dtype`, and stay
-    as they are where that is None.
+    Pads are excluded, and so is `end_id`: the ends of documents, for models that read them where
+    only bytes count. Parameters, `Params` or whatever `bind` takes, are cast to `dtype`, or
+    unchanged if it is None.
     """
 
     def row_nats(params: Any, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:

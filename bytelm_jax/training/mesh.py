@@ -111,9 +111,9 @@ def fetch(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather(mesh: Mesh, params: Any) -> Any:
-    """A tree of parameters, whole on every device, inside a jitted function.
+    """A tree of parameters gathered on every device, inside a jitted function.
 
-    Gradients come back cut.
+    Gradients come back partitioned.
     """
     if mesh.shape[FSDP] == 1:
         return params

@@ -1,4 +1,4 @@
-"""Models out of run folders and exports, and into exports."""
+"""Models from run folders and exports, and to exports."""
 
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ def from_pretrained(
 ) -> Model:
     """The model of an export or of a run folder, whichever of the two packages wrote it.
 
-    `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
+    `dtype` is that of the parameters, by default the stored one; norms, which are computed in at
     least float32, stay at least float32. `checkpoint` chooses from a run folder: "latest", "best"
-    (lowest validation loss) or a step. The arrays lie on the default device. `model.patching` is
-    the patching contract, where there is one. Raises `ValueError` when a file is missing or
-    damaged, config.json holds a field or version that is not known, the tensors are not those of
-    the configuration, or one holds NaN or infinity.
+    (lowest validation loss) or a step. The arrays are on the default device. `model.patching` is
+    the patching contract, if there is one. Raises `ValueError` if a file is missing or damaged, if
+    config.json holds an unknown field or version, and if the tensors do not match the configuration
+    or one holds NaN or infinity.
     """
     if dtype is not None:
         _check_dtype(dtype)
@@ -50,7 +50,7 @@ def from_pretrained(
 
 
 def model_of(recipe: Recipe, params: Params) -> Model:
-    """The model of a run, with what the run knows of its patches."""
+    """The model of a run, with the run's patching contract."""
     model: Model = define_model(recipe.model)[0](params)
     if recipe.patching is not None:
         model.patching = recipe.patching
@@ -58,12 +58,12 @@ def model_of(recipe: Recipe, params: Params) -> Model:
 
 
 def save_pretrained(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
+    """Writes `path`/model.safetensors and `path`/config.json; creates the folder if necessary.
 
     `bytelm_jax.from_pretrained` and `bytelm_torch.from_pretrained` read it. The patching contract
-    of `model.patching` goes into the file's `extra`; what the argument `extra` says counts first. A
-    failure leaves a previous export as it was. Raises `ValueError` when a parameter is not finite,
-    when `path` is a file and when it cannot be written.
+    of `model.patching` goes into the file's `extra`; the argument `extra` takes precedence. A
+    failure leaves a previous export unchanged. Raises `ValueError` if a parameter is not finite, if
+    `path` is a file, and if it cannot be written.
     """
     _, params = split_model(model)
     known = {} if model.patching is None else {"patching": to_dict(model.patching)}

@@ -36,9 +36,9 @@ def build_model(config: ModelConfig) -> Model:
 
 
 class _SkipDraws(TorchFunctionMode):
-    """Leaves out the draws of initialisation.
+    """Omits the random draws of initialisation.
 
-    On the device "meta" they draw nothing, and the first of them imports torch's compiler, which
+    On the device "meta" they draw nothing, but the first of them imports torch's compiler, which
     takes five seconds.
     """
 

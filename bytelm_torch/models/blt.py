@@ -126,7 +126,7 @@ class BLT(PatchedModel, nn.Module):
         segment_starts = segment_starts_of(ids, self.config)
         shifted = shift_right(ids, self.config.vocab.bos_id, segment_starts)
         entropies = self.entropies(shifted, segment_starts)
-        # s_0 is BOS and s_t+1 is byte t.
+        # s_0 is BOS and s_{t+1} is byte t.
         return patching.patch_starts(self.config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: `models.blt_decoding`.

@@ -83,14 +83,14 @@ class EntropyModel(PatchedModel, nn.Module):
         return self.to_logits(self.norm(x)), caches
 
     def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
-        """Whether a patch starts at each byte, in the run that this model was calibrated for."""
+        """Whether a patch starts at each byte, with the threshold it was calibrated for."""
         if self.patching is None:
             return None
         config = replace(self.config.patcher_config(), threshold=self.patching.threshold)
         segment_starts = segment_starts_of(ids, config)
         shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
         entropies = entropy(self.predict(shifted, segment_starts))
-        # s_0 is BOS and s_t+1 is byte t.
+        # s_0 is BOS and s_{t+1} is byte t.
         return patching.patch_starts(config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: one round is one byte.

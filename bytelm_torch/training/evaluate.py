@@ -28,11 +28,11 @@ def evaluate(
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
-    into windows of `length` bytes, each of which the model sees alone; give the length of the
-    training (default 512, or the model's longest input where that is less). `batch_size` windows
-    are computed at once, on the model's device and in the dtype of its parameters. Raises
-    `ValueError` for data without bytes, for a window that is too long, and for a model that sees
-    the bytes that it would predict.
+    into windows of `length` bytes, each of which the model sees alone; use the training length
+    (default 512, or the model's longest input if that is less). `batch_size` windows are computed
+    at once, on the model's device and in the dtype of its parameters. Raises `ValueError` for data
+    without bytes, for windows that are too long, and for a model whose logits depend on the bytes
+    they should predict.
     """
     require_prediction(model.config)
     windows, end_id = scored_windows(model.config, data, length)
@@ -49,10 +49,10 @@ RowNats = Callable[[Integer[Tensor, "B T"]], Float[Tensor, " B"]]
 def make_row_nats(
     model: Any, pad_id: int, dtype: torch.dtype, end_id: int | None = None
 ) -> RowNats:
-    """The function from ids to the summed nats of each row, pads left out; dropout is off.
+    """The function from ids to the summed nats of each row, without pads; dropout is off.
 
-    `end_id` is left out, too: the ends of documents, where the model reads them and bytes count.
-    Products are in `dtype` where that is narrower than the parameters.
+    `end_id` is excluded, too: the ends of documents, for models that read them where only bytes
+    count. Products are in `dtype` if it is narrower than the parameters.
     """
 
     def row_nats(ids: Integer[Tensor, "B T"]) -> Float[Tensor, " B"]:
