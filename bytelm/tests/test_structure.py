@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bytelm.config import MODEL_CONFIGS
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("bytelm", "bytelm_jax", "bytelm_torch")
 FLOORS = (
@@ -205,4 +207,45 @@ def test_kernels_and_training_alone_ask_about_the_machine():
         if not module.startswith(("bytelm_jax.kernels", "bytelm_jax.training")):
             questions = machine_questions(ast.parse(path.read_text("utf-8")))
             asked += [f"{module}, line {line}: {name}" for line, name in questions]
+    assert not asked, "\n".join(asked)
+
+
+def architecture_questions(tree: ast.AST, kinds: set[str]):
+    """(line, text) of each type test on an architecture, and of each guess at a field."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.match_case):
+            classes = {ast.unparse(x.cls) for x in ast.walk(node) if isinstance(x, ast.MatchClass)}
+            if {name.rpartition(".")[2] for name in classes} & kinds:
+                yield node.pattern.lineno, ast.unparse(node.pattern)
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
+            continue
+        named = {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+        named |= {x.attr for x in ast.walk(node) if isinstance(x, ast.Attribute)}
+        guesses = node.func.id == "getattr" and len(node.args) == 3
+        about_config = (
+            ast.unparse(node.args[0]).endswith(("config", "recipe")) if guesses else False
+        )
+        if about_config or (node.func.id in ("isinstance", "issubclass") and named & kinds):
+            yield node.lineno, ast.unparse(node)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["isinstance(c, BLTConfig)", "isinstance(recipe.model, (Megabyte, config.LFByteConfig))",
+     "match c:\n case BLTConfig(patcher='x'): pass", "getattr(self.config, 'dim', 0)"],
+)  # fmt: skip
+def test_a_question_about_the_architecture_is_seen(question):
+    kinds = {"BLTConfig", "Megabyte", "LFByteConfig"}
+    assert list(architecture_questions(ast.parse(question), kinds))
+
+
+def test_configurations_and_registries_alone_know_architectures():
+    configs = {kind.__name__ for kind in MODEL_CONFIGS}
+    kinds = configs | {name.removesuffix("Config") for name in configs} | {"EntropyModel"}
+    asked = []
+    for module, path in modules().items():
+        if module.startswith("bytelm.config") or module.endswith(".models"):
+            continue
+        questions = architecture_questions(ast.parse(path.read_text("utf-8")), kinds)
+        asked += [f"{module}, line {line}: {text}" for line, text in questions]
     assert not asked, "\n".join(asked)
