@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,6 +35,14 @@ from bytelm.config import (
     require,
     to_dict,
 )
+from bytelm.files import (
+    errors_about,
+    one_line,
+    read_json,
+    require_plain_file,
+    sync_folder,
+    write_synced,
+)
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -45,8 +52,6 @@ DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64"
 
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
-_JSON_LIMIT = 2**24
-"""Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
 
 
 class ArrayLibrary(NamedTuple):
@@ -169,20 +174,6 @@ def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
     return None if fields is None else from_dict(PatchingContract, fields, "extra.patching")
 
 
-def read_json(file: Path) -> Any:
-    """The contents of a JSON file; opens nothing but a plain file of limited size."""
-    require_plain_file(file)
-    size = file.stat().st_size
-    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
-    return json.loads(file.read_text("utf-8"))
-
-
-def require_plain_file(file: Path) -> None:
-    """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait forever."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(0, "not a plain file")
-
-
 # ---- model.safetensors ----------------------------------------------------------------------
 
 
@@ -303,24 +294,7 @@ def replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: b
                 leftover.unlink()
 
 
-def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with open(path, "wb") as sink:
-        write(sink)
-        sink.flush()
-        os.fsync(sink.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until the entries of `folder` are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# ---- sums and errors ------------------------------------------------------------------------
+# ---- sums -----------------------------------------------------------------------------------
 
 
 def sum_of_json(fields: Any) -> str:
@@ -335,23 +309,3 @@ def _sum_of_tensor(name: str, shape: tuple[int, ...], dtype: str, raw: memoryvie
 
 def _sum_of_sums(sums: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(sums[name] for name in sorted(sums)).encode()).hexdigest()
-
-
-@contextmanager
-def errors_about(path: Path, hint: str) -> Iterator[None]:
-    """Turns any error of reading `path` into a one-line `ValueError` that names it."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
-    except (ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
-
-
-def one_line(error: object, limit: int = 300) -> str:
-    """The text of an error as one line of at most `limit` characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

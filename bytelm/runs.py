@@ -1,13 +1,18 @@
-"""Folders that hold a model: an export, or a run folder of either framework.
+"""Folders that hold a model: an export, or a run folder of either framework; and what a run reads.
 
 An export is `config.json` and `model.safetensors`. A run folder has `checkpoints/STEP`, which are
 exports in PyTorch and Orbax checkpoints in JAX.
 """
 
+import json
+from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
-from bytelm.config import require
-from bytelm.export import MODEL_FILE
+from bytelm import data
+from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.export import CONFIG_FILE, MODEL_FILE
+from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
 
 
@@ -56,3 +61,75 @@ def _best(run_dir: Path, steps: list[int]) -> int:
     ranked = [(bits, step) for step in steps if (bits := scores.get(step)) is not None]
     require(bool(ranked), "checkpoint=best: no checkpoint was evaluated; choose latest")
     return min(ranked)[1]
+
+
+# ---- config.json, and the data of a run ---------------------------------------------------------
+
+_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
+_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
+"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: at which step, and whether a signal stopped it before the last one."""
+
+    step: int
+    interrupted: bool
+
+
+class DivergedError(RuntimeError):
+    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
+
+
+def save_recipe(run_dir: Path, recipe: Recipe) -> None:
+    """Writes `config.json` of a run folder, whole or not at all."""
+    text = json.dumps(to_dict(recipe), indent=2) + "\n"
+    replace_file(run_dir / CONFIG_FILE, text.encode("utf-8"))
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a JSON file or in the `config.json` of a run folder; raises `ValueError`."""
+    file = path / CONFIG_FILE if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
+    with errors_about(file, "give a run folder or a JSON file with a recipe"):
+        try:
+            return from_dict(Recipe, read_json(file))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+
+
+def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
+    if (run_dir / "config.json").exists():
+        check_same_run(load_recipe(run_dir), recipe, run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+
+def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
+    """Raises `ValueError` for the first field whose change would make this a different run."""
+    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
+    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
+    for part, old, new in pairs:
+        before, after = to_dict(old), to_dict(new)
+        for name in before:  # first the architecture, or the optimizer's name: others depend on it
+            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
+            if before[name] != after[name] and not free:
+                raise ValueError(
+                    f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
+                    "keep that value or choose another run_dir"
+                )
+
+
+def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
+    """Training and validation windows of the recipe's data, and the identity of that data."""
+    config = recipe.data
+    corpus = data.open_corpus(config.paths)
+    parts = data.split(corpus, config.validation_fraction, config.split_seed)
+    windows, held_out = (
+        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
+        for part in parts
+    )
+    return windows, held_out, corpus.fingerprint()

@@ -1,9 +1,10 @@
 """How the next byte is chosen: the generation settings, the same in both frameworks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from bytelm.config import require
+from bytelm.config import ModelConfig, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +44,20 @@ class SamplerConfig:
             0 <= thresholds[0] <= thresholds[1] <= thresholds[2],
             f"entropy_low, entropy_medium, entropy_high={thresholds}: must be increasing, from "
             "at least 0",
+        )
+
+
+def check_request(
+    config: ModelConfig, prompts: Sequence[bytes], max_new_bytes: int, seed: int
+) -> None:
+    """Raises `ValueError` for what generation cannot do, before anything is built."""
+    require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
+    require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
+    longest = max(map(len, prompts), default=0)
+    limit = config.longest_input
+    if limit is not None and longest + max_new_bytes > limit:
+        raise ValueError(
+            f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
+            f"{longest + max_new_bytes}, but this model has max_length={limit} positions; "
+            'shorten them, or train with a larger max_length or variant="in_action"'
         )

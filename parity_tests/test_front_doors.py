@@ -18,6 +18,7 @@ import bytelm_jax
 import bytelm_jax.models.interface
 import bytelm_torch
 import bytelm_torch.models.interface
+from bytelm import runs
 from bytelm.config import EntropyConfig, MegabyteConfig, PatchingContract, Recipe
 from bytelm.data import open_corpus
 from bytelm.metrics import METRIC
@@ -185,7 +186,7 @@ def torch_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "torch"
     recipe = Recipe(name="tiny", model=TINY)
     (folder / "checkpoints").mkdir(parents=True)
-    checkpoint.save_config(folder, recipe)
+    runs.save_recipe(folder, recipe)
     lines = []
     for step, bits in ((3, 2.0), (12, 2.5)):
         torch.manual_seed(step)

@@ -15,6 +15,7 @@ import bytelm_jax.optimizers.q_agent
 import bytelm_jax.optimizers.threefry
 import bytelm_torch.optimizers.q_agent
 import bytelm_torch.optimizers.threefry
+from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.optimizers.q_learning import q_learning_metrics as torch_metrics
@@ -208,12 +209,8 @@ def test_actions_are_the_same_for_2000_steps(x64):
         for trace, same in rows:
             np.testing.assert_array_equal(trace[what], same[what])
     same = rows[-1][1]
-    assert len(np.unique(same["actions"][:, 0])) == len(
-        bytelm_jax.optimizers.q_agent.LEARNING_RATE_ACTIONS
-    )
-    assert len(np.unique(same["actions"][:, 1])) == len(
-        bytelm_jax.optimizers.q_agent.MOMENTUM_ACTIONS
-    )
+    assert len(np.unique(same["actions"][:, 0])) == len(LEARNING_RATE_ACTIONS)
+    assert len(np.unique(same["actions"][:, 1])) == len(MOMENTUM_ACTIONS)
     assert same["judged"][-1] == 1999
 
 

@@ -18,8 +18,9 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "recipes", "data", "runs", "export", "inspection", "metrics", "tracking", "sampling",
-    "tokenizer", "leaves", "rope", "config", "callable_module",
+    "recipes", "runs", "data", "export", "inspection", "metrics", "tracking", "sampling",
+    "progress", "tokenizer", "leaves", "positions", "patch_rules", "q_table", "files", "config",
+    "callable_module",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from bytelm import recipes, tracking
+from bytelm import progress, recipes, tracking
 from bytelm.metrics import MetricsLog, read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import display as jax_display
-from bytelm_torch.training import loop as torch_train
 
 RECORDS = [
     {"step": 1, "loss": 2.5, "bits_per_byte": 3.6067376},
@@ -116,11 +115,11 @@ def test_a_missing_package_is_one_line_before_anything_is_made(
 @pytest.mark.parametrize("package", ["bytelm_jax", "bytelm_torch"])
 def test_plain_progress_lines_tell_rates_and_the_time_left(package, monkeypatch, capsys):
     if package == "bytelm_jax":
-        display, times = jax_display.Display("tiny", 0, 100), jax_display.time
+        display = jax_display.Display("tiny", 0, 100)
     else:
-        display, times = torch_train.Display(100, True), torch_train.time
+        display = progress.ProgressLines(100)
     clock = iter([1000.0, 1020.0, 1021.0, 1060.0])
-    monkeypatch.setattr(times, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     record = {"bits_per_byte": 2.5, "bytes_per_second": 1_234_567.0}
     display.show(10, record)
     display.show(20, record | {"mfu": 0.123})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bytelm import data as corpora
+from bytelm import runs
 from bytelm.config import (
     Recipe,
     require_document_ends,
@@ -301,7 +302,7 @@ def calibrate_command(
         model = replace(model, threshold=contract.threshold)
         seen = patch_calibration.measure(model, params, cut(check), windows or None)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
-    checkpoints.save_config(run, calibrated)
+    runs.save_recipe(run, calibrated)
     print("\n".join(lines))
     known = recipe.patching if recipe.model.has_patching_contract else None
     wrong = patch_calibration.outside(known, contract) if known else None

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
-from bytelm.sampling import SamplerConfig
+from bytelm.sampling import SamplerConfig, check_request
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import (
     SamplerNumbers,
@@ -51,7 +51,7 @@ def generate(
     length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
     before anything runs when a row would outgrow the model's `max_length`.
     """
-    _check(model, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed)
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
@@ -77,7 +77,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. One piece is one device call.
     A piece may end inside a UTF-8 character.
     """
-    _check(model, [prompt], max_new_bytes, seed)
+    check_request(model.config, [prompt], max_new_bytes, seed)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -110,7 +110,7 @@ def generate_uncached(
     The pass runs over the sequence so far, padded to a bucket (at most twice the length, or
     16 rounds), and not over the whole length asked for.
     """
-    _check(model, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed)
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, lengths = model.config.vocab, np.array([len(prompt) for prompt in prompts])
@@ -259,20 +259,6 @@ def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array
         return choose_ids(logits, uniform, mode, numbers, model.config.vocab)
 
     return step
-
-
-def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) -> None:
-    """Everything that can be refused, before anything is built."""
-    require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
-    require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
-    longest = max(map(len, prompts), default=0)
-    limit = model.config.longest_input
-    if limit is not None and longest + max_new_bytes > limit:
-        raise ValueError(
-            f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
-            f"{longest + max_new_bytes}, but this model has max_length={limit} positions; "
-            'shorten them, or train with a larger max_length or variant="in_action"'
-        )
 
 
 def _padded(model: Any, length: int) -> int:

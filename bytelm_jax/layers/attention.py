@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.initializers import normal
@@ -30,17 +31,6 @@ class Scope(NamedTuple):
     mask: Bool[Array, "B T S"]
     segment_positions: Int[Array, "B S"]
     """The position of each key within its segment, from 0."""
-
-
-def alibi_bias(heads: int, length: int) -> np.ndarray:
-    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
-
-    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
-    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
-    usual slope · (j − i), since softmax ignores what is constant over the keys.
-    """
-    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
-    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
 
 
 def multi_query_attention(

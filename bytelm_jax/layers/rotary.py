@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from bytelm.rope import rope_frequencies
+from bytelm.positions import rope_frequencies
 
 
 class Rotation(NamedTuple):

@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.dropout import fold_rows
@@ -136,7 +137,7 @@ class BLT(PatchedModel, nnx.Module):
         }
         if c.reads_histograms:
             wide = jnp.promote_types(x.dtype, jnp.float32)
-            bits = (histograms.astype(wide) / patching.BIT).sum(axis=1)
+            bits = (histograms.astype(wide) / patch_rules.BIT).sum(axis=1)
             metrics["histogram_entropy"] = bits / counted.sum(axis=1)
         return ModelOutput(self.to_logits(x), jnp.zeros((batch,)), metrics)
 
@@ -200,7 +201,7 @@ class BLT(PatchedModel, nnx.Module):
         if not self.config.reads_histograms:
             return jnp.zeros((shifted.shape[0], 0), jnp.int32)
         recent = patching.recent_bytes(
-            shifted, self.config.vocab, patching.WINDOWS[-1], segment_starts
+            shifted, self.config.vocab, patch_rules.WINDOWS[-1], segment_starts
         )
         return jnp.where(counted, patching.histogram_entropy(recent), 0)
 
@@ -218,7 +219,7 @@ class BLT(PatchedModel, nnx.Module):
         real = patching.to_bytes(shifted, self.config.vocab) >= 0
         both = jnp.stack([histograms.astype(wide), real.astype(wide)], axis=-1)
         total = segment_sum(both, plan.patch_of, count)
-        return total[..., 0] / (patching.MOST * jnp.maximum(total[..., 1], 1))
+        return total[..., 0] / (patch_rules.MOST * jnp.maximum(total[..., 1], 1))
 
     def embed(
         self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.ids import as_ids
@@ -71,7 +72,9 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
     head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
     pooled = jnp.zeros((batch, length, *head), dtype)
     return BLTCache(
-        ids=jnp.full((batch, _look_back(c) - 1 + length), patching.NO_BYTE, jnp.int32),
+        ids=jnp.full(
+            (batch, patch_rules.look_back(c) - 1 + length), patch_rules.NO_BYTE, jnp.int32
+        ),
         segment_starts=empty_segment_starts(batch, length, c),
         patches=jnp.zeros((batch, length + 1), jnp.int32),
         histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
@@ -110,7 +113,7 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
         model.widen(patches), patch_entropy=patch_entropy, segment_starts=plan.segment_starts
     )
     _, memory, decoder = model.decoder(states, patches, plan.read_of, segment_starts=segment_starts)
-    first = _look_back(c) - 1
+    first = patch_rules.look_back(c) - 1
     return cache._replace(
         ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
         segment_starts=write_segment_starts(cache.segment_starts, segment_starts),
@@ -161,15 +164,15 @@ def _remember(
     config: BLTConfig, cache: BLTCache, byte: Array, index: Array, segment_start: Array | None
 ) -> tuple[BLTCache, Array]:
     """The cache with s_index written, and the ids of its segment that end there."""
-    span = _look_back(config)
+    span = patch_rules.look_back(config)
     ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
     recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
     if segment_start is not None:
         in_segment = index + jnp.arange(1 - span, 1)[None, :] >= segment_start[:, None]
-        recent = jnp.where(in_segment, recent, patching.NO_BYTE)
+        recent = jnp.where(in_segment, recent, patch_rules.NO_BYTE)
     histograms = cache.histograms
     if config.reads_histograms:
-        values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], config.vocab)
+        values = patching.to_bytes(recent[:, -patch_rules.WINDOWS[-1] :], config.vocab)
         entropies = patching.histogram_entropy(values)
         entropies = jnp.where(byte[:, 0] == config.vocab.pad_id, 0, entropies)
         histograms = write_at(histograms, entropies[:, None], index)
@@ -206,7 +209,7 @@ def _mark(
     if c.patcher == "histogram":
         mask = _in_patch(cache, number, index)
         summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
-    values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
+    values = patching.to_bytes(recent[:, -patch_rules.CONTEXT :], c.vocab)
     starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
     ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
     patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
@@ -278,11 +281,11 @@ def _patch_entropy_of(
     if not config.entropy_attention:
         return None
     wide = jnp.promote_types(dtype, jnp.float32)
-    ids = cache.ids[:, _look_back(config) - 1 :]
+    ids = cache.ids[:, patch_rules.look_back(config) - 1 :]
     real = mask & (patching.to_bytes(ids, config.vocab) >= 0)
     total = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
     count = jnp.maximum(real.sum(axis=1, keepdims=True), 1).astype(wide)
-    return total / (patching.MOST * count)
+    return total / (patch_rules.MOST * count)
 
 
 def _embed_recent(
@@ -298,9 +301,3 @@ def _embed_recent(
     # Without the barrier a GPU recomputes the hashes for each element of the embedding.
     rows = jax.lax.optimization_barrier(rows)
     return model.add_positions(model.add_ngrams(x, rows), position)
-
-
-def _look_back(config: BLTConfig) -> int:
-    """The number of ids up to and including a byte that patcher and hashes need."""
-    windows = patching.WINDOWS if config.reads_histograms else ()
-    return max((patching.CONTEXT, *windows, *config.ngram_sizes))

@@ -23,30 +23,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm.config import BLTConfig, ByteVocab
+from bytelm.patch_rules import BIT, CONTEXT, NO_BYTE, SHARES, WINDOWS
 from bytelm_jax.layers.ids import as_ids
-
-NO_BYTE = -1
-"""Stands for an id that is not a byte, and for positions before the first byte."""
-
-CONTEXT = 3
-"""Number of bytes a patcher looks back: a UTF-8 character is unfinished for three at most."""
-
-
-WINDOWS = (3, 5, 7)
-"""Numbers of bytes in the windows whose histograms `histogram_entropy` reads."""
-
-BIT = 2**22
-"""Histogram entropies are integers, this many per bit: their sums are exact in any order."""
-
-_SHARES = [
-    [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
-    for n in range(8)
-]
-"""What a byte that occurs c times among n adds to the mean entropy of the windows."""
-
-
-MOST = BIT * math.log2(WINDOWS[-1])
-"""The entropy of seven different bytes; entropies are divided by it."""
 
 
 class PatchPlan(NamedTuple):
@@ -98,7 +76,7 @@ def histogram_entropy(recent: Int[Array, "*batch 7"]) -> Int[Array, "*batch"]:
     `recent` holds the bytes that end there, oldest first; ids that are not bytes are not counted,
     so the windows of the first bytes are shorter.
     """
-    shares, total = jnp.asarray(_SHARES, jnp.int32).reshape(-1), 0
+    shares, total = jnp.asarray(SHARES, jnp.int32).reshape(-1), 0
     for window in WINDOWS:
         last = recent[..., -window:]
         real = last >= 0

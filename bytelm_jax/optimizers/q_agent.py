@@ -15,49 +15,27 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from bytelm.config.q_learning import QLearningConfig
+from bytelm.q_table import (
+    CELLS,
+    CLEAR,
+    COUNTS,
+    EDGES,
+    FALL_LIMIT,
+    LEARNING_RATE_ACTIONS,
+    LEAST_SHARE,
+    LEAST_SPREAD,
+    MOMENTUM_ACTIONS,
+    MOVES,
+    STABILITIES,
+    TINY,
+    TREND_LIMIT,
+    TRENDS,
+    bounds,
+)
 from bytelm_jax.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]
 Flag = Bool[Array, ""]
-
-
-# ---- the table: its cells and actions -------------------------------------------------------
-
-
-def log_memory(momentum: float) -> float:
-    """log of 1 / (1 - momentum), the scale on which momentum is binned and changed."""
-    return -math.log1p(-momentum)
-
-
-def _actions(*factors: float) -> tuple[float, ...]:
-    """Logarithms of the factors: no change, then nearest first, each before its inverse."""
-    return (0.0, *(sign * math.log(f) for f in factors for sign in (1.0, -1.0)))
-
-
-SCALE_EDGES = tuple(math.log(x) for x in (0.15, 0.4, 0.8, 1.25, 2.5, 6.0))
-MOMENTUM_EDGES = tuple(log_memory(x) for x in (0.6, 0.8, 0.87, 0.93, 0.96, 0.985))
-TREND_EDGES = (-2.0, -1.0, -0.3, 0.3, 1.0, 2.0)
-STABILITY_EDGES = (0.05, 0.1, 0.2, 0.3, 0.5)
-EDGES = (SCALE_EDGES, MOMENTUM_EDGES, TREND_EDGES, STABILITY_EDGES)
-CELLS = math.prod(len(edges) + 1 for edges in EDGES)
-
-LEARNING_RATE_ACTIONS = _actions(1.025, 1.05, 1.1, 1.15)
-MOMENTUM_ACTIONS = _actions(1.025, 1.05, 1.1)
-COUNTS = len(LEARNING_RATE_ACTIONS), len(MOMENTUM_ACTIONS)
-MOVES = LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS + (0.0,) * (COUNTS[0] - COUNTS[1])
-
-_TRENDS, _STABILITIES = len(TREND_EDGES) + 1, len(STABILITY_EDGES) + 1
-_TREND_LIMIT = 10.0
-_FALL_LIMIT = 1e3  # a finite loss of 1e30 must not make the table NaN
-_CLEAR = 2.0  # deviations above which a reward is learned faster
-_LEAST_SPREAD, _LEAST_SHARE = 1e-7, 1e-3  # of a fall, and of its mean: anything below is rounding
-_TINY = 1e-30
-
-
-def _bounds(config: QLearningConfig) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Lowest and highest positions of (learning rate, momentum)."""
-    least = math.log(config.min_scale), log_memory(config.min_momentum)
-    return least, (math.log(config.max_scale), log_memory(config.max_momentum))
 
 
 # ---- the agent ------------------------------------------------------------------------------
@@ -130,7 +108,7 @@ def init_agent(
         norms=jnp.zeros(config.window, dtype),
         means=jnp.zeros(2, dtype),
         variances=jnp.zeros(2, dtype),
-        baselines=jnp.zeros(_TRENDS, dtype),
+        baselines=jnp.zeros(TRENDS, dtype),
         trend=real,
         stability=real,
         reward=real,
@@ -196,7 +174,7 @@ def _observe(
     seen = seen + finite
     held = jnp.arange(config.window) < seen
     length = jnp.clip(seen, 1, config.window).astype(norms.dtype)
-    mean = jnp.maximum(jnp.sum(norms / length), _TINY)
+    mean = jnp.maximum(jnp.sum(norms / length), TINY)
     variance = jnp.sum(jnp.where(held, jnp.square(norms / mean - 1), 0.0) / length)
     return state._replace(
         smoothed=jnp.where(finite & (seen == 1), loss, state.smoothed - drop),
@@ -219,22 +197,22 @@ def _judge(
     """
     settled = due & state.pending
     judged = state.judged + settled
-    fall = state.fall / jnp.maximum(jnp.abs(state.reference), _TINY)
-    fall = jnp.clip(fall, -_FALL_LIMIT, _FALL_LIMIT)
+    fall = state.fall / jnp.maximum(jnp.abs(state.reference), TINY)
+    fall = jnp.clip(fall, -FALL_LIMIT, FALL_LIMIT)
     carried = 0.5 ** (config.interval / config.window) * state.last_fall
     falls = jnp.stack([fall, fall - carried])
     weight = jnp.maximum(1 / config.memory, 1 / jnp.maximum(judged, 1).astype(fall.dtype))
     surprise = falls - state.means
     means = state.means + weight * surprise
     variances = (1 - weight) * (state.variances + weight * jnp.square(surprise))
-    spread = jnp.sqrt(variances) + _LEAST_SPREAD + _LEAST_SHARE * jnp.abs(means)
-    slot = state.cell // _STABILITIES % _TRENDS
+    spread = jnp.sqrt(variances) + LEAST_SPREAD + LEAST_SHARE * jnp.abs(means)
+    slot = state.cell // STABILITIES % TRENDS
     baseline = state.baselines[slot]
     standing = (falls[1] - means[1]) / spread[1]
     reward = jnp.tanh(standing / 2) - baseline
-    clear = jnp.where(settled, jnp.square(standing / _CLEAR), 1.0)
+    clear = jnp.where(settled, jnp.square(standing / CLEAR), 1.0)
     alpha = jnp.minimum(config.alpha * jnp.maximum(clear, 1.0), 1.0)
-    trend = jnp.clip(fall / spread[0], -_TREND_LIMIT, _TREND_LIMIT)
+    trend = jnp.clip(fall / spread[0], -TREND_LIMIT, TREND_LIMIT)
     baselines = state.baselines.at[slot].add(weight * reward)
     undone = settled & state.explored & (reward <= config.undo_margin)
     position = jnp.where(undone, state.before, state.position)
@@ -252,7 +230,7 @@ def _judge(
 
 
 def _halved(position: Float[Array, "2"], config: QLearningConfig) -> Float[Array, "2"]:
-    least = _bounds(config)[0][0]
+    least = bounds(config)[0][0]
     return position.at[0].set(jnp.maximum(position[0] - math.log(2), least))
 
 
@@ -302,7 +280,7 @@ def _choose(
     step = state.count.astype(jnp.uint32) + 1  # fold_in uses counter 0
     draws = random_bits(state.key, step, jnp.arange(6, dtype=jnp.uint32)).reshape(2, 3)
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
-    position, (low, high) = state.position, jnp.asarray(_bounds(config), state.position.dtype)
+    position, (low, high) = state.position, jnp.asarray(bounds(config), state.position.dtype)
     moves = jnp.asarray(MOVES, position.dtype)[jnp.arange(2), actions]
     moved = jnp.clip(position + moves, low, high)
     if not steers_momentum:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bytelm import data, export
+from bytelm import data, export, runs
 from bytelm.config import ModelConfig
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
@@ -123,9 +123,7 @@ def compare(
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
     exported = (path / export.MODEL_FILE).exists()
-    config = (
-        export.read_description(path).config if exported else checkpoint.load_config(path).model
-    )
+    config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)
     windows = data.Windows(data.open_corpus(paths), config.vocab, length, append_eos=False)
     ids = next(data.evaluation_batches(windows, rows, rows))

@@ -146,11 +146,11 @@ def test_a_disk_that_forgets_or_is_full_is_found(tmp_path, mesh, monkeypatch):
     monkeypatch.setattr(jnp, "array_equal", lambda a, b: False)
     with pytest.raises(SickError, match="arrays come back changed"):
         doctor.check_checkpoints(tmp_path, mesh)
-    write = doctor.checkpoint.write_text
-    monkeypatch.setattr(doctor.checkpoint, "write_text", lambda path, text: write(path, "other"))
+    write = doctor.replace_file
+    monkeypatch.setattr(doctor, "replace_file", lambda path, data: write(path, b"other"))
     with pytest.raises(SickError, match="returns different bytes"):
         doctor.check_checkpoints(tmp_path, mesh)
-    monkeypatch.setattr(doctor.checkpoint, "write_text", lambda path, text: None)
+    monkeypatch.setattr(doctor, "replace_file", lambda path, data: None)
     with pytest.raises(SickError, match="not the folder that process 0 sees"):
         doctor.check_checkpoints(tmp_path, mesh)
     assert not list(tmp_path.iterdir())

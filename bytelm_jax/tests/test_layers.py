@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.gelu import gelu
 from bytelm_jax.kernels.low_precision import folded, linear_of_rows, normalized, normalized_linears
-from bytelm_jax.layers.attention import alibi_bias, multi_query_attention
+from bytelm_jax.layers.attention import multi_query_attention
 from bytelm_jax.layers.dropout import dropout
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.logits import LogitsLinear

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm import data, recipes
+from bytelm import data, recipes, runs
 from bytelm.config import (
     BLTConfig,
     EntropyConfig,
@@ -100,10 +100,10 @@ def test_blt_takes_over_what_was_calibrated(calibrated, blt_run, capsys):
 
 
 def test_the_same_command_goes_on_without_its_source(blt_run, text):
-    before = checkpoint.load_config(blt_run)
+    before = runs.load_recipe(blt_run)
     argv = [*BLT, "--warmup-steps", "1", "--data", str(text), "--run-dir", str(blt_run)]
     assert cli.main([*argv, "--steps", "3"]) == 0
-    assert checkpoint.load_config(blt_run) == before
+    assert runs.load_recipe(blt_run) == before
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_calibrating_blt_changes_every_checkpoint_at_once(blt_run, text, tmp_pat
 def test_what_an_export_says(blt_run, tmp_path):
     assert cli.main(["export", str(blt_run), "--out", str(tmp_path / "out")]) == 0
     assert cli.main(["import", str(tmp_path / "out"), "--out", str(tmp_path / "run")]) == 0
-    ours, again = (checkpoint.load_config(folder) for folder in (blt_run, tmp_path / "run"))
+    ours, again = (runs.load_recipe(folder) for folder in (blt_run, tmp_path / "run"))
     assert again.patching == ours.patching and again.model == ours.model
 
 
@@ -167,12 +167,12 @@ def test_refusals_say_what_to_do(entropy_run, calibrated, blt_run, text, tmp_pat
     assert "model.threshold=2.0" in refused(capsys, *taken, "--threshold", "2")
     bare = tmp_path / "bare"
     shutil.copytree(calibrated, bare)
-    recipe = checkpoint.load_config(bare)
-    checkpoint.save_config(bare, dataclasses.replace(recipe, patching=None))
+    recipe = runs.load_recipe(bare)
+    runs.save_recipe(bare, dataclasses.replace(recipe, patching=None))
     assert "bytelm calibrate" in refused(capsys, *new, "--entropy-from", bare)
     assert recipe.patching is not None
     other = dataclasses.replace(recipe.patching, entropy_model="0" * 64)
-    checkpoint.save_config(bare, dataclasses.replace(recipe, patching=other))
+    runs.save_recipe(bare, dataclasses.replace(recipe, patching=other))
     assert "calibrate it again" in refused(capsys, *new, "--entropy-from", bare)
     assert not list((tmp_path / "new").glob("checkpoints/*"))
     on = [*BLT, "--data", text, "--run-dir", blt_run, "--entropy-from", bare]
@@ -183,11 +183,11 @@ def test_refusals_say_what_to_do(entropy_run, calibrated, blt_run, text, tmp_pat
 
 
 def test_a_source_must_reset_as_asked(calibrated, tmp_path):
-    source = checkpoint.load_config(calibrated)
+    source = runs.load_recipe(calibrated)
     lines = dataclasses.replace(source.model, reset_on="newline")
     folder = tmp_path / "lines"
     folder.mkdir()
-    checkpoint.save_config(folder, dataclasses.replace(source, model=lines))
+    runs.save_recipe(folder, dataclasses.replace(source, model=lines))
 
     def adopt(taken, *argv):
         options = ["--entropy-from", str(taken), *argv]

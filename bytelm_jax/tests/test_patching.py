@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.tokenizer import ByteTokenizer
@@ -249,9 +250,9 @@ def test_the_budget_is_exact_for_patchers_that_count():
 
 
 def test_the_largest_threshold_sums_without_overflow():
-    limit = int(HISTOGRAM_LIMIT * patching.BIT)
-    values = np.full((1, ROOM), 2 * patching.BIT, np.int32)
+    limit = int(HISTOGRAM_LIMIT * patch_rules.BIT)
+    values = np.full((1, ROOM), 2 * patch_rules.BIT, np.int32)
     sums = jax.jit(patching.sums_since_start)(values, np.zeros((1, ROOM), bool), limit)
     # Behind position 0, which ends its own sum, every 128th value of 2 bits passes 255.
-    expected = np.concatenate([[1], np.arange(ROOM - 1) % 128 + 1]) * 2 * patching.BIT
+    expected = np.concatenate([[1], np.arange(ROOM - 1) % 128 + 1]) * 2 * patch_rules.BIT
     np.testing.assert_array_equal(sums[0], expected)

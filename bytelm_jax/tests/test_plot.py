@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm import runs
 from bytelm.config import MegabyteConfig, PatchingContract, QLearningSGDConfig, Recipe, TrainConfig
+from bytelm.q_table import CELLS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
-from bytelm_jax.optimizers.q_agent import CELLS
 from bytelm_jax.tools import plot
 from bytelm_jax.training import checkpoint
 
@@ -51,7 +52,7 @@ VALIDATION += [{"step": 30, "validation_loss": None, "validation_bits_per_byte":
 
 def make_run(folder, records, **fields):
     folder.mkdir()
-    checkpoint.save_config(folder, Recipe(name="tiny <1>", model=MODEL, **fields))
+    runs.save_recipe(folder, Recipe(name="tiny <1>", model=MODEL, **fields))
     lines = [json.dumps(record) + "\n" for record in records]
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"step": 41, "lo')  # a killed write
     return folder
@@ -82,7 +83,7 @@ def figure_of_agent(tmp_path_factory, tables):
     folder = make_run(
         tmp_path_factory.mktemp("plot") / "run", [*RECORDS, *VALIDATION], optimizer=optimizer
     )
-    recipe = checkpoint.load_config(folder)
+    recipe = runs.load_recipe(folder)
     shapes = abstract_params(MODEL)
     built = build_optimizer(optimizer, recipe.train.steps, 0)
     zeros = jax.tree.map(

@@ -8,16 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm.config.q_learning import QLearningConfig
+from bytelm.q_table import CELLS, EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, log_memory
 from bytelm_jax.optimizers import q_agent
-from bytelm_jax.optimizers.q_agent import (
-    CELLS,
-    EDGES,
-    LEARNING_RATE_ACTIONS,
-    MOMENTUM_ACTIONS,
-    QLearningConfig,
-    init_agent,
-    step_agent,
-)
+from bytelm_jax.optimizers.q_agent import init_agent, step_agent
 from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
 from parity_tests.tolerances import AFTER_200_STEPS
 
@@ -77,7 +71,7 @@ def test_every_cell_is_reached_by_its_own_bins():
 def test_no_start_and_no_bound_lies_on_an_edge():
     config = QLearningConfig()
     scales = [0.0, math.log(config.min_scale), math.log(config.max_scale)]
-    momenta = [q_agent.log_memory(x) for x in (0.9, config.min_momentum, config.max_momentum)]
+    momenta = [log_memory(x) for x in (0.9, config.min_momentum, config.max_momentum)]
     for values, edges in zip((scales, momenta), EDGES[:2], strict=True):
         assert min(abs(value - edge) for value in values for edge in edges) > 0.1
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bytelm import runs
 from bytelm.metrics import METRIC
-from bytelm_jax.training import checkpoint
 from bytelm_jax.training.loop import Outcome
 from bytelm_jax.training.reporter import DivergedError
 
@@ -28,7 +28,7 @@ def sweep(monkeypatch):
         rate = recipe.optimizer.learning_rate
         module.trained.append(rate)
         run_dir.mkdir(parents=True)
-        checkpoint.save_config(run_dir, recipe)
+        runs.save_recipe(run_dir, recipe)
         lines = [{"step": recipe.train.steps, METRIC: 3 + abs(rate - 0.1)}]
         (run_dir / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         if rate == 9:
@@ -50,7 +50,7 @@ def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
     assert rows[0][METRIC] == 3 and rows[0]["step"] == 7
     with open(tmp_path / "results.csv", newline="") as file:
         assert [row["optimizer"] for row in csv.DictReader(file)][:2] == ["sgd", "q_learning_sgd"]
-    saved = checkpoint.load_config(tmp_path / "learning_rate=0.3,optimizer=q_learning_sgd")
+    saved = runs.load_recipe(tmp_path / "learning_rate=0.3,optimizer=q_learning_sgd")
     assert saved.optimizer.name == "q_learning_sgd" and saved.optimizer.momentum == 0.8
     assert "3.2000" in capsys.readouterr().out
 

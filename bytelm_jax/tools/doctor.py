@@ -27,10 +27,11 @@ from jax.sharding import Mesh
 
 from bytelm import data
 from bytelm.config import MegabyteConfig, TrainConfig
+from bytelm.files import replace_file
 from bytelm_jax.models import define_model
 from bytelm_jax.tools.memory import device_limit
-from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import processes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
 
@@ -316,7 +317,7 @@ def _write(probe: Path) -> str:
     try:
         shutil.rmtree(probe, ignore_errors=True)
         probe.mkdir(parents=True)
-        checkpoint.write_text(probe / "file", "written")
+        replace_file(probe / "file", b"written")
     except OSError as error:
         where = error.filename or probe
         return f"{where}: {error.strerror}; name a folder that can be written with --run-dir"

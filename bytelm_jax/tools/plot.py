@@ -18,11 +18,14 @@ import numpy as np
 import optax
 from jaxtyping import Float32
 
+from bytelm import runs
 from bytelm.config import PatchingContract, Recipe, to_dict
+from bytelm.files import replace_file
 from bytelm.metrics import read_metrics
+from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
-from bytelm_jax.optimizers.q_agent import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, QLearningState
+from bytelm_jax.optimizers.q_agent import QLearningState
 from bytelm_jax.training import checkpoint
 
 _LABELS = {
@@ -59,7 +62,7 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
 
     Raises `ValueError` for a folder that is not a run or has not logged a step yet.
     """
-    recipe = checkpoint.load_config(run_dir)
+    recipe = runs.load_recipe(run_dir)
     path = run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
     if not any("loss" in record for record in records):
@@ -281,8 +284,8 @@ def write_plots(run_dir: Path, out: Path) -> tuple[Path, Path]:
     figure.savefig(buffer, format="png")
     out.mkdir(parents=True, exist_ok=True)
     png, page = out / "plot.png", out / "plot.html"
-    checkpoint.write_bytes(png, buffer.getvalue())
-    checkpoint.write_text(page, _page(recipe, plots, buffer.getvalue()))
+    replace_file(png, buffer.getvalue())
+    replace_file(page, _page(recipe, plots, buffer.getvalue()).encode())
     return png, page
 
 

@@ -7,7 +7,6 @@ files themselves carry no checksum. Arrays that hold NaN or infinity are neither
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -24,8 +23,9 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.config import Recipe, TrainConfig, require, to_dict
 from bytelm.metrics import score
+from bytelm.runs import load_recipe, save_recipe
 from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
 
@@ -34,42 +34,6 @@ _MOST_TRIED = 64
 
 _FILE_BYTES = 2**24
 """Largest array file of an import: Orbax gathers one in memory, 2 GB by default, before writing."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file in UTF-8 as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file so that at any moment it has either the old or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_config(run_dir: Path, recipe: Recipe) -> None:
-    """Writes `config.json`."""
-    write_text(run_dir / "config.json", json.dumps(to_dict(recipe), indent=2) + "\n")
-
-
-def load_config(run_dir: Path) -> Recipe:
-    """Reads `config.json`; raises `ValueError` if the folder is not a run folder."""
-    path = run_dir / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{run_dir}: no config.json there; give a folder that `train` made")
-    try:
-        return from_dict(Recipe, json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error}); restore it from a backup") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 class Mark(NamedTuple):
@@ -362,7 +326,7 @@ def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
 
 def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
     """Recipe, parameters (on the default device) and step of a run folder's checkpoint."""
-    recipe = load_config(run_dir)
+    recipe = load_recipe(run_dir)
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(f"{run_dir}: no checkpoints there; train first")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -407,7 +371,7 @@ def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
         with open_checkpoints(temporary, recipe.train) as manager:
             save(manager, 0, params, None, recipe, "", None)
             finish(manager)
-        save_config(temporary, recipe)
+        save_recipe(temporary, recipe)
         temporary.chmod(0o755)
         os.replace(temporary, run_dir)
     finally:

@@ -1,7 +1,5 @@
 """What a person sees of a run: a progress bar on a terminal, plain lines elsewhere."""
 
-import time
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -15,8 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-_LINE_SECONDS = 10.0
-"""Without a terminal, at most one progress line per this many seconds."""
+from bytelm.progress import ProgressLines, rates
 
 
 class Display:
@@ -35,8 +32,7 @@ class Display:
             disable=not self._console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=steps, completed=start, rates="compiling …")
-        self._steps, self._last = steps, float("-inf")
-        self._first: tuple[int, float] | None = None
+        self._lines = ProgressLines(steps, shown and not self._console.is_terminal)
 
     def __enter__(self) -> "Display":
         self._bar.start()
@@ -56,18 +52,5 @@ class Display:
 
     def show(self, step: int, record: dict[str, Any]) -> None:
         """Updates the bar and the rates to a finished step's metrics."""
-        rates = (
-            f"{record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second'] / 1e3:,.1f} kB/s"
-        )
-        if "mfu" in record:
-            rates += f"  MFU {record['mfu']:.1%}"
-        self._bar.update(self._task, completed=step, rates=rates)
-        now = time.monotonic()
-        # Only the time after the first report predicts the rest: before it, the step was compiled.
-        since, begun = self._first = self._first or (step, now)
-        if not self._console.is_terminal and now - self._last > _LINE_SECONDS:
-            self._last = now
-            if step > since:
-                left = (now - begun) / (step - since) * (self._steps - step)
-                rates += f"  {timedelta(seconds=round(left))} left"
-            self.say(f"step {step}/{self._steps}  {rates}")
+        self._bar.update(self._task, completed=step, rates=rates(record))
+        self._lines.show(step, record)

@@ -3,10 +3,10 @@
 import os
 import sys
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,11 @@ import jax.numpy as jnp
 from bytelm import data
 from bytelm.config import (
     Recipe,
-    TrainConfig,
     require_document_ends,
-    to_dict,
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import METRIC, MetricsLog
+from bytelm.runs import Outcome, open_windows, prepare_run_dir, save_recipe
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -34,43 +33,8 @@ from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.reporter import StepReporter
 
-_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
-_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
-"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
-
 _IN_FLIGHT = 4
 """Steps queued on the devices: simulated CPU devices deadlock if many are not awaited."""
-
-
-class Outcome(NamedTuple):
-    """How a run ended: at which step, and whether a signal stopped it before the last one."""
-
-    step: int
-    interrupted: bool
-
-
-def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
-    if (run_dir / "config.json").exists():
-        check_same_run(checkpoint.load_config(run_dir), recipe, run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-
-
-def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
-    """Raises `ValueError` for the first field whose change would make this a different run."""
-    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
-    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
-    for part, old, new in pairs:
-        before, after = to_dict(old), to_dict(new)
-        for name in before:  # first the architecture, or the optimizer's name: others depend on it
-            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
-            if before[name] != after[name] and not free:
-                raise ValueError(
-                    f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
-                    "keep that value or choose another run_dir"
-                )
 
 
 def agree_on_patches(
@@ -86,18 +50,6 @@ def agree_on_patches(
     if wrong and processes.is_first():
         print(f"bytelm train: warning: data.paths: {wrong}", file=sys.stderr, flush=True)
     return recipe if resumed and known else replace(recipe, patching=contract)
-
-
-def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
-    """Training and validation windows of the recipe's data, and the identity of that data."""
-    config = recipe.data
-    corpus = data.open_corpus(config.paths)
-    parts = data.split(corpus, config.validation_fraction, config.split_seed)
-    windows, held_out = (
-        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
-        for part in parts
-    )
-    return windows, held_out, corpus.fingerprint()
 
 
 def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
@@ -165,7 +117,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     if first:
-        checkpoint.save_config(run_dir, recipe)
+        save_recipe(run_dir, recipe)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
 
     # ---- what is open for the length of the run ----

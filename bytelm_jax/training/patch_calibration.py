@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
+from bytelm import patch_rules, runs
 from bytelm.config import BLTConfig, PatchingContract, Recipe, require
 from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.data import Windows, evaluation_batches
@@ -207,7 +208,7 @@ def _histogram_threshold(
         segment_starts = segment_starts_of(jnp.asarray(ids), config)
         shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id, segment_starts)
         found = patching.histogram_entropy(
-            patching.recent_bytes(shifted, config.vocab, patching.WINDOWS[-1], segment_starts)
+            patching.recent_bytes(shifted, config.vocab, patch_rules.WINDOWS[-1], segment_starts)
         )
         held = patching.held_back(config, shifted, segment_starts)
         batches.append(
@@ -229,12 +230,12 @@ def _histogram_threshold(
         total = np.sum([jax.device_get(count(*batch, cut)) for batch in batches], axis=0)
         return float(total[0] / total[1])
 
-    low, high = 0, int(HISTOGRAM_LIMIT * patching.BIT)
+    low, high = 0, int(HISTOGRAM_LIMIT * patch_rules.BIT)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if mean_length(middle) <= bytes_per_patch else (low, middle)
     best = min((low, high), key=lambda cut: abs(mean_length(cut) - bytes_per_patch))
-    return best / patching.BIT
+    return best / patch_rules.BIT
 
 
 # ---- the entropy model of a new run -------------------------------------------------------------
@@ -257,7 +258,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
         )
         return recipe
     if (run_dir / "config.json").exists():
-        saved = checkpoint.load_config(run_dir)
+        saved = runs.load_recipe(run_dir)
         if type(saved.model) is not type(model):
             return recipe  # another run's folder, and `prepare_run_dir` says so
         source, theirs = saved, saved.model
@@ -273,7 +274,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
             "entropy_tiny`, `bytelm calibrate` it and give its run folder as --entropy-from, or "
             "take --patcher space",
         )
-        source = checkpoint.load_config(Path(named))
+        source = runs.load_recipe(Path(named))
         theirs = _calibrated(source, named)
     known = _defaults(recipe).with_resets(model.entropy.reset_on)  # not left to the source
     for field in _FROM_SOURCE:

@@ -22,6 +22,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from bytelm import progress
+
 T = TypeVar("T")
 
 HUNG = 75
@@ -100,7 +102,7 @@ def wait_for_all(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-class StopSignal:
+class StopSignal(progress.StopSignal):
     """Whether SIGINT or SIGTERM asked this run to end; a second signal ends the process at once.
 
     With several processes a signal to one of them stops all at the same call of `agreed`: the
@@ -108,13 +110,15 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._seen = self._stopped = False
-        self._sync_point = 0
+        super().__init__()
+        self._stopped, self._sync_point = False, 0
+        if jax.process_count() > 1:  # SIGTERM belongs to JAX, which tells the coordinator of it
+            self.signals = (signal.SIGINT,)
 
     def agreed(self) -> bool:
         """Whether to stop now; all processes must call it equally often and get the same answer."""
         if jax.process_count() == 1:
-            self._stopped = self._seen
+            self._stopped = self.seen
         elif not self._stopped:
             self._sync_point += 1
             self._stopped = multihost_utils.reached_preemption_sync_point(self._sync_point)
@@ -131,23 +135,11 @@ class StopSignal:
         """The last result of `agreed`."""
         return self._stopped
 
-    def __enter__(self) -> "StopSignal":
-        # With several processes SIGTERM belongs to JAX, which reports it to the coordinator.
-        numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
-        self._old = {number: signal.signal(number, self._handle) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._seen:
-            os._exit(128 + number)
-        self._seen = True
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Passes the first signal on to the coordinator; ends the process at the second."""
+        super().handle(number, frame)
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
 
 class Watchdog:

@@ -15,13 +15,10 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.metrics import MetricsLog, Throughput, bits_per_byte, read_metrics
+from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
 from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training.display import Display
-
-
-class DivergedError(RuntimeError):
-    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
 
 
 class StepReporter:

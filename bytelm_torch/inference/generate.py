@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, require
-from bytelm.sampling import SamplerConfig
+from bytelm.sampling import SamplerConfig, check_request
 from bytelm_torch.inference.sampling import next_ids, random_uniforms
 from bytelm_torch.models.interface import inference
 
@@ -36,7 +36,7 @@ def generate(
     length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
     before anything runs when a row would outgrow the model's `max_length`.
     """
-    _check(model, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed)
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
@@ -62,7 +62,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. A piece may end
     inside a UTF-8 character.
     """
-    _check(model, [prompt], max_new_bytes, seed)
+    check_request(model.config, [prompt], max_new_bytes, seed)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -91,7 +91,7 @@ def generate_uncached(
     stop_at_eos: bool = True,
 ) -> list[bytes]:
     """As `generate`, by a full forward pass for every byte: the reference, slow and plain."""
-    _check(model, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed)
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, device = model.config.vocab, _device(model)
@@ -192,20 +192,6 @@ def _append_round(
     here[:] = torch.where(state.done[:, None], vocab.pad_id, chosen)
     ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
     return _State(cache, state.ids, state.index + 1, state.done | ended)
-
-
-def _check(model: Any, prompts: Sequence[bytes], max_new_bytes: int, seed: int) -> None:
-    """Everything that can be refused, before anything is built."""
-    require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
-    require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
-    longest = max(map(len, prompts), default=0)
-    limit = model.config.longest_input
-    if limit is not None and longest + max_new_bytes > limit:
-        raise ValueError(
-            f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
-            f"{longest + max_new_bytes}, but this model has max_length={limit} positions; "
-            'shorten them, or train with a larger max_length or variant="in_action"'
-        )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -5,11 +5,11 @@ Axes: B batch, T query positions, S key positions, H heads, K head width, D widt
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bytelm.positions import alibi_bias
 from bytelm_torch.layers.norm import LayerNorm
 
 
@@ -26,17 +26,6 @@ class Scope(NamedTuple):
     mask: Bool[Tensor, "B T S"]
     segment_positions: Int[Tensor, "B S"]
     """The position of each key within its segment, from 0."""
-
-
-def alibi_bias(heads: int, length: int) -> np.ndarray:
-    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
-
-    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
-    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
-    usual slope · (j − i), since softmax ignores what is constant over the keys.
-    """
-    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
-    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
 
 
 def multi_query_attention(

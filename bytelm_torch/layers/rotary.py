@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bytelm.rope import rope_frequencies
+from bytelm.positions import rope_frequencies
 
 
 class Rotation(NamedTuple):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
+from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ids import check_ids
@@ -98,7 +99,7 @@ class BLT(PatchedModel, nn.Module):
         }
         if c.reads_histograms:
             wide = torch.promote_types(x.dtype, torch.float32)
-            bits = (histograms.to(wide) / patching.BIT).sum(dim=1)
+            bits = (histograms.to(wide) / patch_rules.BIT).sum(dim=1)
             metrics["histogram_entropy"] = bits / counted.sum(dim=1)
         return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
 
@@ -166,7 +167,7 @@ class BLT(PatchedModel, nn.Module):
         if not self.config.reads_histograms:
             return torch.zeros_like(shifted[:, :0])
         recent = patching.recent_bytes(
-            shifted, self.config.vocab, patching.WINDOWS[-1], segment_starts
+            shifted, self.config.vocab, patch_rules.WINDOWS[-1], segment_starts
         )
         return patching.histogram_entropy(recent).where(counted, 0)
 
@@ -184,7 +185,7 @@ class BLT(PatchedModel, nn.Module):
         real = patching.to_bytes(shifted, self.config.vocab) >= 0
         both = torch.stack([histograms.to(wide), real.to(wide)], dim=-1)
         total = segment_sum(both, plan.patch_of, count)
-        return total[..., 0] / (patching.MOST * total[..., 1].clamp(min=1))
+        return total[..., 0] / (patch_rules.MOST * total[..., 1].clamp(min=1))
 
     def embed(
         self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
+from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.ids import as_ids
@@ -77,7 +78,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
 
     memory = (empty(batch, patches, c.patch_queries, *read) for _ in range(c.decoder_layers))
     return BLTCache(
-        ids=integers(batch, _look_back(c) - 1 + length).fill_(patching.NO_BYTE),
+        ids=integers(batch, patch_rules.look_back(c) - 1 + length).fill_(patch_rules.NO_BYTE),
         segment_starts=empty_segment_starts(batch, length, c, weight.device),
         patches=integers(batch, length + 1),
         histograms=integers(batch, length if c.reads_histograms else 0),
@@ -117,7 +118,7 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
         model.widen(patches), patch_entropy=patch_entropy, segment_starts=plan.segment_starts
     )
     _, memory, decoder = model.decoder(states, patches, plan.read_of, segment_starts=segment_starts)
-    first = _look_back(c) - 1
+    first = patch_rules.look_back(c) - 1
     cache.ids[:, first : first + length] = shifted
     write_segment_starts(cache.segment_starts, segment_starts)
     cache.patches[:, : length + 1] = plan.numbers
@@ -155,14 +156,14 @@ def _remember(
     config: BLTConfig, cache: BLTCache, byte: Tensor, index: int, segment_start: Tensor | None
 ) -> Tensor:
     """Writes s_index; gives the ids of its segment that end there."""
-    span = _look_back(config)
+    span = patch_rules.look_back(config)
     cache.ids[:, index + span - 1] = byte[:, 0]
     recent = cache.ids[:, index : index + span]
     if segment_start is not None:
         positions = torch.arange(index + 1 - span, index + 1, device=byte.device)
-        recent = recent.where(positions >= segment_start[:, None], patching.NO_BYTE)
+        recent = recent.where(positions >= segment_start[:, None], patch_rules.NO_BYTE)
     if config.reads_histograms:
-        values = patching.to_bytes(recent[:, -patching.WINDOWS[-1] :], config.vocab)
+        values = patching.to_bytes(recent[:, -patch_rules.WINDOWS[-1] :], config.vocab)
         entropies = patching.histogram_entropy(values)
         cache.histograms[:, index] = entropies.where(byte[:, 0] != config.vocab.pad_id, 0)
     return recent
@@ -197,7 +198,7 @@ def _mark(
     if c.patcher == "histogram":
         mask = _in_patch(cache, number, index)
         summed = cache.histograms.where(mask, 0).sum(dim=1)
-    values = patching.to_bytes(recent[:, -patching.CONTEXT :], c.vocab)
+    values = patching.to_bytes(recent[:, -patch_rules.CONTEXT :], c.vocab)
     starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
     ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
     cache.patches[:, index + 1] = number + ends
@@ -253,11 +254,11 @@ def _patch_entropy_of(
     if not config.entropy_attention:
         return None
     wide = torch.promote_types(dtype, torch.float32)
-    ids = cache.ids[:, _look_back(config) - 1 :]
+    ids = cache.ids[:, patch_rules.look_back(config) - 1 :]
     real = mask & (patching.to_bytes(ids, config.vocab) >= 0)
     total = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
     count = real.sum(dim=1, keepdim=True).clamp(min=1).to(wide)
-    return total / (patching.MOST * count)
+    return total / (patch_rules.MOST * count)
 
 
 def _embed_recent(
@@ -272,9 +273,3 @@ def _embed_recent(
     inside = (byte != c.vocab.pad_id)[..., None]
     rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
     return model.add_positions(model.add_ngrams(x, rows), position)
-
-
-def _look_back(config: BLTConfig) -> int:
-    """The number of ids up to and including a byte that patcher and hashes need."""
-    windows = patching.WINDOWS if config.reads_histograms else ()
-    return max((patching.CONTEXT, *windows, *config.ngram_sizes))

@@ -14,29 +14,8 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bytelm.config import BLTConfig, ByteVocab
+from bytelm.patch_rules import BIT, CONTEXT, NO_BYTE, SHARES, WINDOWS
 from bytelm_torch.layers.ids import as_ids
-
-NO_BYTE = -1
-"""Stands for an id that is not a byte, and for positions before the first byte."""
-
-CONTEXT = 3
-"""Number of bytes a patcher looks back: a UTF-8 character is unfinished for three at most."""
-
-
-WINDOWS = (3, 5, 7)
-"""Numbers of bytes in the windows whose histograms `histogram_entropy` reads."""
-
-BIT = 2**22
-"""Histogram entropies are integers, this many per bit: their sums are exact in any order."""
-
-_SHARES = [
-    [round(math.log2(n / c) / n / len(WINDOWS) * BIT) if 0 < c <= n else 0 for c in range(8)]
-    for n in range(8)
-]
-"""What a byte that occurs c times among n adds to the mean entropy of the windows."""
-
-MOST = BIT * math.log2(WINDOWS[-1])
-"""The entropy of seven different bytes; entropies are divided by it."""
 
 
 class PatchPlan(NamedTuple):
@@ -88,7 +67,7 @@ def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
     `recent` holds the bytes that end there, oldest first; ids that are not bytes are not counted,
     so the windows of the first bytes are shorter.
     """
-    shares = torch.tensor(_SHARES, device=recent.device).flatten()
+    shares = torch.tensor(SHARES, device=recent.device).flatten()
     total = torch.zeros_like(recent[..., 0])
     for window in WINDOWS:
         last = recent[..., -window:]

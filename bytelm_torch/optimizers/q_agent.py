@@ -15,49 +15,27 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bytelm.config.q_learning import QLearningConfig
+from bytelm.q_table import (
+    CELLS,
+    CLEAR,
+    COUNTS,
+    EDGES,
+    FALL_LIMIT,
+    LEARNING_RATE_ACTIONS,
+    LEAST_SHARE,
+    LEAST_SPREAD,
+    MOMENTUM_ACTIONS,
+    MOVES,
+    STABILITIES,
+    TINY,
+    TREND_LIMIT,
+    TRENDS,
+    bounds,
+)
 from bytelm_torch.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]
 Flag = Bool[Tensor, ""]
-
-
-# ---- the table: its cells and actions -------------------------------------------------------
-
-
-def log_memory(momentum: float) -> float:
-    """log of 1 / (1 - momentum), the scale on which momentum is binned and changed."""
-    return -math.log1p(-momentum)
-
-
-def _actions(*factors: float) -> tuple[float, ...]:
-    """Logarithms of the factors: no change, then nearest first, each before its inverse."""
-    return (0.0, *(sign * math.log(f) for f in factors for sign in (1.0, -1.0)))
-
-
-SCALE_EDGES = tuple(math.log(x) for x in (0.15, 0.4, 0.8, 1.25, 2.5, 6.0))
-MOMENTUM_EDGES = tuple(log_memory(x) for x in (0.6, 0.8, 0.87, 0.93, 0.96, 0.985))
-TREND_EDGES = (-2.0, -1.0, -0.3, 0.3, 1.0, 2.0)
-STABILITY_EDGES = (0.05, 0.1, 0.2, 0.3, 0.5)
-EDGES = (SCALE_EDGES, MOMENTUM_EDGES, TREND_EDGES, STABILITY_EDGES)
-CELLS = math.prod(len(edges) + 1 for edges in EDGES)
-
-LEARNING_RATE_ACTIONS = _actions(1.025, 1.05, 1.1, 1.15)
-MOMENTUM_ACTIONS = _actions(1.025, 1.05, 1.1)
-COUNTS = len(LEARNING_RATE_ACTIONS), len(MOMENTUM_ACTIONS)
-MOVES = LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS + (0.0,) * (COUNTS[0] - COUNTS[1])
-
-_TRENDS, _STABILITIES = len(TREND_EDGES) + 1, len(STABILITY_EDGES) + 1
-_TREND_LIMIT = 10.0
-_FALL_LIMIT = 1e3  # a finite loss of 1e30 must not make the table NaN
-_CLEAR = 2.0  # deviations above which a reward is learned faster
-_LEAST_SPREAD, _LEAST_SHARE = 1e-7, 1e-3  # of a fall, and of its mean: anything below is rounding
-_TINY = 1e-30
-
-
-def _bounds(config: QLearningConfig) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Lowest and highest positions of (learning rate, momentum)."""
-    least = math.log(config.min_scale), log_memory(config.min_momentum)
-    return least, (math.log(config.max_scale), log_memory(config.max_momentum))
 
 
 # ---- the agent ------------------------------------------------------------------------------
@@ -142,7 +120,7 @@ def init_agent(
         norms=zeros(config.window),
         means=zeros(2),
         variances=zeros(2),
-        baselines=zeros(_TRENDS),
+        baselines=zeros(TRENDS),
         trend=zeros(),
         stability=zeros(),
         reward=zeros(),
@@ -208,7 +186,7 @@ def _observe(
     seen = seen + finite
     held = places < seen
     length = seen.clamp(1, config.window).to(norms.dtype)
-    mean = (norms / length).sum().clamp(min=_TINY)
+    mean = (norms / length).sum().clamp(min=TINY)
     variance = (torch.where(held, (norms / mean - 1).square(), 0.0) / length).sum()
     return state._replace(
         smoothed=torch.where(finite & (seen == 1), loss, state.smoothed - drop),
@@ -231,22 +209,22 @@ def _judge(
     """
     settled = due & state.pending
     judged = state.judged + settled
-    fall = state.fall / state.reference.abs().clamp(min=_TINY)
-    fall = fall.clamp(-_FALL_LIMIT, _FALL_LIMIT)
+    fall = state.fall / state.reference.abs().clamp(min=TINY)
+    fall = fall.clamp(-FALL_LIMIT, FALL_LIMIT)
     carried = 0.5 ** (config.interval / config.window) * state.last_fall
     falls = torch.stack([fall, fall - carried])
     weight = (1 / judged.clamp(min=1).to(fall.dtype)).clamp(min=1 / config.memory)
     surprise = falls - state.means
     means = state.means + weight * surprise
     variances = (1 - weight) * (state.variances + weight * surprise.square())
-    spread = variances.sqrt() + _LEAST_SPREAD + _LEAST_SHARE * means.abs()
-    slot = torch.arange(_TRENDS, device=fall.device) == state.cell // _STABILITIES % _TRENDS
+    spread = variances.sqrt() + LEAST_SPREAD + LEAST_SHARE * means.abs()
+    slot = torch.arange(TRENDS, device=fall.device) == state.cell // STABILITIES % TRENDS
     baseline = torch.where(slot, state.baselines, 0.0).sum()
     standing = (falls[1] - means[1]) / spread[1]
     reward = torch.tanh(standing / 2) - baseline
-    clear = torch.where(settled, (standing / _CLEAR).square(), 1.0)
+    clear = torch.where(settled, (standing / CLEAR).square(), 1.0)
     alpha = (config.alpha * clear.clamp(min=1.0)).clamp(max=1.0)
-    trend = (fall / spread[0]).clamp(-_TREND_LIMIT, _TREND_LIMIT)
+    trend = (fall / spread[0]).clamp(-TREND_LIMIT, TREND_LIMIT)
     baselines = torch.where(settled & slot, state.baselines + weight * reward, state.baselines)
     undone = settled & state.explored & (reward <= config.undo_margin)
     position = torch.where(undone, state.before, state.position)
@@ -264,7 +242,7 @@ def _judge(
 
 
 def _halved(position: Float[Tensor, "2"], config: QLearningConfig) -> Float[Tensor, "2"]:
-    least = _bounds(config)[0][0]
+    least = bounds(config)[0][0]
     return torch.stack([(position[0] - math.log(2)).clamp(min=least), position[1]])
 
 
@@ -317,7 +295,7 @@ def _choose(
     draws = [random_bits(state.key, step, i) for i in range(6)]
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position = state.position
-    low, high = (_constant(b, position.dtype, position.device) for b in _bounds(config))
+    low, high = (_constant(b, position.dtype, position.device) for b in bounds(config))
     moves = [_constant(m, position.dtype, position.device) for m in MOVES]
     moves = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(moves)]
     moved = (position + torch.cat(moves)).clamp(low, high)

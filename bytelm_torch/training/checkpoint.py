@@ -5,7 +5,6 @@ A checkpoint is an export together with the state of the optimizer.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -17,12 +16,10 @@ from torch import nn
 from bytelm.config import (
     Recipe,
     TrainConfig,
-    from_dict,
     require,
     to_dict,
 )
 from bytelm.export import (
-    CONFIG_FILE,
     errors_about,
     one_line,
     refuse_non_finite,
@@ -34,28 +31,6 @@ from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.interop.finite import first_non_finite
 
 _TRAINING_FILE = "training.pt"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file so that at any moment it has either the old or the new content."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write_synced(temporary, lambda sink: sink.write(text.encode()))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_config(run_dir: Path, recipe: Recipe) -> None:
-    """Writes `config.json`."""
-    write_text(run_dir / CONFIG_FILE, json.dumps(to_dict(recipe), indent=2) + "\n")
-
-
-def load_config(path: Path) -> Recipe:
-    """Reads a recipe: a JSON file, or the `config.json` of a run folder; raises `ValueError`."""
-    file = path / CONFIG_FILE if path.is_dir() else path
-    with errors_about(file, "give a run folder or a JSON file with a recipe"):
-        return from_dict(Recipe, json.loads(file.read_text("utf-8")))
 
 
 def save(

@@ -11,16 +11,12 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +24,6 @@ from torch import Tensor
 from bytelm import data
 from bytelm.config import (
     Recipe,
-    TrainConfig,
     change_optimizer,
     from_dict,
     optimizers_with,
@@ -39,6 +34,15 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
+from bytelm.progress import ProgressLines, StopSignal
+from bytelm.runs import (
+    DivergedError,
+    Outcome,
+    load_recipe,
+    open_windows,
+    prepare_run_dir,
+    save_recipe,
+)
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
@@ -48,113 +52,8 @@ from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
 
-_MAY_CHANGE = {f.name for f in fields(TrainConfig)} - {"batch_size", "accumulation_steps", "seed"}
-"""Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
-
 _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
-
-_LINE_SECONDS = 10.0
-"""At most one progress line per this many seconds."""
-
-
-class Outcome(NamedTuple):
-    """How a run ended: at which step, and whether a signal stopped it before the last one."""
-
-    step: int
-    interrupted: bool
-
-
-class DivergedError(RuntimeError):
-    """Loss or weights are not finite; the message names the step and the last good checkpoint."""
-
-
-class StopSignal:
-    """True once SIGINT or SIGTERM arrived; a second signal ends the process at once."""
-
-    def __init__(self) -> None:
-        self._seen = False
-
-    def __bool__(self) -> bool:
-        return self._seen
-
-    def __enter__(self) -> "StopSignal":
-        self._old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._seen:
-            os._exit(128 + number)
-        self._seen = True
-        print("stopping soon; once more to stop at once", file=sys.stderr, flush=True)
-
-
-class Display:
-    """Plain progress lines on standard error, from the first process alone."""
-
-    def __init__(self, steps: int, shown: bool):
-        self._steps, self._shown, self._last = steps, shown, float("-inf")
-        self._first: tuple[int, float] | None = None
-
-    def say(self, message: str) -> None:
-        """Prints one line."""
-        if self._shown:
-            print(message, file=sys.stderr, flush=True)
-
-    def show(self, step: int, record: dict[str, Any]) -> None:
-        """Prints a finished step's rates, if enough time has passed since the last line."""
-        now = time.monotonic()
-        since, begun = self._first = self._first or (step, now)
-        if now - self._last > _LINE_SECONDS:
-            self._last = now
-            bits, rate = record["bits_per_byte"], record["bytes_per_second"] / 1e3
-            line = f"step {step}/{self._steps}  {bits:.3f} bits/byte  {rate:,.1f} kB/s"
-            if "mfu" in record:
-                line += f"  MFU {record['mfu']:.1%}"
-            if step > since:
-                left = (now - begun) / (step - since) * (self._steps - step)
-                line += f"  {timedelta(seconds=round(left))} left"
-            self.say(line)
-
-
-def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
-    if (run_dir / "config.json").exists():
-        check_same_run(checkpoint.load_config(run_dir), recipe, run_dir)
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-
-
-def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
-    """Raises `ValueError` for the first field whose change would make this a different run."""
-    pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
-    pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
-    for part, old, new in pairs:
-        before, after = to_dict(old), to_dict(new)
-        for name in before:  # first the architecture, or the optimizer's name: others depend on it
-            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
-            if before[name] != after[name] and not free:
-                raise ValueError(
-                    f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
-                    "keep that value or choose another run_dir"
-                )
-
-
-def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
-    """Training and validation windows of the recipe's data, and the identity of that data."""
-    config = recipe.data
-    corpus = data.open_corpus(config.paths)
-    parts = data.split(corpus, config.validation_fraction, config.split_seed)
-    windows, held_out = (
-        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
-        for part in parts
-    )
-    return windows, held_out, corpus.fingerprint()
 
 
 def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome:
@@ -209,7 +108,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         if restored["data"] != identity:
             raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
     if first:
-        checkpoint.save_config(run_dir, recipe)
+        save_recipe(run_dir, recipe)
 
     # ---- step ----
     step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
@@ -221,7 +120,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
         log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
-    display = Display(run.steps, first)
+    display = ProgressLines(run.steps, first)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
     saved, asked, bad = start, False, 0
 
@@ -379,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--initial", type=Path, help="an export to start from")
     options = parser.parse_intermixed_args(argv)
     try:
-        recipe = with_changes(checkpoint.load_config(options.recipe), options.changes)
+        recipe = with_changes(load_recipe(options.recipe), options.changes)
         twice = options.data and any(c.startswith("data.paths=") for c in options.changes)
         require(not twice, "--data and data.paths: mean the same; give one of them")
         if options.data:

@@ -27,11 +27,11 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bytelm import recipes
+from bytelm import recipes, runs
 from bytelm.config import Recipe
+from bytelm.files import replace_file
 from bytelm.metrics import METRIC, read_metrics
 from bytelm_jax.cli.arguments import parse_recipe
-from bytelm_jax.training import checkpoint
 from bytelm_jax.training.loop import train
 from bytelm_jax.training.reporter import DivergedError
 
@@ -90,7 +90,7 @@ def configure(recipe: str, point: Point, fixed: list[str]) -> Recipe:
 def run(recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
     """Trains a point, or finds it trained: its last figures; None when a signal stopped it."""
     done = run_dir / "result.json"
-    if done.is_file() and checkpoint.load_config(run_dir) == recipe:
+    if done.is_file() and runs.load_recipe(run_dir) == recipe:
         return json.loads(done.read_text("utf-8"))
     result: dict[str, Any] = {"outcome": "finished"}
     try:
@@ -101,7 +101,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any] | None:
     for record in read_metrics(run_dir / "metrics.jsonl"):
         named = ("step", "bits_per_byte", METRIC, "skipped_steps")
         result |= {name: record[name] for name in named if name in record}
-    checkpoint.write_text(done, json.dumps(result) + "\n")
+    replace_file(done, (json.dumps(result) + "\n").encode())
     jax.clear_caches()  # the next point shares no program with this one
     return result
 
@@ -121,7 +121,7 @@ def report(rows: list[tuple[Point, dict[str, Any]]], out: Path) -> None:
         values = (record.get(name, "") for name in columns if name != "message")
         table.add_row(*(f"{v:.4f}" if isinstance(v, float) else str(v) for v in values))
     Console().print(table)
-    checkpoint.write_text(out / "results.json", json.dumps(records, indent=1) + "\n")
+    replace_file(out / "results.json", (json.dumps(records, indent=1) + "\n").encode())
     with open(out / "results.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

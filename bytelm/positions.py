@@ -1,10 +1,12 @@
-"""Frequencies of rotary position embeddings (Su et al. 2021, arXiv 2104.09864)."""
+"""Numbers that positions are made of: rotary frequencies and ALiBi's slopes."""
 
 import numpy as np
 
 
 def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
     """theta^(−2i / head_dim) for pair i, float32[head_dim / 2], in radians per position.
+
+    Rotary position embeddings: Su et al. 2021, arXiv 2104.09864.
 
     Every operation is rounded to float32, whatever the dtype of a model, as in published weights;
     at position 4,000 the rounding shows in the fourth digit. The power is computed in float64
@@ -14,3 +16,14 @@ def rope_frequencies(head_dim: int, theta: float) -> np.ndarray:
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     powers = np.power(np.float64(theta), exponents.astype(np.float64))
     return np.float32(1) / powers.astype(np.float32)
+
+
+def alibi_bias(heads: int, length: int) -> np.ndarray:
+    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
+
+    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
+    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
+    usual slope · (j − i), since softmax ignores what is constant over the keys.
+    """
+    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
+    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]

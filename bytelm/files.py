@@ -1,0 +1,77 @@
+"""Files that are read with one-line errors and replaced whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bytelm.config import require
+
+_JSON_LIMIT = 2**24
+"""Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file; opens nothing but a plain file of limited size."""
+    require_plain_file(file)
+    size = file.stat().st_size
+    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
+    return json.loads(file.read_text("utf-8"))
+
+
+def require_plain_file(file: Path) -> None:
+    """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait forever."""
+    if not stat.S_ISREG(file.stat().st_mode):
+        raise OSError(0, "not a plain file")
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that at any moment it has either the old or the new content."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write_synced(beside, lambda sink: sink.write(data))
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with open(path, "wb") as sink:
+        write(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the entries of `folder` are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def errors_about(path: Path, hint: str) -> Iterator[None]:
+    """Turns any error of reading `path` into a one-line `ValueError` that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or one_line(error)
+        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from None
+
+
+def one_line(error: object, limit: int = 300) -> str:
+    """The text of an error as one line of at most `limit` characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"

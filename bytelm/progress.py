@@ -1,0 +1,70 @@
+"""What a person sees of a run without a terminal, and how a signal stops it."""
+
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from types import FrameType
+from typing import Any
+
+_LINE_SECONDS = 10.0
+"""At most one progress line per this many seconds."""
+
+
+class ProgressLines:
+    """Plain progress lines on standard error, if `shown` at all."""
+
+    def __init__(self, steps: int, shown: bool = True):
+        self._steps, self._shown, self._last = steps, shown, float("-inf")
+        self._first: tuple[int, float] | None = None
+
+    def say(self, message: str) -> None:
+        """Prints one line."""
+        if self._shown:
+            print(message, file=sys.stderr, flush=True)
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Prints a finished step's rates, if some time has passed since the last line."""
+        now = time.monotonic()
+        # Only the time after the first report predicts the rest: before it, the step was compiled.
+        since, begun = self._first = self._first or (step, now)
+        if now - self._last > _LINE_SECONDS:
+            self._last, line = now, f"step {step}/{self._steps}  {rates(record)}"
+            if step > since:
+                left = (now - begun) / (step - since) * (self._steps - step)
+                line += f"  {timedelta(seconds=round(left))} left"
+            self.say(line)
+
+
+def rates(record: dict[str, Any]) -> str:
+    """Bits per byte, bytes per second and, where it is known, the MFU of a step's metrics."""
+    text = f"{record['bits_per_byte']:.3f} bits/byte  {record['bytes_per_second'] / 1e3:,.1f} kB/s"
+    return text + (f"  MFU {record['mfu']:.1%}" if "mfu" in record else "")
+
+
+class StopSignal:
+    """A context manager; true once SIGINT or SIGTERM arrived. A second one ends the process."""
+
+    signals: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __bool__(self) -> bool:
+        return self.seen
+
+    def __enter__(self) -> "StopSignal":
+        self._old = {number: signal.signal(number, self.handle) for number in self.signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Notes the first signal, and ends the process at the second."""
+        if self.seen:
+            os._exit(128 + number)
+        self.seen = True
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
