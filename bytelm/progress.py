@@ -6,7 +6,9 @@ import sys
 import time
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+Signal = TypeVar("Signal", bound="StopSignal")
 
 _LINE_SECONDS = 10.0
 """At most one progress line per this many seconds."""
@@ -54,7 +56,7 @@ class StopSignal:
     def __bool__(self) -> bool:
         return self.seen
 
-    def __enter__(self) -> "StopSignal":
+    def __enter__(self: Signal) -> Signal:
         self._old = {number: signal.signal(number, self.handle) for number in self.signals}
         return self
 
