@@ -89,8 +89,8 @@ def save_recipe(run_dir: Path, recipe: Recipe) -> None:
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a JSON file or in the `config.json` of a run folder; raises `ValueError`."""
-    file = path / CONFIG_FILE if path.is_dir() else path
-    if path.is_dir() and not file.exists():
+    file = path if path.is_file() or path.suffix == ".json" else path / CONFIG_FILE
+    if file != path and not file.exists():
         raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
     with errors_about(file, "give a run folder or a JSON file with a recipe"):
         try:
