@@ -103,7 +103,8 @@ def assert_same(ours, theirs):
         assert ours[1][name].tobytes() == theirs[1][name].tobytes(), name
 
 
-OPTIONS = ("--steps", 120, "--log-every", 1, "--eval-every", 30, "--checkpoint-every", 10)
+LAST = 120
+OPTIONS = ("--steps", LAST, "--log-every", 1, "--eval-every", 30, "--checkpoint-every", 10)
 
 
 @pytest.fixture(scope="module")
@@ -138,27 +139,12 @@ def test_metrics_hold_every_step_and_the_loss_falls(undisturbed):
         assert checkpoint.choose_step(manager, "best") == min(scores, key=lambda s: scores[s])
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(5, marks=pytest.mark.slow)])
-def test_killed_runs_end_bit_for_bit_the_same(kills, undisturbed, tmp_path, text, environment):
-    chance = random.Random(time.time_ns())
-    marks = sorted(chance.sample(range(1, 115), kills))
-    print(f"kills after steps {marks}")
-    for mark in marks:
-        run = Run(tmp_path / "killed", text, environment, *OPTIONS)
-        run.wait_for_step(mark)
-        time.sleep(chance.random() * 0.05)
-        run.process.send_signal(signal.SIGKILL)
-        run.finish()
-    code, _, err = Run(tmp_path / "killed", text, environment, *OPTIONS).finish()
-    assert code == 0, err
-    assert_same(result(tmp_path / "killed"), result(undisturbed))
-
-
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    ("number", "kills"),
+    [(signal.SIGTERM, 1), pytest.param(signal.SIGINT, 4, marks=pytest.mark.slow)],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(
-    number, undisturbed, tmp_path, text, environment
+def test_stopped_and_killed_runs_end_bit_for_bit_the_same(
+    number, kills, undisturbed, tmp_path, text, environment
 ):
     run = Run(tmp_path / "run", text, environment, *OPTIONS)
     run.wait_for_step(13)
@@ -166,8 +152,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     code, out, err = run.finish()
     assert code == 0, err
     step = int(out.split("step ")[1].split()[0])
-    assert out.startswith(f"stopped: step {step} is saved in") and 13 <= step < 120
+    assert out.startswith(f"stopped: step {step} is saved in") and 13 <= step < LAST
     assert checkpoint.load_run(run.run_dir)[2] == step
+
+    chance = random.Random(time.time_ns())
+    marks = sorted(chance.sample(range(step + 1, LAST - 5), kills))
+    print(f"kills after steps {marks}")
+    for mark in marks:
+        run = Run(tmp_path / "run", text, environment, *OPTIONS)
+        run.wait_for_step(mark)
+        time.sleep(chance.random() * 0.05)
+        run.process.send_signal(signal.SIGKILL)
+        run.finish()
     code, _, err = Run(tmp_path / "run", text, environment, *OPTIONS).finish()
     assert code == 0, err
     assert_same(result(run.run_dir), result(undisturbed))
