@@ -35,9 +35,8 @@ from parity_tests import shapes
 
 # Shapes in annotations are enforced here and nowhere else, by beartype. Modules imported before the
 # hook would escape it, so it comes before any test imports bytelm.
-install_import_hook(
-    ["bytelm.data", "bytelm.inspection", "bytelm_jax", "bytelm_torch"], f"{shapes.__name__}.checked"
-)
+CHECKED = ["bytelm.data", "bytelm.inspection", "bytelm_jax", "bytelm_torch"]
+install_import_hook(CHECKED, f"{shapes.__name__}.checked")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -98,8 +98,7 @@ for node in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # Shapes in annotations are no matter here; checking them doubles what importing takes.
-PACKAGES = '["bytelm", "bytelm_jax", "bytelm_torch"]'
-HOOK = f'install_import_hook({PACKAGES}, f"{{shapes.__name__}}.checked")\n'
+HOOK = 'install_import_hook(CHECKED, f"{shapes.__name__}.checked")\n'
 
 
 @pytest.fixture(scope="module")
