@@ -84,9 +84,12 @@ class WandbTracker:
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start: int):
+        # Otherwise it sends its own errors to a server, whose name it looks up even when offline.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its imports
             package: Any = importlib.import_module("wandb")
+        self._package = package
         settings = package.Settings(console="off", silent=True, disable_git=True, save_code=False)
         mode = os.environ.get("WANDB_MODE")
         if not mode:
@@ -115,6 +118,7 @@ class WandbTracker:
     def close(self) -> None:
         """Waits until everything is written and, when online, uploaded."""
         self._run.finish()
+        self._package.teardown()  # `finish` alone comes back before the last records are on disk
 
 
 def _run_id(run_dir: Path, start: int) -> str:

@@ -1,6 +1,7 @@
 """TensorBoard's and Weights & Biases' files, read back by their own libraries."""
 
 import json
+import os
 import struct
 from dataclasses import replace
 
@@ -79,7 +80,9 @@ def wandb_records(path):
 def test_offline_weights_and_biases_hold_what_the_metrics_file_says(tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs the extra track")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_ERROR_REPORTING", raising=False)
     logged(tmp_path, 0, RECORDS, "wandb")
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"  # nothing is looked up or sent
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     values, config = {}, {}
     for record in wandb_records(path):
