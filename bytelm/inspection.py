@@ -5,6 +5,7 @@ surprise that the model expected there. Both are of its own distribution over th
 `bytelm_jax.inspect` and `bytelm_torch.inspect` compute them. Axis: T bytes.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,11 +35,15 @@ class Inspection(NamedTuple):
         return 0 if self.starts is None else int(self.starts.sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
+        """JSON-ready form; None stands for a number that is not finite, which JSON cannot hold."""
+
+        def finite(bits: np.ndarray) -> list[float | None]:
+            return [value if math.isfinite(value) else None for value in bits.tolist()]
+
         return {
             "bytes": list(self.data),
-            "surprise": self.surprise.tolist(),
-            "entropy": self.entropy.tolist(),
+            "surprise": finite(self.surprise),
+            "entropy": finite(self.entropy),
             "starts": None if self.starts is None else self.starts.tolist(),
         }
 

@@ -1,10 +1,11 @@
 """How the next byte is chosen: the generation settings, the same in both frameworks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from bytelm.config import ModelConfig, require
+from bytelm.config import ModelConfig, require, require_number
+from bytelm.config.base import LARGEST_INTEGER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +35,14 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         known = ("greedy", "categorical", "entropy")
         require(self.sampler in known, f"sampler={self.sampler!r}: choose {', '.join(known)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            require_number(field.name, float(value) if isinstance(value, int) else value)
         heat = self.temperature
-        usable = heat == 0 or 1e-6 <= heat < float("inf")
-        require(usable, f"temperature={heat}: give 0 for greedy or a number from 1e-6 up")
+        require(
+            heat == 0 or heat >= 1e-6,
+            f"temperature={heat}: give 0 for greedy or a number from 1e-6 up",
+        )
         require(self.top_k >= 0, f"top_k={self.top_k}: give 0 for all bytes or at least 1")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: must be above 0 and at most 1")
         thresholds = (self.entropy_low, self.entropy_medium, self.entropy_high)
@@ -47,12 +53,23 @@ class SamplerConfig:
         )
 
 
+LONG_SEQUENCE = 1 << 20
+"""Bytes from which on a sequence is checked for fitting into memory before it is generated."""
+
+
 def check_request(
-    config: ModelConfig, prompts: Sequence[bytes], max_new_bytes: int, seed: int
+    config: ModelConfig,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    seed: int,
+    capacity: Callable[[int], int],
 ) -> None:
-    """Raises `ValueError` for what generation cannot do, before anything is built."""
+    """Raises `ValueError` for what generation cannot do, before anything is built.
+
+    `capacity` gives the positions for which the caches of so many rows fit into memory.
+    """
     require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
-    require(0 <= seed < 2**32, f"seed={seed}: choose one from 0 to {2**32 - 1}")
+    require_number("seed", seed)
     longest = max(map(len, prompts), default=0)
     limit = config.longest_input
     if limit is not None and longest + max_new_bytes > limit:
@@ -60,4 +77,11 @@ def check_request(
             f"prompts: {longest} bytes and max_new_bytes={max_new_bytes} make "
             f"{longest + max_new_bytes}, but this model has max_length={limit} positions; "
             'shorten them, or train with a larger max_length or variant="in_action"'
+        )
+    if longest + max_new_bytes > LONG_SEQUENCE:
+        most = max(0, min(capacity(len(prompts)), LARGEST_INTEGER) - longest)
+        require(
+            max_new_bytes <= most,
+            f"max_new_bytes={max_new_bytes}: the model's cache for so many does not fit into "
+            f"memory; give at most {most}",
         )

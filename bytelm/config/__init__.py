@@ -4,7 +4,14 @@ Defaults live here and nowhere else. A value that cannot work raises `ValueError
 names the field, the value and what to do.
 """
 
-from bytelm.config.base import ByteVocab, require, require_fraction, require_positive
+from bytelm.config.base import (
+    ByteVocab,
+    require,
+    require_fraction,
+    require_number,
+    require_numbers,
+    require_positive,
+)
 from bytelm.config.blt import BLTConfig, EntropyConfig, PatchingContract
 from bytelm.config.lfbyte import LFByteConfig
 from bytelm.config.megabyte import MegabyteConfig
@@ -53,6 +60,8 @@ __all__ = [
     "require",
     "require_document_ends",
     "require_fraction",
+    "require_number",
+    "require_numbers",
     "require_positive",
     "to_dict",
     "training_flops_per_byte",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 LARGEST_FLOAT = 3.4028234663852886e38
 """The largest number of float32, in which every model and optimizer computes."""
+
+LARGEST_INTEGER = 2**31 - 1
+"""The largest number of int32, in which every model and optimizer counts."""
+
+LARGEST_SEED = 2**32 - 1
+"""The largest seed: random keys hold 32 bits, and a larger seed would give a smaller one's run."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -15,14 +22,49 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def require_finite(config: Any) -> None:
-    """Raises `ValueError` for the first float field that is not a finite float32 value."""
+def require_number(name: str, value: Any) -> None:
+    """Raises `ValueError` for a number that no array holds; other values pass.
+
+    Those are floats that are not finite in float32, integers past int32, and seeds, which are the
+    numbers whose names end with `seed`, outside 0 to 2**32 − 1.
+    """
+    if isinstance(value, float):
+        finite = abs(value) <= LARGEST_FLOAT
+        require(finite, f"{name}={value}: must be a finite value, at most {LARGEST_FLOAT:.7g}")
+    elif name.endswith("seed") and isinstance(value, int):
+        fits = 0 <= value <= LARGEST_SEED
+        require(fits, f"{name}={value}: choose one from 0 to {LARGEST_SEED}")
+    elif isinstance(value, int):
+        require(value <= LARGEST_INTEGER, f"{name}={value}: must be at most {LARGEST_INTEGER}")
+        least = -LARGEST_INTEGER
+        require(value >= least, f"{name}={value}: must be at least {least}")
+
+
+def _as_float(value: int) -> float:
+    return float(value) if abs(value) <= LARGEST_FLOAT else math.inf
+
+
+def require_amount(name: str, value: Any) -> None:
+    """Raises `ValueError` for a number that no float32 holds or that is below 0.
+
+    Other values pass: arrays and schedules, which are known later.
+    """
+    if isinstance(value, (int, float)):
+        require_number(name, value if isinstance(value, float) else _as_float(value))
+        require(value >= 0, f"{name}={value}: must be at least 0")
+
+
+def require_numbers(config: Any, prefix: str = "") -> None:
+    """Raises `ValueError` for the first field that `require_number` refuses, in lists as well.
+
+    The message begins with `prefix`.
+    """
     for field in fields(config):
         value = getattr(config, field.name)
-        require(
-            not isinstance(value, float) or abs(value) <= LARGEST_FLOAT,
-            f"{field.name}={value}: must be a finite value, at most {LARGEST_FLOAT:.7g}",
-        )
+        if "float" in str(field.type) and isinstance(value, int):
+            value = _as_float(value)
+        for item in value if isinstance(value, tuple) else (value,):
+            require_number(prefix + field.name, item)
 
 
 def require_positive(config: Any, *names: str) -> None:
@@ -57,6 +99,7 @@ class ByteVocab:
     eos_id: int = 258
 
     def __post_init__(self) -> None:
+        require_numbers(self, "vocab.")
         require(self.offset >= 0, f"vocab.offset={self.offset}: must be at least 0")
         least = self.offset + 256
         require(self.size >= least, f"vocab.size={self.size}: 256 bytes need at least {least}")

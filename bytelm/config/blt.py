@@ -10,8 +10,9 @@ from bytelm.config.base import (
     ArchitectureConfig,
     ByteVocab,
     require,
-    require_finite,
     require_fraction,
+    require_number,
+    require_numbers,
     require_positive,
 )
 
@@ -66,7 +67,7 @@ class EntropyConfig(ArchitectureConfig):
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         require_positive(self, "dim", "layers", "heads", "hidden_dim")
         require_heads("heads", self.dim, self.heads, self.kv_heads)
         require(self.window >= 0, f"window={self.window}: must be at least 0")
@@ -161,7 +162,7 @@ class BLTConfig(ArchitectureConfig):
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")
         heads = ("encoder_heads", "decoder_heads", "global_heads")
         hidden = ("encoder_hidden_dim", "decoder_hidden_dim", "global_hidden_dim")
@@ -359,7 +360,7 @@ class PatchingContract:
     histogram: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_number("threshold", self.threshold)
         require_positive(self, "sampled_bytes")
         usable = min(self.histogram, default=-1) >= 0 and sum(self.histogram) > 0
         require(usable, f"histogram={self.histogram}: must hold counts, one of them above 0")

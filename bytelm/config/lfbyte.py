@@ -9,8 +9,8 @@ from bytelm.config.base import (
     ArchitectureConfig,
     ByteVocab,
     require,
-    require_finite,
     require_fraction,
+    require_numbers,
     require_positive,
 )
 
@@ -64,7 +64,7 @@ class LFByteConfig(ArchitectureConfig):
     reset_on: Literal["none", "newline", "document"] = "none"
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         require_positive(self, "embed_dim", "num_layers", "adapt_dim", "num_experts")
         require_positive(self, "rank", "kernel_length")
         require_fraction(self, "dropout")

@@ -10,8 +10,8 @@ from bytelm.config.base import (
     ArchitectureConfig,
     ByteVocab,
     require,
-    require_finite,
     require_fraction,
+    require_numbers,
     require_positive,
 )
 
@@ -47,7 +47,7 @@ class MegabyteConfig(ArchitectureConfig):
     reset_room: float = 1.5
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         require_positive(self, "patch_size", "global_dim", "local_dim", "max_length")
         require_positive(self, "global_layers", "global_heads", "local_heads")
         require(self.local_layers >= 0, f"local_layers={self.local_layers}: must be at least 0")

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from bytelm.config.base import (
     require,
-    require_finite,
     require_fraction,
     require_non_negative,
+    require_numbers,
     require_positive,
 )
 from bytelm.config.q_learning import QLearningConfig
@@ -52,7 +52,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if type(self) is OptimizerConfig:
             raise TypeError("OptimizerConfig: use one of its subclasses, such as AdamWConfig")
-        require_finite(self)
+        require_numbers(self)
         require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
         require(
@@ -62,13 +62,16 @@ class OptimizerConfig:
         require_non_negative(self, "weight_decay", "max_grad_norm")
 
     def _require_shrinking(self, most: float = 2.0) -> None:
-        """Raises `ValueError` if weight decay alone would make a weight grow at each step."""
-        rate, decay = self.learning_rate, self.weight_decay
-        require(
-            rate * decay <= most,
-            f"weight_decay={decay}: times learning_rate={rate} it must be at most {most:g}, or "
-            "weights grow without bound; lower one of them",
-        )
+        require_shrinking(self.learning_rate, self.weight_decay, most)
+
+
+def require_shrinking(rate: float, decay: float, most: float = 2.0) -> None:
+    """Raises `ValueError` if weight decay alone would make a weight grow at each step."""
+    require(
+        rate * decay <= most,
+        f"weight_decay={decay}: times learning_rate={rate} it must be at most {most:g}, or "
+        "weights grow without bound; lower one of them",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from bytelm.config.base import (
     require,
-    require_finite,
     require_fraction,
     require_non_negative,
+    require_numbers,
     require_positive,
 )
 
@@ -45,7 +45,7 @@ class QLearningConfig:
     max_momentum: float = 0.995
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         require_positive(self, "interval", "memory")
         require_fraction(self, "gamma", "min_momentum", "max_momentum")
         for name in ("alpha", "epsilon_decay"):

@@ -7,9 +7,9 @@ from typing import Literal
 
 from bytelm.config.base import (
     require,
-    require_finite,
     require_fraction,
     require_non_negative,
+    require_numbers,
     require_positive,
 )
 from bytelm.config.blt import PatchingContract
@@ -41,7 +41,7 @@ class DataConfig:
     warmup_length_steps: int = 100
 
     def __post_init__(self) -> None:
-        require_finite(self)
+        require_numbers(self)
         require_positive(self, "sequence_length", "warmup_length_steps")
         require_fraction(self, "validation_fraction")
         require(
@@ -99,9 +99,10 @@ class TrainConfig:
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
+        require_numbers(self)
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
         require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
-        counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "seed", "step_timeout")
+        counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "step_timeout")
         require_non_negative(self, *counts)
         require(
             self.batch_size % self.accumulation_steps == 0,

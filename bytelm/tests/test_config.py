@@ -97,6 +97,26 @@ def test_no_number_is_infinite_or_past_float32(config):
                 replace(config, **{name: bad})
 
 
+INTEGERS = [*(kind() for kind in MODEL_CONFIGS), *(kind() for kind in OPTIMIZER_CONFIGS.values())]
+INTEGERS += [QLearningConfig(), DataConfig(), TrainConfig(), ByteVocab()]
+
+
+@pytest.mark.parametrize("config", INTEGERS, ids=lambda config: type(config).__name__)
+def test_integers_past_int32_and_seeds_past_32_bits_are_refused(config):
+    for field in fields(config):
+        value = getattr(config, field.name)
+        several = isinstance(value, tuple) and "int" in str(field.type)
+        if type(value) is not int and not several:
+            continue
+        is_seed = field.name.endswith("seed")
+        most = "choose one from 0 to 4294967295" if is_seed else "must be at most 2147483647"
+        for bad in (2**32, 2**63, 2**70, *([-1] if is_seed else [])):
+            with pytest.raises(ValueError, match=rf"{field.name}={bad}: {most}$"):
+                replace(config, **{field.name: (bad,) if several else bad})
+        if is_seed:
+            replace(config, **{field.name: 2**32 - 1})
+
+
 def test_an_integer_past_every_float_is_refused():
     with pytest.raises(ValueError, match=r"^config.learning_rate: must be a finite value, at "):
         from_dict(OptimizerConfig, {"learning_rate": 10**400})

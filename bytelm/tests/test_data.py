@@ -459,7 +459,7 @@ def test_batches_that_cannot_work_are_refused(numbered: Windows, kind: Callable)
     for index, count in ((2, 2), (-1, 2), (0, 0)):
         with refuses(f"process_index={index}: must be from 0 to {count - 1}"):
             kind(numbered, 4, *position, index, count)
-    with refuses("shuffle_seed=-1: must be at least 0"):
+    with refuses("shuffle_seed=-1: choose one from 0 to 4294967295"):
         training_batches(numbered, 4, -1, 0)
     with refuses("start_step=-2: must be at least 0"):
         training_batches(numbered, 4, 0, -2)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bytelm.config import Recipe, change_optimizer, optimizers_with
+from bytelm.config import Recipe, change_optimizer, optimizers_with, require_number
 
 T = TypeVar("T")
 
@@ -248,13 +248,19 @@ def _leaves(part: Any) -> dict[str, Any]:
 def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     """`function` with the same signature and docstring, but only storing its arguments.
 
-    This way an error inside the command is never taken for an error on the command line.
+    This way an error inside the command is never taken for an error on the command line. Calling
+    it raises `ValueError` first for a number that no array holds.
     """
     import functools
 
     @functools.wraps(function)
     def remember(*args: Any, **kwargs: Any) -> Callable[[], int]:
-        return lambda: function(*args, **kwargs)
+        def call() -> int:
+            for name, value in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+                require_number(name, value)
+            return function(*args, **kwargs)
+
+        return call
 
     return remember
 

@@ -59,6 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         print(f"bytelm {name}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        # JAX's error of the kind has a class that this module does not import.
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"bytelm {name}: out of memory: {_one_line(error)[:200]}", file=sys.stderr)
+        return 1
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

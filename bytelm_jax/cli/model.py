@@ -4,6 +4,7 @@ Each command checks its options before it imports what it runs, so that help and
 JAX.
 """
 
+import math
 import sys
 from dataclasses import replace
 from json import dumps as dump_json
@@ -68,23 +69,33 @@ def eval_command(
     require_prediction(recipe.model)
     vocab, mesh = recipe.model.vocab, meshes.make_mesh()
     windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
-    batches = corpora.evaluation_batches(windows, -(-batch_size // mesh.size) * mesh.size)
+    rows = min(batch_size, max(len(windows), 16))  # a batch of pads alone is of no use
+    batches = corpora.evaluation_batches(windows, -(-rows // mesh.size) * mesh.size)
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
         wide = meshes.place(mesh, wide)
         row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
         result = evaluate_batches(row_nats, wide, batches, mesh)
+    _require_finite(result.nats, dtype)
     record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
     if json:
-        print(dump_json(record | {"step": step, "dtype": dtype}))
+        print(dump_json(record | {"step": step, "dtype": dtype}, allow_nan=False))
     else:
         print(
             f"{result.bits_per_byte:.6f} bits per byte: {result.nats:.6f} nats over "
             f"{result.count} bytes (step {step}, {dtype})"
         )
     return 0
+
+
+def _require_finite(nats: float, dtype: str) -> None:
+    if not math.isfinite(nats):
+        raise ValueError(
+            f"data: their loss is {nats} in {dtype}, no finite number of nats; choose "
+            "--dtype float64 or another checkpoint"
+        )
 
 
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:

@@ -12,6 +12,7 @@ from typing import NoReturn
 import jax
 
 from bytelm.config import Recipe
+from bytelm.config.base import LARGEST_INTEGER
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
@@ -66,7 +67,7 @@ def dry_run(recipe: Recipe, asked: DryRun) -> int:
     """Prints the memory and time that a run would take, reading and writing nothing."""
     estimate = estimates.dry_run(recipe, asked.machine)
     if asked.as_json:
-        print(json.dumps(estimates.as_json(recipe.name, estimate)))
+        print(json.dumps(estimates.as_json(recipe.name, estimate), allow_nan=False))
     else:
         print(estimates.describe(recipe.name, estimate))
     return 0
@@ -76,6 +77,9 @@ def _with_epochs(recipe: Recipe, epochs: float) -> Recipe:
     """The recipe with the steps, rounded up, that show each training window `epochs` times."""
     windows, _, _ = open_windows(recipe)
     steps = max(1, math.ceil(epochs * len(windows) / recipe.train.batch_size))
+    if steps > LARGEST_INTEGER:
+        most = LARGEST_INTEGER * recipe.train.batch_size // len(windows)
+        raise ValueError(f"epochs={epochs:g}: must be at most {most}")
     return replace(recipe, train=replace(recipe.train, steps=steps))
 
 

@@ -59,7 +59,7 @@ def inspect_command(
         note = f"bytelm inspect: {name}: the first {len(shown):,} of {size:,} bytes ({why})"
         print(note, file=sys.stderr, flush=True)
     if json:
-        print(dump_json(inspected.to_dict()))
+        print(dump_json(inspected.to_dict(), allow_nan=False))
         return 0
     console = Console(highlight=False, soft_wrap=True)
     console.print(inspected.describe(), markup=False)
@@ -130,6 +130,9 @@ def serve_command(
         checkpoint: latest, best or a step.
         reset_on: where a new segment starts for the model; as in training, by default.
     """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: must be from 0 to 65535")
+
     from bytelm_jax.tools import app
     from bytelm_jax.training import checkpoint as checkpoints
 

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
+from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import (
@@ -29,6 +30,7 @@ from bytelm_jax.inference.sampling import (
     split_settings,
 )
 from bytelm_jax.kernels.decoding import min_rows
+from bytelm_jax.kernels.dtypes import array_bytes
 
 _LEAST_ROUNDS = 16  # the smallest bucket: short prompts and short answers share one program
 
@@ -51,7 +53,7 @@ def generate(
     length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
     before anything runs when a row would outgrow the model's `max_length`.
     """
-    check_request(model.config, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
@@ -77,7 +79,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. One piece is one device call.
     A piece may end inside a UTF-8 character.
     """
-    check_request(model.config, [prompt], max_new_bytes, seed)
+    check_request(model.config, [prompt], max_new_bytes, seed, functools.partial(_capacity, model))
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -110,7 +112,7 @@ def generate_uncached(
     The pass runs over the sequence so far, padded to a bucket (at most twice the length, or
     16 rounds), and not over the whole length asked for.
     """
-    check_request(model.config, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, lengths = model.config.vocab, np.array([len(prompt) for prompt in prompts])
@@ -259,6 +261,21 @@ def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array
         return choose_ids(logits, uniform, mode, numbers, model.config.vocab)
 
     return step
+
+
+def _capacity(model: Any, rows: int) -> int:
+    """Positions, a power of two of rounds, for which caches and random numbers fit into memory."""
+    batch, stats = max(min_rows(), _power_of_two(rows)), jax.local_devices()[0].memory_stats()
+    memory = (stats or {}).get("bytes_limit") or host_memory()
+
+    def size(length: int) -> int:
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch, length)))
+        return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in leaves) + 8 * batch * length
+
+    length = model.round_length * _LEAST_ROUNDS
+    while 2 * length <= 2**30 and size(2 * length) <= memory:
+        length *= 2
+    return length
 
 
 def _padded(model: Any, length: int) -> int:

@@ -10,7 +10,11 @@ from jaxtyping import Array
 
 from bytelm.config import ByteVocab, ModelConfig, require
 from bytelm.leaves import is_output_head
+from bytelm.memory import host_memory
 from bytelm_jax.models import Params, abstract_params
+
+_COPIES = 4
+"""How often memory must hold the rows of a larger vocabulary: old, new, and between them."""
 
 SILENT = -(2.0**13)
 """Bias of an id that is never predicted: its probability is 0 in every dtype, and casts keep it."""
@@ -30,7 +34,6 @@ def remap_vocab(
     if vocab == config.vocab:
         return config, params
     remapped = config.with_vocab(vocab)
-    source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
     added = vocab.size > config.vocab.size
     biased = "to_logits.bias" in params
     require(
@@ -38,6 +41,12 @@ def remap_vocab(
         f"vocab.size={vocab.size}: the output layer has no bias with which to silence ids above "
         f"{config.vocab.size - 1}; keep size={config.vocab.size}",
     )
+    if added:
+        new = remapped.parameter_count() - config.parameter_count()
+        most = host_memory() * (vocab.size - config.vocab.size) // (_COPIES * 4 * new)
+        fits = vocab.size <= most
+        require(fits, f"vocab.size={vocab.size}: does not fit into memory; choose at most {most}")
+    source = _sources(config.vocab, vocab, _silent_ids(params, config.vocab.size))
     shapes = {name: leaf.shape for name, leaf in abstract_params(remapped).items()}
     return remapped, {
         name: _moved(name, value, shapes[name], source, config.vocab.size)
@@ -52,7 +61,8 @@ def _sources(old: ByteVocab, new: ByteVocab, silent: set[int]) -> np.ndarray:
     for name in ("pad_id", "bos_id", "eos_id"):
         source[getattr(new, name)] = getattr(old, name)
     # Ids with a probability first: those that do not fit must be silent.
-    unused = [i for i in range(old.size) if i not in set(source.tolist())]
+    used = set(source.tolist())
+    unused = [i for i in range(old.size) if i not in used]
     unused = [i for i in unused if i not in silent] + [i for i in unused if i in silent]
     added = np.flatnonzero(source < 0)
     lost = [i for i in unused[len(added) :] if i not in silent]

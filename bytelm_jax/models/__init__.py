@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
+from bytelm.config import (
+    BLTConfig,
+    EntropyConfig,
+    LFByteConfig,
+    MegabyteConfig,
+    ModelConfig,
+    require_number,
+)
 from bytelm.leaves import is_norm
 from bytelm_jax.layers.initializers import deferring, draw_all
 from bytelm_jax.models.blt import BLT
@@ -68,6 +75,7 @@ def define_model(
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config, _Keys(same))), nnx.Param)
 
     def init(seed: int) -> Params:
+        require_number("seed", seed)
         with deferring():
             model = build_model(config, _Keys(itertools.count()))
         return draw_all(_flat(nnx.state(model, nnx.Param)), seed)

@@ -18,7 +18,8 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
-from bytelm.config.base import require
+from bytelm.config.base import require, require_amount, require_number
+from bytelm.config.optimizer import require_shrinking
 from bytelm.config.q_learning import QLearningConfig
 from bytelm_jax.optimizers.q_agent import (
     LEARNING_RATE_ACTIONS,
@@ -143,10 +144,12 @@ def q_learning(
     >>> round(float(q_learning_metrics(state)["momentum"]), 1)
     0.9
     """
+    require_number("seed", seed)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params: optax.Params) -> QLearningWrapperState:
         inner_state = wrapped.init(params)
+        _check_injected(inner_state)
         dtype = _agent_dtype(params)
         momentum = jnp.asarray(_exposed(inner_state, "b1", "momentum", default=0.0), dtype)
         agent = init_agent(controller, momentum, seed, dtype)
@@ -251,16 +254,18 @@ def _layout(path: Any, axes: int) -> _Layout:
 
 def _check(settings: _Settings) -> None:
     """Raises `ValueError` for the first invalid setting; arrays are not checked."""
-    for name in ("learning_rate", "weight_decay", "max_grad_norm", "entropy_threshold"):
-        _check_number(name, getattr(settings, name), 0.0, math.inf)
-    _check_number("noise_scale", settings.noise_scale, 0.0, math.inf)
+    require_number("seed", settings.seed)
+    rate, decay = settings.learning_rate, settings.weight_decay
+    require_amount("learning_rate", rate)
+    for name in ("weight_decay", "max_grad_norm", "entropy_threshold", "noise_scale"):
+        require_amount(name, getattr(settings, name))
+    if isinstance(rate, (int, float)) and isinstance(decay, (int, float)):
+        require_shrinking(rate, decay)
     low, high = settings.controller.min_momentum, settings.controller.max_momentum
-    _check_number("momentum", settings.momentum, low, high)
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    known = isinstance(value, (int, float))
-    require(not known or low <= value <= high, f"{name}={value}: must be in [{low}, {high}]")
+    momentum = settings.momentum
+    known = isinstance(momentum, (int, float))
+    inside = not known or low <= momentum <= high
+    require(inside, f"momentum={momentum}: must be in [{low}, {high}]")
 
 
 def _sgd_init(settings: _Settings, params: optax.Params) -> QLearningSGDState:
@@ -427,6 +432,15 @@ def _rate(state: optax.OptState) -> Any:
     nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
     rates = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
     return rates[0] if len(rates) == 1 else 1.0
+
+
+def _check_injected(state: optax.OptState) -> None:
+    """Raises `ValueError` for an injected rate or decay that cannot work, unless it is traced."""
+    for node in jax.tree.leaves(state, is_leaf=_is_injected):
+        for name in ("learning_rate", "weight_decay"):
+            value = node.hyperparams.get(name) if _is_injected(node) else None
+            if value is not None and not isinstance(value, jax.core.Tracer):
+                require_amount(name, float(value))
 
 
 def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState:

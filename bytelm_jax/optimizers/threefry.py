@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.random import threefry2x32_p
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, UInt32
@@ -20,7 +21,8 @@ Key = UInt32[Array, "2"]
 
 def seed_key(seed: ArrayLike) -> Key:
     """The raw data of `jax.random.key(seed, impl="threefry2x32")`; `seed` has 32 bits."""
-    return jnp.stack([jnp.uint32(0), jnp.asarray(seed).astype(jnp.uint32)])
+    number = np.uint32(seed) if isinstance(seed, int) else jnp.asarray(seed).astype(jnp.uint32)
+    return jnp.stack([jnp.uint32(0), jnp.asarray(number)])
 
 
 def fold_in(key: Key, data: ArrayLike) -> Key:

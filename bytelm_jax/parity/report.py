@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from bytelm import data, export, runs
-from bytelm.config import ModelConfig
+from bytelm.config import ModelConfig, require
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
 from bytelm_jax.parity.recording import ArrayStore, Tap
@@ -23,6 +23,9 @@ from bytelm_jax.training import checkpoint
 
 LOGITS = {"float64": 1e-12, "float32": 1e-5}
 """Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss; integers and booleans must be equal."""
+
+_SMALL_BATCH = 1 << 16
+"""Bytes that a comparison may take even of less data, the rest padded."""
 
 GRADIENTS = {"float64": 1e-10, "float32": 5e-5}
 """Bound of ‖a − b‖ / ‖b‖ for every gradient."""
@@ -125,7 +128,13 @@ def compare(
     exported = (path / export.MODEL_FILE).exists()
     config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)
-    windows = data.Windows(data.open_corpus(paths), config.vocab, length, append_eos=False)
+    limit, corpus = config.longest_input, data.open_corpus(paths)
+    fits = limit is None or length <= limit
+    require(fits, f"length={length}: must be at most the model's max_length={limit}")
+    size = max(corpus.total_bytes, _SMALL_BATCH)
+    fits = rows * length <= size
+    require(fits, f"rows={rows}: times length={length} it must be at most the data's {size} bytes")
+    windows = data.Windows(corpus, config.vocab, length, append_eos=False)
     ids = next(data.evaluation_batches(windows, rows, rows))
 
     def load() -> Params:

@@ -17,9 +17,12 @@ import pytest
 import torch
 
 import bytelm_torch
+from bytelm.inspection import Inspection
+from bytelm.metrics import Evaluation
 from bytelm_jax.cli import main as cli
 from bytelm_jax.inference import generate as generation
 from bytelm_jax.parity.twins import make_twin
+from bytelm_jax.training import evaluate as evaluation
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.training.loss import token_nats
 from parity_tests import tolerances
@@ -114,6 +117,50 @@ def test_bfloat16_stays_close(run, text, capsys):
     rough = evaluated(capsys, run, "--data", text, "--dtype", "bfloat16")
     assert rough["nats"] != exact["nats"]
     assert abs(rough["nats"] - exact["nats"]) / exact["bytes"] <= tolerances.BF16_MEAN_KL
+
+
+def test_no_json_holds_nan_or_infinity(run, text, capsys, monkeypatch):
+    for nats in (math.nan, math.inf):
+        monkeypatch.setattr(evaluation, "evaluate_batches", lambda *_, n=nats: Evaluation(n, 5))
+        line = refused(capsys, "eval", run, "--data", text, "--json")
+        assert f"data: their loss is {nats} in float32" in line
+    shown = np.array([1.0, math.nan, math.inf], np.float32)
+    inspected = Inspection(b"abc", shown, shown, None, "")
+    assert inspected.to_dict()["surprise"] == inspected.to_dict()["entropy"] == [1.0, None, None]
+
+
+HUGE = {
+    "generate RUN --max-new-bytes 3000000000": "max_new_bytes=3000000000: must be at most 21",
+    "generate RUN --seed 4294967296": "seed=4294967296: choose one from 0 to 4294967295",
+    "generate RUN --seed -1": "seed=-1: choose one from 0 to 4294967295",
+    "generate RUN --temperature 1e39": "temperature=1e+39: must be a finite value, at most 3.40",
+    "generate RUN --top-k 3000000000": "top_k=3000000000: must be at most 2147483647",
+    "eval RUN --data TEXT --batch-size 10000000000": "batch_size=10000000000: must be at most 2147",
+    "export RUN --out OUT --vocab-size 2147483647": "vocab.size=2147483647: does not fit into mem",
+    "calibrate RUN --data TEXT --windows 10000000000": "windows=10000000000: must be at most 214",
+    "inspect hi --model RUN --max-bytes 10000000000": "max_bytes=10000000000: must be at most 214",
+    "parity RUN --length 2147483647": "length=2147483647: must be at most the model's max_len",
+    "parity RUN --data TEXT --rows 2147483647": "rows=2147483647: times length=19 it must be at",
+    "serve RUN --port 99999": "--port 99999: must be from 0 to 65535",
+    "serve RUN --time-limit inf": "time_limit=inf: must be a finite value",
+    "doctor --limit inf": "limit=inf: must be a finite value, at most 3.402823e+38",
+    "train megabyte_tiny --run-dir OUT --train.seed 4294967296": "seed=4294967296: choose one from",
+    "train megabyte_tiny --run-dir OUT --batch-size 10000000000": "batch_size=10000000000: must be",
+    "train megabyte_tiny --run-dir OUT --batch-size 2147483644": "batch_size=2147483644: the log",
+    "train megabyte_tiny --run-dir OUT --patch-size 1 --global-dim 99999996": "model: parameters a",
+    "train lfbyte_tiny --run-dir OUT --sequence-length 2147483647": "sequence_length=2147483647: t",
+    "train megabyte_tiny --run-dir OUT --epochs 1e300": "epochs=1e+300: must be at most ",
+}
+
+
+@pytest.mark.parametrize("line", HUGE)
+def test_numbers_too_large_are_refused_at_once(line, run, text, tmp_path, capsys):
+    places = {"RUN": run, "TEXT": text, "OUT": tmp_path / "out"}
+    argv = [places.get(word, word) for word in line.split()]
+    if argv[0] == "train":
+        argv += ["--data", text, "--devices", "1"]
+    assert HUGE[line] in refused(capsys, *argv)
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_streams_whole_characters_and_repeats_with_a_seed(run, capsys):

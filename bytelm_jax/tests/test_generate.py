@@ -424,6 +424,13 @@ def test_requests_that_cannot_work_are_refused(models, field, options):
         stream(models["paper"], b"", 1, chunk_bytes=0)
 
 
+@pytest.mark.parametrize("new", [2**31 - 1, 3_000_000_000, 2**70])
+def test_more_bytes_than_memory_holds_are_refused(models, new):
+    says = rf"max_new_bytes={new}: .* does not fit into memory; give at most \d+$"
+    with pytest.raises(ValueError, match=says):
+        generate(models["in_action"], [TEXT], new)
+
+
 def test_one_program_serves_a_bucket(monkeypatch):
     traced = []
     original = Megabyte.decode_round

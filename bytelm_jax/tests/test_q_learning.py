@@ -3,6 +3,7 @@
 import doctest
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -445,19 +446,42 @@ def test_noise_does_not_depend_on_sharding():
         same(shards, jax.jit(normals)(threefry.seed_key(1)))
 
 
+FINITE = "must be a finite value, at most 3.402823e+38"
 BAD_ARGUMENTS = [
     ({"momentum": 0.2}, "momentum=0.2: must be in [0.5, 0.995]"),
-    ({"weight_decay": -1.0}, "weight_decay=-1.0: must be in [0.0, inf]"),
-    ({"max_grad_norm": math.nan}, "max_grad_norm=nan: must be in [0.0, inf]"),
-    ({"noise_scale": -0.1}, "noise_scale=-0.1: must be in [0.0, inf]"),
+    ({"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0"),
+    ({"max_grad_norm": math.nan}, f"max_grad_norm=nan: {FINITE}"),
+    ({"noise_scale": -0.1}, "noise_scale=-0.1: must be at least 0"),
+    ({"noise_scale": math.inf}, f"noise_scale=inf: {FINITE}"),
+    ({"entropy_threshold": 1e39}, f"entropy_threshold=1e+39: {FINITE}"),
+    ({"learning_rate": math.inf}, f"learning_rate=inf: {FINITE}"),
+    (
+        {"weight_decay": 1e30},
+        "weight_decay=1e+30: times learning_rate=0.1 it must be at most 2, or weights grow without "
+        "bound; lower one of them",
+    ),
+    ({"seed": 2**32}, "seed=4294967296: choose one from 0 to 4294967295"),
+    ({"seed": -1}, "seed=-1: choose one from 0 to 4294967295"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS)
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError) as error:
-        q_learning_sgd(0.1, **arguments)
+        q_learning_sgd(**{"learning_rate": 0.1, **arguments})
     assert str(error.value) == message
+
+
+def test_bad_numbers_of_a_wrapped_optimizer_are_named():
+    params, _ = trees()
+    for name, value in (("learning_rate", math.inf), ("weight_decay", math.nan)):
+        inner = optax.inject_hyperparams(optax.adamw)(**{"learning_rate": 0.1, name: value})
+        with pytest.raises(ValueError, match=f"^{name}={value}: {re.escape(FINITE)}$"):
+            q_learning(inner).init(params)
+    with pytest.raises(ValueError, match="seed=4294967296: choose one from 0"):
+        q_learning(optax.adamw(0.1), seed=2**32)
+    keys = [q_learning_sgd(0.1, seed=seed).init(params).agent.key for seed in (0, 2**32 - 1)]
+    assert [key.tolist() for key in keys] == [[0, 0], [0, 2**32 - 1]]
 
 
 def test_what_update_and_metrics_need_is_named():

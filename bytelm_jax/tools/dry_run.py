@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bytelm.config import Recipe, training_flops_per_byte
+from bytelm.memory import require_host_memory
 from bytelm.metrics import PEAK_FLOPS
 from bytelm_jax.kernels.backend import (
     has_preallocation,
@@ -186,11 +187,13 @@ def can_fit(peak: int, limit: int) -> bool:
 def require_memory(recipe: Recipe) -> None:
     """Raises `ValueError` if a step surely needs more memory than this process's devices have.
 
-    Allocates nothing. Devices that do not report their memory, such as CPUs, are not checked.
+    Allocates nothing. On devices that do not report their memory, such as CPUs, only what surely
+    exceeds the host's memory is refused.
     """
     device, run = jax.local_devices()[0], recipe.train
     limit = device_limit(device)
     if limit is None:
+        require_host_memory(recipe)
         return
     mesh = meshes.make_mesh(run.devices, run.fsdp)
     meshes.check_batch(mesh, run)

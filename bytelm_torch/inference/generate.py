@@ -6,13 +6,16 @@ Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from bytelm.config import ByteVocab, require
+from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request
 from bytelm_torch.inference.sampling import next_ids, random_uniforms
 from bytelm_torch.models.interface import inference
@@ -36,7 +39,7 @@ def generate(
     length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
     before anything runs when a row would outgrow the model's `max_length`.
     """
-    check_request(model.config, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
@@ -62,7 +65,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. A piece may end
     inside a UTF-8 character.
     """
-    check_request(model.config, [prompt], max_new_bytes, seed)
+    check_request(model.config, [prompt], max_new_bytes, seed, partial(_capacity, model))
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -91,7 +94,7 @@ def generate_uncached(
     stop_at_eos: bool = True,
 ) -> list[bytes]:
     """As `generate`, by a full forward pass for every byte: the reference, slow and plain."""
-    check_request(model.config, prompts, max_new_bytes, seed)
+    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, device = model.config.vocab, _device(model)
@@ -192,6 +195,20 @@ def _append_round(
     here[:] = torch.where(state.done[:, None], vocab.pad_id, chosen)
     ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
     return _State(cache, state.ids, state.index + 1, state.done | ended)
+
+
+def _capacity(model: Any, rows: int) -> int:
+    """Positions for which caches and random numbers fit into the memory of the model's device."""
+    device = _device(model)
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
+
+    def size(length: int) -> int:
+        leaves, _ = tree_flatten(model.init_cache(max(rows, 1), length))
+        return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+
+    short = 64 * model.round_length
+    per_position = (size(2 * short) - size(short)) / short + 12 * max(rows, 1)
+    return int(memory / per_position)
 
 
 def _device(model: nn.Module) -> torch.device:

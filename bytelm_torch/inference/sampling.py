@@ -27,7 +27,7 @@ def probabilities(logits: Float[Tensor, "B S"], sampler: SamplerConfig) -> Float
         return F.one_hot(logits.argmax(dim=-1), size).to(logits.dtype)
     # The maximum goes first: a small temperature must not make infinities of finite logits.
     relative = logits - logits.amax(dim=-1, keepdim=True)
-    temperature, top_k = sampler.temperature, sampler.top_k or size
+    temperature, top_k = sampler.temperature, min(sampler.top_k or size, size)
     if sampler.sampler == "categorical" and top_k >= size and sampler.top_p == 1:
         return (relative / temperature).softmax(dim=-1)
     if sampler.sampler == "entropy":
@@ -97,6 +97,9 @@ def random_uniforms(seed: int, batch: int, length: int) -> Float[Tensor, "B L"]:
         # A mixed seed: seed + row would give row 1 of seed 0 the numbers of row 0 of seed 1.
         mixed = np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)
         generator.manual_seed(int(mixed[0]))
-        blocks = [torch.rand(_BLOCK, generator=generator) for _ in range(-(-length // _BLOCK))]
+        blocks = [  # float32 whatever torch's default is: another dtype draws other numbers
+            torch.rand(_BLOCK, generator=generator, dtype=torch.float32)
+            for _ in range(-(-length // _BLOCK))
+        ]
         rows.append(torch.cat(blocks)[:length])
     return torch.stack(rows)

@@ -18,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm.config.base import require
+from bytelm.config.base import require, require_amount, require_number
 from bytelm.config.q_learning import QLearningConfig
+from bytelm_torch.optimizers.groups import check_group
 from bytelm_torch.optimizers.q_agent import (
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
@@ -120,8 +121,7 @@ class EnhancedSGD(torch.optim.Optimizer):
             _warn_of_patch_size()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
-            for name in ("lr", "weight_decay"):
-                require(group[name] >= 0, f"{name}={group[name]}: must be at least 0")
+            check_group(group)
 
     @property
     def agent(self) -> QLearningState:
@@ -228,7 +228,10 @@ class QLearning(torch.optim.Optimizer):
         seed: int = 0,
         max_grad_norm: float = 0.0,
     ):
-        require(max_grad_norm >= 0, f"max_grad_norm={max_grad_norm}: must be at least 0")
+        require_number("seed", seed)
+        require_amount("max_grad_norm", max_grad_norm)
+        for group in inner.param_groups:
+            check_group(group)
         self.inner = inner
         self._controller, self._max_grad_norm = controller, max_grad_norm
         group, low, high = inner.param_groups[0], controller.min_momentum, controller.max_momentum
@@ -377,9 +380,9 @@ def _layout(weight: nn.Parameter, name: str) -> tuple[str, tuple[int, ...], bool
 
 def _check(settings: _Settings) -> None:
     """Raises `ValueError` for the first number that cannot work."""
+    require_number("seed", settings.seed)
     for name in ("max_grad_norm", "entropy_threshold", "noise_scale"):
-        value = getattr(settings, name)
-        require(value >= 0, f"{name}={value}: must be at least 0")
+        require_amount(name, getattr(settings, name))
     low, high = settings.controller.min_momentum, settings.controller.max_momentum
     momentum = settings.momentum
     require(low <= momentum <= high, f"momentum={momentum}: must be in [{low}, {high}]")

@@ -123,6 +123,16 @@ def test_seeds_rows_and_positions_make_the_sample(models):
         assert cut == [new[:shorter] for new in generated]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_torch_s_default_dtype_changes_no_sample(models, dtype):
+    expected = generate(models["paper"], [TEXT[:4]], 12, PLAIN, seed=3)
+    torch.set_default_dtype(dtype)
+    try:
+        assert generate(models["paper"], [TEXT[:4]], 12, PLAIN, seed=3) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_the_global_generator_is_left_alone(models):
     torch.manual_seed(3)
     expected = torch.rand(3)
@@ -200,3 +210,10 @@ def test_requests_that_cannot_work_are_refused(models):
     assert list(stream(models["paper"], b"a", 0)) == []
     long = generate(models["in_action"], [TEXT], 30, GREEDY, stop_at_eos=False)
     assert len(long[0]) == 30  # in_action has no limit
+
+
+@pytest.mark.parametrize("new", [2**31 - 1, 3_000_000_000, 2**70])
+def test_more_bytes_than_memory_holds_are_refused(models, new):
+    says = rf"max_new_bytes={new}: .* does not fit into memory; give at most \d+$"
+    with pytest.raises(ValueError, match=says):
+        generate(models["in_action"], [TEXT], new)

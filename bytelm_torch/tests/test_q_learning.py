@@ -12,7 +12,12 @@ from torch import nn
 import bytelm_torch.optimizers.q_learning
 from bytelm_torch.optimizers import threefry
 from bytelm_torch.optimizers.q_agent import QLearningConfig
-from bytelm_torch.optimizers.q_learning import EnhancedSGD, _layout, q_learning_metrics
+from bytelm_torch.optimizers.q_learning import (
+    EnhancedSGD,
+    QLearning,
+    _layout,
+    q_learning_metrics,
+)
 
 EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts
@@ -252,17 +257,41 @@ def test_layout(weight, name, expected):
     assert _layout(weight, name) == expected
 
 
+FINITE = "must be a finite value, at most 3.402823e+38"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"lr": -0.1}, "lr=-0.1: must be at least 0"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0: must be at least 0"),
         ({"momentum": 0.2}, "momentum=0.2: must be in [0.5, 0.995]"),
-        ({"max_grad_norm": math.nan}, "max_grad_norm=nan: must be at least 0"),
+        ({"max_grad_norm": math.nan}, f"max_grad_norm=nan: {FINITE}"),
         ({"noise_scale": -0.1}, "noise_scale=-0.1: must be at least 0"),
+        ({"noise_scale": math.inf}, f"noise_scale=inf: {FINITE}"),
+        ({"lr": math.inf}, f"lr=inf: {FINITE}"),
+        ({"weight_decay": 1e30}, "weight_decay=1e+30: times learning_rate=0.001 it must be at"),
+        ({"seed": 2**32}, "seed=4294967296: choose one from 0 to 4294967295"),
+        ({"seed": 2**63}, "seed=9223372036854775808: choose one from 0 to 4294967295"),
     ],
 )
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError) as error:
         EnhancedSGD(model().parameters(), **arguments)
-    assert str(error.value) == message
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr": 1e39}, f"lr=1e+39: {FINITE}"),
+        ({"weight_decay": 1e30}, "weight_decay=1e+30: times learning_rate=0.001 it must be at"),
+    ],
+)
+def test_bad_numbers_of_a_wrapped_optimizer_are_named(arguments, message):
+    inner = torch.optim.AdamW(model().parameters(), **arguments)
+    with pytest.raises(ValueError) as error:
+        QLearning(inner)
+    assert str(error.value).startswith(message)
+    with pytest.raises(ValueError, match="seed=-1: choose one from 0 to 4294967295"):
+        QLearning(torch.optim.AdamW(model().parameters()), seed=-1)

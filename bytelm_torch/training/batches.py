@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 from torch.utils.data import DataLoader
 
-from bytelm.config import require
+from bytelm.config import require, require_number
 from bytelm.data.shuffle import shuffled_index
 from bytelm.data.windows import SHUFFLE_LIMIT, Windows, process_rows
 
@@ -30,8 +30,8 @@ def training_batches(
     `ValueError` immediately for a corpus without bytes and for sizes that do not fit.
     """
     rows = process_rows(windows, batch_size, process_index, process_count)
-    for name, value in (("shuffle_seed", shuffle_seed), ("start_step", start_step)):
-        require(value >= 0, f"{name}={value}: must be at least 0")
+    require_number("shuffle_seed", shuffle_seed)
+    require(start_step >= 0, f"start_step={start_step}: must be at least 0")
     fits = len(windows) <= SHUFFLE_LIMIT
     require(fits, f"length={windows.length}: more than 2**32 windows; choose longer ones")
 

@@ -33,6 +33,7 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
+from bytelm.memory import require_host_memory
 from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
 from bytelm.progress import ProgressLines, StopSignal
 from bytelm.runs import (
@@ -89,6 +90,8 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     # ---- setup ----
     check_trackers(run.track)
     parallel.check_batch(group, run)
+    if group.device.type == "cpu":
+        require_host_memory(recipe)
 
     # ---- data ----
     length = recipe.data.sequence_length
