@@ -141,12 +141,12 @@ def serve_command(
     )
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     page = app.build_page(app.Service(with_resets(recipe, reset_on), params, limits))
-    address = app.launch(page, host, port)
+    server = app.launch(page, host, port, limits)
     if not app.is_loopback(host):
         print(f"note: whoever reaches {host}:{port} can use this page; it has no password")
-    print(f"{run} (step {step}) at {address} until Ctrl-C", flush=True)
+    print(f"{run} (step {step}) at {server.address} until Ctrl-C", flush=True)
     _wait_for_interrupt()
-    page.close(verbose=False)
+    server.close()
     return 0
 
 

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import gc
 import html
+import http.client
 import itertools
 import re
 import shutil
@@ -23,7 +24,7 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import view as commands_view
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.tools import app
+from bytelm_jax.tools import app, server
 from bytelm_jax.tools.inspection import Inspection
 from bytelm_jax.training import checkpoint
 
@@ -163,18 +164,11 @@ def page(service, request):
     pytest.importorskip("gradio", reason="needs the extra app")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
-        blocks = app.build_page(service)
-        request.addfinalizer(lambda: blocks.close(verbose=False))
-        address = app.launch(blocks, "127.0.0.1", _free_port())
+        server = app.launch(app.build_page(service), "127.0.0.1", 0, service.limits)
+        request.addfinalizer(server.close)
         asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open
         gc.collect()
-    return address.rstrip("/")
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    return server.address.rstrip("/")
 
 
 def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
@@ -189,6 +183,43 @@ def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
     assert [len(bare(cells)[0]) for _, cells, _ in answers] == [26] * 4
     with pytest.raises(Exception, match="starting text: 50 bytes; at most 40"):
         client.predict("x" * 50, api_name="/generate")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status"),
+    [
+        ("GET", "/", {}, None, 200),
+        ("GET", "/", {"Host": "evil.example"}, None, 421),
+        ("GET", "/", {"Host": "localhost:1"}, None, 200),
+        ("POST", "/gradio_api/queue/join", {"Origin": "http://evil.example"}, b"{}", 403),
+        ("POST", "/gradio_api/queue/join", {"Origin": "null"}, b"{}", 403),
+        ("POST", "/gradio_api/upload", {}, b"file", 403),
+        ("POST", "/gradio_api/run/generate", {}, b'{"data": []}', 403),
+        ("POST", "/gradio_api/api/generate", {}, b'{"data": []}', 403),
+        ("POST", "/gradio_api/queue/join", {}, b'{"fn_index": 999, "data": []}', 400),
+        ("POST", "/gradio_api/queue/join", {}, b"[" * 50_000, 400),
+        ("POST", "/gradio_api/queue/join", {}, b" " * 200_000, 413),
+    ],
+)
+def test_what_the_page_does_not_need_is_refused(page, method, path, headers, body, status):
+    connection = http.client.HTTPConnection(page.removeprefix("http://"), timeout=30)
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    text = answer.read()
+    assert answer.status == status, text
+    assert status == 200 or text.count(b"\n") == 1
+    connection.close()
+
+
+def test_requests_that_never_end_are_closed(page, monkeypatch):
+    monkeypatch.setattr(server, "_SECONDS", 0.2)
+    host, port = page.removeprefix("http://").split(":")
+    head = f"POST /gradio_api/queue/join HTTP/1.1\r\nHost: {host}\r\n"
+    for part in ("", "GET / HT", head, f"{head}Content-Length: 9\r\n\r\n{{"):
+        with socket.create_connection((host, int(port)), timeout=30) as slow:
+            slow.sendall(part.encode())
+            answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), answer
 
 
 def test_the_page_in_a_browser(page, tmp_path):
@@ -242,15 +273,17 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     checkpoint.create_run(tmp_path / "run", RECIPE, params)
     asked = []
 
-    class Page:
-        def close(self, verbose):
+    class Server:
+        address = "http://somewhere/"
+
+        def close(self):
             asked.append("closed")
 
-    def launch(page, host, port):
+    def launch(page, host, port, limits):
         asked.append((host, port))
-        return f"http://{host}:{port}/"
+        return Server()
 
-    monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits) or Page())
+    monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
     monkeypatch.setattr(commands_view, "_wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0

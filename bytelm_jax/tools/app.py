@@ -22,6 +22,7 @@ from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
 from bytelm_jax.models import Params
 from bytelm_jax.tools.inspection import characters, inspect, shade
+from bytelm_jax.tools.server import Guard, Server
 from bytelm_jax.training.pretrained import model_of
 
 SAMPLERS = ("greedy", "categorical", "entropy")
@@ -260,19 +261,20 @@ def _controls(gr: Any, limits: Limits) -> list[Any]:
     ]
 
 
-def launch(page: Any, host: str, port: int) -> str:
-    """Starts the page in threads of this process; returns its address.
+def launch(page: Any, host: str, port: int, limits: Limits) -> Server:
+    """Starts the page in threads of this process; raises `OSError` if the port is taken.
 
-    Raises `OSError` if the port is taken.
+    A page on this machine's own address answers to the names of this machine alone.
     """
     gr: Any = importlib.import_module("gradio")
+    fastapi: Any = importlib.import_module("fastapi")
     local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    _, address, _ = page.launch(
+    mounted = gr.mount_gradio_app(
+        fastapi.FastAPI(openapi_url=None),
+        page,
+        path="/",
         server_name=host,
         server_port=port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
         show_error=True,
         ssr_mode=False,
         enable_monitoring=False,
@@ -280,7 +282,9 @@ def launch(page: Any, host: str, port: int) -> str:
         theme=local_fonts,
         css=style_sheet(),
     )
-    return address
+    hosts = {host, "localhost", "127.0.0.1", "::1"} if is_loopback(host) else None
+    body_bytes = 8 * limits.prompt_bytes + 2**16  # a byte takes six characters as a JSON escape
+    return Server(Guard(mounted, hosts, set(page.fns), body_bytes), host, port)
 
 
 def is_loopback(host: str) -> bool:

@@ -1,11 +1,14 @@
 """Puts a load on `bytelm serve` with a tiny model and prints what it saw as one JSON object.
 
 `python scripts/check/serve.py [REQUESTS]`: 64 requests at once (none lost, each the answer to its
-own prompt, finished in the order they came), prompts of every awkward kind, then REQUESTS (500) one
-after another, between which the memory of the server is read. Traffic goes to 127.0.0.1 alone.
+own prompt, finished in the order they came), prompts of every awkward kind, 200 requests whose
+askers leave, what other sites and slow clients might try, then REQUESTS (500) one after another,
+between which the memory of the server is read. The server runs behind a proxy that does not exist.
+Traffic goes to 127.0.0.1 alone.
 """
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -25,7 +28,7 @@ from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint
 
-AT_ONCE, LENGTH = 64, 24
+AT_ONCE, LENGTH, CANCELS = 64, 24, 200
 PATIENT: dict = {"timeout": 120}  # the server may be compiling
 AWKWARD = {
     "empty": "",
@@ -56,7 +59,9 @@ def start(folder: Path) -> tuple[subprocess.Popen, str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "bytelm_jax.cli", "serve", str(folder), "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    environment = os.environ | proxies
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert server.stdout and "until Ctrl-C" in server.stdout.readline()
     return server, f"http://127.0.0.1:{port}"
 
@@ -126,6 +131,67 @@ def awkward(client: Client) -> dict:
     return results
 
 
+def cancelled(address: str, client: Client) -> dict:
+    """200 requests whose askers close the connection; then one that must still be answered."""
+    long = {"data": ["c", 1024, 1.0, 0, 1.0, "categorical", 0]}
+    left = 0
+    for _ in range(CANCELS):
+        event = httpx.post(f"{address}/gradio_api/call/generate", json=long, **PATIENT)
+        if event.status_code != 200:
+            continue  # the queue is full, and says so
+        url = f"{address}/gradio_api/call/generate/{event.json()['event_id']}"
+        try:
+            with httpx.stream("GET", url, timeout=0.05):
+                pass
+        except httpx.TimeoutException:
+            pass
+        left += 1
+    began = time.perf_counter()
+    while True:
+        try:
+            client.predict("after", LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate")
+            return {"cancelled": left, "seconds until the next": time.perf_counter() - began}
+        except Exception as error:
+            if "queue" not in str(error).lower() or time.perf_counter() - began > 600:
+                return {"cancelled": left, "after cancels": str(error)}
+            time.sleep(0.5)
+
+
+def hostile(address: str) -> dict:
+    """Status codes of what the page does not need; how many of 100 half-sent requests stay open."""
+    join, host = f"{address}/gradio_api/queue/join", address.removeprefix("http://")
+    tried = {
+        "upload of 50 MB": ("POST", f"{address}/gradio_api/upload", {}, b"x" * 50_000_000),
+        "run": ("POST", f"{address}/gradio_api/run/generate", {}, b"{}"),
+        "foreign origin": ("POST", join, {"Origin": "http://evil.example"}, b"{}"),
+        "foreign host": ("GET", address, {"Host": f"evil.example:{host.partition(':')[2]}"}, None),
+        "unknown function": ("POST", join, {}, b'{"fn_index": 77, "data": []}'),
+    }
+    codes: dict = {}
+    for name, (method, url, headers, body) in tried.items():
+        try:
+            answer = httpx.request(method, url, headers=headers, content=body, timeout=60)
+            codes[name] = answer.status_code
+        except httpx.TransportError as error:  # refused while the body was still being sent
+            codes[name] = type(error).__name__
+    name, _, port = host.partition(":")
+    slow = [socket.create_connection((name, int(port)), timeout=40) for _ in range(100)]
+    for each in slow:
+        each.sendall(b"POST /gradio_api/queue/join HTTP/1.1\r\nHost: ")
+    codes["half-sent requests open after 40 s"] = sum(is_open(each) for each in slow)
+    return codes
+
+
+def is_open(connection: socket.socket) -> bool:
+    with connection:
+        try:
+            return bool(connection.recv(1))
+        except TimeoutError:
+            return True
+        except OSError:
+            return False
+
+
 def main(requests: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
@@ -135,7 +201,7 @@ def main(requests: int) -> None:
         try:
             report |= at_once(address, folder)
             client = Client(address, verbose=False, httpx_kwargs=PATIENT)
-            report |= awkward(client)
+            report |= awkward(client) | cancelled(address, client) | hostile(address)
             memory, began = {}, time.perf_counter()
             for i in range(requests + 1):
                 if i % max(1, requests // 5) == 0:
