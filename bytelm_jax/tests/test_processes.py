@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,3 +112,17 @@ def test_a_run_says_how_far_it_is_while_it_lasts(tmp_path):
         while not file.exists():
             time.sleep(0.01)
     assert not file.exists()
+
+
+def test_the_coordinator_listens_where_it_was_told_to(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.update(options))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        used = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ValueError, match=rf"coordinator={used}: the port is in use; choose"):
+            processes.join(used, 2, 0)
+        assert not asked
+    processes.join(used, 2, 0)  # free by now
+    assert asked == {"coordinator_bind_address": used}
+    processes.join("192.0.2.1:1234", 2, 0)  # an address that this machine does not have itself
+    assert asked == {"coordinator_bind_address": None}

@@ -6,6 +6,7 @@ system. A run of one process needs none of this, and every function here works w
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -48,8 +49,11 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
                 f"num_processes={processes}, process_id={index}: a coordinator needs both, the "
                 "second from 0 to one less than the first"
             )
+    listens = _listening_address(coordinator) if coordinator and index == 0 else None
     try:
-        jax.distributed.initialize(coordinator or None, processes or None, index)
+        jax.distributed.initialize(
+            coordinator or None, processes or None, index, coordinator_bind_address=listens
+        )
     except ValueError:  # no coordinator given, and no cluster that JAX knows
         if coordinator:
             raise
@@ -57,6 +61,28 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
         where = coordinator or "the coordinator that the cluster named"
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"{where}: the processes did not come together ({line})") from error
+
+
+def _listening_address(coordinator: str) -> str | None:
+    """Where process 0 listens: on the coordinator's own address if this machine has it.
+
+    JAX would listen on all interfaces, and a port in use would end the process with a signal.
+    Raises `ValueError` for such a port. None, all interfaces, stands for an address that others
+    know this machine by, such as that of a container's host.
+    """
+    host, port = address(coordinator) or ("", 0)
+    try:
+        with socket.create_server((host.strip("[]"), port), family=_family(host)):
+            return coordinator
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            why = "the port is in use; choose another one for all processes"
+            raise ValueError(f"coordinator={coordinator}: {why}") from None
+        return None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def address(coordinator: str) -> tuple[str, int] | None:
