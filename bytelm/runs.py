@@ -4,7 +4,9 @@ An export is `config.json` and `model.safetensors`. A run folder has `checkpoint
 exports in PyTorch and Orbax checkpoints in JAX.
 """
 
+import fcntl
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -106,6 +108,43 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
     if (run_dir / "config.json").exists():
         check_same_run(load_recipe(run_dir), recipe, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+
+
+class RunLock:
+    """A context manager that keeps a second run out of a folder until it ends.
+
+    It is the operating system's lock (`flock`) on the folder itself, taken by the first process of
+    a run: it leaves no file behind, and ends with the process, however that ends. File systems
+    without such locks are used without.
+    """
+
+    def __init__(self) -> None:
+        self._handle: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+    def take(self, run_dir: Path) -> bool:
+        """False if another process holds the folder."""
+        self._handle = os.open(run_dir, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a network file system that cannot
+            return True
+        return True
+
+
+def require_lock(taken: bool, run_dir: Path) -> None:
+    """Raises `ValueError` unless the lock of `run_dir` was `taken`."""
+    hint = "wait for it, stop it, or choose another run_dir"
+    require(taken, f"run_dir={run_dir}: another process is training there; {hint}")
 
 
 def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:

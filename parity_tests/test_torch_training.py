@@ -277,3 +277,20 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
         assert train.main([*arguments, *run]) == 2
         error = capsys.readouterr().err
         assert error.startswith(expected) and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_a_second_trainer_of_a_folder_is_refused(package, corpus, tmp_path, monkeypatch):
+    loop = {"jax": jax_train, "torch": train}[package]
+    recipe, save, refused = torch_recipe(corpus, steps=1), loop.checkpoint.save, []
+
+    def save_and_train(*arguments):
+        with pytest.raises(ValueError, match="another process is training there; wait") as caught:
+            loop.train(recipe, tmp_path / "run")
+        refused.append(caught.value)
+        save(*arguments)
+
+    monkeypatch.setattr(loop.checkpoint, "save", save_and_train)
+    assert loop.train(recipe, tmp_path / "run") == (1, False)
+    assert refused
+    assert loop.train(recipe, tmp_path / "run") == (1, False)  # the lock is gone with its holder

@@ -18,7 +18,14 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import METRIC, MetricsLog
-from bytelm.runs import Outcome, open_windows, prepare_run_dir, save_recipe
+from bytelm.runs import (
+    Outcome,
+    RunLock,
+    open_windows,
+    prepare_run_dir,
+    require_lock,
+    save_recipe,
+)
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -68,11 +75,11 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     weights are neither evaluated nor saved. All processes call it alike. SIGINT and SIGTERM end it
     with everything saved, see `processes.StopSignal`.
     """
-    with processes.StopSignal() as stop:
-        return _train(recipe, run_dir, stop)
+    with processes.StopSignal() as stop, RunLock() as lock:
+        return _train(recipe, run_dir, stop, lock)
 
 
-def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome:
+def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock) -> Outcome:
     require_prediction(recipe.model)
     require_document_ends(recipe)
 
@@ -91,6 +98,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal) -> Outcome
 
     # ---- model and step ----
     prepare_run_dir(run_dir, recipe)
+    require_lock(processes.all_agree(not first or lock.take(run_dir)), run_dir)
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
     step_function = steps.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)

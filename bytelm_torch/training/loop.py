@@ -39,9 +39,11 @@ from bytelm.progress import ProgressLines, StopSignal
 from bytelm.runs import (
     DivergedError,
     Outcome,
+    RunLock,
     load_recipe,
     open_windows,
     prepare_run_dir,
+    require_lock,
     save_recipe,
 )
 from bytelm.tracking import check_trackers, open_trackers
@@ -65,8 +67,8 @@ def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome
     `max_bad_steps` steps in a row, each of which was skipped, or at the last steps, and if weights
     are not finite; such weights are neither evaluated nor saved.
     """
-    with parallel.join_group(timeout=recipe.train.step_timeout) as group:
-        return _train(recipe, run_dir, initial, group)
+    with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
+        return _train(recipe, run_dir, initial, group, lock)
 
 
 def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) -> Any:
@@ -81,9 +83,10 @@ def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) ->
     return model
 
 
-def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group) -> Outcome:
-    run, vocab = recipe.train, recipe.model.vocab
-    first = group.rank == 0
+def _train(
+    recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group, lock: RunLock
+) -> Outcome:
+    run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
     require_prediction(recipe.model)
     require_document_ends(recipe)
 
@@ -100,6 +103,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     # ---- model and optimizer ----
     if first:
         prepare_run_dir(run_dir, recipe)
+        require_lock(lock.take(run_dir), run_dir)
     model = _start_model(recipe, initial, group).train()
     optimizer = build_optimizer(recipe.optimizer, model, run.seed)
 
@@ -119,8 +123,7 @@ def _train(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     log = None
     if first:
-        trackers = open_trackers(recipe, run_dir, start)
-        log = MetricsLog(run_dir / "metrics.jsonl", start, trackers)
+        log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
     display = ProgressLines(run.steps, first)
