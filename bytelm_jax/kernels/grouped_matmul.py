@@ -8,13 +8,14 @@ row's result depends on that row and its matrix alone.
 Axes: M rows, G groups, S slots (the sorted rows, padded), C blocks, I inputs and O outputs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import look_up, vary_like
 
 _LARGEST_BLOCK = 512
@@ -68,12 +69,30 @@ def make_groups(group: Int[Array, " M"], count: int, block: int | None = None) -
 
 def spread(x: Float[Array, "N I"], copies: int, groups: Groups) -> Float[Array, "S I"]:
     """Places row n of x in the slots of rows n · copies and so on: M = N · copies."""
-    return _spread(x, groups.row // copies, groups.slot.reshape(len(x), copies))
+    chosen = _low_precision_spread if is_low_precision(x) else _spread
+    return chosen(x, groups.row // copies, groups.slot.reshape(len(x), copies))
+
+
+@jax.custom_jvp
+def _spread(x: Array, source: Array, slots: Array) -> Array:
+    """`x[source]`, whose gradient is gathered through `slots` and summed instead of scattered."""
+    return x[source]
+
+
+@_spread.defjvp
+def _spread_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    # Written by `slots`, since the transpose of a write is a read. Empty slots hold anything.
+    (x, source, slots), change = primals, tangents[0]
+    written = jnp.zeros((len(source), x.shape[1]), x.dtype)
+    for j in range(slots.shape[1]):
+        written = written.at[slots[:, j]].add(change)
+    return _spread(x, source, slots), written
 
 
 @jax.custom_vjp
-def _spread(x: Array, source: Array, slots: Array) -> Array:
-    """`x[source]`, whose gradient is gathered through `slots` and summed instead of scattered."""
+def _low_precision_spread(x: Array, source: Array, slots: Array) -> Array:
     return x[source]
 
 
@@ -87,7 +106,7 @@ def _spread_backward(slots: Array, gradient: Array) -> tuple[Array, None, None]:
     return sum(parts[1:], parts[0]).astype(gradient.dtype), None, None
 
 
-_spread.defvjp(_spread_forward, _spread_backward)
+_low_precision_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def grouped_matmul(
@@ -122,10 +141,11 @@ def mix(
 ) -> Float[Array, "N O"]:
     """Σ_j gates_j · (x in the slot of row (n, j) + bias of its group), in the gates' dtype."""
     bias = vary_like(bias, groups.group)
-    return _mix(x, bias, gates, chosen, groups.slot.reshape(gates.shape), groups.row, groups.filled)
+    form = _low_precision_mix if is_low_precision(x) else _mix
+    return form(x, bias, gates, chosen, groups.slot.reshape(gates.shape), groups.row, groups.filled)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def _mix(
     x: Array, bias: Array, gates: Array, chosen: Array, slots: Array, row: Array, filled: Array
 ) -> Array:
@@ -135,6 +155,28 @@ def _mix(
         for j in range(gates.shape[1])
     ]
     return sum(parts[1:], parts[0]).astype(x.dtype)
+
+
+@_mix.defjvp
+def _mix_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    x, bias, gates, chosen, slots, row, filled = primals
+    to_x, to_bias, to_gates = tangents[:3]
+    count, wide = gates.shape[1], gates.dtype
+    # Written by `row`, since the transpose of a write is a read; a slot beyond all rows drops out.
+    shares = gates.reshape(-1)[row, None] * to_x.astype(wide)
+    into = jnp.where(filled, row // count, len(gates))
+    change = jnp.zeros((len(gates), x.shape[1]), wide).at[into].add(shares, mode="drop")
+    hot = jax.nn.one_hot(chosen, len(bias), dtype=wide) * gates[..., None]
+    change = change + hot.sum(axis=1) @ to_bias.astype(wide)
+    for j in range(count):
+        value = x[slots[:, j]].astype(wide) + bias[chosen[:, j]].astype(wide)
+        change = change + to_gates[:, j, None] * value
+    return _mix(*primals), change.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _low_precision_mix(*arrays: Array) -> Array:
+    return _mix(*arrays)
 
 
 def _mix_forward(*arrays: Array) -> tuple[Array, tuple]:
@@ -160,4 +202,4 @@ def _mix_backward(residual: tuple, gradient: Array) -> tuple:
     return to_x, to_bias.astype(bias.dtype), jnp.stack(to_gates, axis=1), None, None, None, None
 
 
-_mix.defvjp(_mix_forward, _mix_backward)
+_low_precision_mix.defvjp(_mix_forward, _mix_backward)

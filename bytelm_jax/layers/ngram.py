@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Int32, Integer
 
 from bytelm.config import BLTConfig
 from bytelm.config.blt import HASH_PRIMES
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.layers.initializers import fan_in_normal
 
@@ -74,9 +75,13 @@ def ngram_rows(grams: Integer[Array, "*batch n"], config: BLTConfig) -> Int32[Ar
     return jnp.stack(rows, axis=-1)
 
 
-@jax.custom_vjp
 def _lookup(table: Array, rows: Array) -> Array:
     return table.at[rows].get(mode="fill", fill_value=0).sum(axis=-2)
+
+
+@jax.custom_vjp
+def _low_precision_lookup(table: Array, rows: Array) -> Array:
+    return _lookup(table, rows)
 
 
 def _lookup_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -94,7 +99,7 @@ def _lookup_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Ar
     return total.astype(table.dtype), None
 
 
-_lookup.defvjp(_lookup_forward, _lookup_backward)
+_low_precision_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 class NgramEmbedding(nnx.Module):
@@ -106,4 +111,5 @@ class NgramEmbedding(nnx.Module):
 
     def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
         """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
-        return _lookup(vary_like(self.embedding[...], rows), rows)
+        table = vary_like(self.embedding[...], rows)
+        return (_low_precision_lookup if is_low_precision(table) else _lookup)(table, rows)

@@ -4,7 +4,7 @@ To a model with `reset_on` each segment is a text of its own: its logits are tho
 alone. Axes: B batch, T bytes, N patches of P bytes, S slots, D features.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm.config import ByteVocab
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.layers.attention import Scope
 from bytelm_jax.layers.ids import as_ids
 
@@ -125,7 +126,6 @@ def scope_of(layout: Layout) -> Scope:
     )
 
 
-@jax.custom_vjp
 def take_once(
     x: Float[Array, "B S D"], index: Int[Array, "B T"], inverse: Int[Array, "B S"]
 ) -> Float[Array, "B T D"]:
@@ -134,11 +134,34 @@ def take_once(
     `inverse` holds, for each row of `x`, the t that reads it, or T: the gradient is gathered with
     it, where JAX would scatter.
     """
+    return (_low_precision_take if is_low_precision(x) else _take_once)(x, index, inverse)
+
+
+@jax.custom_jvp
+def _take_once(x: Array, index: Array, inverse: Array) -> Array:
     return jnp.take_along_axis(x, index[..., None], axis=1, mode="promise_in_bounds")
 
 
+@_take_once.defjvp
+def _take_jvp(
+    primals: tuple[Array, Array, Array], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    x, index, inverse = primals
+    # Written by `inverse`, since the transpose of a write is a read.
+    length = index.shape[1]
+    empty = jnp.zeros((x.shape[0], length + 1, x.shape[2]), x.dtype)
+    write = lambda rows, at, change: rows.at[at].add(change)  # noqa: E731
+    written = jax.vmap(write)(empty, inverse, tangents[0])
+    return _take_once(x, index, inverse), written[:, :length]
+
+
+@jax.custom_vjp
+def _low_precision_take(x: Array, index: Array, inverse: Array) -> Array:
+    return _take_once(x, index, inverse)
+
+
 def _take_forward(x: Array, index: Array, inverse: Array) -> tuple[Array, Array]:
-    return take_once(x, index, inverse), inverse
+    return _take_once(x, index, inverse), inverse
 
 
 def _take_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
@@ -146,7 +169,7 @@ def _take_backward(inverse: Array, gradient: Array) -> tuple[Array, None, None]:
     return jnp.take_along_axis(padded, inverse[..., None], axis=1), None, None
 
 
-take_once.defvjp(_take_forward, _take_backward)
+_low_precision_take.defvjp(_take_forward, _take_backward)
 
 
 def segmented_sums(

@@ -5,23 +5,33 @@ byte whose patch is N or more belongs to none: it adds nothing and reads zeros.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.segment_sum import rounded_segment_sum, segment_sum
 
 
-@jax.custom_vjp
 def take_segments(x: Float[Array, "B N F"], patch_of: Int[Array, "B T"]) -> Float[Array, "B T F"]:
     """The row of `x` that belongs to the patch of each byte."""
+    return (_low_precision_take if is_low_precision(x) else _take)(x, patch_of)
+
+
+def _take(x: Array, patch_of: Array) -> Array:
     read = lambda row, i: row.at[i].get(mode="fill", fill_value=0)  # noqa: E731
     return jax.vmap(read)(x, patch_of)
 
 
+@jax.custom_vjp
+def _low_precision_take(x: Array, patch_of: Array) -> Array:
+    return _take(x, patch_of)
+
+
 def _take_forward(x: Array, patch_of: Array) -> tuple[Array, tuple[Array, Array]]:
-    return take_segments(x, patch_of), (x, patch_of)
+    return _take(x, patch_of), (x, patch_of)
 
 
 def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
@@ -29,7 +39,7 @@ def _take_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Arra
     return rounded_segment_sum(gradient, patch_of, x.shape[1]), None
 
 
-take_segments.defvjp(_take_forward, _take_backward)
+_low_precision_take.defvjp(_take_forward, _take_backward)
 
 
 def segment_max(
@@ -39,17 +49,34 @@ def segment_max(
 
     Bytes that share a maximum share its gradient equally, as in PyTorch.
     """
-    return _segment_max(x, patch_of, count)
+    chosen = _low_precision_max if is_low_precision(x) else _segment_max
+    return chosen(x, patch_of, count)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _segment_max(x: Array, patch_of: Array, count: int) -> Array:
     most = jax.vmap(partial(jax.ops.segment_max, num_segments=count))(x, patch_of)
     return jnp.where(jnp.isneginf(most), jnp.zeros_like(most), most)
 
 
+@_segment_max.defjvp
+def _max_jvp(
+    count: int, primals: tuple[Array, Array], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    x, patch_of = primals
+    most = _segment_max(x, patch_of, count)
+    hit, ties = _hits(x, patch_of, most)
+    change = segment_sum(jnp.where(hit, tangents[0], 0), patch_of, count)
+    return most, change / ties.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _low_precision_max(x: Array, patch_of: Array, count: int) -> Array:
+    return _segment_max(x, patch_of, count)
+
+
 def _max_forward(x: Array, patch_of: Array, count: int) -> tuple[Array, tuple[Array, Array, Array]]:
-    most = segment_max(x, patch_of, count)
+    most = _segment_max(x, patch_of, count)
     return most, (x, patch_of, most)
 
 
@@ -57,11 +84,17 @@ def _max_backward(
     count: int, residual: tuple[Array, Array, Array], gradient: Array
 ) -> tuple[Array, None]:
     x, patch_of, most = residual
-    inside = (patch_of < count)[..., None]
-    hit = inside & (x == take_segments(most, patch_of))
-    ties = segment_sum(hit.astype(jnp.float32), patch_of, count)
-    share = gradient / jnp.maximum(ties, 1).astype(gradient.dtype)
+    hit, ties = _hits(x, patch_of, most)
+    share = gradient / ties.astype(gradient.dtype)
     return jnp.where(hit, take_segments(share, patch_of), jnp.zeros_like(x)), None
 
 
-_segment_max.defvjp(_max_forward, _max_backward)
+def _hits(x: Array, patch_of: Array, most: Array) -> tuple[Array, Array]:
+    """Which bytes have the maximum of their patch [B, T, F], and how many at least 1 [B, N, F]."""
+    count = most.shape[1]
+    hit = (patch_of < count)[..., None] & (x == take_segments(most, patch_of))
+    ties = segment_sum(hit.astype(jnp.float32), patch_of, count)
+    return hit, jnp.maximum(ties, 1)
+
+
+_low_precision_max.defvjp(_max_forward, _max_backward)
