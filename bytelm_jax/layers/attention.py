@@ -133,4 +133,4 @@ class MultiQueryAttention(nnx.Module):
 
     def _back(self, out: Array) -> Array:
         """[..., T, H, K] → [..., T, D]."""
-        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], -1))
+        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], self.heads * self.head_dim))

@@ -100,7 +100,7 @@ def _written_out(
     mask = (band[None] & real[:, None])[None]
     if segment_starts is not None:
         starts = jnp.pad(segment_starts, ((0, 0), (0, count * window - length)))
-        starts = starts.reshape(-1, count, window, 1)
+        starts = starts.reshape(starts.shape[0], count, window, 1)
         slots = np.arange(count)[:, None] * window + np.arange(-window, window)[None, :]
         mask = mask & (slots[None, :, None, :] >= starts)
     out = grouped_attention(q, keys, values, mask)
@@ -223,7 +223,8 @@ class GroupedAttention(nnx.Module):
         self, x: Array, rope: Rotation | None, patch_entropy: Array | None = None
     ) -> tuple[Array, Array, Array]:
         projected = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
-        q, k, v = (part.reshape(*x.shape[:-1], -1, self.head_dim) for part in projected)
+        lead, width = x.shape[:-1], self.head_dim
+        q, k, v = (part.reshape(*lead, part.shape[-1] // width, width) for part in projected)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if patch_entropy is not None:
@@ -231,4 +232,4 @@ class GroupedAttention(nnx.Module):
         return q, k, v
 
     def _out(self, x: Array) -> Array:
-        return self.to_out(x.reshape(*x.shape[:-2], -1))
+        return self.to_out(x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]))

@@ -97,11 +97,11 @@ class BLT(PatchedModel, nnx.Module):
         c = self.config
         ids = check_ids(ids, c.vocab.size)
         batch, length = ids.shape
-        if length == 0:
+        if ids.size == 0:
             empty = jnp.zeros((batch,))
-            logits = jnp.zeros((batch, 0, c.vocab.size), self.to_logits.kernel[...].dtype)
-            names = ("patch_length", "patch_overflow")
-            names += ("histogram_entropy",) * c.reads_histograms
+            dtype = jnp.promote_types(self.to_logits.kernel[...].dtype, jnp.float32)
+            logits = jnp.zeros((batch, length, c.vocab.size), dtype)
+            names = "patch_length", "patch_overflow", *["histogram_entropy"] * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
         segment_starts = segment_starts_of(ids, c)
         shifted = shift_right(ids, c.vocab.bos_id, segment_starts)

@@ -207,7 +207,8 @@ class Megabyte(PatchedModel, nnx.Module):
             before = self.shift(patches, axis=2)
         hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, fold_rows(dropout_keys, 1), remat)
-        logits = self.to_logits(hidden).reshape(batch, count * patch, -1)[:, :length]
+        logits = self.to_logits(hidden).reshape(batch, count * patch, self.config.vocab.size)
+        logits = logits[:, :length]
         return ModelOutput(logits, jnp.zeros((batch,)), {})
 
     def _outputs_of_segments(
@@ -223,7 +224,7 @@ class Megabyte(PatchedModel, nnx.Module):
         )
         hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, fold_rows(dropout_keys, 1), remat)
-        hidden = hidden.reshape(batch, layout.bytes.shape[1], -1)
+        hidden = hidden.reshape(batch, layout.bytes.shape[1], c.local_dim)
         logits = self.to_logits(take_once(hidden, layout.slots, layout.bytes))
         overflow = {"reset_overflow": layout.overflow.astype(jnp.float32)}
         return ModelOutput(logits, jnp.zeros((batch,)), overflow)
@@ -291,7 +292,7 @@ class Megabyte(PatchedModel, nnx.Module):
         else:
             positions = self.global_position(start, count * patch)
             embedded = self.global_embed(patches) + positions.reshape(1, count, patch, -1)
-        return embedded.reshape(batch, count, -1)
+        return embedded.reshape(batch, count, self.config.global_width)
 
     def inputs_of_segments(
         self, layout: Layout, count: int
@@ -313,7 +314,8 @@ class Megabyte(PatchedModel, nnx.Module):
         """Embeds preceding patches, of these `numbers` in their segments, all below `count`."""
         if self.config.variant == "in_action":
             return self.global_input(previous, 0)
-        embedded = self.global_embed(previous).reshape(*segment_positions.shape, -1)
+        embedded = self.global_embed(previous)
+        embedded = embedded.reshape(*segment_positions.shape, self.config.global_width)
         # What lies behind the longest segment is never read, but must be finite.
         segment_positions = jnp.minimum(segment_positions, count - 1)
         return embedded + self.global_position.patches(
@@ -328,5 +330,5 @@ class Megabyte(PatchedModel, nnx.Module):
 
     def split(self, context: Float[Array, "B N W"]) -> Float[Array, "B N P D"]:
         """Each byte's share of its patch's context: W = P·D_G, D = D_L."""
-        patch = self.config.patch_size
-        return self.global_to_local(context.reshape(*context.shape[:-1], patch, -1))
+        shape = (*context.shape[:-1], self.config.patch_size, self.config.global_dim)
+        return self.global_to_local(context.reshape(shape))

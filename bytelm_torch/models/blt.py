@@ -67,9 +67,9 @@ class BLT(PatchedModel, nn.Module):
         c = self.config
         ids = check_ids(ids, c.vocab.size)
         batch, length = ids.shape
-        if length == 0:
+        if ids.numel() == 0:
             empty = self.to_logits.weight.new_zeros(batch)
-            logits = self.to_logits.weight.new_zeros((batch, 0, c.vocab.size))
+            logits = self.to_logits(empty.new_zeros(batch, length, c.local_dim))
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))

@@ -167,7 +167,7 @@ class Megabyte(PatchedModel, nn.Module):
             before = self.shift(patches, axis=2)
         hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, remat)
-        logits = self.to_logits(hidden).reshape(batch, count * patch, -1)[:, :length]
+        logits = self.to_logits(hidden).flatten(1, 2)[:, :length]
         return ModelOutput(logits, logits.new_zeros(batch), {})
 
     def _outputs_of_segments(self, ids: Tensor, remat: bool) -> ModelOutput:
@@ -179,7 +179,7 @@ class Megabyte(PatchedModel, nn.Module):
         context = self.global_transformer(inputs, remat, scope_of(layout))
         hidden = self.local_input(before) + self.split(context)
         hidden = self.local_transformer(hidden, remat)
-        hidden = hidden.reshape(batch, layout.bytes.shape[1], -1)
+        hidden = hidden.reshape(batch, layout.bytes.shape[1], c.local_dim)
         logits = self.to_logits(take_once(hidden, layout.slots))
         overflow = {"reset_overflow": layout.overflow.to(torch.float32)}
         return ModelOutput(logits, logits.new_zeros(batch), overflow)
@@ -238,13 +238,13 @@ class Megabyte(PatchedModel, nn.Module):
 
     def global_input(self, patches: Int[Tensor, "B N P"], start: int) -> Float[Tensor, "B N W"]:
         """Embeds ids whose first byte is at position `start`: W = P·D_G features per patch."""
-        batch, count, patch = patches.shape
+        count, patch = patches.shape[1:]
         if self.config.variant == "in_action":
             embedded = self.embed(patches)
         else:
             positions = self.global_position(start, count * patch)
             embedded = self.global_embed(patches) + positions.reshape(1, count, patch, -1)
-        return embedded.reshape(batch, count, -1)
+        return embedded.flatten(2)
 
     def inputs_of_segments(
         self, layout: Layout, count: int
