@@ -2,6 +2,7 @@
 
 import functools
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -192,6 +193,74 @@ def test_what_nobody_reads_is_refused() -> None:
         with pytest.raises(ValueError, match=rf"^input_ids={kind}: give a tensor of ids"):
             model(given)
     assert isinstance(model(ids, return_dict=False), tuple)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports such
+def test_of_a_compiled_model_what_is_inside_is_wrapped(tmp_path: Any) -> None:
+    native = wrapped("entropy").model
+    hf.from_native(torch.compile(native)).save_pretrained(tmp_path)
+    again = bytelm_torch.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in native.state_dict().items())
+
+
+@torch.no_grad()
+def test_padding_takes_no_room() -> None:
+    model = wrapped("megabyte")
+    limit, ids = 32, ids_for(model, rows=2, columns=40)
+    mask = torch.zeros_like(ids)
+    mask[0, 29:39], mask[1, 3:13] = 1, 1
+    for options in ({}, {"use_cache": True}):
+        logits = model(ids, mask, **options).logits
+        for row, start in enumerate((29, 3)):
+            expected = alone(model, ids[row, start : start + 10])
+            assert_close(logits[row, -1], expected[-1])
+    made = model.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False)
+    assert made.shape == (2, 49)
+    mask[0, :33] = 1
+    for options in ({}, {"use_cache": True}, {"labels": ids}):
+        with pytest.raises(ValueError, match=rf"max_length={limit}"):
+            model(ids, mask, **options)
+
+
+@torch.no_grad()
+def test_a_row_as_long_as_the_model_allows_has_logits_for_all_its_labels() -> None:
+    model = wrapped("megabyte")
+    ids = ids_for(model, rows=2, columns=32)
+    output = model(ids, labels=ids)
+    assert output.logits.shape == (2, 32, 512)
+    assert_close(output.logits[:, :-1], model.model(ids)[:, 1:])
+    assert output.logits[:, -1].isnan().all()
+    nats = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    )
+    assert float(output.loss) == pytest.approx(float(nats), rel=tolerances.LOGITS["float32"])
+    mask = torch.ones_like(ids)
+    mask[1, 5:9] = 0
+    logits = model(ids, mask, labels=ids).logits
+    assert logits.shape == (2, 32, 512) and logits[1].isfinite().all()
+    with pytest.raises(ValueError, match=r"^max_length=32: no room to predict what follows 32 ids"):
+        model(ids)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*CONFIGS, "space"])
+def test_cached_logits_under_autocast(name: str) -> None:
+    if name == "space":
+        torch.manual_seed(0)
+        config: Any = CONFIGS["blt"]
+        native = bytelm_torch.build_model(replace(config, patcher="space")).eval()
+        model = hf.from_native(native)
+    else:
+        model = wrapped(name)
+    ids = ids_for(model, rows=2, columns=14)
+    ids[0, 2::4] = ord(" ") + model.config.to_native().vocab.offset
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model(ids).logits[:, 4:].log_softmax(dim=-1)
+        past = model(ids[:, :4], use_cache=True).past_key_values
+        steps = model(ids[:, 4:], past_key_values=past).logits.log_softmax(dim=-1)
+    assert whole.dtype == steps.dtype == torch.float32
+    nats = (whole.exp() * (whole - steps)).sum(dim=-1).mean()
+    assert float(nats) <= tolerances.BF16_MEAN_KL
 
 
 @pytest.mark.parametrize("name", CONFIGS)

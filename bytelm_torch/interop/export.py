@@ -109,8 +109,10 @@ def save_pretrained(
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
     export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, or holds
-    NaN or infinity, when `path` is a file and when it cannot be written.
+    NaN or infinity, when `path` is a file and when it cannot be written. A model compiled by
+    `torch.compile` is saved as the model that it wraps.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile put around it
     config = getattr(model, "config", None)
     why = "must be a model of build_model, without wrappers"
     if not isinstance(config, MODEL_CONFIGS):

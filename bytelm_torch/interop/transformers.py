@@ -389,9 +389,11 @@ _CLASSES: Any = (MegabyteForCausalLM, BLTForCausalLM, LFByteForCausalLM, Entropy
 def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> ByteLMForCausalLM:
     """The same model, its parameters shared, behind the interface of transformers.
 
-    `kind` is a subclass to use in place of the registered class. Raises `ValueError` when
-    `model` is not one of `build_model`.
+    `kind` is a subclass to use in place of the registered class. A model compiled by
+    `torch.compile` is unwrapped first. Raises `ValueError` when `model` is not one of
+    `build_model`.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile put around it
     native = getattr(model, "config", None)
     kinds = {kind.config_class.native: kind for kind in _CLASSES}
     require(type(native) in kinds, f"model={type(model).__name__}: must be of build_model")

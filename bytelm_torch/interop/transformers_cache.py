@@ -27,6 +27,8 @@ class ByteCache:
     """
 
     is_compileable = False
+    headroom = 64
+    """Least ids for which a prompt's cache has room beyond the longest row."""
 
     def __init__(self, model: Any, rows: int, limit: int | None):
         self._model, self._limit = model, limit
@@ -89,7 +91,7 @@ class ByteCache:
         rows = left_justify(self._columns[:, :seen], self._real[:, :seen], pad)
         longest = largest(rows.lengths)
         self._ids, self._capacity, self._lengths = self._ids[:, :0], 0, rows.lengths
-        self._reserve(longest + max(64, longest // 2))
+        self._reserve(longest + max(self.headroom, longest // 2))
         self._ids[:, :longest] = rows.ids[:, :longest]
         self._fill()
         return self._logits()  # which writes the round that is under way

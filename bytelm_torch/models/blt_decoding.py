@@ -224,7 +224,7 @@ def _finish_patches(
     pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
     for buffers, new_values in pairs:
         for old, new in zip(buffers, new_values, strict=True):
-            old[rows, slot] = new[rows]
+            old[rows, slot] = new[rows].to(old.dtype)  # narrower than the cache under autocast
     cache.global_calls.add_(1)
 
 

@@ -251,6 +251,13 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert modes == dict.fromkeys(("model.safetensors", "config.json"), 0o666 & ~mask)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile imports such
+def test_of_a_compiled_model_what_is_inside_is_saved(tmp_path: Path) -> None:
+    model = random_model()
+    bytelm_torch.save_pretrained(torch.compile(model), tmp_path)  # pyright: ignore[reportArgumentType]
+    assert bits(bytelm_torch.from_pretrained(tmp_path)) == bits(model)
+
+
 def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
     text = message(bytelm_torch.save_pretrained, nn.Linear(2, 2), tmp_path / "out")
     assert text == "model=Linear: must be a model of build_model, without wrappers"
