@@ -39,6 +39,8 @@ __all__ = [
     "recipes",
 ]
 
+__version__: str
+
 
 def __getattr__(name: str) -> str:
     if name == "__version__":  # read from disk, and rarely needed

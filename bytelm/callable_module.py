@@ -20,4 +20,4 @@ def make_callable(name: str, function: Callable[..., Any]) -> None:
 
     module = sys.modules[name]
     module.__class__ = CallableModule
-    module.__wrapped__ = function  # for `inspect.signature`, and so for editors and notebooks
+    vars(module)["__wrapped__"] = function  # for `inspect.signature`

@@ -5,8 +5,9 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bytelm.tracking import Tracker
 
@@ -26,7 +27,8 @@ def bits_per_byte(nats: float, count: int) -> float:
     return nats / count / math.log(2)
 
 
-class Evaluation(NamedTuple):
+@dataclass(frozen=True)
+class Evaluation:
     """Summed nats and the number of ids they cover: bytes, and ends of documents if requested."""
 
     nats: float

@@ -17,7 +17,7 @@ import bytelm_torch
 from bytelm.data import Windows, open_corpus
 from bytelm_torch import hf
 
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser = argparse.ArgumentParser(description="Fine-tunes an export in PyTorch.")
 parser.add_argument("export", type=Path, help="a folder that `bytelm export` wrote")
 parser.add_argument("--data", type=Path, nargs="+", default=[Path("README.md")])
 parser.add_argument("--steps", type=int, default=100)

@@ -13,7 +13,7 @@ import numpy as np
 
 import bytelm_jax
 
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser = argparse.ArgumentParser(description="Looks inside a model.")
 parser.add_argument("model", type=Path, help="an export or a run folder")
 parser.add_argument("text", nargs="?", default="for index in range(len(names)):\n    print(index)")
 options = parser.parse_args()

@@ -17,7 +17,7 @@ from flax import nnx
 import bytelm_jax
 from bytelm.data import Windows, open_corpus, split
 
-parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+parser = argparse.ArgumentParser(description="Trains a small model with nnx and optax.")
 parser.add_argument("--data", type=Path, nargs="*", default=[], help="files and folders")
 parser.add_argument("--steps", type=int, default=300)
 parser.add_argument("--batch-size", type=int, default=8)
@@ -55,7 +55,7 @@ optimizer = nnx.Optimizer(
 
 # ---- one step: every byte of every row is predicted, the first included ----
 @nnx.jit
-def train_step(model: nnx.Module, optimizer: nnx.Optimizer, ids: jax.Array) -> jax.Array:
+def train_step(model: nnx.Module, optimizer: nnx.Optimizer, ids: np.ndarray) -> jax.Array:
     def loss_of(model) -> jax.Array:
         nats, count = bytelm_jax.cross_entropy(model(ids), ids, config.vocab.pad_id)
         return nats / count

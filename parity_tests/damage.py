@@ -18,13 +18,28 @@ from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
 
-_SMALL = {"local_dim": 4, "encoder_heads": 2, "encoder_hidden_dim": 2, "decoder_layers": 1}
+_SMALL: Any = {
+    "local_dim": 4,
+    "encoder_heads": 2,
+    "encoder_hidden_dim": 2,
+    "decoder_layers": 1,
+}
 _SMALL |= {"decoder_heads": 2, "decoder_hidden_dim": 2, "global_dim": 8, "global_layers": 1}
 _SMALL |= {"global_heads": 2, "global_hidden_dim": 2, "ngram_rows": 5, "ngram_sizes": (3,)}
-_TINY = {"patch_size": 2, "global_dim": 2, "local_dim": 4, "max_length": 8, "global_layers": 1}
+_TINY: Any = {
+    "patch_size": 2,
+    "global_dim": 2,
+    "local_dim": 4,
+    "max_length": 8,
+    "global_layers": 1,
+}
 _TINY |= {"global_heads": 2, "local_layers": 1, "local_heads": 2, "vocab": ByteVocab(size=259)}
 _ENTROPY = EntropyConfig(dim=4, layers=1, heads=2, hidden_dim=2)
-_SPLINES = {"feedforward": "spline", "entropy_attention": True, "positions": "sinusoidal"}
+_SPLINES: Any = {
+    "feedforward": "spline",
+    "entropy_attention": True,
+    "positions": "sinusoidal",
+}
 MODELS: dict[str, Any] = {
     "megabyte": MegabyteConfig(**_TINY),
     "in_action": MegabyteConfig(variant="in_action", **_TINY),
@@ -53,6 +68,7 @@ def make_folders(root: Path) -> dict[str, Path]:
     shards.mkdir()
     shutil.copy(folders["hf-blt"] / "config.json", shards)
     config_sum = sum_of_json(json.loads((shards / "config.json").read_text()))
+    config: Any
     config, params = formats.import_any(folders["hf-blt"])
     names, index = convert_blt.hf_blt_names(config), {}
     for part in range(2):

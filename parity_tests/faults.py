@@ -34,20 +34,30 @@ from bytelm_torch.layers import (
 from bytelm_torch.layers.rotary import rotate
 from bytelm_torch.models import blt_local, lfbyte, patching
 
-_HEADS = {"encoder_heads": 2, "decoder_heads": 2, "global_heads": 2}
+_HEADS: Any = {"encoder_heads": 2, "decoder_heads": 2, "global_heads": 2}
 _WIDTHS = {"local_dim": 8, "encoder_hidden_dim": 6, "decoder_hidden_dim": 6, "decoder_layers": 1}
 _WIDE = {"global_dim": 16, "global_layers": 1, "global_hidden_dim": 6, "ngram_rows": 50}
 MODELS = {
     "megabyte": MegabyteConfig(
         variant="in_action",
-        **{"patch_size": 4, "global_dim": 4, "local_dim": 8, "global_layers": 2},
-        **{"global_heads": 2, "local_layers": 1, "local_heads": 2},
+        patch_size=4,
+        global_dim=4,
+        local_dim=8,
+        global_layers=2,
+        global_heads=2,
+        local_layers=1,
+        local_heads=2,
     ),
     "lfbyte": LFByteConfig(embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8),
     "blt": BLTConfig(
-        **{"patcher": "entropy", "threshold": 4.5, "patch_budget": 1.0, "local_window": 5},
-        **{"entropy": EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=6)},
-        **{"feedforward": "spline", "entropy_attention": True, "ngram_sizes": (3, 4)},
+        patcher="entropy",
+        threshold=4.5,
+        patch_budget=1.0,
+        local_window=5,
+        entropy=EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=6),
+        feedforward="spline",
+        entropy_attention=True,
+        ngram_sizes=(3, 4),
         **(_HEADS | _WIDTHS | _WIDE),
     ),
 }

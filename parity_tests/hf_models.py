@@ -1,8 +1,10 @@
 """Tiny models of every architecture, for the tests of the interface to transformers."""
 
+from typing import Any
+
 from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig
 
-_MEGABYTE = {
+_MEGABYTE: dict[str, Any] = {
     "patch_size": 4,
     "global_dim": 4,
     "local_dim": 8,
@@ -13,7 +15,7 @@ _MEGABYTE = {
     "local_heads": 2,
     "init_std": 0.5,
 }
-_STACKS = {
+_STACKS: dict[str, Any] = {
     "local_dim": 8,
     "encoder_heads": 2,
     "encoder_hidden_dim": 8,

@@ -209,6 +209,7 @@ def test_another_batch_length_and_bucket_give_the_same_logits(name, x64):
 
 
 def test_the_budget_changes_nothing_until_it_overflows(x64):
+    config: Any
     config, params, _ = tiny("entropy")
     ids = text_ids(config, 2, LENGTH)
     full = forward(config)(params, ids)

@@ -3,6 +3,7 @@
 import functools
 import warnings
 from dataclasses import fields, replace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,13 +56,14 @@ def folders(tmp_path_factory):
 
 def loaded(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder), tokenizer
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    return model, tokenizer
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_generation(name, folders):
     model, tokenizer = loaded(folders[name])
-    assert isinstance(model, hf.ByteLMForCausalLM) and type(tokenizer) is hf.ByteLMTokenizer
+    assert issubclass(type(model), hf.ByteLMForCausalLM) and type(tokenizer) is hf.ByteLMTokenizer
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     new, start = 7, inputs.input_ids.shape[1]
     for options in (
@@ -93,7 +95,8 @@ def test_it_stops_at_the_end_of_sequence():
     torch.manual_seed(0)
     native = bytelm_torch.build_model(CONFIGS["megabyte"])
     native.to_logits.bias.data[native.config.vocab.eos_id] += 5.0
-    model, tokenizer = hf.from_native(native), hf.tokenizer_for(native.config)
+    model: Any = hf.from_native(native)
+    tokenizer = hf.tokenizer_for(native.config)
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     torch.manual_seed(0)
     made = model.generate(**inputs, max_new_tokens=18, do_sample=True)

@@ -93,7 +93,7 @@ def test_a_jax_model_takes_the_bytes_of_a_text() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_torch_model_gives_the_same_logits_for_every_integer_dtype(form: str) -> None:
     torch.manual_seed(0)
-    model = build_torch(model_from_dict(to_dict(config_of(form)))).eval()
+    model: Any = build_torch(model_from_dict(to_dict(config_of(form)))).eval()
     start = model.round_length
 
     def run(dtype: str) -> list[torch.Tensor]:
@@ -174,7 +174,7 @@ def test_patches_resets_hashes_and_embeddings(package: str) -> None:
         if not other:
             weigh = lambda table: (embedding.embed(table, rows) ** 2).sum()  # noqa: E731
             return jax.grad(weigh)(jnp.asarray(table))
-        layer = torch_embedding.ByteEmbedding(*table.shape, 1.0)
+        layer = torch_embedding.ByteEmbedding(VOCAB.size, 4, 1.0)
         layer.weight.data = torch.from_numpy(table)
         (layer(rows) ** 2).sum().backward()
         return layer.weight.grad
@@ -217,7 +217,7 @@ def test_what_is_no_id_is_refused_in_one_line(
     package: str, bad_ids: np.ndarray, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as it is for users
-    check = (torch_ids if package == "torch" else ids).check_ids
+    check: Any = (torch_ids if package == "torch" else ids).check_ids
     with pytest.raises(ValueError, match=f"^{expected}") as caught:
         check(torch.from_numpy(bad_ids) if package == "torch" else bad_ids, VOCAB.size)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """LFByte: JAX against torch by the tolerance table; sizes; exact causality; independent rows."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,14 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_torch.models import build_model as build_torch
 from parity_tests import tolerances
 
-SMALL = {"embed_dim": 12, "num_layers": 1, "adapt_dim": 6, "kernel_length": 100, "rank": 3}
-WHOLE = {"context": "sequence", "causal": False}
+SMALL: Any = {
+    "embed_dim": 12,
+    "num_layers": 1,
+    "adapt_dim": 6,
+    "kernel_length": 100,
+    "rank": 3,
+}
+WHOLE: dict[str, Any] = {"context": "sequence", "causal": False}
 FORMS = {
     "default": LFByteConfig(**SMALL | {"num_layers": 2}),
     "dense": LFByteConfig(**SMALL, top_k=0, token_mixing="none"),
@@ -227,9 +234,8 @@ def test_cache_size_formula(form):
     for length in (16, 300):
         cache = jax.eval_shape(lambda length=length: bind(params).init_cache(3, length))
         ours = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        theirs = sum(
-            t.nbytes for layer in twin.init_cache(3, length).layers for t in layer if t is not None
-        )
+        cache: Any = twin.init_cache(3, length)
+        theirs = sum(t.nbytes for layer in cache.layers for t in layer if t is not None)
         assert 3 * config.cache_bytes(length, 4) == ours == theirs
 
 

@@ -1,5 +1,7 @@
 """LFByte's layers in torch, and the original layers of lfm-torch 0.0.2 against both packages."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -100,9 +102,10 @@ def test_torch_sparse_dispatch_is_the_dense_sum_and_keeps_positions_apart(rank):
         dense = experts.dense(x[None], a[None], full[None])[0]
         error = relative_error(actual.detach().numpy(), dense.detach().numpy())
         assert error <= tolerances.LOGITS["float32"]
-        wanted = torch.autograd.grad(dense.square().sum(), experts.parameters())
+        parameters = list(experts.parameters())
+        wanted = torch.autograd.grad(dense.square().sum(), parameters)
         for one, other in zip(
-            torch.autograd.grad(actual.square().sum(), experts.parameters()), wanted, strict=True
+            torch.autograd.grad(actual.square().sum(), parameters), wanted, strict=True
         ):
             assert relative_error(one.numpy(), other.numpy()) <= tolerances.GRADIENTS["float32"]
         seventh.append(actual[7].detach().numpy())
@@ -141,7 +144,7 @@ def test_original_layers_equal_lfm_torch(lfm):
     count = sum(p.numel() for p in theirs[0].parameters())
     assert config.layer_parameters() == count
 
-    twin = build_torch(model_from_dict(to_dict(config))).requires_grad_(False)
+    twin: Any = build_torch(model_from_dict(to_dict(config))).requires_grad_(False)
     for i, model in enumerate(theirs):
         for parameter in model.requires_grad_(False).parameters():
             parameter *= 0.2  # theirs are unit normal: outputs would be in the thousands

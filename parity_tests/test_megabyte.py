@@ -56,6 +56,7 @@ def test_logits_at_every_length(variant, x64):
 def test_layers_at_every_input_scale(layer, scale, x64):
     config, params, twin = twins("in_action", "float64")
     bind, _ = define_model(config)
+    assert isinstance(config, MegabyteConfig)
     x = scale * np.random.default_rng(1).standard_normal((2, 7, config.global_width))
     ours = bind(params).global_transformer.layers[1]
     theirs = twin.global_transformer.layers[1]
@@ -158,7 +159,8 @@ def test_ids_and_lengths_that_do_not_fit_raise_one_line():
             bind(params)(jnp.asarray(ids))
         with pytest.raises(ValueError, match=f"ids: {bad} is outside the vocabulary"):
             twin(torch.from_numpy(ids))
-    long = random_ids(config, 1, config.max_length + 1)
+    assert config.longest_input is not None
+    long = random_ids(config, 1, config.longest_input + 1)
     with pytest.raises(ValueError, match="length=33: this model has max_length=32"):
         bind(params)(jnp.asarray(long))
     with pytest.raises(ValueError, match="length=33: this model has max_length=32"):

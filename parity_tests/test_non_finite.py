@@ -89,7 +89,7 @@ class Package:
                 report = {"loss": loss, "grad_norm": jnp.float32(1.0)}
                 return state._replace(step=state.step + 1, params=params), report
 
-            step.lower = lambda *_: SimpleNamespace(compile=None)
+            vars(step)["lower"] = lambda *_: SimpleNamespace(compile=None)
             return step
 
         return make

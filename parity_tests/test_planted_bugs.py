@@ -122,11 +122,13 @@ def run_suite(copy):
     with subprocess.Popen(
         command, cwd=copy, env=environment, stdin=PIPE, stdout=PIPE, text=True
     ) as server:
+        assert server.stdin and server.stdout
+        requests, replies = server.stdin, server.stdout
 
         def run(node):
-            server.stdin.write(node + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline()), (copy / "output").read_text()
+            requests.write(node + "\n")
+            requests.flush()
+            return int(replies.readline()), (copy / "output").read_text()
 
         yield run
 

@@ -86,7 +86,8 @@ def assert_equal_runs(ours, theirs):
         for run in (ours, theirs)
     ]
     assert len(validations[0]) == len(validations[1]) == 2
-    assert relative_error(*map(np.array, validations)) <= tolerances.DEVICES_AFTER_5_STEPS
+    error = relative_error(np.array(validations[0]), np.array(validations[1]))
+    assert error <= tolerances.DEVICES_AFTER_5_STEPS
     params, other = (checkpoint.load_run(run)[1] for run in (ours, theirs))
     for name, value in params.items():
         error = relative_error(np.asarray(value), np.asarray(other[name]))
@@ -115,7 +116,9 @@ def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, t
         time.sleep(0.01)
     os.kill(second_of(started.pid), signal.SIGTERM)
     out = finish(started)
-    step = int(re.search(r"stopped: step (\d+) is saved in", out)[1])
+    stopped = re.search(r"stopped: step (\d+) is saved in", out)
+    assert stopped
+    step = int(stopped[1])
     assert 3 <= step < STEPS
     assert checkpoint.load_run(run_dir)[2] == step
     out = finish(two_processes(run_dir, text))

@@ -64,7 +64,7 @@ CHUNK = 50
 @functools.cache
 def trainer(name: str) -> Any:
     """An optimizer, and its compiled run over CHUNK batches, which the tests share."""
-    optimizer = q_learning_sgd(**arguments_of(name, bytelm_jax.optimizers.q_agent))
+    optimizer: Any = q_learning_sgd(**arguments_of(name, bytelm_jax.optimizers.q_agent))
 
     def step(carry, batch):
         params, state = carry
@@ -103,7 +103,7 @@ class TorchRun:
         for name, value in start().items():
             transposed = np.swapaxes(value, -1, -2) if name in TURNED else value
             weight = torch.nn.Parameter(torch.tensor(transposed.copy()))
-            weight.bytelm_path = name
+            vars(weight)["bytelm_path"] = name
             self.weights[name] = weight
         arguments["lr"] = arguments.pop("learning_rate")
         # Another order than JAX's, which sorts: nothing may depend on it.
@@ -229,7 +229,7 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
 
     def step(agent, signal):
         agent, _ = bytelm_jax.optimizers.q_agent.step_agent(
-            agent, *signal, config, steers_momentum=True
+            agent, signal[0], signal[1], config, steers_momentum=True
         )
         return agent, (agent.actions, agent.cell, agent.skipped, agent.explored)
 
@@ -239,8 +239,8 @@ def test_agents_fed_the_same_act_the_same(x64, dtype, interval):
     kind, device = getattr(torch, dtype), torch.device("cpu")
     other = bytelm_torch.optimizers.q_agent.init_agent(other_config, 0.9, 4, kind, device)
     same = []
-    for signal in zip(*map(torch.from_numpy, signals), strict=True):
-        other, _ = bytelm_torch.optimizers.q_agent.step_agent(other, *signal, other_config, True)
+    for loss, norm in zip(*map(torch.from_numpy, signals), strict=True):
+        other, _ = bytelm_torch.optimizers.q_agent.step_agent(other, loss, norm, other_config, True)
         same.append((other.actions, other.cell, other.skipped, other.explored))
     for a, b in zip(trace, zip(*same, strict=True), strict=True):
         np.testing.assert_array_equal(np.asarray(a), torch.stack(b).numpy())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from bytelm_torch.layers.long_convolution import segmented_convolution as torch_
 from parity_tests import tolerances
 
 PATCH, NEWLINE = 4, 10
-SMALL = {"global_dim": 8, "local_dim": 16, "max_length": 48, "init_std": 0.3}
+SMALL: Any = {"global_dim": 8, "local_dim": 16, "max_length": 48, "init_std": 0.3}
 SMALL |= {"global_layers": 1, "global_heads": 2, "local_layers": 1, "local_heads": 2}
 FORMS = {
     "paper": MegabyteConfig(**SMALL | {"global_layers": 2}, patch_size=PATCH),
@@ -205,7 +206,7 @@ def test_cached_decoding_of_transformers_with_rows_of_unequal_length(form, reset
     from bytelm_torch.interop.transformers import ByteCache
 
     monkeypatch.setattr(ByteCache, "headroom", 4)  # so that it grows on the way
-    twin = models(form)[3 if resets else 4]
+    twin: Any = models(form)[3 if resets else 4]
     ids, lengths = torch.from_numpy(rows()).long(), torch.tensor([6, 12, 5])
     with torch.inference_mode():
         whole = twin(ids)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -208,8 +209,9 @@ def test_muon_of_kernels_in_parts_is_muon_of_whole_kernels(change, x64):
     """
     muon = MuonConfig(learning_rate=1e-2, warmup_steps=0)
     ends = []
-    for layout in ({"devices": 1}, change):
-        train = TrainConfig(**({"steps": 2, "batch_size": 4} | layout))
+    layouts: tuple[dict[str, Any], ...] = ({"devices": 1}, change)
+    for layout in layouts:
+        train = TrainConfig(steps=2, batch_size=4, **layout)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
             params = random_params(SMALL, "float64")

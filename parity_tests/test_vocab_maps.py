@@ -1,6 +1,7 @@
 """Another id map, the same model: bits per byte, greedy text, and the way back."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,20 @@ from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.inference.generate import generate
 from parity_tests.tolerances import LOGITS
 
-_SIZES = {"patch_size": 4, "global_dim": 4, "local_dim": 8, "max_length": 32, "global_layers": 1}
+_SIZES: Any = {
+    "patch_size": 4,
+    "global_dim": 4,
+    "local_dim": 8,
+    "max_length": 32,
+    "global_layers": 1,
+}
 _SIZES |= {"global_heads": 2, "local_layers": 1, "local_heads": 2}
-_BLT = {"local_dim": 4, "encoder_heads": 2, "encoder_hidden_dim": 2, "decoder_layers": 1}
+_BLT: Any = {
+    "local_dim": 4,
+    "encoder_heads": 2,
+    "encoder_hidden_dim": 2,
+    "decoder_layers": 1,
+}
 _BLT |= {"decoder_heads": 2, "decoder_hidden_dim": 2, "global_dim": 8, "global_layers": 1}
 _BLT |= {"global_heads": 2, "global_hidden_dim": 2, "patch_budget": 1.0}
 _ENTROPY = EntropyConfig(dim=4, layers=1, heads=2, hidden_dim=2)

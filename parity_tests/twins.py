@@ -29,7 +29,8 @@ MEGABYTES = {
     for variant in ("paper", "in_action")
 }
 
-MODELS: dict[str, ModelConfig] = MEGABYTES | {
+MODELS: dict[str, ModelConfig] = {
+    **MEGABYTES,
     "experts": LFByteConfig(
         embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8, dropout=0.0,
         num_experts=3, top_k=2, balance_coefficient=0.0, token_mixing="none", init_std=0.3,

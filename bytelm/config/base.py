@@ -132,12 +132,9 @@ class ArchitectureConfig:
     """Prefix of its parameters' names in the model that `patcher_config` describes."""
     transformers_type: ClassVar[str | None] = None
     """The `model_type` by which Hugging Face transformers knows the architecture."""
+    causal: bool = True
+    """Whether logits depend on earlier bytes alone, so that the model can generate."""
     vocab: ByteVocab
-
-    @property
-    def causal(self) -> bool:
-        """Whether logits depend on earlier bytes alone, so that the model can generate."""
-        return True
 
     @property
     def longest_input(self) -> int | None:

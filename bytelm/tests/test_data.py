@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import pytest
@@ -439,8 +440,8 @@ def test_processes_share_the_global_batch(numbered: Windows, process_count: int)
 
 def test_nothing_before_the_start_is_read(numbered: Windows) -> None:
     class Counting(Windows):
-        def __getitem__(self, index: int) -> np.ndarray:
-            reads.append(index)
+        def __getitem__(self, index: SupportsIndex) -> np.ndarray:
+            reads.append(int(index))
             return super().__getitem__(index)
 
     reads: list[int] = []

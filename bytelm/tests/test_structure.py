@@ -53,7 +53,7 @@ def imports(tree: ast.AST, package: str, known: set[str]):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else node.func
             called = called.id if isinstance(called, ast.Name) else called
             if called in ("import_module", "__import__"):
-                yield node.args[0].value
+                yield str(node.args[0].value)
 
 
 def floor(module: str) -> tuple[int, str] | None:
@@ -161,8 +161,9 @@ def test_files_classes_and_functions_stay_short(package):
                 most = LONGEST_LOOP if is_loop else LONGEST_FUNCTION
                 most = LONGEST_CLASS if isinstance(node, ast.ClassDef) else most
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-                if node.end_lineno - first + 1 > most:
-                    long.append(f"{name}: {node.name}, {node.end_lineno - first + 1} lines")
+                lines = (node.end_lineno or 0) - first + 1
+                if lines > most:
+                    long.append(f"{name}: {node.name}, {lines} lines")
     assert not long, "\n".join(long)
 
 
@@ -179,16 +180,16 @@ PLATFORMS = {"cpu", "gpu", "tpu", "cuda", "rocm"}
 def machine_questions(tree: ast.AST):
     """(line, name) of each question about the platform or about a dtype's width."""
     for node in ast.walk(tree):
-        names = []
+        names, line = [], 0
         if isinstance(node, ast.Name | ast.Attribute):
-            names = [node.id if isinstance(node, ast.Name) else node.attr]
+            names, line = [node.id if isinstance(node, ast.Name) else node.attr], node.lineno
         elif isinstance(node, ast.ImportFrom):
-            names = [alias.name for alias in node.names]
+            names, line = [alias.name for alias in node.names], node.lineno
         elif isinstance(node, ast.Compare | ast.match_case):
             asked = node if isinstance(node, ast.Compare) else node.pattern
             constants = [x.value for x in ast.walk(asked) if isinstance(x, ast.Constant)]
             yield from ((asked.lineno, repr(x)) for x in constants if x in PLATFORMS)
-        yield from ((node.lineno, name) for name in names if name in MACHINE_QUESTIONS)
+        yield from ((line, name) for name in names if name in MACHINE_QUESTIONS)
 
 
 @pytest.mark.parametrize(

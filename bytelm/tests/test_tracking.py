@@ -1,9 +1,11 @@
 """TensorBoard's and Weights & Biases' files, read back by their own libraries."""
 
+import importlib
 import json
 import os
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -61,7 +63,7 @@ def test_tensorboard_reads_what_the_metrics_file_says(tmp_path):
 
 def wandb_records(path):
     """The records of a .wandb file: LevelDB's log format, in it W&B's own protocol buffers."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    messages: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
 
     data, at, held = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
@@ -73,7 +75,7 @@ def wandb_records(path):
         held += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):  # the whole of a record, or its last part
-            yield Record.FromString(held)
+            yield messages.Record.FromString(held)
             held = b""
 
 

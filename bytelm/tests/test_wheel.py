@@ -158,9 +158,9 @@ def test_the_wheel_in_two_empty_environments(wheel, tmp_path):
     assert run(plain / "bytelm", "--version").startswith("bytelm ")
     trained = json.loads(run(plain / "python", "-I", "-c", WITH_JAX, export))
 
-    handful, alone = re.search(
-        r"^pip install ([\w ]+)\n(pip install --no-deps bytelm)$", README, re.M
-    ).groups()
+    found = re.search(r"^pip install ([\w ]+)\n(pip install --no-deps bytelm)$", README, re.M)
+    assert found
+    handful, alone = found.groups()
     bare = make_environment(tmp_path / "bare", handful.split())
     install(wheel, bare, *alone.split()[2:-1])
     read = json.loads(run(bare / "python", "-I", "-c", WITHOUT_JAX, export))

@@ -71,10 +71,10 @@ def _reach(joining: Joining) -> "Finding":
     address = processes.address(joining.coordinator)
     if address is None:
         raise UsageError(f"--coordinator {joining.coordinator}: must be HOST:PORT")
-    if joining.index is None or not 0 <= joining.index < joining.processes:
+    if joining.process_id is None or not 0 <= joining.process_id < joining.processes:
         raise UsageError("--coordinator: needs --num-processes N and --process-id I below it")
     try:
-        message = doctor.check_coordinator(*address, joining.index == 0)
+        message = doctor.check_coordinator(*address, joining.process_id == 0)
     except doctor.SickError as error:
         return doctor.Finding("coordinator", False, str(error))
     return doctor.Finding("coordinator", True, message)

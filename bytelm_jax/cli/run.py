@@ -57,7 +57,7 @@ def join_processes(joining: Joining, command: str) -> None:
     if not joining.several:
         processes.check_alone()
         return
-    processes.join(joining.coordinator, joining.processes, joining.index)
+    processes.join(joining.coordinator, joining.processes, joining.process_id)
     if processes.is_first():
         joined = f"{jax.process_count()} processes, {jax.device_count()} devices"
         print(f"bytelm {command}: {joined}", file=sys.stderr, flush=True)

@@ -88,7 +88,7 @@ class Joining(NamedTuple):
     several: bool
     coordinator: str
     processes: int
-    index: int | None
+    process_id: int | None
 
 
 def take_processes(argv: list[str]) -> tuple[Joining, list[str]]:

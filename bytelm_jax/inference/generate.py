@@ -153,7 +153,7 @@ class _State(NamedTuple):
 
     cache: Any
     ids: Array
-    index: Array
+    round: Array
     done: Array
 
 
@@ -218,7 +218,7 @@ def _append_rounds(structure: CompiledModelKey, mode: str) -> Callable[..., _Sta
         model = structure.model(params)
 
         def unfinished(state: _State) -> Array:
-            return (state.index < stop) & ~state.done.all()
+            return (state.round < stop) & ~state.done.all()
 
         def body(state: _State) -> _State:
             return _append_round(model, mode, numbers, rows, state)
@@ -232,7 +232,7 @@ def _append_round(
     model: Any, mode: str, numbers: SamplerNumbers, rows: _Rows, state: _State
 ) -> _State:
     patch, vocab = model.round_length, model.config.vocab
-    start = state.index * patch
+    start = state.round * patch
     previous = jax.lax.dynamic_slice_in_dim(state.ids, start, patch, axis=1)
     prompt = jax.lax.dynamic_slice_in_dim(state.ids, start + patch, patch, axis=1)
     uniforms = jax.lax.dynamic_slice_in_dim(rows.uniforms, start, patch, axis=1)
@@ -241,12 +241,12 @@ def _append_round(
         chosen = choose_ids(logits, uniforms[:, i], mode, numbers, vocab)
         return jnp.where(start + i < rows.lengths, prompt[:, i], chosen)
 
-    cache, chosen = model.decode_round(state.cache, previous, state.index, choose)
+    cache, chosen = model.decode_round(state.cache, previous, state.round, choose)
     # What a row makes behind its end in its last round is cut off on the host.
     kept = jnp.where(state.done[:, None], vocab.pad_id, chosen)
     ids = jax.lax.dynamic_update_slice_in_dim(state.ids, kept, start + patch, axis=1)
     ended = (chosen == vocab.eos_id).any(axis=1) | (start + patch >= rows.ends)
-    return _State(cache, ids, state.index + 1, state.done | ended)
+    return _State(cache, ids, state.round + 1, state.done | ended)
 
 
 @functools.lru_cache(maxsize=64)

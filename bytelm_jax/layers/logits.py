@@ -12,5 +12,7 @@ from bytelm_jax.kernels.low_precision import unrounded_linear
 class LogitsLinear(nnx.Linear):
     """A linear layer with results in at least float32; for 16-bit inputs its products are, too."""
 
-    def __call__(self, inputs: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    def __call__(
+        self, inputs: Float[Array, "*batch D"], out_sharding: None = None
+    ) -> Float[Array, "*batch V"]:
         return unrounded_linear(self, inputs)

@@ -48,7 +48,7 @@ class QLearningState(NamedTuple):
     float64 parameters. `position` is (log of rate / base rate, log of 1 / (1 - μ)).
     """
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride] (a name on disk)
     skipped: Int[Array, ""]
     surges: Int[Array, ""]
     last_surge: Int[Array, ""]

@@ -1,6 +1,7 @@
 """Adaptive linears against literal matrices; contexts; experts: sparse against dense, routing."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,8 @@ def test_full_form_never_holds_a_matrix_for_each_position():
         return jnp.square(nnx.merge(graphdef, params)(x, a)).sum()
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(params, x, a).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < length * dim * dim * 4
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < length * dim * dim * 4
 
 
 def test_running_mean_by_position_and_in_bfloat16(x64):

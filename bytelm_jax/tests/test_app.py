@@ -132,8 +132,9 @@ def test_cells_as_literals():
     starts = np.array([True, False, True, False, False, False])
     data = "<é\n".encode() + b"\xff\x00"
     inspected = Inspection(data, surprise, surprise / 2, starts, "patcher space")
-    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(inspected, 2))[1]
-    shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside)
+    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(inspected, 2))
+    assert inside
+    shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside[1])
     assert [(names, html.unescape(text)) for names, text in shown] == [
         ("b0 p", "<"),
         ("b4", "é"),
@@ -142,7 +143,7 @@ def test_cells_as_literals():
         ("b2 o", "\\xff"),
         ("b1 o", "\\x00"),
     ]
-    assert inside.count("<br>") == 1
+    assert inside[1].count("<br>") == 1
     assert 'title="byte c3, surprise 2.00 bits, entropy 1.00 bits"' in inside
     assert ".b16{background:rgb(240,120,138)}" in app.style_sheet()
 

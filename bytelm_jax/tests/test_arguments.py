@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bytelm import recipes
-from bytelm.config import SGDConfig
+from bytelm.config import BLTConfig, SGDConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli.arguments import UsageError, expand_names, parse_call, parse_recipe
 
@@ -31,6 +31,7 @@ def parsed(*argv):
     """The data, the warm-up lengths, the trackers and the n-grams that the options ask for."""
     recipe = parse_recipe(recipes.get("blt_tiny"), argv, "train", "")
     data, model = recipe.data, recipe.model
+    assert isinstance(model, BLTConfig)
     return data.paths, data.warmup_lengths, recipe.train.track, model.ngram_sizes
 
 

@@ -1,5 +1,7 @@
 """Fingerprints by their definition, and how much memory a run folder takes to make."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ def test_marks_are_those_defined_under_any_sharding(x64, spec):
 
 def test_a_mark_holds_no_copy_of_what_it_sums():
     leaf = jax.ShapeDtypeStruct((3, 500, 300), "float32")
-    used = checkpoint._mark.lower(leaf).compile().memory_analysis()
+    used: Any = checkpoint._mark.lower(leaf).compile().memory_analysis()
     assert used.temp_size_in_bytes < used.argument_size_in_bytes / 50
 
 

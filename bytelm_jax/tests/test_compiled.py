@@ -19,7 +19,7 @@ class Pair(nnx.Module):
         self.parts = nnx.List([nnx.Param(jnp.zeros(2)), nnx.Param(jnp.ones(3))])
 
     def __call__(self) -> jax.Array:
-        return self.factor * sum(part[...].sum() for part in self.parts)
+        return self.factor * sum((part[...].sum() for part in self.parts), jnp.zeros(()))
 
 
 def test_arrays_are_read_again_and_the_model_is_not_walked_through_again(monkeypatch):

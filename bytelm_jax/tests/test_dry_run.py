@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +182,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     recipe = Recipe(name="x", model=MODEL, train=train, data=DataConfig(sequence_length=16))
     estimate = dry_run.dry_run(recipe, Machine())
     collectives = {(each.kind, each.group): each for each in estimate.collectives}
-    params = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
+    params: Any = dry_run.abstract_state(recipe, meshes.make_mesh(8, 4)).params
     cut = sum(x.size for x in params.values() if x.sharding.spec)
     # In bfloat16, as on an accelerator. The compiler gathers once for all three micro-batches, the
     # gradients of each are scattered, and their parts then summed from group to group.

@@ -1,6 +1,7 @@
 """Samplers on known distributions; cached decoding against a full pass for every byte."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ def tiny(variant, kind=Megabyte, **biases):
         local_heads=2,
         init_std=0.3,
     )
-    model = filled(config, kind)
+    model: Any = filled(config, kind)
     for name, bias in biases.items():
         place = getattr(config.vocab, name)
         model.to_logits.bias[...] = model.to_logits.bias[...].at[place].add(bias)
@@ -348,7 +349,7 @@ def test_end_of_sequence_ends_a_row(models):
     assert generate(at_once, RAGGED, 24, GREEDY) == [b""] * len(RAGGED)
     assert list(stream(at_once, RAGGED[0], 24, GREEDY)) == []
     run = _begin(at_once, RAGGED, 24, GREEDY, 0, True)
-    last = int(run.advance(run.state, run.rounds).index)
+    last = int(run.advance(run.state, run.rounds).round)
     assert last == len(TEXT[:16]) // PATCH + 1 < run.rounds  # the longest prompt's first new round
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training.pretrained import model_of
 
 TEXT = "def é(self):\n  🎉".encode()
-SIZES = {"global_dim": 8, "local_dim": 16, "global_heads": 2, "local_heads": 2}
+SIZES: dict[str, Any] = {"global_dim": 8, "local_dim": 16, "global_heads": 2, "local_heads": 2}
 MEGABYTE = MegabyteConfig(
     patch_size=4, global_layers=1, local_layers=1, max_length=64, vocab=ByteVocab(), **SIZES
 )
@@ -86,6 +87,7 @@ def test_patches_of_an_entropy_model_are_those_that_it_was_calibrated_for(tmp_pa
     scores = patch_contract.boundary_scores(blt, named, windows, None)
     inspected = inspection.inspect(model_of(calibrated, params), path.read_bytes())
     # The contract cuts s = [BOS, bytes]; the patch of BOS is no byte's.
+    assert calibrated.patching
     wanted = scores[1:] > calibrated.patching.threshold
     assert inspected.starts is not None and 8 <= inspected.patches <= 16
     np.testing.assert_array_equal(inspected.starts[: len(wanted)], wanted)

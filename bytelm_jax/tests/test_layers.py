@@ -52,7 +52,7 @@ def test_attention_equals_the_literal_formula(with_bias, x64):
     q, k, v = (source.standard_normal(s) for s in ((2, 3, 4, 5), (2, 3, 5), (2, 3, 5)))
     mask = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]], bool)
     bias = source.standard_normal((4, 3)) if with_bias else None
-    actual = multi_query_attention(*map(jnp.asarray, (q, k, v)), mask, bias)
+    actual = multi_query_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), mask, bias)
     for b in range(2):
         for t in range(3):
             for h in range(4):

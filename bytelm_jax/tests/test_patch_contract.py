@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +87,8 @@ def test_the_threshold_gives_the_mean_through_the_model_s_own_patcher(calibrated
 def test_blt_takes_over_what_was_calibrated(calibrated, blt_run, capsys):
     source, calibrated_params, _ = checkpoint.load_run(calibrated)
     recipe, params, _ = checkpoint.load_run(blt_run)
-    assert recipe.model.entropy == source.model and recipe.patching and source.patching
+    assert isinstance(recipe.model, BLTConfig) and recipe.model.entropy == source.model
+    assert recipe.patching and source.patching
     assert recipe.model.threshold == source.patching.threshold == recipe.patching.threshold
     assert recipe.patching.entropy_model == source.patching.entropy_model
     for name, value in calibrated_params.items():
@@ -145,9 +147,10 @@ def test_calibrating_blt_changes_every_checkpoint_at_once(blt_run, text, tmp_pat
     assert output.err == "" and "of --check" in output.out
     after = contents(folder)
     assert {p.name for p in after if after[p] != before.get(p)} == {"config.json"}
-    recipe, _, _ = checkpoint.load_run(folder, "3")
+    recipe, earlier = checkpoint.load_run(folder, "3")[0], checkpoint.load_run(blt_run)[0]
+    assert isinstance(recipe.model, BLTConfig) and isinstance(earlier.model, BLTConfig)
     assert abs(recipe.model.bytes_per_patch / 2.5 - 1) <= patch_contract.TOLERANCE
-    assert recipe.model.threshold < checkpoint.load_run(blt_run)[0].model.threshold
+    assert recipe.model.threshold < earlier.model.threshold
     assert from_dict(Recipe, json.loads((folder / "config.json").read_text())) == recipe
 
 
@@ -189,7 +192,7 @@ def test_a_source_must_reset_as_asked(calibrated, tmp_path):
     folder.mkdir()
     runs.save_recipe(folder, dataclasses.replace(source, model=lines))
 
-    def adopt(taken, *argv):
+    def adopt(taken, *argv) -> Any:
         options = ["--entropy-from", str(taken), *argv]
         recipe = arguments.parse_recipe(recipes.blt_tiny(), options, "train", "")
         return patch_contract.adopt(recipe, tmp_path / "new").model
@@ -221,13 +224,13 @@ def test_patchers_without_a_threshold(model, says):
 
 def test_thresholds_as_literals():
     never, always = -np.inf, np.inf
-    scores = np.float32([always, always, 1, never, 5, 3, never, 2])
+    scores = np.array([always, always, 1, never, 5, 3, never, 2], np.float32)
     counts = {}
     for mean in (8.0, 4.0, 8 / 3, 2.0, 8 / 5, 8 / 6, 1.0):
         threshold = patch_contract._threshold(scores, mean)
         counts[mean] = int((scores > threshold).sum())
     assert list(counts.values()) == [2, 2, 3, 4, 5, 6, 6]
-    near = np.float32([always, 1, np.nextafter(np.float32(1), np.float32(2))])
+    near = np.array([always, 1, np.nextafter(np.float32(1), np.float32(2))], np.float32)
     assert (near > patch_contract._threshold(near, 1.5)).sum() == 2
 
 
@@ -306,6 +309,8 @@ def test_thresholds_of_histograms_need_no_model(text, tmp_path, reset_on, mean):
     lines.write_text(text.read_text("utf-8").replace(" ab", "\nab").replace(" b", "\n"), "utf-8")
     windows = data.Windows(data.open_corpus((lines,)), recipe.model.vocab, 64, append_eos=False)
     calibrated = patch_contract.calibrate(recipe, {}, windows, mean, None)
+    assert isinstance(recipe.model, BLTConfig) and isinstance(calibrated.model, BLTConfig)
+    assert calibrated.patching
     assert abs(calibrated.patching.mean_length / mean - 1) <= patch_contract.TOLERANCE
     assert calibrated.patching.threshold == calibrated.model.threshold != recipe.model.threshold
     assert calibrated.patching.entropy_model == ""

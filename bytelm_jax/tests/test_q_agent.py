@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ def tracer(config):
     """Compiled: loss and gradient norm of STEPS steps → the agent after each, and at the end."""
 
     def step(agent, signal):
-        agent, finite = step_agent(agent, *signal, config, steers_momentum=True)
+        loss, norm = signal
+        agent, finite = step_agent(agent, loss, norm, config, steers_momentum=True)
         small = agent._replace(q_learning_rate=(), q_momentum=(), norms=())
         return agent, (small, finite)
 
@@ -103,9 +105,9 @@ def test_bad_configurations_are_named(field, value, hint):
 def test_positions_are_the_sum_of_actions_less_what_is_undone():
     losses, norms = noisy_run()
     _, (agents, _) = traced(losses, norms)
-    position, undone = np.float32([0.0, -np.log1p(-np.float32(0.9))]), 0
-    bounds = np.log([0.1, 2.0]), np.log([10.0, 200.0])
-    moves = [np.float32(a) for a in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS)]
+    position, undone = np.array([0.0, -np.log1p(-np.float32(0.9))], np.float32), 0
+    low, high = np.log([[0.1, 2.0], [10.0, 200.0]]).astype(np.float32)
+    moves = [np.array(a, np.float32) for a in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS)]
     for now in range(STEPS):
         if now and agents.reward[now] <= EVERY_STEP.undo_margin:
             back = agents.explored[now - 1]
@@ -113,7 +115,7 @@ def test_positions_are_the_sum_of_actions_less_what_is_undone():
             position = np.where(back, agents.before[now - 1], position)
         np.testing.assert_array_equal(agents.before[now], position)
         move = [moves[i][agents.actions[now, i]] for i in range(2)]
-        position = np.clip(position + move, *np.float32(bounds))
+        position = np.clip(position + move, low, high)
         np.testing.assert_array_equal(agents.position[now], position)
     assert undone > 100
     assert agents.judged[-1] == STEPS - 1
@@ -176,7 +178,7 @@ def worlds():
     seeds = np.concatenate([np.tile(np.arange(20), 6), np.arange(80)])
 
     def run(best, noise, seed):
-        optimizer = q_learning_sgd(1.0, controller=EVERY_STEP, seed=seed)
+        optimizer: Any = q_learning_sgd(1.0, controller=EVERY_STEP, seed=seed)
         params, key = jnp.zeros(()), jax.random.fold_in(jax.random.key(123), seed)
 
         def step(carry, count):
@@ -225,7 +227,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
     losses = np.where(bad & (kinds == 0), np.nan, 1.0) * np.where(bad & (kinds == 1), -np.inf, 1.0)
     factors = np.where(bad & (kinds == 2), np.nan, 1.0) * np.where(bad & (kinds == 3), np.inf, 1.0)
     params = {"a.kernel": jnp.ones((3, 2)), "a.bias": jnp.ones(2)}
-    optimizer = q_learning_sgd(0.01, noise_scale=0.1, controller=EVERY_STEP)
+    optimizer: Any = q_learning_sgd(0.01, noise_scale=0.1, controller=EVERY_STEP)
 
     def step(carry, signal):
         params, state = carry
@@ -263,7 +265,7 @@ def test_an_action_that_ends_in_no_finite_loss_is_punished_once():
     losses = np.where(np.arange(STEPS) > 0, math.nan, 1.0)
     agent, _ = traced(losses, norms)
     for table in (agent.q_learning_rate, agent.q_momentum):
-        np.testing.assert_array_equal(table[table != 0], np.float32([-EVERY_STEP.alpha]))
+        np.testing.assert_array_equal(table[table != 0], np.array([-EVERY_STEP.alpha], np.float32))
 
 
 def test_a_loss_that_surges_halves_the_rate_once_in_a_window():
@@ -291,7 +293,7 @@ def test_a_loss_that_surges_halves_the_rate_once_in_a_window():
 def test_eight_devices_act_as_one(x64):
     """And a replica that is fed its own loss instead of the mean goes its own way."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    optimizer = q_learning_sgd(0.05, noise_scale=0.1, controller=EVERY_STEP)
+    optimizer: Any = q_learning_sgd(0.05, noise_scale=0.1, controller=EVERY_STEP)
     source = np.random.default_rng(0)
     inputs = jnp.asarray(source.standard_normal((60, 16, 4)))
     targets = inputs.sum(-1) + jnp.asarray(source.standard_normal((60, 16)))

@@ -24,7 +24,7 @@ from parity_tests.tolerances import GRADIENTS
 EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts
 
-NOISY = {"learning_rate": 1e-2, "entropy_threshold": 0.1, "noise_scale": 1e-3}
+NOISY: dict[str, Any] = {"learning_rate": 1e-2, "entropy_threshold": 0.1, "noise_scale": 1e-3}
 NOISY["controller"] = EVERY_STEP
 OPTIMIZERS = {
     "q_learning_sgd": lambda: q_learning_sgd(**NOISY),
@@ -260,8 +260,8 @@ def test_a_step_neither_calls_nor_asks_the_host(name):
         names = set(primitives(jax.make_jaxpr(function)(grads, state, params, value).jaxpr))
         assert {name for name in names if any(word in name for word in waits)} == expected
     with jax.transfer_guard("disallow"):
-        for _ in range(2):
-            updates, state = update(grads, state, params, value)
+        _, state = update(grads, state, params, value)
+        updates, state = update(grads, state, params, value)
         jax.block_until_ready(updates)
         with pytest.raises(jax.errors.JaxRuntimeError, match="transfer"):
             update(grads, state, params, np.float32(1.0))
@@ -287,7 +287,8 @@ def test_a_wrapped_heavy_ball_takes_its_own_steps_scaled():
 def test_a_wrapped_adamw_is_steered_by_b1():
     params, grads = trees()
     optimizer, update, _ = stepper("adamw")
-    state, plain = optimizer.init(params), optax.inject_hyperparams(optax.adamw)(1e-2)
+    state = optimizer.init(params)
+    plain: Any = optax.inject_hyperparams(optax.adamw)(1e-2)
     other, momenta = plain.init(params), set()
     plain_update = jax.jit(plain.update)
     for value in np.linspace(3.0, 2.0, 40):
@@ -303,8 +304,7 @@ def test_a_wrapped_adamw_is_steered_by_b1():
 
 def test_a_wrapped_transformation_that_exposes_nothing_is_scaled_alone():
     params, grads = trees()
-    inner = optax.sgd(1e-2)
-    optimizer = q_learning(inner, EVERY_STEP)
+    optimizer: Any = q_learning(optax.sgd(1e-2), EVERY_STEP)
 
     def step(state, value):
         updates, state = optimizer.update(grads, state, params, value=value)
@@ -408,7 +408,7 @@ def test_concentrated_gradients_take_smaller_steps(x64, filled, scale):
 def test_noise_has_the_given_deviation_and_anneals():
     grads = {"a.kernel": jnp.full((100, 300), 0.5), "b.bias": jnp.full(20_000, 0.5)}
     params = jax.tree.map(jnp.zeros_like, grads)
-    optimizer = q_learning_sgd(
+    optimizer: Any = q_learning_sgd(
         1.0, max_grad_norm=0.0, noise_scale=0.3, centralize=False, controller=FROZEN
     )
     update, state, seen = jax.jit(optimizer.update), optimizer.init(params), []

@@ -4,10 +4,12 @@ import csv
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bytelm import runs
+from bytelm.config import QLearningSGDConfig
 from bytelm.metrics import METRIC
 from bytelm_jax.training.loop import Outcome
 from bytelm_jax.training.reporter import DivergedError
@@ -20,7 +22,7 @@ def sweep(monkeypatch):
     """The script; its `train` is a formula of the learning rate that notes what it was asked."""
     spec = importlib.util.spec_from_file_location("sweep", SCRIPT)
     assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.trained = []
 
@@ -51,7 +53,7 @@ def test_a_grid_is_trained_once_and_ranked(sweep, tmp_path, capsys):
     with open(tmp_path / "results.csv", newline="") as file:
         assert [row["optimizer"] for row in csv.DictReader(file)][:2] == ["sgd", "q_learning_sgd"]
     saved = runs.load_recipe(tmp_path / "learning_rate=0.3,optimizer=q_learning_sgd")
-    assert saved.optimizer.name == "q_learning_sgd" and saved.optimizer.momentum == 0.8
+    assert isinstance(saved.optimizer, QLearningSGDConfig) and saved.optimizer.momentum == 0.8
     assert "3.2000" in capsys.readouterr().out
 
     sweep.trained.clear()

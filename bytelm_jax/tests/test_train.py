@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from bytelm import runs
+from bytelm.config import MegabyteConfig
 from bytelm.metrics import WALL_CLOCK, read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint
@@ -218,7 +219,8 @@ def test_another_run_in_the_same_folder_is_refused(undisturbed, tmp_path, text, 
 
 def test_config_json_rebuilds_the_recipe(undisturbed):
     recipe = runs.load_recipe(undisturbed)
-    assert recipe.train.steps == 120 and recipe.model.patch_size == 4
+    assert recipe.train.steps == 120 and isinstance(recipe.model, MegabyteConfig)
+    assert recipe.model.patch_size == 4
     raw = json.loads((undisturbed / "config.json").read_text())
     assert raw["model"]["architecture"] == "megabyte" and raw["name"] == "megabyte_tiny"
 

@@ -7,7 +7,7 @@ asynchronous forms; those in the body of a loop count once per iteration.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 """Collective operations by their names in XLA."""
@@ -20,7 +20,8 @@ _BRANCHES = re.compile(r"\b(?:branch|called)_computations=\{([^}]*)\}")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
-class Collective(NamedTuple):
+@dataclass(frozen=True)
+class Collective:
     """The collectives of one kind, in one step, over groups of equal size."""
 
     kind: str

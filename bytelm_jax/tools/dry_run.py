@@ -7,7 +7,7 @@ that accelerator. Nothing is computed, read or written.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -298,6 +298,6 @@ def as_json(name: str, estimate: Estimate) -> dict[str, Any]:
     fields |= {"machine": estimate.machine._asdict()}
     speed = 1e9 * estimate.machine.link_gbytes
     fields["collectives"] = [
-        each._asdict() | {"seconds": each.seconds(speed)} for each in estimate.collectives
+        asdict(each) | {"seconds": each.seconds(speed)} for each in estimate.collectives
     ]
     return {"recipe": name} | fields | {"collective_share": estimate.collective_share}

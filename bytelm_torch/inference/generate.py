@@ -134,7 +134,7 @@ class _State(NamedTuple):
 
     cache: Any
     ids: Tensor
-    index: int
+    round: int
     done: Tensor
 
 
@@ -171,7 +171,7 @@ def _begin(
 
     def advance(state: _State, stop: int) -> _State:
         with inference(model):
-            while state.index < stop and not state.done.all():
+            while state.round < stop and not state.done.all():
                 state = _append_round(model, sampler, stop_at_eos, rows, state)
         return state
 
@@ -182,7 +182,7 @@ def _append_round(
     model: Any, sampler: SamplerConfig, allow_eos: bool, rows: _Rows, state: _State
 ) -> _State:
     patch, vocab = model.round_length, model.config.vocab
-    start = state.index * patch
+    start = state.round * patch
     previous = state.ids[:, start : start + patch]
     here = state.ids[:, start + patch : start + 2 * patch]  # a view: written below
 
@@ -190,11 +190,11 @@ def _append_round(
         chosen = next_ids(logits, rows.uniforms[:, start + i], sampler, vocab, allow_eos)
         return torch.where(start + i < rows.lengths, here[:, i], chosen)
 
-    cache, chosen = model.decode_round(state.cache, previous, state.index, choose)
+    cache, chosen = model.decode_round(state.cache, previous, state.round, choose)
     # What a row makes behind its end in its last round is cut off at the end.
     here[:] = torch.where(state.done[:, None], vocab.pad_id, chosen)
     ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
-    return _State(cache, state.ids, state.index + 1, state.done | ended)
+    return _State(cache, state.ids, state.round + 1, state.done | ended)
 
 
 def _capacity(model: Any, rows: int) -> int:

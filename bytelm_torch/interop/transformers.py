@@ -276,7 +276,9 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
             loss = nats / counted + output.extra_loss.mean()
         return CausalLMOutputWithPast(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
 
-    def _prepare_position_ids_for_generation(self, *_: Any) -> None:
+    def _prepare_position_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, *_: Any
+    ) -> None:
         """None: positions follow from the mask, here for padding on the right, too."""
 
     def _limit(self) -> int | None:

@@ -68,7 +68,9 @@ class ByteLMTokenizer(PreTrainedTokenizer):
         parts = [t.encode("latin-1") if len(t) == 1 else t.encode() for t in tokens]
         return b"".join(parts).decode("utf-8", "replace")
 
-    def _decode(self, token_ids: Any, skip_special_tokens: bool = False, **options: Any) -> str:
+    def _decode(
+        self, token_ids: Any, skip_special_tokens: bool = False, *_: Any, **options: Any
+    ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
         tokens = [self._convert_id_to_token(int(i)) for i in ids]
         return self.convert_tokens_to_string(

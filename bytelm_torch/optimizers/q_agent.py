@@ -49,7 +49,7 @@ class QLearningState(NamedTuple):
     (1 - μ)).
     """
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (a name on disk)
     skipped: Int[Tensor, ""]
     surges: Int[Tensor, ""]
     last_surge: Int[Tensor, ""]

@@ -62,10 +62,10 @@ def text_ids() -> torch.Tensor:
     return torch.tensor([list(row) for row in rows]) + CONFIG.vocab.offset
 
 
-def model_of(name: str):
+def model_of(name: str) -> Any:
     """A random model whose threshold splits the text in patches of several lengths."""
     torch.manual_seed(0)
-    model = build_model(CONFIGS[name]).eval()
+    model: Any = build_model(CONFIGS[name]).eval()
     if name.startswith("entropy"):
         segment_starts = segment_starts_of(text_ids(), model.config)
         shifted = shift_right(text_ids(), CONFIG.vocab.bos_id, segment_starts)

@@ -261,7 +261,7 @@ def test_of_a_compiled_model_what_is_inside_is_saved(tmp_path: Path) -> None:
 def test_only_a_bare_model_is_saved(tmp_path: Path) -> None:
     text = message(bytelm_torch.save_pretrained, nn.Linear(2, 2), tmp_path / "out")
     assert text == "model=Linear: must be a model of build_model, without wrappers"
-    wrapped = nn.Sequential(random_model())
+    wrapped: Any = nn.Sequential(random_model())
     wrapped.config = CONFIG
     text = message(bytelm_torch.save_pretrained, wrapped, tmp_path / "out")
     assert text.startswith("global_embed.weight: missing; ")

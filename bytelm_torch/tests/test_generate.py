@@ -102,7 +102,7 @@ def test_end_of_sequence_ends_a_row():
     assert generate(at_once, RAGGED, 24, GREEDY) == [b""] * len(RAGGED)
     assert list(stream(at_once, RAGGED[0], 24, GREEDY)) == []
     run = _begin(at_once, RAGGED, 24, GREEDY, 0, True)
-    last = run.advance(run.state, run.rounds).index
+    last = run.advance(run.state, run.rounds).round
     assert last == len(TEXT[:16]) // PATCH + 1 < run.rounds  # the longest prompt's first new round
 
 
@@ -174,7 +174,7 @@ def test_the_model_and_the_caller_are_left_as_they_were():
     for _ in stream(model, TEXT, 9, GREEDY, chunk_bytes=4):
         assert [module.training for module in model.modules()] == before
         assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
-    model.decode_round = None
+    vars(model)["decode_round"] = None
     with pytest.raises(TypeError):
         generate(model, RAGGED[:2], 5, GREEDY)
     assert [module.training for module in model.modules()] == before
@@ -186,7 +186,7 @@ def test_dropout_is_off():
     expected = generate(model, RAGGED, 11, GREEDY)
     for module in model.modules():
         if hasattr(module, "rate"):
-            module.rate = 0.5
+            vars(module)["rate"] = 0.5
     model.train()
     assert generate(model, RAGGED, 11, GREEDY) == expected
     assert generate_uncached(model, RAGGED, 11, GREEDY) == expected

@@ -4,6 +4,7 @@ import copy
 import doctest
 import math
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts
 
 
-def model(dtype=torch.float64):
+def model(dtype=torch.float64) -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).to(dtype)
 
@@ -35,6 +36,7 @@ def loss_of(network):
 
 
 def train(network, optimizer, steps):
+    loss = torch.zeros(())
     for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_of(network)
@@ -232,7 +234,7 @@ def test_noise_drawn_in_pieces_is_the_same(monkeypatch):
 def parameter(*shape, path=None):
     weight = nn.Parameter(torch.zeros(shape))
     if path is not None:
-        weight.bytelm_path = path
+        vars(weight)["bytelm_path"] = path
     return weight
 
 

@@ -22,5 +22,5 @@ def inspect(model: Any, data: bytes) -> Inspection:
         logits = model(ids)
         starts = model.patch_starts(ids)
         nats, expected = token_nats(logits, ids), entropy(logits)
-    arrays = (None if x is None else x.cpu().numpy() for x in (nats, expected, starts))
-    return inspection(model, data, *arrays)
+    boundaries = None if starts is None else starts.cpu().numpy()
+    return inspection(model, data, nats.cpu().numpy(), expected.cpu().numpy(), boundaries)
