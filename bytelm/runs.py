@@ -7,7 +7,7 @@ exports in PyTorch and Orbax checkpoints in JAX.
 import fcntl
 import json
 import os
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,17 @@ def load_recipe(path: Path) -> Recipe:
             return from_dict(Recipe, read_json(file))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+
+
+def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
+    """`recipe` with the order of windows of the run that `run_dir` holds.
+
+    A run begun before there was a choice keeps its order, whatever the recipe's default is now.
+    """
+    if not (run_dir / CONFIG_FILE).is_file():
+        return recipe
+    saved = load_recipe(run_dir)
+    return replace(recipe, data=replace(recipe.data, order=saved.data.order))
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:

@@ -204,6 +204,20 @@ def test_no_run_goes_on_from_weights_that_are_not_finite(careless, capsys):
         )
 
 
+def test_nothing_is_written_of_a_run_that_is_refused(package, monkeypatch, capsys):
+    """Trackers are opened last of all: what they refuse leaves no config.json behind."""
+
+    def refuse(*_):
+        raise ValueError("train.track=wandb: no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_train if package.name == "jax" else train, "open_trackers", refuse)
+        assert package.command() == 2
+    assert last_line(capsys).endswith("train: train.track=wandb: no")
+    assert not (package.run / "config.json").exists()
+    assert package.command() == 0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_an_evaluation_to_no_finite_number_is_never_the_best(package, value, capsys):
     changes = {"steps": 4, "eval_every": 1, "keep_last": 1, "keep_best": 1}

@@ -1,12 +1,14 @@
 """The same run in both packages: batches, losses, validation; and torch's own processes."""
 
+import ast
 import json
 import math
 import os
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import grain
 import jax
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm import data
+from bytelm import data, recipes
 from bytelm.config import (
     AdamWConfig,
     DataConfig,
@@ -29,7 +31,7 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.config import Recipe as TorchRecipe
-from bytelm.data.shuffle import shuffled_index
+from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
 from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
@@ -41,6 +43,7 @@ from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
 from parity_tests import tolerances
 
+ROOT = Path(__file__).parents[1]
 MODEL = MegabyteConfig(
     patch_size=4,
     global_dim=4,
@@ -102,7 +105,9 @@ def test_the_shuffle_is_grain_s():
         for seed in (0, 2**32 - 1):
             theirs = grain.MapDataset.range(count).seed(seed).shuffle().repeat(None)
             for position in (0, 1, count - 1, count, 3 * count + count // 2):
-                assert shuffled_index(position, count, seed) == theirs[position]
+                assert shuffled_index(position, count, seed, "grain") == theirs[position]
+                if not skips_last_row(count):
+                    assert shuffled_index(position, count, seed) == theirs[position]
 
 
 def test_the_batches_are_those_of_jax(corpus):
@@ -200,7 +205,7 @@ def test_two_processes_and_accumulation_change_nothing(corpus, start, one_proces
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "bytelm_torch.train", str(config)]
-    command += ["train.accumulation_steps=2", "--run-dir", str(tmp_path / "run")]
+    command += ["train.accumulation_steps=2", "train.devices=0", "--run-dir", str(tmp_path / "run")]
     command += ["--initial", str(start)]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [
@@ -249,6 +254,57 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
             assert torch.equal(value.nan_to_num(), before[name].nan_to_num()), name
         assert not mover.state
         assert abs(losses[0] - losses[1]) <= tolerances.BF16_LOSS * losses[0]
+
+
+REFUSED = {
+    "train.devices": 3,
+    "train.fsdp": 2,
+    "train.parallel": "shard_map",
+    "train.entropy_from": "runs/entropy",
+}
+"""Fields that the torch trainer refuses by name, with a value that it refuses."""
+
+
+def test_no_field_of_the_configuration_is_ignored(corpus, tmp_path):
+    """Every field is read by the trainer or by what it calls, or refused by its name."""
+    folders = ("bytelm/data", "bytelm", "bytelm_torch/training", "bytelm_torch/optimizers")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*.py")]
+    trees = [ast.parse(file.read_text("utf-8")) for file in files]
+    read = {n.attr for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    recipe = torch_recipe(corpus)
+    for section in ("data", "train"):
+        for field in fields(getattr(recipe, section)):
+            reader = "length_at" if field.name.startswith("warmup_length") else field.name
+            assert reader in read or f"{section}.{field.name}" in REFUSED, field.name
+    for name, value in REFUSED.items():
+        changed = train.with_changes(recipe, [f"{name}={value}"])
+        with pytest.raises(ValueError, match=rf"^\S*{name.split('.')[1]}={value}: "):
+            train.train(changed, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"model.patcher='entropy': needs a trained entropy"):
+        train.train(replace(recipe, model=recipes.blt_tiny().model), tmp_path / "run")
+    with pytest.raises(ValueError, match="sequence_length=60: this model has max_len"):
+        train.train(train.with_changes(recipe, ["data.sequence_length=60"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_warmup_lengths_cut_the_windows(corpus, tmp_path, monkeypatch):
+    recipe = torch_recipe(corpus, steps=4)
+    changes = ["data.warmup_lengths=[3, 5]", "data.warmup_length_steps=1"]
+    shapes = []
+    original = parallel.make_train_step
+
+    def recorded(*arguments):
+        step = original(*arguments)
+
+        def noted(count, rows, *rest):
+            shapes.append(rows.shape)
+            return step(count, rows, *rest)
+
+        return noted
+
+    monkeypatch.setattr(parallel, "make_train_step", recorded)
+    assert train.train(train.with_changes(recipe, changes), tmp_path / "run") == (4, False)
+    assert shapes == [(20, 3), (12, 5), (4, 15), (4, 15)]
 
 
 def test_the_optimizer_may_change_with_its_fields(tmp_path):

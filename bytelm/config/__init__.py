@@ -29,7 +29,13 @@ from bytelm.config.optimizer import (
     optimizers_with,
 )
 from bytelm.config.q_learning import QLearningConfig
-from bytelm.config.run import DataConfig, Recipe, TrainConfig, require_document_ends
+from bytelm.config.run import (
+    DataConfig,
+    Recipe,
+    TrainConfig,
+    require_document_ends,
+    require_length,
+)
 from bytelm.config.serialize import from_dict, model_from_dict, to_dict
 
 __all__ = [
@@ -60,6 +66,7 @@ __all__ = [
     "require",
     "require_document_ends",
     "require_fraction",
+    "require_length",
     "require_number",
     "require_numbers",
     "require_positive",

@@ -26,6 +26,10 @@ class DataConfig:
     `validation_fraction` of them are held out. `append_eos` ends each document with the
     end-of-sequence id.
 
+    `order` is the order of windows within an epoch. "exact" visits every window once. "grain", that
+    of runs begun before there was a choice, draws one window twice and leaves the last one out if
+    there are 4^k + 1 of them, k at least 8, and is the same otherwise.
+
     `warmup_lengths`: the first steps train on shorter pieces of these many ids, into which the
     windows of a batch are cut, `warmup_length_steps` steps per length in this order. The number of
     bytes per step stays the same.
@@ -37,6 +41,7 @@ class DataConfig:
     split_seed: int = 0
     shuffle_seed: int = 0
     append_eos: bool = True
+    order: Literal["exact", "grain"] = "exact"
     warmup_lengths: tuple[int, ...] = ()
     warmup_length_steps: int = 100
 
@@ -125,6 +130,16 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     patching: PatchingContract | None = None
+
+
+def require_length(recipe: Recipe) -> None:
+    """Raises `ValueError` if windows are longer than the model's longest input."""
+    length, most = recipe.data.sequence_length, recipe.model.longest_input
+    require(
+        most is None or length <= most,
+        f"sequence_length={length}: this model has max_length={most} positions; shorten it, or "
+        'give a larger max_length or variant="in_action"',
+    )
 
 
 def require_document_ends(recipe: Recipe) -> None:

@@ -19,11 +19,16 @@ from bytelm.config.optimizer import (
     optimizer_class,
     without_foreign_fields,
 )
+from bytelm.config.run import DataConfig
 
 _TAGS: dict[type, str] = {kind: "architecture" for kind in MODEL_CONFIGS} | {
     kind: "name" for kind in OPTIMIZER_CONFIGS.values()
 }
 """Class of a tagged union → the attribute that holds its tag in a file."""
+
+
+_BEFORE: dict[type, dict[str, Any]] = {DataConfig: {"order": "grain"}}
+"""What files mean that were written before a field existed, if it is not the field's default."""
 
 
 def to_dict(config: Any) -> Any:
@@ -91,7 +96,8 @@ def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
     require(
         not unknown, f"{where}.{unknown[0] if unknown else ''}: unknown field of {kind.__name__}"
     )
-    values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in value.items()}
+    known = _BEFORE.get(kind, {}) | value
+    values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in known.items()}
     try:
         return kind(**values)
     except TypeError as error:  # a field without a default is missing

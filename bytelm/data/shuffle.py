@@ -1,4 +1,5 @@
-"""grain's shuffled order of rows without grain, so that both packages train on the same batches.
+"""The shuffled order of rows: grain's without grain, so that both packages train on the same
+batches, and one that visits every row where grain's leaves one out.
 
 A block cipher permutes the numbers below 2^B and is applied until the result is small enough
 (cycle walking; Black & Rogaway 2002). The cipher is Simon (Beaulieu et al. 2013) with four rounds,
@@ -17,16 +18,26 @@ _DEPTH = 1
 """The number of datasets between `seed` and `shuffle`, which grain mixes into the seed."""
 
 
-def shuffled_index(position: int, count: int, seed: int) -> int:
-    """Index of the row at `position` in an endless order of `count` rows, shuffled each epoch."""
+def skips_last_row(count: int) -> bool:
+    """Whether grain's order of `count` rows leaves the last one out and draws another one twice.
+
+    For a greatest index of 2^B its block has B bits, one too few, so another row stands in for row
+    2^B. It rounds B up to an even number of at least 16, which cures the others.
+    """
+    bits = (count - 1).bit_length() - 1
+    return bits >= 16 and bits % 2 == 0 and count - 1 == 1 << bits
+
+
+def shuffled_index(position: int, count: int, seed: int, order: str = "exact") -> int:
+    """Index of the row at `position` in an endless order of `count` rows, shuffled each epoch.
+
+    `order` is "exact", which visits every row once an epoch, or "grain": see `skips_last_row`.
+    """
     epoch, index = divmod(position, count)
     if count == 1:
         return 0
     keys = _round_keys((_shuffle_seed(seed) + epoch) % _WORD)
-    # Like grain: for a greatest index of 2^B the block has B bits, one too few, so another row
-    # stands in for row 2^B and one row is missing from the epoch. Batches equal to grain's matter
-    # more here.
-    bits = max(16, (count - 2).bit_length())
+    bits = max(16, (count - 2 if order == "grain" else count - 1).bit_length())
     half = (bits + bits % 2) // 2
     if half > 8:  # so that the block holds at most four times as many numbers as there are rows
         index = _encrypt(index, half, keys)

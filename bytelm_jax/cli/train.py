@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bytelm import recipes
-from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends
+from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends, require_length
 from bytelm.config.lfbyte import require_prediction
 from bytelm_jax.cli.arguments import (
     ALIASES,
@@ -38,6 +38,7 @@ def train_command(argv: list[str]) -> int:
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
     require_prediction(recipe.model)
     require_document_ends(recipe)
+    require_length(recipe)
     times = _number_of_epochs(epochs) if epochs else None
 
     from bytelm_jax.cli import run  # the lines above need no JAX, so a mistake is reported at once

@@ -15,12 +15,14 @@ from bytelm import data
 from bytelm.config import (
     Recipe,
     require_document_ends,
+    require_length,
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.metrics import METRIC, MetricsLog
 from bytelm.runs import (
     Outcome,
     RunLock,
+    keep_rules,
     open_windows,
     prepare_run_dir,
     require_lock,
@@ -82,9 +84,11 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
 def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock) -> Outcome:
     require_prediction(recipe.model)
     require_document_ends(recipe)
+    require_length(recipe)
 
     # ---- setup ----
     check_trackers(recipe.train.track)
+    recipe = keep_rules(run_dir, recipe)
     recipe = patch_contract.adopt(recipe, run_dir)
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
@@ -124,16 +128,17 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
                 state = state._replace(params=state.params | trained)
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
-    if first:
-        save_recipe(run_dir, recipe)
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
 
     # ---- what is open for the length of the run ----
-    batches = training_batches(windows, run.batch_size, recipe.data.shuffle_seed, start, *part)
+    order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)
+    batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
     with ExitStack() as stack:
         manager = stack.enter_context(checkpoint.open_checkpoints(run_dir, run))
         log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
+        if first:  # nothing is refused any more
+            save_recipe(run_dir, recipe)
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
         stack.enter_context(watchdog)

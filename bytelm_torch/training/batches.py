@@ -21,13 +21,15 @@ def training_batches(
     start_step: int,
     process_index: int = 0,
     process_count: int = 1,
+    order: str = "exact",
 ) -> Iterator[Int32[np.ndarray, "B T"]]:
     """Endless shuffled batches from `start_step` on, int32 [batch_size // process_count, length].
 
     The batch of step s is rows s * batch_size to (s + 1) * batch_size of an endless order in which
     every epoch visits each window once, reshuffled; process p gets the p-th of its equal parts.
-    Nothing before `start_step` is read. The order is that of grain, and so of `bytelm_jax`. Raises
-    `ValueError` immediately for a corpus without bytes and for sizes that do not fit.
+    Nothing before `start_step` is read. `order` is `DataConfig.order`; either is that of
+    `bytelm_jax`. Raises `ValueError` immediately for a corpus without bytes and for sizes that do
+    not fit.
     """
     rows = process_rows(windows, batch_size, process_index, process_count)
     require_number("shuffle_seed", shuffle_seed)
@@ -35,12 +37,12 @@ def training_batches(
     fits = len(windows) <= SHUFFLE_LIMIT
     require(fits, f"length={windows.length}: more than 2**32 windows; choose longer ones")
 
-    def order() -> Iterator[list[int]]:
+    def indices() -> Iterator[list[int]]:
         for step in itertools.count(start_step):
             begin = step * batch_size + process_index * rows
             yield [
-                shuffled_index(position, len(windows), shuffle_seed)
+                shuffled_index(position, len(windows), shuffle_seed, order)
                 for position in range(begin, begin + rows)
             ]
 
-    return iter(DataLoader(windows, batch_sampler=order(), collate_fn=np.stack))  # pyright: ignore
+    return iter(DataLoader(windows, batch_sampler=indices(), collate_fn=np.stack))  # pyright: ignore

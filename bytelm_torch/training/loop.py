@@ -29,6 +29,7 @@ from bytelm.config import (
     optimizers_with,
     require,
     require_document_ends,
+    require_length,
     to_dict,
     training_flops_per_byte,
 )
@@ -40,6 +41,7 @@ from bytelm.runs import (
     DivergedError,
     Outcome,
     RunLock,
+    keep_rules,
     load_recipe,
     open_windows,
     prepare_run_dir,
@@ -83,18 +85,36 @@ def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) ->
     return model
 
 
+def _check(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group) -> None:
+    """Raises `ValueError` for a recipe that this package cannot train."""
+    require_prediction(recipe.model)
+    require_document_ends(recipe)
+    require_length(recipe)
+    check_trackers(recipe.train.track)
+    parallel.check_batch(group, recipe.train)
+    if group.device.type == "cpu":
+        require_host_memory(recipe)
+    model, source = recipe.model, recipe.train.entropy_from
+    if initial is not None or checkpoint.saved_steps(run_dir):
+        return
+    require(
+        not source,
+        f"train.entropy_from={source}: this trainer takes no entropy model out of a run; train "
+        "with `bytelm train`, or start from an export of the whole model with --initial",
+    )
+    require(
+        not model.needs_entropy_model,
+        "model.patcher='entropy': needs a trained entropy model; start from an export of the whole "
+        "model with --initial, or take model.patcher=space",
+    )
+
+
 def _train(
     recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group, lock: RunLock
 ) -> Outcome:
+    recipe = keep_rules(run_dir, recipe)
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
-    require_prediction(recipe.model)
-    require_document_ends(recipe)
-
-    # ---- setup ----
-    check_trackers(run.track)
-    parallel.check_batch(group, run)
-    if group.device.type == "cpu":
-        require_host_memory(recipe)
+    _check(recipe, run_dir, initial, group)
 
     # ---- data ----
     length = recipe.data.sequence_length
@@ -114,16 +134,17 @@ def _train(
         restored = checkpoint.restore(run_dir, start, model, optimizer)
         if restored["data"] != identity:
             raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
-    if first:
-        save_recipe(run_dir, recipe)
 
     # ---- step ----
     step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
+    order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
+    batches = training_batches(windows, run.batch_size, *order)
     log = None
     if first:
         log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
+        save_recipe(run_dir, recipe)  # nothing is refused any more
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
     display = ProgressLines(run.steps, first)
@@ -193,17 +214,19 @@ def _train(
         saved = step
 
     # ---- loop ----
-    batches = training_batches(
-        windows, run.batch_size, recipe.data.shuffle_seed, start, group.rank, group.size
-    )
-    step = start
+    step, piece = start, length
     with StopSignal() as stop:
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
         while step < run.steps and not asked:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
-            report = step_function(step, next(batches), rate, clip, bool(stop))
+            before, piece = piece, recipe.data.length_at(step)
+            if piece != before:
+                drain(0)
+                rates.restart(training_flops_per_byte(recipe.model, piece))
+            rows = next(batches).reshape(-1, piece)
+            report = step_function(step, rows, rate, clip, bool(stop))
             step += 1
             pending.append((step, report))
             drain(0 if group.device.type == "cpu" else _IN_FLIGHT)

@@ -74,6 +74,16 @@ def check_batch(group: Group, train: TrainConfig) -> None:
         raise ValueError(
             f"fsdp={train.fsdp}: every process of this package holds a whole copy; set it to 1"
         )
+    if train.parallel != "jit":
+        raise ValueError(
+            f"parallel={train.parallel}: chooses how JAX divides a step, which this package does "
+            "in one way; set it to jit"
+        )
+    if train.devices not in (0, group.size):
+        raise ValueError(
+            f"devices={train.devices}: this run has {group.size} processes, one device each; set "
+            "it to 0, or start that many with torchrun"
+        )
     parts = group.size * train.accumulation_steps
     if train.batch_size % parts:
         raise ValueError(
@@ -140,12 +150,12 @@ def make_train_step(
         devices = None if group.device.type == "cpu" else [group.device]
         whole = DistributedDataParallel(whole, device_ids=devices)
 
-    def backward(ids: Tensor, count: Tensor) -> dict[str, Tensor]:
+    def backward(ids: Tensor, count: Tensor, rows: int) -> dict[str, Tensor]:
         with autocast(group.device, dtype):
             nats, extra, metrics = whole(ids)
         # DDP averages the gradients of the processes, but they should be summed.
-        ((nats / count + extra / train.batch_size) * group.size).backward()
-        report = {"loss": nats / count, **{k: v / train.batch_size for k, v in metrics.items()}}
+        ((nats / count + extra / rows) * group.size).backward()
+        report = {"loss": nats / count, **{k: v / rows for k, v in metrics.items()}}
         return {name: value.detach() for name, value in report.items()}
 
     def step(
@@ -160,7 +170,7 @@ def make_train_step(
         for part in range(parts):
             quiet = isinstance(whole, DistributedDataParallel) and part + 1 < parts
             with whole.no_sync() if quiet else nullcontext():  # pyright: ignore
-                reports.append(backward(ids[part::parts], counted))
+                reports.append(backward(ids[part::parts], counted, len(ids) * group.size))
         names = sorted(reports[0])
         wide = reports[0]["loss"].dtype
         local = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
