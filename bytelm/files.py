@@ -6,13 +6,13 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from bytelm.config import require
 
-_JSON_LIMIT = 2**24
+JSON_LIMIT = 2**24
 """Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
 
 
@@ -20,8 +20,17 @@ def read_json(file: Path) -> Any:
     """The contents of a JSON file; opens nothing but a plain file of limited size."""
     require_plain_file(file)
     size = file.stat().st_size
-    require(size <= _JSON_LIMIT, f"{size} bytes; a JSON file of at most {_JSON_LIMIT} was expected")
+    require(size <= JSON_LIMIT, f"{size} bytes; a JSON file of at most {JSON_LIMIT} was expected")
     return json.loads(file.read_text("utf-8"))
+
+
+def read_json_lines(file: Path) -> list[Any]:
+    """The JSON documents of a file, one a line; lines that a kill cut short are left out."""
+    documents = []
+    for line in file.read_text("utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            documents.append(json.loads(line))
+    return documents
 
 
 def require_plain_file(file: Path) -> None:
@@ -72,6 +81,12 @@ def errors_about(path: Path, hint: str) -> Iterator[None]:
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The text of an error as one line of at most `limit` characters."""
+    """The text of an error as one line of at most `limit` characters.
+
+    Characters that a terminal would obey are escaped: names in a file may hold any.
+    """
     text = " ".join(str(error).split())
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
     return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import bytelm_torch
+from bytelm.files import one_line
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
@@ -175,3 +176,40 @@ def test_no_loader_runs_a_pickle(kind, folders, tmp_path):
     with pytest.raises(pickle.UnpicklingError):  # as the examples of earlier projects load theirs
         torch.load(file)
     assert not fired.exists()
+
+
+def test_a_small_torch_file_cannot_ask_for_much_memory(tmp_path):
+    file = tmp_path / "weights.pt"
+    count = (6 * 10**9).to_bytes(5, "little")
+    array = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + count + b"\x85R."
+    torch.save({"x": torch.zeros(2)}, file, _use_new_zipfile_serialization=False)
+    storage = file.read_bytes().replace(b"K\x02N", b"J\xff\xff\xff\x7fN", 1)
+    view = file.read_bytes().replace(b"K\x02\x85", b"J\xff\xff\xff\x7f\x85", 1)
+    run = tmp_path / "run" / "checkpoints" / "3" / "training.pt"
+    run.parent.mkdir(parents=True)
+    for data, why in (
+        (array, r"builtins\.bytearray: not in a file of plain tensors"),
+        (storage, r"claims 8589934588 bytes of tensors, the file has \d+"),
+        (view, "a tensor that is larger than what is stored of it"),
+    ):
+        file.write_bytes(data)
+        run.write_bytes(data)
+        for load in (formats.import_any, lambda _: run_checkpoint.read_training(run.parents[2], 3)):
+            with pytest.raises(ValueError, match=why):
+                load(file)
+
+
+def test_no_loader_waits_for_a_pipe_and_names_are_printed_escaped(tmp_path, capsys):
+    pipe, file = tmp_path / "pipe.pt", tmp_path / "x.safetensors"
+    os.mkfifo(pipe)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    os.mkfifo(folder / "pytorch_model.bin")
+    save_file({"to_embed.weight": np.zeros(2, "f"), "\x1b[2Jevil\u202e": np.zeros(2, "f")}, file)
+    for source in (pipe, Path("/dev/zero"), folder, file):
+        command = ["import", str(source), "--out", str(tmp_path / "out"), "--format", "megabyte"]
+        assert cli.main(command) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and all("not a plain file" in line for line in lines[:2])
+    assert one_line("a\x1b[2J\nb\u202e") == r"a\x1b[2J b\u202e"
+    assert all(line.isprintable() for line in lines)

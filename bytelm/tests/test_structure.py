@@ -19,7 +19,8 @@ FLOORS = (
 
 SHARED_FLOORS = (
     "recipes", "runs", "data", "export", "inspection", "metrics", "tracking", "sampling",
-    "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table", "files",
+    "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
+    "torch_files", "files",
     "config", "callable_module",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""

@@ -94,7 +94,9 @@ def _overview() -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    from bytelm.files import one_line
+
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
-    return " ".join(str(error).split())
+        return one_line(f"{where}{error.strerror}", limit=10_000)
+    return one_line(error, limit=10_000)

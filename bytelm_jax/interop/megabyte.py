@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from bytelm.config import ByteVocab, MegabyteConfig, require
 from bytelm.export import MODEL_FILE, StoredTensors, errors_about, one_line, open_safetensors
+from bytelm.torch_files import check_torch_file
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
 
@@ -172,12 +172,8 @@ def _load_plain(file: Path) -> Any:
     except ImportError:
         why = "install it (pip install 'bytelm[torch]') or convert the file to .safetensors"
         raise ValueError(f"reading a file of torch.save needs PyTorch; {why}") from None
-    mapped = zipfile.is_zipfile(file)  # the format before PyTorch 1.6 is no archive
     try:
-        if mapped:
-            with zipfile.ZipFile(file) as archive:
-                stored = {each.compress_type for each in archive.infolist()} <= {zipfile.ZIP_STORED}
-            require(stored, "the archive is compressed, which torch.save never does")
+        mapped = check_torch_file(file)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"

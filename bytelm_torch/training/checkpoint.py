@@ -27,6 +27,7 @@ from bytelm.export import (
 )
 from bytelm.metrics import score
 from bytelm.runs import saved_steps
+from bytelm.torch_files import check_torch_file
 from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.interop.finite import first_non_finite
 
@@ -75,18 +76,29 @@ def _superseded(run_dir: Path, train: TrainConfig) -> list[int]:
     return [step for step in steps[: -train.keep_last] if step not in best]
 
 
-def read_training(run_dir: Path, step: int) -> dict[str, Any]:
-    """The training state stored next to the export of a checkpoint; no code in it is run."""
+def read_training(run_dir: Path, step: int, checksums: bool = False) -> dict[str, Any]:
+    """The training state stored next to the export of a checkpoint; no code in it is run.
+
+    `checksums` says to read all of it and to compare it with the sums in the file. Raises
+    `ValueError` for a file that is damaged or was not written by training.
+    """
     file = run_dir / "checkpoints" / str(step) / _TRAINING_FILE
     with errors_about(file, "delete that checkpoint to continue from the one before"):
         try:
+            check_torch_file(file, checksums)
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except OSError:
             raise
         except Exception as error:  # damaged files make torch raise almost anything
             raise ValueError(f"damaged ({one_line(error, 160)}); delete that folder") from None
-        whole = isinstance(state, dict) and {"step", "data", "metrics", "optimizer"} <= set(state)
-        require(whole, "not written by training; delete that folder")
+        kinds = {"step": int, "data": str, "metrics": dict | None, "optimizer": dict}
+        whole = isinstance(state, dict) and all(
+            name in state and isinstance(state[name], kind) for name, kind in kinds.items()
+        )
+        numbers = whole and all(
+            isinstance(value, int | float) for value in (state["metrics"] or {}).values()
+        )
+        require(numbers, "not written by training; delete that folder")
         return state
 
 
@@ -100,12 +112,12 @@ def restore(
     """
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)
-    state = read_training(run_dir, step)
+    state = read_training(run_dir, step, checksums=True)
     with errors_about(run_dir / "checkpoints" / str(step), ""):
         refuse_non_finite(first_non_finite(state["optimizer"], "optimizer"))
     try:
         optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{run_dir}/checkpoints/{step}: another optimizer's state ({one_line(error)}); "
             "keep the optimizer or choose another run_dir"
