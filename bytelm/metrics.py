@@ -1,14 +1,18 @@
 """`metrics.jsonl`, bits per byte, throughput, and model FLOP utilisation."""
 
+import errno
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bytelm.files import errors_about, one_line, replace_file, require_plain_file
 from bytelm.tracking import Tracker
 
 METRIC = "validation_bits_per_byte"
@@ -57,52 +61,120 @@ class MetricsLog:
     def __init__(self, path: Path, step: int, trackers: Sequence[Tracker] = ()):
         """Opens `path` for a run at step `step`: lines of later steps are removed.
 
-        `trackers` receive every record as well and are closed with the file.
+        A file with damaged lines is moved to `path`.damaged, and the others are kept, with a
+        warning on standard error. `trackers` receive every record as well and are closed with the
+        file. Raises `ValueError` if the file cannot be read or written.
         """
-        if path.is_file():
-            lines = [line for line in path.read_text("utf-8").splitlines() if _keeps(line, step)]
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_text("".join(line + "\n" for line in lines), "utf-8")
-            os.replace(temporary, path)
         self.path = path
+        self.records: list[dict[str, Any]] = []
+        """The records that were kept."""
         self._trackers = trackers
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        with _writing(path):
+            if path.exists() and str(path) != os.devnull:
+                damaged = [line for line in _lines(path) if isinstance(line, str)]
+                read = [line for line in _lines(path) if isinstance(line, dict)]
+                self.records = [record for record in read if record["step"] <= step]
+                if damaged:
+                    aside = path.with_name(path.name + ".damaged")
+                    os.replace(path, aside)
+                    print(
+                        f"warning: {path}: {damaged[0]}; the file is now {aside}, and the run "
+                        "continues with the lines that can be read",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                text = "".join(_dump(record) for record in self.records)
+                replace_file(path, text.encode())
+            # Without a buffer: after a failed write nothing is left that closing would write again.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line and flushes it; null stands for values that JSON cannot express."""
+        """Appends one line; null stands for values that JSON cannot express.
+
+        Raises `ValueError` if it cannot be written.
+        """
         record = {name: None if _is_no_json(value) else value for name, value in record.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        line = _dump(record).encode()
+        with _writing(self.path):
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         for tracker in self._trackers:
             tracker.write(record)
 
     def close(self) -> None:
         """Closes the file, then the trackers."""
-        self._file.close()
+        with _writing(self.path):
+            self._file.close()
         for tracker in self._trackers:
             tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All complete lines of a metrics file."""
+    """All complete lines of a metrics file.
+
+    A last line that a kill cut short is left out. Raises `ValueError` for a file that cannot be
+    read and for any other line that is not an object of numbers with a step.
+    """
     records = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a line that a kill cut short
+    with errors_about(path, "give the metrics.jsonl of a run"):
+        for line in _lines(path):
+            if isinstance(line, str):
+                raise ValueError(f"{line}; remove that line")
+            records.append(line)
     return records
+
+
+_LONGEST_LINE = 2**20
+"""Bytes of the longest line that is read."""
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any] | str]:
+    """The records of a metrics file; for a damaged line, what is wrong with it."""
+    require_plain_file(path)
+    with open(path, "rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE):
+            number += 1
+            whole = line.endswith(b"\n")
+            if not whole and len(line) == _LONGEST_LINE:
+                yield f"line {number} is longer than {_LONGEST_LINE} bytes"
+                return
+            try:
+                yield _record(line)
+            except (ValueError, RecursionError, OverflowError) as error:
+                if whole:  # otherwise a kill cut it short
+                    yield f"line {number} is damaged ({one_line(error, 100)})"
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = json.loads(line.decode("utf-8"), parse_constant=lambda _: None)
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise ValueError("not an object with a step")
+    for name, value in record.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{name}: not a number")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name}: too large")
+    return {name: None if _is_no_json(value) else value for name, value in record.items()}
+
+
+def _dump(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def _is_no_json(value: Any) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def _keeps(line: str, step: int) -> bool:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns an error of the file system into a one-line `ValueError` that names the file."""
     try:
-        return json.loads(line)["step"] <= step
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return False
+        yield
+    except OSError as error:
+        why = error.strerror or one_line(error)
+        hint = "make room or repair it, and run the same command again"
+        raise ValueError(f"{path}: cannot be written ({why}); {hint}") from None
 
 
 class Throughput:

@@ -9,12 +9,14 @@ import importlib
 import importlib.util
 import os
 import secrets
+import string
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bytelm.config import Recipe, require, to_dict
+from bytelm.files import errors_about, require_plain_file
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
@@ -121,10 +123,21 @@ class WandbTracker:
         self._package.teardown()  # `finish` alone comes back before the last records are on disk
 
 
+_ID_BYTES = frozenset((string.ascii_letters + string.digits + "-_").encode())
+"""What an id may consist of."""
+
+
 def _run_id(run_dir: Path, start: int) -> str:
     """The id of this run folder; a new run gets a new one."""
     path = run_dir / "wandb" / "id"
-    if not (start and path.is_file()):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(secrets.token_hex(4), "utf-8")
-    return path.read_text("utf-8")
+    with errors_about(path, "remove it"):
+        if path.exists():
+            require_plain_file(path)
+        if not (start and path.exists()):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(secrets.token_hex(4), "utf-8")
+        with open(path, "rb") as file:
+            stored = file.read(129)
+        known = 0 < len(stored) <= 128 and all(c in _ID_BYTES for c in stored)
+        require(known, "not the id of a run; remove it to begin a new one in W&B")
+        return stored.decode("ascii")

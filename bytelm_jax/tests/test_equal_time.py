@@ -78,7 +78,7 @@ def test_the_curves_are_drawn(equal_time, tmp_path):
     row = {"row": "a --b 1", "bits_per_byte": 2.4, "device": "cpu", "date": "today", "curve": curve}
     lines = tmp_path / "rows.jsonl"
     lines.write_text("".join(json.dumps(r) + "\n" for r in (row, {"failed": "x"})))
-    five.draw(five.read_metrics(lines), tmp_path / "out.png")
+    five.draw(five.read_json_lines(lines), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

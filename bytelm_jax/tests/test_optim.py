@@ -1,6 +1,7 @@
 """Schedule, clipping, decay mask and metrics files, against values written out."""
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -135,6 +136,43 @@ def test_metrics_file_is_cut_back_to_the_restored_step(tmp_path):
         {"step": 2, "loss": 0.5},
         {"step": 3, "loss": 0.5},
     ]
+
+
+def test_a_damaged_metrics_file_is_named_and_what_it_holds_is_kept(tmp_path, capsys):
+    path, good = tmp_path / "metrics.jsonl", b'{"step": 1, "loss": 2.0}\n'
+    for bad in (
+        b'{"step": 2, "loss": "\xff"}', b"[1]", b"null", b'{"step": 2, "lo', b"[" * 10**5,
+        b'{"step": 2, "loss": ' + b"9" * 5000 + b"}", b'{"step": "2"}', b" " * 2**21,
+    ):  # fmt: skip
+        path.write_bytes(good + bad + b"\n" + good)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: line 2 is .*; remove") as caught:
+            read_metrics(path)
+        assert len(str(caught.value).splitlines()) == 1
+        log = MetricsLog(path, 1)
+        log.close()
+        assert read_metrics(path) == log.records and log.records[0] == {"step": 1, "loss": 2.0}
+        assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == good + bad + b"\n" + good
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "warning" in line and "line 2" in line
+    path.write_bytes(good + b'{"step": 2, "loss": NaN, "mfu": 1e999}\n' + good[:10])
+    assert read_metrics(path)[1] == {"step": 2, "loss": None, "mfu": None}
+    log = MetricsLog(path, 2)
+    log.write({"step": 3, "loss": float("-inf")})
+    log.close()
+    for word in ("NaN", "Infinity", "1e999"):
+        assert word not in path.read_text()
+    path.unlink()
+    os.mkfifo(path)
+    for opens in (read_metrics, lambda path: MetricsLog(path, 0)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be .*not a plain file"):
+            opens(path)
+    path.unlink()
+    log = MetricsLog(path, 0)
+    log._file.close()
+    log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: cannot be written \(No space left"):
+        log.write({"step": 1})
+    log.close()
 
 
 def test_throughput_counts_what_was_added_since_the_last_reading(monkeypatch):

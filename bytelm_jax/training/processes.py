@@ -24,6 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from bytelm import progress
+from bytelm.files import read_json
 
 T = TypeVar("T")
 
@@ -185,6 +186,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self._seconds:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._file(jax.process_index()).unlink(missing_ok=True)  # a pipe would block
             self._thread.start()
         return self
 
@@ -245,6 +247,11 @@ class Watchdog:
 
     def _read(self, index: int) -> dict[str, Any] | None:
         try:
-            return json.loads(self._file(index).read_text())
-        except (OSError, ValueError):
+            report = read_json(self._file(index))
+        except (OSError, ValueError, RecursionError):
             return None
+        kinds = {"count": int, "doing": str, "time": float, "host": str, "pid": int}
+        good = isinstance(report, dict) and all(
+            type(report.get(name)) is kind for name, kind in kinds.items()
+        )
+        return report if good else None

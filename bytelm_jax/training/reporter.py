@@ -14,7 +14,7 @@ from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
-from bytelm.metrics import MetricsLog, Throughput, bits_per_byte, read_metrics
+from bytelm.metrics import MetricsLog, Throughput, bits_per_byte
 from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
 from bytelm_jax.training import checkpoint, processes
@@ -34,7 +34,7 @@ class StepReporter:
         self._rates = Throughput(0.0, devices, jax.devices()[0].device_kind)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the last step that rates include
-        self._skipped = sum("skipped" in record for record in read_metrics(log.path))
+        self._skipped = sum("skipped" in record for record in log.records)
         self.saved = start
         self.bad_in_a_row = 0
 

@@ -28,7 +28,8 @@ from equal_time import Trainer, add_options, machine, read_row, side_by_side
 
 from bytelm import data
 from bytelm.config import BLTConfig, training_flops_per_byte
-from bytelm.metrics import peak_flops, read_metrics
+from bytelm.files import read_json_lines
+from bytelm.metrics import peak_flops
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training import step as steps
@@ -120,7 +121,7 @@ def main() -> None:
     parser.add_argument("--here", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.plot:
-        draw(read_metrics(args.plot[0]), args.plot[1])
+        draw(read_json_lines(args.plot[0]), args.plot[1])
         return
     if args.here:
         print(json.dumps(measure(args.here, args)), flush=True)
