@@ -7,15 +7,18 @@ exports in PyTorch and Orbax checkpoints in JAX.
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from bytelm import data
 from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
-from bytelm.export import CONFIG_FILE, MODEL_FILE
+from bytelm.export import CONFIG_FILE, LIBRARY, MODEL_FILE
 from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
+
+T = TypeVar("T")
 
 
 def is_run(folder: Path) -> bool:
@@ -54,6 +57,26 @@ def find_export(folder: Path, checkpoint: str | int = "latest") -> Path | None:
     if wanted not in places:
         raise ValueError(f"checkpoint={checkpoint}: choose latest, best or one of {steps}")
     return places[wanted]
+
+
+def read_export(folder: Path, checkpoint: str | int, read: Callable[[Path], T]) -> T | None:
+    """What `read` makes of the export that `find_export` names; None for a run folder of JAX.
+
+    A checkpoint that a training run removes meanwhile is replaced by the next that `checkpoint`
+    names. Raises `ValueError` as `find_export` and `read` do, and for a step that was removed.
+    """
+    while True:
+        steps = saved_steps(folder)
+        try:
+            export = find_export(folder, checkpoint)
+            return None if export is None else read(export)
+        except ValueError:
+            now = saved_steps(folder)
+            if now == steps:
+                raise
+            if str(checkpoint).isdecimal():
+                gone = f"checkpoint={checkpoint}: was removed while it was read"
+                raise ValueError(f"{gone}; choose latest, best or one of {now}") from None
 
 
 def _best(run_dir: Path, steps: list[int]) -> int:
@@ -96,9 +119,14 @@ def load_recipe(path: Path) -> Recipe:
         raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
     with errors_about(file, "give a run folder or a JSON file with a recipe"):
         try:
-            return from_dict(Recipe, read_json(file))
+            stored = read_json(file)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+        if isinstance(stored, dict) and "name" not in stored:
+            exported = stored.get("library") == LIBRARY or "bytelm" in stored
+            hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
+            require(not exported, f"belongs to an export, not to a run; {hint}")
+        return from_dict(Recipe, stored)
 
 
 def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:

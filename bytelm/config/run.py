@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 from bytelm.config.base import (
     require,
@@ -15,6 +15,8 @@ from bytelm.config.base import (
 from bytelm.config.blt import PatchingContract
 from bytelm.config.models import ModelConfig
 from bytelm.config.optimizer import AdamWConfig, OptimizerConfig
+
+_MOST_LAYERS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class Recipe:
     """A named run: everything that `bytelm train NAME` needs.
 
     `patching`, which recipes leave empty, is what `train` and `calibrate` measured about the
-    patches.
+    patches. Raises `ValueError` for a model of more than 4,096 layers of one kind.
     """
 
     name: str
@@ -130,6 +132,20 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     patching: PatchingContract | None = None
+
+    def __post_init__(self) -> None:
+        _require_few_layers(self.model, "model")
+
+
+def _require_few_layers(config: Any, where: str) -> None:
+    """Every layer is traced, so that a million of them would take hours before anything else."""
+    for part in fields(config):
+        value = getattr(config, part.name)
+        if is_dataclass(value):
+            _require_few_layers(value, f"{where}.{part.name}")
+        elif part.name.endswith("layers"):
+            few = value <= _MOST_LAYERS
+            require(few, f"{where}.{part.name}={value}: must be at most {_MOST_LAYERS}")
 
 
 def require_length(recipe: Recipe) -> None:

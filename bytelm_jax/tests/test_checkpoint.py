@@ -1,4 +1,9 @@
-"""Fingerprints by their definition, and how much memory a run folder takes to make."""
+"""Fingerprints by their definition, the making of run folders, and damaged ones."""
+
+import json
+import os
+import shutil
+import sys
 
 from typing import Any
 
@@ -7,7 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from bytelm.config import MegabyteConfig, Recipe
+from bytelm import runs
+from bytelm.config import MegabyteConfig, Recipe, TrainConfig
+from bytelm_jax.models import abstract_params
 from bytelm_jax.training import checkpoint
 
 MODEL = MegabyteConfig(patch_size=2, global_dim=4, local_dim=4, global_heads=1, local_heads=1)
@@ -68,3 +75,102 @@ def test_a_run_of_parameters_that_would_not_be_restored_is_not_made(tmp_path):
     with pytest.raises(ValueError, match=r"^norm\.scale: dtype bfloat16; a run holds float32$"):
         checkpoint.create_run(tmp_path / "run", Recipe(name="made", model=MODEL), params)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run folder with checkpoints 0 and 1."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    random = np.random.default_rng(0)
+    params = {
+        name: jax.numpy.asarray(random.normal(size=leaf.shape), "float32")
+        for name, leaf in abstract_params(MODEL).items()
+    }
+    recipe = Recipe(name="saved", model=MODEL)
+    run.mkdir()
+    runs.save_recipe(run, recipe)
+    with checkpoint.open_checkpoints(run, TrainConfig(keep_last=2)) as manager:
+        for step in (0, 1):
+            checkpoint.save(manager, step, params, {"mean": params}, recipe, "", None)
+        checkpoint.finish(manager)
+    return run
+
+
+def sparse(file):
+    with open(file, "wb") as sink:
+        sink.truncate(6 * 2**30)
+
+
+def pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def field(name, value):
+    def change(file):
+        tree = json.loads(file.read_text())
+        (tree if name in tree else tree["model"])[name] = value
+        file.write_text(json.dumps(tree).replace('"1e4000"', "9" * 4000))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "why"),
+    [
+        ("config.json", sparse, "a JSON file of at most 16777216 was expected"),
+        ("config.json", pipe, "not a plain file"),
+        ("config.json", lambda file: file.write_text("[" * 10**5), "recursion"),
+        ("config.json", field("max_length", "1e4000"), "max_length=9999"),
+        ("config.json", field("global_layers", 10**6), "global_layers=1000000: must be at most"),
+        ("config.json", field("global_layers", 4000), "different models"),
+        ("metadata", lambda file: file.write_text("{}"), "checkpoint 1 .*: step is missing"),
+        ("metadata", lambda file: file.write_text("[]"), "checkpoint 1 .*: .* no object"),
+        ("metadata", lambda file: file.write_text("[" * 10**5), "checkpoint 1 .*recursion"),
+        ("metadata", field("fingerprints", {"params": 3}), "checkpoint 1 .*damaged"),
+        ("metadata", field("metrics", [1]), "checkpoint 1 .*: metrics is missing or damaged"),
+        ("metadata", sparse, "checkpoint 1 .*at most expected"),
+        ("metadata", pipe, "checkpoint 1 .*not a plain file"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_folder_is_refused_in_one_line(saved, file, damage, why, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    damage(run / file if file == "config.json" else run / "checkpoints" / "1" / file / file)
+    with pytest.raises(ValueError, match=why) as caught:
+        checkpoint.load_run(run)
+    assert "\n" not in str(caught.value)
+    if file == "metadata":  # training sets it aside and continues from the one before
+        params = abstract_params(MODEL)
+        recovered = checkpoint.recover(run, params, {"mean": params})
+        assert recovered and recovered.step == 0
+        assert [path.name for path in (run / "damaged").iterdir()] == ["1"]
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read(saved, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    read = checkpoint.read_metadata
+
+    def removed_meanwhile(manager, step):
+        if step == 1:
+            shutil.rmtree(run / "checkpoints" / "1")
+        return read(manager, step)
+
+    monkeypatch.setattr(checkpoint, "read_metadata", removed_meanwhile)
+    with pytest.raises(ValueError, match=r"^checkpoint=1: was removed while .* one of \[0\]$"):
+        checkpoint.load_run(run, "1")
+    shutil.copytree(saved / "checkpoints" / "1", run / "checkpoints" / "1")
+    assert checkpoint.load_run(run)[2] == 0
+
+
+def test_an_array_that_cannot_be_read_prints_nothing_beside(saved, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(saved, run)
+    shutil.rmtree(run / "checkpoints" / "1" / "params" / "d")
+    with pytest.raises(checkpoint.DamagedError):
+        checkpoint.load_run(run)
+    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)  # as tensorstore does
+    assert capsys.readouterr().err == ""
+    sys.excepthook(RuntimeError, RuntimeError("another"), None)
+    assert "another" in capsys.readouterr().err

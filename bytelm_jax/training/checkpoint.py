@@ -24,8 +24,9 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from bytelm.config import Recipe, TrainConfig, require, to_dict
+from bytelm.files import JSON_LIMIT, one_line, require_plain_file
 from bytelm.metrics import score
-from bytelm.runs import load_recipe, save_recipe
+from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
 from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
 
@@ -112,11 +113,31 @@ def _rank(metrics: dict[str, Any]) -> float:
     return math.inf if value is None else value
 
 
-def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
-    """The run's checkpoints; `train` says how many to keep, None opens them read-only."""
-    # Orbax reports every step of its work, and logs errors that it also raises.
+def _silence_orbax() -> None:
+    """Orbax reports every step of its work, and logs errors that it also raises.
+
+    When an array cannot be read, it closes its event loop while others are still being read, each
+    of which then prints a traceback from a thread of tensorstore.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    if sys.excepthook is not _without_late_reads:
+        _hooks.append(sys.excepthook)
+        sys.excepthook = _without_late_reads
+
+
+_hooks: list[Any] = []
+"""What prints exceptions otherwise."""
+
+
+def _without_late_reads(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        _hooks[-1](kind, error, trace)
+
+
+def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
+    """The run's checkpoints; `train` says how many to keep, None opens them read-only."""
+    _silence_orbax()
     if train is None:
         # Each process reads for itself: none waits for another one that found the files damaged.
         process = jax.process_index()
@@ -318,31 +339,77 @@ def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
 
 
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """The metadata of a checkpoint."""
+    """The metadata of a checkpoint; raises `DamagedError` unless they are as `save` wrote them."""
     with _readable(manager, step):
+        _check_files(Path(manager.directory) / str(step))
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        return manager.restore(step, args=items)["metadata"]
+        metadata = manager.restore(step, args=items)["metadata"]
+        _check_metadata(metadata, step)
+        return metadata
+
+
+def _check_files(folder: Path) -> None:
+    """Raises `OSError` or `ValueError` for what Orbax would wait for, or read without an end."""
+    for file in folder.rglob("*"):
+        if not file.is_dir():
+            require_plain_file(file)
+    for file in (folder / "metadata" / "metadata", folder / "params" / "_METADATA"):
+        size = file.stat().st_size
+        require(size <= JSON_LIMIT, f"{file.name} has {size} bytes, {JSON_LIMIT} at most expected")
+
+
+def _check_metadata(metadata: Any, step: int) -> None:
+    kinds: dict[str, Any] = {"step": int, "recipe": dict, "data": str, "metrics": dict | None}
+    kinds["fingerprints"] = dict
+    require(isinstance(metadata, dict), "the metadata are no object")
+    for name, kind in kinds.items():
+        require(isinstance(metadata.get(name), kind), f"metadata: {name} is missing or damaged")
+    good = metadata["step"] == step and isinstance(metadata["recipe"].get("model"), dict)
+    good &= all(isinstance(value, int | float) for value in (metadata["metrics"] or {}).values())
+    good &= isinstance(metadata["fingerprints"].get("params"), list)
+    require(good, "the metadata are damaged")
 
 
 def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
-    """Recipe, parameters (on the default device) and step of a run folder's checkpoint."""
+    """Recipe, parameters (on the default device) and step of a run folder's checkpoint.
+
+    A checkpoint that a training run removes meanwhile is replaced by the next that `which` names.
+    Raises `ValueError`, and `DamagedError` if the checkpoint is damaged.
+    """
     recipe = load_recipe(run_dir)
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(f"{run_dir}: no checkpoints there; train first")
+    exported = find_export(run_dir, which)
+    if exported is not None:
+        hint = f"`bytelm import {exported} --out RUN` makes a run folder of its weights"
+        raise ValueError(f"{run_dir}: PyTorch trained it; {hint}")
+    while True:
+        with open_checkpoints(run_dir) as manager:
+            steps = sorted(manager.all_steps())
+            try:
+                step = choose_step(manager, which)
+                return recipe, _load_params(manager, step, recipe, run_dir), step
+            except DamagedError as error:
+                now = saved_steps(run_dir)
+                if now == steps:
+                    raise DamagedError(f"{error}; choose another checkpoint") from error
+                if which.isdecimal():
+                    gone = f"checkpoint={which}: was removed while it was read"
+                    raise ValueError(f"{gone}; choose latest, best or one of {now}") from None
+
+
+def _load_params(
+    manager: ocp.CheckpointManager, step: int, recipe: Recipe, run_dir: Path
+) -> Params:
+    described = read_metadata(manager, step)["recipe"]["model"]
+    if _uncalibrated(described) != _uncalibrated(to_dict(recipe.model)):
+        raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in abstract_params(recipe.model).items()
     }
-    with open_checkpoints(run_dir) as manager:
-        step = choose_step(manager, which)
-        try:
-            params, _, metadata = restore(manager, step, abstract)
-        except DamagedError as error:
-            raise DamagedError(f"{error}; choose another checkpoint") from error
-    if _uncalibrated(metadata["recipe"]["model"]) != _uncalibrated(to_dict(recipe.model)):
-        raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
-    return recipe, params, step
+    return restore(manager, step, abstract)[0]
 
 
 def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:
@@ -408,4 +475,4 @@ def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 def _first_line(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return line.split(" See full TensorStore")[0][:200]
+    return one_line(line.split(" See full TensorStore")[0], 200)

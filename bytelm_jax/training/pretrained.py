@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from bytelm.config import PatchingContract, Recipe, from_dict, require, to_dict
 from bytelm.leaves import is_norm
-from bytelm.runs import find_export
+from bytelm.runs import read_export
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.models import Model, Params, define_model, split_model
 
@@ -30,23 +30,25 @@ def from_pretrained(
     if dtype is not None:
         _check_dtype(dtype)
     folder = Path(path)
-    export = find_export(folder, checkpoint)
-    if export is None:
-        from bytelm_jax.training import checkpoint as checkpoints  # Orbax takes a second to import
+    model = read_export(folder, checkpoint, lambda export: _read_model(export, dtype))
+    if model is not None:
+        return model
+    from bytelm_jax.training import checkpoint as checkpoints  # Orbax takes a second to import
 
-        recipe, params, _ = checkpoints.load_run(folder, str(checkpoint))
-        if dtype is not None:
-            params = {name: v.astype(_dtype_of(name, dtype)) for name, v in params.items()}
-        return model_of(recipe, params)
+    recipe, params, _ = checkpoints.load_run(folder, str(checkpoint))
+    if dtype is not None:
+        params = {name: v.astype(_dtype_of(name, dtype)) for name, v in params.items()}
+    return model_of(recipe, params)
 
+
+def _read_model(export: Path, dtype: DTypeLike | None) -> Model:
     def cast(name: str, array: np.ndarray) -> np.ndarray:
         return array if dtype is None else array.astype(_dtype_of(name, dtype))
 
     config, params = convert.load_export(export, cast)
     stored = formats.stored_extra(export).get("patching")
     contract = None if stored is None else from_dict(PatchingContract, stored, "extra.patching")
-    recipe = Recipe(name="pretrained", model=config, patching=contract)
-    return model_of(recipe, params)
+    return model_of(Recipe(name="pretrained", model=config, patching=contract), params)
 
 
 def model_of(recipe: Recipe, params: Params) -> Model:

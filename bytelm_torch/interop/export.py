@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bytelm import export
 from bytelm.config import MODEL_CONFIGS, require, to_dict
-from bytelm.runs import find_export
+from bytelm.runs import read_export
 from bytelm_torch.interop.finite import first_non_finite, is_finite
 from bytelm_torch.models import build_abstract, name_parameters
 
@@ -59,12 +59,16 @@ def from_pretrained(
         f"dtype={dtype}: choose one of {', '.join(map(str, _DTYPES))}",
     )
     target = _usable_device(device)
-    folder = find_export(Path(path), checkpoint)
-    if folder is None:
+    model = read_export(Path(path), checkpoint, lambda folder: _read_model(folder, dtype, target))
+    if model is None:
         raise ValueError(
             f"{path}: a run folder of JAX, which JAX alone reads; `bytelm export {path} --out DIR` "
             "writes what PyTorch reads, then give DIR"
         )
+    return model
+
+
+def _read_model(folder: Path, dtype: torch.dtype | None, target: torch.device) -> Any:
     described = export.read_description(folder)
     contract = export.patching_of(described.extra)
     with export.open_safetensors(folder / export.MODEL_FILE, TORCH) as tensors:

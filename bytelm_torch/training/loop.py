@@ -34,6 +34,7 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
+from bytelm.files import one_line
 from bytelm.memory import require_host_memory
 from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
 from bytelm.progress import ProgressLines, StopSignal
@@ -318,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"train: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError) as error:
-        print(f"train: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"train: {one_line(error, limit=10_000)}", file=sys.stderr)
         return 2
     if int(os.environ.get("RANK", 0)) == 0:
         how = "stopped" if outcome.interrupted else "done"
