@@ -90,7 +90,7 @@ NUMBERS = [
 @pytest.mark.parametrize("config", NUMBERS, ids=lambda config: type(config).__name__)
 def test_no_number_is_infinite_or_past_float32(config):
     names = [name for name, value in to_dict(config).items() if isinstance(value, float)]
-    assert names
+    assert names, "has no float field; give it one, such as init_std"
     for name in names:
         for bad in (float("nan"), float("inf"), float("-inf"), 1e39):
             with pytest.raises(ValueError, match=rf"^{name}=\S+: must be a finite value, at most"):

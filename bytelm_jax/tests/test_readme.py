@@ -67,7 +67,8 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
 
 def test_the_recipe_table_is_complete_and_right():
     rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", README, re.MULTILINE))
-    assert rows.keys() == set(recipes.names())
+    wrong = rows.keys() ^ set(recipes.names())
+    assert not wrong, f"README's table of recipes and bytelm/recipes.py differ in {wrong}"
     for name, count in rows.items():
         assert f"{recipes.get(name).model.parameter_count():,}" == count
 

@@ -64,7 +64,11 @@ class Decoder(Protocol):
         ...
 
     def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
-        """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass."""
+        """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass.
+
+        The prompt may be padded, and decoding continue from its true end: a cache keeps its state
+        by position, and later rounds overwrite what the padding left.
+        """
         ...
 
     def decode_round(
