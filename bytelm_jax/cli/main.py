@@ -6,6 +6,7 @@ standard library alone, and the commands import what they run only after parsing
 
 import importlib
 import inspect
+import io
 import os
 import sys
 import warnings
@@ -36,6 +37,8 @@ _MODULES = {"train": "train", "doctor": "doctor"} | dict.fromkeys(
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a locale cannot write must end no command
+        sys.stdout.reconfigure(errors="replace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return 0 if arguments else 2

@@ -139,11 +139,13 @@ def generate_command(
 ) -> int:
     """Streams text that continues the prompt; never splits a UTF-8 character.
 
+    The output is UTF-8, whatever the locale. Bytes that are no character become U+FFFD.
+
     Example: bytelm generate runs/megabyte_tiny --prompt "def " --max-new-bytes 64
 
     Args:
         run: the run folder.
-        prompt: what the text starts with; it is printed first.
+        prompt: what the text starts with; it is printed first; - reads it from standard input.
         max_new_bytes: the most bytes to generate; the model may end earlier.
         temperature: divides the logits; 0 is greedy.
         top_k: keep only the k most likely bytes; 0 keeps all.
@@ -164,12 +166,34 @@ def generate_command(
     bind, _ = define_model(recipe.model)
     decoder = StreamingDecoder(recipe.model.vocab)
     offset = recipe.model.vocab.offset
-    start = prompt.encode("utf-8", "surrogateescape")
-    print(prompt, end="", flush=True)
-    for piece in stream(bind(params), start, max_new_bytes, sampler=config, seed=seed):
-        print(decoder.push([byte + offset for byte in piece]), end="", flush=True)
-    print(decoder.finish())
+    start = _standard_input() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
+    pieces = stream(bind(params), start, max_new_bytes, sampler=config, seed=seed)
+    _write(start)
+    for piece in pieces:
+        _write(decoder.push([byte + offset for byte in piece]).encode("utf-8"))
+    _write(decoder.finish().encode("utf-8") + b"\n")
     return 0
+
+
+def _standard_input() -> bytes:
+    """All of standard input; where it is text alone, in UTF-8."""
+    source = sys.stdin
+    binary = getattr(source, "buffer", None)
+    return source.read().encode("utf-8", "surrogateescape") if binary is None else binary.read()
+
+
+def _write(text: bytes) -> None:
+    """Writes UTF-8 to standard output at once; where that is text alone, what it can encode."""
+    sink = sys.stdout
+    sink.flush()
+    binary = getattr(sink, "buffer", None)
+    if binary is not None:
+        binary.write(text)
+        binary.flush()
+        return
+    encoding = sink.encoding or "utf-8"
+    sink.write(text.decode("utf-8", "replace").encode(encoding, "replace").decode(encoding))
+    sink.flush()
 
 
 def export_command(

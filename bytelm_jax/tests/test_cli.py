@@ -1,5 +1,6 @@
 """The command line: every command on a real run, and every kind of bad input."""
 
+import io
 import json
 import math
 import os
@@ -173,6 +174,48 @@ def test_generate_streams_whole_characters_and_repeats_with_a_seed(run, capsys):
     assert capsys.readouterr().out == first
     assert cli.main([*argv[:-1], "4"]) == 0
     assert capsys.readouterr().out != first
+
+
+class TextAlone(io.StringIO):
+    """A standard output without bytes beneath it, as in a notebook."""
+
+    encoding = "ascii"
+
+
+def test_generate_writes_where_the_locale_cannot(run, capsys, monkeypatch):
+    argv = ["generate", str(run), "--prompt", "é – ", "--max-new-bytes", "20", "--seed", "3"]
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    expected = capsys.readouterr().out
+    for encoding in ("ascii", "cp1252"):
+        sink = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", sink)
+        assert cli.main(argv) == 0
+        assert sink.buffer.getvalue().decode("utf-8") == expected
+    alone = TextAlone()
+    monkeypatch.setattr(sys, "stdout", alone)
+    assert cli.main(argv) == 0
+    assert alone.getvalue() == expected.encode("ascii", "replace").decode("ascii")
+    ascii_alone = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_alone)
+    assert cli.main(["--help"]) == 0  # its dots are no ASCII
+
+
+def test_a_prompt_of_one_hyphen_reads_standard_input(run, capsysbinary, monkeypatch):
+    options = ["--max-new-bytes", "10", "--seed", "3"]
+    assert cli.main(["generate", str(run), "--prompt", "some é", *options]) == 0
+    expected = capsysbinary.readouterr().out
+    piped = io.TextIOWrapper(io.BytesIO("some é".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 0
+    assert capsysbinary.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("some é"))
+    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 0
+    assert capsysbinary.readouterr().out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 60)))
+    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 2
+    refusal = capsysbinary.readouterr()
+    assert refusal.out == b"" and b"prompts: 60 bytes and max_new_bytes=10 make 70" in refusal.err
 
 
 def test_export_import_there_and_back(run, export, tmp_path, text, capsys):
