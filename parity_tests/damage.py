@@ -49,8 +49,8 @@ MODELS: dict[str, Any] = {
     "bytropix": BLTConfig(patcher="histogram", threshold=9.0, **_SPLINES, **_SMALL),
     "hf-blt": BLTConfig(entropy=_ENTROPY, whole_characters=False, patch_budget=1.0, **_SMALL),
 }
-_VALUES = [None, True, -1, 0, 1, 2, 7, 10**6, 2**31, 2**63, 10**30, -0.0, 0.5, 1e308, float("nan")]
-_VALUES += [float("inf"), "", "x", "\ud800", "\0", "../..", [], [1], [[]], {}, {"a": 1}, "9" * 5000]
+VALUES = [None, True, -1, 0, 1, 2, 7, 10**6, 2**31, 2**63, 10**30, -0.0, 0.5, 1e308, float("nan")]
+VALUES += [float("inf"), "", "x", "\ud800", "\0", "../..", [], [1], [[]], {}, {"a": 1}, "9" * 5000]
 _CODES = ["F16", "BF16", "F64", "I32", "U8", "BOOL", "F8_E4M3", "X", "", 3]
 
 
@@ -169,7 +169,7 @@ def damage_weights(data: bytes, draw: random.Random) -> bytes:
             return length.to_bytes(8, "little") + data[8:]
         case 3:
             header = damage_json(
-                header, draw, [*_VALUES, *_CODES, [0, 2**62], [-1, 4], [2**40, 2**40]]
+                header, draw, [*VALUES, *_CODES, [0, 2**62], [-1, 4], [2**40, 2**40]]
             )
         case _:
             header = retyped(json.loads(header), draw)
@@ -228,9 +228,9 @@ def damage_folder(folder: Path, draw: random.Random) -> str:
             index["weight_map"][draw.choice(list(index["weight_map"]))] = draw.choice(paths)
             file.write_text(json.dumps(index))
             return f"{file.name}: path"
-        file.write_bytes(damage_json(data, draw, _VALUES))
+        file.write_bytes(damage_json(data, draw, VALUES))
     elif file.suffix == ".json":
-        file.write_bytes(damage_json(data, draw, _VALUES))
+        file.write_bytes(damage_json(data, draw, VALUES))
     else:
         file.write_bytes(damage_weights(data, draw))
     return file.name

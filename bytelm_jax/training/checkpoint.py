@@ -121,18 +121,19 @@ def _silence_orbax() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    if sys.excepthook is not _without_late_reads:
-        _hooks.append(sys.excepthook)
-        sys.excepthook = _without_late_reads
+    if sys.unraisablehook is not _without_late_reads:
+        _hooks.append(sys.unraisablehook)
+        sys.unraisablehook = _without_late_reads
 
 
 _hooks: list[Any] = []
-"""What prints exceptions otherwise."""
+"""What prints exceptions that nothing can catch."""
 
 
-def _without_late_reads(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        _hooks[-1](kind, error, trace)
+def _without_late_reads(unraisable: Any) -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _hooks[-1](unraisable)
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:

@@ -6,11 +6,13 @@ A trial damages config.json, model.safetensors or the shard index of a small mod
 the folder, in PyTorch (`from_pretrained`) and in JAX (what `bytelm import` does; every 25th by the
 command itself). Good are a `ValueError` of one line (exit code 2 of the command) and a model equal
 to the original, byte for byte. Everything else is a failure, and so are 20 seconds or 256 MiB.
+As many trials damage run folders: configuration, metadata, arrays, metrics.jsonl, training.pt.
 """
 
 import contextlib
 import functools
 import io
+import os
 import random
 import resource
 import shutil
@@ -20,20 +22,32 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import bytelm_torch
-from bytelm.config import to_dict
+from bytelm.config import Recipe, to_dict
+from bytelm.metrics import METRIC, MetricsLog, read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
 from bytelm_jax.training import checkpoint
-from parity_tests.damage import damage_folder, make_folders
+from bytelm_torch.training import checkpoint as torch_checkpoint
+from parity_tests.damage import (
+    MODELS,
+    VALUES,
+    damage_bytes,
+    damage_folder,
+    damage_json,
+    make_folders,
+)
 
 SECONDS, MEMORY = 20, 2**28
 
@@ -122,6 +136,76 @@ def fuzz(
     return counts, failures
 
 
+# ---- run folders ----------------------------------------------------------------------------
+
+
+def make_run(run: Path) -> dict[str, Path]:
+    """Run folders of JAX and of PyTorch, as far as reading goes: checkpoints and metrics."""
+    recipe = Recipe(name="fuzz", model=MODELS["megabyte"])
+    draw, leaves = np.random.default_rng(0), abstract_params(recipe.model).items()
+    params = {k: jnp.asarray(draw.standard_normal(v.shape), jnp.float32) for k, v in leaves}
+    checkpoint.create_run(run / "jax", recipe, params)
+    with closing(MetricsLog(run / "jax" / "metrics.jsonl", 0)) as log:
+        for step in range(1, 9):
+            log.write({"step": step, "loss": 1 / step, METRIC: step})
+    step = run / "torch" / "checkpoints" / "1"
+    step.mkdir(parents=True)
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    layer(torch.ones(3)).sum().backward()
+    optimizer.step()
+    state = {"step": 1, "data": "x", "metrics": {METRIC: 2.0}, "optimizer": optimizer.state_dict()}
+    torch.save(state, step / "training.pt")
+    return {"jax": run / "jax", "torch": run / "torch"}
+
+
+def load_run(folder: Path) -> Any:
+    """Everything that is read of a run folder."""
+    if (folder / "checkpoints" / "1").exists():
+        state = torch_checkpoint.read_training(folder, 1, checksums=True)
+        return str(state)
+    recipe, params, step = checkpoint.load_run(folder)
+    read_metrics(folder / "metrics.jsonl")
+    return fingerprint(recipe.model, params) | {"step": step}
+
+
+def damage_run(folder: Path, draw: random.Random) -> str:
+    """Damages one file somewhere in a run folder; says which."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    likely = [p for p in files if p.name in ("metadata", "config.json", "metrics.jsonl")]
+    file = draw.choice(likely if likely and draw.randrange(3) else files)
+    data = file.read_bytes()
+    if draw.randrange(25) == 0:
+        file.unlink()
+        draw.choice([os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")])(file)
+    elif file.name in ("metadata", "config.json"):
+        file.write_bytes(damage_json(data, draw, VALUES))
+    else:
+        file.write_bytes(damage_bytes(data, draw))
+    return f"run: {file.name if file in likely or file.suffix == '.pt' else 'arrays'}"
+
+
+def fuzz_runs(trials: int, seed: int, root: Path) -> tuple[Counter[tuple[str, str]], list[str]]:
+    """The same as `fuzz` for run folders; a change of what is not compared counts as equal."""
+    counts, failures = Counter[tuple[str, str]](), list[str]()
+    folders = make_run(root / "runs")
+    originals = {name: load_run(folder) for name, folder in folders.items()}
+    signal.signal(signal.SIGALRM, late)
+    for trial in range(trials):
+        draw = random.Random(seed * 10**9 + trial)
+        name, work = draw.choice(["jax", "torch"]), root / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(folders[name], work)
+        what = damage_run(work, draw)
+        signal.alarm(SECONDS)
+        verdict = outcome(load_run, work, originals[name])
+        signal.alarm(0)
+        counts[what, verdict if verdict in ("error", "equal") else "FAILURE"] += 1
+        if verdict not in ("error", "equal"):
+            failures.append(f"trial {trial}, {name}, {what}: {verdict}")
+    return counts, failures
+
+
 def late(*_: object) -> None:
     """The handler of the alarm."""
     raise Late
@@ -134,6 +218,8 @@ def main(trials: int, seed: int = 0) -> int:
     with tempfile.TemporaryDirectory() as folder:
         folders = make_folders(Path(folder) / "whole")
         counts, failures = fuzz(trials, seed, Path(folder), folders)
+        more, others = fuzz_runs(trials, seed, Path(folder))
+        counts, failures = counts + more, failures + others
     print(*failures, sep="\n")
     for (what, verdict), count in sorted(counts.items()):
         print(f"{what:40} {verdict:8} {count:6}")
