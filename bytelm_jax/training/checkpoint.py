@@ -131,8 +131,8 @@ _hooks: list[Any] = []
 
 
 def _without_late_reads(unraisable: Any) -> None:
-    error = unraisable.exc_value
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+    late = ("Event loop is closed", "Encountered error while reading array index")
+    if not str(unraisable.exc_value).startswith(late):
         _hooks[-1](unraisable)
 
 
