@@ -153,9 +153,8 @@ def compare(
 
 def _default_length(config: ModelConfig) -> int:
     """An odd number just over four patches; with resets enough for several lines."""
-    if config.reset_on == "newline":
-        return min(131, config.longest_input or 131)
-    return config.parity_length
+    length = 131 if config.reset_on == "newline" else config.parity_length
+    return min(length, config.longest_input or length)
 
 
 def compare_twins(
