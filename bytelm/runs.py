@@ -130,14 +130,21 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
-    """`recipe` with the order of windows of the run that `run_dir` holds.
+    """`recipe` with the order of windows and the patches of an older run that `run_dir` holds.
 
-    A run begun before there was a choice keeps its order, whatever the recipe's default is now.
+    A run begun before `data.order` and the patcher `word` existed keeps its rules, whatever the
+    recipe's are now.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         return recipe
     saved = load_recipe(run_dir)
-    return replace(recipe, data=replace(recipe.data, order=saved.data.order))
+    if saved.data.order != "grain":
+        return recipe
+    recipe = replace(recipe, data=replace(recipe.data, order="grain"))
+    tree, older = to_dict(recipe), to_dict(saved.model).get("patcher") == "word"
+    if older and tree["model"].get("patcher") == "space":
+        tree["model"]["patcher"] = "word"
+    return from_dict(Recipe, tree)
 
 
 def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:

@@ -102,9 +102,12 @@ class BLTConfig(ArchitectureConfig):
 
     - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is uncertain by
       more than `threshold` nats; `histogram` where the entropies of the histograms of recent bytes,
-      summed since the patch began, exceed `threshold` bits; `space` after separators; `fixed` every
-      `patch_size` bytes; `byte` before every byte. `whole_characters` forbids boundaries inside a
-      UTF-8 character (except for `byte`); the public weights were trained without that rule.
+      summed since the patch began, exceed `threshold` bits; `space` after a space-like byte that
+      follows one that is not, by the paper's code: all but Latin letters, digits and UTF-8
+      continuation bytes are space-like; `word` after the first ASCII byte of a run of separators,
+      which older files call `space`; `fixed` every `patch_size` bytes; `byte` before every byte.
+      `whole_characters` forbids boundaries inside a UTF-8 character (except for `byte` and
+      `space`); the public weights were trained without that rule.
     - Shapes are static: the global transformer has capacity for `patch_budget` patches per byte of
       input, and patches beyond that merge into the last one. 1 never overflows. 0 stands for 1.5
       divided by `bytes_per_patch`, the expected mean patch length, plus two patches per 16 bytes if
@@ -127,7 +130,7 @@ class BLTConfig(ArchitectureConfig):
     has_patching_contract: ClassVar[bool] = True
     transformers_type: ClassVar[str | None] = "blt"
     vocab: ByteVocab = field(default_factory=_blt_vocab)
-    patcher: Literal["entropy", "histogram", "space", "fixed", "byte"] = "entropy"
+    patcher: Literal["entropy", "histogram", "space", "word", "fixed", "byte"] = "entropy"
     threshold: float = 1.335442066192627
     patch_size: int = 4
     whole_characters: bool = True
@@ -210,7 +213,7 @@ class BLTConfig(ArchitectureConfig):
     @property
     def parity_length(self) -> int:
         """Bytes per row when the twins are compared: an odd number, just over four patches."""
-        varies = self.patcher in ("entropy", "space", "histogram")
+        varies = self.patcher in ("entropy", "space", "word", "histogram")
         return 4 * (math.ceil(self.bytes_per_patch) if varies else self.patch_size) + 3
 
     def patch_rule(self, threshold: float | None = None) -> str:
@@ -353,7 +356,7 @@ class PatchingContract:
     in a sample of `sampled_bytes` bytes.
     """
 
-    patcher: Literal["entropy", "histogram", "space", "fixed", "byte"]
+    patcher: Literal["entropy", "histogram", "space", "word", "fixed", "byte"]
     threshold: float
     entropy_model: str
     sampled_bytes: int

@@ -11,6 +11,7 @@ from bytelm.config.base import (
     LARGEST_FLOAT,
     require,
 )
+from bytelm.config.blt import BLTConfig
 from bytelm.config.models import MODEL_CONFIGS
 from bytelm.config.optimizer import (
     DEFAULT_OPTIMIZER,
@@ -31,10 +32,16 @@ _BEFORE: dict[type, dict[str, Any]] = {DataConfig: {"order": "grain"}}
 """What files mean that were written before a field existed, if it is not the field's default."""
 
 
+_PATCHER_VERSION = 2
+"""Written with every BLT. Files without it have version 1, whose `space` is the patcher `word`."""
+
+
 def to_dict(config: Any) -> Any:
     """JSON-ready form of a config; one of a tagged union begins with its tag."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        if isinstance(config, BLTConfig):
+            fields["patcher_version"] = _PATCHER_VERSION
         tag = _TAGS.get(type(config))
         return {tag: getattr(config, tag), **fields} if tag else fields
     if isinstance(config, (tuple, list)):
@@ -77,6 +84,12 @@ def model_from_dict(value: Any, where: str = "model") -> Any:
         isinstance(tag, str) and tag in known,
         f"{where}.architecture={tag!r}: choose one of {', '.join(known)}",
     )
+    if known[tag] is BLTConfig:
+        version = fields.pop("patcher_version", 1)
+        newest = f"choose 1 or {_PATCHER_VERSION}, or install a newer bytelm"
+        require(version in (1, 2), f"{where}.patcher_version={version!r}: {newest}")
+        if version == 1 and fields.get("patcher") == "space":
+            fields["patcher"] = "word"
     return _dataclass_from_dict(known[tag], fields, where)
 
 

@@ -11,6 +11,7 @@ from bytelm.config import (
     MODEL_CONFIGS,
     OPTIMIZER_CONFIGS,
     AdamWConfig,
+    BLTConfig,
     ByteVocab,
     DataConfig,
     LionConfig,
@@ -26,6 +27,7 @@ from bytelm.config import (
     TrainConfig,
     change_optimizer,
     from_dict,
+    model_from_dict,
     to_dict,
 )
 from bytelm_jax.models import abstract_params
@@ -132,6 +134,18 @@ def test_a_decay_under_which_weights_grow_is_refused(name, most):
     for bad in (1.01 * most, 1e30):
         with pytest.raises(ValueError, match=r"^weight_decay=.*: times learning_rate=0.01 it must"):
             kind(learning_rate=0.01, weight_decay=bad)
+
+
+def test_older_files_call_the_patcher_word_space():
+    for patcher in ("space", "word", "fixed"):
+        config = BLTConfig(patcher=patcher)
+        written = to_dict(config)
+        assert model_from_dict(written) == config
+        del written["patcher_version"]
+        older = "word" if patcher == "space" else patcher
+        assert model_from_dict(written) == BLTConfig(patcher=older)
+    with pytest.raises(ValueError, match=r"model.patcher_version=3: choose 1 or 2, or install"):
+        model_from_dict(written | {"patcher_version": 3})
 
 
 @pytest.mark.parametrize(

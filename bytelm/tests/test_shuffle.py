@@ -11,7 +11,7 @@ from bytelm import recipes
 from bytelm.config import ByteVocab, to_dict
 from bytelm.data import Windows, memory_corpus
 from bytelm.data.shuffle import shuffled_index, skips_last_row
-from bytelm.runs import keep_rules, prepare_run_dir
+from bytelm.runs import keep_rules, prepare_run_dir, save_recipe
 from bytelm_jax.training.batches import training_batches
 
 VOCAB = ByteVocab()
@@ -42,3 +42,16 @@ def test_a_run_begun_before_there_was_a_choice_keeps_its_order(tmp_path: Path) -
     old = keep_rules(tmp_path, recipe)
     assert old == replace(recipe, data=replace(recipe.data, order="grain"))
     prepare_run_dir(tmp_path, old)
+
+
+def test_a_run_begun_before_there_was_a_choice_keeps_its_patches(tmp_path: Path) -> None:
+    recipe = recipes.blt_132m()
+    assert recipe.model.patcher == "space"
+    written = to_dict(recipe)
+    del written["data"]["order"], written["model"]["patcher_version"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    old = keep_rules(tmp_path, recipe)
+    assert old.model == replace(recipe.model, patcher="word")
+    prepare_run_dir(tmp_path, old)
+    save_recipe(tmp_path, old)
+    assert keep_rules(tmp_path, recipe) == old

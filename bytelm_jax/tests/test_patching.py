@@ -15,9 +15,9 @@ from bytelm.config.blt import HISTOGRAM_LIMIT
 from bytelm.tokenizer import ByteTokenizer
 from bytelm_jax.models import patching
 
-CONFIG = BLTConfig(patcher="space")
+CONFIG = BLTConfig(patcher="word")
 VOCAB = CONFIG.vocab
-PATCHERS = ("entropy", "histogram", "space", "fixed", "byte")
+PATCHERS = ("entropy", "histogram", "space", "word", "fixed", "byte")
 
 
 def shifted_ids(data: bytes) -> np.ndarray:
@@ -54,7 +54,7 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
     """The rules again, one byte after the other, characters by CPython's incremental decoder."""
     starts, decoder = [0, 1], codecs.getincrementaldecoder("utf-8")("replace")
     alphabet = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-    in_run, summed = False, 0.0
+    in_run, was_like, summed = False, True, 0.0
     for j, byte in enumerate(data, start=1):
         decoder.decode(bytes([byte]))
         held = decoder.getstate()[0]
@@ -62,15 +62,17 @@ def loop_starts(config: BLTConfig, data: bytes, entropies: np.ndarray) -> list[i
         surrogate = held[:1] == b"\xed" and held[1:2] >= b"\xa0"
         pending = held != b"" and not surrogate and config.whole_characters
         separator = byte < 0x80 and byte not in alphabet
+        like = byte not in alphabet and not 0x80 <= byte < 0xC0
         summed += np.mean([shannon(data[max(0, j - n) : j]) for n in (3, 5, 7)])
         wanted = {
             "entropy": entropies[j] > config.threshold and not pending,
             "histogram": summed > config.threshold and not pending,
-            "space": separator and not in_run and not pending,
+            "space": like and not was_like,
+            "word": separator and not in_run and not pending,
             "fixed": j % config.patch_size == 0 and not pending,
             "byte": True,
         }[config.patcher]
-        in_run = separator
+        in_run, was_like = separator, like
         starts += [j + 1] if wanted else []
         summed = 0.0 if wanted else summed
     return starts
@@ -84,6 +86,15 @@ def shannon(data: bytes) -> float:
 
 def bytes_of(digits: str) -> np.ndarray:
     return np.frombuffer(bytes.fromhex(digits), np.uint8)
+
+
+def published_starts(ids: np.ndarray) -> list[int]:
+    """The space patches of the paper's code, from ids of its vocabulary; BOS comes first."""
+    byte = ids.astype(int) - 4
+    word = np.isin(byte, list(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+    like = ~word & ~((byte >= 0x80) & (byte < 0xC0))
+    ends = like & ~np.concatenate([[False], like[:-1]]) | (byte < 0)
+    return [0, 1, *(np.flatnonzero(ends[1:]) + 2).tolist()]
 
 
 # Thirty-four scripts; those beyond the basic plane have characters of four bytes.
@@ -256,3 +267,22 @@ def test_the_largest_threshold_sums_without_overflow():
     # Behind position 0, which ends its own sum, every 128th value of 2 bits passes 255.
     expected = np.concatenate([[1], np.arange(ROOM - 1) % 128 + 1]) * 2 * patch_rules.BIT
     np.testing.assert_array_equal(sums[0], expected)
+
+
+SPACES = {
+    "two words": [1, 4, 5],
+    " two": [1, 4],  # BOS is space-like, so the space continues its run
+    "a, b": [1, 2, 2],
+    "é": [1, 2],
+    "aéb": [1, 2, 2],
+    "日本語": [1, 4, 3, 2],
+    "a 日本": [1, 2, 4, 2],
+}
+"""Text → the lengths of its space patches by the paper's code, BOS first."""
+
+
+@pytest.mark.parametrize("text", SPACES)
+def test_space_patches_are_those_of_the_paper_s_code(text):
+    config, data = BLTConfig(patcher="space"), text.encode()
+    assert starts(config, data) == published_starts(shifted_ids(data)[0])
+    assert lengths(config, data) == SPACES[text]

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from bytelm.config import Recipe, TrainConfig, require, to_dict
+from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
 from bytelm.files import JSON_LIMIT, one_line, require_plain_file
 from bytelm.metrics import score
 from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
@@ -403,6 +403,7 @@ def _load_params(
     manager: ocp.CheckpointManager, step: int, recipe: Recipe, run_dir: Path
 ) -> Params:
     described = read_metadata(manager, step)["recipe"]["model"]
+    described = to_dict(model_from_dict(described))  # older files name some patchers otherwise
     if _uncalibrated(described) != _uncalibrated(to_dict(recipe.model)):
         raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -114,6 +114,11 @@ def boundary_after(
                 raise ValueError("summed=None: the patcher 'histogram' needs it; pass it")
             boundary = summed > math.floor(config.threshold * BIT)
         case "space":
+            # As in the paper's code, BOS and other ids that are not bytes count as space-like, and
+            # a patch ends after each of them.
+            first = _is_space_like(recent[..., 2]) & ~_is_space_like(recent[..., 1])
+            return first | (recent[..., 2] == NO_BYTE)
+        case "word":
             # The end of a run of separators shows only in the byte after it, so the boundary
             # follows the first byte of the run.
             boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
@@ -272,12 +277,17 @@ def plan_patches(
     return PatchPlan(patch_of, read_of, lengths, lost, capped, firsts[:, :budget])
 
 
-def _separates(value: Tensor) -> Tensor:
-    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
+def _is_space_like(value: Tensor) -> Tensor:
+    """Whether a byte is neither a Latin letter, a digit nor a UTF-8 continuation byte."""
     lower = value | 0x20
     letter = (lower >= ord("a")) & (lower <= ord("z"))
     digit = (value >= ord("0")) & (value <= ord("9"))
-    return (value >= 0) & (value < 0x80) & ~letter & ~digit
+    return ~letter & ~digit & ~_continues(value)
+
+
+def _separates(value: Tensor) -> Tensor:
+    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
+    return _is_space_like(value) & (value >= 0) & (value < 0x80)
 
 
 def _continues(value: Tensor) -> Tensor:
