@@ -141,6 +141,22 @@ def _pairs(count):
     return [value for f in factors for value in (f, 1 / f)]
 
 
+def test_a_spike_does_not_hide_the_other_steps(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
+    spiked = [
+        r | ({"loss": 80.0, "bits_per_byte": 115.0} if r["step"] == 30 else {}) for r in RECORDS
+    ]
+    spiked += [r | {"step": r["step"] + 40} for r in spiked[30:]] * 3
+    figure = plot.draw(plot.panels(make_run(tmp_path / "run", spiked))[1], "t")
+    axes = {a.get_title(): a for a in figure.axes}
+    for title, least, first in (("Loss", 4.0, 5.95), ("Bits per byte", 5.77, 8.584)):
+        low, high = axes[title].get_ylim()
+        assert low < least and first < high < 1.2 * first, title
+        assert "spikes up to" in axes[title].texts[0].get_text()
+    plain = plot.draw(plot.panels(make_run(tmp_path / "plain", RECORDS))[1], "t").axes
+    assert not any(a.texts for a in plain)
+
+
 def test_patches_and_experts(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     contract = PatchingContract(

@@ -35,6 +35,7 @@ _LABELS = {
     "momentum_action": "of 1 / (1 − momentum)",
 }
 _MOST_EXPERTS = 12  # lines that a reader can still tell apart
+_FAR = 1.5  # times the span of the other values: where a spike begins to hide them
 _MOST_ROWS = 20  # names that fit beside a heat map
 
 Points = tuple[list[float], list[float]]
@@ -248,9 +249,27 @@ def _draw_lines(figure: Any, axes: Any, panel: Panel) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.logarithmic:
         axes.set_yscale("log")
+    elif (span := span_without_spikes(panel)) is not None:
+        low, high, most = span
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        axes.text(
+            0.5, 0.97, f"spikes up to {most:.4g}", transform=axes.transAxes, ha="center", va="top"
+        )
     if len(panel.lines) > 1:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
+
+
+def span_without_spikes(panel: Panel) -> tuple[float, float, float] | None:
+    """(lowest, highest without rare spikes, highest) value; None if the spikes are not far off.
+
+    The first values, from which a run falls, and 98 of 100 others are never cut off.
+    """
+    values = np.array([value for _, line in panel.lines.values() for value in line])
+    first = max(line[0] for _, line in panel.lines.values())
+    low, most = float(values.min()), float(values.max())
+    high = max(first, float(np.quantile(values, 0.98)))
+    return (low, high, most) if most - low > _FAR * (high - low) > 0 else None
 
 
 def _draw_bars(figure: Any, axes: Any, panel: Panel) -> None:
