@@ -257,39 +257,48 @@ def write_safetensors(
         sink.write(raw(tensors[name].read()))
 
 
-def replace_export(out: Path, write_model: Callable[[BinaryIO], None], config: bytes) -> None:
+def replace_export(
+    out: Path,
+    write_model: Callable[[BinaryIO], None],
+    config: bytes,
+    beside: Mapping[str, bytes] | None = None,
+) -> None:
     """Writes both files or neither: they are written next to their targets and renamed.
 
-    Raises `ValueError` if `out` is a file and if it cannot be written.
+    `beside` holds further files by name, which share that fate. Raises `ValueError` if `out` is a
+    file and if it cannot be written.
     """
-    targets = {name: out / name for name in (MODEL_FILE, CONFIG_FILE)}
+    texts = {CONFIG_FILE: config, **(beside or {})}
+    targets = {name: out / name for name in (MODEL_FILE, *texts)}
     new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}
-    old = out / f".{CONFIG_FILE}.{os.getpid()}.old"
+    old = {name: out / f".{name}.{os.getpid()}.old" for name in texts}
     try:
         require(not out.exists() or out.is_dir(), f"{out}: is a file; name a folder")
         for target in targets.values():
             require(not target.is_dir(), f"{target}: is a folder; remove it or write elsewhere")
         out.mkdir(parents=True, exist_ok=True)
         write_synced(new[MODEL_FILE], write_model)
-        write_synced(new[CONFIG_FILE], lambda sink: sink.write(config))
-        if targets[CONFIG_FILE].exists():
-            previous = targets[CONFIG_FILE].read_bytes()
-            write_synced(old, lambda sink: sink.write(previous))
+        for name, text in texts.items():
+            write_synced(new[name], lambda sink, text=text: sink.write(text))
+            if targets[name].exists():
+                previous = targets[name].read_bytes()
+                write_synced(old[name], lambda sink, previous=previous: sink.write(previous))
         try:
-            os.replace(new[CONFIG_FILE], targets[CONFIG_FILE])
-            os.replace(new[MODEL_FILE], targets[MODEL_FILE])
+            for name in (*texts, MODEL_FILE):
+                os.replace(new[name], targets[name])
         except BaseException:
-            if old.exists():
-                os.replace(old, targets[CONFIG_FILE])
-            else:
-                targets[CONFIG_FILE].unlink(missing_ok=True)
+            for name in texts:
+                if old[name].exists():
+                    os.replace(old[name], targets[name])
+                else:
+                    targets[name].unlink(missing_ok=True)
             raise
         sync_folder(out)  # the renames themselves must survive a power cut
     except OSError as error:
         why = f"cannot be written ({error.strerror or one_line(error)})"
         raise ValueError(f"{out}: {why}; choose another place or free space") from None
     finally:
-        for leftover in (*new.values(), old):
+        for leftover in (*new.values(), *old.values()):
             with suppress(OSError):
                 leftover.unlink()
 

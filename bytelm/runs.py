@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from bytelm import data
-from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
 from bytelm.export import CONFIG_FILE, LIBRARY, MODEL_FILE
 from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
@@ -185,6 +185,17 @@ class RunLock:
         except OSError:  # a network file system that cannot
             return True
         return True
+
+
+def export_note(model: ModelConfig) -> str | None:
+    """What to say before training a model that transformers knows by its name but cannot express.
+
+    None for every other model.
+    """
+    if model.transformers_type is None or model.transformers_problem is None:
+        return None
+    known, problem = model.transformers_type, model.transformers_problem
+    return f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"
 
 
 def require_lock(taken: bool, run_dir: Path) -> None:

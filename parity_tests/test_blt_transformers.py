@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
+from bytelm.sampling import SamplerConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
 from bytelm_jax.interop import hf_blt as convert_blt
@@ -33,6 +34,7 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.checkpoint import load_run
+from bytelm_torch.inference.generate import generate
 from bytelm_torch.layers import rotary as torch_rotary
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
@@ -219,6 +221,27 @@ def test_weights_there_and_back_bit_for_bit(dtype, tmp_path):
     for key, value in to_torch(params).items():
         assert value.tobytes() == to_torch(again)[key].tobytes(), key
     assert blt_config_from_hf(model.config.to_dict()) == config
+
+
+def test_transformers_alone_generates_from_an_export(tmp_path):
+    config, params = import_hf_blt(save(reference("plain"), tmp_path / "theirs"))
+    export_hf_blt(config, params, tmp_path / "ours")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    text = "".join(map(chr, range(300))) + " <s></s><pad> two  spaces \U0001f600\n"
+    ids = tokenizer(text).input_ids
+    assert ids == [1, *(byte + 4 for byte in text.encode())]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert tokenizer.decode([1, 2, 3]) == "<s></s><pad>" and tokenizer.padding_side == "left"
+    model = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    greedy, twin = SamplerConfig(sampler="greedy"), make_twin(config, params)
+    for prompt in ("In Xanad", "\u00fc"):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        made = model.generate(**inputs, max_new_tokens=9, do_sample=False)[0]
+        expected = generate(twin, [prompt.encode()], 9, greedy)[0]
+        assert [i - 4 for i in made[inputs.input_ids.shape[1] :].tolist()] == list(expected)
+    settings = model.generation_config
+    assert settings.use_cache is False and settings.suppress_tokens == [0, 1, 3]
+    assert (settings.bos_token_id, settings.eos_token_id, settings.pad_token_id) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

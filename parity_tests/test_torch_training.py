@@ -33,6 +33,7 @@ from bytelm.config import (
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
+from bytelm.runs import export_note
 from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training import loop as jax_train
@@ -42,6 +43,7 @@ from bytelm_torch.training import parallel
 from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
 from parity_tests import tolerances
+from parity_tests.hf_models import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 MODEL = MegabyteConfig(
@@ -74,6 +76,18 @@ def corpus(tmp_path_factory):
         text = b" ".join(bytes(source.integers(97, 105, 5, np.uint8)) for _ in range(20))
         (folder / name).write_bytes(text)
     return folder
+
+
+def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path, capsys):
+    recipe = torch_recipe(corpus, steps=1)
+    model = replace(CONFIGS["blt"], patcher="space")
+    assert export_note(recipe.model) is None and export_note(CONFIGS["entropy"]) is None
+    public = replace(model, patcher="byte")
+    assert public.transformers_problem is None and export_note(public) is None
+    train.train(replace(recipe, model=model), tmp_path)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith("train: note: `bytelm export --format hf-blt` cannot write this model (")
+    assert "(patcher='space': transformers only has 'entropy' and 'byte')" in line
 
 
 def torch_recipe(corpus, **changes):

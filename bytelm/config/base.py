@@ -137,6 +137,11 @@ class ArchitectureConfig:
     vocab: ByteVocab
 
     @property
+    def transformers_problem(self) -> str | None:
+        """Why transformers has no such model, naming the field; None if it has."""
+        return f"architecture={self.architecture!r}: transformers has no such model"
+
+    @property
     def longest_input(self) -> int | None:
         """The longest row in bytes; None if there is no limit."""
         return None

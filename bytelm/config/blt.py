@@ -205,10 +205,14 @@ class BLTConfig(ArchitectureConfig):
     def _check_ngrams(self) -> None:
         least, most = min(self.ngram_sizes, default=1), len(HASH_PRIMES)
         require(least >= 1, f"ngram_sizes={self.ngram_sizes}: sizes must be at least 1")
-        functions, rows = self.ngram_functions, self.ngram_rows
+        functions, rows, tables = self.ngram_functions, self.ngram_rows, self.ngram_tables
         require(functions <= most, f"ngram_functions={functions}: must be at most {most}")
-        tables = self.ngram_tables
         require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
+
+    @property
+    def transformers_problem(self) -> str | None:
+        """Why transformers has no such model, naming the field; None if it has."""
+        return _transformers_problem(self)
 
     @property
     def parity_length(self) -> int:
@@ -372,6 +376,27 @@ class PatchingContract:
     def mean_length(self) -> float:
         """Mean length of a patch in bytes."""
         return self.sampled_bytes / sum(self.histogram)
+
+
+def _transformers_problem(c: BLTConfig) -> str | None:
+    ids = (c.vocab.offset, c.vocab.bos_id, c.vocab.eos_id)
+    plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
+    plain |= {"positions": "rotary", "reset_on": "none"}
+    if c.patcher not in ("entropy", "byte"):
+        return f"patcher={c.patcher!r}: transformers only has 'entropy' and 'byte'"
+    if c.patcher == "entropy" and c.whole_characters:
+        return "whole_characters=True: transformers has no such rule; set it to False"
+    if ids != (4, 1, 2):
+        return f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)"
+    for name, known in plain.items():
+        value = getattr(c, name)
+        if value != known:
+            return f"{name}={value!r}: transformers only supports {known!r}"
+    if c.ngram_tables == 0:
+        return "ngram_sizes=(): transformers needs at least one"
+    if c.dropout != 0:
+        return f"dropout={c.dropout}: transformers applies it elsewhere; set it to 0"
+    return None
 
 
 def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:

@@ -22,6 +22,7 @@ from jaxtyping import Array
 from bytelm import export
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
 from bytelm_jax.interop import convert
+from bytelm_jax.interop.hf_tokenizer import tokenizer_files
 from bytelm_jax.models import Params, abstract_params
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -264,25 +265,9 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
 
     Raises `ValueError`, naming the field, for settings that transformers cannot express.
     """
-    c, vocab = config, config.vocab
+    c, vocab, problem = config, config.vocab, config.transformers_problem
+    require(problem is None, str(problem))
     by_entropy = c.patcher == "entropy"
-    require(
-        c.patcher in ("entropy", "byte"),
-        f"patcher={c.patcher!r}: transformers only has 'entropy' and 'byte'",
-    )
-    require(
-        not (by_entropy and c.whole_characters),
-        "whole_characters=True: transformers has no such rule; set it to False",
-    )
-    ids = (vocab.offset, vocab.bos_id, vocab.eos_id)
-    require(ids == (4, 1, 2), f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)")
-    plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
-    plain |= {"positions": "rotary", "reset_on": "none"}
-    for name, known in plain.items():
-        value = getattr(c, name)
-        require(value == known, f"{name}={value!r}: transformers only supports {known!r}")
-    require(c.ngram_tables > 0, "ngram_sizes=(): transformers needs at least one")
-    require(c.dropout == 0, f"dropout={c.dropout}: transformers applies it elsewhere; set it to 0")
     local = {"vocab_size": vocab.size, "hidden_size": c.local_dim}
     local |= {"cross_attn_k": c.patch_queries, "hidden_size_global": c.global_dim}
     encoder = _stack(c.encoder_layers, c.encoder_heads, c.encoder_kv_heads, c.encoder_hidden_dim)
@@ -306,6 +291,8 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
         "encoder_hash_byte_group_vocab": c.ngram_rows,
         "encoder_hash_byte_group_nb_functions": c.ngram_functions,
         "tie_word_embeddings": False,
+        "use_cache": False,  # with its cache, transformers' generate fails on these models
+        **_special_ids(vocab),
         **rope,
         "encoder_config": local | encoder | rope | {"cross_attn_all_layers": False},
         "decoder_config": local | decoder | rope | {"cross_attn_all_layers": True},
@@ -315,6 +302,17 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
         | {"sliding_window": e.window or None}
         | patcher_rope,
     }
+
+
+def _special_ids(vocab: ByteVocab) -> dict[str, int]:
+    return {f"{name}_token_id": getattr(vocab, f"{name}_id") for name in ("bos", "eos", "pad")}
+
+
+def generation_config_of(vocab: ByteVocab) -> dict[str, Any]:
+    """The `generation_config.json` of transformers: no cache, and bytes or the end alone."""
+    bytes_or_end = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
+    silent = [i for i in range(vocab.size) if i not in bytes_or_end]
+    return {"use_cache": False, "suppress_tokens": silent, **_special_ids(vocab)}
 
 
 def _stack(layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, Any]:
@@ -371,7 +369,8 @@ def _placed(name: str, array: np.ndarray) -> Array:
 def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     """Writes a folder that `BltForCausalLM.from_pretrained` loads; creates it if necessary.
 
-    Both files are written completely or not at all. Raises `ValueError` if `params` do not match
+    `AutoTokenizer.from_pretrained` finds its tokenizer there, and `generate` its settings. All
+    files are written completely or none of them. Raises `ValueError` if `params` do not match
     `config` or are not finite, if transformers cannot express it, or if `out` cannot be written.
     """
     known = config.transformers_type
@@ -384,7 +383,10 @@ def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     dtype = params["to_logits.kernel"].dtype.name
     fields = blt_config_to_hf(config, dtype)
     write = partial(convert.write_params, renamed, export.sum_of_json(fields))
-    export.replace_export(Path(out), write, export.config_text(fields))
+    beside = {"generation_config.json": generation_config_of(config.vocab)}
+    beside |= tokenizer_files(config.vocab)
+    texts = {name: export.config_text(content) for name, content in beside.items()}
+    export.replace_export(Path(out), write, export.config_text(fields), texts)
 
 
 def _shards(folder: Path) -> list[Path]:

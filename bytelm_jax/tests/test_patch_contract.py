@@ -1,6 +1,8 @@
 """From an entropy model to a Byte Latent Transformer by the real commands, and the contract."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import random
 import shutil
@@ -68,7 +70,11 @@ def calibrated(entropy_run, text):
 def blt_run(calibrated, tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("runs") / "blt"
     source = ["--entropy-from", str(calibrated), "--data", str(text), "--run-dir", str(folder)]
-    assert cli.main([*BLT, "--steps", "3", "--warmup-steps", "1", *source]) == 0
+    with contextlib.redirect_stderr(io.StringIO()) as errors:
+        assert cli.main([*BLT, "--steps", "3", "--warmup-steps", "1", *source]) == 0
+    line = errors.getvalue().splitlines()[0]
+    assert line.startswith("bytelm train: note: `bytelm export --format hf-blt` cannot write this ")
+    assert "(whole_characters=True: " in line
     return folder
 
 

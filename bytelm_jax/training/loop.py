@@ -22,6 +22,7 @@ from bytelm.metrics import METRIC, MetricsLog
 from bytelm.runs import (
     Outcome,
     RunLock,
+    export_note,
     keep_rules,
     open_windows,
     prepare_run_dir,
@@ -146,6 +147,8 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
         )
+        if not start and (note := export_note(recipe.model)):
+            display.say(note)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
             if not len(held_out):

@@ -42,6 +42,7 @@ from bytelm.runs import (
     DivergedError,
     Outcome,
     RunLock,
+    export_note,
     keep_rules,
     load_recipe,
     open_windows,
@@ -146,6 +147,8 @@ def _train(
     if first:
         log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
         save_recipe(run_dir, recipe)  # nothing is refused any more
+        if not start and (note := export_note(recipe.model)):
+            print(f"train: {note}", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
     display = ProgressLines(run.steps, first)
