@@ -208,7 +208,7 @@ def test_a_fine_tuned_model_goes_back_into_jax(folders, tmp_path):
     )
     texts = [tokenizer(text) for text in ("hello world, hello", "the quick brown fox", "abc") * 9]
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    trainer = Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)  # pyright: ignore
+    trainer = Trainer(model=model, args=arguments, train_dataset=texts, data_collator=collator)
     trainer.train()
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
     assert losses[-1] < losses[0] - 1

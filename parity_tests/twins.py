@@ -15,7 +15,7 @@ from bytelm_jax.parity.twins import make_twin
 # weights large enough that every term of the model shows in the logits.
 MEGABYTES = {
     variant: MegabyteConfig(
-        variant=variant,  # pyright: ignore[reportArgumentType]
+        variant=variant,
         patch_size=4,
         global_dim=8,
         local_dim=16,

@@ -13,8 +13,8 @@ def fold_rows(keys: Key[Array, " B"] | None, site: int) -> Key[Array, " B"] | No
 
 
 def dropout(
-    x: Float[Array, "B *rest"], rate: float, keys: Key[Array, " B"] | None
-) -> Float[Array, "B *rest"]:
+    x: Float[Array, " B *rest"], rate: float, keys: Key[Array, " B"] | None
+) -> Float[Array, " B *rest"]:
     """Zeroes each value with probability `rate` and scales the others by 1 / (1 − rate).
 
     `keys` holds one key per row of the batch; None means evaluation and returns `x` itself.

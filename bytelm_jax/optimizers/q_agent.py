@@ -68,10 +68,10 @@ class QLearningState(NamedTuple):
     reference: Scalar
     fall: Scalar
     last_fall: Scalar
-    norms: Float[Array, "window"]
+    norms: Float[Array, " window"]
     means: Float[Array, "2"]
     variances: Float[Array, "2"]
-    baselines: Float[Array, "trends"]
+    baselines: Float[Array, " trends"]
     trend: Scalar
     stability: Scalar
     reward: Scalar

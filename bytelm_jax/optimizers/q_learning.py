@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -329,7 +330,7 @@ def _clip_scale(norm: Scalar, settings: _Settings) -> Scalar:
     return jnp.where(most > 0, scale, 1.0)
 
 
-def _entropy_scale(squares: Float[Array, "leaves"], settings: _Settings) -> Scalar:
+def _entropy_scale(squares: Float[Array, " leaves"], settings: _Settings) -> Scalar:
     """Gradients concentrated in few leaves take smaller steps, down to half."""
     threshold = jnp.asarray(settings.entropy_threshold, squares.dtype)
     if _is_zero(settings.entropy_threshold) or squares.shape[0] < 2:
@@ -406,7 +407,7 @@ def _scalar(value: ArrayLike | None, dtype: DTypeLike) -> Scalar:
     return jnp.asarray(value).astype(dtype)
 
 
-def _square_norms(leaves: list[Array], dtype: DTypeLike) -> Float[Array, "leaves"]:
+def _square_norms(leaves: list[Array], dtype: DTypeLike) -> Float[Array, " leaves"]:
     wide = [leaf.astype(_wide(leaf.dtype)) for leaf in leaves]
     return jnp.array([jnp.sum(jnp.square(leaf)) for leaf in wide], dtype)
 
@@ -439,7 +440,7 @@ def _check_injected(state: optax.OptState) -> None:
     for node in jax.tree.leaves(state, is_leaf=_is_injected):
         for name in ("learning_rate", "weight_decay"):
             value = node.hyperparams.get(name) if _is_injected(node) else None
-            if value is not None and not isinstance(value, jax.core.Tracer):
+            if value is not None and not isinstance(value, Tracer):
                 require_amount(name, float(value))
 
 

@@ -17,7 +17,7 @@ from bytelm_jax.models import abstract_params as trace_params
 
 CONFIGS = {
     variant: MegabyteConfig(
-        variant=variant,  # pyright: ignore[reportArgumentType]
+        variant=variant,
         patch_size=2,
         global_dim=4,
         local_dim=8,

@@ -480,8 +480,8 @@ def test_bad_numbers_of_a_wrapped_optimizer_are_named():
             q_learning(inner).init(params)
     with pytest.raises(ValueError, match="seed=4294967296: choose one from 0"):
         q_learning(optax.adamw(0.1), seed=2**32)
-    keys = [q_learning_sgd(0.1, seed=seed).init(params).agent.key for seed in (0, 2**32 - 1)]
-    assert [key.tolist() for key in keys] == [[0, 0], [0, 2**32 - 1]]
+    states: Any = [q_learning_sgd(0.1, seed=seed).init(params) for seed in (0, 2**32 - 1)]
+    assert [state.agent.key.tolist() for state in states] == [[0, 0], [0, 2**32 - 1]]
 
 
 def test_what_update_and_metrics_need_is_named():

@@ -47,7 +47,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refused = self._refused(scope)
+        refused, body = self._refused(scope), b""
         if refused is None:
             body = await self._body(receive)
             refused = body if isinstance(body, tuple) else self._refused_call(scope, body)

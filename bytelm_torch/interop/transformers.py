@@ -177,13 +177,13 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         vocab = native.vocab
         known = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
         silent = [i for i in range(vocab.size) if i not in known]
-        self.generation_config.suppress_tokens = silent  # pyright: ignore[reportOptionalMemberAccess]
+        self.generation_config.suppress_tokens = silent
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: `build_model` initialised every parameter."""
 
     @classmethod
-    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any
     ) -> Any:
         """As in transformers, but never in part: raises `ValueError` for the first tensor that is
@@ -274,7 +274,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
             )
             counted = (wanted != _IGNORED).sum().clamp(min=1) if items is None else items
             loss = nats / counted + output.extra_loss.mean()
-        return CausalLMOutputWithPast(loss=loss, logits=logits)  # pyright: ignore[reportArgumentType]
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     def _prepare_position_ids_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, *_: Any

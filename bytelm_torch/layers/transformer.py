@@ -125,7 +125,7 @@ class Transformer(nn.Module):
             if remat:
                 x, cache = checkpoint(
                     layer, x, rope, patch_entropy, segment_starts, use_reentrant=False
-                )  # pyright: ignore[reportGeneralTypeIssues]
+                )
             else:
                 x, cache = layer(x, rope, patch_entropy, segment_starts)
             written.append(cache)

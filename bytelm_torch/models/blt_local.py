@@ -94,8 +94,8 @@ class Decoder(nn.Module):
         memory, read, written = self.split(patches), [], []
         for cross, layer in self._layers():
             if remat:
-                x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)  # pyright: ignore
-                x, cache = checkpoint(layer, x, rope, None, segment_starts, use_reentrant=False)  # pyright: ignore
+                x, vectors = checkpoint(cross.read, x, memory, read_of, use_reentrant=False)
+                x, cache = checkpoint(layer, x, rope, None, segment_starts, use_reentrant=False)
             else:
                 x, vectors = cross.read(x, memory, read_of)
                 x, cache = layer(x, rope, None, segment_starts)

@@ -164,7 +164,7 @@ class LFByteTransformer(PatchedModel, nn.Module):
         routings = []
         for layer in self.layers:
             again = functools.partial(checkpoint, layer, use_reentrant=False)
-            x, routing = (again if remat else layer)(x, segment_positions)  # pyright: ignore[reportGeneralTypeIssues]
+            x, routing = (again if remat else layer)(x, segment_positions)
             routings.append(routing)
         logits = self._to_logits(x)
         if not c.sparse:

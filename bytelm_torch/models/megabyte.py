@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self, x: Float[Tensor, "*batch T D"], remat: bool = False, scope: Scope | None = None
     ) -> Float[Tensor, "*batch T D"]:
         for block in self.layers:
-            x = checkpoint(block, x, scope, use_reentrant=False) if remat else block(x, scope)  # pyright: ignore[reportAssignmentType]
+            x = checkpoint(block, x, scope, use_reentrant=False) if remat else block(x, scope)
         return x
 
     def extend(

@@ -69,10 +69,10 @@ class QLearningState(NamedTuple):
     reference: Scalar
     fall: Scalar
     last_fall: Scalar
-    norms: Float[Tensor, "window"]
+    norms: Float[Tensor, " window"]
     means: Float[Tensor, "2"]
     variances: Float[Tensor, "2"]
-    baselines: Float[Tensor, "trends"]
+    baselines: Float[Tensor, " trends"]
     trend: Scalar
     stability: Scalar
     reward: Scalar

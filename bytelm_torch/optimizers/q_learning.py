@@ -138,7 +138,7 @@ class EnhancedSGD(torch.optim.Optimizer):
         return self._agent
 
     @torch.no_grad()
-    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
     ) -> Any:
         """One step; the loss is what `closure` returns, or `loss`. Returns it."""
@@ -248,7 +248,7 @@ class QLearning(torch.optim.Optimizer):
         self.agent = init_agent(controller, self._initial_momentum, seed, dtype, place)
 
     @torch.no_grad()
-    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(
         self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
     ) -> Any:
         """One step; the loss is what `closure` returns, or `loss`. Returns it."""
@@ -406,7 +406,7 @@ def _clip_scale(norm: Scalar, settings: _Settings) -> Scalar:
     return (settings.max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
 
 
-def _entropy_scale(squares: Float[Tensor, "leaves"], settings: _Settings) -> Scalar:
+def _entropy_scale(squares: Float[Tensor, " leaves"], settings: _Settings) -> Scalar:
     """Gradients concentrated in few leaves take smaller steps, down to half."""
     if settings.entropy_threshold == 0 or len(squares) < 2:
         return torch.ones_like(squares[0])
