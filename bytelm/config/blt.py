@@ -243,17 +243,14 @@ class BLTConfig(ArchitectureConfig):
 
         Raises `ValueError` for n-gram embeddings, whose hashes depend on ids.
         """
-        require(
-            self.ngram_tables == 0,
-            f"vocab: a model with ngram_sizes={self.ngram_sizes} hashes ids, and other ids "
-            "would select other rows; keep its vocabulary",
-        )
+        why = "hashes ids, and other ids would select other rows; keep its vocabulary"
+        given = f"vocab: a model with ngram_sizes={self.ngram_sizes}"
+        require(self.ngram_tables == 0, f"{given} {why}")
         return replace(self, vocab=vocab, entropy=replace(self.entropy, vocab=vocab))
 
     def with_resets(self, reset_on: Any) -> BLTConfig:
         """This configuration and its entropy model with segments that start as `reset_on` says."""
-        entropy = replace(self.entropy, reset_on=reset_on)
-        return replace(self, reset_on=reset_on, entropy=entropy)
+        return replace(self, reset_on=reset_on, entropy=replace(self.entropy, reset_on=reset_on))
 
     @property
     def ngram_tables(self) -> int:

@@ -144,7 +144,7 @@ def test_cells_as_literals():
         ("b1 o", "\\x00"),
     ]
     assert inside[1].count("<br>") == 1
-    assert 'title="byte c3, surprise 2.00 bits, entropy 1.00 bits"' in inside
+    assert 'title="byte c3, surprise 2.00 bits, entropy 1.00 bits"' in inside[1]
     assert ".b16{background:rgb(240,120,138)}" in app.style_sheet()
 
 

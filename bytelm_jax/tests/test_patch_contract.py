@@ -242,7 +242,7 @@ def test_thresholds_as_literals():
 
 def test_scores_and_histogram_follow_the_patcher_s_rules():
     """Whole characters, two starts in any case, no patch in the padding; lengths by hand."""
-    config = BLTConfig(patcher="space", ngram_sizes=())
+    config = BLTConfig(patcher="word", ngram_sizes=())
     vocab = config.vocab
 
     class Rows(data.Windows):

@@ -29,9 +29,9 @@ class _Shuffled:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, position: SupportsIndex) -> Int32[np.ndarray, " T"]:
+    def __getitem__(self, index: SupportsIndex) -> Int32[np.ndarray, " T"]:
         count = len(self._windows)
-        return self._windows[shuffled_index(operator.index(position), count, self._seed)]
+        return self._windows[shuffled_index(operator.index(index), count, self._seed)]
 
 
 def training_batches(

@@ -398,10 +398,8 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     model = getattr(model, "_orig_mod", model)  # what torch.compile put around it
     native = getattr(model, "config", None)
     kinds = {kind.config_class.native: kind for kind in _CLASSES}
-    require(
-        type(native) in kinds,
-        f"model={type(model).__name__}: has no class of transformers here; give one of build_model",
-    )
+    why = "must be of build_model, and its architecture one of this module's"
+    require(type(native) in kinds, f"model={type(model).__name__}: {why}")
     chosen: Any = kind or kinds[type(native)]
     with torch.device("meta"):
         made = chosen(chosen.config_class(bytelm=export.describe(model)))
