@@ -105,25 +105,28 @@ def make_environment(folder, names):
     venv.create(folder, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     for name in with_what_they_need(names):
-        for file in distribution(name).files or []:
-            top = file.parts[0]
+        found = distribution(name)  # its `files` takes seconds for the many files of torch
+        record = (found.read_text("RECORD") or "").splitlines()
+        for top in {line.partition(",")[0].partition("/")[0] for line in record}:
             if top not in ("..", "__pycache__") and not top.endswith(".pth"):
-                link, target = site / top, distribution(name).locate_file(top)
+                link = site / top
                 if not link.exists():
-                    link.symlink_to(target)
+                    link.symlink_to(found.locate_file(top))
     return folder / "bin"
 
 
 def run(*command):
     """What a command prints; nothing of this checkout is in its path."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=kept, cwd="/", capture_output=True, text=True, timeout=300)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, env=environment, cwd="/", capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def install(wheel, binaries, *options):
-    pip = [sys.executable, "-m", "pip", "--python", binaries / "python", "install", "--no-index"]
+    pip = [binaries / "python", distribution("pip").locate_file("pip"), "install", "--no-index"]
     run(*pip, "--quiet", "--no-compile", "--disable-pip-version-check", *options, wheel)
 
 
