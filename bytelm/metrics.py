@@ -71,9 +71,10 @@ class MetricsLog:
         self._trackers = trackers
         with _writing(path):
             if path.exists() and str(path) != os.devnull:
-                damaged = [line for line in _lines(path) if isinstance(line, str)]
-                read = [line for line in _lines(path) if isinstance(line, dict)]
-                self.records = [record for record in read if record["step"] <= step]
+                lines = list(_lines(path))
+                damaged = [line for line in lines if isinstance(line, str)]
+                records = [line for line in lines if isinstance(line, dict)]
+                self.records = [record for record in records if record["step"] <= step]
                 if damaged:
                     aside = path.with_name(path.name + ".damaged")
                     os.replace(path, aside)

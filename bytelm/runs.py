@@ -151,7 +151,7 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
     """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
-    if (run_dir / "config.json").exists():
+    if (run_dir / CONFIG_FILE).exists():
         check_same_run(load_recipe(run_dir), recipe, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from bytelm.config import PatchingContract, Recipe, from_dict, require, to_dict
+from bytelm.config import Recipe, require, to_dict
+from bytelm.export import patching_of
 from bytelm.leaves import is_norm
 from bytelm.runs import read_export
 from bytelm_jax.interop import convert, formats
@@ -46,8 +47,7 @@ def _read_model(export: Path, dtype: DTypeLike | None) -> Model:
         return array if dtype is None else array.astype(_dtype_of(name, dtype))
 
     config, params = convert.load_export(export, cast)
-    stored = formats.stored_extra(export).get("patching")
-    contract = None if stored is None else from_dict(PatchingContract, stored, "extra.patching")
+    contract = patching_of(formats.stored_extra(export))
     return model_of(Recipe(name="pretrained", model=config, patching=contract), params)
 
 
