@@ -165,6 +165,11 @@ def test_logits_of_16_bits_are_not_rounded(with_bias):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_gelu_of_every_16_bit_number_errs_by_its_rounding(dtype):
+    try:
+        jnp.zeros(8, dtype).astype("float32")
+    except jax.errors.JaxRuntimeError as error:  # float16 below F16C, as --xla_cpu_max_isa=SSE4_2
+        assert "Failed to materialize symbols" in str(error)
+        pytest.skip(f"XLA cannot compile {dtype} for this processor")
     kind = jnp.finfo(dtype)
     x = np.arange(1 << 16, dtype=np.uint16).view(jnp.dtype(dtype))
     x = x[np.isfinite(x.astype("float32"))]
