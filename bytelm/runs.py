@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from bytelm import data
 from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
@@ -217,6 +217,21 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
                     f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
                     "keep that value or choose another run_dir"
                 )
+
+
+def what_a_run_is(recipe: Recipe) -> dict[str, Any]:
+    """Every field of the recipe, as `section.field`, that processes of one run must have alike.
+
+    Paths are not among them: what they hold is compared, not how it is called.
+    """
+    sections = {"model": recipe.model, "optimizer": recipe.optimizer}
+    sections |= {"data": recipe.data, "train": recipe.train}
+    return {
+        f"{section}.{name}": value
+        for section, config in sections.items()
+        for name, value in to_dict(config).items()
+        if name != "paths"
+    }
 
 
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import checkpoint
+from bytelm_jax.training.processes import HUNG
 from parity_tests import tolerances
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch" / "local"
@@ -114,7 +116,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, t
     while not (log.exists() and any(r["step"] >= 3 for r in read_metrics(log))):
         assert started.poll() is None and time.monotonic() < deadline, finish(started)
         time.sleep(0.01)
-    os.kill(second_of(started.pid), signal.SIGTERM)
+    os.kill(process_of(started.pid, 1), signal.SIGTERM)
     out = finish(started)
     stopped = re.search(r"stopped: step (\d+) is saved in", out)
     assert stopped
@@ -127,14 +129,58 @@ def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, t
     assert_equal_runs(run_dir, one_device)
 
 
-def second_of(launcher):
-    """The process id of process 1."""
+def test_a_process_that_loses_the_first_says_so_and_asks_to_be_started_again(text, tmp_path):
+    started = two_processes(tmp_path / "run", text, "--steps", "100000", "--checkpoint-every", "1")
+    deadline = time.monotonic() + DEADLINE
+    while not (tmp_path / "run" / "checkpoints" / "2").exists():
+        assert started.poll() is None and time.monotonic() < deadline, finish(started)
+        time.sleep(0.01)
+    first, second = (process_of(started.pid, index) for index in (0, 1))
+    os.kill(started.pid, signal.SIGSTOP)  # so that nobody else asks for the second one's status
+    os.kill(first, signal.SIGKILL)
+    while (status := status_of(second)) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGCONT)
+    out, _ = started.communicate(timeout=DEADLINE)
+    assert status == HUNG << 8, out
+    assert re.search(r"^\[1\] bytelm train: process 1 lost contact with another one", out, re.M)
+
+
+def status_of(process):
+    """How a process that nobody has waited for has ended, None while it runs."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[-1]) if fields[0] == "Z" else None
+
+
+def test_processes_that_disagree_end_before_anything_is_written(text, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "bytelm_jax.cli", "train", *RUN, "--data", str(text)]
+    command += ["--run-dir", str(tmp_path / "run"), "--coordinator", where, "--num-processes", "2"]
+    started = [
+        subprocess.Popen(
+            [*command, "--process-id", str(index), "--seed", str(index), "--batch-size", "16"],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in (0, 1)
+    ]
+    for process in started:
+        _, err = process.communicate(timeout=DEADLINE)
+        assert process.returncode == 2
+        assert "bytelm train: train.seed=1 in process 1, 0 in process 0: start all" in err
+    assert not (tmp_path / "run").exists()
+
+
+def process_of(launcher, index):
+    """The process id of one of the processes that `scripts/launch/local` started."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             words = (folder / "cmdline").read_bytes().split(b"\0")
             parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if int(parent) == launcher and words[-3:-1] == [b"--process-id", b"1"]:
+        if int(parent) == launcher and words[-3:-1] == [b"--process-id", b"%d" % index]:
             return int(folder.name)
-    raise AssertionError("process 1 is not there")
+    raise AssertionError(f"process {index} is not there")

@@ -23,10 +23,11 @@ from bytelm_jax.training.reporter import DivergedError
 def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -> int:
     """Trains; `epochs` replaces the recipe's number of steps. Returns the exit code."""
     join_processes(joining, "train")
-    recipe = _with_epochs(recipe, epochs) if epochs else recipe
+    with processes.agreement():
+        recipe = _with_epochs(recipe, epochs) if epochs else recipe
+        estimates.require_memory(recipe)
     # Orbax raises errors of its threads again, here; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
-    estimates.require_memory(recipe)
     try:
         outcome = train(recipe, run_dir)
     except DivergedError as error:

@@ -1,5 +1,6 @@
 """Joining, stopping and the watchdog of a run's processes, without other processes."""
 
+import contextlib
 import json
 import os
 import signal
@@ -37,6 +38,32 @@ def test_several_tasks_of_a_launcher_are_not_one_run_by_accident(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match=r"SLURM_STEP_NUM_TASKS=4: .* add --distributed"):
         processes.check_alone()
+
+
+@pytest.mark.parametrize(
+    ("others", "says"),
+    [
+        ({"data": '"a"'}, ""),
+        ({"data": '"b"'}, r'^data="b" in process 1, "a" in process 0: start all'),
+        ({"lr": "1", "data": '"a"'}, "^lr=1 in process 1, nothing in process 0: start all"),
+        ({"error": "text.txt: is gone"}, "^process 1: text.txt: is gone$"),
+    ],
+)
+def test_processes_go_on_only_if_they_agree(others, says, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_exchange", lambda found: [found, others])
+    refused = pytest.raises(ValueError, match=says) if says else contextlib.nullcontext()
+    with refused, processes.agreement() as found:
+        found["data"] = "a"
+
+
+def test_a_process_tells_the_others_of_its_error_and_raises_it(monkeypatch):
+    told = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "_exchange", told.append)
+    with pytest.raises(OSError, match="no such disk"), processes.agreement():
+        raise OSError("no such disk")
+    assert told == [{"error": "no such disk"}]
 
 
 def test_a_signal_is_heard_when_it_is_asked_for():

@@ -28,6 +28,7 @@ from bytelm.runs import (
     prepare_run_dir,
     require_lock,
     save_recipe,
+    what_a_run_is,
 )
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
@@ -83,23 +84,23 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
 
 
 def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock) -> Outcome:
-    require_prediction(recipe.model)
-    require_document_ends(recipe)
-    require_length(recipe)
-
-    # ---- setup ----
-    check_trackers(recipe.train.track)
-    recipe = keep_rules(run_dir, recipe)
-    recipe = patch_contract.adopt(recipe, run_dir)
+    # ---- setup and data, the same in every process ----
+    with processes.agreement() as found:
+        require_prediction(recipe.model)
+        require_document_ends(recipe)
+        require_length(recipe)
+        check_trackers(recipe.train.track)
+        recipe = keep_rules(run_dir, recipe)
+        recipe = patch_contract.adopt(recipe, run_dir)
+        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        meshes.check_batch(mesh, recipe.train)
+        windows, held_out, identity = open_windows(recipe)
+        found |= processes.installation() | what_a_run_is(recipe)
+        found |= {"run_dir": str(run_dir), "data": identity, "mesh": meshes.describe(mesh)}
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
-    mesh = meshes.make_mesh(run.devices, run.fsdp)
-    meshes.check_batch(mesh, run)
     part = meshes.process_slice(mesh)
     first = processes.is_first()
-
-    # ---- data ----
-    windows, held_out, identity = open_windows(recipe)
 
     # ---- model and step ----
     prepare_run_dir(run_dir, recipe)

@@ -55,6 +55,11 @@ def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
     return mesh
 
 
+def describe(mesh: Mesh) -> list[list[int]]:
+    """The sizes of the axes, and the devices in order: equal where two processes' meshes are."""
+    return [list(mesh.devices.shape), [device.id for device in mesh.devices.flat]]
+
+
 def _process_rows(mesh: Mesh) -> int | None:
     """Which of the processes' equal, contiguous parts of every batch is this one's, if any."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()

@@ -6,9 +6,12 @@ system. A run of one process needs none of this, and every function here works w
 """
 
 import contextlib
+import ctypes
 import errno
+import hashlib
 import json
 import os
+import platform
 import signal
 import socket
 import sys
@@ -23,13 +26,22 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+import bytelm
 from bytelm import progress
-from bytelm.files import read_json
+from bytelm.files import one_line, read_json
 
 T = TypeVar("T")
 
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+
 HUNG = 75
 """Exit status of a process that gave up waiting: EX_TEMPFAIL, start again."""
+
+_EXCHANGED = 2**16
+"""Bytes that each process tells the others when they compare what they have."""
+
+_ERROR = "error"
+"""The entry that stands for all others where a process has failed."""
 
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """Variables in which launchers that JAX knows give the number of processes they started."""
@@ -51,6 +63,8 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
                 "second from 0 to one less than the first"
             )
     listens = _listening_address(coordinator) if coordinator and index == 0 else None
+    if coordinator:
+        _on_abort(2, f"process_id={index}: could not join; give each process another process_id")
     try:
         jax.distributed.initialize(
             coordinator or None, processes or None, index, coordinator_bind_address=listens
@@ -62,6 +76,29 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
         where = coordinator or "the coordinator that the cluster named"
         line = str(error).strip().splitlines()[0]
         raise ValueError(f"{where}: the processes did not come together ({line})") from error
+    if jax.process_count() > 1:
+        _on_abort(
+            HUNG,
+            f"process {jax.process_index()} lost contact with another one; run the same command to "
+            "continue from the last checkpoint",
+        )
+
+
+def _on_abort(status: int, line: str) -> None:
+    """Ends this process with `status` and a line where JAX would end it by SIGABRT.
+
+    JAX's own thread aborts when a process cannot join or another one has died. Python's handlers
+    run in the main thread, which waits for the others and returns no more; so this one is C's.
+    """
+
+    def end(_: int) -> None:
+        os.write(2, f"bytelm train: {line}\n".encode())
+        os._exit(status)
+
+    _on_abort.handler = _Handler(end)  # pyright: ignore[reportFunctionMemberAccess]  # kept alive
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, _Handler), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, _on_abort.handler)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _listening_address(coordinator: str) -> str | None:
@@ -105,6 +142,60 @@ def check_alone() -> None:
 def is_first() -> bool:
     """Whether this process writes what is to be written only once."""
     return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def agreement() -> Iterator[dict[str, Any]]:
+    """A block after which the processes go on only if all of them found the same.
+
+    What is compared are the entries of the dictionary that the block fills, of JSON values. Raises
+    `ValueError` in all processes where an entry differs, and where one of them left the block with
+    an error, which that process raises itself. With one process nothing is done.
+    """
+    found: dict[str, Any] = {}
+    try:
+        yield found
+    except (ValueError, OSError) as error:
+        if jax.process_count() > 1:
+            _exchange({_ERROR: one_line(error)})
+        raise
+    if jax.process_count() == 1:
+        return
+    everyone = _exchange({name: _short(value) for name, value in found.items()})
+    for index, theirs in enumerate(everyone):
+        if _ERROR in theirs:
+            raise ValueError(f"process {index}: {theirs[_ERROR]}")
+    for index, theirs in enumerate(everyone):
+        for name in {**everyone[0], **theirs}:
+            ours, other = (each.get(name, "nothing") for each in (everyone[0], theirs))
+            if ours != other:
+                raise ValueError(
+                    f"{name}={other} in process {index}, {ours} in process 0: start all processes "
+                    "with one command, on the same data, from the same installation"
+                )
+
+
+def installation() -> dict[str, str]:
+    """What computes: versions, and a digest of this library's own source files."""
+    digest, root = hashlib.sha256(), Path(__file__).parents[2]
+    for path in sorted(p for name in ("bytelm", "bytelm_jax") for p in (root / name).rglob("*.py")):
+        digest.update(path.read_bytes())
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    return {**versions, "bytelm": bytelm.__version__, "code": digest.hexdigest()[:12]}
+
+
+def _short(value: Any) -> str:
+    """A value as text that is equal where the values are, and fits a line."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _exchange(found: dict[str, str]) -> list[dict[str, str]]:
+    """The dictionaries of all processes, in their order."""
+    text = json.dumps(found).encode()
+    assert len(text) <= _EXCHANGED, f"{len(text)} bytes"
+    padded = np.frombuffer(text.ljust(_EXCHANGED), np.uint8)
+    return [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
 
 
 def all_agree(yes: bool) -> bool:
