@@ -37,10 +37,10 @@ from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput
 
 
-class BLT(PatchedModel, nnx.Module):
+class BLT(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):

@@ -41,7 +41,7 @@ from bytelm_jax.layers.resets import (
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel, write_at
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput, write_at
 
 
 class LayerCache(NamedTuple):
@@ -129,7 +129,7 @@ class LFByteLayer(nnx.Module):
         return x + branch if self.config.block == "residual" else branch
 
 
-class LFByteTransformer(PatchedModel, nnx.Module):
+class LFByteTransformer(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
     With `causal=False` there is no shift, and every output may depend on every id.

@@ -21,10 +21,10 @@ from bytelm_torch.models import blt_decoding, patching
 from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 
 
-class BLT(PatchedModel, nn.Module):
+class BLT(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig):

@@ -41,7 +41,7 @@ from bytelm_torch.layers.resets import (
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 
 
 class LayerCache(NamedTuple):
@@ -125,7 +125,7 @@ class LFByteLayer(nn.Module):
         return x + branch if self.config.block == "residual" else branch
 
 
-class LFByteTransformer(PatchedModel, nn.Module):
+class LFByteTransformer(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
     With `causal=False` there is no shift, and every output may depend on every id.
