@@ -162,11 +162,6 @@ class BLT(ByteModel, nnx.Module):
 
     # Cached decoding: `models.blt_decoding`.
 
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
-
     def init_cache(self, batch: int, length: int) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""
         return blt_decoding.init_cache(self, batch, length)

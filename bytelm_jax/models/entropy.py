@@ -111,11 +111,6 @@ class EntropyModel(ByteModel, nnx.Module):
 
     # Cached decoding: one round is one byte.
 
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
-
     def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
         dtype = self.to_logits.kernel[...].dtype

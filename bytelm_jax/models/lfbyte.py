@@ -193,11 +193,6 @@ class LFByteTransformer(ByteModel, nnx.Module):
 
     # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
 
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
-
     def init_cache(self, batch: int, length: int) -> LFByteCache:
         """An empty cache for sequences of up to `length` bytes."""
         if not self.config.causal:

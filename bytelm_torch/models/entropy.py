@@ -95,11 +95,6 @@ class EntropyModel(ByteModel, nn.Module):
 
     # Cached decoding: one round is one byte.
 
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
-
     def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
         weight = self.to_logits.weight
