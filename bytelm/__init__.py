@@ -3,12 +3,8 @@
 from bytelm import recipes
 from bytelm.config import (
     AdamWConfig,
-    BLTConfig,
     ByteVocab,
-    EntropyConfig,
-    LFByteConfig,
     LionConfig,
-    MegabyteConfig,
     MuonConfig,
     OptimizerConfig,
     QLearningAdamWConfig,
@@ -16,18 +12,16 @@ from bytelm.config import (
     Recipe,
     SGDConfig,
 )
+from bytelm.config import models as _models
+from bytelm.config.models import *  # noqa: F403
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 
 __all__ = [
     "AdamWConfig",
-    "BLTConfig",
     "ByteTokenizer",
     "ByteVocab",
-    "EntropyConfig",
-    "LFByteConfig",
     "LionConfig",
-    "MegabyteConfig",
     "MuonConfig",
     "OptimizerConfig",
     "QLearningAdamWConfig",
@@ -35,9 +29,9 @@ __all__ = [
     "Recipe",
     "SGDConfig",
     "SamplerConfig",
-    "__version__",
     "recipes",
 ]
+__all__ += _models.__all__
 
 __version__: str
 

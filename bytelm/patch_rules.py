@@ -1,6 +1,10 @@
-"""What both packages know of patches: how far a patcher looks back, and entropies as integers."""
+"""What both packages know of patches: how far a patcher looks back, entropies as integers, bytes.
+
+A byte may be an array or a tensor of bytes: what is asked of it needs operators alone.
+"""
 
 import math
+from typing import Any
 
 from bytelm.config import BLTConfig
 
@@ -30,3 +34,21 @@ def look_back(config: BLTConfig) -> int:
     """The number of ids up to and including a byte that patcher and hashes need."""
     windows = WINDOWS if config.reads_histograms else ()
     return max((CONTEXT, *windows, *config.ngram_sizes))
+
+
+def is_space_like(byte: Any) -> Any:
+    """Whether a byte is neither a Latin letter, a digit nor a UTF-8 continuation byte."""
+    lower = byte | 0x20
+    letter = (lower >= ord("a")) & (lower <= ord("z"))
+    digit = (byte >= ord("0")) & (byte <= ord("9"))
+    return ~letter & ~digit & ~is_continuation(byte)
+
+
+def is_separator(byte: Any) -> Any:
+    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
+    return is_space_like(byte) & (byte >= 0) & (byte < 0x80)
+
+
+def is_continuation(byte: Any) -> Any:
+    """Whether a byte continues a UTF-8 character."""
+    return (byte >= 0x80) & (byte <= 0xBF)

@@ -70,6 +70,7 @@ def check_request(
     """
     require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
     require_number("seed", seed)
+    require(config.causal, "causal=False: generation needs a causal model")
     longest = max(map(len, prompts), default=0)
     limit = config.longest_input
     if limit is not None and longest + max_new_bytes > limit:

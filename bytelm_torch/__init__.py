@@ -5,24 +5,8 @@ They are those of `bytelm_jax`: what `bytelm` offers, and the verbs of this fram
 
 from typing import TYPE_CHECKING
 
-from bytelm import (
-    AdamWConfig,
-    BLTConfig,
-    ByteTokenizer,
-    ByteVocab,
-    EntropyConfig,
-    LFByteConfig,
-    LionConfig,
-    MegabyteConfig,
-    MuonConfig,
-    OptimizerConfig,
-    QLearningAdamWConfig,
-    QLearningSGDConfig,
-    Recipe,
-    SamplerConfig,
-    SGDConfig,
-    recipes,
-)
+import bytelm
+from bytelm import *  # noqa: F403
 from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.models import build_model
 from bytelm_torch.optimizers.build import build_optimizer
@@ -41,22 +25,7 @@ q_learning_sgd = EnhancedSGD
 """`EnhancedSGD` by the name that it has in a recipe and in `bytelm_jax`."""
 
 __all__ = [
-    "AdamWConfig",
-    "BLTConfig",
-    "ByteTokenizer",
-    "ByteVocab",
     "EnhancedSGD",
-    "EntropyConfig",
-    "LFByteConfig",
-    "LionConfig",
-    "MegabyteConfig",
-    "MuonConfig",
-    "OptimizerConfig",
-    "QLearningAdamWConfig",
-    "QLearningSGDConfig",
-    "Recipe",
-    "SGDConfig",
-    "SamplerConfig",
     "build_model",
     "build_optimizer",
     "cross_entropy",
@@ -67,6 +36,6 @@ __all__ = [
     "q_learning",
     "q_learning_metrics",
     "q_learning_sgd",
-    "recipes",
     "save_pretrained",
 ]
+__all__ += bytelm.__all__

@@ -1,35 +1,33 @@
-"""transformers' Auto classes for the models here; importing this registers them."""
+"""transformers' Auto classes for the models here; importing this registers them.
 
+Beside the names below, each architecture has a configuration and a model: `MegabyteLMConfig` and
+`MegabyteForCausalLM` for `MegabyteConfig`, and so on.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from bytelm_torch.interop import transformers as _transformers
 from bytelm_torch.interop.transformers import (
-    BLTForCausalLM,
-    BLTLMConfig,
     ByteCache,
     ByteLMConfig,
     ByteLMForCausalLM,
     ByteLMTokenizer,
-    EntropyForCausalLM,
-    EntropyLMConfig,
-    LFByteForCausalLM,
-    LFByteLMConfig,
-    MegabyteForCausalLM,
-    MegabyteLMConfig,
     from_native,
     tokenizer_for,
 )
 
 __all__ = [
-    "BLTForCausalLM",
-    "BLTLMConfig",
     "ByteCache",
     "ByteLMConfig",
     "ByteLMForCausalLM",
     "ByteLMTokenizer",
-    "EntropyForCausalLM",
-    "EntropyLMConfig",
-    "LFByteForCausalLM",
-    "LFByteLMConfig",
-    "MegabyteForCausalLM",
-    "MegabyteLMConfig",
     "from_native",
     "tokenizer_for",
 ]
+
+globals().update(_transformers.CLASSES)
+__all__ += list(_transformers.CLASSES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...

@@ -220,7 +220,7 @@ FAULTS: list[Fault] = [
      function(cross_attention.CrossAttention, "_add",
               lambda f: lambda self, x, mixed: f(self, x, mixed) - x)),
     ("spline knots", "blt", f"{ENCODER}.feedforward.spline: spline_activation",
-     function(spline, "EDGE", lambda edge: edge + 0.01)),
+     function(spline, "SPLINE_EDGE", lambda edge: edge + 0.01)),
     ("guide without beta", "blt", f"{GLOBAL}.0.attention: guide",
      function(grouped_attention, "guide", lambda f: lambda q, k, e, g, b: f(q, k, e, g, 0 * b))),
 ]  # fmt: skip

@@ -75,6 +75,25 @@ CONFIGS: dict[str, ModelConfig] = {
     ),
     "model": TINY.entropy,
 }
+_TINY_ENTROPY = EntropyConfig(dim=8, layers=1, heads=2, hidden_dim=8)
+TINY_MODELS: dict[str, ModelConfig] = {
+    "blt": BLTConfig(
+        entropy=_TINY_ENTROPY,
+        threshold=5.4,
+        ngram_rows=50,
+        local_dim=8,
+        encoder_heads=2,
+        encoder_hidden_dim=8,
+        decoder_layers=1,
+        decoder_heads=2,
+        decoder_hidden_dim=8,
+        global_dim=16,
+        global_layers=1,
+        global_heads=2,
+        global_hidden_dim=8,
+    ),
+    "entropy": _TINY_ENTROPY,
+}
 PATCHERS = ("entropy", "space", "fixed", "byte", "bytropix")
 
 

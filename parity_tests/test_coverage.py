@@ -1,46 +1,62 @@
 """What is registered is proven: no optimizer and no architecture without a parity test."""
 
-import typing
+import importlib
+import pkgutil
 
 import pytest
 
+import bytelm.config
 import bytelm_jax.models
 import bytelm_jax.optimizers.build
 import bytelm_torch.models
 import bytelm_torch.optimizers.build
 from bytelm import recipes
-from bytelm.config import MODEL_CONFIGS, OPTIMIZER_CONFIGS, ModelConfig
-from bytelm_torch.interop.transformers import _CLASSES as hf_classes
-from parity_tests import test_blt, test_lfbyte, test_training, twins
+from bytelm.config import MODEL_CONFIGS, OPTIMIZER_CONFIGS
+from bytelm.config.base import ArchitectureConfig
+from bytelm_jax.parity.report import compare_twins
+from bytelm_jax.parity.twins import make_twin
+from bytelm_torch import hf
+from parity_tests import test_blt_resets, test_resets, test_training
+from parity_tests.tiny_models import CONFIGS
+from parity_tests.twins import random_ids, random_params
 
-MODELS = {
-    "megabyte": twins.MEGABYTES,
-    "entropy": test_blt.CONFIGS,
-    "blt": test_blt.CONFIGS,
-    "lfbyte": test_lfbyte.FORMS,
-}
-"""Architecture → the configurations that its tests of logits and gradients run through."""
+
+def test_every_configuration_is_registered():
+    for module in pkgutil.iter_modules(bytelm.config.__path__, "bytelm.config."):
+        importlib.import_module(module.name)
+    missing = {
+        kind.__name__ for kind in set(ArchitectureConfig.__subclasses__()) - {*MODEL_CONFIGS}
+    }
+    assert not missing, f"{missing}: add it to ModelConfig in bytelm/config/models.py"
+    names = {kind.__name__ for kind in MODEL_CONFIGS}
+    assert set(bytelm.config.models.__all__) == names, "complete __all__ of bytelm/config/models.py"
 
 
 @pytest.mark.parametrize("kind", MODEL_CONFIGS, ids=lambda kind: kind.architecture)
-def test_every_architecture_has_a_parity_test(kind):
+def test_every_architecture_is_built_has_a_recipe_and_a_parity_test(kind):
     name = kind.architecture
-    assert name in MODELS, f"{name}: has no parity test; write one, then name its table here"
-    assert any(type(config) is kind for config in MODELS[name].values())
-
-
-@pytest.mark.parametrize("kind", MODEL_CONFIGS, ids=lambda kind: kind.architecture)
-def test_every_architecture_is_registered_wherever_it_has_to_be(kind):
-    name = kind.architecture
-    assert kind in typing.get_args(ModelConfig), f"{name}: add it to ModelConfig"
     models = [recipes.get(each).model for each in recipes.names()]
     models = [model for model in models if type(model) is kind]
     assert models, f"{name}: no recipe has it; add one to bytelm/recipes.py"
     small = min(models, key=lambda model: model.parameter_count())
     theirs = bytelm_torch.models.build_abstract(small)  # an error where build_model has no case
     assert len(bytelm_jax.models.abstract_params(small)) == len(theirs.state_dict())
-    known = {each.config_class.native for each in hf_classes}
-    assert kind in known, f"{name}: has no class in bytelm_torch/interop/transformers.py"
+    hint = f"{name}: has no parity test; write parity_tests/test_{name}.py with a TINY_MODELS"
+    assert any(type(config) is kind for config in CONFIGS.values()), hint
+    resets = [*test_resets.FORMS.values(), *test_blt_resets.CONFIGS.values()]
+    hint = f'{name}: add a configuration with reset_on="newline" to its TINY_MODELS'
+    assert any(type(config) is kind for config in resets), hint
+    assert hasattr(hf, kind.__name__.replace("Config", "ForCausalLM"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_logits_loss_gradients_and_generation(name, x64):
+    config = CONFIGS[name]
+    params = random_params(config, "float64")
+    ids = random_ids(config, 2, 19)
+    ids[1, 12:] = config.vocab.pad_id  # a ragged row
+    report = compare_twins(config, params, make_twin(config, params), ids, "float64")
+    assert report.passed, report.text
 
 
 @pytest.mark.parametrize("name", OPTIMIZER_CONFIGS)
@@ -56,4 +72,3 @@ def test_every_optimizer_has_builders_and_a_parity_test(name):
 def test_nothing_is_built_that_is_not_registered():
     for build in (bytelm_jax.optimizers.build, bytelm_torch.optimizers.build):
         assert list(build.BUILDERS) == list(OPTIMIZER_CONFIGS)
-    assert MODELS.keys() == {kind.architecture for kind in MODEL_CONFIGS}

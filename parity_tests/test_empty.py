@@ -13,7 +13,7 @@ from bytelm.config import ModelConfig
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.twins import make_twin
 from bytelm_torch.training.loss import cross_entropy
-from parity_tests.hf_models import CONFIGS
+from parity_tests.tiny_models import CONFIGS
 
 SHAPES = ((0, 0), (0, 5), (2, 0))
 MODELS: dict[str, ModelConfig] = {

@@ -9,19 +9,24 @@ import pytest
 import torch
 
 import bytelm
-from bytelm.config import ByteVocab, MegabyteConfig
+from bytelm.config import ByteVocab, EntropyConfig, MegabyteConfig
 from bytelm.config import ByteVocab as TorchVocab
 from bytelm_jax.inference import generate as generation
 from bytelm_jax.inference import sampling as ours
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import define_model
+from bytelm_jax.models.entropy import EntropyModel
+from bytelm_jax.models.interface import ByteModel
+from bytelm_jax.parity.report import compare_twins
 from bytelm_jax.parity.twins import make_twin
 from bytelm_torch.inference import generate as torch_generation
 from bytelm_torch.inference import sampling as theirs
 from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_uncached
+from bytelm_torch.models.entropy import EntropyModel as TorchEntropyModel
+from bytelm_torch.models.interface import ByteModel as TorchByteModel
 from parity_tests.tolerances import LOGITS
-from parity_tests.twins import random_params
+from parity_tests.twins import random_ids, random_params
 
 TEXT = b"Patches of 4: \xc3\xa9!"
 # No share here is met exactly by a number of equal probabilities: there rounding would decide.
@@ -135,3 +140,33 @@ def test_greedy_bytes_of_the_same_model_are_the_same(variant):
     assert generated == torch_generate(twin, prompts, sampler=right, **options)
     assert generated == torch_uncached(twin, prompts, sampler=right, **options)
     assert len(set(b"".join(generated))) > 20
+
+
+def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x64):
+    """By full passes; `bytelm parity` says that there is nothing cached to compare."""
+    config = EntropyConfig(dim=12, layers=1, heads=2, hidden_dim=12, reset_on="newline")
+    params = random_params(config, "float64")
+    model, twin = define_model(config)[0](params), make_twin(config, params)
+    prompts = [TEXT[:length] for length in (5, 3, 16)]  # a prefill, and none below
+
+    def generated():
+        # A program is known by the model's class, whose methods change below.
+        generation._prefill.cache_clear()
+        generation._append_rounds.cache_clear()
+        for module, one in ((generation, model), (torch_generation, twin)):
+            yield module.generate(one, prompts, 11, stop_at_eos=False)
+            yield module.generate(one, [b"", *prompts], 11, stop_at_eos=False)
+            yield b"".join(module.stream(one, TEXT, 11, seed=3, chunk_bytes=4))
+
+    cached = list(generated())
+    with monkeypatch.context() as patch:
+        for kind, base in ((EntropyModel, ByteModel), (TorchEntropyModel, TorchByteModel)):
+            for name in ("init_cache", "prefill", "decode_round"):
+                patch.setattr(kind, name, vars(base)[name])
+        assert list(generated()) == cached
+        report = compare_twins(config, params, twin, random_ids(config, 2, 9), "float64")
+    generation._prefill.cache_clear()
+    generation._append_rounds.cache_clear()
+    assert report.passed, report.text
+    assert "ok   left out  cached decoding: the model has none" in report.lines
+    assert not any("in cached decoding" in line for line in report.lines)

@@ -17,7 +17,7 @@ from bytelm.tokenizer import ByteTokenizer
 from bytelm_torch.inference.generate import generate
 from bytelm_torch.interop import transformers as hf
 from parity_tests import tolerances
-from parity_tests.hf_models import CONFIGS
+from parity_tests.tiny_models import CONFIGS
 
 MASK = torch.tensor(
     [

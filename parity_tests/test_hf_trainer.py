@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import bytelm_torch
 from bytelm_torch.interop import transformers as hf
 from parity_tests.examples import run_example
-from parity_tests.hf_models import CONFIGS
+from parity_tests.tiny_models import CONFIGS
 
 STEPS = 3
 WEIGHTS = "model.safetensors"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bytelm.config import LFByteConfig, from_dict, model_from_dict, to_dict
+from bytelm.config import LFByteConfig, ModelConfig, from_dict, model_from_dict, to_dict
 from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.generate import generate, generate_uncached
 from bytelm_jax.models import abstract_params, build_model, define_model, split_model
@@ -32,6 +32,11 @@ FORMS = {
     "full dense": LFByteConfig(**SMALL, adaptation="full", hidden_mult=0, top_k=0),
     "whole": LFByteConfig(**SMALL, **WHOLE, hidden_mult=0),
     "original": LFByteConfig.original(embed_dim=12, num_layers=2, adapt_dim=6, num_experts=3),
+}
+TINY_MODELS: dict[str, ModelConfig] = {
+    "lfbyte": LFByteConfig(
+        embed_dim=8, num_layers=1, adapt_dim=4, rank=2, kernel_length=8, init_std=0.5
+    ),
 }
 FAST = {"xla_backend_optimization_level": 0}  # compiling takes the time, running none
 LENGTH = 140  # past the convolution's chunk and its double: both kinds of transform take part

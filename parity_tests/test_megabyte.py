@@ -1,5 +1,7 @@
 """MEGABYTE: JAX against torch by the tolerance table; sizes; exact causality; independent rows."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from bytelm.config import MegabyteConfig, model_from_dict, to_dict
+from bytelm.config import MegabyteConfig, ModelConfig, model_from_dict, to_dict
 from bytelm_jax.layers.attention import multi_query_attention
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import compare_twins, relative_error
@@ -15,6 +17,21 @@ from bytelm_torch.models import build_model as build_torch
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, twins
 
+_TINY: dict[str, Any] = {
+    "patch_size": 4,
+    "global_dim": 4,
+    "local_dim": 8,
+    "max_length": 32,
+    "global_layers": 1,
+    "global_heads": 2,
+    "local_layers": 1,
+    "local_heads": 2,
+    "init_std": 0.5,
+}
+TINY_MODELS: dict[str, ModelConfig] = {
+    "megabyte": MegabyteConfig(**_TINY),
+    "in_action": MegabyteConfig(variant="in_action", **_TINY),
+}
 VARIANTS = ["paper", "in_action"]
 PATCH = 4
 

@@ -1,8 +1,11 @@
-"""Resets of MEGABYTE and LFByte: each line is a text of its own, in both packages."""
+"""Resets: each line is a text of its own, in both packages.
 
-import dataclasses
+Of MEGABYTE, LFByte, and every tiny model that resets (`TINY_MODELS` of the parity tests).
+"""
+
 import functools
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -24,18 +27,19 @@ from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_generate_uncached
 from bytelm_torch.layers.long_convolution import segmented_convolution as torch_convolution
 from parity_tests import tolerances
+from parity_tests.tiny_models import CONFIGS
 
 PATCH, NEWLINE = 4, 10
 SMALL: Any = {"global_dim": 8, "local_dim": 16, "max_length": 48, "init_std": 0.3}
 SMALL |= {"global_layers": 1, "global_heads": 2, "local_layers": 1, "local_heads": 2}
-FORMS = {
+FORMS: dict[str, Any] = {
     "paper": MegabyteConfig(**SMALL | {"global_layers": 2}, patch_size=PATCH),
     "in_action": MegabyteConfig(**SMALL, patch_size=PATCH, variant="in_action"),
     "plain": MegabyteConfig(**SMALL | {"local_layers": 0}, patch_size=1),
     "lfbyte": LFByteConfig(
         embed_dim=12, num_layers=1, adapt_dim=6, kernel_length=5, rank=3, dropout=0.0, top_k=0
     ),
-}
+} | {name: replace(c, reset_on="none") for name, c in CONFIGS.items() if c.reset_on == "newline"}
 LINES = [
     [1, PATCH - 1, PATCH, PATCH + 1, 1, 1, 2 * PATCH, 6],  # newlines first, in a row and last
     [2 * PATCH + 3, 3, 1, 14],
@@ -76,7 +80,7 @@ def random_params(config, dtype):
 def models(form, dtype="float64"):
     """(bind, parameters, compiled logits, the torch twin, its twin without resets)."""
     plain = FORMS[form]
-    config = dataclasses.replace(plain, reset_on="newline")
+    config = replace(plain, reset_on="newline")
     with jax.enable_x64(dtype == "float64"):
         params = random_params(config, dtype)
         bind, _ = define_model(config)

@@ -43,7 +43,7 @@ from bytelm_torch.training import parallel
 from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
 from parity_tests import tolerances
-from parity_tests.hf_models import CONFIGS
+from parity_tests.tiny_models import CONFIGS
 
 ROOT = Path(__file__).parents[1]
 MODEL = MegabyteConfig(

@@ -4,6 +4,7 @@ Defaults live here and nowhere else. A value that cannot work raises `ValueError
 names the field, the value and what to do.
 """
 
+from bytelm.config import models
 from bytelm.config.base import (
     ByteVocab,
     require,
@@ -12,9 +13,8 @@ from bytelm.config.base import (
     require_numbers,
     require_positive,
 )
-from bytelm.config.blt import BLTConfig, EntropyConfig, PatchingContract
-from bytelm.config.lfbyte import LFByteConfig
-from bytelm.config.megabyte import MegabyteConfig
+from bytelm.config.blt import PatchingContract
+from bytelm.config.models import *  # noqa: F403
 from bytelm.config.models import MODEL_CONFIGS, ModelConfig, training_flops_per_byte
 from bytelm.config.optimizer import (
     OPTIMIZER_CONFIGS,
@@ -42,13 +42,9 @@ __all__ = [
     "MODEL_CONFIGS",
     "OPTIMIZER_CONFIGS",
     "AdamWConfig",
-    "BLTConfig",
     "ByteVocab",
     "DataConfig",
-    "EntropyConfig",
-    "LFByteConfig",
     "LionConfig",
-    "MegabyteConfig",
     "ModelConfig",
     "MuonConfig",
     "OptimizerConfig",
@@ -73,3 +69,4 @@ __all__ = [
     "to_dict",
     "training_flops_per_byte",
 ]
+__all__ += models.__all__

@@ -35,6 +35,12 @@ HASH_PRIMES = (
 SPLINE_BASES = 11
 """Cubic B-splines over a uniform grid of 8 intervals, its knots extended by 3 on either side."""
 
+SPLINE_EDGE, SPLINE_INTERVALS = 3.0, SPLINE_BASES - 3
+"""The grid: `SPLINE_INTERVALS` equal intervals over [−SPLINE_EDGE, SPLINE_EDGE]."""
+
+GUIDE_FEATURES = 8
+"""Features that `entropy_attention` adds to queries and keys."""
+
 HISTOGRAM_LIMIT = 255.0
 """The largest threshold of the `histogram` patcher in bits: two such sums fit in a 32-bit integer.
 """

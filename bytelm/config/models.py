@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from bytelm.config.blt import BLTConfig, EntropyConfig
 from bytelm.config.lfbyte import LFByteConfig
 from bytelm.config.megabyte import MegabyteConfig
 
+__all__ = ["BLTConfig", "EntropyConfig", "LFByteConfig", "MegabyteConfig"]
+"""What `bytelm.config`, `bytelm`, `bytelm_jax` and `bytelm_torch` offer of this module by `*`."""
+
 ModelConfig = MegabyteConfig | EntropyConfig | BLTConfig | LFByteConfig
 
-
-MODEL_CONFIGS: tuple[type[ModelConfig], ...] = (
-    MegabyteConfig,
-    EntropyConfig,
-    BLTConfig,
-    LFByteConfig,
-)
+MODEL_CONFIGS: tuple[type[ModelConfig], ...] = get_args(ModelConfig)
 
 
 def training_flops_per_byte(config: ModelConfig, length: int) -> float:

@@ -10,14 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm.config.blt import SPLINE_BASES
+from bytelm.config.blt import SPLINE_BASES, SPLINE_EDGE, SPLINE_INTERVALS
 from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.lookup import vary_like
 
-EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
-"""The grid: `INTERVALS` equal intervals over [−EDGE, EDGE]."""
-
-_SCALE = INTERVALS / (2 * EDGE)
+_SCALE = SPLINE_INTERVALS / (2 * SPLINE_EDGE)
 
 
 def bump(distance: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
@@ -86,7 +83,7 @@ _activate.defvjp(_forward, _backward)
 
 def _place(x: Array) -> Array:
     """The position of x in intervals: 0 at the middle of B_0, 1 at the middle of B_1, and so on."""
-    return (x + EDGE) * _SCALE + 1
+    return (x + SPLINE_EDGE) * _SCALE + 1
 
 
 def _over_basis(function: Callable, start: Array, weights: Array) -> tuple[Array, Any]:

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
@@ -17,9 +18,6 @@ from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
-
-_GUIDE = 8
-"""Features that `guide` adds to queries and keys."""
 
 
 def grouped_attention(
@@ -58,7 +56,7 @@ def guide(
     """
     entropy = patch_entropy[:, :, None, None].astype(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).astype(q.dtype)[None, None, :, None]
-    more = ((0, 0),) * 3 + ((0, _GUIDE - 1),)
+    more = ((0, 0),) * 3 + ((0, GUIDE_FEATURES - 1),)
     q_more = jnp.pad(jnp.broadcast_to(tilt, (*q.shape[:-1], 1)), more)
     k_more = jnp.pad(jnp.broadcast_to(entropy, (*k.shape[:-1], 1)), more)
     q = q * (1 + gamma.astype(q.dtype)[None, None, :, None] * entropy)
@@ -216,7 +214,7 @@ class GroupedAttention(nnx.Module):
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
         """An empty cache for `length` positions."""
         shape = (batch, length, self.kv_heads)
-        keys = jnp.zeros((*shape, self.head_dim + _GUIDE * self.guided), dtype)
+        keys = jnp.zeros((*shape, self.head_dim + GUIDE_FEATURES * self.guided), dtype)
         return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))
 
     def _project(

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm.config.blt import SPLINE_BASES
-from bytelm_jax.kernels.spline import INTERVALS, spline_activation
+from bytelm.config.blt import SPLINE_BASES, SPLINE_INTERVALS
+from bytelm_jax.kernels.spline import spline_activation
 from bytelm_jax.layers.initializers import fan_in_normal, normal
 from bytelm_jax.layers.norm import RMSNorm
 
@@ -18,7 +18,7 @@ class Spline(nnx.Module):
     """One learned activation per channel; starts as SiLU with a small random spline."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        init = normal(0.1 / INTERVALS)
+        init = normal(0.1 / SPLINE_INTERVALS)
         self.gain = nnx.Param(jnp.ones((channels,), jnp.float32))
         self.coefficients = nnx.Param(init(rngs.params(), (channels, SPLINE_BASES), jnp.float32))
 

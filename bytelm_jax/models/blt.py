@@ -37,10 +37,10 @@ from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput
 
 
-class BLT(PatchedModel, nnx.Module):
+class BLT(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig, *, rngs: nnx.Rngs):
@@ -161,11 +161,6 @@ class BLT(PatchedModel, nnx.Module):
         return patching.patch_starts(self.config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: `models.blt_decoding`.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""

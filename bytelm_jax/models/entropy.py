@@ -22,7 +22,7 @@ from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.resets import ends_segment, find_segment_starts
 from bytelm_jax.layers.transformer import Caches, Transformer
 from bytelm_jax.models import patching
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel, write_at
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput, write_at
 
 
 class EntropyCache(NamedTuple):
@@ -33,7 +33,7 @@ class EntropyCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
-class EntropyModel(PatchedModel, nnx.Module):
+class EntropyModel(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: EntropyConfig, *, rngs: nnx.Rngs):
@@ -110,11 +110,6 @@ class EntropyModel(PatchedModel, nnx.Module):
         return patching.patch_starts(config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: one round is one byte.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""

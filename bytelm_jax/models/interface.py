@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from bytelm.config import PatchingContract
+from bytelm_jax.layers.ids import as_ids
 
 Choose = Callable[[Array, int], Array]
 """`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
@@ -28,15 +29,51 @@ class ModelOutput(NamedTuple):
     """Statistics for the training log, averaged over the rows."""
 
 
-class PatchedModel:
-    """What every model says about patches; the defaults are for a model without patches."""
+class ByteModel:
+    """What every model has unless it says otherwise: no patches, and decoding without a cache.
 
+    Its decoding (see `Decoder`) takes a full forward pass for every byte, so that a causal model
+    generates before it has cached decoding. What it passes on as a cache are a pad and the ids.
+    """
+
+    config: Any
     patching: PatchingContract | None = None
     """The contract of the run that the model comes from, if there is one."""
 
     def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
         """Whether a patch starts at each byte; None for a model without patches."""
         return None
+
+    @property
+    def has_cached_decoding(self) -> bool:
+        """Whether the model decodes from a cache of its own."""
+        return type(self).decode_round is not ByteModel.decode_round
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        return 1
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """Room for the ids of sequences of up to `length` bytes."""
+        return jnp.full((batch, 1 + length), self.config.vocab.pad_id, jnp.int32)
+
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Any) -> Any:
+        """Writes a prompt, which may be padded: later rounds overwrite the padding."""
+        return write_at(cache, jnp.asarray(ids, cache.dtype), 1)
+
+    def decode_round(
+        self,
+        cache: Any,
+        previous: Integer[Array | np.ndarray, "B P"],
+        index: Any,
+        choose: Choose,
+    ) -> tuple[Any, Int[Array, "B P"]]:
+        """Appends byte number `index`, whose logits no id from there on changes."""
+        cache = write_at(cache, jnp.asarray(previous, cache.dtype), index)
+        model: Any = self
+        logits = jax.lax.dynamic_index_in_dim(model(cache[:, 1:]), index, axis=1, keepdims=False)
+        return cache, as_ids(choose(logits, 0))[:, None]
 
 
 class Decoder(Protocol):

@@ -41,7 +41,7 @@ from bytelm_jax.layers.resets import (
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel, write_at
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput, write_at
 
 
 class LayerCache(NamedTuple):
@@ -129,7 +129,7 @@ class LFByteLayer(nnx.Module):
         return x + branch if self.config.block == "residual" else branch
 
 
-class LFByteTransformer(PatchedModel, nnx.Module):
+class LFByteTransformer(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
     With `causal=False` there is no shift, and every output may depend on every id.
@@ -192,11 +192,6 @@ class LFByteTransformer(PatchedModel, nnx.Module):
         return ModelOutput(logits, c.balance_coefficient * balance.sum(axis=0), metrics)
 
     # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> LFByteCache:
         """An empty cache for sequences of up to `length` bytes."""

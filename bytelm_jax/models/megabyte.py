@@ -35,7 +35,7 @@ from bytelm_jax.layers.resets import (
     take_once,
 )
 from bytelm_jax.models import megabyte_decoding
-from bytelm_jax.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput
 from bytelm_jax.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
@@ -133,7 +133,7 @@ class Transformer(nnx.Module):
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)
 
 
-class Megabyte(PatchedModel, nnx.Module):
+class Megabyte(ByteModel, nnx.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: MegabyteConfig, *, rngs: nnx.Rngs):

@@ -185,7 +185,12 @@ def compare_recordings(
     if not config.causal:
         report.add("generation: causal=False, an encoder does not generate", "left out", True)
     elif theirs.texts is not None and ours.texts is not None:
-        _compare_decoding(report, ours, theirs, forward)
+        if ours.cached and theirs.cached:
+            _compare_decoding(report, ours, theirs, forward)
+        else:
+            same, one = ours.cached == theirs.cached, "JAX" if ours.cached else "torch"
+            why = "the model has none" if same else f"only that of {one} has it"
+            report.add(f"cached decoding: {why}", "left out" if same else "differ", same)
         count, same = sum(map(len, theirs.texts)), ours.texts == theirs.texts
         report.add(f"greedy generation, {count} bytes", "same" if same else "differ", same)
     return report

@@ -51,6 +51,8 @@ class Recording:
     decoding: list[Tap] = field(default_factory=list)
     moving: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """The taps that a gradient flows through in torch, with the arrays' shapes."""
+    cached: bool = True
+    """Whether the model has cached decoding, without which `decoding` is empty."""
     texts: list[bytes] | None = None
 
     def keep(self, key: str, value: Any) -> None:
@@ -108,8 +110,10 @@ def record_torch(
         loss.backward()
     if not (decode and config.causal):
         return recording
-    with torch.no_grad():
-        _decode_torch(recording, twin, ids)
+    recording.cached = twin.has_cached_decoding
+    if recording.cached:
+        with torch.no_grad():
+            _decode_torch(recording, twin, ids)
     prompts, capacity = _prompts(ids, config)
     recording.texts = torch_generate(twin, prompts, capacity, SamplerConfig(sampler="greedy"))
     return recording
@@ -227,11 +231,12 @@ def record_jax(
         named = convert.to_torch(gradients).items()
         recording.values.update((f"gradient of {name}", value) for name, value in named)
         if decode and config.causal:
-            _decode_jax(recording, bind, params, ids, config)
+            model = bind(params)
+            recording.cached = model.has_cached_decoding
+            if recording.cached:
+                _decode_jax(recording, bind, params, ids, config)
             prompts, capacity = _prompts(ids, config)
-            recording.texts = generate(
-                bind(params), prompts, capacity, SamplerConfig(sampler="greedy")
-            )
+            recording.texts = generate(model, prompts, capacity, SamplerConfig(sampler="greedy"))
     return recording
 
 

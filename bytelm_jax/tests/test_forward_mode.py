@@ -18,7 +18,7 @@ from bytelm_jax.layers.resets import take_once
 from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import abstract_params, define_model
 from parity_tests import tolerances
-from parity_tests.hf_models import CONFIGS
+from parity_tests.tiny_models import CONFIGS
 
 BLT = CONFIGS["blt"]
 assert isinstance(BLT, BLTConfig)

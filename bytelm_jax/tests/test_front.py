@@ -107,13 +107,19 @@ def test_the_command_by_the_name_of_a_module(module):
 
 
 def test_the_package_offers_what_editors_see():
-    """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same."""
+    """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same.
+
+    `as` says that a name is offered and not only used.
+    """
     tree = ast.parse(Path(bytelm_jax.__file__).read_text("utf-8"))
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
     declared = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
-        declared |= {alias.name: node.module for alias in node.names}
+        if node.names[0].name == "*":
+            declared |= dict.fromkeys(bytelm.__all__, "bytelm")
+        else:
+            declared |= {alias.asname: node.module for alias in node.names}
     assert sorted(declared) == sorted(bytelm_jax.__all__)
     for name, module in declared.items():
         given = getattr(importlib.import_module(module), name)

@@ -14,7 +14,7 @@ appends an id that no logit sees and returns ours from position 1 on. B rows, T 
 import math
 import sys
 from collections.abc import Mapping
-from typing import Any, ClassVar, no_type_check
+from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bytelm.config import (
-    BLTConfig,
-    EntropyConfig,
-    LFByteConfig,
-    MegabyteConfig,
-    ModelConfig,
-    require,
-    to_dict,
-)
+from bytelm.config import MODEL_CONFIGS, MegabyteConfig, ModelConfig, require, to_dict
 from bytelm.export import (
     FORMAT_VERSION,
     LIBRARY,
@@ -62,18 +54,10 @@ from bytelm_torch.interop.transformers_tokenizer import ByteLMTokenizer, tokeniz
 from bytelm_torch.models import build_model
 
 __all__ = [
-    "BLTForCausalLM",
-    "BLTLMConfig",
     "ByteCache",
     "ByteLMConfig",
     "ByteLMForCausalLM",
     "ByteLMTokenizer",
-    "EntropyForCausalLM",
-    "EntropyLMConfig",
-    "LFByteForCausalLM",
-    "LFByteLMConfig",
-    "MegabyteForCausalLM",
-    "MegabyteLMConfig",
     "from_native",
     "tokenizer_for",
 ]
@@ -117,38 +101,6 @@ class ByteLMConfig(PreTrainedConfig):
     def to_native(self) -> ModelConfig:
         """The configuration for `build_model`."""
         return parse_description(self.bytelm or {})[0]
-
-
-@no_type_check
-class MegabyteLMConfig(ByteLMConfig):
-    """Of `MegabyteForCausalLM`."""
-
-    model_type: ClassVar[str] = "bytelm_megabyte"
-    native: ClassVar[Any] = MegabyteConfig
-
-
-@no_type_check
-class BLTLMConfig(ByteLMConfig):
-    """Of `BLTForCausalLM`."""
-
-    model_type: ClassVar[str] = "bytelm_blt"
-    native: ClassVar[Any] = BLTConfig
-
-
-@no_type_check
-class LFByteLMConfig(ByteLMConfig):
-    """Of `LFByteForCausalLM`."""
-
-    model_type: ClassVar[str] = "bytelm_lfbyte"
-    native: ClassVar[Any] = LFByteConfig
-
-
-@no_type_check
-class EntropyLMConfig(ByteLMConfig):
-    """Of `EntropyForCausalLM`."""
-
-    model_type: ClassVar[str] = "bytelm_entropy"
-    native: ClassVar[Any] = EntropyConfig
 
 
 # ---- models ---------------------------------------------------------------------------------
@@ -361,31 +313,39 @@ def _take_names_of_export(module: Any, state: dict[str, Any], prefix: str, *_: A
             state[prefix + _PREFIX + local] = state.pop(name)
 
 
-class MegabyteForCausalLM(ByteLMForCausalLM):
-    """MEGABYTE."""
-
-    config_class = MegabyteLMConfig
+# ---- one configuration and one model for each architecture ----------------------------------
 
 
-class BLTForCausalLM(ByteLMForCausalLM):
-    """Byte Latent Transformer."""
+def _register(native: type[ModelConfig]) -> Any:
+    """`MegabyteForCausalLM` of `MegabyteConfig`, which the Auto classes know from then on.
 
-    config_class = BLTLMConfig
+    Its `config_class` is `MegabyteLMConfig`.
+    """
+    stem, home = native.__name__.removesuffix("Config"), {"__module__": __name__}
+    kind = {"model_type": f"bytelm_{native.architecture}", "native": native}
+    about = {"__doc__": f"Of `{stem}ForCausalLM`."}
+    config: Any = type(f"{stem}LMConfig", (ByteLMConfig,), home | kind | about)
+    about = {"__doc__": f"`{stem}` behind the interface of transformers.", "config_class": config}
+    model: Any = type(f"{stem}ForCausalLM", (ByteLMForCausalLM,), home | about)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model, exist_ok=True)
+    AutoTokenizer.register(config, slow_tokenizer_class=ByteLMTokenizer, exist_ok=True)
+    return model
 
 
-class LFByteForCausalLM(ByteLMForCausalLM):
-    """LFByteTransformer."""
+_MODELS: dict[type[ModelConfig], Any] = {native: _register(native) for native in MODEL_CONFIGS}
 
-    config_class = LFByteLMConfig
+CLASSES: dict[str, Any] = {
+    kind.__name__: kind for model in _MODELS.values() for kind in (model.config_class, model)
+}
+"""The classes by name; each is an attribute of this module, where pickle looks for it."""
 
+globals().update(CLASSES)
+__all__ += list(CLASSES)  # pyright: ignore[reportUnsupportedDunderAll]
 
-class EntropyForCausalLM(ByteLMForCausalLM):
-    """The plain byte transformer."""
+if TYPE_CHECKING:
 
-    config_class = EntropyLMConfig
-
-
-_CLASSES: Any = (MegabyteForCausalLM, BLTForCausalLM, LFByteForCausalLM, EntropyForCausalLM)
+    def __getattr__(name: str) -> Any: ...
 
 
 def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> ByteLMForCausalLM:
@@ -396,19 +356,12 @@ def from_native(model: Any, kind: type[ByteLMForCausalLM] | None = None) -> Byte
     `build_model`.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile put around it
-    native = getattr(model, "config", None)
-    kinds = {kind.config_class.native: kind for kind in _CLASSES}
-    why = "must be of build_model, and its architecture one of this module's"
-    require(type(native) in kinds, f"model={type(model).__name__}: {why}")
-    chosen: Any = kind or kinds[type(native)]
+    native: Any = getattr(model, "config", None)
+    why = f"model={type(model).__name__}: must be of build_model"
+    require(isinstance(native, MODEL_CONFIGS), why)
+    chosen: Any = kind or _MODELS[type(native)]
     with torch.device("meta"):
         made = chosen(chosen.config_class(bytelm=export.describe(model)))
     made.model = model
     made.config.dtype = next(model.parameters()).dtype
     return made
-
-
-for _kind in _CLASSES:
-    AutoConfig.register(_kind.config_class.model_type, _kind.config_class, exist_ok=True)
-    AutoModelForCausalLM.register(_kind.config_class, _kind, exist_ok=True)
-    AutoTokenizer.register(_kind.config_class, slow_tokenizer_class=ByteLMTokenizer, exist_ok=True)

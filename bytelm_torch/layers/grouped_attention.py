@@ -9,13 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.rotary import Rotation, rotate
-
-_GUIDE = 8
-"""Features that `guide` adds to queries and keys."""
 
 
 def grouped_attention(
@@ -53,8 +51,8 @@ def guide(
     """
     entropy = patch_entropy[:, :, None, None].to(q.dtype)
     tilt = (beta * q.shape[-1] ** 0.5).to(q.dtype)[:, None]
-    q_more = F.pad(tilt.expand(*q.shape[:-1], 1), (0, _GUIDE - 1))
-    k_more = F.pad(entropy.expand(*k.shape[:-1], 1), (0, _GUIDE - 1))
+    q_more = F.pad(tilt.expand(*q.shape[:-1], 1), (0, GUIDE_FEATURES - 1))
+    k_more = F.pad(entropy.expand(*k.shape[:-1], 1), (0, GUIDE_FEATURES - 1))
     q = q * (1 + gamma.to(q.dtype)[:, None] * entropy)
     return torch.cat([q, q_more], dim=-1), torch.cat([k, k_more], dim=-1)
 
@@ -188,7 +186,7 @@ class GroupedAttention(nn.Module):
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache for `length` positions."""
         shape, device = (batch, length, self.kv_heads), self.to_q.weight.device
-        widths = (self.head_dim + _GUIDE * self.guided, self.head_dim)
+        widths = (self.head_dim + GUIDE_FEATURES * self.guided, self.head_dim)
         return KeyValueCache(
             *(torch.zeros((*shape, width), dtype=dtype, device=device) for width in widths)
         )

@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bytelm.config.blt import SPLINE_BASES
+from bytelm.config.blt import SPLINE_BASES, SPLINE_EDGE, SPLINE_INTERVALS
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
-
-EDGE, INTERVALS = 3.0, SPLINE_BASES - 3
-"""The grid: `INTERVALS` equal intervals over [−EDGE, EDGE]."""
 
 
 def bump(distance: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -32,8 +29,8 @@ def spline_activation(
 ) -> Float[Tensor, "*batch F"]:
     """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    position = (wide + EDGE) * (
-        INTERVALS / (2 * EDGE)
+    position = (wide + SPLINE_EDGE) * (
+        SPLINE_INTERVALS / (2 * SPLINE_EDGE)
     ) + 1  # 0 at the middle of B_0, 1 at that of B_1, …
     out = gain.to(wide.dtype) * F.silu(wide)
     for i in range(SPLINE_BASES):
@@ -48,7 +45,7 @@ class Spline(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(channels))
         self.coefficients = nn.Parameter(torch.empty(channels, SPLINE_BASES))
-        nn.init.normal_(self.coefficients, std=0.1 / INTERVALS)
+        nn.init.normal_(self.coefficients, std=0.1 / SPLINE_INTERVALS)
 
     def forward(self, x: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return spline_activation(x, self.gain, self.coefficients)

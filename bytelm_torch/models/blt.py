@@ -21,10 +21,10 @@ from bytelm_torch.models import blt_decoding, patching
 from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 
 
-class BLT(PatchedModel, nn.Module):
+class BLT(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: BLTConfig):
@@ -131,11 +131,6 @@ class BLT(PatchedModel, nn.Module):
         return patching.patch_starts(self.config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: `models.blt_decoding`.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""

@@ -21,7 +21,7 @@ from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.resets import ends_segment, find_segment_starts
 from bytelm_torch.layers.transformer import Caches, Transformer
 from bytelm_torch.models import patching
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 
 
 class EntropyCache(NamedTuple):
@@ -32,7 +32,7 @@ class EntropyCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
 
 
-class EntropyModel(PatchedModel, nn.Module):
+class EntropyModel(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: EntropyConfig):
@@ -94,11 +94,6 @@ class EntropyModel(PatchedModel, nn.Module):
         return patching.patch_starts(config, shifted, entropies, segment_starts)[:, 1:]
 
     # Cached decoding: one round is one byte.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""

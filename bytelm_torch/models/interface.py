@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import PatchingContract
+from bytelm_torch.layers.ids import as_ids
 
 Choose = Callable[[Tensor, int], Tensor]
 """`choose(logits [B, V], i) -> ids [B]`: chooses byte number i of the current round."""
@@ -27,15 +28,50 @@ class ModelOutput(NamedTuple):
     """Statistics for the training log, averaged over the rows."""
 
 
-class PatchedModel:
-    """What every model says about patches; the defaults are for a model without patches."""
+class ByteModel:
+    """What every model has unless it says otherwise: no patches, and decoding without a cache.
 
+    Its decoding (see `Decoder`) takes a full forward pass for every byte, so that a causal model
+    generates before it has cached decoding. What it passes on as a cache are a pad and the ids.
+    """
+
+    config: Any
     patching: PatchingContract | None = None
     """The contract of the run that the model comes from, if there is one."""
 
     def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
         """Whether a patch starts at each byte; None for a model without patches."""
         return None
+
+    @property
+    def has_cached_decoding(self) -> bool:
+        """Whether the model decodes from a cache of its own."""
+        return type(self).decode_round is not ByteModel.decode_round
+
+    @property
+    def round_length(self) -> int:
+        """Bytes that one call of `decode_round` appends."""
+        return 1
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """Room for the ids of sequences of up to `length` bytes."""
+        model: Any = self
+        device = next(model.parameters()).device
+        return torch.full((batch, 1 + length), self.config.vocab.pad_id, device=device)
+
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
+        """Writes a prompt, which may be padded: later rounds overwrite the padding."""
+        cache[:, 1 : 1 + ids.shape[1]] = ids
+        return cache
+
+    def decode_round(
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: int, choose: Choose
+    ) -> tuple[Any, Int[Tensor, "B P"]]:
+        """Appends byte number `index`, whose logits no id from there on changes."""
+        cache[:, index] = previous[:, 0]
+        model: Any = self
+        logits = model(cache[:, 1 : index + 2])[:, index]
+        return cache, as_ids(choose(logits, 0))[:, None]
 
 
 @contextmanager

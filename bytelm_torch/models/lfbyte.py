@@ -41,7 +41,7 @@ from bytelm_torch.layers.resets import (
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 
 
 class LayerCache(NamedTuple):
@@ -125,7 +125,7 @@ class LFByteLayer(nn.Module):
         return x + branch if self.config.block == "residual" else branch
 
 
-class LFByteTransformer(PatchedModel, nn.Module):
+class LFByteTransformer(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside.
 
     With `causal=False` there is no shift, and every output may depend on every id.
@@ -176,11 +176,6 @@ class LFByteTransformer(PatchedModel, nn.Module):
         return ModelOutput(logits, c.balance_coefficient * balance.sum(dim=0), metrics)
 
     # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
-
-    @property
-    def round_length(self) -> int:
-        """Bytes that one call of `decode_round` appends."""
-        return 1
 
     def init_cache(self, batch: int, length: int) -> LFByteCache:
         """An empty cache for sequences of up to `length` bytes."""

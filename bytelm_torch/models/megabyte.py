@@ -27,7 +27,7 @@ from bytelm_torch.layers.resets import (
     take_once,
 )
 from bytelm_torch.models import megabyte_decoding
-from bytelm_torch.models.interface import Choose, ModelOutput, PatchedModel
+from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
 from bytelm_torch.models.megabyte_decoding import MegabyteCache, ResetCache
 
 
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
         return tuple(block.attention.empty_cache(batch, length, dtype) for block in self.layers)  # pyright: ignore
 
 
-class Megabyte(PatchedModel, nn.Module):
+class Megabyte(ByteModel, nn.Module):
     """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`: the shift is inside."""
 
     def __init__(self, config: MegabyteConfig):

@@ -14,7 +14,16 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
 
 from bytelm.config import BLTConfig, ByteVocab
-from bytelm.patch_rules import BIT, CONTEXT, NO_BYTE, SHARES, WINDOWS
+from bytelm.patch_rules import (
+    BIT,
+    CONTEXT,
+    NO_BYTE,
+    SHARES,
+    WINDOWS,
+    is_continuation,
+    is_separator,
+    is_space_like,
+)
 from bytelm_torch.layers.ids import as_ids
 
 
@@ -58,7 +67,7 @@ def inside_character(recent: Int[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
     after_one = (last >= 0xC2) & (last <= 0xF4)
     after_two = (second >= 0xE0) & (second <= 0xF4) & _valid_second(second, last)
     after_three = (third >= 0xF0) & (third <= 0xF4) & _valid_second(third, second)
-    return after_one | after_two | (after_three & _continues(last))
+    return after_one | after_two | (after_three & is_continuation(last))
 
 
 def histogram_entropy(recent: Int[Tensor, "*batch 7"]) -> Int[Tensor, "*batch"]:
@@ -116,12 +125,12 @@ def boundary_after(
         case "space":
             # As in the paper's code, BOS and other ids that are not bytes count as space-like, and
             # a patch ends after each of them.
-            first = _is_space_like(recent[..., 2]) & ~_is_space_like(recent[..., 1])
+            first = is_space_like(recent[..., 2]) & ~is_space_like(recent[..., 1])
             return first | (recent[..., 2] == NO_BYTE)
         case "word":
             # The end of a run of separators shows only in the byte after it, so the boundary
             # follows the first byte of the run.
-            boundary = _separates(recent[..., 2]) & ~_separates(recent[..., 1])
+            boundary = is_separator(recent[..., 2]) & ~is_separator(recent[..., 1])
         case "fixed":
             boundary = position % config.patch_size == 0
         case "byte":
@@ -275,23 +284,6 @@ def plan_patches(
     read_of = newest.where(first < budget, budget)
     firsts = torch.zeros_like(lengths).scatter_reduce(1, capped[:, :-1], first, "amax")
     return PatchPlan(patch_of, read_of, lengths, lost, capped, firsts[:, :budget])
-
-
-def _is_space_like(value: Tensor) -> Tensor:
-    """Whether a byte is neither a Latin letter, a digit nor a UTF-8 continuation byte."""
-    lower = value | 0x20
-    letter = (lower >= ord("a")) & (lower <= ord("z"))
-    digit = (value >= ord("0")) & (value <= ord("9"))
-    return ~letter & ~digit & ~_continues(value)
-
-
-def _separates(value: Tensor) -> Tensor:
-    """Whether a byte is neither a letter, a digit nor part of a non-ASCII character."""
-    return _is_space_like(value) & (value >= 0) & (value < 0x80)
-
-
-def _continues(value: Tensor) -> Tensor:
-    return (value >= 0x80) & (value <= 0xBF)
 
 
 def _valid_second(lead: Tensor, value: Tensor) -> Tensor:
