@@ -16,10 +16,17 @@ LARGEST_SEED = 2**32 - 1
 """The largest seed: random keys hold 32 bits, and a larger seed would give a smaller one's run."""
 
 
+_LONGEST = 900
+"""Characters of a message."""
+
+
 def require(condition: bool, message: str) -> None:
-    """Raises `ValueError(message)` unless `condition` holds."""
+    """Raises `ValueError(message)` unless `condition` holds.
+
+    A message that quotes a name or value from a file is cut to what people read.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if len(message) <= _LONGEST else f"{message[: _LONGEST - 1]}…")
 
 
 def require_number(name: str, value: Any) -> None:

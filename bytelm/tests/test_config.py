@@ -152,6 +152,7 @@ def test_older_files_call_the_patcher_word_space():
     ("change", "says"),
     [
         ({"modle": {}}, "config.modle: unknown field of Recipe"),
+        ({"x" * 5000: {}}, "^config.x{892}…$"),
         ({"model": {"architecture": "gpt"}}, "config.model.architecture='gpt': choose one of"),
         ({"model": {"architecture": "megabyte", "patch_size": "8"}}, "patch_size='8': must be of"),
         ({"train": {"steps": True}}, "config.train.steps=True: must be of type int"),
