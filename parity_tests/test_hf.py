@@ -4,8 +4,10 @@ import contextlib
 import functools
 import json
 import pickle
+import re
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -197,6 +199,19 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     assert (tmp_path / "torch" / "config.json").read_bytes() == (
         tmp_path / "export" / "config.json"
     ).read_bytes()
+
+
+def test_the_example_in_the_readme_saves_model_and_tokenizer(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import hf" in c]
+    bytelm_torch.save_pretrained(
+        bytelm_torch.build_model(CONFIGS["entropy"]), tmp_path / "exports/tiny"
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    _, tokenizer = loaded("hf/tiny")
+    assert tokenizer("def ").input_ids == names["tokenizer"]("def ").input_ids
 
 
 def test_shards_are_an_export(folders, tmp_path, capsys):
