@@ -3,6 +3,7 @@
 import copy
 import doctest
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from bytelm_torch.q_learning import EnhancedSGD, q_learning
 EVERY_STEP = QLearningConfig(interval=1)
 
 
-def network():
+def network() -> Any:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
 
