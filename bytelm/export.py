@@ -7,6 +7,9 @@ An export is a folder of two files:
                         `library` ("bytelm"), `format_version` (1) and optionally `extra`,
                         an object that loading ignores
 
+In place of model.safetensors there may be shards of it and their index, as transformers writes
+them: `open_weights` reads both.
+
 Reading is strict: a tensor that is missing, unexpected, of another shape, not floating point or not
 finite raises `ValueError`. The metadata of model.safetensors hold SHA-256 sums of the tensors and
 of config.json without `extra`; reading compares them if a file has them, since other programs omit
@@ -22,10 +25,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
 
 from bytelm.config import (
     ModelConfig,
@@ -46,6 +52,8 @@ from bytelm.files import (
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
+INDEX_FILE = "model.safetensors.index.json"
+"""Says which shards there are; counts where there is no `MODEL_FILE`."""
 
 DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """The dtypes that a parameter may have: name → code in a safetensors file."""
@@ -63,6 +71,8 @@ class ArrayLibrary(NamedTuple):
     """The bytes of an array in row-major order."""
     is_finite: Callable[[Any], bool]
     """Whether an array holds neither NaN nor infinity."""
+    from_bytes: Callable[[np.ndarray, str, tuple[int, ...]], Any]
+    """The array of these bytes, of a dtype in `DTYPE_CODES` and a shape."""
 
 
 class StoredTensor(NamedTuple):
@@ -193,6 +203,90 @@ def open_safetensors(file: Path, arrays: ArrayLibrary) -> Iterator[StoredTensors
                 read = lambda name=name: opened.get_tensor(name)  # noqa: E731
                 tensors.add(name, tuple(view.get_shape()), names.get(code, code), read)
             yield tensors
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether `folder` holds the weights of an export, in one file or in shards."""
+    return any((folder / name).exists() for name in (MODEL_FILE, INDEX_FILE))
+
+
+@contextmanager
+def open_weights(folder: Path, arrays: ArrayLibrary) -> Iterator[StoredTensors | ShardedTensors]:
+    """The tensors of an export, in one file or in shards; errors inside name the file."""
+    files = weight_files(folder)
+    if files == [folder / MODEL_FILE]:
+        with open_safetensors(files[0], arrays) as tensors:
+            yield tensors
+    else:
+        with errors_about(folder / INDEX_FILE, ""):
+            yield ShardedTensors(files, arrays)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: `MODEL_FILE`, or else the shards in `INDEX_FILE`."""
+    index = folder / INDEX_FILE
+    if (folder / MODEL_FILE).exists() or not index.exists():
+        return [folder / MODEL_FILE]
+    with errors_about(index, "download the folder again"):
+        fields = read_json(index)
+        files = fields.get("weight_map") if isinstance(fields, dict) else None
+        if not (isinstance(files, dict) and files):
+            raise ValueError("weight_map: must name the tensors")
+        names = sorted({str(name) for name in files.values()})
+        root = os.path.realpath(folder)
+        for name in names:
+            plain = (
+                Path(name).name == name
+                and len(name) < 256
+                and "\0" not in name
+                and os.path.dirname(os.path.realpath(folder / name)) == root
+            )
+            why = "must name files of this folder, not links out of it"
+            require(plain, f"weight_map: {name!r}: {why}")
+        return [folder / name for name in names]
+
+
+class ShardedTensors(dict[str, StoredTensor]):
+    """The tensors of several safetensors files by name; errors name the shard."""
+
+    def __init__(self, files: Iterable[Path], arrays: ArrayLibrary):
+        super().__init__()
+        self._shards = {file: list_tensors(file, arrays) for file in files}
+        for file, shard in self._shards.items():
+            with errors_about(file, ""):
+                for name, tensor in shard.items():
+                    require(name not in self, f"{name}: stands in another shard, too")
+                    self[name] = tensor
+
+    def verify(self, config_sum: str) -> None:
+        """As `StoredTensors.verify` does, shard by shard."""
+        for file, shard in self._shards.items():
+            with errors_about(file, ""):
+                shard.verify(config_sum)
+
+
+def list_tensors(file: Path, arrays: ArrayLibrary) -> StoredTensors:
+    """The tensors of a safetensors file, read one at a time without a memory map.
+
+    A map's pages count as memory of this process until the file is closed, so that a table that
+    fills its shard would be in memory twice.
+    """
+    with open_safetensors(file, arrays) as tensors:  # checks the header
+        known, metadata = dict(tensors), tensors.metadata
+    with open(file, "rb") as source:
+        size = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(size))
+
+    def read(name: str, tensor: StoredTensor) -> Any:
+        begin, end = header[name]["data_offsets"]
+        with errors_about(file, "give a complete safetensors file"):
+            data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
+            return arrays.from_bytes(data, tensor.dtype, tensor.shape)
+
+    listed = StoredTensors(metadata, arrays)
+    for name, tensor in known.items():
+        listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
+    return listed
 
 
 def check_tensors(

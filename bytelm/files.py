@@ -66,18 +66,27 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+class FileError(ValueError):
+    """An error of reading a file, whose text names that file."""
+
+
 @contextmanager
 def errors_about(path: Path, hint: str) -> Iterator[None]:
-    """Turns any error of reading `path` into a one-line `ValueError` that names it."""
+    """Turns any error of reading `path` into a one-line `ValueError` that names it.
+
+    Of several such contexts the innermost names its file, and no other does.
+    """
     from safetensors import SafetensorError
 
     try:
         yield
+    except FileError:
+        raise
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
-        raise ValueError(f"{path}: cannot be read ({why}); {hint}") from None
+        raise FileError(f"{path}: cannot be read ({why}); {hint}") from None
     except (ValueError, RecursionError, OverflowError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from None
+        raise FileError(f"{path}: {one_line(error)}") from None
 
 
 def one_line(error: object, limit: int = 300) -> str:

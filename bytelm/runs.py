@@ -1,7 +1,7 @@
 """Folders that hold a model: an export, or a run folder of either framework; and what a run reads.
 
-An export is `config.json` and `model.safetensors`. A run folder has `checkpoints/STEP`, which are
-exports in PyTorch and Orbax checkpoints in JAX.
+An export is `config.json` and `model.safetensors`, or its shards. A run folder has
+`checkpoints/STEP`, which are exports in PyTorch and Orbax checkpoints in JAX.
 """
 
 import fcntl
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from bytelm import data
 from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
-from bytelm.export import CONFIG_FILE, LIBRARY, MODEL_FILE
+from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
 from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 def is_run(folder: Path) -> bool:
     """Whether `folder` is a run folder, of JAX or of PyTorch, and not an export."""
-    return (folder / "checkpoints").is_dir() and not (folder / MODEL_FILE).exists()
+    return (folder / "checkpoints").is_dir() and not holds_weights(folder)
 
 
 def saved_steps(run_dir: Path) -> list[int]:
@@ -47,7 +47,7 @@ def find_export(folder: Path, checkpoint: str | int = "latest") -> Path | None:
     steps = saved_steps(folder)
     require(bool(steps), f"{folder}/checkpoints: no checkpoint there; train first")
     places = {step: folder / "checkpoints" / str(step) for step in steps}
-    if not any((place / MODEL_FILE).exists() for place in places.values()):
+    if not any(holds_weights(place) for place in places.values()):
         return None
     if checkpoint == "latest":
         return places[steps[-1]]

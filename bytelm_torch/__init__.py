@@ -10,7 +10,8 @@ from bytelm import *  # noqa: F403
 from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.models import build_model
 from bytelm_torch.optimizers.build import build_optimizer
-from bytelm_torch.optimizers.q_learning import EnhancedSGD, q_learning_metrics
+from bytelm_torch.optimizers.q_agent import q_learning_metrics
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.tools.inspection import inspect
 from bytelm_torch.training.evaluate import evaluate
 from bytelm_torch.training.loss import cross_entropy

@@ -13,7 +13,7 @@ import numpy as np
 
 import bytelm_torch
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, LFByteConfig, MegabyteConfig
-from bytelm.export import sum_of_json
+from bytelm.export import INDEX_FILE, sum_of_json
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import hf_blt as convert_blt
 from bytelm_jax.models import abstract_params
@@ -64,22 +64,33 @@ def make_folders(root: Path) -> dict[str, Path]:
         export(config, params, folders.setdefault(name, root / name))
     folders["torch"] = root / "torch"
     bytelm_torch.save_pretrained(bytelm_torch.from_pretrained(folders["lfbyte"]), folders["torch"])
-    shards = folders["shards"] = root / "shards"
-    shards.mkdir()
-    shutil.copy(folders["hf-blt"] / "config.json", shards)
-    config_sum = sum_of_json(json.loads((shards / "config.json").read_text()))
     config: Any
     config, params = formats.import_any(folders["hf-blt"])
-    names, index = convert_blt.hf_blt_names(config), {}
+    names = convert_blt.hf_blt_names(config)
+    params = {
+        names[n].removesuffix("weight") + n.rpartition(".")[2]: value for n, value in params.items()
+    }
+    folders["shards"] = _sharded(folders["hf-blt"], params)
+    folders["export-shards"] = _sharded(
+        folders["entropy"], formats.import_any(folders["entropy"])[1]
+    )
+    return folders
+
+
+def _sharded(source: Path, params: Any) -> Path:
+    """A folder with `source` in two shards; `params` are what it holds, by the names there."""
+    folder = source.with_name(f"{source.name}-shards")
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    index, config_sum = {}, sum_of_json(json.loads((folder / "config.json").read_text()))
     for part in range(2):
         file = f"model-{part + 1}-of-2.safetensors"
-        part_names = [name for name in sorted(params) if hash_of(name) % 2 == part]
-        index |= {names[name]: file for name in part_names}
-        stems = {n: names[n].removesuffix("weight") + n.rpartition(".")[2] for n in part_names}
-        with open(shards / file, "wb") as sink:
-            convert.write_params({stems[n]: params[n] for n in part_names}, config_sum, sink)
-    (shards / convert_blt.INDEX_FILE).write_text(json.dumps({"weight_map": index}))
-    return folders
+        held = {name: params[name] for name in sorted(params) if hash_of(name) % 2 == part}
+        index |= dict.fromkeys(convert.in_torch_layout(held), file)
+        with open(folder / file, "wb") as sink:
+            convert.write_params(held, config_sum, sink)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": index}))
+    return folder
 
 
 def hash_of(name: str) -> int:
@@ -219,7 +230,7 @@ def damage_folder(folder: Path, draw: random.Random) -> str:
             file.symlink_to({"device": "/dev/zero", "loop": file.name}[kind])
         return f"{file.name}: {kind}"
     data = file.read_bytes()
-    if file.name == convert_blt.INDEX_FILE:
+    if file.name == INDEX_FILE:
         paths = ["../outside", "/etc/passwd", "a/../model-1-of-2.safetensors", "", ".", "model\0"]
         paths += ["/dev/zero", "missing.safetensors", "link.safetensors", 3, None, ["x"]]
         if draw.randrange(2):

@@ -2,9 +2,12 @@
 
 import contextlib
 import functools
+import json
 import pickle
+import re
 import warnings
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -19,11 +23,13 @@ from transformers import (
     TrainingArguments,
 )
 
+import bytelm_jax
 import bytelm_torch
 from bytelm import recipes
 from bytelm.config import LFByteConfig, PatchingContract, to_dict
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
+from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
@@ -193,6 +199,65 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     assert (tmp_path / "torch" / "config.json").read_bytes() == (
         tmp_path / "export" / "config.json"
     ).read_bytes()
+
+
+def test_the_example_in_the_readme_saves_model_and_tokenizer(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    [code] = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import hf" in c]
+    bytelm_torch.save_pretrained(
+        bytelm_torch.build_model(CONFIGS["entropy"]), tmp_path / "exports/tiny"
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    _, tokenizer = loaded("hf/tiny")
+    assert tokenizer("def ").input_ids == names["tokenizer"]("def ").input_ids
+
+
+def test_shards_are_an_export(folders, tmp_path, capsys):
+    model, tokenizer = loaded(folders["entropy"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "hf", max_shard_size="8KB")
+    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    assert len(list((tmp_path / "hf").glob("model-*-of-*.safetensors"))) > 2
+    expected = {name: value.numpy() for name, value in model.model.state_dict().items()}
+    theirs = bytelm_torch.from_pretrained(tmp_path / "hf").state_dict()
+    config, ours = formats.import_any(tmp_path / "hf")
+    assert config == CONFIGS["entropy"]
+    ours = {name: each.read() for name, each in convert.in_torch_layout(ours).items()}
+    assert bytelm_jax.from_pretrained(tmp_path / "hf").config == config
+    assert expected.keys() == theirs.keys() == ours.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(theirs[name].numpy(), value)
+        np.testing.assert_array_equal(ours[name], value)
+    assert cli.main(["import", str(tmp_path / "hf"), "--out", str(tmp_path / "run")]) == 0
+    arguments = ["parity", str(tmp_path / "hf"), "--dtype", "float32", "--rows", "1"]
+    assert cli.main([*arguments, "--length", "9"]) == 0, capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_programs_find_the_longest_input_where_there_is_one(name, folders, tmp_path):
+    """As lm-evaluation-harness asks for it: attributes of the configuration, then the tokenizer."""
+    model, tokenizer = loaded(folders[name])
+    limit = CONFIGS[name].longest_input
+    asked = [
+        a for a in ("n_positions", "max_position_embeddings", "n_ctx") if hasattr(model.config, a)
+    ]
+    if limit is None:
+        assert not asked
+        assert tokenizer.model_max_length == 1000000000000000019884624838656
+        return
+    assert asked == ["max_position_embeddings"]
+    longest = model.config.max_position_embeddings
+    assert longest == tokenizer.model_max_length == limit - 1
+    ids = torch.full((1, longest), ord("a") + CONFIGS[name].vocab.offset)
+    assert torch.isfinite(model(ids).logits).all()
+    with pytest.raises(ValueError, match="no room to predict what follows 32 ids"):
+        model(torch.cat([ids, ids[:, :1]], dim=1))
+    assert tokenizer("x" * 99, truncation=True, return_tensors="pt").input_ids.shape == ids.shape
+    fields = json.loads((folders[name] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 7}))
+    assert AutoConfig.from_pretrained(tmp_path).max_position_embeddings == longest
 
 
 def test_a_fine_tuned_model_goes_back_into_jax(folders, tmp_path):

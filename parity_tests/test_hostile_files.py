@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import bytelm_torch
+from bytelm.export import INDEX_FILE
 from bytelm.files import one_line
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
@@ -89,7 +90,7 @@ def test_what_another_program_wrote_has_no_sums_and_loads(folders, tmp_path):
     assert len(bytelm_torch.from_pretrained(tmp_path).state_dict()) == len(params)
 
 
-@pytest.mark.parametrize("name", ["hf-blt", "shards"])
+@pytest.mark.parametrize("name", ["hf-blt", "shards", "export-shards"])
 def test_weights_that_are_not_finite_are_not_imported(name, folders, tmp_path):
     folder = tmp_path / name
     shutil.copytree(folders[name], folder)
@@ -98,21 +99,67 @@ def test_weights_that_are_not_finite_are_not_imported(name, folders, tmp_path):
     bad = min(tensors)
     tensors[bad].reshape(-1)[-1] = -np.inf
     save_file(tensors, file)
-    with pytest.raises(ValueError) as caught:
-        formats.import_any(folder)
     error = f"{bad}: holds NaN or infinity; take the weights of an earlier checkpoint"
-    assert str(caught.value) == f"{file}: {error}"
+    for load in loaders(name):
+        with pytest.raises(ValueError) as caught:
+            load(folder)
+        assert str(caught.value) == f"{file}: {error}"
 
 
-@pytest.mark.parametrize("target", ["link", "../megabyte/model.safetensors", "/etc/hostname"])
-def test_an_index_leads_nowhere_else(target, folders, tmp_path):
-    index = folders["shards"] / convert_blt.INDEX_FILE
-    (tmp_path / "config.json").write_bytes((folders["shards"] / "config.json").read_bytes())
+@pytest.mark.parametrize("name", ["shards", "export-shards"])
+@pytest.mark.parametrize("target", ["link", "../megabyte/model.safetensors", "/etc/hostname", ".."])
+def test_an_index_leads_nowhere_else(name, target, folders, tmp_path):
+    index = folders[name] / INDEX_FILE
+    (tmp_path / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
     (tmp_path / "link").symlink_to(folders["hf-blt"] / "model.safetensors")
     text = index.read_text().replace("model-1-of-2.safetensors", target)
-    (tmp_path / convert_blt.INDEX_FILE).write_text(text)
-    with pytest.raises(ValueError, match="weight_map: must name files of this folder, not links"):
-        formats.import_any(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(text)
+    for load in loaders(name):
+        with pytest.raises(ValueError) as caught:
+            load(tmp_path)
+        why = "must name files of this folder, not links out of it"
+        assert str(caught.value) == f"{tmp_path / INDEX_FILE}: weight_map: {target!r}: {why}"
+
+
+@pytest.mark.parametrize("name", ["shards", "export-shards"])
+def test_a_damaged_shard_is_named(name, folders, tmp_path):
+    folder = tmp_path / name
+    shutil.copytree(folders[name], folder)
+    file = folder / "model-2-of-2.safetensors"
+    whole = file.read_bytes()
+
+    def problem(load):
+        with pytest.raises(ValueError) as caught:
+            load(folder)
+        return str(caught.value)
+
+    for load in loaders(name):
+        file.write_bytes(whole[:-4])
+        assert problem(load).startswith(f"{file}: cannot be read (")
+        file.write_bytes(whole[:-4] + bytes(4))
+        assert problem(load).startswith(f"{file}: the tensors differ from those that were written")
+        file.write_bytes((folder / "model-1-of-2.safetensors").read_bytes())
+        assert problem(load).startswith(f"{file}: ")
+        assert problem(load).endswith(": stands in another shard, too")
+        file.unlink()
+        assert problem(load).startswith(f"{file}: cannot be read (No such file or directory)")
+        file.write_bytes(whole)
+    (folder / INDEX_FILE).write_text('{"weight_map": {"x": "model-2-of-2.safetensors"}}')
+    missing = problem(bytelm_torch.from_pretrained) if name == "export-shards" else ""
+    assert name == "shards" or missing.startswith(f"{folder / INDEX_FILE}: ")
+
+
+def test_one_whole_file_counts_before_an_index(folders, tmp_path):
+    for source in ("entropy", "export-shards"):
+        shutil.copytree(folders[source], tmp_path, dirs_exist_ok=True)
+    for load in loaders("export-shards"):
+        load(tmp_path)
+        (tmp_path / INDEX_FILE).write_text("no JSON")
+        load(tmp_path)
+        (tmp_path / "model.safetensors").rename(tmp_path / "aside")
+        with pytest.raises(ValueError, match=f"{INDEX_FILE}: "):
+            load(tmp_path)
+        (tmp_path / "aside").rename(tmp_path / "model.safetensors")
 
 
 def test_a_giant_in_the_configuration_is_refused_before_it_is_built(folders, tmp_path):

@@ -31,8 +31,9 @@ from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
 from bytelm_torch.optimizers.build import clip_by_global_norm, learning_rate_schedule
-from bytelm_torch.optimizers.q_learning import EnhancedSGD, QLearning
-from bytelm_torch.optimizers.q_learning import q_learning_metrics as torch_q_learning_metrics
+from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_q_learning_metrics
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
+from bytelm_torch.optimizers.q_wrapper import QLearning
 from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, random_params, twins

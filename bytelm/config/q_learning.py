@@ -59,12 +59,11 @@ class QLearningConfig:
             self.surge == 0 or self.surge > 1,
             f"surge={self.surge}: must be above 1, or 0 for never",
         )
-        require(0 < self.min_scale < 1, f"min_scale={self.min_scale}: must be between 0 and 1")
-        require(self.max_scale > 1, f"max_scale={self.max_scale}: must be above 1")
-        require(
-            self.min_momentum < self.max_momentum,
-            f"min_momentum={self.min_momentum}: must be below max_momentum={self.max_momentum}",
-        )
+        low, high = self.min_scale, self.max_scale
+        require(0 < low <= 1, f"min_scale={low}: must be above 0 and at most 1")
+        require(high >= 1, f"max_scale={high}: must be at least 1")
+        low, high = self.min_momentum, self.max_momentum
+        require(low <= high, f"min_momentum={low}: must be at most max_momentum={high}")
 
     @property
     def window(self) -> int:

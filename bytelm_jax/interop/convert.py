@@ -18,14 +18,13 @@ import numpy as np
 
 from bytelm.config import ModelConfig, require
 from bytelm.export import (
-    MODEL_FILE,
     ArrayLibrary,
     StoredTensor,
     check_size,
     check_tensors,
     config_text,
     describe,
-    open_safetensors,
+    open_weights,
     read_description,
     refuse_non_finite,
     replace_export,
@@ -169,7 +168,11 @@ def _raw(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-NUMPY = ArrayLibrary("np", _raw, is_finite)
+def _from_bytes(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    return data.view(jnp.dtype(dtype)).reshape(shape)
+
+
+NUMPY = ArrayLibrary("np", _raw, is_finite, _from_bytes)
 
 
 def check_finite(params: Params) -> None:
@@ -220,7 +223,7 @@ def load_export(path: str | Path, cast: Cast | None = None) -> tuple[ModelConfig
     memory beyond the result.
     """
     described = read_description(path)
-    with open_safetensors(Path(path) / MODEL_FILE, NUMPY) as tensors:
+    with open_weights(Path(path), NUMPY) as tensors:
         check_size(tensors, described.config)
         params = assemble(tensors, described.config, cast=cast)
         tensors.verify(described.sum)

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.config import ModelConfig, require
-from bytelm.export import CONFIG_FILE, LIBRARY, read_json
+from bytelm.export import CONFIG_FILE, INDEX_FILE, LIBRARY, read_json
 from bytelm_jax.interop.convert import Cast, Float32Cast, load_export
-from bytelm_jax.interop.hf_blt import INDEX_FILE, import_hf_blt
+from bytelm_jax.interop.hf_blt import import_hf_blt
 from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte
 from bytelm_jax.models import Params
 

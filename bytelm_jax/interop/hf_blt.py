@@ -7,15 +7,12 @@ that only one of the two libraries has are refused with an error that names them
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -24,8 +21,6 @@ from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
 from bytelm_jax.interop import convert
 from bytelm_jax.interop.hf_tokenizer import tokenizer_files
 from bytelm_jax.models import Params, abstract_params
-
-INDEX_FILE = "model.safetensors.index.json"
 
 # Fields that a transformers of any version omits from config.json when they equal the default.
 _STACK = {"rms_norm_eps": 1e-5, "dropout": 0.0, "hidden_act": "silu", "num_key_value_heads": None}
@@ -343,10 +338,7 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
         fields = export.read_json(folder / export.CONFIG_FILE)
         require(isinstance(fields, dict), "must hold a JSON object")
         config = blt_config_from_hf(fields)
-    tensors: dict[str, export.StoredTensor] = {}
-    shards = {file: _listed(file) for file in _shards(folder)}
-    for held in shards.values():
-        tensors |= held
+    tensors = export.ShardedTensors(export.weight_files(folder), convert.NUMPY)
     export.check_size(tensors, config)
     leaves, names = abstract_params(config), hf_blt_names(config)
     shapes = {names[name]: convert.torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
@@ -355,9 +347,7 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
         name: _placed(name, convert.read_tensor(source, tensors[source], cast))
         for name, source in names.items()
     }
-    for file, held in shards.items():
-        with export.errors_about(file, ""):
-            held.verify(export.sum_of_json(fields))
+    tensors.verify(export.sum_of_json(fields))
     return config, params
 
 
@@ -387,49 +377,3 @@ def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     beside |= tokenizer_files(config.vocab)
     texts = {name: export.config_text(content) for name, content in beside.items()}
     export.replace_export(Path(out), write, export.config_text(fields), texts)
-
-
-def _shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder."""
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        return [folder / export.MODEL_FILE]
-    with export.errors_about(index, "download the folder again"):
-        fields = export.read_json(index)
-        files = fields.get("weight_map") if isinstance(fields, dict) else None
-        if not (isinstance(files, dict) and files):
-            raise ValueError("weight_map: must name the tensors")
-        names = sorted({str(name) for name in files.values()})
-        root = os.path.realpath(folder)
-        plain = all(
-            Path(name).name == name
-            and len(name) < 256
-            and "\0" not in name
-            and os.path.dirname(os.path.realpath(folder / name)) == root
-            for name in names
-        )
-        require(plain, "weight_map: must name files of this folder, not links out of it")
-        return [folder / name for name in names]
-
-
-def _listed(file: Path) -> export.StoredTensors:
-    """The tensors of a safetensors file, read one at a time without a memory map.
-
-    A map's pages count as memory of this process until the file is closed, so that a table that
-    fills its shard would be in memory twice.
-    """
-    with export.open_safetensors(file, convert.NUMPY) as tensors:  # checks the header
-        known, metadata = dict(tensors), tensors.metadata
-    with open(file, "rb") as source:
-        size = int.from_bytes(source.read(8), "little")
-        header = json.loads(source.read(size))
-
-    def read(name: str, tensor: export.StoredTensor) -> np.ndarray:
-        begin, end = header[name]["data_offsets"]
-        data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
-        return data.view(jnp.dtype(tensor.dtype)).reshape(tensor.shape)
-
-    listed = export.StoredTensors(metadata, convert.NUMPY)
-    for name, tensor in known.items():
-        listed.add(name, tensor.shape, tensor.dtype, partial(read, name, tensor))
-    return listed

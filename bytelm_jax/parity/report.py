@@ -125,7 +125,7 @@ def compare(
         import bytelm_torch
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
-    exported = (path / export.MODEL_FILE).exists()
+    exported = export.holds_weights(path)
     config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)
     limit, corpus = config.longest_input, data.open_corpus(paths)

@@ -87,11 +87,11 @@ def test_no_start_and_no_bound_lies_on_an_edge():
         ("epsilon", 1.5, "between 0 and 1"),
         ("gamma", 1.0, "below 1"),
         ("indifference", -0.1, "at least 0"),
-        ("min_scale", 1.0, "between 0 and 1"),
-        ("max_scale", 0.9, "above 1"),
+        ("min_scale", 1.1, "above 0 and at most 1"),
+        ("max_scale", 0.9, "at least 1"),
         ("surge", 0.9, "above 1, or 0 for never"),
         ("max_momentum", 1.0, "below 1"),
-        ("min_momentum", 0.999, "below max_momentum=0.995"),
+        ("min_momentum", 0.999, "at most max_momentum=0.995"),
     ],
 )
 def test_bad_configurations_are_named(field, value, hint):

@@ -2,10 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from bytelm import sampling
 from bytelm.config import BLTConfig, require
+from bytelm.config.q_learning import QLearningConfig
 from bytelm.data import Windows, open_corpus
 from bytelm.metrics import bits_per_byte
 from bytelm.tokenizer import ByteTokenizer
 from bytelm_torch.inference.sampling import next_ids
 from bytelm_torch.models.blt import BLT
 from bytelm_torch.models.interface import inference
-from bytelm_torch.optimizers.q_learning import EnhancedSGD
+from bytelm_torch.optimizers import q_learning
 from bytelm_torch.training import parallel
 
 __all__ = [
@@ -80,6 +81,68 @@ class EnhancedByteTransformer(BLT):
         )
 
 
+class EnhancedSGD(q_learning.EnhancedSGD):
+    """This library's optimizer of that name, with the arguments of the original besides its own.
+
+    `lr_scale_bounds` and `momentum_scale_bounds`, each (low, high) around 1, limit what the agent
+    makes of `lr` and `momentum`: all its changes together, where the original limits each change by
+    itself. Momentum stays at most `controller.max_momentum` even so, since a momentum of 1 never
+    forgets. `smoothing_factor` is the weight of a new loss in the moving average that the agent
+    watches. Left out, each is as `controller` has it.
+
+    `step()` without a loss is SGD with momentum, centring, clipping, noise and decay, at the rate
+    and the momentum that the agent chose last; the agent neither sees nor counts it.
+    """
+
+    loss_is_optional: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        weight_decay: float = 0.005,
+        max_grad_norm: float = 1.0,
+        entropy_threshold: float = 0.0,
+        noise_scale: float = 0.0,
+        centralize: bool = True,
+        controller: QLearningConfig | None = None,
+        seed: int = 0,
+        patch_size: int | None = None,
+        smoothing_factor: float | None = None,
+        lr_scale_bounds: Sequence[float] | None = None,
+        momentum_scale_bounds: Sequence[float] | None = None,
+    ):
+        controller = QLearningConfig() if controller is None else controller
+        if lr_scale_bounds is not None:
+            low, high = _bounds("lr_scale_bounds", lr_scale_bounds)
+            controller = replace(controller, min_scale=low, max_scale=high)
+        if momentum_scale_bounds is not None:
+            low, high = _bounds("momentum_scale_bounds", momentum_scale_bounds)
+            high = min(momentum * high, controller.max_momentum)
+            controller = replace(controller, min_momentum=momentum * low, max_momentum=high)
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            weight_decay,
+            max_grad_norm,
+            entropy_threshold,
+            noise_scale,
+            centralize,
+            controller,
+            seed,
+            patch_size,
+            smoothing_factor,
+        )
+
+
+def _bounds(name: str, value: Sequence[float]) -> tuple[float, float]:
+    good = len(value) == 2 and 0 < value[0] <= 1 <= value[1]
+    require(good, f"{name}={value}: give (low, high), low above 0 and at most 1, high at least 1")
+    return float(value[0]), float(value[1])
+
+
 @dataclass(frozen=True)
 class SamplerConfig:
     """Thresholds in bits: below `low` the likeliest byte, below `medium` one of ten, else any."""
@@ -117,7 +180,7 @@ def prepare_dataloader(
 def train_model(
     model: EnhancedByteTransformer,
     dataloader: DataLoader,
-    optimizer: EnhancedSGD,
+    optimizer: q_learning.EnhancedSGD,
     epochs: int,
     learning_rate: float,
     device: str,
@@ -150,7 +213,10 @@ def train_model(
 
 
 def _train_epoch(
-    whole: nn.Module, dataloader: DataLoader, optimizer: EnhancedSGD, group: parallel.Group
+    whole: nn.Module,
+    dataloader: DataLoader,
+    optimizer: q_learning.EnhancedSGD,
+    group: parallel.Group,
 ) -> float:
     total, count = 0.0, 0
     for batch in dataloader:
@@ -168,7 +234,7 @@ def _train_epoch(
 
 def _report(
     model: EnhancedByteTransformer,
-    optimizer: EnhancedSGD,
+    optimizer: q_learning.EnhancedSGD,
     epoch: int,
     loss: float,
     config: SamplerConfig,

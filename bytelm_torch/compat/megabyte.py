@@ -12,20 +12,21 @@ from bytelm_torch.models.megabyte import Megabyte as _Model
 from bytelm_torch.training.loss import cross_entropy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MegabyteConfig:
-    """The original's fields; the beginning-of-sequence id, which it lacks, is the first free id."""
+    """The original's fields in its order; the beginning-of-sequence id, which it lacks, is the
+    first free id."""
 
     V: int = 512
     P: int = 8
     D_G: int = 128
     D_L: int = 256
     T_MAX: int = 2048
-    initializer_range: float = 0.02
-    g_nlayers: int = 12
     g_nheads: int = 16
-    l_nlayers: int = 6
+    g_nlayers: int = 12
     l_nheads: int = 4
+    l_nlayers: int = 6
+    initializer_range: float = 0.02
     pad_id: int = 257
     eos_id: int = 258
 
@@ -48,10 +49,15 @@ class MegabyteConfig:
 
 
 class MegabyteOutput(NamedTuple):
-    """What a call gives: the mean nats of the ids that are no pads, if asked for, and logits."""
+    """What a call gives: logits and, if asked for, the mean nats of the ids that are no pads."""
 
+    lm_logits: Float[Tensor, "B T V"]
     loss: Float[Tensor, ""] | None
-    logits: Float[Tensor, "B T V"]
+
+    @property
+    def logits(self) -> Float[Tensor, "B T V"]:
+        """`lm_logits`, by the name that this library and transformers have for them."""
+        return self.lm_logits
 
 
 class Megabyte(_Model):
@@ -63,12 +69,12 @@ class Megabyte(_Model):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, ids: Integer[Tensor, "B T"], return_loss: bool = False
     ) -> MegabyteOutput:
-        """`logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`."""
+        """`lm_logits[:, t]` is the distribution of `ids[:, t]` given `ids[:, :t]`."""
         logits = self.outputs(ids).logits
         if not return_loss:
-            return MegabyteOutput(None, logits)
+            return MegabyteOutput(logits, None)
         nats, count = cross_entropy(logits, ids, self.config.vocab.pad_id)
-        return MegabyteOutput(nats / count.clamp(min=1), logits)
+        return MegabyteOutput(logits, nats / count.clamp(min=1))
 
 
 class MegabyteLMHeadModel(hf.MegabyteForCausalLM):

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +31,11 @@ def _raw(value: Tensor) -> memoryview:
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-TORCH = export.ArrayLibrary("pt", _raw, is_finite)
+def _from_bytes(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(data).view(getattr(torch, dtype)).reshape(shape)
+
+
+TORCH = export.ArrayLibrary("pt", _raw, is_finite, _from_bytes)
 
 
 # ---- load -----------------------------------------------------------------------------------
@@ -71,7 +76,7 @@ def from_pretrained(
 def _read_model(folder: Path, dtype: torch.dtype | None, target: torch.device) -> Any:
     described = export.read_description(folder)
     contract = export.patching_of(described.extra)
-    with export.open_safetensors(folder / export.MODEL_FILE, TORCH) as tensors:
+    with export.open_weights(folder, TORCH) as tensors:
         export.check_size(tensors, described.config)
         model = build_abstract(described.config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}

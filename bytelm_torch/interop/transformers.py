@@ -92,11 +92,14 @@ class ByteLMConfig(PreTrainedConfig):
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
         self.bytelm = export.describe(config, extra)
+        fields.pop("max_position_embeddings", None)  # the model says it, not a file
         super().__post_init__(**fields)
         vocab = config.vocab
         self.vocab_size, self.tie_word_embeddings = vocab.size, False
         self.pad_token_id, self.bos_token_id = vocab.pad_id, vocab.bos_id
         self.eos_token_id = vocab.eos_id
+        if config.longest_input is not None:  # else no attribute: programs ask whether there is one
+            self.max_position_embeddings = config.longest_input - 1  # `forward` appends an id
 
     def to_native(self) -> ModelConfig:
         """The configuration for `build_model`."""

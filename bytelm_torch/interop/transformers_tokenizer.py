@@ -85,5 +85,7 @@ class ByteLMTokenizer(PreTrainedTokenizer):
 
 
 def tokenizer_for(config: ModelConfig) -> ByteLMTokenizer:
-    """The tokenizer of a model configuration's vocabulary."""
-    return ByteLMTokenizer(**to_dict(config.vocab))
+    """The tokenizer of a model configuration's vocabulary and longest input."""
+    limit = config.longest_input
+    options = {} if limit is None else {"model_max_length": limit - 1}  # the next id takes a place
+    return ByteLMTokenizer(**to_dict(config.vocab), **options)

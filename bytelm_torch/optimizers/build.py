@@ -26,7 +26,8 @@ from bytelm.leaves import decays, is_hidden_matrix
 from bytelm_torch.models import parameter_paths
 from bytelm_torch.optimizers.lion import Lion
 from bytelm_torch.optimizers.muon import Muon
-from bytelm_torch.optimizers.q_learning import EnhancedSGD, q_learning
+from bytelm_torch.optimizers.q_learning import EnhancedSGD
+from bytelm_torch.optimizers.q_wrapper import q_learning
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:

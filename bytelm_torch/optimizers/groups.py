@@ -1,5 +1,7 @@
 """Checks of the parameter groups of torch's optimizers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bytelm.config.base import require_amount
@@ -15,3 +17,14 @@ def check_group(group: dict[str, Any]) -> None:
         require_shrinking(rate, decay, 2 * (1 + group["momentum"]))
     elif group.get("decoupled_weight_decay", True):  # else Adam divides the decay by its size
         require_shrinking(rate, decay)
+
+
+@contextmanager
+def all_or_none(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Takes groups that were added inside out of `groups` again if that raises `ValueError`."""
+    count = len(groups)
+    try:
+        yield
+    except ValueError:
+        del groups[count:]
+        raise

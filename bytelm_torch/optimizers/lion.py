@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from bytelm.config.base import require
+from bytelm_torch.optimizers.groups import all_or_none
 
 
 class Lion(torch.optim.Optimizer):
@@ -29,10 +30,17 @@ class Lion(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 1.0,
     ):
-        for name, value in {"lr": lr, "weight_decay": weight_decay}.items():
-            require(value >= 0, f"{name}={value}: must be at least 0")
-        require(all(0 <= beta < 1 for beta in betas), f"betas={betas}: must be in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group's numbers are checked."""
+        with all_or_none(self.param_groups):
+            super().add_param_group(param_group)
+            group = self.param_groups[-1]
+            for name in ("lr", "weight_decay"):
+                require(group[name] >= 0, f"{name}={group[name]}: must be at least 0")
+            betas = group["betas"]
+            require(all(0 <= beta < 1 for beta in betas), f"betas={betas}: must be in [0, 1)")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

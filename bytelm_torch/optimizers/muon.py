@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bytelm.config.base import require
+from bytelm_torch.optimizers.groups import all_or_none
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of X, (X Xᵀ) X and (X Xᵀ)² X."""
@@ -41,12 +42,10 @@ class Muon(torch.optim.Optimizer):
         adam_betas: tuple[float, float] = (0.9, 0.95),
         epsilon: float = 1e-8,
     ):
-        numbers = {"lr": lr, "weight_decay": weight_decay, "epsilon": epsilon}
-        for name, value in (numbers | {"consistent_rms": consistent_rms}).items():
-            require(value >= 0, f"{name}={value}: must be at least 0")
-        for name, value in {"beta": beta, "adam_betas": max(adam_betas)}.items():
-            require(0 <= value < 1, f"{name}={value}: must be in [0, 1)")
-        defaults = numbers | {
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "epsilon": epsilon,
             "beta": beta,
             "ns_steps": ns_steps,
             "consistent_rms": consistent_rms,
@@ -55,13 +54,12 @@ class Muon(torch.optim.Optimizer):
             "lr_scale": 1.0,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for weight in group["params"] if group["use_muon"] else []:
-                require(
-                    weight.ndim >= 2,
-                    f"params: a weight of shape {tuple(weight.shape)} is not a matrix; put it "
-                    "in a group with use_muon=False",
-                )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group's numbers are checked, and that Muon's weights are matrices."""
+        with all_or_none(self.param_groups):
+            super().add_param_group(param_group)
+            _check(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -78,6 +76,19 @@ class Muon(torch.optim.Optimizer):
                     step = direction(weight.grad, self.state[weight], group)
                     weight.sub_(rate * (step + decay * weight))
         return loss
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name in ("lr", "weight_decay", "epsilon", "consistent_rms"):
+        require(group[name] >= 0, f"{name}={group[name]}: must be at least 0")
+    for name, value in {"beta": group["beta"], "adam_betas": max(group["adam_betas"])}.items():
+        require(0 <= value < 1, f"{name}={value}: must be in [0, 1)")
+    for weight in group["params"] if group["use_muon"] else []:
+        require(
+            weight.ndim >= 2,
+            f"params: a weight of shape {tuple(weight.shape)} is not a matrix; put it in a group "
+            "with use_muon=False",
+        )
 
 
 def orthogonalize(

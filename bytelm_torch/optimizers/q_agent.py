@@ -3,17 +3,19 @@
 Watkins & Dayan 1992. Every `interval` steps the agent observes a cell of its table (the current
 learning rate and momentum, how the smoothed loss falls, how steady the gradient norm is), picks one
 factor for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
-It works on tensors on the parameters' device and never asks for their values: no step waits.
+It works on tensors on the parameters' device and never asks for their values: no step waits. What
+the optimizers that hold an agent share stands here, too: saving it, reading it, and its metrics.
 """
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bytelm.config.base import require
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.q_table import (
     CELLS,
@@ -36,6 +38,7 @@ from bytelm_torch.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]
 Flag = Bool[Tensor, ""]
+Loss = Tensor | float
 
 
 # ---- the agent ------------------------------------------------------------------------------
@@ -134,11 +137,14 @@ def step_agent(
     norm: Scalar,
     config: QLearningConfig,
     steers_momentum: bool,
+    half_life: float | None = None,
 ) -> tuple[QLearningState, Flag]:
     """The agent after observing `loss` and gradient `norm`, and whether both are finite.
 
-    The position that it returns already applies to this step.
+    The position that it returns already applies to this step. `half_life` is that of the smoothed
+    loss, in steps, if it is not `config.window`.
     """
+    half_life = float(config.window) if half_life is None else half_life
     finite = torch.isfinite(loss) & torch.isfinite(norm)
     first = torch.where(finite & (state.count == state.skipped), loss, state.first)
     if config.surge == 0:
@@ -152,8 +158,9 @@ def step_agent(
     sound = finite & ~surges
     due = sound & (state.count % config.interval == 0)
     learns = state.pending & (due | ~sound)
-    state = _observe(state, loss, norm, finite, config)
-    state, alpha = _judge(state, due, sound, config)
+    state = _observe(state, loss, norm, finite, config.window, half_life)
+    carried = 0.5 ** (config.interval / half_life)
+    state, alpha = _judge(state, due, sound, carried, config)
     cell = _cell(state)
     _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
@@ -171,7 +178,7 @@ def step_agent(
 
 
 def _observe(
-    state: QLearningState, loss: Scalar, norm: Scalar, finite: Flag, config: QLearningConfig
+    state: QLearningState, loss: Scalar, norm: Scalar, finite: Flag, window: int, half_life: float
 ) -> QLearningState:
     """Smooths the loss and stores the gradient norm.
 
@@ -179,13 +186,13 @@ def _observe(
     would lose it.
     """
     seen = state.count - state.skipped
-    rate = 1 - 0.5 ** (1 / config.window)
+    rate = 1 - 0.5 ** (1 / half_life)
     drop = torch.where(finite & (seen > 0), rate * (state.smoothed - loss), 0.0)
-    places = torch.arange(config.window, device=norm.device)
-    norms = torch.where(finite & (places == seen % config.window), norm, state.norms)
+    places = torch.arange(window, device=norm.device)
+    norms = torch.where(finite & (places == seen % window), norm, state.norms)
     seen = seen + finite
     held = places < seen
-    length = seen.clamp(1, config.window).to(norms.dtype)
+    length = seen.clamp(1, window).to(norms.dtype)
     mean = (norms / length).sum().clamp(min=TINY)
     variance = (torch.where(held, (norms / mean - 1).square(), 0.0) / length).sum()
     return state._replace(
@@ -197,22 +204,21 @@ def _observe(
 
 
 def _judge(
-    state: QLearningState, due: Flag, sound: Flag, config: QLearningConfig
+    state: QLearningState, due: Flag, sound: Flag, carried: float, config: QLearningConfig
 ) -> tuple[QLearningState, Scalar]:
     """Rewards the last decision and undoes an exploration that did not pay.
 
     Also gives the step size of the table: a reward that stands out of the noise is learned at once,
-    others by averaging. The reward is the new fall: the fall without the part that the smoothing
-    carries over from before the decision, which would credit it with the effect of earlier ones. It
-    is compared with its own mean before it is squashed; otherwise a steadily falling loss saturates
-    every reward.
+    others by averaging. The reward is the new fall: the fall without the part, `carried` times the
+    last one, that the smoothing carries over from before the decision, which would credit it with
+    the effect of earlier ones. It is compared with its own mean before it is squashed; otherwise a
+    steadily falling loss saturates every reward.
     """
     settled = due & state.pending
     judged = state.judged + settled
     fall = state.fall / state.reference.abs().clamp(min=TINY)
     fall = fall.clamp(-FALL_LIMIT, FALL_LIMIT)
-    carried = 0.5 ** (config.interval / config.window) * state.last_fall
-    falls = torch.stack([fall, fall - carried])
+    falls = torch.stack([fall, fall - carried * state.last_fall])
     weight = (1 / judged.clamp(min=1).to(fall.dtype)).clamp(min=1 / config.memory)
     surprise = falls - state.means
     means = state.means + weight * surprise
@@ -330,3 +336,88 @@ def _pick(
     choices = [torch.where(explores[i], uniform[i], greedy[i]) for i in range(2)]
     actions = torch.stack(choices)
     return actions, explores & (actions != 0)
+
+
+# ---- what optimizers do with their agent ----------------------------------------------------
+
+
+@runtime_checkable
+class Steered(Protocol):
+    """An optimizer with an agent."""
+
+    @property
+    def agent(self) -> QLearningState:
+        """The agent as the last step left it."""
+        ...
+
+
+def q_learning_metrics(optimizer: Steered) -> dict[str, Tensor]:
+    """What the agent of an optimizer did last, as scalar tensors on its device.
+
+    `learning_rate` (of the first group) and `momentum` as the last step used them,
+    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step and at a surge),
+    the factors that the last decision chose (`learning_rate_action`, and `momentum_action` of
+    1 / (1 − momentum)), `smoothed_loss`, `trend` (the fall of the loss over its deviation),
+    `stability` (deviation over mean of the gradient norm), and the counts `decisions`,
+    `skipped_steps` and `surges`.
+    """
+    agent = optimizer.agent
+    factors = [
+        torch.exp(agent.position.new_tensor(actions)[agent.actions[i]])
+        for i, actions in enumerate((LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS))
+    ]
+    return {
+        "learning_rate": agent.learning_rate,
+        "learning_rate_scale": torch.exp(agent.position[0]),
+        "momentum": -torch.expm1(-agent.position[1]),
+        "epsilon": agent.epsilon,
+        "reward": agent.reward,
+        "learning_rate_action": factors[0],
+        "momentum_action": factors[1],
+        "smoothed_loss": agent.smoothed,
+        "trend": agent.trend,
+        "stability": agent.stability,
+        "decisions": agent.judged,
+        "skipped_steps": agent.skipped,
+        "surges": agent.surges,
+    }
+
+
+def save_agent(agent: QLearningState) -> dict[str, Any]:
+    """The agent for a state dict, which later steps leave alone."""
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in agent._asdict().items()
+    }
+
+
+def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
+    """The agent that `save_agent` gave, on `device`."""
+    agent = {
+        name: value.to(device, copy=True) if isinstance(value, Tensor) else value
+        for name, value in saved.items()
+    }
+    return QLearningState(**{**agent, "key": tuple(agent["key"])})
+
+
+def require_agent(state_dict: dict[str, Any], kind: str) -> None:
+    """Raises `ValueError` for the state dict of an optimizer without an agent."""
+    require(
+        "q_learning" in state_dict,
+        f"state_dict: has no q_learning; pass what {kind}.state_dict() returned",
+    )
+
+
+def mean_loss(loss: Loss | None, like: Tensor) -> Scalar:
+    """The loss that a step was given, with dtype and device of `like`."""
+    if loss is None:
+        raise ValueError("loss=None: the agent needs the mean loss; step(loss=...) or a closure")
+    if not isinstance(loss, Tensor):
+        return torch.full((), loss, dtype=like.dtype, device=like.device)
+    require(loss.ndim == 0, f"loss: has shape {tuple(loss.shape)}; pass the mean loss")
+    return loss.detach().to(like.device, like.dtype)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -3,7 +3,7 @@
 Gradient centring: Yong et al. 2020. Annealed gradient noise: Neelakantan et al. 2015. Decoupled
 weight decay: Loshchilov & Hutter 2019. The agent (`q_agent.py`), its table and its random key live
 in the optimizer and in its state dict. `bytelm_jax/optimizers/q_learning.py` walks the same
-trajectory.
+trajectory. `q_wrapper.py` puts other optimizers under the agent.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,14 +20,18 @@ from torch import Tensor, nn
 
 from bytelm.config.base import require, require_amount, require_number
 from bytelm.config.q_learning import QLearningConfig
-from bytelm_torch.optimizers.groups import check_group
+from bytelm_torch.optimizers.groups import all_or_none, check_group
 from bytelm_torch.optimizers.q_agent import (
-    LEARNING_RATE_ACTIONS,
-    MOMENTUM_ACTIONS,
+    Loss,
     QLearningState,
     Scalar,
     init_agent,
+    load_agent,
+    mean_loss,
+    require_agent,
+    save_agent,
     step_agent,
+    wide,
 )
 from bytelm_torch.optimizers.threefry import fold_in, normals
 
@@ -44,6 +48,14 @@ class _Settings(NamedTuple):
     centralize: bool
     controller: QLearningConfig
     seed: int
+    smoothing_factor: float | None = None
+
+    @property
+    def half_life(self) -> float:
+        """Steps in which an old loss loses half its weight in the smoothed loss."""
+        if self.smoothing_factor is None:
+            return float(self.controller.window)
+        return math.log(0.5) / math.log1p(-self.smoothing_factor)
 
 
 class _Leaf(NamedTuple):
@@ -77,9 +89,12 @@ class EnhancedSGD(torch.optim.Optimizer):
     `kernel` [..., out, in], `kernels` [E, in, out], `embedding`, `scale`, `bias`. Without it, a
     `weight` of two axes or more, or such a parameter without a name, is a kernel [out, ...].
     Parameters without a gradient are left out. `patch_size` is accepted and has no effect.
+    `smoothing_factor` is the weight of a new loss in the moving average that the agent watches, by
+    default that of a half-life of `controller.window` steps.
     Every replica must be given the same loss and gradient.
 
     >>> import torch
+    >>> from bytelm_torch import q_learning_metrics
     >>> _ = torch.manual_seed(0)
     >>> model = torch.nn.Linear(3, 2)
     >>> optimizer = EnhancedSGD(model.named_parameters(), lr=0.1, weight_decay=0.0)
@@ -91,6 +106,9 @@ class EnhancedSGD(torch.optim.Optimizer):
     >>> bool(loss < 1e-3), int(q_learning_metrics(optimizer)["skipped_steps"])
     (True, 0)
     """
+
+    loss_is_optional: ClassVar[bool] = False
+    """Whether a step without a loss is taken at the agent's last rate and momentum."""
 
     def __init__(
         self,
@@ -105,6 +123,7 @@ class EnhancedSGD(torch.optim.Optimizer):
         controller: QLearningConfig = _DEFAULT_CONTROLLER,
         seed: int = 0,
         patch_size: int | None = None,
+        smoothing_factor: float | None = None,
     ):
         self._settings = _Settings(
             momentum=momentum,
@@ -114,14 +133,20 @@ class EnhancedSGD(torch.optim.Optimizer):
             centralize=centralize,
             controller=controller,
             seed=seed,
+            smoothing_factor=smoothing_factor,
         )
         self._agent: QLearningState | None = None
+        self._unobserved = 0  # steps without a loss, each of which draws noise of its own
         _check(self._settings)
         if patch_size is not None:
             _warn_of_patch_size()
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            check_group(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; momenta of new parameters start from 0."""
+        with all_or_none(self.param_groups):
+            super().add_param_group(param_group)
+            check_group(self.param_groups[-1])
 
     @property
     def agent(self) -> QLearningState:
@@ -138,14 +163,13 @@ class EnhancedSGD(torch.optim.Optimizer):
         return self._agent
 
     @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
-    ) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, loss: Loss | None = None) -> Any:
         """One step; the loss is what `closure` returns, or `loss`. Returns it."""
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        value = _scalar(_needed(loss), self.agent.position)
+        plain = loss is None and self.loss_is_optional
+        value = None if plain else mean_loss(loss, self.agent.position)
         leaves = self._leaves()
         if leaves:
             self._move(leaves, value)
@@ -163,21 +187,28 @@ class EnhancedSGD(torch.optim.Optimizer):
                     leaves.append(_Leaf(weight, weight.grad, group["lr"], decay, path, mean_axes))
         return leaves
 
-    def _move(self, leaves: list[_Leaf], loss: Scalar) -> None:
+    def _move(self, leaves: list[_Leaf], loss: Scalar | None) -> None:
         settings, old = self._settings, self.agent
-        gradients = [_wide(leaf.gradient) for leaf in leaves]
+        gradients = [wide(leaf.gradient) for leaf in leaves]
         if settings.centralize:
             gradients = [_centred(g, leaf) for g, leaf in zip(gradients, leaves, strict=True)]
-        squares = torch.stack([g.square().sum().to(loss.device, loss.dtype) for g in gradients])
-        norm = squares.sum().sqrt()
-        agent, finite = step_agent(old, loss, norm, settings.controller, steers_momentum=True)
+        place, dtype = old.position.device, old.position.dtype
+        squares = torch.stack([g.square().sum().to(place, dtype) for g in gradients])
+        norm, step = squares.sum().sqrt(), old.count + self._unobserved
+        if loss is None:
+            agent, finite = old, torch.isfinite(norm)
+            self._unobserved += 1
+        else:
+            agent, finite = step_agent(
+                old, loss, norm, settings.controller, True, settings.half_life
+            )
         rate = torch.exp(agent.position[0])
         self._agent = agent._replace(learning_rate=leaves[0].learning_rate * rate)
 
         scale = _clip_scale(norm, settings) * _entropy_scale(squares, settings)
         gradients = [g * scale.to(g.device, g.dtype) for g in gradients]
         if settings.noise_scale:
-            gradients = _noisy(gradients, leaves, norm * scale, old, settings)
+            gradients = _noisy(gradients, leaves, norm * scale, old.key, step, settings)
         for gradient, leaf in zip(gradients, leaves, strict=True):
             memory = self.state[leaf.weight]
             if not memory:
@@ -190,12 +221,13 @@ class EnhancedSGD(torch.optim.Optimizer):
         """Everything: momenta and groups as torch holds them, agent and settings beside them."""
         settings = self._settings._asdict()
         settings["controller"] = dataclasses.asdict(self._settings.controller)
-        told = {"settings": settings, "agent": _saved(self.agent)}
-        return {**super().state_dict(), "q_learning": told}
+        saved = {"settings": settings, "agent": save_agent(self.agent)}
+        saved |= {"unobserved": self._unobserved}
+        return {**super().state_dict(), "q_learning": saved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues where the optimizer that gave `state_dict` stood, settings included."""
-        _require_agent(state_dict, "EnhancedSGD")
+        require_agent(state_dict, "EnhancedSGD")
         saved = state_dict["q_learning"]
         kept = {name: value for name, value in state_dict.items() if name != "q_learning"}
         super().load_state_dict(kept)
@@ -205,158 +237,12 @@ class EnhancedSGD(torch.optim.Optimizer):
             self.state[weights[index]]["momentum_buffer"] = average
         controller = QLearningConfig(**saved["settings"]["controller"])
         self._settings = _Settings(**{**saved["settings"], "controller": controller})
-        self._agent = _loaded(saved["agent"], self.agent.position.device)
+        self._agent = load_agent(saved["agent"], self.agent.position.device)
+        self._unobserved = saved.get("unobserved", 0)  # not yet in older files
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_settings": self._settings, "_agent": self._agent}
-
-
-class QLearning(torch.optim.Optimizer):
-    """Any optimizer under the agent of `EnhancedSGD`; `q_learning(inner)` makes one.
-
-    It holds `inner` and shares its groups and state, so that a scheduler of torch may set their
-    base `lr`. The agent sees the gradient norm; then the gradients are clipped to `max_grad_norm`
-    (0: not) and `inner` takes its step at the agent's rate. A step whose loss or gradient norm is
-    not finite changes neither parameters nor the state of `inner`. Since other optimizers take
-    their rate as a Python number, a step waits for the device once; `EnhancedSGD` never does.
-    """
-
-    def __init__(
-        self,
-        inner: torch.optim.Optimizer,
-        controller: QLearningConfig = _DEFAULT_CONTROLLER,
-        seed: int = 0,
-        max_grad_norm: float = 0.0,
-    ):
-        require_number("seed", seed)
-        require_amount("max_grad_norm", max_grad_norm)
-        for group in inner.param_groups:
-            check_group(group)
-        self.inner = inner
-        self._controller, self._max_grad_norm = controller, max_grad_norm
-        group, low, high = inner.param_groups[0], controller.min_momentum, controller.max_momentum
-        self._initial_momentum = float(_momentum(group) or 0.0)
-        require(
-            _momentum(group) is None or low <= self._initial_momentum <= high,
-            f"momentum={self._initial_momentum}: must be in [{low}, {high}]",
-        )
-        super().__init__(inner.param_groups, {})
-        self.param_groups, self.state = inner.param_groups, inner.state
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        dtype = functools.reduce(torch.promote_types, (w.dtype for w in weights), torch.float32)
-        place = weights[0].device
-        self.agent = init_agent(controller, self._initial_momentum, seed, dtype, place)
-
-    @torch.no_grad()
-    def step(
-        self, closure: Callable[[], Any] | None = None, *, loss: Tensor | float | None = None
-    ) -> Any:
-        """One step; the loss is what `closure` returns, or `loss`. Returns it."""
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        value = _scalar(_needed(loss), self.agent.position)
-        weights = [weight for group in self.param_groups for weight in group["params"]]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        if not gradients:
-            return loss
-        squares = [_wide(g).square().sum().to(value.device, value.dtype) for g in gradients]
-        norm = torch.stack(squares).sum().sqrt()
-        steered = _momentum(self.param_groups[0]) is not None
-        agent, finite = step_agent(self.agent, value, norm, self._controller, steered)
-        scale, mu = torch.exp(agent.position[0]), -torch.expm1(-agent.position[1])
-        base = self.param_groups[0]["lr"]
-        self.agent = agent._replace(learning_rate=base * scale)
-        if self._max_grad_norm:
-            clip = self._max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-            for gradient in gradients:
-                gradient.mul_(clip.clamp(max=1.0).to(gradient.device, gradient.dtype))
-        known = torch.stack([finite.to(scale.dtype), scale, mu]).tolist()
-        if known[0]:
-            self._step_inner(known[1], known[2] if steered else None)
-        return loss
-
-    def _step_inner(self, scale: float, momentum: float | None) -> None:
-        """The step of `inner` at the agent's rate and momentum; the groups get theirs back."""
-        before = [dict(group) for group in self.param_groups]
-        for group in self.param_groups:
-            factor = scale
-            if momentum is not None and "betas" in group:
-                group["betas"] = (momentum, *group["betas"][1:])
-            elif momentum is not None:
-                group["momentum"] = momentum
-                factor = scale * (1 - momentum) / (1 - self._initial_momentum)
-            group["lr"] = group["lr"] * factor
-        try:
-            self.inner.step()
-        finally:
-            for group, old in zip(self.param_groups, before, strict=True):
-                group.update(old)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state of `inner`, and the agent beside it."""
-        return {**self.inner.state_dict(), "q_learning": _saved(self.agent)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues where the optimizer that gave `state_dict` stood; settings stay one's own."""
-        _require_agent(state_dict, "QLearning")
-        kept = {name: value for name, value in state_dict.items() if name != "q_learning"}
-        self.inner.load_state_dict(kept)
-        self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self.agent = _loaded(state_dict["q_learning"], self.agent.position.device)
-
-
-def q_learning(
-    inner: torch.optim.Optimizer,
-    controller: QLearningConfig = _DEFAULT_CONTROLLER,
-    seed: int = 0,
-    max_grad_norm: float = 0.0,
-) -> QLearning:
-    """`inner` under the agent that steers `EnhancedSGD`: its rate, and its `betas[0]` or `momentum`
-    where it has one that is not 0. `step` needs the global mean loss.
-
-    >>> import torch
-    >>> weight = torch.nn.Parameter(torch.ones(3))
-    >>> optimizer = q_learning(torch.optim.AdamW([weight], lr=0.1))
-    >>> loss = weight.square().sum()
-    >>> loss.backward()
-    >>> _ = optimizer.step(loss=loss)
-    >>> round(float(q_learning_metrics(optimizer)["learning_rate"]), 3)
-    0.1
-    """
-    return QLearning(inner, controller, seed, max_grad_norm)
-
-
-def q_learning_metrics(optimizer: EnhancedSGD | QLearning) -> dict[str, Tensor]:
-    """What the agent of an optimizer did last, as scalar tensors on its device.
-
-    `learning_rate` (of the first group) and `momentum` as the last step used them,
-    `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step and at a surge),
-    the factors that the last decision chose (`learning_rate_action`, and `momentum_action` of
-    1 / (1 − momentum)), `smoothed_loss`, `trend` (the fall of the loss over its deviation),
-    `stability` (deviation over mean of the gradient norm), and the counts `decisions`,
-    `skipped_steps` and `surges`.
-    """
-    agent = optimizer.agent
-    factors = [
-        torch.exp(agent.position.new_tensor(actions)[agent.actions[i]])
-        for i, actions in enumerate((LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS))
-    ]
-    return {
-        "learning_rate": agent.learning_rate,
-        "learning_rate_scale": torch.exp(agent.position[0]),
-        "momentum": -torch.expm1(-agent.position[1]),
-        "epsilon": agent.epsilon,
-        "reward": agent.reward,
-        "learning_rate_action": factors[0],
-        "momentum_action": factors[1],
-        "smoothed_loss": agent.smoothed,
-        "trend": agent.trend,
-        "stability": agent.stability,
-        "decisions": agent.judged,
-        "skipped_steps": agent.skipped,
-        "surges": agent.surges,
-    }
+        names = ("_settings", "_agent", "_unobserved")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
 
 # ---- one step of SGD ------------------------------------------------------------------------
@@ -386,6 +272,9 @@ def _check(settings: _Settings) -> None:
     low, high = settings.controller.min_momentum, settings.controller.max_momentum
     momentum = settings.momentum
     require(low <= momentum <= high, f"momentum={momentum}: must be in [{low}, {high}]")
+    smoothing = settings.smoothing_factor
+    why = f"smoothing_factor={smoothing}: must be above 0 and below 1"
+    require(smoothing is None or 0 < smoothing < 1, why)
 
 
 @functools.cache
@@ -420,14 +309,15 @@ def _noisy(
     gradients: list[Tensor],
     leaves: list[_Leaf],
     norm: Scalar,
-    agent: QLearningState,
+    agent_key: tuple[int, int],
+    step: int,
     settings: _Settings,
 ) -> list[Tensor]:
     """Adds to each gradient noise that depends on its path and on the step."""
     size = sum(g.numel() for g in gradients)
-    annealed = (1.0 + agent.count) ** 0.55
+    annealed = (1.0 + step) ** 0.55
     deviation = settings.noise_scale * (norm / math.sqrt(size)) / annealed
-    key = fold_in(agent.key, agent.count)
+    key = fold_in(agent_key, step)
     noisy = []
     for gradient, leaf in zip(gradients, leaves, strict=True):
         leaf_key = fold_in(key, zlib.crc32(leaf.path.encode()))
@@ -451,50 +341,3 @@ def _descend(
     rate = (leaf.learning_rate * rate).to(average.device, average.dtype)
     step = torch.where(finite.to(average.device), -rate * step, 0.0)
     leaf.weight.add_(step.to(leaf.weight.dtype))
-
-
-# ---- small pieces ---------------------------------------------------------------------------
-
-
-def _momentum(group: dict[str, Any]) -> float | None:
-    """What the agent may steer beside the rate."""
-    return group["betas"][0] if "betas" in group else group.get("momentum") or None
-
-
-def _saved(agent: QLearningState) -> dict[str, Any]:
-    return {
-        name: value.clone() if isinstance(value, Tensor) else value
-        for name, value in agent._asdict().items()
-    }
-
-
-def _loaded(saved: dict[str, Any], device: torch.device) -> QLearningState:
-    agent = {
-        name: value.to(device, copy=True) if isinstance(value, Tensor) else value
-        for name, value in saved.items()
-    }
-    return QLearningState(**{**agent, "key": tuple(agent["key"])})
-
-
-def _require_agent(state_dict: dict[str, Any], kind: str) -> None:
-    require(
-        "q_learning" in state_dict,
-        f"state_dict: has no q_learning; pass what {kind}.state_dict() returned",
-    )
-
-
-def _needed(loss: Tensor | float | None) -> Tensor | float:
-    if loss is None:
-        raise ValueError("loss=None: the agent needs the mean loss; step(loss=...) or a closure")
-    return loss
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _scalar(loss: Tensor | float, like: Tensor) -> Scalar:
-    if not isinstance(loss, Tensor):
-        return torch.full((), loss, dtype=like.dtype, device=like.device)
-    require(loss.ndim == 0, f"loss: has shape {tuple(loss.shape)}; pass the mean loss")
-    return loss.detach().to(like.device, like.dtype)

@@ -7,10 +7,18 @@ same calls on smaller models, which cost a tenth of the time.
 
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+from bytelm.config.q_learning import QLearningConfig
+from bytelm_torch.compat.bytropix import EnhancedSGD
+from bytelm_torch.q_learning import q_learning_metrics
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLES = os.environ.get("BYTELM_EXAMPLES")
@@ -50,6 +58,26 @@ generated_text = generate_text(
     temperature=0.8,
 )
 """,
+    BYTROPIX
+    + """
+network = torch.nn.Linear(4, 2)
+optimizer = EnhancedSGD(
+    network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, smoothing_factor=0.05,
+    entropy_threshold=0.3, max_grad_norm=1.0, noise_scale=1e-4, lr_scale_bounds=(0.5, 2.0),
+    momentum_scale_bounds=(0.8, 1.2),
+)
+scaler = torch.amp.GradScaler("cpu")
+losses = []
+for _ in range(30):
+    optimizer.zero_grad(set_to_none=True)
+    loss = network(torch.eye(4)).square().mean()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    losses.append(loss.detach())
+assert losses[-1] < losses[0] / 2
+""",
     LFBYTE
     + """
 model = LFByteTransformer(embed_dim=16, num_layers=1, adapt_dim=8)
@@ -69,6 +97,9 @@ input_ids = torch.randint(0, 255, (2, 64))
 loss = megabyte(input_ids, return_loss=True).loss
 loss.backward()
 assert len(input_ids) == 2 and 5 < loss < 8 and megabyte(input_ids).loss is None
+lm_logits, none = megabyte(input_ids)  # the original's order
+assert none is None and lm_logits.shape == megabyte(input_ids).lm_logits.shape == (2, 64, 512)
+assert config == MegabyteConfig(512, 4, 8, 16, 64, 2, 1, 2, 1, 0.02, 257, 258)
 lm_head_megabyte = MegabyteLMHeadModel.from_native_megabyte(megabyte)
 tokenizer = MegabyteTokenizer(eos_token_id=lm_head_megabyte.config.eos_token_id)
 inputs = tokenizer("Today is", return_tensors="pt")
@@ -140,3 +171,116 @@ def test_the_examples_run_without_jax(tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("ran\n"), done.stderr[-3000:]
     assert (tmp_path / "checkpoint_epoch_5.pt").is_file()
+
+
+# ---- the optimizer of bytropix --------------------------------------------------------------
+
+
+EAGER = QLearningConfig(interval=1, epsilon=1.0, epsilon_floor=1.0, undo_margin=0.0)
+"""An agent that changes rate and momentum at every step."""
+
+
+def train(optimizer, weight, losses):
+    seen = []
+    for loss in losses:
+        weight.grad = torch.full_like(weight, 0.5)
+        optimizer.step(loss=loss)
+        metrics = q_learning_metrics(optimizer)
+        seen.append([float(metrics[name]) for name in ("learning_rate_scale", "momentum")])
+    return torch.tensor(seen).T
+
+
+@pytest.mark.parametrize(
+    ("bounds", "ranges"),
+    [
+        ({}, ((0.1, 10.0), (0.5, 0.995))),
+        ({"lr_scale_bounds": (0.9, 1.1)}, ((0.9, 1.1), (0.5, 0.995))),
+        ({"momentum_scale_bounds": [0.98, 1.02]}, ((0.1, 10.0), (0.882, 0.918))),
+        ({"momentum_scale_bounds": (0.2, 2.0)}, ((0.1, 10.0), (0.18, 0.995))),
+        (
+            {"lr_scale_bounds": (1.0, 1.0), "momentum_scale_bounds": (1.0, 1.0)},
+            ((1, 1), (0.9, 0.9)),
+        ),
+    ],
+)
+def test_bounds_clamp_what_the_agent_makes_of_rate_and_momentum(bounds, ranges):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = EnhancedSGD([weight], lr=1e-3, controller=EAGER, **bounds)
+    seen = train(optimizer, weight, torch.rand(150, generator=torch.manual_seed(0)) + 1.0)
+    free = train(EnhancedSGD([weight], controller=EAGER), weight, [1.0] * 3)
+    assert len(free.unique()) > 2
+    for values, (low, high) in zip(seen, ranges, strict=True):
+        assert low - 1e-6 <= values.min() and values.max() <= high + 1e-6
+        tight = high / low < 1.3
+        assert not tight or (values.min() < low + 1e-6 and values.max() > high - 1e-6)
+
+
+def test_the_smoothing_factor_is_the_weight_of_a_new_loss():
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    optimizer = EnhancedSGD([weight], smoothing_factor=0.25, controller=EAGER)
+    train(optimizer, weight, [4.0, 2.0, 1.0])
+    smoothed = q_learning_metrics(optimizer)["smoothed_loss"]
+    assert float(smoothed) == pytest.approx(0.75 * (0.75 * 4.0 + 0.25 * 2.0) + 0.25 * 1.0)
+    default = EnhancedSGD([weight], controller=EAGER)
+    same = EnhancedSGD([weight], smoothing_factor=1 - 0.5 ** (1 / EAGER.window), controller=EAGER)
+    for each in (default, same):
+        train(each, weight, [4.0, 2.0, 1.0])
+    assert float(default.agent.smoothed) == pytest.approx(float(same.agent.smoothed))
+
+
+@pytest.mark.parametrize("restored", ["state_dict", "pickle"])
+def test_steps_without_a_loss_are_sgd_with_momentum_and_leave_the_agent_alone(restored):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    arguments = {"lr": 0.1, "weight_decay": 0.0, "max_grad_norm": 0.0, "centralize": False}
+    optimizer = EnhancedSGD([ours], **arguments)
+    plain = torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
+    agent = str(optimizer.agent._replace(learning_rate=torch.zeros(())))
+    for _ in range(5):
+        gradient = torch.randn(3, 2)
+        ours.grad, theirs.grad = gradient, gradient.clone()
+        assert optimizer.step() is None
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
+    assert str(optimizer.agent._replace(learning_rate=torch.zeros(()))) == agent
+    assert float(q_learning_metrics(optimizer)["learning_rate"]) == pytest.approx(0.1)
+    before = ours.detach().clone()
+    ours.grad = torch.full_like(ours, torch.nan)
+    optimizer.step()
+    assert torch.equal(ours, before)
+
+    noisy = EnhancedSGD([ours], noise_scale=1.0, **arguments)
+    moves = []
+    for step in range(3):
+        if step == 2 and restored == "state_dict":
+            state = noisy.state_dict()
+            noisy = EnhancedSGD([ours], **arguments)
+            noisy.load_state_dict(state)
+        elif step == 2:
+            noisy = pickle.loads(pickle.dumps(noisy))
+            ours = noisy.param_groups[0]["params"][0]
+        ours.grad, before = torch.ones(3, 2), ours.detach().clone()
+        noisy.step()
+        average = noisy.state[ours]["momentum_buffer"].clone()
+        moves.append(average)
+    noise = [moves[0] / 0.1 - 1, (moves[1] - 0.9 * moves[0]) / 0.1 - 1]
+    noise.append((moves[2] - 0.9 * moves[1]) / 0.1 - 1)
+    for one, other in ((0, 1), (1, 2), (0, 2)):  # the noise of each step is its own
+        assert not torch.allclose(
+            noise[one] * (1 + one) ** 0.55, noise[other] * (1 + other) ** 0.55
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lr_scale_bounds": (1.1, 2.0)}, "lr_scale_bounds=(1.1, 2.0): give (low, high), low"),
+        ({"lr_scale_bounds": (0.0, 2.0)}, "lr_scale_bounds=(0.0, 2.0): give (low, high), low"),
+        ({"momentum_scale_bounds": (0.5,)}, "momentum_scale_bounds=(0.5,): give (low, high)"),
+        ({"smoothing_factor": 1.0}, "smoothing_factor=1.0: must be above 0 and below 1"),
+    ],
+)
+def test_bad_bounds_are_named(arguments, message):
+    with pytest.raises(ValueError) as error:
+        EnhancedSGD([torch.nn.Parameter(torch.zeros(3))], **arguments)
+    assert str(error.value).startswith(message)

@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-import bytelm_torch.optimizers.q_learning
-from bytelm_torch.optimizers import threefry
-from bytelm_torch.optimizers.q_agent import QLearningConfig
-from bytelm_torch.optimizers.q_learning import (
-    EnhancedSGD,
-    QLearning,
-    _layout,
-    q_learning_metrics,
-)
+from bytelm_torch.optimizers import q_learning, q_wrapper, threefry
+from bytelm_torch.optimizers.q_agent import QLearningConfig, q_learning_metrics
+from bytelm_torch.optimizers.q_learning import EnhancedSGD, _layout
+from bytelm_torch.optimizers.q_wrapper import QLearning
 
 EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts
@@ -51,9 +46,9 @@ def equal(one, other):
 
 
 def test_the_example_in_the_docstring_runs():
-    result = doctest.testmod(bytelm_torch.optimizers.q_learning)
-    assert result.attempted >= 5
-    assert result.failed == 0
+    results = [doctest.testmod(module) for module in (q_learning, q_wrapper)]
+    assert all(result.attempted >= 5 for result in results)
+    assert not any(result.failed for result in results)
 
 
 def test_closure_and_loss_are_the_same_and_one_of_them_is_needed():
@@ -88,7 +83,7 @@ def test_it_learns_from_a_closure_with_plain_parameters():
 
 
 def test_patch_size_warns_once():
-    bytelm_torch.optimizers.q_learning._warn_of_patch_size.cache_clear()
+    q_learning._warn_of_patch_size.cache_clear()
     with pytest.warns(UserWarning, match="patch_size has no effect") as caught:
         for _ in range(3):
             EnhancedSGD(model().parameters(), lr=1e-3, entropy_threshold=0.3, patch_size=6)
