@@ -124,6 +124,8 @@ def field(name, value):
         ("config.json", field("max_length", "1e4000"), "max_length=9999"),
         ("config.json", field("global_layers", 10**6), "global_layers=1000000: must be at most"),
         ("config.json", field("global_layers", 4000), "different models"),
+        ("_CHECKPOINT_METADATA", pipe, "not a plain file"),
+        ("_CHECKPOINT_METADATA", sparse, "16777216 at most expected"),
         ("metadata", lambda file: file.write_text("{}"), "checkpoint 1 .*: step is missing"),
         ("metadata", lambda file: file.write_text("[]"), "checkpoint 1 .*: .* no object"),
         ("metadata", lambda file: file.write_text("[" * 10**5), "checkpoint 1 .*recursion"),
@@ -136,7 +138,8 @@ def field(name, value):
 def test_a_damaged_run_folder_is_refused_in_one_line(saved, file, damage, why, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved, run)
-    damage(run / file if file == "config.json" else run / "checkpoints" / "1" / file / file)
+    places = {"config.json": run, "metadata": run / "checkpoints" / "1" / "metadata"}
+    damage(places.get(file, run / "checkpoints" / "1") / file)
     with pytest.raises(ValueError, match=why) as caught:
         checkpoint.load_run(run)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
-from bytelm.files import JSON_LIMIT, one_line, require_plain_file
+from bytelm.files import JSON_LIMIT, errors_about, one_line, require_plain_file
 from bytelm.metrics import score
 from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
 from bytelm_jax.models import Params, abstract_params
@@ -137,8 +137,16 @@ def _without_late_reads(unraisable: Any) -> None:
 
 
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
-    """The run's checkpoints; `train` says how many to keep, None opens them read-only."""
+    """The run's checkpoints; `train` says how many to keep, None opens them read-only.
+
+    Raises `ValueError` for what Orbax would wait for, or read without an end, when it opens them.
+    """
     _silence_orbax()
+    for pattern in ("*/_CHECKPOINT_METADATA", "*/metrics/metrics"):
+        for file in (run_dir / "checkpoints").glob(pattern):
+            if file.exists():  # a running trainer removes old steps
+                with errors_about(file, "remove it"):
+                    _check_small(file)
     if train is None:
         # Each process reads for itself: none waits for another one that found the files damaged.
         process = jax.process_index()
@@ -355,8 +363,14 @@ def _check_files(folder: Path) -> None:
         if not file.is_dir():
             require_plain_file(file)
     for file in (folder / "metadata" / "metadata", folder / "params" / "_METADATA"):
-        size = file.stat().st_size
-        require(size <= JSON_LIMIT, f"{file.name} has {size} bytes, {JSON_LIMIT} at most expected")
+        _check_small(file)
+
+
+def _check_small(file: Path) -> None:
+    """Raises `OSError` or `ValueError` unless `file` is plain and as small as JSON files are."""
+    require_plain_file(file)
+    size = file.stat().st_size
+    require(size <= JSON_LIMIT, f"{file.name} has {size} bytes, {JSON_LIMIT} at most expected")
 
 
 def _check_metadata(metadata: Any, step: int) -> None:
