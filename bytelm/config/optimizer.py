@@ -96,10 +96,19 @@ class AdamWConfig(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SGDConfig(OptimizerConfig):
-    """SGD with heavy-ball momentum; the weight decay is added to the gradient."""
+    """SGD with heavy-ball momentum; the weight decay is added to the gradient.
+
+    Learning rate and weight decay are AdamW's times and divided by 100, which was measured on small
+    models (`scripts/bench/bench_rates.py`).
+    """
 
     name: ClassVar[str] = "sgd"
+    adamw_rate: ClassVar[float] = 0.01
 
+    learning_rate: float = 0.1
+    """Learning rate at the end of the warm-up."""
+    weight_decay: float = 1e-3
+    """Fraction of a weight that is added to its gradient."""
     momentum: float = 0.9
     """Fraction of the previous velocity that is kept."""
 
@@ -111,11 +120,19 @@ class SGDConfig(OptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QLearningSGDConfig(OptimizerConfig):
-    """SGD whose learning rate and momentum the Q-learning agent of `controller` steers."""
+    """SGD whose learning rate and momentum the Q-learning agent of `controller` steers.
+
+    Learning rate and weight decay follow from AdamW's as those of plain SGD.
+    """
 
     name: ClassVar[str] = "q_learning_sgd"
     has_agent: ClassVar[bool] = True
+    adamw_rate: ClassVar[float] = SGDConfig.adamw_rate
 
+    learning_rate: float = SGDConfig.learning_rate
+    """Learning rate at the end of the warm-up, before the agent adjusts it."""
+    weight_decay: float = SGDConfig.weight_decay
+    """Fraction of a weight that a step removes, before multiplication by the learning rate."""
     momentum: float = 0.9
     """Decay of the average of gradients, before the agent adjusts it."""
     entropy_threshold: float = 0.0

@@ -16,7 +16,7 @@ def test_the_optimizer_decides_which_fields_there_are():
     for option in ("--optimizer", "--optimizer.name", "--name"):
         assert expand_names(recipe, [*bare, option, "sgd"]) == ["--optimizer.momentum", ".8"]
         optimizer = parse_recipe(recipe, [*bare, f"{option}=sgd"], "train", "").optimizer
-        assert optimizer == SGDConfig(learning_rate=3e-3, warmup_steps=40, momentum=0.8)
+        assert optimizer == SGDConfig(learning_rate=0.3, warmup_steps=40, momentum=0.8)
     for name in ("interval", "controller.interval", "optimizer.controller.interval"):
         says = f"--{name}: has no effect on sgd; choose --optimizer q_learning_sgd or"
         with pytest.raises(UsageError, match=says):

@@ -50,7 +50,8 @@ REFUSAL = 30.0
 PHASES = ("compile", "step", "save", "evaluation")
 FAULTS = (
     "kill one", "kill all", "stop one", "freeze one", "full disk", "truncate",
-    "kill", "stop", "full disk alone", "two writers", "disagree", "damage", "damage",
+    "kill", "stop", "full disk alone", "two writers", "disagree", "damage",
+    "kill", "stop", "two writers", "disagree", "damage", "damage", "stop", "damage",
 )  # fmt: skip
 """The first six hurt runs of two processes, the others of one."""
 
@@ -291,6 +292,7 @@ def judged(run: Run, fault: str, statuses: list[int], early: bool) -> str:
     """What is wrong with how the hurt run ended."""
     stopped = fault in ("stop one", "stop", "damage", "truncate") or early
     allowed = (0,) if stopped and fault != "truncate" else (0, 1, HUNG, -signal.SIGKILL)
+    allowed = (*allowed, 2) if fault.startswith("full disk") else allowed
     wrong = "" if all(status in allowed for status in statuses) else f"status {statuses}; "
     if not stopped and not any(statuses):
         wrong += "status 0; "
