@@ -136,11 +136,12 @@ class Run:
                 # As launchers do: one process has failed, the others get a while to notice.
                 deadline, given = time.monotonic() + GRACE, True
             time.sleep(0.05)
+        late = [process for process in self.processes if process.is_alive()]
         for process in self.processes:
             process.kill()
             process.join()
         self._reader.join(5)
-        return [process.exitcode or 0 for process in self.processes]
+        return [-signal.SIGKILL if p in late else p.exitcode or 0 for p in self.processes]
 
     def wait_for(self, phase: str, mark: int, chance: random.Random) -> None:
         """Until the run is in `phase`, which for all but the first comes after step `mark`."""
@@ -264,7 +265,9 @@ def hurt(
     run.wait_for(phase, mark, chance)
     if fault == "two writers":
         second, now = Run(run_dir, data, *layout), time.monotonic()
-        wrong += refused(second, second.finish(), time.monotonic() - now)
+        other, took = second.finish(), time.monotonic() - now
+        if "done: step" not in run.text():  # else the second came when all was over
+            wrong += refused(second, other, took)
         statuses = run.finish()
         wrong += "" if statuses == [0] else f"status {statuses}; "
         wrong += compare(run_dir, intact, False)
