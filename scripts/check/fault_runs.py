@@ -258,8 +258,8 @@ def hurt(
 ) -> dict[str, Any]:
     """A run that is hurt and then goes on."""
     layout = (2, 2) if FAULTS.index(fault) < FAULTS.index("kill") else (1, 4)
-    quiet = fault in ("freeze one", "truncate", "damage", "two writers")
-    phase = "step" if quiet else chance.choice(PHASES)
+    phase = "step" if fault in ("freeze one", "truncate", "damage") else chance.choice(PHASES)
+    phase = "compile" if fault == "two writers" else phase
     mark, run_dir = chance.randint(2 * EVERY + 1, STEPS - 8), folder / f"trial{index}"
     run, wrong = Run(run_dir, data, *layout), ""
     run.wait_for(phase, mark, chance)
