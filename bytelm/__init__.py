@@ -1,37 +1,23 @@
 """bytelm: byte-level language models. What both frameworks share; imports neither of them."""
 
 from bytelm import recipes
-from bytelm.config import (
-    AdamWConfig,
-    ByteVocab,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    QLearningAdamWConfig,
-    QLearningSGDConfig,
-    Recipe,
-    SGDConfig,
-)
+from bytelm.config import ByteVocab, Recipe
 from bytelm.config import models as _models
+from bytelm.config import optimizer as _optimizer
 from bytelm.config.models import *  # noqa: F403
+from bytelm.config.optimizer import *  # noqa: F403
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 
 __all__ = [
-    "AdamWConfig",
     "ByteTokenizer",
     "ByteVocab",
-    "LionConfig",
-    "MuonConfig",
-    "OptimizerConfig",
-    "QLearningAdamWConfig",
-    "QLearningSGDConfig",
     "Recipe",
-    "SGDConfig",
     "SamplerConfig",
     "recipes",
 ]
 __all__ += _models.__all__
+__all__ += _optimizer.__all__
 
 __version__: str
 

@@ -38,7 +38,7 @@ from bytelm_torch.inference.generate import generate
 from bytelm_torch.layers import rotary as torch_rotary
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
-from parity_tests.thresholds import splitting_threshold
+from parity_tests.patch_thresholds import splitting_threshold
 from parity_tests.tolerances import LOGITS
 
 transformers = pytest.importorskip(

@@ -4,7 +4,7 @@ Defaults live here and nowhere else. A value that cannot work raises `ValueError
 names the field, the value and what to do.
 """
 
-from bytelm.config import models
+from bytelm.config import models, optimizer
 from bytelm.config.base import (
     ByteVocab,
     require,
@@ -15,19 +15,14 @@ from bytelm.config.base import (
 )
 from bytelm.config.blt import PatchingContract
 from bytelm.config.models import *  # noqa: F403
-from bytelm.config.models import MODEL_CONFIGS, ModelConfig, training_flops_per_byte
-from bytelm.config.optimizer import (
-    OPTIMIZER_CONFIGS,
-    AdamWConfig,
-    LionConfig,
-    MuonConfig,
-    OptimizerConfig,
-    QLearningAdamWConfig,
-    QLearningSGDConfig,
-    SGDConfig,
-    change_optimizer,
-    optimizers_with,
+from bytelm.config.models import (
+    MODEL_CONFIGS,
+    ModelConfig,
+    models_with,
+    training_flops_per_byte,
 )
+from bytelm.config.optimizer import *  # noqa: F403
+from bytelm.config.optimizer import OPTIMIZER_CONFIGS, change_optimizer, optimizers_with
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.config.run import (
     DataConfig,
@@ -41,23 +36,17 @@ from bytelm.config.serialize import from_dict, model_from_dict, to_dict
 __all__ = [
     "MODEL_CONFIGS",
     "OPTIMIZER_CONFIGS",
-    "AdamWConfig",
     "ByteVocab",
     "DataConfig",
-    "LionConfig",
     "ModelConfig",
-    "MuonConfig",
-    "OptimizerConfig",
     "PatchingContract",
-    "QLearningAdamWConfig",
     "QLearningConfig",
-    "QLearningSGDConfig",
     "Recipe",
-    "SGDConfig",
     "TrainConfig",
     "change_optimizer",
     "from_dict",
     "model_from_dict",
+    "models_with",
     "optimizers_with",
     "require",
     "require_document_ends",
@@ -70,3 +59,4 @@ __all__ = [
     "training_flops_per_byte",
 ]
 __all__ += models.__all__
+__all__ += optimizer.__all__

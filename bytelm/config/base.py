@@ -143,6 +143,14 @@ class ArchitectureConfig:
     """Whether logits depend on earlier bytes alone, so that the model can generate."""
     vocab: ByteVocab
 
+    def parameter_count(self) -> int:
+        """Number of parameters, in closed form."""
+        raise NotImplementedError(f"{type(self).__name__}.parameter_count")
+
+    def flops_per_byte(self, length: int) -> float:
+        """Forward operations per byte for rows of `length` bytes; multiply-add counts as two."""
+        raise NotImplementedError(f"{type(self).__name__}.flops_per_byte")
+
     @property
     def transformers_problem(self) -> str | None:
         """Why transformers has no such model, naming the field; None if it has."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import get_args
 
 from bytelm.config.blt import BLTConfig, EntropyConfig
@@ -14,6 +15,15 @@ __all__ = ["BLTConfig", "EntropyConfig", "LFByteConfig", "MegabyteConfig"]
 ModelConfig = MegabyteConfig | EntropyConfig | BLTConfig | LFByteConfig
 
 MODEL_CONFIGS: tuple[type[ModelConfig], ...] = get_args(ModelConfig)
+
+
+def models_with(field_name: str) -> list[str]:
+    """Tags of the architectures whose configuration has the field."""
+    return [
+        kind.architecture
+        for kind in MODEL_CONFIGS
+        if field_name in {field.name for field in fields(kind)}
+    ]
 
 
 def training_flops_per_byte(config: ModelConfig, length: int) -> float:

@@ -19,6 +19,17 @@ from bytelm.config.base import (
 )
 from bytelm.config.q_learning import QLearningConfig
 
+__all__ = [
+    "AdamWConfig",
+    "LionConfig",
+    "MuonConfig",
+    "OptimizerConfig",
+    "QLearningAdamWConfig",
+    "QLearningSGDConfig",
+    "SGDConfig",
+]
+"""What `bytelm.config`, `bytelm`, `bytelm_jax` and `bytelm_torch` offer of this module by `*`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -275,6 +286,9 @@ _FLAT_FORM: dict[str, Any] = {
 }
 """Older files hold these fields for every optimizer; at these values they have no effect."""
 
+_FLAT_OPTIMIZERS = ("adamw", "sgd", "q_learning_sgd", "q_learning_adamw")
+"""The optimizers of which there are such files."""
+
 
 def optimizer_class(name: Any, where: str = "optimizer") -> type[OptimizerConfig]:
     """The configuration class of the optimizer called `name`; raises `ValueError` if it is unknown.
@@ -331,7 +345,7 @@ def without_foreign_fields(
     """
     names, accepted = {f.name for f in fields(kind)}, dict[str, Any]()
     for name, value in values.items():
-        if name in names or name not in _FLAT_FORM:
+        if name in names or name not in _FLAT_FORM or kind.name not in _FLAT_OPTIMIZERS:
             _require_effect(kind, name, value, where)
             accepted[name] = value
             continue

@@ -242,6 +242,9 @@ def test_fields_of_another_optimizer_are_refused_by_name(change, says):
     with pytest.raises(ValueError, match=says) as caught:
         from_dict(OptimizerConfig, {**FLAT, **change})
     assert "\n" not in str(caught.value)
+    # Of optimizers that came later there are no files in the older form.
+    with pytest.raises(ValueError, match=r"config.momentum=0.9: has no effect on lion"):
+        from_dict(OptimizerConfig, {"name": "lion", "momentum": 0.9})
 
 
 def test_another_optimizer_takes_the_shared_fields_and_what_was_changed():

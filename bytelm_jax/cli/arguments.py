@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 
 import tyro
 
-from bytelm.config import Recipe, change_optimizer, optimizers_with, require_number
+from bytelm.config import (
+    Recipe,
+    change_optimizer,
+    models_with,
+    optimizers_with,
+    require_number,
+)
 
 T = TypeVar("T")
 
@@ -212,6 +218,12 @@ def expand_names(recipe: Recipe, argv: Sequence[str]) -> list[str]:
                     raise UsageError(
                         f"--{matched[2]}: has no effect on {recipe.optimizer.name}; choose "
                         f"--optimizer {' or '.join(others)}"
+                    )
+                owners = [] if choices else models_with(name.removeprefix("model."))
+                if owners:
+                    raise UsageError(
+                        f"--{matched[2]}: has no effect on {recipe.model.architecture}; it is a "
+                        f"field of {' and '.join(owners)}"
                     )
                 raise UsageError(_unknown(matched[2], choices, known))
             name = choices[0]

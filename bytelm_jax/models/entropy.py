@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from bytelm.config import BLTConfig, EntropyConfig
+from bytelm.config import EntropyConfig, ModelConfig
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
@@ -180,7 +180,7 @@ def shift_right(
 
 
 def segment_starts_of(
-    ids: Integer[Array | np.ndarray, "B T"], config: BLTConfig | EntropyConfig
+    ids: Integer[Array | np.ndarray, "B T"], config: ModelConfig
 ) -> Int[Array, "B T"] | None:
     """Where the segment of each position starts; None if the model does not reset."""
     if config.reset_on == "none":
@@ -188,9 +188,7 @@ def segment_starts_of(
     return find_segment_starts(ids, config.vocab, config.reset_on)
 
 
-def empty_segment_starts(
-    batch: int, length: int, config: BLTConfig | EntropyConfig
-) -> Int[Array, "B M"]:
+def empty_segment_starts(batch: int, length: int, config: ModelConfig) -> Int[Array, "B M"]:
     """An empty buffer for `segment_starts_of` in a cache."""
     return jnp.zeros((batch, 0 if config.reset_on == "none" else length), jnp.int32)
 
@@ -210,7 +208,7 @@ def write_segment_start(
     previous: Integer[Array | np.ndarray, "B 1"],
     index: Int[Array, ""],
     segment_starts: Int[Array, "B M"],
-    config: BLTConfig | EntropyConfig,
+    config: ModelConfig,
 ) -> tuple[Int[Array, "B 1"], Int[Array, "B M"], Int[Array, " B"] | None]:
     """Begins round `index`: the byte to feed, the updated `segment_starts`, the segment start.
 

@@ -27,6 +27,12 @@ def test_the_optimizer_decides_which_fields_there_are():
         expand_names(recipe, ["--optimizer", "sdg"])
 
 
+def test_a_field_of_another_architecture_is_named_as_such():
+    says = "^--patcher: has no effect on megabyte; it is a field of blt$"
+    with pytest.raises(UsageError, match=says):
+        expand_names(recipes.get("megabyte_tiny"), ["--patcher", "space"])
+
+
 def parsed(*argv):
     """The data, the warm-up lengths, the trackers and the n-grams that the options ask for."""
     recipe = parse_recipe(recipes.get("blt_tiny"), argv, "train", "")

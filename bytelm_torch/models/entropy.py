@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
-from bytelm.config import BLTConfig, EntropyConfig
+from bytelm.config import EntropyConfig, ModelConfig
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
@@ -155,7 +155,7 @@ def shift_right(
 
 
 def segment_starts_of(
-    ids: Integer[Tensor, "B T"], config: BLTConfig | EntropyConfig
+    ids: Integer[Tensor, "B T"], config: ModelConfig
 ) -> Int[Tensor, "B T"] | None:
     """Where the segment of each position starts; None if the model does not reset."""
     if config.reset_on == "none":
@@ -164,7 +164,7 @@ def segment_starts_of(
 
 
 def empty_segment_starts(
-    batch: int, length: int, config: BLTConfig | EntropyConfig, device: torch.device
+    batch: int, length: int, config: ModelConfig, device: torch.device
 ) -> Int[Tensor, "B M"]:
     """An empty buffer for `segment_starts_of` in a cache."""
     size = 0 if config.reset_on == "none" else length
@@ -184,7 +184,7 @@ def write_segment_start(
     previous: Integer[Tensor, "B 1"],
     index: int,
     segment_starts: Int[Tensor, "B M"],
-    config: BLTConfig | EntropyConfig,
+    config: ModelConfig,
 ) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"] | None]:
     """Begins round `index`: writes `segment_starts`; gives the byte to feed and the segment start.
 
