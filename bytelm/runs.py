@@ -5,9 +5,11 @@ An export is `config.json` and `model.safetensors`, or its shards. A run folder 
 """
 
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -161,11 +163,14 @@ class RunLock:
 
     It is the operating system's lock (`flock`) on the folder itself, taken by the first process of
     a run: it leaves no file behind, and ends with the process, however that ends. File systems
-    without such locks are used without.
+    without such locks are used without. Nothing locks a folder against being moved or changed, so
+    `check` looks before a run saves anything.
     """
 
     def __init__(self) -> None:
         self._handle: int | None = None
+        self._run_dir = Path()
+        self._config: bytes | None = None
 
     def __enter__(self) -> "RunLock":
         return self
@@ -177,6 +182,7 @@ class RunLock:
 
     def take(self, run_dir: Path) -> bool:
         """False if another process holds the folder."""
+        self._run_dir = run_dir
         self._handle = os.open(run_dir, os.O_RDONLY)
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,6 +191,35 @@ class RunLock:
         except OSError:  # a network file system that cannot
             return True
         return True
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Writes `config.json` of the folder, which `check` compares from now on."""
+        save_recipe(self._run_dir, recipe)
+        self._config = (self._run_dir / CONFIG_FILE).read_bytes()
+
+    def check(self) -> None:
+        """Raises `ValueError` if the folder was moved or replaced, or its `config.json` changed.
+
+        A `config.json` that was deleted is written again, with a line on standard error: without
+        it no checkpoint could be opened, and nothing of anybody's is lost by writing it.
+        """
+        assert self._handle is not None
+        try:
+            same = os.path.samestat(os.stat(self._run_dir), os.fstat(self._handle))
+        except OSError:
+            same = False
+        hint = "nothing more was saved; put it back and run the same command again"
+        require(same, f"run_dir={self._run_dir}: was moved or replaced during the run; {hint}")
+        file = self._run_dir / CONFIG_FILE
+        if self._config is None:
+            return
+        if not os.path.lexists(file):
+            replace_file(file, self._config)
+            print(f"warning: {file}: was deleted; written again", file=sys.stderr, flush=True)
+            return
+        same = file.is_file() and file.stat().st_size == len(self._config)
+        same = same and file.read_bytes() == self._config
+        require(same, f"{file}: was changed during the run; {hint}")
 
 
 def export_note(model: ModelConfig) -> str | None:
@@ -232,6 +267,22 @@ def what_a_run_is(recipe: Recipe) -> dict[str, Any]:
         for name, value in to_dict(config).items()
         if name != "paths"
     }
+
+
+def short_json(value: Any) -> str:
+    """A value as text that is equal where the values are, and fits a line."""
+    text = json.dumps(value)
+    return text if len(text) <= 100 else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def require_same(everyone: Sequence[dict[str, str]]) -> None:
+    """Raises `ValueError` for the first entry that a process does not have as process 0 has it."""
+    for index, theirs in enumerate(everyone):
+        for name in {**everyone[0], **theirs}:
+            ours, other = (each.get(name, "nothing") for each in (everyone[0], theirs))
+            says = f"{name}={other} in process {index}, {ours} in process 0: start all processes "
+            says += "with one command, on the same data, from the same installation"
+            require(ours == other, says)
 
 
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:

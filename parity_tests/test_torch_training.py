@@ -4,9 +4,11 @@ import ast
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import bytelm_torch
 from bytelm import data, recipes
 from bytelm.config import (
     AdamWConfig,
+    BLTConfig,
     DataConfig,
     LFByteConfig,
     MegabyteConfig,
@@ -29,6 +32,7 @@ from bytelm.config import (
     from_dict,
     model_from_dict,
     to_dict,
+    training_flops_per_byte,
 )
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index, skips_last_row
@@ -301,6 +305,38 @@ def test_no_field_of_the_configuration_is_ignored(corpus, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_utilisation_counts_three_passes_but_one_of_a_frozen_part(corpus, tmp_path, monkeypatch):
+    blt = replace(CONFIGS["blt"], patcher="entropy")
+    assert isinstance(blt, BLTConfig)
+    whole, frozen = blt.flops_per_byte(15), blt.entropy.flops_per_byte(15)
+    assert training_flops_per_byte(blt, 15) == pytest.approx(3 * (whole - frozen) + frozen)
+    counted, real = [], train.Throughput
+    monkeypatch.setattr(train, "Throughput", lambda *a: [counted.append(a[0]), real(*a)][1])
+    monkeypatch.setattr(train, "training_flops_per_byte", lambda *_: 7.0)
+    train.train(torch_recipe(corpus, steps=1), tmp_path / "run")
+    assert counted == [7.0]
+
+
+def test_processes_of_other_rates_seeds_or_data_do_not_train(corpus, tmp_path, monkeypatch):
+    recipe, told = torch_recipe(corpus), []
+    for name, change in (
+        ("optimizer.learning_rate", {"optimizer.learning_rate": "0.5"}),
+        ("train.seed", {"train.seed": "7"}),
+        ("data", {"data": '"other"'}),
+    ):
+
+        def gather(everyone, found, change=change):
+            told.append(found)
+            everyone[:] = [found, found | change]
+
+        monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+        two = parallel.Group(0, 2, torch.device("cpu"))
+        monkeypatch.setattr(parallel, "join_group", lambda two=two, **_: nullcontext(two))
+        with pytest.raises(ValueError, match=f"^{name}=.* in process 1, .* in process 0: start"):
+            train.train(recipe, tmp_path / "run")
+    assert len(told) == 3 and not (tmp_path / "run").exists()
+
+
 def test_warmup_lengths_cut_the_windows(corpus, tmp_path, monkeypatch):
     recipe = torch_recipe(corpus, steps=4)
     changes = ["data.warmup_lengths=[3, 5]", "data.warmup_length_steps=1"]
@@ -340,6 +376,14 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
         (str(recipe), 'data.paths=["a"]'): "train: --data and data.paths: mean the same; ",
         (str(recipe), "train.steps=1", "train.steps=2"): "train: train.steps: is given 2 times; ",
         (str(recipe), "--data="): "train: paths=('', ",
+        (str(recipe), "--data"): "train: argument --data: expected at least one argument\n",
+        ("",): "train: argument recipe: is empty; name a file or folder\n",
+        (str(recipe), "--initial="): "train: argument --initial: is empty; ",
+        (str(recipe), "--run-dir", ""): "train: argument --run-dir: is empty; ",
+        (
+            str(recipe),
+            "train.batch_size=2147483644",
+        ): "train: batch_size=2147483644: the logits ",
         (str(recipe), "--data", str(recipe)): f"train: {tmp_path / 'nothing'}: does not exist; ",
         (str(recipe),): f"train: {tmp_path / 'nothing'}: does not exist; ",
     }.items():
@@ -364,3 +408,77 @@ def test_a_second_trainer_of_a_folder_is_refused(package, corpus, tmp_path, monk
     assert loop.train(recipe, tmp_path / "run") == (1, False)
     assert refused
     assert loop.train(recipe, tmp_path / "run") == (1, False)  # the lock is gone with its holder
+
+
+def moved(run):
+    os.rename(run, run.with_name("elsewhere"))
+
+
+def replaced(run):
+    moved(run)
+    run.mkdir()
+
+
+def changed(run):
+    (run / "config.json").write_text((run / "config.json").read_text() + " ")
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+@pytest.mark.parametrize(
+    ("tamper", "line"),
+    [
+        (moved, "run_dir={}: was moved or replaced during the run; nothing more was saved"),
+        (replaced, "run_dir={}: was moved or replaced during the run; nothing more was saved"),
+        (changed, "{}/config.json: was changed during the run; nothing more was saved"),
+    ],
+)
+def test_nothing_is_saved_in_a_folder_that_is_no_longer_the_run_s(
+    package, tamper, line, corpus, tmp_path, monkeypatch
+):
+    run, after = tamper_after_step_1(package, tamper, tmp_path, monkeypatch)
+    with pytest.raises(ValueError, match=re.escape(line.format(run))):
+        train_in(package, corpus, run)
+    assert files_of(run) == after
+    if tamper is not changed:
+        assert saved_steps(run.with_name("elsewhere")) == [1]
+
+
+@pytest.mark.parametrize("package", ["jax", "torch"])
+def test_a_deleted_config_json_is_written_again(package, corpus, tmp_path, monkeypatch, capsys):
+    contents = []
+
+    def deleted(run):
+        contents.append((run / "config.json").read_bytes())
+        (run / "config.json").unlink()
+
+    run, _ = tamper_after_step_1(package, deleted, tmp_path, monkeypatch)
+    assert train_in(package, corpus, run) == (2, False)
+    assert (run / "config.json").read_bytes() == contents[0]
+    assert f"warning: {run}/config.json: was deleted; written again" in capsys.readouterr().err
+    assert saved_steps(run) == [1, 2]
+
+
+def train_in(package, corpus, run):
+    recipe = torch_recipe(corpus, steps=2, checkpoint_every=1)
+    return {"jax": jax_train, "torch": train}[package].train(recipe, run)
+
+
+def tamper_after_step_1(package, tamper, folder, monkeypatch):
+    """The run folder, and the files that it will hold after `tamper`."""
+    checkpoint = {"jax": jax_train, "torch": train}[package].checkpoint
+    run, after, save = folder / "run", [], checkpoint.save
+
+    def tampered(*arguments):
+        save(*arguments)
+        if package == "jax":
+            checkpoint.finish(arguments[0])
+        tamper(run)
+        after.extend(files_of(run))
+        monkeypatch.setattr(checkpoint, "save", save)
+
+    monkeypatch.setattr(checkpoint, "save", tampered)
+    return run, after
+
+
+def files_of(run):
+    return sorted(path for path in run.rglob("*") if "progress" not in path.parts)

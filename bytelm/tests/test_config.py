@@ -119,6 +119,14 @@ def test_integers_past_int32_and_seeds_past_32_bits_are_refused(config):
             replace(config, **{field.name: 2**32 - 1})
 
 
+@pytest.mark.parametrize("name", ["megabyte_tiny", "transformer_tiny"])
+def test_the_first_steps_of_a_tiny_recipe_are_small_beside_its_weights(name):
+    """Without a norm after the last layer, steps of a seventh overshot to 100 bits per byte."""
+    recipe = recipes.get(name)
+    assert isinstance(recipe.model, MegabyteConfig)
+    assert recipe.optimizer.learning_rate <= 0.1 * recipe.model.init_std
+
+
 def test_an_integer_past_every_float_is_refused():
     with pytest.raises(ValueError, match=r"^config.learning_rate: must be a finite value, at "):
         from_dict(OptimizerConfig, {"learning_rate": 10**400})

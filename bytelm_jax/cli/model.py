@@ -337,7 +337,9 @@ def calibrate_command(
         model = replace(model, threshold=contract.threshold)
         seen = patch_calibration.measure(model, params, cut(check), windows or None)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
-    runs.save_recipe(run, calibrated)
+    with runs.RunLock() as lock:  # a trainer would find its config.json changed
+        runs.require_lock(lock.take(run), run)
+        runs.save_recipe(run, calibrated)
     print("\n".join(lines))
     known = recipe.patching if recipe.model.has_patching_contract else None
     wrong = patch_calibration.outside(known, contract) if known else None

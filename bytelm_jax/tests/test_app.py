@@ -162,9 +162,19 @@ def test_models_that_see_their_bytes_are_not_served():
 
 @pytest.fixture(scope="module")
 def page(service, request):
+    """The address of a page, made where proxies are set and no name can be looked up."""
     pytest.importorskip("gradio", reason="needs the extra app")
-    with warnings.catch_warnings():
+    here, look_up = {"127.0.0.1", "localhost", "::1", None}, socket.getaddrinfo
+
+    def look_up_nothing(host, *rest, **options):
+        assert host in here, f"{host} was looked up"
+        return look_up(host, *rest, **options)
+
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore", ResourceWarning)
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+            patch.setenv(name, "http://127.0.0.1:9")
+        patch.setattr(socket, "getaddrinfo", look_up_nothing)
         server = app.launch(app.build_page(service), "127.0.0.1", 0, service.limits)
         request.addfinalizer(server.close)
         asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open

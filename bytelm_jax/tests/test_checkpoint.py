@@ -167,6 +167,17 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(saved, tmp_path, monkeypa
     assert checkpoint.load_run(run)[2] == 0
 
 
+def test_a_save_that_fails_meanwhile_hides_no_error(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.CheckpointManager, "close", lambda _: 1 // 0)
+        failed = pytest.raises(ValueError, match=r"could not be written \(integer division")
+        with failed, checkpoint.writing(tmp_path, TrainConfig()):
+            pass
+        hidden = pytest.raises(ValueError, match=r"^was moved$")
+        with hidden, checkpoint.writing(tmp_path, TrainConfig()):
+            raise ValueError("was moved")
+
+
 def test_late_reads_of_a_damaged_checkpoint_print_nothing(saved, monkeypatch):
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", printed.append)

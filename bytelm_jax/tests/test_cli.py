@@ -309,6 +309,9 @@ def test_a_file_where_a_folder_should_be(run, export, text, tmp_path, capsys):
     assert str(text) in refused(capsys, "import", export, "--out", text)
     assert str(text) in refused(capsys, "eval", text, "--data", text)
     assert text.read_bytes() == before
+    hint = f"belongs to an export, not to a run; `bytelm import {export} --out RUN` makes a run"
+    for argv in (["generate", export], ["plot", export], ["eval", export, "--data", text]):
+        assert hint in refused(capsys, *argv)
 
 
 def test_damaged_checkpoints(run, text, tmp_path, capsys):

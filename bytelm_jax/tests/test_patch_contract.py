@@ -189,6 +189,9 @@ def test_refusals_say_what_to_do(entropy_run, calibrated, blt_run, text, tmp_pat
     argv = ["calibrate", calibrated, "--data", text, "--bytes-per-patch"]
     assert "must be at least 1" in refused(capsys, *argv, "0.5")
     assert "the nearest that these data allow" in refused(capsys, *argv, "90")
+    with runs.RunLock() as lock:
+        assert lock.take(calibrated)
+        assert "another process is training there; wait" in refused(capsys, *argv, "4.5")
 
 
 def test_a_source_must_reset_as_asked(calibrated, tmp_path):

@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import pytest
 
+from bytelm import recipes
 from bytelm_jax.training import processes
+from bytelm_jax.training.loop import train
 from bytelm_jax.training.processes import HUNG, StopSignal, Watchdog
 
 
@@ -21,6 +24,8 @@ from bytelm_jax.training.processes import HUNG, StopSignal, Watchdog
     [
         (("10.0.0.1",), "coordinator=10.0.0.1: must be HOST:PORT"),
         ((":1234",), "coordinator=:1234: must be HOST:PORT"),
+        (("host:65536", 2, 0), "coordinator=host:65536: must be HOST:PORT"),
+        (("host:1", 2**31, 0), "num_processes=2147483648, process_id=0: a coordinator needs both"),
         (("host:1", 0, 0), "num_processes=0, process_id=0: a coordinator needs both"),
         (("host:1", 2, None), "num_processes=2, process_id=None: a coordinator needs both"),
         (("host:1", 2, 2), "num_processes=2, process_id=2: a coordinator needs both"),
@@ -55,6 +60,54 @@ def test_processes_go_on_only_if_they_agree(others, says, monkeypatch):
     refused = pytest.raises(ValueError, match=says) if says else contextlib.nullcontext()
     with refused, processes.agreement() as found:
         found["data"] = "a"
+
+
+def test_what_a_run_is_is_compared_before_anything_is_written(tmp_path, monkeypatch):
+    found = {}
+
+    @contextlib.contextmanager
+    def agreement():
+        yield found
+        raise ValueError("compared")
+
+    (tmp_path / "text").write_bytes(b"some text " * 200)
+    recipe = recipes.get("megabyte_tiny")
+    recipe = replace(recipe, data=replace(recipe.data, paths=(str(tmp_path / "text"),)))
+    monkeypatch.setattr(processes, "agreement", agreement)
+    with pytest.raises(ValueError, match=r"^compared$"):
+        train(recipe, tmp_path / "run")
+    assert found["optimizer.learning_rate"] == 3e-3 and found["train.seed"] == 0
+    assert {"code", "jax", "data", "mesh", "run_dir", "train.batch_size"} < found.keys()
+    assert not (tmp_path / "run").exists()
+    known = found["code"]
+    with monkeypatch.context() as patch:  # other code
+        patch.setattr(processes.Path, "read_bytes", lambda _: b"")
+        assert processes.installation()["code"] != known
+
+
+def test_a_process_whose_number_is_taken_ends_at_once():
+    """JAX aborts it, by a signal; the others wait until their time is over."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        where = f"127.0.0.1:{probe.getsockname()[1]}"
+    program = "import sys; from bytelm_jax.training.processes import join; "
+    program += f"join({where!r}, 3, int(sys.argv[1]))"
+    started = [
+        subprocess.Popen([sys.executable, "-c", program, str(i)], stderr=subprocess.PIPE, text=True)
+        for i in (0, 1, 1)
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while all(process.poll() is None for process in started):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        (ended,) = (process for process in started if process.poll() is not None)
+        assert ended.stderr and ended.returncode == 2
+        line = "bytelm train: process_id=1: could not join; give each process another process_id\n"
+        assert ended.stderr.read().endswith(line)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
 
 
 def test_a_process_tells_the_others_of_its_error_and_raises_it(monkeypatch):

@@ -27,7 +27,6 @@ from bytelm.runs import (
     open_windows,
     prepare_run_dir,
     require_lock,
-    save_recipe,
     what_a_run_is,
 )
 from bytelm.tracking import check_trackers, open_trackers
@@ -68,6 +67,13 @@ def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
     if not processes.is_first():
         return MetricsLog(Path(os.devnull), start)
     return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
+
+
+def check_folder(lock: RunLock) -> None:
+    """Raises `ValueError`, in every process, unless the folder is still as this run left it."""
+    with processes.agreement():
+        if processes.is_first():
+            lock.check()
 
 
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
@@ -136,11 +142,12 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
+    check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.open_checkpoints(run_dir, run))
+        manager = stack.enter_context(checkpoint.writing(run_dir, run))
         log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
         if first:  # nothing is refused any more
-            save_recipe(run_dir, recipe)
+            lock.save_recipe(recipe)
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
         stack.enter_context(watchdog)
@@ -169,6 +176,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
 
         def save(step: int, state: steps.TrainState, record: dict[str, float] | None) -> None:
             watchdog.progress(f"the checkpoint of step {step}")
+            check_folder(lock)
             checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
             reporter.saved = step
 

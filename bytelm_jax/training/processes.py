@@ -28,7 +28,9 @@ from jax.experimental import multihost_utils
 
 import bytelm
 from bytelm import progress
+from bytelm.config.base import LARGEST_INTEGER
 from bytelm.files import one_line, read_json
+from bytelm.runs import require_same, short_json
 
 T = TypeVar("T")
 
@@ -57,10 +59,10 @@ def join(coordinator: str = "", processes: int = 0, index: int | None = None) ->
     if coordinator:
         if address(coordinator) is None:
             raise ValueError(f"coordinator={coordinator}: must be HOST:PORT, such as 10.0.0.1:1234")
-        if processes < 1 or index is None or not 0 <= index < processes:
+        if not 1 <= processes <= LARGEST_INTEGER or index is None or not 0 <= index < processes:
             raise ValueError(
                 f"num_processes={processes}, process_id={index}: a coordinator needs both, the "
-                "second from 0 to one less than the first"
+                f"first at most {LARGEST_INTEGER}, the second from 0 to one less than the first"
             )
     listens = _listening_address(coordinator) if coordinator and index == 0 else None
     if coordinator:
@@ -126,7 +128,8 @@ def _family(host: str) -> socket.AddressFamily:
 def address(coordinator: str) -> tuple[str, int] | None:
     """Host and port of "HOST:PORT", None for anything else."""
     host, _, port = coordinator.rpartition(":")
-    return (host, int(port)) if host and port.isdigit() else None
+    number = int(port) if len(port) <= 5 and port.isdecimal() else 0
+    return (host, number) if host and 0 < number < 2**16 else None
 
 
 def check_alone() -> None:
@@ -161,18 +164,11 @@ def agreement() -> Iterator[dict[str, Any]]:
         raise
     if jax.process_count() == 1:
         return
-    everyone = _exchange({name: _short(value) for name, value in found.items()})
+    everyone = _exchange({name: short_json(value) for name, value in found.items()})
     for index, theirs in enumerate(everyone):
         if _ERROR in theirs:
             raise ValueError(f"process {index}: {theirs[_ERROR]}")
-    for index, theirs in enumerate(everyone):
-        for name in {**everyone[0], **theirs}:
-            ours, other = (each.get(name, "nothing") for each in (everyone[0], theirs))
-            if ours != other:
-                raise ValueError(
-                    f"{name}={other} in process {index}, {ours} in process 0: start all processes "
-                    "with one command, on the same data, from the same installation"
-                )
+    require_same(everyone)
 
 
 def installation() -> dict[str, str]:
@@ -182,12 +178,6 @@ def installation() -> dict[str, str]:
         digest.update(path.read_bytes())
     versions = {"python": platform.python_version(), "jax": jax.__version__}
     return {**versions, "bytelm": bytelm.__version__, "code": digest.hexdigest()[:12]}
-
-
-def _short(value: Any) -> str:
-    """A value as text that is equal where the values are, and fits a line."""
-    text = json.dumps(value)
-    return text if len(text) <= 100 else f"sha256:{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def _exchange(found: dict[str, str]) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ from bytelm.runs import (
     open_windows,
     prepare_run_dir,
     require_lock,
-    save_recipe,
+    what_a_run_is,
 )
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
@@ -111,6 +111,18 @@ def _check(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     )
 
 
+def _restore(
+    run_dir: Path, identity: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> int:
+    """Loads the latest checkpoint, if there is one; its step, otherwise 0."""
+    start = (checkpoint.saved_steps(run_dir) or [0])[-1]
+    if start:
+        restored = checkpoint.restore(run_dir, start, model, optimizer)
+        if restored["data"] != identity:
+            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+    return start
+
+
 def _train(
     recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group, lock: RunLock
 ) -> Outcome:
@@ -121,6 +133,8 @@ def _train(
     # ---- data ----
     length = recipe.data.sequence_length
     windows, held_out, identity = open_windows(recipe)
+    found = what_a_run_is(recipe) | {"run_dir": str(run_dir), "data": identity}
+    parallel.require_agreement(group, found)
 
     # ---- model and optimizer ----
     if first:
@@ -131,11 +145,7 @@ def _train(
 
     # ---- restore ----
     parallel.wait_for_all(group)
-    start = (checkpoint.saved_steps(run_dir) or [0])[-1]
-    if start:
-        restored = checkpoint.restore(run_dir, start, model, optimizer)
-        if restored["data"] != identity:
-            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+    start = _restore(run_dir, identity, model, optimizer)
 
     # ---- step ----
     step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
@@ -145,8 +155,9 @@ def _train(
     batches = training_batches(windows, run.batch_size, *order)
     log = None
     if first:
+        lock.check()
         log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
-        save_recipe(run_dir, recipe)  # nothing is refused any more
+        lock.save_recipe(recipe)  # nothing is refused any more
         if not start and (note := export_note(recipe.model)):
             print(f"train: {note}", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
@@ -214,6 +225,7 @@ def _train(
         nonlocal saved
         stop_on_non_finite(step, model=model.state_dict(), optimizer=optimizer.state_dict())
         if first:
+            lock.check()
             checkpoint.save(run_dir, step, model, optimizer, recipe, identity, record)
         saved = step
 
@@ -299,18 +311,32 @@ def _value(text: str) -> Any:
         return text
 
 
+class _Parser(argparse.ArgumentParser):
+    """Raises `ValueError` for a wrong command line, instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _path(text: str) -> Path:
+    """A path of the command line: an empty one would be the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return Path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code. Bad input: 2 and one line on standard error."""
-    parser = argparse.ArgumentParser(prog="python -m bytelm_torch.train", description=__doc__)
-    parser.add_argument("recipe", type=Path, help="a JSON file or a run folder")
+    parser = _Parser(prog="python -m bytelm_torch.train", description=__doc__)
+    parser.add_argument("recipe", type=_path, help="a JSON file or a run folder")
     parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
-    parser.add_argument("--run-dir", type=Path, help="default runs/NAME")
+    parser.add_argument("--run-dir", type=_path, help="default runs/NAME")
     parser.add_argument(
         "--data", nargs="+", action="extend", help="files and folders with bytes to train on"
     )
-    parser.add_argument("--initial", type=Path, help="an export to start from")
-    options = parser.parse_intermixed_args(argv)
+    parser.add_argument("--initial", type=_path, help="an export to start from")
     try:
+        options = parser.parse_intermixed_args(argv)
         recipe = with_changes(load_recipe(options.recipe), options.changes)
         twice = options.data and any(c.startswith("data.paths=") for c in options.changes)
         require(not twice, "--data and data.paths: mean the same; give one of them")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bytelm.config import TrainConfig
+from bytelm.runs import require_same, short_json
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm
 from bytelm_torch.training.loss import cross_entropy
@@ -117,6 +118,14 @@ def wait_for_all(group: Group) -> None:
     """Returns when every process has arrived here."""
     if group.size > 1:
         dist.barrier()
+
+
+def require_agreement(group: Group, found: dict[str, Any]) -> None:
+    """Raises `ValueError`, in all processes alike, unless all of them found the same."""
+    if group.size > 1:
+        everyone: list[Any] = [None] * group.size
+        dist.all_gather_object(everyone, {name: short_json(each) for name, each in found.items()})
+        require_same(everyone)
 
 
 class RowLoss(nn.Module):
