@@ -318,7 +318,7 @@ def test_utilisation_counts_three_passes_but_one_of_a_frozen_part(corpus, tmp_pa
 
 
 def test_processes_of_other_rates_seeds_or_data_do_not_train(corpus, tmp_path, monkeypatch):
-    recipe, told = torch_recipe(corpus), []
+    recipe, told = torch_recipe(corpus, devices=0), []
     for name, change in (
         ("optimizer.learning_rate", {"optimizer.learning_rate": "0.5"}),
         ("train.seed", {"train.seed": "7"}),
