@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bytelm import runs
 from bytelm.config import MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.models import abstract_params
-from bytelm_jax.training import checkpoint
+from bytelm_jax.training import checkpoint, loop
 
 MODEL = MegabyteConfig(patch_size=2, global_dim=4, local_dim=4, global_heads=1, local_heads=1)
 
@@ -170,11 +170,8 @@ def test_a_checkpoint_that_is_removed_while_it_is_read(saved, tmp_path, monkeypa
 def test_a_save_that_fails_meanwhile_hides_no_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ocp.CheckpointManager, "close", lambda _: 1 // 0)
-        failed = pytest.raises(ValueError, match=r"could not be written \(integer division")
-        with failed, checkpoint.writing(tmp_path, TrainConfig()):
-            pass
         hidden = pytest.raises(ValueError, match=r"^was moved$")
-        with hidden, checkpoint.writing(tmp_path, TrainConfig()):
+        with hidden, loop.checkpoints_of(tmp_path, TrainConfig()):
             raise ValueError("was moved")
 
 

@@ -174,24 +174,6 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
     return ocp.CheckpointManager(run_dir.absolute() / "checkpoints", options=options)
 
 
-@contextlib.contextmanager
-def writing(run_dir: Path, train: TrainConfig) -> Iterator[ocp.CheckpointManager]:
-    """The run's checkpoints, open for saving.
-
-    An error of a save that is still under way does not take the place of the one that ends the
-    block: it is often its consequence.
-    """
-    manager = open_checkpoints(run_dir, train)
-    try:
-        yield manager
-    except BaseException:
-        with contextlib.suppress(Exception):
-            manager.close()
-        raise
-    with _writable(manager):
-        manager.close()
-
-
 def save(
     manager: ocp.CheckpointManager,
     step: int,
@@ -287,9 +269,8 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
             if processes.all_agree(recovered is not None) and recovered and manager:
                 try:
                     with _readable(manager, step):
-                        _check_arrays(
-                            recovered
-                        )  # a sum over all processes, so the same in each of them
+                        # A sum over all processes, so the same in each of them.
+                        _check_arrays(recovered)
                     break
                 except DamagedError as error:
                     problem = str(error)

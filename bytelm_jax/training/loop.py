@@ -2,7 +2,8 @@
 
 import os
 import sys
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from bytelm import data
 from bytelm.config import (
     Recipe,
+    TrainConfig,
     require_document_ends,
     require_length,
 )
@@ -74,6 +76,19 @@ def check_folder(lock: RunLock) -> None:
     with processes.agreement():
         if processes.is_first():
             lock.check()
+
+
+@contextmanager
+def checkpoints_of(run_dir: Path, run: TrainConfig) -> Iterator[Any]:
+    """The run's checkpoints; an error that ends the block is not hidden by a late one of a save."""
+    manager = checkpoint.open_checkpoints(run_dir, run)
+    try:
+        yield manager
+    except BaseException:
+        with suppress(Exception):
+            manager.close()
+        raise
+    manager.close()
 
 
 def train(recipe: Recipe, run_dir: Path) -> Outcome:
@@ -144,7 +159,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     step, piece = start, 0
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
-        manager = stack.enter_context(checkpoint.writing(run_dir, run))
+        manager = stack.enter_context(checkpoints_of(run_dir, run))
         log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
         if first:  # nothing is refused any more
             lock.save_recipe(recipe)
