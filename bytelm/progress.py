@@ -1,5 +1,6 @@
 """What a person sees of a run without a terminal, and how a signal stops it."""
 
+import math
 import os
 import signal
 import sys
@@ -37,6 +38,51 @@ class ProgressLines:
                 left = (now - begun) / (step - since) * (self._steps - step)
                 line += f"  {timedelta(seconds=round(left))} left"
             self.say(line)
+
+
+class ReadingBar:
+    """A context manager: a progress bar for reading that takes more than a second.
+
+    It stands on standard error while that is a terminal and `rich` is installed, and vanishes.
+    `total` is in bytes, None if unknown.
+    """
+
+    _PATIENCE = 1.0  # seconds
+
+    def __init__(self, what: str, total: int | None) -> None:
+        self._what, self._total = what, total
+        self._begun = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "ReadingBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def move(self, done: int) -> None:
+        """Shows that `done` bytes of all are read."""
+        if self._bar is None and time.monotonic() - self._begun > self._PATIENCE:
+            self._begun = math.inf  # the bar starts once
+            self._start()
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done)
+
+    def _start(self) -> None:
+        if not sys.stderr.isatty():
+            return
+        try:
+            from rich import progress
+            from rich.console import Console
+        except ImportError:  # the PyTorch twin installs without it
+            return
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn())
+        columns += (progress.DownloadColumn(), progress.TimeRemainingColumn())
+        self._bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(self._what, total=self._total)
+        self._bar.start()
 
 
 def rates(record: dict[str, Any]) -> str:

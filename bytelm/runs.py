@@ -92,6 +92,9 @@ def _best(run_dir: Path, steps: list[int]) -> int:
 
 # ---- config.json, and the data of a run ---------------------------------------------------------
 
+_PLACES = ("paths", "cache_dir")
+"""Fields of `DataConfig` that say where data are, not what they are."""
+
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -132,14 +135,17 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
-    """`recipe` with the order of windows and the patches of an older run that `run_dir` holds.
+    """`recipe` with the rules about data and patches of an older run that `run_dir` holds.
 
-    A run begun before `data.order` and the patcher `word` existed keeps its rules, whatever the
-    recipe's are now.
+    A run begun before `data.order`, `data.split_rule` and `data.raw`, or the patcher `word` existed
+    keeps its rules, whatever the recipe's are now.
     """
     if not (run_dir / CONFIG_FILE).is_file():
         return recipe
     saved = load_recipe(run_dir)
+    if saved.data.split_rule == "rank":
+        raw = recipe.data.raw or saved.data.raw
+        recipe = replace(recipe, data=replace(recipe.data, split_rule="rank", raw=raw))
     if saved.data.order != "grain":
         return recipe
     recipe = replace(recipe, data=replace(recipe.data, order="grain"))
@@ -246,7 +252,7 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
     for part, old, new in pairs:
         before, after = to_dict(old), to_dict(new)
         for name in before:  # first the architecture, or the optimizer's name: others depend on it
-            free = name == "paths" or (part == "train" and name in _MAY_CHANGE)
+            free = name in _PLACES or (part == "train" and name in _MAY_CHANGE)
             if before[name] != after[name] and not free:
                 raise ValueError(
                     f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
@@ -265,7 +271,7 @@ def what_a_run_is(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{name}": value
         for section, config in sections.items()
         for name, value in to_dict(config).items()
-        if name != "paths"
+        if name not in _PLACES
     }
 
 
@@ -288,8 +294,8 @@ def require_same(everyone: Sequence[dict[str, str]]) -> None:
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
     """Training and validation windows of the recipe's data, and the identity of that data."""
     config = recipe.data
-    corpus = data.open_corpus(config.paths)
-    parts = data.split(corpus, config.validation_fraction, config.split_seed)
+    corpus = data.open_corpus(config.paths, config.text_field, config.raw, config.cache_dir)
+    parts = data.split(corpus, config.validation_fraction, config.split_seed, config.split_rule)
     windows, held_out = (
         data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
         for part in parts

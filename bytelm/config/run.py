@@ -23,10 +23,17 @@ _MOST_LAYERS = 4096
 class DataConfig:
     """Where bytes come from and how they become windows of `sequence_length` ids.
 
-    Empty `paths` mean the source of the running interpreter's standard library. Documents are split
-    into training and validation by a hash of `split_seed` and the document's index, so that about
-    `validation_fraction` of them are held out. `append_eos` ends each document with the
-    end-of-sequence id.
+    `paths` are files, folders and globs, "-" for standard input, "@FILE" for the paths in a file;
+    empty, the source of the running interpreter's standard library. Of records (JSON, Parquet,
+    Arrow, tar) the field `text_field` is a document each; `raw` takes the bytes of every file as
+    they are. What cannot be mapped into memory, as compressed files, is read once into `cache_dir`
+    (default: $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm).
+
+    Documents are split into training and validation by a hash of `split_seed` and, by `split_rule`,
+    of their "content", so that adding a document moves no other, or of their "rank" among all, as
+    in runs begun before there was a choice. About `validation_fraction` of them are held out; with
+    fewer than 50 documents by content, that share of the bytes, the last ones. `append_eos` ends
+    each document with the end-of-sequence id.
 
     `order` is the order of windows within an epoch. "exact" visits every window once. "grain", that
     of runs begun before there was a choice, draws one window twice and leaves the last one out if
@@ -38,9 +45,13 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
+    text_field: str = "text"
+    raw: bool = False
+    cache_dir: str = ""
     sequence_length: int = 512
     validation_fraction: float = 0.02
     split_seed: int = 0
+    split_rule: Literal["content", "rank"] = "content"
     shuffle_seed: int = 0
     append_eos: bool = True
     order: Literal["exact", "grain"] = "exact"
@@ -55,6 +66,7 @@ class DataConfig:
             all(self.paths),
             f"paths={self.paths}: an empty path names no file; leave it out",
         )
+        require(self.text_field != "", "text_field: is empty; name the field of the text")
         for piece in self.warmup_lengths:
             require(
                 piece >= 1 and self.sequence_length % piece == 0,

@@ -28,8 +28,13 @@ _TAGS: dict[type, str] = {kind: "architecture" for kind in MODEL_CONFIGS} | {
 """Class of a tagged union → the attribute that holds its tag in a file."""
 
 
-_BEFORE: dict[type, dict[str, Any]] = {DataConfig: {"order": "grain"}}
+_BEFORE: dict[type, dict[str, Any]] = {
+    DataConfig: {"order": "grain", "split_rule": "rank", "raw": True}
+}
 """What files mean that were written before a field existed, if it is not the field's default."""
+
+_ALWAYS_WRITTEN = {DataConfig: {"paths", "sequence_length", "split_seed", "shuffle_seed"}}
+"""Fields without which a file was written by a person, who leaves out what has its default."""
 
 
 _PATCHER_VERSION = 2
@@ -109,7 +114,8 @@ def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
     require(
         not unknown, f"{where}.{unknown[0] if unknown else ''}: unknown field of {kind.__name__}"
     )
-    known = _BEFORE.get(kind, {}) | value
+    written_by_a_run = _ALWAYS_WRITTEN.get(kind, set()) <= set(value)
+    known = _BEFORE.get(kind, {}) | value if written_by_a_run else value
     values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in known.items()}
     try:
         return kind(**values)

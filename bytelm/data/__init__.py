@@ -1,7 +1,8 @@
-"""Bytes on disk become windows of ids: corpora, prepared files, split, windows, shuffle."""
+"""Bytes on disk become windows of ids: forms of text, corpora, split, windows, shuffle."""
 
-from bytelm.data.corpus import MAGIC, Corpus, SourceFile, memory_corpus, open_corpus
-from bytelm.data.prepared import Prepared, prepare
+from bytelm.data.corpus import Corpus, SourceFile, memory_corpus, open_corpus
+from bytelm.data.packing import prepare
+from bytelm.data.prepared import MAGIC, Prepared
 from bytelm.data.split import split
 from bytelm.data.windows import Windows, evaluation_batches, scored_windows
 

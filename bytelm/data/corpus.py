@@ -1,12 +1,7 @@
-"""Bytes on disk to batches of ids: corpora, their split, windows, shuffled and ordered batches.
+"""Corpora: documents in memory-mapped files.
 
-A corpus is a sequence of documents in memory-mapped files; a document is a whole file or, in a
-prepared file, the bytes between two bounds. Layout of a prepared file, all numbers little-endian:
-
-    documents, one after the other | end of each document, int64 | their count, uint64 | BYTELM01
-
-Windows cut the stream of all documents into rows of equal length. The position in the data is one
-integer, the step: its batch depends on nothing but the seed, the step and the global batch size.
+A document is a whole file or, in a prepared file, the bytes between two bounds. Files of any other
+form are read once into a prepared file: see `cache.py`.
 """
 
 from __future__ import annotations
@@ -14,25 +9,33 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import sysconfig
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Int64, UInt8, UInt64
 
 from bytelm.config import require
+from bytelm.data.cache import prepared_copy, prepared_input
+from bytelm.data.formats import HEAD, binary_kind, detect
+from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_bounds, read_spans
+from bytelm.data.sources import (
+    STANDARD_INPUT,
+    Listed,
+    expand_paths,
+    library_files,
+    list_files,
+    unreadable,
+)
+from bytelm.progress import ReadingBar
 
-MAGIC = b"BYTELM01"
-_FOOTER_TAIL = 16  # bytes of count and magic
 _OPEN_MAPS = 256  # each map holds a file descriptor, of which a process often has only 1024
-_NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"]
-
-
-# ---- corpus ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class _Maps:
         except OSError as error:
             raise ValueError(unreadable(file.path, error)) from None
 
+    def spans(self, index: int, spans: Iterable[tuple[int, int]]) -> Iterator[bytes | None]:
+        """The bytes of a file from each start to its stop, each span followed by None."""
+        return read_spans(self.files[index].path, spans)
+
 
 class _Memory(_Maps):
     """Documents in memory instead of files."""
@@ -86,11 +93,22 @@ class _Memory(_Maps):
     def _map(self, file: SourceFile) -> np.ndarray:
         return np.frombuffer(self._documents[int(file.name)], np.uint8)
 
+    def spans(self, index: int, spans: Iterable[tuple[int, int]]) -> Iterator[bytes | None]:
+        for start, stop in spans:
+            yield self._documents[index][start:stop]
+            yield None
+
+
+_Digests = tuple[UInt64[np.ndarray, " documents"], Bool[np.ndarray, " documents"]]
+"""The digest of each document, and whether it is known yet."""
+
 
 class Corpus:
     """Documents in memory-mapped files; created by `open_corpus`, `split` and its own methods.
 
-    `lengths` is int64 [documents], in bytes; no document is empty, but a corpus may be.
+    `lengths` is int64 [documents], in bytes; no document is empty, but a corpus may be. `notes` are
+    lines that a person should see before these data are used. `is_cut` says that this is a part of
+    a corpus at whose border a document may be divided.
     """
 
     def __init__(
@@ -99,8 +117,12 @@ class Corpus:
         owners: Int64[np.ndarray, " documents"],
         starts: Int64[np.ndarray, " documents"],
         stops: Int64[np.ndarray, " documents"],
+        digests: _Digests | None = None,
     ) -> None:
         self._maps, self._owners, self._starts, self._stops = maps, owners, starts, stops
+        self._digests = digests
+        self.notes: tuple[str, ...] = ()
+        self.is_cut = False
         self.lengths: Int64[np.ndarray, " documents"] = stops - starts
         self.lengths.setflags(write=False)
 
@@ -132,7 +154,11 @@ class Corpus:
         chosen = np.asarray(indices, np.int64)
         inside = bool(((chosen >= 0) & (chosen < self.documents)).all())
         require(inside, f"indices: choose from 0 to {self.documents - 1}")
-        return Corpus(self._maps, self._owners[chosen], self._starts[chosen], self._stops[chosen])
+        digests = self._digests and (self._digests[0][chosen], self._digests[1][chosen])
+        bounds = self._owners[chosen], self._starts[chosen], self._stops[chosen]
+        part = Corpus(self._maps, *bounds, digests)
+        part.notes, part.is_cut = self.notes, self.is_cut
+        return part
 
     def cut(self, position: int) -> tuple[Corpus, Corpus]:
         """The first `position` bytes and the rest; a document across the cut is divided."""
@@ -141,10 +167,44 @@ class Corpus:
         starts = np.cumsum(self.lengths) - self.lengths
         middles = self._starts + np.clip(position - starts, 0, self.lengths)
         head, tail = middles > self._starts, middles < self._stops
-        return (
+        parts = (
             Corpus(self._maps, self._owners[head], self._starts[head], middles[head]),
             Corpus(self._maps, self._owners[tail], middles[tail], self._stops[tail]),
         )
+        for part in parts:
+            part.notes, part.is_cut = self.notes, True
+        return parts
+
+    def digests(self) -> UInt64[np.ndarray, " documents"]:
+        """BLAKE2b of 8 bytes over each document, as little-endian numbers.
+
+        Prepared files hold them. All other documents are read once, at some 0.5 to 1 GB/s.
+        """
+        known = self._digests or (
+            np.zeros(self.documents, np.uint64),
+            np.zeros(self.documents, bool),
+        )
+        digests, hashed = known[0].copy(), known[1]
+        missing = np.flatnonzero(~hashed)
+        done, digest = 0, blake2b(digest_size=DIGEST_BYTES)
+        with ReadingBar("hashing documents", int(self.lengths[missing].sum())) as bar:
+            order = iter(missing.tolist())
+            for piece in self._pieces(missing):
+                if piece is not None:
+                    digest.update(piece)
+                    done += len(piece)
+                    bar.move(done)
+                else:
+                    digests[next(order)] = int.from_bytes(digest.digest(), "little")
+                    digest = blake2b(digest_size=DIGEST_BYTES)
+        self._digests = (digests, np.ones(self.documents, bool))
+        return digests
+
+    def _pieces(self, chosen: Int64[np.ndarray, " chosen"]) -> Iterator[bytes | None]:
+        """The bytes of these documents in pieces, each document followed by None."""
+        for owner, group in groupby(chosen.tolist(), key=lambda index: int(self._owners[index])):
+            spans = ((int(self._starts[index]), int(self._stops[index])) for index in group)
+            yield from self._maps.spans(owner, spans)
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the names and sizes of the files and the bounds of the documents.
@@ -161,19 +221,29 @@ class Corpus:
         return digest.hexdigest()
 
 
-def open_corpus(paths: Sequence[str | Path]) -> Corpus:
+def open_corpus(
+    paths: Sequence[str | Path], text_field: str = "text", raw: bool = False, cache_dir: str = ""
+) -> Corpus:
     """The documents of files and folders, in the order of `paths`.
 
-    A prepared file contributes its documents, any other file is one document, and a folder
-    contributes its files in the order of their relative paths. In folders, hidden and empty files
-    are skipped and each linked folder is entered once. Empty `paths` mean the `.py` files of the
-    running interpreter's standard library without its tests. Raises `ValueError` for a path that is
-    missing, unreadable or without bytes, and for a damaged prepared file.
+    A file of plain bytes is one document. JSON, Parquet, Arrow, tar and ArrayRecord give a document
+    for each record, the text in its field `text_field`; prepared files give their documents, and
+    compressed files those of what is in them. `raw` takes the bytes of all but prepared files as
+    they are. What cannot be mapped is read once into `cache_dir` (default: the user's cache).
+
+    A folder contributes its files in the order of their relative paths. In folders, hidden and
+    empty files are skipped and each linked folder is entered once. A path may be a glob, "-" for
+    standard input, or "@FILE" for the paths in a file. Empty `paths` mean the `.py` files of the
+    running interpreter's standard library without its tests.
+
+    Raises `ValueError` for a path that is missing, unreadable or without bytes, for a damaged file
+    and for a record without the field.
     """
-    if not path_list(paths):
-        library = sysconfig.get_paths()["stdlib"]
-        return assemble([(library, _library_files(library))], damaged_is_plain=False)
-    return assemble([(path, list_files(path)) for path in paths], damaged_is_plain=False)
+    expanded = expand_paths(paths)
+    if not expanded:
+        return _assemble([library_files()], _Reading(text_field, True, cache_dir))
+    listings = [(path, list_files(path)) for path in expanded]
+    return _assemble(listings, _Reading(text_field, raw, cache_dir))
 
 
 def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:
@@ -190,108 +260,69 @@ def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:
     return Corpus(_Memory(filled), owners, np.zeros_like(stops), stops)
 
 
-def path_list(paths: Sequence[str | Path]) -> Sequence[str | Path]:
-    single = isinstance(paths, (str, os.PathLike))  # a string is a sequence of strings
-    require(not single, f"paths={str(paths)!r}: give a list of paths")
-    return paths
-
-
-def list_files(path: str | Path) -> list[tuple[str, str]]:
-    """(name, path) of the file at `path` or of every file in that folder."""
-    if os.path.isdir(path):
-        return _walk(str(path), ())
-    require(os.path.lexists(path), f"{path}: does not exist; check the spelling")
-    return [(os.path.basename(path), str(path))]
-
-
-def _library_files(library: str) -> list[tuple[str, str]]:
-    installed = ("_sysconfigdata", "config-")  # differs from machine to machine
-    files = [each for each in _walk(library, _NOT_LIBRARY) if each[0].endswith(".py")]
-    return [each for each in files if not each[0].startswith(installed)]
-
-
-def _walk(root: str, left_out: Sequence[str]) -> list[tuple[str, str]]:
-    """(path relative to `root`, path) of every visible file below, sorted by the former."""
-    seen = {os.path.realpath(root)}
-
-    def enters(folder: str, name: str) -> bool:
-        if name.startswith(".") or name in left_out:
-            return False
-        parent, target = os.path.realpath(folder), os.path.realpath(os.path.join(folder, name))
-        if (
-            target in seen or os.path.commonpath((parent, target)) == target
-        ):  # already visited, or a loop
-            return False
-        seen.add(target)
-        return True
-
-    def fail(error: OSError) -> None:
-        raise ValueError(unreadable(str(error.filename), error))
-
-    paths = []
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in sorted(folders) if enters(folder, name)]
-        paths += [os.path.join(folder, name) for name in files if not name.startswith(".")]
-    return sorted((os.path.relpath(path, root).replace(os.sep, "/"), path) for path in paths)
-
-
-def assemble(
-    listings: Iterable[tuple[str | Path, list[tuple[str, str]]]], *, damaged_is_plain: bool
-) -> Corpus:
+def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Reading) -> Corpus:
     """The corpus of pairs (path given, its files). Raises `ValueError` for a path without bytes."""
     files: list[SourceFile] = []
-    ends: list[np.ndarray] = []
+    bounds: list[Bounds] = []
+    binary: list[str] = []
     for path, listed in listings:
         known = len(files)
         for name, location in listed:
             try:
-                size, bounds = _inspect(location, damaged_is_plain)
+                found = reading.open(name, location, binary)
             except OSError as error:
                 raise ValueError(unreadable(location, error)) from None
-            if len(bounds):
-                files.append(SourceFile(name, location, size))
-                ends.append(bounds)
+            if found is not None and len(found[1].ends):
+                files.append(found[0])
+                bounds.append(found[1])
         filled = len(files) > known
         require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
-    owners = np.repeat(np.arange(len(files)), [len(bounds) for bounds in ends])
-    starts = [np.concatenate(([0], bounds[:-1])) for bounds in ends]
-    return Corpus(_Maps(tuple(files)), owners, np.concatenate(starts), np.concatenate(ends))
-
-
-def _inspect(path: str, damaged_is_plain: bool) -> tuple[int, Int64[np.ndarray, " documents"]]:
-    """Size of a file and the ends of its documents: none if it is empty or not a regular file."""
-    status = os.stat(path)
-    size = status.st_size
-    if not stat.S_ISREG(status.st_mode) or not size:
-        return 0, np.zeros(0, np.int64)
-    with open(path, "rb") as file:
-        file.seek(max(0, size - _FOOTER_TAIL))
-        tail = file.read(_FOOTER_TAIL)
-        if not tail.endswith(MAGIC):
-            return size, np.array([size])
-        count = int.from_bytes(tail[: -len(MAGIC)], "little")
-        body = size - _FOOTER_TAIL - 8 * count
-        if 1 <= count <= body:
-            file.seek(body)
-            ends = np.frombuffer(file.read(8 * count), "<i8").astype(np.int64)
-            if ends[0] > 0 and ends[-1] == body and bool((ends[1:] > ends[:-1]).all()):
-                return size, ends
-    require(
-        damaged_is_plain,
-        f"{path}: ends like a prepared file, but its {count} documents do not fit its {size} "
-        "bytes; prepare it again from the originals",
+    owners = np.repeat(np.arange(len(files)), [len(each.ends) for each in bounds])
+    starts = [np.concatenate(([0], each.ends[:-1])) for each in bounds]
+    digests = [np.zeros(len(b.ends), np.uint64) if b.digests is None else b.digests for b in bounds]
+    hashed = np.repeat([b.digests is not None for b in bounds], [len(b.ends) for b in bounds])
+    stops = [each.ends for each in bounds]
+    known_digests = (np.concatenate(digests), hashed)
+    corpus = Corpus(
+        _Maps(tuple(files)), owners, np.concatenate(starts), np.concatenate(stops), known_digests
     )
-    return size, np.array([size])
+    corpus.notes = _binary_notes(binary)
+    return corpus
 
 
-def unreadable(path: str, error: OSError) -> str:
-    return f"{path}: cannot be read ({error.strerror}); fix it or leave it out"
+class _Reading(NamedTuple):
+    """How files are read."""
+
+    text_field: str
+    raw: bool
+    cache_dir: str
+
+    def open(self, name: str, path: str, binary: list[str]) -> tuple[SourceFile, Bounds] | None:
+        """A file to map and its documents; None if it is empty or not a regular file.
+
+        What looks binary is added to `binary`.
+        """
+        if path == STANDARD_INPUT:
+            path = prepared_input(self.text_field, self.raw, self.cache_dir)
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            return None
+        bounds = read_bounds(path, status.st_size)
+        if bounds is None and not self.raw:
+            with open(path, "rb") as file:
+                head = file.read(HEAD)
+            if detect(path, os.path.basename(path), head):
+                path = prepared_copy(path, name, self.text_field, self.cache_dir)
+                status = os.stat(path)
+                bounds = read_bounds(path, status.st_size)
+            elif kind := binary_kind(head):
+                binary.append(f"{path}: looks binary ({kind})")
+        whole = Bounds(np.array([status.st_size]), None)
+        return SourceFile(name, path, status.st_size), bounds or whole
 
 
-# ---- prepared files ---------------------------------------------------------------------------
-
-
-# ---- training and validation ------------------------------------------------------------------
-
-
-# ---- windows and batches ----------------------------------------------------------------------
+def _binary_notes(binary: Sequence[str]) -> tuple[str, ...]:
+    if not binary:
+        return ()
+    more = f", and so do {len(binary) - 1} more files" if len(binary) > 1 else ""
+    return (f"{binary[0]}{more}; its bytes are taken as they are; --raw says that this is meant",)

@@ -1,87 +1,136 @@
-"""Packing any corpus into one prepared file."""
+"""Prepared files: documents one after the other, mapped into memory as they are.
+
+Layout, all numbers little-endian:
+
+    documents | end of each, int64 | digest of each, uint64 | count, uint64 | MAGIC
+
+A document's digest is BLAKE2b of 8 bytes over its bytes; by it the split is made. Files of before,
+whose magic is `BYTELM01`, have no digests.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
 from bytelm.config import require
-from bytelm.data.corpus import MAGIC, Corpus, assemble, list_files, path_list, unreadable
+from bytelm.data.sources import unreadable
 
-_COPY_CHUNK = 1 << 22  # bytes
+MAGIC = b"BYTELM02"
+MAGIC_BEFORE = b"BYTELM01"
+DIGEST_BYTES = 8
+_TAIL = 16  # bytes of count and magic
+_BUFFER = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The result of `prepare`."""
+    """How much a prepared file holds."""
 
     documents: int
     bytes: int
 
 
-def prepare(paths: Sequence[str | Path], out: str | Path) -> Prepared:
-    """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
+class Bounds(NamedTuple):
+    """Where the documents of a file end, and their digests if the file has them."""
 
-    Prepared files among them are merged; a damaged prepared file counts as one plain document.
-    Memory use is bounded whatever the size. `out` appears complete or keeps its old content. Raises
-    `ValueError` where `open_corpus` does, for an `out` that is a folder, lies in one of the inputs
-    or cannot be written, and for a file that shrinks meanwhile.
+    ends: Int64[np.ndarray, " documents"]
+    digests: UInt64[np.ndarray, " documents"] | None
+
+
+def read_bounds(path: str, size: int, damaged_is_plain: bool = False) -> Bounds | None:
+    """The documents of a file of `size` bytes if it is a prepared one, otherwise None.
+
+    Raises `ValueError` for a damaged prepared file, unless it counts as plain.
     """
-    require(len(path_list(paths)) > 0, "paths: give at least one file or folder")
-    target = Path(os.path.realpath(out))
-    _check_target(paths, out, target)
-    corpus = assemble([(path, list_files(path)) for path in paths], damaged_is_plain=True)
-    listed = {os.path.realpath(file.path) for file in corpus._maps.files}
-    require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _TAIL))
+        tail = file.read(_TAIL)
+        if not tail.endswith((MAGIC, MAGIC_BEFORE)):
+            return None
+        count, numbers = int.from_bytes(tail[: -len(MAGIC)], "little"), 1 + tail.endswith(MAGIC)
+        body = size - _TAIL - 8 * count * numbers
+        if count == body == 0:
+            return Bounds(np.zeros(0, np.int64), np.zeros(0, np.uint64))
+        if 1 <= count <= body:
+            file.seek(body)
+            index = np.frombuffer(file.read(8 * count * numbers), "<u8").reshape(numbers, count)
+            ends = index[0].astype(np.int64)
+            if ends[0] > 0 and ends[-1] == body and bool((ends[1:] > ends[:-1]).all()):
+                return Bounds(ends, index[1].astype(np.uint64) if numbers == 2 else None)
+    require(
+        damaged_is_plain,
+        f"{path}: ends like a prepared file, but its {count} documents do not fit its {size} "
+        "bytes; prepare it again from the originals",
+    )
+    return None
 
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+
+def write_prepared(target: Path, pieces: Iterable[bytes | None], called: str) -> Prepared:
+    """Writes documents, whose pieces come each document followed by None; empty ones are left out.
+
+    `target` appears complete or keeps its old content; errors of writing name `called`. Memory is
+    bounded by the longest piece and 16 bytes per document.
+    """
+    partial = target.with_name(f".{target.name}.{os.urandom(4).hex()}.partial")
+    ends, digests = array("q"), array("Q")
+    position, start, digest = 0, 0, blake2b(digest_size=DIGEST_BYTES)
     try:
-        with open(partial, "wb") as sink:
-            for chunk in _bodies(corpus):
-                sink.write(chunk)
-            sink.write(np.cumsum(corpus.lengths).astype("<i8").tobytes())
-            sink.write(corpus.documents.to_bytes(8, "little") + MAGIC)
+        with open(partial, "wb", _BUFFER) as sink:
+            for piece in pieces:
+                if piece is not None:
+                    sink.write(piece)
+                    digest.update(piece)
+                    position += len(piece)
+                elif position > start:
+                    ends.append(position)
+                    digests.append(int.from_bytes(digest.digest(), "little"))
+                    start, digest = position, blake2b(digest_size=DIGEST_BYTES)
+            for index, kind in ((ends, "<i8"), (digests, "<u8")):
+                sink.write(np.asarray(index, kind).tobytes())
+            sink.write(len(ends).to_bytes(8, "little") + MAGIC)
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(partial, target)
         _sync_folder(target.parent)
     except OSError as error:
-        why = f"{out}: cannot be written ({error.strerror}); choose another place or free space"
+        why = f"{called}: cannot be written ({error.strerror}); choose another place or free space"
         raise ValueError(why) from None
     finally:
         partial.unlink(missing_ok=True)
-    return Prepared(corpus.documents, corpus.total_bytes)
+    return Prepared(len(ends), position)
 
 
-def _check_target(paths: Sequence[str | Path], out: str | Path, target: Path) -> None:
-    require(not target.is_dir(), f"{out}: is a folder; name a file")
-    usable = target.is_file() or not target.exists()
-    require(usable, f"{out}: is not a regular file; name another")
-    require(target.parent.is_dir(), f"{out}: its folder does not exist; create it first")
-    for path in paths:
-        inside = os.path.isdir(path) and target.is_relative_to(os.path.realpath(path))
-        require(not inside, f"{out}: lies in the input {path}; choose a place outside it")
+def read_spans(path: str, spans: Iterable[tuple[int, int]]) -> Iterator[bytes | None]:
+    """The bytes of a file from each start to its stop, in pieces, each span followed by None.
 
-
-def _bodies(corpus: Corpus) -> Iterator[bytes]:
-    """The documents' bytes in chunks, by plain reads: mapping a shrinking file would be fatal."""
-    firsts = np.flatnonzero(np.diff(corpus._owners, prepend=-1))
-    sizes = np.add.reduceat(corpus.lengths, firsts)
-    for source, body in zip(corpus._maps.files, sizes.tolist(), strict=True):
-        try:
-            with open(source.path, "rb") as file:
-                while body:
-                    chunk = file.read(min(body, _COPY_CHUNK))
-                    require(chunk != b"", f"{source.path}: shrank while it was read; try again")
-                    body -= len(chunk)
-                    yield chunk
-        except OSError as error:
-            raise ValueError(unreadable(source.path, error)) from None
+    By plain reads: mapping a file that shrinks meanwhile would be fatal. Raises `ValueError` if it
+    does.
+    """
+    try:
+        with open(path, "rb", _BUFFER) as file:
+            position = 0
+            for start, stop in spans:
+                if start != position:
+                    file.seek(start)
+                position = start
+                while position < stop:
+                    piece = file.read(min(stop - position, _BUFFER))
+                    require(piece != b"", f"{path}: shrank while it was read; try again")
+                    position += len(piece)
+                    yield piece
+                yield None
+    except OSError as error:
+        raise ValueError(unreadable(path, error)) from None
 
 
 def _sync_folder(folder: Path) -> None:

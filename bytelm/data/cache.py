@@ -1,0 +1,112 @@
+"""Texts that cannot be mapped into memory, such as compressed ones: prepared once, and kept."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from hashlib import blake2b, file_digest
+from pathlib import Path
+
+from bytelm.data.formats import read_documents, read_stream
+from bytelm.data.prepared import write_prepared
+from bytelm.data.sources import STANDARD_INPUT, unreadable
+from bytelm.progress import ReadingBar
+
+_VERSION = 1
+"""Of what readers make of a file; a change leaves what older ones prepared unused."""
+
+_SAMPLE = 1 << 16  # bytes from each end of a file by which it is known
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """The folder of prepared copies, which is created; by default in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(cache_dir) if cache_dir else Path(base) / "bytelm"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot be created ({error.strerror}); name another folder with --cache-dir"
+        raise ValueError(f"cache_dir={folder}: {why}") from None
+    return folder
+
+
+def prepared_copy(path: str, name: str, text_field: str, cache_dir: str) -> str:
+    """A prepared file with the documents of a file, made now if it is not in the cache.
+
+    Its key is the file's name without folders, size, time of change and both ends, and the field:
+    not its place. Two processes that ask at once prepare it once.
+    """
+    folder = cache_folder(cache_dir)
+    target = folder / f"{_key(path, text_field)}.bytes"
+    if not target.exists():
+        with _alone(target, name):
+            if not target.exists():
+                with ReadingBar(f"reading {name}", os.path.getsize(path)) as bar:
+                    base = os.path.basename(path)
+                    pieces = read_documents(path, base, text_field, folder, bar.move)
+                    write_prepared(target, pieces, str(target))
+    return str(target)
+
+
+@functools.cache
+def prepared_input(text_field: str, raw: bool, cache_dir: str) -> str:
+    """A prepared file with the documents of standard input, which can be read but once.
+
+    Its key is the digest of the file itself.
+    """
+    folder = cache_folder(cache_dir)
+    new = folder / f"stdin-{os.getpid()}.bytes"
+    write_prepared(new, input_pieces(text_field, raw, folder), str(new))
+    with open(new, "rb") as file:
+        target = folder / f"{file_digest(file, 'blake2b').hexdigest()[:32]}.bytes"
+    os.replace(new, target)
+    return str(target)
+
+
+def input_pieces(text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:
+    """The documents of standard input in pieces, as `read_documents` gives those of a file."""
+    stream = sys.stdin.buffer
+    with ReadingBar("reading standard input", None) as bar:
+        if raw:
+            yield from iter(lambda: stream.read(_SAMPLE) or None, None)
+            yield None
+        else:
+            called = "standard input"
+            yield from read_stream(stream, called, STANDARD_INPUT, text_field, scratch, bar.move)
+
+
+def _key(path: str, text_field: str) -> str:
+    try:
+        status = os.stat(path)
+        with open(path, "rb") as file:
+            ends = file.read(_SAMPLE)
+            file.seek(max(0, status.st_size - _SAMPLE))
+            ends += file.read(_SAMPLE)
+    except OSError as error:
+        raise ValueError(unreadable(path, error)) from None
+    parts = (_VERSION, os.path.basename(path), status.st_size, status.st_mtime_ns, text_field)
+    digest = blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16)
+    digest.update(ends)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _alone(target: Path, name: str) -> Iterator[None]:
+    """Keeps other processes out meanwhile; where the file system cannot, both work and one wins."""
+    lock = target.with_suffix(".lock")
+    with open(lock, "ab") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name}: another process is reading it; waiting", file=sys.stderr, flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

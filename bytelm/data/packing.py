@@ -1,0 +1,89 @@
+"""Packing data of any form into one prepared file."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bytelm.config import require
+from bytelm.data.cache import input_pieces
+from bytelm.data.formats import HEAD, detect, read_documents
+from bytelm.data.prepared import Prepared, read_bounds, read_spans, write_prepared
+from bytelm.data.sources import STANDARD_INPUT, Listed, expand_paths, list_files, unreadable
+from bytelm.progress import ReadingBar
+
+
+def prepare(
+    paths: Sequence[str | Path], out: str | Path, text_field: str = "text", raw: bool = False
+) -> Prepared:
+    """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
+
+    Prepared files among them are merged; a damaged prepared file counts as one plain document.
+    Memory use is bounded whatever the size, and the cache is not used. `out` appears complete or
+    keeps its old content. Raises `ValueError` where `open_corpus` does, for an `out` that is a
+    folder, lies in one of the inputs or cannot be written, and for a file that changes meanwhile.
+    """
+    expanded = expand_paths(paths)
+    require(len(expanded) > 0, "paths: give at least one file or folder")
+    target = Path(os.path.realpath(out))
+    _check_target(expanded, out, target)
+    listings = [(path, list_files(path)) for path in expanded]
+    listed = {os.path.realpath(file.path) for _, files in listings for file in files}
+    require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
+
+    def pieces() -> Iterator[bytes | None]:
+        for path, files in listings:
+            filled = False
+            for file in files:
+                for piece in _pieces(file, text_field, raw, target.parent):
+                    filled = filled or bool(piece)
+                    yield piece
+            require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
+
+    return write_prepared(target, pieces(), str(out))
+
+
+def _pieces(file: Listed, text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:
+    """The documents of a file in pieces, each document followed by None."""
+    if file.path == STANDARD_INPUT:
+        return input_pieces(text_field, raw, scratch)
+    try:
+        status = os.stat(file.path)
+        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+            return iter(())
+        bounds = read_bounds(file.path, status.st_size, damaged_is_plain=True)
+        with open(file.path, "rb") as opened:
+            head = opened.read(HEAD)
+    except OSError as error:
+        raise ValueError(unreadable(file.path, error)) from None
+    ends = [status.st_size] if bounds is None else bounds.ends.tolist()
+    container = bounds is None and not raw
+    if container and detect(file.path, os.path.basename(file.path), head):
+        return _with_bar(
+            file,
+            status.st_size,
+            lambda move: read_documents(
+                file.path, os.path.basename(file.path), text_field, scratch, move
+            ),
+        )
+    return read_spans(file.path, zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _with_bar(
+    file: Listed, size: int, read: Callable[[Callable[[int], Any]], Iterator[bytes | None]]
+) -> Iterator[bytes | None]:
+    with ReadingBar(f"reading {file.name}", size) as bar:
+        yield from read(bar.move)
+
+
+def _check_target(paths: Sequence[str], out: str | Path, target: Path) -> None:
+    require(not target.is_dir(), f"{out}: is a folder; name a file")
+    usable = target.is_file() or not target.exists()
+    require(usable, f"{out}: is not a regular file; name another")
+    require(target.parent.is_dir(), f"{out}: its folder does not exist; create it first")
+    for path in paths:
+        inside = os.path.isdir(path) and target.is_relative_to(os.path.realpath(path))
+        require(not inside, f"{out}: lies in the input {path}; choose a place outside it")

@@ -1,0 +1,267 @@
+"""The texts in files of records: JSON, Parquet, Arrow, WebDataset's tar, ArrayRecord.
+
+Each yields the bytes of a text and then None; records without text, empty or null, are left out. A
+record without the field, or with something else than a text in it, is a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import json
+import posixpath
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from bytelm.config import require
+from bytelm.files import one_line
+
+_LONGEST = 1 << 30
+"""Bytes of the longest record that is read: a broken file could be taken for one record."""
+
+_CHUNK = 1 << 20  # bytes, or characters
+_ROWS = 512  # of a Parquet file at once
+_SEPARATORS = re.compile(r"[\s,]*")
+_HINT = "name another with --text-field, or take the bytes with --raw"
+
+
+def optional(name: str, path: str) -> Any:
+    """The module `name`, which the extra `data` installs."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        install = "pip install 'bytelm[data]'"
+        raise ValueError(f"{path}: reading it takes the package {package}; {install}") from None
+
+
+# ---- JSON -------------------------------------------------------------------------------------
+
+
+def json_lines(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+    """The texts of JSON objects, one a line."""
+    decode = json.JSONDecoder().decode
+    lines = iter(partial(stream.readline, _LONGEST), b"")
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        require(len(line) < _LONGEST, f"{where}: is longer than {_LONGEST} bytes; repair it")
+        if line.isspace():
+            continue
+        try:
+            record = decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_broken(where, error)) from None
+        if text := _text(record, field, where):
+            yield text
+            yield None
+
+
+def json_values(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+    """The texts of JSON objects in a list, or one after the other."""
+    for number, record in enumerate(_json_objects(stream, path), 1):
+        if text := _text(record, field, f"{path}, record {number}"):
+            yield text
+            yield None
+
+
+def _json_objects(stream: Any, path: str) -> Iterator[Any]:
+    decode, parse = codecs.getincrementaldecoder("utf-8-sig")().decode, json.JSONDecoder()
+    buffer, at, number, ended = "", 0, 0, False
+    in_list, begun = False, False
+    while True:
+        at = _SEPARATORS.match(buffer, at).end()  # pyright: ignore[reportOptionalMemberAccess]
+        where = f"{path}, record {number + 1}"
+        mark = buffer[at : at + 1]
+        if mark == "[" and not begun:
+            in_list, begun, at = True, True, at + 1
+            continue
+        if mark == "]" and in_list:
+            in_list, at = False, at + 1
+            continue
+        if mark:
+            begun = True
+            try:
+                value, at = parse.raw_decode(buffer, at)
+                number += 1
+                yield value
+                continue
+            except (ValueError, RecursionError) as error:
+                if ended or not _may_go_on(error, buffer):
+                    raise ValueError(_broken(where, error, at)) from None
+        elif ended:
+            break
+        require(len(buffer) - at < _LONGEST, f"{where}: is longer than {_LONGEST}; repair it")
+        data = stream.read(max(_CHUNK, len(buffer) - at))
+        ended = not data
+        try:
+            buffer, at = buffer[at:] + decode(data, ended), 0
+        except UnicodeDecodeError as error:
+            raise ValueError(_broken(f"{where} or later", error)) from None
+    require(not in_list, f"{path}: its list does not end after record {number}; write it again")
+
+
+def _may_go_on(error: Exception, buffer: str) -> bool:
+    """Whether the error is but that of a value whose end has not been read yet."""
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.msg.startswith("Unterminated") or error.pos >= len(buffer) - 16
+
+
+def _broken(where: str, error: Exception, start: int = 0) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        what = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+    elif isinstance(error, json.JSONDecodeError):
+        what = f"not JSON ({error.msg} at character {error.pos - start + 1})"
+    else:
+        what = f"not JSON ({one_line(error, 80)})"
+    return f"{where}: {what}; repair it, or take the bytes with --raw"
+
+
+def _text(record: Any, field: str, where: str) -> bytes:
+    is_object = isinstance(record, dict)
+    require(is_object, f"{where}: is no object with a field {field!r}; take the bytes with --raw")
+    if field not in record:
+        known = one_line(", ".join(map(str, record)) or "none", 200)
+        raise ValueError(f"{where}: has no field {field!r} (its fields: {known}); {_HINT}")
+    value = record[field]
+    if value is None:
+        return b""
+    kind = type(value).__name__
+    require(isinstance(value, str), f"{where}: its field {field!r} is no text ({kind}); {_HINT}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        why = f"its field {field!r} holds half of a surrogate pair, which is no character"
+        raise ValueError(f"{where}: {why}; repair it") from None
+
+
+# ---- Arrow ------------------------------------------------------------------------------------
+
+
+def arrow_columns(file: Any, kind: str, path: str, field: str) -> Iterator[bytes | None]:
+    """The texts in a column of a Parquet file, or of an Arrow file or stream."""
+    pa = optional("pyarrow", path)
+    schema, batches = _open_arrow(file, kind, path, field)
+    index = schema.get_field_index(field)
+    if index < 0:
+        known = one_line(", ".join(f"{each.name} {each.type}" for each in schema) or "none", 200)
+        raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {_HINT}")
+    dtype = schema.field(index).type
+    dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+    texts = (pa.string(), pa.large_string(), pa.string_view())
+    known = dtype in (*texts, pa.binary(), pa.large_binary())
+    require(known, f"{path}: its column {field!r} holds {dtype}, no text; {_HINT}")
+    row = 0
+    for batch in batches:
+        column = batch.column(field)
+        column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        if dtype in texts:
+            _require_utf8(pa, column, row, f"{path}, row", field)
+            column = column.cast(pa.large_string())
+        for text in column.cast(pa.large_binary()).to_pylist():
+            if text:
+                yield text
+                yield None
+        row += len(column)
+
+
+def _open_arrow(file: Any, kind: str, path: str, field: str) -> tuple[Any, Iterator[Any]]:
+    """The schema, and batches of rows that hold at least the column `field` if it exists."""
+    if kind == "parquet":
+        parquet = optional("pyarrow.parquet", path)
+        # Without a buffer a whole column of a row group is read at once.
+        opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
+        return opened.schema_arrow, opened.iter_batches(_ROWS, columns=[field], use_threads=False)
+    ipc = optional("pyarrow.ipc", path)
+    if kind == "arrow stream":
+        opened = ipc.open_stream(file)
+        return opened.schema, iter(opened)
+    opened = ipc.open_file(file)
+    return opened.schema, map(opened.get_batch, range(opened.num_record_batches))
+
+
+def _require_utf8(pa: Any, column: Any, first_row: int, where: str, field: str) -> None:
+    """Arrow calls a column text without having looked."""
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for row, text in enumerate(column.cast(pa.large_binary()).to_pylist(), first_row + 1):
+            try:
+                (text or b"").decode()
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start]
+                why = f"its column {field!r} is not UTF-8 (byte 0x{bad:02x})"
+                raise ValueError(f"{where} {row}: {why}; repair it") from None
+        raise
+
+
+# ---- shards of samples ------------------------------------------------------------------------
+
+
+def tar_samples(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+    """The texts of a WebDataset shard: members in a row whose names differ after the first dot.
+
+    A sample's text is its member .FIELD or .txt, or the field of its member .json.
+    """
+    key, members = "", dict[str, bytes]()
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as archive:
+            for info in archive:
+                folder, name = posixpath.split(info.name)
+                if not info.isfile() or name.startswith("."):
+                    continue
+                stem, _, extension = name.partition(".")
+                if members and posixpath.join(folder, stem) != key:
+                    yield from _sample(members, field, f"{path}, sample {key}")
+                    members = {}
+                key = posixpath.join(folder, stem)
+                where = f"{path}, member {info.name}"
+                require(extension not in members, f"{where}: comes twice; write the shard again")
+                members[extension] = b""
+                if extension in (field, "txt", "json"):
+                    require(info.size <= _LONGEST, f"{where}: is larger than {_LONGEST} bytes")
+                    content = archive.extractfile(info)
+                    members[extension] = content.read() if content else b""
+    except tarfile.TarError as error:
+        why = one_line(error, 80)
+        message = f"{path}: is damaged or cut short ({why}); fetch or write it again"
+        raise ValueError(message) from None
+    if members:
+        yield from _sample(members, field, f"{path}, sample {key}")
+
+
+def _sample(members: dict[str, bytes], field: str, where: str) -> Iterator[bytes | None]:
+    known = {field, "txt", "json"} & members.keys()
+    found = one_line(", ".join(f".{extension}" for extension in members), 200)
+    require(
+        bool(known), f"{where}: has no member .{field}, .txt or .json (it has {found}); {_HINT}"
+    )
+    text = members.get(field, members.get("txt"))
+    if text is None:
+        try:
+            record = json.loads(members["json"].decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(_broken(f"{where}.json", error)) from None
+        text = _text(record, field, f"{where}.json")
+    if text:
+        yield text
+        yield None
+
+
+def array_record(path: str) -> Iterator[bytes | None]:
+    """The records of an ArrayRecord file, each a text."""
+    module = optional("array_record.python.array_record_module", path)
+    try:
+        reader = module.ArrayRecordReader(path)
+        count = reader.num_records()
+        for start in range(0, count, _ROWS):
+            for text in reader.read(start, min(count, start + _ROWS)):
+                if text:
+                    yield text
+                    yield None
+    except RuntimeError as error:
+        message = f"{path}: is damaged or no ArrayRecord file ({one_line(error, 80)})"
+        raise ValueError(f"{message}; write it again, or take its bytes with --raw") from None
