@@ -9,6 +9,8 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any, TypeVar
 
+from bytelm.config import Recipe
+
 Signal = TypeVar("Signal", bound="StopSignal")
 
 _LINE_SECONDS = 10.0
@@ -38,6 +40,23 @@ class ProgressLines:
                 left = (now - begun) / (step - since) * (self._steps - step)
                 line += f"  {timedelta(seconds=round(left))} left"
             self.say(line)
+
+
+class GuessWarning:
+    """Says once that a loss is above that of a uniform guess although warm-up is over."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._from, self._guess = recipe.optimizer.warmup_steps, math.log(recipe.model.vocab.size)
+
+    def look(self, step: int, loss: float) -> str | None:
+        """The warning, if it is due at this step, whose loss is in nats."""
+        if step <= self._from or loss <= self._guess:
+            return None
+        self._from = sys.maxsize
+        return (
+            f"warning: step {step}: the loss of {loss:.3g} nats is above that of a uniform guess "
+            f"({self._guess:.3g}) after warm-up; lower optimizer.learning_rate, or look at the data"
+        )
 
 
 class ReadingBar:

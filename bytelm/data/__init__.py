@@ -3,10 +3,11 @@
 from bytelm.data.corpus import Corpus, SourceFile, memory_corpus, open_corpus
 from bytelm.data.packing import prepare
 from bytelm.data.prepared import MAGIC, Prepared
-from bytelm.data.split import split
+from bytelm.data.split import FEWEST_DOCUMENTS, split
 from bytelm.data.windows import Windows, evaluation_batches, scored_windows
 
 __all__ = [
+    "FEWEST_DOCUMENTS",
     "MAGIC",
     "Corpus",
     "Prepared",

@@ -104,9 +104,18 @@ def _alone(target: Path, name: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"{name}: another process is reading it; waiting", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
+            _remove_rest(target)
         except OSError:
             pass
+        else:
+            _remove_rest(target)
         try:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+def _remove_rest(target: Path) -> None:
+    """Removes what a process that was killed while it wrote `target` has left."""
+    for rest in target.parent.glob(f".{target.name}.*.partial"):
+        rest.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from bytelm.config import require
 from bytelm.data import records
@@ -161,7 +161,7 @@ class _Zstd(io.RawIOBase):
         return len(part)
 
 
-def _decompress(stream: BinaryIO, kind: str, path: str) -> Any:
+def _decompress(stream: Any, kind: str, path: str) -> Any:
     match kind:
         case "gzip":
             return gzip.GzipFile(fileobj=stream, mode="rb")

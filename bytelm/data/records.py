@@ -257,6 +257,8 @@ def array_record(path: str) -> Iterator[bytes | None]:
     try:
         reader = module.ArrayRecordReader(path)
         count = reader.num_records()
+        if not count:  # its library says so of a file that it cannot read, too
+            raise RuntimeError("no records")
         for start in range(0, count, _ROWS):
             for text in reader.read(start, min(count, start + _ROWS)):
                 if text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import struct
@@ -17,7 +18,7 @@ import pytest
 
 from bytelm import data
 from bytelm.config import ByteVocab
-from bytelm.data import MAGIC, Corpus, Windows, evaluation_batches, open_corpus, prepared
+from bytelm.data import MAGIC, Corpus, Windows, evaluation_batches, open_corpus, packing, prepared
 from bytelm.data import corpus as corpus_files
 from bytelm_jax.training import batches
 from bytelm_jax.training.batches import training_batches
@@ -192,7 +193,10 @@ def test_prepared_round_trip(folder: Path, tmp_path: Path) -> None:
     assert summary == data.Prepared(4, sum(map(len, DOCUMENTS)))
     assert contents(open_corpus([out])) == DOCUMENTS
     ends = np.cumsum([len(each) for each in DOCUMENTS]).tolist()
-    assert out.read_bytes() == b"".join(DOCUMENTS) + struct.pack("<4qQ", *ends, 4) + b"BYTELM01"
+    digests = [hashlib.blake2b(each, digest_size=8).digest() for each in DOCUMENTS]
+    numbers = struct.pack("<4q", *ends) + b"".join(digests) + struct.pack("<Q", 4)
+    assert out.read_bytes() == b"".join(DOCUMENTS) + numbers + b"BYTELM02"
+    assert open_corpus([out]).digests().astype("<u8").tobytes() == b"".join(digests)
     assert out.stat().st_mode & 0o777 == (folder / "a.txt").stat().st_mode & 0o777
     assert data.prepare([folder], out) == summary  # again, over the old one
     assert sorted(os.listdir(tmp_path)) == ["folder", "out.bytes"]
@@ -201,7 +205,7 @@ def test_prepared_round_trip(folder: Path, tmp_path: Path) -> None:
 def test_prepared_files_merge_and_mix(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepared, "_COPY_CHUNK", 6)  # documents below, at and above a chunk
+    monkeypatch.setattr(prepared, "_BUFFER", 6)  # documents below, at and above a chunk
     data.prepare([folder], tmp_path / "one")
     data.prepare([folder / "b.txt"], tmp_path / "two")
     summary = data.prepare([tmp_path / "two", folder / "a.txt", tmp_path / "one"], tmp_path / "all")
@@ -212,10 +216,12 @@ def test_prepared_files_merge_and_mix(
 
 
 def footer(*ends: int) -> bytes:
-    return np.array(ends, "<i8").tobytes() + len(ends).to_bytes(8, "little") + MAGIC
+    """The index of a file without digests, as they were before."""
+    return np.array(ends, "<i8").tobytes() + len(ends).to_bytes(8, "little") + b"BYTELM01"
 
 
 DAMAGED = [MAGIC, b"12345" + MAGIC, *(n.to_bytes(8, "little") + MAGIC for n in (0, 99, 2**64 - 1))]
+DAMAGED += [footer(1, 6)[:-8] + MAGIC]
 DAMAGED += [footer(4, 5), footer(6, 6), footer(0, 6), footer(-(2**63), 6), footer(7, 6)]
 
 
@@ -233,7 +239,10 @@ def test_footers_are_recognised(tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(content)
         assert contents(open_corpus([tmp_path / "file"])) == [content]
     (tmp_path / "file").write_bytes(b"sixsix" + footer(1, 6))
-    assert contents(open_corpus([tmp_path / "file"])) == [b"s", b"ixsix"]
+    before = open_corpus([tmp_path / "file"])
+    assert contents(before) == [b"s", b"ixsix"]
+    data.prepare([tmp_path / "file"], tmp_path / "new")
+    assert open_corpus([tmp_path / "new"]).digests().tolist() == before.digests().tolist()
 
 
 def test_outputs_that_cannot_work_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -291,56 +300,16 @@ def test_a_killed_prepare_leaves_the_old_file(folder: Path, tmp_path: Path) -> N
 def test_a_source_that_shrinks_meanwhile_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bodies = prepared._bodies
+    read = packing.read_spans
 
-    def shrink(corpus: Corpus) -> Iterator[bytes]:
+    def shrink(path: str, spans: Iterator) -> Iterator:
         (folder / "a" / "z.bin").write_bytes(b"short")
-        return bodies(corpus)
+        return read(path, spans)
 
-    monkeypatch.setattr(prepared, "_bodies", shrink)
+    monkeypatch.setattr(packing, "read_spans", shrink)
     with refuses(r"z\.bin: shrank while it was read; try again"):
-        data.prepare([folder], tmp_path / "out")
+        data.prepare([folder / "a" / "z.bin"], tmp_path / "out")
     assert os.listdir(tmp_path) == ["folder"]
-
-
-def splitmix(seed: int, index: int) -> int:
-    """The hash of a document, in Python integers."""
-
-    def scramble(z: int) -> int:
-        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
-        return z ^ (z >> 31)
-
-    golden = 0x9E3779B97F4A7C15
-    return scramble((scramble((seed + golden) % 2**64) + (index + 1) * golden) % 2**64)
-
-
-@pytest.mark.parametrize("seed", [0, 1, -7, 2**70])
-def test_split_by_document(tmp_path: Path, seed: int) -> None:
-    corpus = corpus_of(tmp_path, [b"%d" % index for index in range(400)])
-    train, validation = data.split(corpus, 0.25, seed)
-    held_out = [splitmix(seed, index) < 2**62 for index in range(400)]
-    assert contents(validation) == [b"%d" % index for index in np.flatnonzero(held_out)]
-    assert contents(train) == [b"%d" % index for index in np.flatnonzero(np.invert(held_out))]
-    assert 60 < validation.documents < 140
-    assert data.split(corpus, 0.25, seed + 1)[0].fingerprint() != train.fingerprint()
-
-
-def test_a_side_is_never_empty(tmp_path: Path) -> None:
-    single = corpus_of(tmp_path / "single", [bytes(range(200))])
-    parts = [contents(part) for part in data.split(single, 0.1, 0)]
-    assert parts == [[bytes(range(180))], [bytes(range(180, 200))]]
-    several = corpus_of(tmp_path / "several", [b"abcd", b"efgh", b"ijkl"])
-    for fraction, expected in ((1e-9, b"l"), (0.999999999, b"bcdefghijkl")):
-        train, validation = data.split(several, fraction, 0)
-        assert b"".join(contents(validation)) == expected
-        assert b"".join(contents(train) + contents(validation)) == b"abcdefghijkl"
-    assert [part.documents for part in data.split(several, 0.0, 0)] == [3, 0]
-    with refuses("fraction=0.5: 1 bytes cannot be split"):
-        data.split(corpus_of(tmp_path / "byte", [b"x"]), 0.5, 0)
-    for fraction in (-0.1, 1.0):
-        with refuses(f"fraction={fraction}: must be at least 0 and below 1"):
-            data.split(several, fraction, 0)
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, SHIFTED], ids=["offset0", "offset3"])

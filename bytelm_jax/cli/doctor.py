@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bytelm.config import DataConfig
 from bytelm_jax.cli.arguments import UsageError
 from bytelm_jax.cli.train import Joining
 
@@ -20,6 +21,9 @@ def doctor_command(
     num_processes: int = 0,
     process_id: int | None = None,
     limit: float = 300.0,
+    text_field: str = "text",
+    raw: bool = False,
+    cache_dir: str = "",
 ) -> int:
     """Checks before a run that devices, arithmetic, gradients, checkpoints and data work here.
 
@@ -30,7 +34,7 @@ def doctor_command(
 
     Args:
         run_dir: a folder for checkpoints, as for `bytelm train`; it is left unchanged.
-        data: files, folders or a prepared file that should be readable.
+        data: files and folders of any form that should be readable.
         devices: how many to use; 0 means all.
         fsdp: as for `bytelm train`; must divide the number of devices.
         distributed: join the processes of a SLURM or MPI job or a TPU pod.
@@ -38,6 +42,9 @@ def doctor_command(
         num_processes: number of processes, with --coordinator.
         process_id: index of this process, from 0, with --coordinator.
         limit: seconds that each check may take.
+        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        raw: take the bytes of files as they are, whatever their form.
+        cache_dir: where compressed files and records are kept in prepared form.
     """
     for name, value, least in (("devices", devices, 0), ("fsdp", fsdp, 1), ("limit", limit, 1)):
         if value < least:
@@ -57,7 +64,10 @@ def doctor_command(
     if not all(finding.ok for finding in findings):
         return 1  # checks of one process would say nothing about the run
     well = True
-    for finding in doctor.examine(run_dir, devices, fsdp, data, limit):
+    reading = DataConfig(
+        paths=tuple(map(str, data)), text_field=text_field, raw=raw, cache_dir=cache_dir
+    )
+    for finding in doctor.examine(run_dir, devices, fsdp, reading, limit):
         doctor.report(finding)
         well = well and finding.ok
     return 0 if processes.all_agree(well) else 1

@@ -37,6 +37,9 @@ def eval_command(
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     json: bool = False,
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
+    text_field: str = "text",
+    raw: bool = False,
+    cache_dir: str = "",
 ) -> int:
     """Evaluates exact bits per byte: total nats and total bytes, every byte counted once.
 
@@ -44,17 +47,20 @@ def eval_command(
 
     Args:
         run: the run folder.
-        data: files, folders or a prepared file; their bytes are cut into windows of the training
+        data: files and folders of any form; their bytes are cut into windows of the training
             length.
         checkpoint: latest, best or a step.
         batch_size: windows per step, rounded up to a multiple of the number of devices.
         dtype: precision of the arithmetic.
         json: print one JSON object instead of a sentence.
         reset_on: where a new segment starts for the model; as in training, by default.
+        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        raw: take the bytes of files as they are, whatever their form.
+        cache_dir: where compressed files and records are kept in prepared form.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
-    corpus = corpora.open_corpus(data)
+    corpus = open_data(data, text_field, raw, cache_dir)
 
     import jax
     import jax.numpy as jnp
@@ -88,6 +94,16 @@ def eval_command(
             f"{result.count} bytes (step {step}, {dtype})"
         )
     return 0
+
+
+def open_data(
+    paths: tuple[Path, ...], text_field: str, raw: bool, cache_dir: str
+) -> corpora.Corpus:
+    """The corpus at `paths`; what looks wrong about it is said on standard error."""
+    corpus = corpora.open_corpus(paths, text_field, raw, cache_dir)
+    for note in corpus.notes:
+        print(f"warning: data: {note}", file=sys.stderr, flush=True)
+    return corpus
 
 
 def _require_finite(nats: float, dtype: str) -> None:
@@ -294,6 +310,9 @@ def calibrate_command(
     bytes_per_patch: float = 4.5,
     check: tuple[Path, ...] = (),
     windows: int = 4096,
+    text_field: str = "text",
+    raw: bool = False,
+    cache_dir: str = "",
 ) -> int:
     """Finds the entropy threshold for a wanted mean patch length and stores it in the run.
 
@@ -304,10 +323,13 @@ def calibrate_command(
 
     Args:
         run: the run folder.
-        data: files, folders or a prepared file, cut into windows as in training.
+        data: files and folders of any form, cut into windows as in training.
         bytes_per_patch: the wanted mean.
         check: other data, whose mean patch length at that threshold is printed too.
         windows: how many windows to measure, evenly spaced; 0 is all.
+        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        raw: take the bytes of files as they are, whatever their form.
+        cache_dir: where compressed files and records are kept in prepared form.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
@@ -319,7 +341,7 @@ def calibrate_command(
 
     def cut(paths: tuple[Path, ...]) -> corpora.Windows:
         options = (recipe.model.vocab, recipe.data.sequence_length, recipe.data.append_eos)
-        return corpora.Windows(corpora.open_corpus(paths), *options)
+        return corpora.Windows(open_data(paths, text_field, raw, cache_dir), *options)
 
     recipe, params, step = checkpoints.load_run(run)
     calibrated = patch_calibration.calibrate(
@@ -348,18 +370,22 @@ def calibrate_command(
     return 0
 
 
-def prepare_command(paths: tuple[Path, ...], /, out: Path) -> int:
-    """Packs files and folders into one memory-mapped byte file with document bounds.
+def prepare_command(
+    paths: tuple[Path, ...], /, out: Path, text_field: str = "text", raw: bool = False
+) -> int:
+    """Packs data of any form into one memory-mapped byte file with document bounds.
 
     Example: bytelm prepare README.md bytelm_jax --out corpus.bytes
 
     Args:
-        paths: files and folders; each file is a document.
+        paths: files and folders; each plain file, and each record of another form, is a document.
         out: the file to write.
+        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        raw: take the bytes of files as they are, whatever their form.
     """
     if not paths:
         raise UsageError("PATH: name at least one file or folder")
-    prepared = corpora.prepare(paths, out)
+    prepared = corpora.prepare(paths, out, text_field, raw)
     print(f"wrote {out}: {prepared.documents} documents, {prepared.bytes} bytes")
     return 0
 
@@ -372,6 +398,9 @@ def parity_command(
     rows: int = 2,
     length: int = 0,
     checkpoint: str = "latest",
+    text_field: str = "text",
+    raw: bool = False,
+    cache_dir: str = "",
 ) -> int:
     """Runs the JAX and torch twins in lock-step on real bytes and reports where they differ.
 
@@ -387,9 +416,13 @@ def parity_command(
         rows: windows to compare on.
         length: bytes per window; 0 takes a little more than four patches, an odd number.
         checkpoint: of a run folder: latest, best or a step.
+        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        raw: take the bytes of files as they are, whatever their form.
+        cache_dir: where compressed files and records are kept in prepared form.
     """
     from bytelm_jax.parity import report as parity
 
-    report = parity.compare(path, dtype, data, rows, length, checkpoint)
+    corpus = open_data(data, text_field, raw, cache_dir)
+    report = parity.compare(path, dtype, corpus, rows, length, checkpoint)
     print(report.text)
     return 0 if report.passed else 1

@@ -13,6 +13,7 @@ import jax
 
 from bytelm.config import Recipe
 from bytelm.config.base import LARGEST_INTEGER
+from bytelm.runs import keep_rules
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
@@ -24,7 +25,7 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
     """Trains; `epochs` replaces the recipe's number of steps. Returns the exit code."""
     join_processes(joining, "train")
     with processes.agreement():
-        recipe = _with_epochs(recipe, epochs) if epochs else recipe
+        recipe = _with_epochs(keep_rules(run_dir, recipe), epochs) if epochs else recipe
         estimates.require_memory(recipe)
     # Orbax raises errors of its threads again, here; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None

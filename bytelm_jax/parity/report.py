@@ -5,7 +5,7 @@ after the other, torch first; its recording is kept in files, so that memory hol
 a time, its gradients, and the activations of a training step on these rows.
 """
 
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -115,9 +115,9 @@ def _norm(value: np.ndarray) -> float:
 
 
 def compare(
-    path: Path, dtype: str, paths: Sequence[Path], rows: int, length: int, which: str
+    path: Path, dtype: str, corpus: data.Corpus, rows: int, length: int, which: str
 ) -> Report:
-    """Compares the twins of a run folder or an export in `dtype` on `rows` windows of bytes.
+    """Compares the twins of a run folder or an export in `dtype` on `rows` windows of `corpus`.
 
     Raises `ValueError` for files that cannot be read, and if torch is not installed.
     """
@@ -128,7 +128,7 @@ def compare(
     exported = export.holds_weights(path)
     config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)
-    limit, corpus = config.longest_input, data.open_corpus(paths)
+    limit = config.longest_input
     fits = limit is None or length <= limit
     require(fits, f"length={length}: must be at most the model's max_length={limit}")
     size = max(corpus.total_bytes, _SMALL_BATCH)

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from bytelm import data
-from bytelm.config import MegabyteConfig, TrainConfig
+from bytelm.config import DataConfig, MegabyteConfig, TrainConfig
 from bytelm.files import replace_file
 from bytelm_jax.models import define_model
 from bytelm_jax.tools.memory import device_limit
@@ -72,7 +72,7 @@ class SickError(Exception):
 
 
 def examine(
-    run_dir: Path, devices: int, fsdp: int, paths: tuple[Path, ...], limit: float
+    run_dir: Path, devices: int, fsdp: int, reading: DataConfig, limit: float
 ) -> Iterator[Finding]:
     """Runs all checks that come after joining the processes, in order.
 
@@ -92,8 +92,8 @@ def examine(
     if mesh is not None:
         yield _run("gradients", partial(check_gradients, mesh), limit)
         yield _run("checkpoints", partial(check_checkpoints, run_dir, mesh), limit)
-    if paths:
-        yield _run("data", partial(check_data, paths), limit)
+    if reading.paths:
+        yield _run("data", partial(check_data, reading), limit)
 
 
 def _run(name: str, check: Callable[[], str], limit: float) -> Finding:
@@ -352,10 +352,11 @@ def _through_orbax(path: Path, mesh: Mesh) -> float:
     return time.perf_counter() - start
 
 
-def check_data(paths: tuple[Path, ...]) -> str:
+def check_data(reading: DataConfig) -> str:
     """Whether the corpus can be read."""
-    corpus = data.open_corpus(paths)
-    return f"{corpus.total_bytes:,} bytes in {corpus.documents:,} documents"
+    corpus = data.open_corpus(reading.paths, reading.text_field, reading.raw, reading.cache_dir)
+    notes = "".join(f"; {note}" for note in corpus.notes)
+    return f"{corpus.total_bytes:,} bytes in {corpus.documents:,} documents{notes}"
 
 
 def report(finding: Finding) -> None:

@@ -25,6 +25,7 @@ from bytelm.runs import (
     Outcome,
     RunLock,
     export_note,
+    first_lines,
     keep_rules,
     open_windows,
     prepare_run_dir,
@@ -172,6 +173,10 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         )
         if not start and (note := export_note(recipe.model)):
             display.say(note)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(template.params))
+        machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(run)}"
+        for line in first_lines(recipe, windows, held_out, parameters, machine):
+            display.say(line)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
             if not len(held_out):

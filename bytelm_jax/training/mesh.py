@@ -60,6 +60,12 @@ def describe(mesh: Mesh) -> list[list[int]]:
     return [list(mesh.devices.shape), [device.id for device in mesh.devices.flat]]
 
 
+def in_words(mesh: Mesh) -> str:
+    """The devices and how they share the work, for people."""
+    shape = " × ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    return f"{mesh.size} {mesh.devices.flat[0].device_kind} devices ({shape})"
+
+
 def _process_rows(mesh: Mesh) -> int | None:
     """Which of the processes' equal, contiguous parts of every batch is this one's, if any."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()

@@ -15,6 +15,7 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.metrics import MetricsLog, Throughput, bits_per_byte
+from bytelm.progress import GuessWarning
 from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
 from bytelm_jax.training import checkpoint, processes
@@ -34,6 +35,7 @@ class StepReporter:
         self._rates = Throughput(0.0, devices, jax.devices()[0].device_kind)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the last step that rates include
+        self._guess = GuessWarning(recipe)
         self._skipped = sum("skipped" in record for record in log.records)
         self.saved = start
         self.bad_in_a_row = 0
@@ -117,3 +119,5 @@ class StepReporter:
         values |= self._rates.read()
         self._log.write({"step": step, **values})
         self._display.show(step, values)
+        if warning := self._guess.look(step, values["loss"]):
+            self._display.say(warning)

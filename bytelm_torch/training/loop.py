@@ -37,12 +37,13 @@ from bytelm.config.lfbyte import require_prediction
 from bytelm.files import one_line
 from bytelm.memory import require_host_memory
 from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
-from bytelm.progress import ProgressLines, StopSignal
+from bytelm.progress import GuessWarning, ProgressLines, StopSignal
 from bytelm.runs import (
     DivergedError,
     Outcome,
     RunLock,
     export_note,
+    first_lines,
     keep_rules,
     load_recipe,
     open_windows,
@@ -158,11 +159,9 @@ def _train(
         lock.check()
         log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
         lock.save_recipe(recipe)  # nothing is refused any more
-        if not start and (note := export_note(recipe.model)):
-            print(f"train: {note}", file=sys.stderr, flush=True)
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
-    display = ProgressLines(run.steps, first)
+    display, guess = ProgressLines(run.steps, first), GuessWarning(recipe)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
     saved, asked, bad = start, False, 0
 
@@ -202,6 +201,8 @@ def _train(
                 values |= rates.read()
                 log.write({"step": step, **values})
                 display.show(step, values)
+                if warning := guess.look(step, values["loss"]):
+                    display.say(warning)
 
     def validate(step: int) -> dict[str, float] | None:
         if not len(held_out):
@@ -232,9 +233,11 @@ def _train(
     # ---- loop ----
     step, piece = start, length
     with StopSignal() as stop:
-        display.say(
-            f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
-        )
+        parameters = sum(each.numel() for each in model.parameters())
+        dtype = parallel.compute_dtype(run, group.device)
+        machine = f"{group.size} {device} devices, {str(dtype).removeprefix('torch.')}"
+        lines = first_lines(recipe, windows, held_out, parameters, machine)
+        _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
             before, piece = piece, recipe.data.length_at(step)
@@ -272,6 +275,16 @@ def _train(
             log.close()
         parallel.wait_for_all(group)
     return Outcome(step, asked and step < run.steps)
+
+
+def _say_what_it_is(
+    recipe: Recipe, run_dir: Path, start: int, lines: Sequence[str], display: ProgressLines
+) -> None:
+    if not start and (note := export_note(recipe.model)):
+        display.say(f"train: {note}")
+    how = "resuming" if start else "training"
+    for line in (f"{how} {recipe.name} in {run_dir}, step {start}", *lines):
+        display.say(line)
 
 
 def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
