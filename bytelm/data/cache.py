@@ -98,7 +98,12 @@ def _key(path: str, text_field: str) -> str:
 def _alone(target: Path, name: str) -> Iterator[None]:
     """Keeps other processes out meanwhile; where the file system cannot, both work and one wins."""
     lock = target.with_suffix(".lock")
-    with open(lock, "ab") as handle:
+    try:
+        handle = open(lock, "ab")
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); name another folder with --cache-dir"
+        raise ValueError(f"cache_dir={target.parent}: {why}") from None
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -401,6 +401,8 @@ def test_another_field_or_content_is_another_copy(tmp_path: Path, own_cache: Pat
     assert len(os.listdir(elsewhere)) == 1
     with pytest.raises(ValueError, match=r"cache_dir=.*: cannot be created .*--cache-dir"):
         open_corpus([path], cache_dir=str(path))
+    with pytest.raises(ValueError, match=r"cache_dir=/proc: cannot be written .*--cache-dir"):
+        open_corpus([path], cache_dir="/proc")
 
 
 @pytest.mark.parametrize("killed", [False, True])
