@@ -99,28 +99,36 @@ def _alone(target: Path, name: str) -> Iterator[None]:
     """Keeps other processes out meanwhile; where the file system cannot, both work and one wins."""
     lock = target.with_suffix(".lock")
     try:
-        handle = open(lock, "ab")
+        handle = _locked(lock, name)
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name another folder with --cache-dir"
         raise ValueError(f"cache_dir={target.parent}: {why}") from None
-    with handle:
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(lock: Path, name: str) -> int:
+    """A handle of the file `lock`, which this process alone has locked."""
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{name}: another process is reading it; waiting", file=sys.stderr, flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _remove_rest(target)
-        except OSError:
-            pass
-        else:
-            _remove_rest(target)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        except OSError:  # a network file system that cannot
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                _remove_rest(lock)
+                return handle
+        os.close(handle)  # the process before us has removed it, and another may hold a new one
 
 
-def _remove_rest(target: Path) -> None:
-    """Removes what a process that was killed while it wrote `target` has left."""
-    for rest in target.parent.glob(f".{target.name}.*.partial"):
+def _remove_rest(lock: Path) -> None:
+    """Removes what a process that was killed while it wrote has left."""
+    for rest in lock.parent.glob(f".{lock.stem}.*.partial"):
         rest.unlink(missing_ok=True)
