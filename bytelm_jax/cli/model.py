@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from json import dumps as dump_json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bytelm import data as corpora
 from bytelm import runs
@@ -86,14 +86,18 @@ def eval_command(
     _require_finite(result.nats, dtype)
     record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
     record |= _check_patches(recipe, params, windows)
-    if json:
-        print(dump_json(record | {"step": step, "dtype": dtype}, allow_nan=False))
+    _print_evaluation(record | {"step": step, "dtype": dtype}, json)
+    return 0
+
+
+def _print_evaluation(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(dump_json(record, allow_nan=False))
     else:
         print(
-            f"{result.bits_per_byte:.6f} bits per byte: {result.nats:.6f} nats over "
-            f"{result.count} bytes (step {step}, {dtype})"
+            "{bits_per_byte:.6f} bits per byte: {nats:.6f} nats over {bytes} bytes "
+            "(step {step}, {dtype})".format(**record)
         )
-    return 0
 
 
 def open_data(
@@ -331,10 +335,9 @@ def calibrate_command(
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
-    if not data:
-        raise UsageError("--data: name at least one file or folder")
-    if windows < 0:
-        raise UsageError(f"--windows={windows}: must be at least 0")
+    if not data or windows < 0:
+        wrong = f"--windows={windows}: must be at least 0"
+        raise UsageError(wrong if data else "--data: name at least one file or folder")
 
     from bytelm_jax.training import checkpoint as checkpoints
     from bytelm_jax.training import patch_calibration
@@ -364,8 +367,7 @@ def calibrate_command(
         runs.save_recipe(run, calibrated)
     print("\n".join(lines))
     known = recipe.patching if recipe.model.has_patching_contract else None
-    wrong = patch_calibration.outside(known, contract) if known else None
-    if wrong:
+    if known and (wrong := patch_calibration.outside(known, contract)):
         print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
     return 0
 

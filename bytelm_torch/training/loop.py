@@ -234,8 +234,7 @@ def _train(
     step, piece = start, length
     with StopSignal() as stop:
         parameters = sum(each.numel() for each in model.parameters())
-        dtype = parallel.compute_dtype(run, group.device)
-        machine = f"{group.size} {device} devices, {str(dtype).removeprefix('torch.')}"
+        machine = f"{group.size} {device} devices, {parallel.compute_dtype(run, group.device)}"
         lines = first_lines(recipe, windows, held_out, parameters, machine)
         _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
