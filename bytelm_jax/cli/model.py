@@ -18,6 +18,7 @@ from bytelm.config import (
     require_document_ends,
     to_dict,
 )
+from bytelm.config.blt import PatchingContract
 from bytelm.config.lfbyte import require_prediction
 from bytelm.export import patching_of
 from bytelm.sampling import SamplerConfig
@@ -343,33 +344,36 @@ def calibrate_command(
     from bytelm_jax.training import patch_calibration
 
     def cut(paths: tuple[Path, ...]) -> corpora.Windows:
-        options = (recipe.model.vocab, recipe.data.sequence_length, recipe.data.append_eos)
-        return corpora.Windows(open_data(paths, text_field, raw, cache_dir), *options)
+        corpus, how = open_data(paths, text_field, raw, cache_dir), recipe.data
+        return corpora.Windows(corpus, recipe.model.vocab, how.sequence_length, how.append_eos)
 
     recipe, params, step = checkpoints.load_run(run)
-    calibrated = patch_calibration.calibrate(
-        recipe, params, cut(data), bytes_per_patch, windows or None
-    )
+    limit = windows or None
+    calibrated = patch_calibration.calibrate(recipe, params, cut(data), bytes_per_patch, limit)
     contract = calibrated.patching
     assert contract is not None
-    unit = "bits per patch" if contract.patcher == "histogram" else "nats"
-    lines = [
-        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
-        f"bytes per patch over {contract.sampled_bytes} bytes of --data"
-    ]
+    lines = [_threshold_line(contract, step)]
     if check:
         model, params = patch_calibration.as_blt(calibrated, params)
         model = replace(model, threshold=contract.threshold)
-        seen = patch_calibration.measure(model, params, cut(check), windows or None)
+        seen = patch_calibration.measure(model, params, cut(check), limit)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
     with runs.RunLock() as lock:  # a trainer would find its config.json changed
         runs.require_lock(lock.take(run), run)
         runs.save_recipe(run, calibrated)
     print("\n".join(lines))
-    known = recipe.patching if recipe.model.has_patching_contract else None
+    known = recipe.model.has_patching_contract and recipe.patching
     if known and (wrong := patch_calibration.outside(known, contract)):
         print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
     return 0
+
+
+def _threshold_line(contract: PatchingContract, step: int) -> str:
+    unit = "bits per patch" if contract.patcher == "histogram" else "nats"
+    return (
+        f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
+        f"bytes per patch over {contract.sampled_bytes} bytes of --data"
+    )
 
 
 def prepare_command(
