@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -232,7 +233,7 @@ def _train(
 
     # ---- loop ----
     step, piece = start, length
-    with StopSignal() as stop:
+    with StopSignal() as stop, closing(log) if log else nullcontext():
         parameters = sum(each.numel() for each in model.parameters())
         machine = f"{group.size} {device} devices, {parallel.compute_dtype(run, group.device)}"
         lines = first_lines(recipe, windows, held_out, parameters, machine)
@@ -270,9 +271,7 @@ def _train(
                     "is not finite, so the end of the run is not saved",
                 )
             save(step, None)
-        if log:
-            log.close()
-        parallel.wait_for_all(group)
+    parallel.wait_for_all(group)
     return Outcome(step, asked and step < run.steps)
 
 
