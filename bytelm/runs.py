@@ -311,18 +311,22 @@ def first_lines(
         why = f"fewer than {few} documents" if documents <= few else "no other way to split them"
         split = f"the last {rest.total_bytes:,} held out ({why})"
     else:
-        chosen = f"{rest.total_bytes:,} bytes in {rest.documents:,} documents"
+        chosen = f"{rest.total_bytes:,} bytes in {_counted(rest.documents, 'document')}"
         split = f"{chosen} held out by {config.split_rule}"
     source = ", ".join(config.paths) or "the source of Python's standard library"
     epoch = len(windows) / recipe.train.batch_size
     lines = [
         f"{recipe.name}: {parameters:,} parameters, on {machine}",
         f"data: {one_line(source, 120)}: {train.total_bytes + rest.total_bytes:,} bytes; "
-        f"{train.total_bytes:,} in {train.documents:,} documents to train on, {split}",
+        f"{train.total_bytes:,} in {_counted(train.documents, 'document')} to train on, {split}",
         f"{recipe.train.steps:,} steps of {recipe.train.batch_size:,} windows of "
         f"{config.sequence_length:,}; an epoch is {epoch:,.1f} steps",
     ]
     return lines + [f"warning: data: {note}" for note in train.notes]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:

@@ -120,7 +120,8 @@ def join_lists(argv: Sequence[str], lists: Collection[str]) -> list[str]:
     groups: dict[str, list[str]] = {}
     reading, waits = list[str](), ""
     for argument in [*argv, "--"]:
-        is_value = not argument.startswith("-") or re.match(r"-[.\d]", argument)
+        # A lone dash is standard input.
+        is_value = not argument.startswith("-") or re.fullmatch(r"-([.\d].*)?", argument)
         if is_value and reading:
             reading.append(_not_empty(argument, reading[0]))
             waits = ""

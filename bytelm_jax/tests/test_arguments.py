@@ -51,6 +51,7 @@ def test_mentions_of_a_list_option_add_up():
     trackers = ("wandb", "tensorboard")
     assert parsed(*given, "--warmup-lengths", "32") == ((), (16, 32), trackers, (3,))
     assert parsed("--no-ngram-sizes") == (*usual[:3], ())
+    assert parsed("--data", "-") == (("-",), *usual[1:])  # standard input
     seen = []
 
     def command(run: Path, /, data: tuple[Path, ...], check: tuple[Path, ...] = ()) -> int:

@@ -63,7 +63,8 @@ def describe(mesh: Mesh) -> list[list[int]]:
 def in_words(mesh: Mesh) -> str:
     """The devices and how they share the work, for people."""
     shape = " × ".join(f"{size} {name}" for name, size in mesh.shape.items())
-    return f"{mesh.size} {mesh.devices.flat[0].device_kind} devices ({shape})"
+    kind = mesh.devices.flat[0].device_kind
+    return f"1 {kind} device" if mesh.size == 1 else f"{mesh.size} {kind} devices ({shape})"
 
 
 def _process_rows(mesh: Mesh) -> int | None:

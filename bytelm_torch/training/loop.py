@@ -235,7 +235,8 @@ def _train(
     step, piece = start, length
     with StopSignal() as stop, closing(log) if log else nullcontext():
         parameters = sum(each.numel() for each in model.parameters())
-        machine = f"{group.size} {device} devices, {parallel.compute_dtype(run, group.device)}"
+        devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
+        machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
         lines = first_lines(recipe, windows, held_out, parameters, machine)
         _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
