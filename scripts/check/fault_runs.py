@@ -97,7 +97,7 @@ class Run:
     ) -> None:
         # A pipe, since the disk is to be full for the run and not for this script.
         self.run_dir, self.output = run_dir, b""
-        pipe = Path(tempfile.mkdtemp()) / "output"
+        pipe = Path(tempfile.mkdtemp(dir=run_dir.parent)) / "output"
         os.mkfifo(pipe)
         self._reader = threading.Thread(target=self._read, args=(pipe,), daemon=True)
         self._reader.start()
