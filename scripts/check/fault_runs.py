@@ -266,12 +266,13 @@ def hurt(
     if fault == "two writers":
         second, now = Run(run_dir, data, *layout), time.monotonic()
         other, took = second.finish(), time.monotonic() - now
-        if "done: step" not in run.text():  # else the second came when all was over
-            wrong += refused(second, other, took)
+        late = "done: step" in run.text()  # the second came when all was over
+        wrong += "" if late else refused(second, other, took)
         statuses = run.finish()
         wrong += "" if statuses == [0] else f"status {statuses}; "
         wrong += compare(run_dir, intact, False)
-        return {"fault": fault, "status": statuses, "wrong": wrong, "run": run}
+        what = "came too late" if late else f"refused after {took:.0f} s"
+        return {"fault": fault, "what": what, "status": statuses, "wrong": wrong, "run": run}
     inject(run, fault, chance)
     statuses, whole, what = run.finish(), steps_on_disk(run_dir), ""
     early = "done: step" in run.text()  # the fault came when all was over
