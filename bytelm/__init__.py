@@ -24,7 +24,14 @@ __version__: str
 
 def __getattr__(name: str) -> str:
     if name == "__version__":  # read from disk, and rarely needed
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("bytelm")
+        try:
+            return version("bytelm")
+        except PackageNotFoundError:  # a checkout that was not installed
+            import tomllib
+            from pathlib import Path
+
+            project = Path(__file__).parents[1] / "pyproject.toml"
+            return tomllib.loads(project.read_text("utf-8"))["project"]["version"]
     raise AttributeError(f"module 'bytelm' has no attribute {name!r}")

@@ -106,6 +106,18 @@ def test_the_command_by_the_name_of_a_module(module):
     assert done.stdout == f"bytelm {importlib.metadata.version('bytelm')}\n"
 
 
+def test_a_checkout_that_was_not_installed_knows_its_version(monkeypatch):
+    right, installed = importlib.metadata.version, bytelm.__version__
+
+    def missing(name):
+        if name == "bytelm":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return right(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert bytelm.__version__ == installed
+
+
 def test_the_package_offers_what_editors_see():
     """The names under TYPE_CHECKING, those of `__all__`, and those that can be had are the same.
 
