@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bytelm import runs
@@ -173,6 +174,18 @@ def test_a_save_that_fails_meanwhile_hides_no_error(tmp_path, monkeypatch):
         hidden = pytest.raises(ValueError, match=r"^was moved$")
         with hidden, loop.checkpoints_of(tmp_path, TrainConfig()):
             raise ValueError("was moved")
+
+
+def test_saving_leaves_alone_the_counter_by_which_processes_agree_on_an_end(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        multihost_utils, "reached_preemption_sync_point", lambda step: bool(asked.append(step))
+    )
+    params = {"norm.scale": jax.numpy.ones(8)}
+    with checkpoint.open_checkpoints(tmp_path, TrainConfig()) as manager:
+        recipe = Recipe(name="saved", model=MODEL)
+        checkpoint.save(manager, 5, params, {"mean": params}, recipe, "", None)
+    assert asked == []
 
 
 def test_late_reads_of_a_damaged_checkpoint_print_nothing(saved, monkeypatch):

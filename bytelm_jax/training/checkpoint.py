@@ -136,6 +136,13 @@ def _without_late_reads(unraisable: Any) -> None:
         _hooks[-1](unraisable)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # `processes.StopSignal` agrees on an end by JAX's one counter, which Orbax would set back
+        # to `step`, from a thread as well: processes then stop at different places, and wait.
+        return False
+
+
 def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
     """The run's checkpoints; `train` says how many to keep, None opens them read-only.
 
@@ -171,7 +178,7 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
             preservation_policy=AnyPreservationPolicy([LatestN(n=train.keep_last), best]),
             cleanup_tmp_directories=True,
         )
-    return ocp.CheckpointManager(run_dir.absolute() / "checkpoints", options=options)
+    return _Manager(run_dir.absolute() / "checkpoints", options=options)
 
 
 def save(
