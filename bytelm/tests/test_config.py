@@ -274,6 +274,15 @@ def test_another_optimizer_takes_the_shared_fields_and_what_was_changed():
         OptimizerConfig()
 
 
+def test_a_recipe_takes_the_rate_that_was_measured_for_it():
+    measured = recipes.with_optimizer(recipes.get("blt_tiny"), "lion").optimizer
+    assert measured == LionConfig(learning_rate=9e-4, weight_decay=0.333333333333, warmup_steps=40)  # fmt: skip  # noqa: E501
+    usual = recipes.with_optimizer(recipes.get("blt_132m"), "lion").optimizer
+    assert usual == change_optimizer(recipes.get("blt_132m").optimizer, "lion")
+    known = {(n, r) for n, rates in recipes._RATES.items() for r in rates}
+    assert known <= {(n, r) for n in OPTIMIZER_CONFIGS for r in recipes.names()}
+
+
 def test_configs_are_frozen():
     with pytest.raises(FrozenInstanceError):
         MegabyteConfig().patch_size = 3  # pyright: ignore[reportAttributeAccessIssue]

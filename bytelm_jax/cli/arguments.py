@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 
 import tyro
 
+from bytelm import recipes
 from bytelm.config import (
     Recipe,
-    change_optimizer,
     models_with,
     optimizers_with,
     require_number,
@@ -76,7 +76,7 @@ def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[
     name, rest = take_option(argv, "optimizer", "optimizer.name", "name")
     if name is None:
         return recipe, rest
-    return dataclasses.replace(recipe, optimizer=change_optimizer(recipe.optimizer, name)), rest
+    return recipes.with_optimizer(recipe, name), rest
 
 
 def take_option(argv: Sequence[str], *names: str) -> tuple[str | None, list[str]]:

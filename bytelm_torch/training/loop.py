@@ -22,10 +22,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bytelm import data
+from bytelm import data, recipes
 from bytelm.config import (
     Recipe,
-    change_optimizer,
     from_dict,
     optimizers_with,
     require,
@@ -297,7 +296,7 @@ def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
         require(count == 1, f"{field}: is given {count} times; give it once, a list as [1, 2]")
     names = [_value(text) for _, name, _, text in split if name == "optimizer.name"]
     if names:
-        recipe = replace(recipe, optimizer=change_optimizer(recipe.optimizer, names[-1]))
+        recipe = recipes.with_optimizer(recipe, names[-1])
     tree = to_dict(recipe)
     for change, name, equals, text in split:
         if name == "optimizer.name":

@@ -6,7 +6,8 @@
 Every cell is a `bytelm train` of its own; what stands after `--` goes to each. The learning rate is
 multiplied by the factor and the weight decay divided by it. Prints a line a cell with the bits per
 byte of the validation set at the end, then a table with the best factor of each row. Cells that the
-file --lines holds are not run again. `ADAMW_RATE` of a configuration class comes from here.
+file --lines holds are not run again. `adamw_rate` of a configuration class and the rates of
+`bytelm/recipes.py` come from here.
 """
 
 import argparse
