@@ -23,11 +23,12 @@ _MOST_LAYERS = 4096
 class DataConfig:
     """Where bytes come from and how they become windows of `sequence_length` ids.
 
-    `paths` are files, folders and globs, "-" for standard input, "@FILE" for the paths in a file;
-    empty, the source of the running interpreter's standard library. Of records (JSON, Parquet,
-    Arrow, tar) the field `text_field` is a document each; `raw` takes the bytes of every file as
-    they are. What cannot be mapped into memory, as compressed files, is read once into `cache_dir`
-    (default: $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm).
+    `paths` are files, folders and globs, here or at addresses (`gs://`, `s3://`, `hf://`,
+    `https://`), "-" for standard input, "@FILE" for the paths in a file; empty, the source of the
+    running interpreter's standard library. Of records (JSON, Parquet, Arrow, tar) the field
+    `text_field` is a document each; `raw` takes the bytes of every file as they are. What cannot
+    be mapped into memory, as compressed files, is read once into `cache_dir` (default:
+    $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm), and so are objects at addresses.
 
     Documents are split into training and validation by a hash of `split_seed` and, by `split_rule`,
     of their "content", so that adding a document moves no other, or of their "rank" among all, as

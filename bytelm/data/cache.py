@@ -43,7 +43,7 @@ def prepared_copy(path: str, name: str, text_field: str, cache_dir: str) -> str:
     folder = cache_folder(cache_dir)
     target = folder / f"{_key(path, text_field)}.bytes"
     if not target.exists():
-        with _alone(target, name):
+        with alone(target, name):
             if not target.exists():
                 with ReadingBar(f"reading {name}", os.path.getsize(path)) as bar:
                     base = os.path.basename(path)
@@ -95,7 +95,7 @@ def _key(path: str, text_field: str) -> str:
 
 
 @contextlib.contextmanager
-def _alone(target: Path, name: str) -> Iterator[None]:
+def alone(target: Path, name: str) -> Iterator[None]:
     """Keeps other processes out meanwhile; where the file system cannot, both work and one wins."""
     lock = target.with_suffix(".lock")
     try:

@@ -25,12 +25,12 @@ from bytelm.config import require
 from bytelm.data.cache import prepared_copy, prepared_input
 from bytelm.data.formats import HEAD, binary_kind, detect
 from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_bounds, read_spans
+from bytelm.data.remote import Listings
 from bytelm.data.sources import (
     STANDARD_INPUT,
     Listed,
     expand_paths,
     library_files,
-    list_files,
     unreadable,
 )
 from bytelm.progress import ReadingBar
@@ -233,7 +233,9 @@ def open_corpus(
 
     A folder contributes its files in the order of their relative paths. In folders, hidden and
     empty files are skipped and each linked folder is entered once. A path may be a glob, "-" for
-    standard input, or "@FILE" for the paths in a file. Empty `paths` mean the `.py` files of the
+    standard input, or "@FILE" for the paths in a file. An address on a store (`gs://`, `s3://`,
+    `hf://`, `https://`) is downloaded into the cache, a folder there with all under it. Empty
+    `paths` mean the `.py` files of the
     running interpreter's standard library without its tests.
 
     Raises `ValueError` for a path that is missing, unreadable or without bytes, for a damaged file
@@ -242,8 +244,11 @@ def open_corpus(
     expanded = expand_paths(paths)
     if not expanded:
         return _assemble([library_files()], _Reading(text_field, True, cache_dir))
-    listings = [(path, list_files(path)) for path in expanded]
-    return _assemble(listings, _Reading(text_field, raw, cache_dir))
+    listings = Listings(expanded, cache_dir)
+    with listings.naming_addresses():
+        corpus = _assemble(listings.pairs, _Reading(text_field, raw, cache_dir))
+    corpus.notes = tuple(map(listings.named, corpus.notes))
+    return corpus
 
 
 def memory_corpus(documents: bytes | Sequence[bytes]) -> Corpus:

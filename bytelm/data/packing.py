@@ -12,7 +12,8 @@ from bytelm.config import require
 from bytelm.data.cache import input_pieces
 from bytelm.data.formats import HEAD, detect, read_documents
 from bytelm.data.prepared import Prepared, read_bounds, read_spans, write_prepared
-from bytelm.data.sources import STANDARD_INPUT, Listed, expand_paths, list_files, unreadable
+from bytelm.data.remote import Listings
+from bytelm.data.sources import STANDARD_INPUT, Listed, expand_paths, unreadable
 from bytelm.progress import ReadingBar
 
 
@@ -22,20 +23,21 @@ def prepare(
     """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
 
     Prepared files among them are merged; a damaged prepared file counts as one plain document.
-    Memory use is bounded whatever the size, and the cache is not used. `out` appears complete or
-    keeps its old content. Raises `ValueError` where `open_corpus` does, for an `out` that is a
-    folder, lies in one of the inputs or cannot be written, and for a file that changes meanwhile.
+    Memory use is bounded whatever the size, and the cache is used for addresses alone. `out`
+    appears complete or keeps its old content. Raises `ValueError` where `open_corpus` does, for an
+    `out` that is a folder, lies in one of the inputs or cannot be written, and for a file that
+    changes meanwhile.
     """
     expanded = expand_paths(paths)
     require(len(expanded) > 0, "paths: give at least one file or folder")
     target = Path(os.path.realpath(out))
     _check_target(expanded, out, target)
-    listings = [(path, list_files(path)) for path in expanded]
-    listed = {os.path.realpath(file.path) for _, files in listings for file in files}
+    listings = Listings(expanded, "")
+    listed = {os.path.realpath(file.path) for _, files in listings.pairs for file in files}
     require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
 
     def pieces() -> Iterator[bytes | None]:
-        for path, files in listings:
+        for path, files in listings.pairs:
             filled = False
             for file in files:
                 for piece in _pieces(file, text_field, raw, target.parent):
@@ -43,7 +45,8 @@ def prepare(
                     yield piece
             require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
 
-    return write_prepared(target, pieces(), str(out))
+    with listings.naming_addresses():
+        return write_prepared(target, pieces(), str(out))
 
 
 def _pieces(file: Listed, text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:

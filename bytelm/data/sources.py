@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bytelm.config import require
+from bytelm.storage.fetch import find_addresses, has_magic, read_bytes
+from bytelm.storage.stores import is_address, tidy
 
 STANDARD_INPUT = "-"
 _NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"]
@@ -29,7 +31,8 @@ def expand_paths(paths: Sequence[str | Path]) -> list[str]:
     """`paths` with globs and `@LIST` files replaced by the paths that they stand for.
 
     A path that exists is taken literally. A list has one path a line, relative to the working
-    directory. Raises `ValueError` for a glob without matches and for a list that cannot be read.
+    directory. Addresses on stores are looked up only where they are globs. Raises `ValueError` for
+    a glob without matches and for a list that cannot be read.
     """
     single = isinstance(paths, (str, os.PathLike))  # a string is a sequence of strings
     require(not single, f"paths={str(paths)!r}: give a list of paths")
@@ -37,6 +40,8 @@ def expand_paths(paths: Sequence[str | Path]) -> list[str]:
     for path in map(str, paths):
         if os.path.lexists(path) or path == STANDARD_INPUT:
             expanded.append(path)
+        elif is_address(path):
+            expanded += find_addresses(path) if has_magic(tidy(path)) else [tidy(path)]
         elif path.startswith("@"):
             expanded += expand_paths(_listed_paths(path[1:]))
         elif glob.has_magic(path):
@@ -50,7 +55,8 @@ def expand_paths(paths: Sequence[str | Path]) -> list[str]:
 
 def _listed_paths(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
+        text = read_bytes(path) if is_address(path) else Path(path).read_bytes()
+        lines = text.decode("utf-8").splitlines()
     except OSError as error:
         raise ValueError(unreadable(f"@{path}", error)) from None
     except UnicodeDecodeError:

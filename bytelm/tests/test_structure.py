@@ -19,7 +19,7 @@ FLOORS = (
 
 SHARED_FLOORS = (
     "recipes", "runs", "data", "export", "inspection", "metrics", "tracking", "sampling",
-    "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
+    "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
     "torch_files", "files",
     "config", "callable_module",
 )  # fmt: skip
