@@ -259,14 +259,18 @@ def hurt(
     """A run that is hurt and then goes on."""
     layout = (2, 2) if FAULTS.index(fault) < FAULTS.index("kill") else (1, 4)
     phase = "step" if fault in ("freeze one", "truncate", "damage") else chance.choice(PHASES)
-    phase = "compile" if fault == "two writers" else phase
+    phase = "step" if fault == "two writers" else phase
     mark, run_dir = chance.randint(2 * EVERY + 1, STEPS - 8), folder / f"trial{index}"
     run, wrong = Run(run_dir, data, *layout), ""
     run.wait_for(phase, mark, chance)
     if fault == "two writers":
+        for worker in run.workers():  # or the second comes when all is over
+            os.kill(worker, signal.SIGSTOP)
         second, now = Run(run_dir, data, *layout), time.monotonic()
         other, took = second.finish(), time.monotonic() - now
-        late = "done: step" in run.text()  # the second came when all was over
+        for worker in run.workers():
+            os.kill(worker, signal.SIGCONT)
+        late = "done: step" in run.text()
         wrong += "" if late else refused(second, other, took)
         statuses = run.finish()
         wrong += "" if statuses == [0] else f"status {statuses}; "
