@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,20 +20,28 @@ from bytelm.progress import ReadingBar
 
 
 def prepare(
-    paths: Sequence[str | Path], out: str | Path, text_field: str = "text", raw: bool = False
+    paths: Sequence[str | Path],
+    out: str | Path,
+    text_field: str = "text",
+    raw: bool = False,
+    shard_bytes: int = 0,
 ) -> Prepared:
     """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
+
+    With `shard_bytes`, `out` is a new folder of files, each of which is closed by the document with
+    which it reaches that size; opened as a folder they are the same corpus in the same order.
 
     Prepared files among them are merged; a damaged prepared file counts as one plain document.
     Memory use is bounded whatever the size, and the cache is used for addresses alone. `out`
     appears complete or keeps its old content. Raises `ValueError` where `open_corpus` does, for an
-    `out` that is a folder, lies in one of the inputs or cannot be written, and for a file that
-    changes meanwhile.
+    `out` that is a folder (with `shard_bytes`, one that holds something), lies in one of the inputs
+    or cannot be written, and for a file that changes meanwhile.
     """
     expanded = expand_paths(paths)
     require(len(expanded) > 0, "paths: give at least one file or folder")
+    require(shard_bytes >= 0, f"shard_bytes={shard_bytes}: must be at least 0")
     target = Path(os.path.realpath(out))
-    _check_target(expanded, out, target)
+    _check_target(expanded, out, target, bool(shard_bytes))
     listings = Listings(expanded, "")
     listed = {os.path.realpath(file.path) for _, files in listings.pairs for file in files}
     require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
@@ -46,7 +56,40 @@ def prepare(
             require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
 
     with listings.naming_addresses():
+        if shard_bytes:
+            return _write_shards(target, pieces(), str(out), shard_bytes)
         return write_prepared(target, pieces(), str(out))
+
+
+def _write_shards(
+    target: Path, pieces: Iterator[bytes | None], called: str, shard_bytes: int
+) -> Prepared:
+    """`write_prepared` into the files of a folder, which appears when it is complete."""
+    partial, written = target.with_name(f".{target.name}.{os.urandom(4).hex()}.partial"), []
+    try:
+        partial.mkdir()
+        for first in pieces:
+            shard = _one_shard(first, pieces, shard_bytes)
+            written.append(write_prepared(partial / f"{len(written):05}.bytes", shard, called))
+        os.replace(partial, target)
+    except OSError as error:
+        why = f"{called}: cannot be written ({error.strerror}); choose another place or free space"
+        raise ValueError(why) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Prepared(sum(each.documents for each in written), sum(each.bytes for each in written))
+
+
+def _one_shard(
+    first: bytes | None, pieces: Iterator[bytes | None], shard_bytes: int
+) -> Iterator[bytes | None]:
+    """The pieces from `first` on, until a document ends at `shard_bytes` or later."""
+    size = 0
+    for piece in itertools.chain((first,), pieces):
+        yield piece
+        size += len(piece or b"")
+        if piece is None and size >= shard_bytes:
+            return
 
 
 def _pieces(file: Listed, text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:
@@ -82,10 +125,14 @@ def _with_bar(
         yield from read(bar.move)
 
 
-def _check_target(paths: Sequence[str], out: str | Path, target: Path) -> None:
-    require(not target.is_dir(), f"{out}: is a folder; name a file")
-    usable = target.is_file() or not target.exists()
-    require(usable, f"{out}: is not a regular file; name another")
+def _check_target(paths: Sequence[str], out: str | Path, target: Path, shards: bool) -> None:
+    if shards:
+        empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+        require(empty, f"{out}: exists already; name a new folder for the shards")
+    else:
+        require(not target.is_dir(), f"{out}: is a folder; name a file")
+        usable = target.is_file() or not target.exists()
+        require(usable, f"{out}: is not a regular file; name another")
     require(target.parent.is_dir(), f"{out}: its folder does not exist; create it first")
     for path in paths:
         inside = os.path.isdir(path) and target.is_relative_to(os.path.realpath(path))

@@ -215,6 +215,24 @@ def test_prepared_files_merge_and_mix(
     assert contents(open_corpus([tmp_path / "two", folder / "a.txt", tmp_path / "one"])) == expected
 
 
+def test_shards_are_the_same_corpus(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for index, size in enumerate((5, 3, 9, 1, 1)):
+        (tmp_path / "in" / f"{index}.txt").write_bytes(bytes([65 + index]) * size)
+    whole = data.prepare([tmp_path / "in"], tmp_path / "whole")
+    assert data.prepare([tmp_path / "in"], tmp_path / "out", shard_bytes=6) == whole
+    assert [f.stem for f in sorted((tmp_path / "out").iterdir())] == ["00000", "00001", "00002"]
+    corpora = [open_corpus([tmp_path / name]) for name in ("whole", "out")]
+    assert [list(each.lengths) for each in corpora] == [[5, 3, 9, 1, 1]] * 2
+    np.testing.assert_array_equal(corpora[0].digests(), corpora[1].digests())
+    with pytest.raises(ValueError, match="exists already; name a new folder"):
+        data.prepare([tmp_path / "in"], tmp_path / "out", shard_bytes=6)
+    (tmp_path / "in" / "z.jsonl").write_text("{")
+    with pytest.raises(ValueError, match=r"z\.jsonl"):
+        data.prepare([tmp_path / "in"], tmp_path / "none", shard_bytes=6)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out", "whole"]
+
+
 def footer(*ends: int) -> bytes:
     """The index of a file without digests, as they were before."""
     return np.array(ends, "<i8").tobytes() + len(ends).to_bytes(8, "little") + b"BYTELM01"

@@ -377,21 +377,27 @@ def _threshold_line(contract: PatchingContract, step: int) -> str:
 
 
 def prepare_command(
-    paths: tuple[Path, ...], /, out: Path, text_field: str = "text", raw: bool = False
+    paths: tuple[Path, ...],
+    /,
+    out: Path,
+    text_field: str = "text",
+    raw: bool = False,
+    shard_bytes: int = 0,
 ) -> int:
-    """Packs data of any form into one memory-mapped byte file with document bounds.
+    """Packs data of any form into one memory-mapped byte file with document bounds, or several.
 
     Example: bytelm prepare README.md bytelm_jax --out corpus.bytes
 
     Args:
         paths: files and folders; each plain file, and each record of another form, is a document.
-        out: the file to write.
+        out: the file to write; with --shard-bytes, a new folder.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
         raw: take the bytes of files as they are, whatever their form.
+        shard_bytes: begin a new file of the folder --out after this many bytes; 0 writes one file.
     """
     if not paths:
         raise UsageError("PATH: name at least one file or folder")
-    prepared = corpora.prepare(paths, out, text_field, raw)
+    prepared = corpora.prepare(paths, out, text_field, raw, shard_bytes)
     print(f"wrote {out}: {prepared.documents} documents, {prepared.bytes} bytes")
     return 0
 
