@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12,
 
 
 def bits_per_byte(nats: float, count: int) -> float:
-    """Mean code length in bits of `count` bytes that cost `nats` in total."""
-    return nats / count / math.log(2)
+    """Mean code length in bits of `count` bytes that cost `nats` in total; NaN of none."""
+    return nats / count / math.log(2) if count else math.nan
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,39 @@ class Evaluation:
         return bits_per_byte(self.nats, self.count)
 
 
-def score(metrics: dict[str, Any] | None) -> float | None:
+def validation_record(results: Mapping[str, Evaluation]) -> dict[str, float]:
+    """What is logged of an evaluation of several sets, by name: all together, then each.
+
+    A set without a name, "", and one of which nothing was counted have no figure of their own.
+    """
+    count = sum(each.count for each in results.values())
+    whole = Evaluation(math.fsum(each.nats for each in results.values()), count)
+    record = {"validation_loss": whole.nats / count, METRIC: whole.bits_per_byte}
+    named = {name: each.bits_per_byte for name, each in results.items() if name and each.count}
+    return record | {f"{METRIC}/{name}": bits for name, bits in named.items()}
+
+
+def validation_line(step: int, record: Mapping[str, float]) -> str:
+    """A line for people about a record of `validation_record`."""
+    bits = score(record)
+    line = f"step {step}: validation {'is not finite' if bits is None else f'{bits:.4f} bits'}"
+    named = [key for key in record if key.startswith(f"{METRIC}/")]
+    each = ", ".join(f"{key.partition('/')[2]} {record[key]:.4f}" for key in named)
+    return line + " per byte" * (bits is not None) + f" ({each})" * bool(each)
+
+
+def add_bits(values: dict[str, float]) -> None:
+    """Adds bits per byte to the metrics of a step that have a `loss`, and a `loss/NAME` by source.
+
+    A source without a row in that step, whose loss is NaN, is left out.
+    """
+    for key in [key for key in values if key.startswith("loss/") and math.isnan(values[key])]:
+        del values[key]
+    for key in [key for key in values if key == "loss" or key.startswith("loss/")]:
+        values[f"bits_per_byte{key.removeprefix('loss')}"] = bits_per_byte(values[key], 1)
+
+
+def score(metrics: Mapping[str, Any] | None) -> float | None:
     """The score by which "best" compares; None without an evaluation or if it is not finite."""
     value = (metrics or {}).get(METRIC)
     return value if value is not None and math.isfinite(value) else None

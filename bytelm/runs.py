@@ -14,10 +14,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bytelm import data
 from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
 from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
-from bytelm.files import errors_about, one_line, read_json, replace_file
+from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
 
 T = TypeVar("T")
@@ -90,7 +89,7 @@ def _best(run_dir: Path, steps: list[int]) -> int:
     return min(ranked)[1]
 
 
-# ---- config.json, and the data of a run ---------------------------------------------------------
+# ---- config.json --------------------------------------------------------
 
 _PLACES = ("paths", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
@@ -289,53 +288,3 @@ def require_same(everyone: Sequence[dict[str, str]]) -> None:
             says = f"{name}={other} in process {index}, {ours} in process 0: start all processes "
             says += "with one command, on the same data, from the same installation"
             require(ours == other, says)
-
-
-def first_lines(
-    recipe: Recipe,
-    windows: data.Windows,
-    held_out: data.Windows,
-    parameters: int,
-    machine: str,
-) -> list[str]:
-    """What a run is, in a few lines, and warnings about its data.
-
-    `machine` says on what it trains.
-    """
-    config, train, rest = recipe.data, windows.corpus, held_out.corpus
-    documents = train.documents + rest.documents
-    if not rest.documents:
-        split = "none held out"
-    elif rest.is_cut:
-        few = data.FEWEST_DOCUMENTS if config.split_rule == "content" else 2
-        why = f"fewer than {few} documents" if documents <= few else "no other way to split them"
-        split = f"the last {rest.total_bytes:,} held out ({why})"
-    else:
-        chosen = f"{rest.total_bytes:,} bytes in {_counted(rest.documents, 'document')}"
-        split = f"{chosen} held out by {config.split_rule}"
-    source = ", ".join(config.paths) or "the source of Python's standard library"
-    epoch = len(windows) / recipe.train.batch_size
-    lines = [
-        f"{recipe.name}: {parameters:,} parameters, on {machine}",
-        f"data: {one_line(source, 120)}: {train.total_bytes + rest.total_bytes:,} bytes; "
-        f"{train.total_bytes:,} in {_counted(train.documents, 'document')} to train on, {split}",
-        f"{recipe.train.steps:,} steps of {recipe.train.batch_size:,} windows of "
-        f"{config.sequence_length:,}; an epoch is {epoch:,.1f} steps",
-    ]
-    return lines + [f"warning: data: {note}" for note in train.notes]
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def open_windows(recipe: Recipe) -> tuple[data.Windows, data.Windows, str]:
-    """Training and validation windows of the recipe's data, and the identity of that data."""
-    config = recipe.data
-    corpus = data.open_corpus(config.paths, config.text_field, config.raw, config.cache_dir)
-    parts = data.split(corpus, config.validation_fraction, config.split_seed, config.split_rule)
-    windows, held_out = (
-        data.Windows(part, recipe.model.vocab, config.sequence_length, config.append_eos)
-        for part in parts
-    )
-    return windows, held_out, corpus.fingerprint()

@@ -1,6 +1,7 @@
 """Loss and weights that are not finite: how runs of both packages end, and what they leave."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 
 from bytelm import recipes as jax_recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_dict
-from bytelm.metrics import METRIC
+from bytelm.metrics import METRIC, Evaluation
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
@@ -67,7 +68,7 @@ class Package:
         """The exit code of training."""
         recipe = replace(RECIPE, train=replace(RECIPE.train, **changes))
         module, steps = (jax_train, jax_step) if self.name == "jax" else (train, parallel)
-        evaluations = iter([SimpleNamespace(nats=v, count=1, bits_per_byte=v) for v in validations])
+        evaluations = iter([Evaluation(bits * math.log(2), 1) for bits in validations])
         self._patch.setattr(module, "evaluate_batches", lambda *_: next(evaluations))
         make = self._jax_step if self.name == "jax" else self._torch_step
         self._patch.setattr(steps, "make_train_step", make(skipped, spoiled))
@@ -80,7 +81,7 @@ class Package:
         return cli.main(["train", recipe.name, *paths])
 
     def _jax_step(self, skipped, spoiled):
-        def make(*_):
+        def make(*_, names):
             def step(state, ids):
                 count, params = int(state.step) + 1, dict(state.params)
                 if count >= spoiled:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from bytelm.config.base import (
+    LARGEST_FLOAT,
     require,
     require_fraction,
     require_non_negative,
@@ -30,6 +32,10 @@ class DataConfig:
     be mapped into memory, as compressed files, is read once into `cache_dir` (default:
     $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm), and so are objects at addresses.
 
+    Entries NAME=PATH of `paths` name sources, whose losses are reported each by itself. Each is
+    held out from, shuffled and repeated by itself, and has the share of the windows that `weights`,
+    entries NAME=NUMBER for all of the names, give it; without them, its share of the bytes.
+
     Documents are split into training and validation by a hash of `split_seed` and, by `split_rule`,
     of their "content", so that adding a document moves no other, or of their "rank" among all, as
     in runs begun before there was a choice. About `validation_fraction` of them are held out; with
@@ -46,6 +52,7 @@ class DataConfig:
     """
 
     paths: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     text_field: str = "text"
     raw: bool = False
     cache_dir: str = ""
@@ -67,6 +74,7 @@ class DataConfig:
             all(self.paths),
             f"paths={self.paths}: an empty path names no file; leave it out",
         )
+        parse_weights(self.weights)
         require(self.text_field != "", "text_field: is empty; name the field of the text")
         for piece in self.warmup_lengths:
             require(
@@ -79,6 +87,22 @@ class DataConfig:
         """Ids per row in the step with index `step`, counted from 0."""
         stage = step // self.warmup_length_steps
         return (*self.warmup_lengths, self.sequence_length)[min(stage, len(self.warmup_lengths))]
+
+
+def parse_weights(weights: Sequence[str]) -> dict[str, float]:
+    """The number of each name in entries NAME=NUMBER; raises `ValueError` for other entries."""
+    numbers: dict[str, float] = {}
+    for entry in weights:
+        name, equals, text = entry.partition("=")
+        require(bool(name and equals), f"weights={entry}: write NAME=NUMBER, as web=0.7")
+        require(name not in numbers, f"weights={entry}: {name} is given twice; give it once")
+        try:
+            numbers[name] = float(text)
+        except ValueError:
+            require(False, f"weights={entry}: {text!r} is no number; write one, as {name}=0.7")
+        fits = 0 < numbers[name] <= LARGEST_FLOAT
+        require(fits, f"weights={entry}: must be a finite number above 0; or leave its data out")
+    return numbers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,8 @@ to `grain.MapDataset.source(...).seed(seed).shuffle().repeat(None)`.
 """
 
 import functools
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,10 +53,10 @@ def shuffled_index(position: int, count: int, seed: int, order: str = "exact") -
     return index
 
 
-@functools.lru_cache(maxsize=4)
-def _smallest_block(keys: tuple[int, ...]) -> list[int]:
+@functools.lru_cache(maxsize=256)
+def _smallest_block(keys: tuple[int, ...]) -> Sequence[int]:
     """The whole permutation of 16 bits, cached: with few rows the cycle walk is long."""
-    return _encrypt(np.arange(2**16), 8, keys).tolist()
+    return array("H", _encrypt(np.arange(2**16), 8, keys).astype(np.uint16).tobytes())
 
 
 def _encrypt(value: Any, half: int, keys: tuple[int, ...]) -> Any:
@@ -76,7 +78,7 @@ def _shuffle_seed(seed: int) -> int:
     return int(np.random.SeedSequence([seed, _DEPTH]).generate_state(1, np.uint32)[0])
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)
 def _round_keys(seed: int) -> tuple[int, ...]:
     """`std::seed_seq{seed}.generate` of four words (C++ standard, [rand.util.seedseq])."""
     n, seeds = _ROUNDS, (seed,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,35 @@ STANDARD_INPUT = "-"
 _NOT_LIBRARY = ["__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"]
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 """What `datasets` writes beside the shards of a data set, and above those of several splits."""
+
+
+_NAMED = re.compile(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)=(.*)", re.DOTALL)
+
+
+def named_paths(paths: Sequence[str], field: str) -> dict[str, list[str]]:
+    """The paths of each source, from entries NAME=PATH of the configuration's `field`.
+
+    Entries of one name add up. Without names, all paths are those of the source "". A path or glob
+    that exists as it stands is a path, whatever characters are in it. Raises `ValueError` if some
+    entries have a name and others do not.
+    """
+    sources: dict[str, list[str]] = {}
+    for entry in paths:
+        matched = None if _exists(entry) else _NAMED.fullmatch(entry)
+        name, path = matched.groups() if matched else ("", entry)
+        require(path != "", f"{field}={entry}: names no path; write NAME=PATH")
+        sources.setdefault(name, []).append(path)
+    named = [name for name in sources if name]
+    if named and "" in sources:
+        hint = f"but {named[0]} has; write NAME=PATH for all of them or for none"
+        require(False, f"{field}={sources[''][0]}: has no name, {hint}")
+    return sources
+
+
+def _exists(entry: str) -> bool:
+    if os.path.lexists(entry):
+        return True
+    return glob.has_magic(entry) and next(glob.iglob(entry, recursive=True), None) is not None
 
 
 class Listed(NamedTuple):

@@ -1,9 +1,9 @@
-"""The stream of all documents cut into windows of equal length, and batches of them in order."""
+"""The stream of all documents cut into windows of equal length."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import numpy as np
@@ -11,8 +11,6 @@ from jaxtyping import Int32
 
 from bytelm.config import ByteVocab, DataConfig, ModelConfig, require
 from bytelm.data.corpus import Corpus, memory_corpus
-
-SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and silently wraps larger ones
 
 
 class Windows:
@@ -54,33 +52,6 @@ class Windows:
         return ids
 
 
-def evaluation_batches(
-    windows: Windows,
-    batch_size: int,
-    limit: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Int32[np.ndarray, "B T"]]:
-    """Every window once and in order, int32 [batch_size // process_count, length].
-
-    The last batch is padded with rows of `pad_id`. `limit` takes at most that many windows, evenly
-    spaced. Process p gets the p-th of the equal parts of each batch. Raises `ValueError`
-    immediately for a corpus without bytes and for sizes that do not fit.
-    """
-    rows = process_rows(windows, batch_size, process_index, process_count)
-    require(limit is None or limit >= 1, f"limit={limit}: must be at least 1")
-    count = len(windows) if limit is None else min(limit, len(windows))
-
-    def generate() -> Iterator[np.ndarray]:
-        for begin in range(process_index * rows, -(-count // batch_size) * batch_size, batch_size):
-            batch = np.full((rows, windows.length), windows.vocab.pad_id, np.int32)
-            for row, number in enumerate(range(begin, min(begin + rows, count))):
-                batch[row] = windows[number * len(windows) // count]
-            yield batch
-
-    return generate()
-
-
 def scored_windows(
     config: ModelConfig, data: bytes | Sequence[bytes] | Corpus, length: int | None = None
 ) -> tuple[Windows, int | None]:
@@ -99,15 +70,3 @@ def scored_windows(
     by_document = config.reset_on == "document"
     end_id = config.vocab.eos_id if by_document else None
     return Windows(corpus, config.vocab, length, append_eos=by_document), end_id
-
-
-def process_rows(windows: Windows, batch_size: int, process_index: int, process_count: int) -> int:
-    """Rows of each batch that belong to one process."""
-    require(len(windows) > 0, "corpus: holds no bytes; give data, or hold out less of it")
-    known = 0 <= process_index < process_count
-    require(known, f"process_index={process_index}: must be from 0 to {process_count - 1}")
-    require(
-        batch_size >= 1 and batch_size % process_count == 0,
-        f"batch_size={batch_size}: must be a positive multiple of process_count={process_count}",
-    )
-    return batch_size // process_count

@@ -381,7 +381,7 @@ def numbered(tmp_path: Path) -> Windows:
 
 
 def first_ids(windows: Windows, batch_size: int, steps: int, start: int = 0) -> list[int]:
-    taken = list(islice(training_batches(windows, batch_size, 3, start), steps))
+    taken = [b.ids for b in islice(training_batches(windows, batch_size, 3, start), steps)]
     assert all(b.shape == (batch_size, 4) and b.dtype == np.int32 for b in taken)
     assert all(b[:, 1:].tolist() == [[1, 2, 3]] * batch_size for b in taken)
     return np.concatenate(taken)[:, 0].tolist()
@@ -391,7 +391,8 @@ def test_every_window_once_an_epoch_newly_shuffled(numbered: Windows) -> None:
     order = first_ids(numbered, 8, 25)
     epochs = [order[begin : begin + 50] for begin in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
-    other = np.concatenate(list(islice(training_batches(numbered, 10, 4, 0), 5)))[:, 0].tolist()
+    others = [batch.ids for batch in islice(training_batches(numbered, 10, 4, 0), 5)]
+    other = np.concatenate(others)[:, 0].tolist()
     assert sorted(other) == list(range(50))
     assert len({tuple(each) for each in [*epochs, other, range(50)]}) == 6
 
@@ -421,8 +422,9 @@ def test_processes_share_the_global_batch(numbered: Windows, process_count: int)
             for index in range(process_count)
         ]
         for batch, *parts in zip(whole, *shares, strict=False):
-            assert {part.shape for part in parts} == {(batch_size // process_count, 4)}
-            np.testing.assert_array_equal(np.concatenate(parts), batch)
+            assert {part.ids.shape for part in parts} == {(batch_size // process_count, 4)}
+            joined = np.concatenate([part.ids for part in parts])
+            np.testing.assert_array_equal(joined, batch.ids)
 
 
 def test_nothing_before_the_start_is_read(numbered: Windows) -> None:
@@ -461,7 +463,7 @@ def test_evaluation_counts_every_byte_once(tmp_path: Path, size: int, append_eos
     content = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(content)
     windows = Windows(open_corpus([tmp_path / "file"]), SHIFTED, 4096, append_eos)
-    taken = list(evaluation_batches(windows, 6))
+    taken = [batch.ids for batch in evaluation_batches(windows, 6)]
     assert all(batch.shape == (6, 4096) and batch.dtype == np.int32 for batch in taken)
     assert len(taken) == -(-len(windows) // 6)
     ids = np.concatenate(taken).ravel()
@@ -471,13 +473,16 @@ def test_evaluation_counts_every_byte_once(tmp_path: Path, size: int, append_eos
 
 
 def test_evaluation_shares_and_limits(numbered: Windows) -> None:
-    whole = np.concatenate(list(evaluation_batches(numbered, 12)))
+    def rows(*sizes: int | None) -> list[np.ndarray]:
+        return [batch.ids for batch in evaluation_batches(numbered, *sizes)]  # pyright: ignore
+
+    whole = np.concatenate(rows(12))
     assert whole[:50, 0].tolist() == list(range(50))
     assert whole[50:].tolist() == [[VOCAB.pad_id] * 4] * 10
     for count in (2, 4):
-        parts = [list(evaluation_batches(numbered, 12, None, i, count)) for i in range(count)]
+        parts = [rows(12, None, i, count) for i in range(count)]
         joined = [np.concatenate(step) for step in zip(*parts, strict=True)]
         np.testing.assert_array_equal(np.concatenate(joined), whole)
-    some = np.concatenate(list(evaluation_batches(numbered, 4, 10)))
+    some = np.concatenate(rows(4, 10))
     assert some[:, 0].tolist() == [*range(0, 50, 5), VOCAB.pad_id, VOCAB.pad_id]
-    assert len(list(evaluation_batches(numbered, 12, 1000))) == 5
+    assert len(rows(12, 1000)) == 5

@@ -28,7 +28,8 @@ from bytelm.config import ByteVocab, DataConfig, from_dict, to_dict
 from bytelm.data import cache, formats, open_corpus, prepared, records
 from bytelm.data.windows import Windows
 from bytelm.progress import GuessWarning
-from bytelm.runs import first_lines, keep_rules, open_windows
+from bytelm.run_data import RunData, first_lines, open_windows
+from bytelm.runs import keep_rules
 
 ROOT = Path(data.__file__).parents[2]
 ZSTD = zstandard.ZstdCompressor()
@@ -456,23 +457,24 @@ def test_a_run_reads_what_its_recipe_says(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"body": f"{n:03}" * 20}) + "\n" for n in range(100)))
     recipe = recipes.megabyte_tiny()
 
-    def open_with(**changes: Any) -> tuple[Windows, Windows, str]:
+    def open_with(**changes: Any) -> RunData:
         config = replace(recipe.data, paths=(str(path),), text_field="body", **changes)
         config = replace(config, validation_fraction=0.1)
         return open_windows(replace(recipe, data=config))
 
     def lines(**changes: Any) -> str:
         config = replace(recipe.data, paths=(str(path),))
-        shown = first_lines(replace(recipe, data=config), *open_with(**changes)[:2], 9999, "2 cpu")
+        shown = first_lines(replace(recipe, data=config), open_with(**changes), 9999, "2 cpu")
         return "\n".join(shown)
 
-    train, held_out, _ = open_with()
+    train, held_out = open_with().windows, open_with().validation[""]
+    assert isinstance(train, Windows)
     assert train.corpus.documents + held_out.corpus.documents == 100
     assert "9,999 parameters, on 2 cpu" in lines()
     assert f"x.jsonl: 6,000 bytes; {train.corpus.total_bytes:,} in " in lines()
     assert f"{held_out.corpus.documents} documents held out by content" in lines()
     assert "the last 730 held out (fewer than 50 documents)" in lines(raw=True)
-    by_rank = open_with(split_rule="rank")[1].corpus
+    by_rank = open_with(split_rule="rank").validation[""].corpus
     assert contents(by_rank) != contents(held_out.corpus)
     (tmp_path / "run").mkdir()
     old = to_dict(recipe)

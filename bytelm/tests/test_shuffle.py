@@ -28,7 +28,7 @@ def test_an_epoch_of_the_exact_order_visits_every_row_once(count: int) -> None:
         assert set(grain) == set(range(count - 1)) and len(set(grain)) == count - 1
         windows = Windows(memory_corpus(np.arange(count, dtype="<u4").tobytes()), VOCAB, 4, False)
         for start, order, expected in ((16383, "exact", exact), (16383, "grain", grain)):
-            ids = next(training_batches(windows, 4, 3, start, order=order))
+            ids = next(training_batches(windows, 4, 3, start, order=order)).ids
             found = ids.astype(np.uint8).view("<u4").ravel().tolist()
             assert found == expected[4 * start : 4 * start + 4]
 

@@ -18,8 +18,9 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "recipes", "runs", "data", "export", "inspection", "metrics", "tracking", "sampling",
-    "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
+    "recipes", "run_data", "runs", "data", "export", "inspection", "metrics", "tracking",
+    "sampling", "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules",
+    "q_table",
     "torch_files", "files",
     "config", "callable_module",
 )  # fmt: skip
@@ -137,7 +138,7 @@ def test_the_shared_package_needs_no_framework(tmp_path):
         "import sys; sys.modules.update(dict.fromkeys(('jax', 'flax', 'torch', 'grain')))\n"
         "import bytelm; from bytelm.data import Windows, evaluation_batches, open_corpus\n"
         "windows = Windows(open_corpus([sys.argv[1]]), bytelm.ByteVocab(), 4, True)\n"
-        "print(sum(batch.size for batch in evaluation_batches(windows, 2)))"
+        "print(sum(batch.ids.size for batch in evaluation_batches(windows, 2)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "text"],

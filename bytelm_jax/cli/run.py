@@ -13,11 +13,12 @@ import jax
 
 from bytelm.config import Recipe
 from bytelm.config.base import LARGEST_INTEGER
+from bytelm.run_data import open_windows
 from bytelm.runs import keep_rules
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
-from bytelm_jax.training.loop import open_windows, train
+from bytelm_jax.training.loop import train
 from bytelm_jax.training.reporter import DivergedError
 
 
@@ -77,7 +78,7 @@ def dry_run(recipe: Recipe, asked: DryRun) -> int:
 
 def _with_epochs(recipe: Recipe, epochs: float) -> Recipe:
     """The recipe with the steps, rounded up, that show each training window `epochs` times."""
-    windows, _, _ = open_windows(recipe)
+    windows = open_windows(recipe).windows
     steps = max(1, math.ceil(epochs * len(windows) / recipe.train.batch_size))
     if steps > LARGEST_INTEGER:
         most = LARGEST_INTEGER * recipe.train.batch_size // len(windows)

@@ -135,7 +135,7 @@ def compare(
     fits = rows * length <= size
     require(fits, f"rows={rows}: times length={length} it must be at most the data's {size} bytes")
     windows = data.Windows(corpus, config.vocab, length, append_eos=False)
-    ids = next(data.evaluation_batches(windows, rows, rows))
+    ids = next(data.evaluation_batches(windows, rows, rows)).ids
 
     def load() -> Params:
         if exported:

@@ -61,8 +61,8 @@ def records(run_dir):
 def fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch):
     make, compiled = steps.make_train_step, []  # both runs share the compiled step
 
-    def make_once(*arguments):
-        compiled.extend([] if compiled else [make(*arguments)])
+    def make_once(*arguments, names):
+        compiled.extend([] if compiled else [make(*arguments, names=names)])
         return compiled[0]
 
     monkeypatch.setattr(steps, "make_train_step", make_once)
@@ -103,7 +103,7 @@ def test_a_run_stops_where_its_optimizer_cannot_go_on(
 ):
     """Steps 2 to 1 + `broken` are non-finite; `skips`: whether the optimizer reports skips."""
 
-    def make_train_step(*arguments):
+    def make_train_step(*arguments, names):
         def step(state, ids):
             count = int(state.step) + 1
             loss = jnp.float32(math.nan if 2 <= count <= 1 + broken else 2.0)

@@ -8,12 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Integer
 
 from bytelm.config.lfbyte import require_prediction
-from bytelm.data import Corpus, evaluation_batches, scored_windows
+from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.layers.ids import as_ids
@@ -84,9 +83,9 @@ def _model_row_nats(
 
 
 def evaluate_batches(
-    row_nats: RowNats, params: Any, batches: Iterable[np.ndarray], mesh: Mesh
+    row_nats: RowNats, params: Any, batches: Iterable[Batch], mesh: Mesh
 ) -> Evaluation:
-    """Sums over `batches` of ids int[B, T], this process's rows of them; added exactly (`fsum`)."""
+    """Sums over `batches`, this process's rows of them; added exactly (`fsum`)."""
     waiting: deque[tuple[Array, Array]] = deque()
     nats: list[float] = []
     count = 0
@@ -98,8 +97,8 @@ def evaluate_batches(
             nats.extend(rows.tolist())
             count += int(counts.sum())
 
-    for ids in batches:
-        waiting.append(row_nats(params, meshes.put_batch(mesh, ids)))
+    for batch in batches:
+        waiting.append(row_nats(params, meshes.put_batch(mesh, batch.ids)))
         drain(4)  # more steps in flight can deadlock simulated devices on few cores
     drain(0)
     return Evaluation(math.fsum(nats), count)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bytelm import data
 from bytelm.config import (
     Recipe,
     TrainConfig,
@@ -20,14 +19,14 @@ from bytelm.config import (
     require_length,
 )
 from bytelm.config.lfbyte import require_prediction
-from bytelm.metrics import METRIC, MetricsLog
+from bytelm.data import Mixture, Windows, evaluation_batches
+from bytelm.metrics import MetricsLog, validation_record
+from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     Outcome,
     RunLock,
     export_note,
-    first_lines,
     keep_rules,
-    open_windows,
     prepare_run_dir,
     require_lock,
     what_a_run_is,
@@ -51,7 +50,7 @@ _IN_FLIGHT = 4
 
 
 def agree_on_patches(
-    recipe: Recipe, state: steps.TrainState, mesh: Any, windows: data.Windows, resumed: bool
+    recipe: Recipe, state: steps.TrainState, mesh: Any, windows: Windows | Mixture, resumed: bool
 ) -> Recipe:
     """`recipe` with its patching contract; warns if these data break the one it already has."""
     model, known = recipe.model, recipe.patching
@@ -116,7 +115,8 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         recipe = patch_contract.adopt(recipe, run_dir)
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(mesh, recipe.train)
-        windows, held_out, identity = open_windows(recipe)
+        found_data = open_windows(recipe)
+        windows, validation, identity = found_data
         found |= processes.installation() | what_a_run_is(recipe)
         found |= {"run_dir": str(run_dir), "data": identity, "mesh": meshes.describe(mesh)}
     run, vocab = recipe.train, recipe.model.vocab
@@ -129,7 +129,9 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     require_lock(processes.all_agree(not first or lock.take(run_dir)), run_dir)
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
-    step_function = steps.make_train_step(bind, optimizer, run, vocab.pad_id, mesh, frozen)
+    step_function = steps.make_train_step(
+        bind, optimizer, run, vocab.pad_id, mesh, frozen, names=found_data.names
+    )
     init_params = partial(init, run.seed)
     template = steps.abstract_init(mesh, optimizer, init_params)
 
@@ -140,7 +142,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
-    ahead = steps.compiling(step_function, template, shape, mesh)
+    ahead = steps.compiling(step_function, template, shape, mesh, bool(found_data.names))
     with ahead if start < run.steps else nullcontext():
         if resumed:
             step_number = jax.device_put(start, template.step.sharding).astype(template.step.dtype)
@@ -175,22 +177,21 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
             display.say(note)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(template.params))
         machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(run)}"
-        for line in first_lines(recipe, windows, held_out, parameters, machine):
+        for line in first_lines(recipe, found_data, parameters, machine):
             display.say(line)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
-            if not len(held_out):
+            if not validation:
                 return None
             checkpoint.check_finite({"params": state.params})
-            batches = data.evaluation_batches(held_out, run.batch_size, run.eval_windows, *part)
-            watched = watchdog.over(batches, f"the evaluation of step {step}")
-            result = evaluate_batches(row_nats, state.params, stop.until(watched), mesh)
+            results = {}
+            for name, windows in validation.items():
+                batches = evaluation_batches(windows, run.batch_size, run.eval_windows, *part)
+                watched = watchdog.over(batches, f"the evaluation of step {step}")
+                results[name] = evaluate_batches(row_nats, state.params, stop.until(watched), mesh)
             if stop:
                 return None
-            record = {
-                "validation_loss": result.nats / result.count,
-                METRIC: result.bits_per_byte,
-            }
+            record = validation_record(results)
             reporter.evaluated(step, record)
             return record
 
@@ -210,8 +211,8 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
                 reporter.drain(0)
-            rows = next(batches).reshape(-1, piece)
-            state, report = step_function(state, meshes.put_batch(mesh, rows))
+            batch = jax.tree.map(partial(meshes.put_batch, mesh), next(batches).cut(piece))
+            state, report = step_function(state, batch.ids, **batch.rest())
             step += 1
             reporter.add(step, report)
             if piece != before:  # compiled

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from bytelm_jax.layers.ids import as_ids
 
@@ -20,6 +20,22 @@ def cross_entropy(
     counted = ids != pad_id
     nats = jnp.where(counted, token_nats(logits, ids), 0.0)
     return nats.sum(), counted.sum()
+
+
+def row_nats(
+    logits: Float[Array, "B T V"], ids: Integer[Array | np.ndarray, "B T"], pad_id: int
+) -> Float[Array, " B"]:
+    """`cross_entropy`'s nats, summed over each row alone."""
+    ids = as_ids(ids)
+    return jnp.where(ids != pad_id, token_nats(logits, ids), 0.0).sum(axis=1)
+
+
+def source_sums(
+    values: Shaped[Array, " B"], sources: Int[Array, " B"], count: int
+) -> Shaped[Array, " sources"]:
+    """Sums of the rows' values over the rows of each of `count` sources."""
+    theirs = sources[:, None] == jnp.arange(count)[None]
+    return jnp.where(theirs, values[:, None], 0).sum(axis=0)
 
 
 def token_nats(

@@ -156,7 +156,7 @@ def gather(mesh: Mesh, params: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:
-    """This process's rows of the global batch → the global array."""
+    """This process's rows of the global batch, or a value of each → the global array."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
 
 

@@ -22,7 +22,7 @@ from jaxtyping import Float32
 from bytelm import patch_rules, runs
 from bytelm.config import BLTConfig, PatchingContract, Recipe, require
 from bytelm.config.blt import HISTOGRAM_LIMIT
-from bytelm.data import Windows, evaluation_batches
+from bytelm.data import Mixture, Windows, evaluation_batches
 from bytelm_jax.layers.transformer import positions_in
 from bytelm_jax.models import Params, define_model, patching
 from bytelm_jax.models.entropy import entropy, segment_starts_of, shift_right
@@ -44,14 +44,14 @@ _FROM_SOURCE = ("entropy", "threshold", "bytes_per_patch")
 
 
 def measure(
-    config: Any, params: Params, windows: Windows, limit: int | None = _SAMPLE
+    config: Any, params: Params, windows: Windows | Mixture, limit: int | None = _SAMPLE
 ) -> PatchingContract:
     """The contract of `config`, a `BLTConfig`, on at most `limit` windows, evenly spaced."""
     return _contract(config, params, boundary_scores(config, params, windows, limit))
 
 
 def boundary_scores(
-    config: BLTConfig, params: Params, windows: Windows, limit: int | None
+    config: BLTConfig, params: Params, windows: Windows | Mixture, limit: int | None
 ) -> Float32[np.ndarray, " bytes"]:
     """For every byte the least threshold under which no patch starts at it.
 
@@ -64,8 +64,8 @@ def boundary_scores(
     look = _looker(replace(config, bytes_per_patch=1.0))
     own = patcher_params(params)
     found = []
-    for ids in evaluation_batches(windows, _ROWS, limit):
-        scores, counted = look(own, ids)
+    for batch in evaluation_batches(windows, _ROWS, limit):
+        scores, counted = look(own, batch.ids)
         found.append(np.asarray(scores)[np.asarray(counted)])
     scores = np.concatenate(found)
     sane = not np.isnan(scores).any()
@@ -148,7 +148,11 @@ def outside(contract: PatchingContract, found: PatchingContract) -> str | None:
 
 
 def calibrate(
-    recipe: Recipe, params: Params, windows: Windows, bytes_per_patch: float, limit: int | None
+    recipe: Recipe,
+    params: Params,
+    windows: Windows,
+    bytes_per_patch: float,
+    limit: int | None,
 ) -> Recipe:
     """`recipe` with the threshold at which patches have `bytes_per_patch` bytes on average.
 
@@ -204,7 +208,7 @@ def _histogram_threshold(
 ) -> float:
     """The threshold in bits whose mean is nearest, by halving: a higher one cuts no more often."""
     batches = []
-    for ids in evaluation_batches(windows, _ROWS, limit):
+    for ids in (batch.ids for batch in evaluation_batches(windows, _ROWS, limit)):
         segment_starts = segment_starts_of(jnp.asarray(ids), config)
         shifted = shift_right(jnp.asarray(ids), config.vocab.bos_id, segment_starts)
         found = patching.histogram_entropy(

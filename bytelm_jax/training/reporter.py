@@ -14,7 +14,7 @@ from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
-from bytelm.metrics import MetricsLog, Throughput, bits_per_byte
+from bytelm.metrics import MetricsLog, Throughput, add_bits, validation_line
 from bytelm.progress import GuessWarning
 from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
@@ -71,9 +71,7 @@ class StepReporter:
     def evaluated(self, step: int, record: dict[str, float]) -> None:
         """Logs and shows an evaluation."""
         self._log.write({"step": step, **record})
-        bits = checkpoint.score(record)
-        result = "is not finite" if bits is None else f"{bits:.4f} bits per byte"
-        self._display.say(f"step {step}: validation {result}")
+        self._display.say(validation_line(step, record))
 
     def diverged(self, step: int, why: str) -> DivergedError:
         """The error to raise at `step`; waits until the checkpoint that it names is on disk."""
@@ -110,7 +108,7 @@ class StepReporter:
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         run, length = self._recipe.train, self._recipe.data.sequence_length
-        values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+        add_bits(values)
         values.setdefault("learning_rate", float(self._schedule(jnp.asarray(step - 1))))
         # The host may be late: steps after this one may be finished, too.
         finished = step + sum(later["loss"].is_ready() for _, later in self._pending)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Integer
+from jaxtyping import Array
 
 from bytelm.config import TrainConfig
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optimizers.build import global_norm, optimizer_metrics, without
-from bytelm_jax.training.loss import cross_entropy
+from bytelm_jax.training.loss import cross_entropy, row_nats, source_sums
 from bytelm_jax.training.mesh import (
     ROWS,
     batch_sharding,
@@ -92,17 +92,20 @@ def _initialiser(
 
 
 @contextlib.contextmanager
-def compiling(step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh) -> Iterator[None]:
+def compiling(
+    step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh, by_source: bool = False
+) -> Iterator[None]:
     """Within this context a CPU compiles `step` in the background; a later call finds it compiled.
 
-    `state` is abstract, `shape` that of the ids. A GPU measures kernels while it compiles, and
-    nothing else may run meanwhile.
+    `state` is abstract, `shape` that of the ids; `by_source` says that rows come with sources. A
+    GPU measures kernels while it compiles, and nothing else may run meanwhile.
     """
     if jax.default_backend() != "cpu":
         yield
         return
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
-    lowered = step.lower(state, ids)
+    like = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    rest = {"sources": like(shape[:1], jnp.int32)} if by_source else {}
+    lowered = step.lower(state, like(shape, jnp.int32), **rest)
     with ThreadPoolExecutor(1) as side:
         side.submit(lowered.compile)
         yield
@@ -133,10 +136,13 @@ def make_train_step(
     mesh: Mesh,
     frozen: tuple[str, ...] = (),
     dtype: jnp.dtype | None = None,
-) -> Callable[[TrainState, Integer[Array, "B T"]], tuple[TrainState, dict[str, Array]]]:
+    names: tuple[str, ...] = (),
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
 
-    `dtype` is that of products, by default `compute_dtype(train)`.
+    `ids` are integers [B, T]. `dtype` is that of products, by default `compute_dtype(train)`. With
+    `names` of sources the step takes a keyword `sources`, int32 [B], the index of each row's name,
+    and metrics have a `loss/NAME` for each; NaN for one that has no rows.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, the model's
     metrics, averaged over rows, and the optimizer's. Gradients of micro-batches are added before
@@ -147,12 +153,14 @@ def make_train_step(
     """
     check_batch(mesh, train)
     dtype = compute_dtype(train) if dtype is None else dtype
-    find = _make_gradients(bind, train, pad_id, mesh, dtype)
+    find = _make_gradients(bind, train, pad_id, mesh, dtype, names)
 
-    def step(state: TrainState, ids: Array) -> tuple[TrainState, dict[str, Array]]:
+    def step(
+        state: TrainState, ids: Array, sources: Array | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        (loss, report), gradients = find(state.step, moving, fixed, as_ids(ids))
+        (loss, report), gradients = find(state.step, moving, fixed, _Rows(as_ids(ids), sources))
         norm = global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed
@@ -176,6 +184,13 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
+class _Rows(NamedTuple):
+    """Rows of ids, and the source of each if there are several."""
+
+    ids: Array
+    sources: Array | None
+
+
 class _Form(NamedTuple):
     """What differs between the two forms of the step, inside the compiled program."""
 
@@ -193,30 +208,30 @@ def _make_gradients(
     pad_id: int,
     mesh: Mesh,
     dtype: jnp.dtype,
-) -> Callable[[Array, Params, Params, Array], tuple[tuple[Array, dict[str, Array]], Params]]:
-    """`(step, moving, fixed, ids) -> ((loss, report), gradients of moving)`, in the requested form.
+    names: tuple[str, ...],
+) -> Callable[[Array, Params, Params, _Rows], tuple[tuple[Array, dict[str, Array]], Params]]:
+    """`(step, moving, fixed, rows) -> ((loss, report), gradients of moving)`, as jit or shard_map.
 
     Summed over all devices; gradients are partitioned like the parameters.
     """
-    find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed))
+    find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed), names)
 
-    def in_jit(step: Array, moving: Params, fixed: Params, ids: Array):
-        return find(
-            _Form(lambda x: x, partial(gather, mesh), 0, ids.shape[0]), step, moving, fixed, ids
-        )
+    def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
+        form = _Form(lambda x: x, partial(gather, mesh), 0, batch.ids.shape[0])
+        return find(form, step, moving, fixed, batch)
 
-    def in_shard_map(step: Array, moving: Params, fixed: Params, ids: Array):
+    def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
         axes = {name: partition_axis(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
 
-        def on_device(step: Array, moving: Params, fixed: Params, ids: Array):
-            rows = ids.shape[0]
+        def on_device(step: Array, moving: Params, fixed: Params, batch: _Rows):
+            rows = batch.ids.shape[0]
             form = _Form(
                 lambda x: jax.lax.psum(x, ROWS),
                 lambda params: gather_parts(params, axes),
                 jax.lax.axis_index(ROWS) * rows,
                 rows * mesh.size,
             )
-            return find(form, step, moving, fixed, ids)
+            return find(form, step, moving, fixed, batch)
 
         specs = {name: partition(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
         of_moving = {name: specs[name] for name in moving}
@@ -226,7 +241,7 @@ def _make_gradients(
             mesh=mesh,
             in_specs=(jax.P(), of_moving, of_fixed, jax.P(ROWS)),
             out_specs=(jax.P(), of_moving),
-        )(step, moving, fixed, ids)
+        )(step, moving, fixed, batch)
 
     return in_shard_map if train.parallel == "shard_map" else in_jit
 
@@ -237,34 +252,50 @@ def _gradients(
     pad_id: int,
     dtype: jnp.dtype,
     seed: Array,
+    names: tuple[str, ...],
     form: _Form,
     step: Array,
     moving: Params,
     fixed: Params,
-    ids: Array,
+    batch: _Rows,
 ) -> tuple[tuple[Array, dict[str, Array]], Params]:
     """Loss, report and gradients of the rows that this program sees, summed over all devices."""
 
-    def mean_loss(params: Params, ids: Array, keys: Array):
+    def mean_loss(params: Params, batch: _Rows, keys: Array):
         # Cast before the transfer: half the bytes.
         whole = form.gather(cast_params(params | fixed, dtype))
-        output = bind(whole).outputs(ids, keys, train.remat)
-        nats, _ = cross_entropy(output.logits, ids, pad_id)
+        output = bind(whole).outputs(batch.ids, keys, train.remat)
+        by_source = None
+        if batch.sources is not None:
+            each = row_nats(output.logits, batch.ids, pad_id)
+            nats, by_source = each.sum(), source_sums(each, batch.sources, len(names))
+        else:
+            nats, _ = cross_entropy(output.logits, batch.ids, pad_id)
         # The sum over devices belongs inside the differentiated function: shard_map itself sums the
         # gradient of a replicated parameter, and averaging it again outside would be wrong by the
         # number of devices, which AdamW would hide.
-        nats, extra, metrics = form.over_devices(
-            (nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()})
+        nats, extra, metrics, by_source = form.over_devices(
+            (
+                nats,
+                output.extra_loss.sum(),
+                {k: v.sum() for k, v in output.metrics.items()},
+                by_source,
+            )
         )
-        return nats / count + extra / form.total_rows, (nats, metrics)
+        return nats / count + extra / form.total_rows, (nats, metrics, by_source)
 
     step_key = jax.random.fold_in(seed, step)
-    rows = form.first_row + jnp.arange(ids.shape[0])
+    rows = form.first_row + jnp.arange(batch.ids.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
-    count = jnp.maximum(form.over_devices(jnp.sum(ids != pad_id)), 1)
+    counted = batch.ids != pad_id
+    count = jnp.maximum(form.over_devices(jnp.sum(counted)), 1)
     differentiate = jax.value_and_grad(mean_loss, has_aux=True)
-    (loss, (nats, metrics)), gradients = _over_micro_batches(
-        lambda *part: differentiate(moving, *part), (ids, keys), train.accumulation_steps
+    (loss, (nats, metrics, by_source)), gradients = _over_micro_batches(
+        lambda *part: differentiate(moving, *part), (batch, keys), train.accumulation_steps
     )
     report = {k: v / form.total_rows for k, v in metrics.items()} | {"loss": nats / count}
+    if batch.sources is not None:
+        counts = source_sums(counted.sum(axis=1), batch.sources, len(names))
+        each = by_source / form.over_devices(counts)
+        report |= {f"loss/{name}": each[index] for index, name in enumerate(names)}
     return (loss, report), gradients

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Integer
 from torch import Tensor
 
 from bytelm.config.lfbyte import require_prediction
-from bytelm.data import Corpus, evaluation_batches, scored_windows
+from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.models.interface import inference
@@ -66,19 +65,19 @@ def make_row_nats(
 
 def evaluate_batches(
     row_nats: RowNats,
-    batches: Iterable[np.ndarray],
+    batches: Iterable[Batch],
     pad_id: int,
     group: parallel.Group,
     end_id: int | None = None,
 ) -> Evaluation:
-    """Sums over this process's `batches` of ids int[B, T] and over all processes.
+    """Sums over this process's rows of `batches` and over all processes.
 
     Pads are excluded, and `end_id` as in `make_row_nats`. Rows are added exactly (`math.fsum`), so
     neither their order nor the number of processes matters.
     """
     nats: list[float] = []
     count = 0
-    for ids in batches:
+    for ids in (batch.ids for batch in batches):
         count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
         nats.extend(row_nats(torch.from_numpy(ids).to(group.device)).tolist())
     gathered: list[Any] = [(nats, count)]

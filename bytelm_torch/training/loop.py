@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bytelm import data, recipes
+from bytelm import recipes
 from bytelm.config import (
     Recipe,
     from_dict,
@@ -34,19 +34,25 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
+from bytelm.data import evaluation_batches
 from bytelm.files import one_line
 from bytelm.memory import require_host_memory
-from bytelm.metrics import METRIC, MetricsLog, Throughput, bits_per_byte
+from bytelm.metrics import (
+    MetricsLog,
+    Throughput,
+    add_bits,
+    validation_line,
+    validation_record,
+)
 from bytelm.progress import GuessWarning, ProgressLines, StopSignal
+from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     DivergedError,
     Outcome,
     RunLock,
     export_note,
-    first_lines,
     keep_rules,
     load_recipe,
-    open_windows,
     prepare_run_dir,
     require_lock,
     what_a_run_is,
@@ -133,7 +139,8 @@ def _train(
 
     # ---- data ----
     length = recipe.data.sequence_length
-    windows, held_out, identity = open_windows(recipe)
+    found_data = open_windows(recipe)
+    windows, validation, identity = found_data
     found = what_a_run_is(recipe) | {"run_dir": str(run_dir), "data": identity}
     parallel.require_agreement(group, found)
 
@@ -149,7 +156,9 @@ def _train(
     start = _restore(run_dir, identity, model, optimizer)
 
     # ---- step ----
-    step_function = parallel.make_train_step(model, optimizer, run, vocab.pad_id, group)
+    step_function = parallel.make_train_step(
+        model, optimizer, run, vocab.pad_id, group, found_data.names
+    )
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
@@ -196,7 +205,7 @@ def _train(
                 display.say(f"step {step}: skipped because its loss or gradient norm is not finite")
                 continue
             if log and (step % run.log_every == 0 or step == run.steps):
-                values["bits_per_byte"] = bits_per_byte(values["loss"], 1)
+                add_bits(values)
                 values["learning_rate"] = schedule(step - 1)
                 values |= rates.read()
                 log.write({"step": step, **values})
@@ -205,21 +214,18 @@ def _train(
                     display.say(warning)
 
     def validate(step: int) -> dict[str, float] | None:
-        if not len(held_out):
+        if not validation:
             return None
         stop_on_non_finite(step, model=model.state_dict())
         rows = -(-run.batch_size // group.size) * group.size
-        batches = data.evaluation_batches(held_out, rows, run.eval_windows, group.rank, group.size)
-        result = evaluate_batches(row_nats, batches, vocab.pad_id, group)
-        record = {
-            "validation_loss": result.nats / result.count,
-            METRIC: result.bits_per_byte,
-        }
+        part, results = (run.eval_windows, group.rank, group.size), {}
+        for name, held_out in validation.items():
+            batches = evaluation_batches(held_out, rows, *part)
+            results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
+        record = validation_record(results)
         if log:
             log.write({"step": step, **record})
-        bits = checkpoint.score(record)
-        outcome = "is not finite" if bits is None else f"{bits:.4f} bits per byte"
-        display.say(f"step {step}: validation {outcome}")
+        display.say(validation_line(step, record))
         return record
 
     def save(step: int, record: dict[str, float] | None) -> None:
@@ -236,7 +242,7 @@ def _train(
         parameters = sum(each.numel() for each in model.parameters())
         devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
-        lines = first_lines(recipe, windows, held_out, parameters, machine)
+        lines = first_lines(recipe, found_data, parameters, machine)
         _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
@@ -244,8 +250,8 @@ def _train(
             if piece != before:
                 drain(0)
                 rates.restart(training_flops_per_byte(recipe.model, piece))
-            rows = next(batches).reshape(-1, piece)
-            report = step_function(step, rows, rate, clip, bool(stop))
+            batch = next(batches).cut(piece)
+            report = step_function(step, batch.ids, rate, clip, bool(stop), **batch.rest())
             step += 1
             pending.append((step, report))
             drain(0 if group.device.type == "cpu" else _IN_FLIGHT)
@@ -322,6 +328,21 @@ def _value(text: str) -> Any:
         return text
 
 
+_DATA_FLAGS = {"data": "paths", "weights": "weights"}
+"""Flags of the command line, and the fields of `data` that they set."""
+
+
+def _with_data(recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    """The recipe with what the flags say about data; a field given twice raises `ValueError`."""
+    for flag, name in _DATA_FLAGS.items():
+        given = getattr(options, flag)
+        twice = given and any(c.startswith(f"data.{name}=") for c in options.changes)
+        require(not twice, f"--{flag} and data.{name}: mean the same; give one of them")
+        if given:
+            recipe = replace(recipe, data=replace(recipe.data, **{name: tuple(given)}))
+    return recipe
+
+
 class _Parser(argparse.ArgumentParser):
     """Raises `ValueError` for a wrong command line, instead of printing its usage."""
 
@@ -343,16 +364,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
     parser.add_argument("--run-dir", type=_path, help="default runs/NAME")
     parser.add_argument(
-        "--data", nargs="+", action="extend", help="files and folders with bytes to train on"
+        "--data", nargs="+", action="extend", help="files and folders to train on, or NAME=PATH"
     )
+    weights = "the shares of named data: NAME=NUMBER …"
+    parser.add_argument("--weights", nargs="+", action="extend", help=weights)
     parser.add_argument("--initial", type=_path, help="an export to start from")
     try:
         options = parser.parse_intermixed_args(argv)
         recipe = with_changes(load_recipe(options.recipe), options.changes)
-        twice = options.data and any(c.startswith("data.paths=") for c in options.changes)
-        require(not twice, "--data and data.paths: mean the same; give one of them")
-        if options.data:
-            recipe = replace(recipe, data=replace(recipe.data, paths=tuple(options.data)))
+        recipe = _with_data(recipe, options)
         run_dir = options.run_dir or Path("runs") / recipe.name
         outcome = train(recipe, run_dir, options.initial)
     except DivergedError as error:

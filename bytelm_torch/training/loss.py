@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 
 from bytelm_torch.layers.ids import as_ids
@@ -20,6 +20,22 @@ def cross_entropy(
     counted = ids != pad_id
     nats = token_nats(logits, ids).masked_fill(~counted, 0.0)
     return nats.sum(), counted.sum()
+
+
+def row_nats(
+    logits: Float[Tensor, "B T V"], ids: Integer[Tensor, "B T"], pad_id: int
+) -> Float[Tensor, " B"]:
+    """`cross_entropy`'s nats, summed over each row alone."""
+    ids = as_ids(ids)
+    return token_nats(logits, ids).masked_fill(ids == pad_id, 0.0).sum(dim=1)
+
+
+def source_sums(
+    values: Shaped[Tensor, " B"], sources: Int[Tensor, " B"], count: int
+) -> Shaped[Tensor, " sources"]:
+    """Sums of the rows' values over the rows of each of `count` sources."""
+    theirs = sources[:, None] == torch.arange(count, device=sources.device)
+    return values[:, None].masked_fill(~theirs, 0).sum(dim=0)
 
 
 def token_nats(

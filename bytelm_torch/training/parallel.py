@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Integer
+from jaxtyping import Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ from bytelm.config import TrainConfig
 from bytelm.runs import require_same, short_json
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm
-from bytelm_torch.training.loss import cross_entropy
+from bytelm_torch.training.loss import cross_entropy, row_nats, source_sums
 
 
 class Group(NamedTuple):
@@ -128,69 +128,109 @@ def require_agreement(group: Group, found: dict[str, Any]) -> None:
         require_same(everyone)
 
 
+Report = dict[str, Tensor]
+"""The metrics of a step, by name."""
+
+
 class RowLoss(nn.Module):
-    """Summed nats, summed extra loss and summed metrics of rows; the module that DDP wraps."""
+    """Sums of rows: nats, extra loss, metrics, nats by source; the module that DDP wraps."""
 
-    def __init__(self, model: Any, pad_id: int, remat: bool):
+    def __init__(self, model: Any, pad_id: int, remat: bool, count: int = 0):
+        """`count` is the number of sources."""
         super().__init__()
-        self.model, self.pad_id, self.remat = model, pad_id, remat
+        self.model, self.pad_id, self.remat, self.count = model, pad_id, remat, count
 
-    def forward(self, ids: Integer[Tensor, "B T"]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(
+        self, ids: Integer[Tensor, "B T"], sources: Int[Tensor, " B"] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
         output = self.model.outputs(ids, self.remat)
-        nats, _ = cross_entropy(output.logits, ids, self.pad_id)
-        return nats, output.extra_loss.sum(), {k: v.sum() for k, v in output.metrics.items()}
+        metrics = {k: v.sum() for k, v in output.metrics.items()}
+        if sources is None:
+            nats, _ = cross_entropy(output.logits, ids, self.pad_id)
+            return nats, output.extra_loss.sum(), metrics, None
+        each = row_nats(output.logits, ids, self.pad_id)
+        by_source = source_sums(each.detach(), sources, self.count)
+        return each.sum(), output.extra_loss.sum(), metrics, by_source
 
 
 def make_train_step(
-    model: Any, optimizer: torch.optim.Optimizer, train: TrainConfig, pad_id: int, group: Group
-) -> Callable[[int, np.ndarray, float, float, bool], dict[str, Tensor]]:
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    train: TrainConfig,
+    pad_id: int,
+    group: Group,
+    names: tuple[str, ...] = (),
+) -> Callable[..., dict[str, Tensor]]:
     """`step(count, rows, learning_rate, max_grad_norm, stop) -> metrics`, after `count` steps.
 
-    `rows` are this process's ids of the global batch. Metrics: `loss` (nats, mean over all counted
-    ids of the global batch), `grad_norm`, the model's metrics, averaged over rows, and `stop`,
-    above 0 if any process asks for it. Gradients of micro-batches are added before they are used. A
-    step whose loss or gradient norm is not finite changes no parameter. Dropout depends on seed,
-    step and process alone, so a resumed run draws the same.
+    `rows` are this process's ids of the global batch, int[B, T]. Metrics: `loss` (nats, mean over
+    all counted ids of the global batch), `grad_norm`, the model's metrics, averaged over rows, and
+    `stop`, above 0 if any process asks for it. With `names` the step takes `sources`, int32 [B],
+    indices of names, and there is a `loss/NAME` for each, NaN without rows. Gradients of
+    micro-batches are added before they are used. A step whose loss or gradient norm is not finite
+    changes no parameter. Dropout depends on seed, step and process alone, so a resumed run draws
+    the same.
     """
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
-    whole: nn.Module = RowLoss(model, pad_id, train.remat)
+    whole: nn.Module = RowLoss(model, pad_id, train.remat, len(names))
     if group.size > 1:
         devices = None if group.device.type == "cpu" else [group.device]
         whole = DistributedDataParallel(whole, device_ids=devices)
 
-    def backward(ids: Tensor, count: Tensor, rows: int) -> dict[str, Tensor]:
+    def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
         with autocast(group.device, dtype):
-            nats, extra, metrics = whole(ids)
+            nats, extra, metrics, by_source = whole(**batch)
         # DDP averages the gradients of the processes, but they should be summed.
         ((nats / count + extra / rows) * group.size).backward()
         report = {"loss": nats / count, **{k: v / rows for k, v in metrics.items()}}
+        if by_source is not None:
+            report |= {f"loss/{name}": x for name, x in zip(names, by_source / each, strict=True)}
         return {name: value.detach() for name, value in report.items()}
 
     def step(
-        count: int, rows: np.ndarray, learning_rate: float, max_grad_norm: float, stop: bool
-    ) -> dict[str, Tensor]:
+        count: int, rows: np.ndarray, learning_rate: float, max_grad_norm: float, stop: bool,
+        **rest: np.ndarray,
+    ) -> Report:  # fmt: skip
         mixed = np.random.SeedSequence((train.seed, count, group.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]))
-        ids = as_ids(torch.from_numpy(rows)).to(group.device)
-        counted = all_sum(group, (ids != pad_id).sum()).clamp(min=1)
+        batch = {name: torch.from_numpy(each).to(group.device) for name, each in rest.items()}
+        batch["ids"] = as_ids(torch.from_numpy(rows)).to(group.device)
+        total, each = _counts(group, batch, pad_id, len(names))
         optimizer.zero_grad()
         reports = []
         for part in range(parts):
             quiet = isinstance(whole, DistributedDataParallel) and part + 1 < parts
             with whole.no_sync() if quiet else nullcontext():  # pyright: ignore
-                reports.append(backward(ids[part::parts], counted, len(ids) * group.size))
-        names = sorted(reports[0])
-        wide = reports[0]["loss"].dtype
-        local = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
-        sums = all_sum(group, torch.stack([*local, local[0].new_tensor(float(stop))]))
-        report = dict(zip([*names, "stop"], sums, strict=True))
+                ours = {name: value[part::parts] for name, value in batch.items()}
+                reports.append(backward(ours, total, len(rows) * group.size, each))
+        report = _add_up(group, reports, stop)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         report["grad_norm"] = global_norm(gradients)
         _move(optimizer, model, report, learning_rate, max_grad_norm)
         return report
 
     return step
+
+
+def _counts(
+    group: Group, batch: dict[str, Tensor], pad_id: int, sources: int
+) -> tuple[Tensor, Tensor]:
+    """How many ids of the global batch are counted, at least 1, and how many of each source."""
+    counted = batch["ids"] != pad_id
+    total = all_sum(group, counted.sum()).clamp(min=1)
+    if not sources:
+        return total, total
+    return total, all_sum(group, source_sums(counted.sum(dim=1), batch["sources"], sources))
+
+
+def _add_up(group: Group, reports: list[Report], stop: bool) -> Report:
+    """The sums over micro-batches and processes, and how many processes ask to `stop`."""
+    names = sorted(reports[0])
+    wide = reports[0]["loss"].dtype
+    local = [torch.stack([report[name].to(wide) for report in reports]).sum() for name in names]
+    sums = all_sum(group, torch.stack([*local, local[0].new_tensor(float(stop))]))
+    return dict(zip([*names, "stop"], sums, strict=True))
 
 
 def _move(

@@ -51,8 +51,8 @@ def measure(run_dir: Path, path: str, limit: int, batch: int) -> dict[str, Any]:
         return jnp.stack([jnp.where(ids != vocab.pad_id, part, 0).sum() for part in parts])
 
     counts = [
-        np.asarray(sums(params, ids), float)
-        for ids in data.evaluation_batches(windows, batch, limit)
+        np.asarray(sums(params, each.ids), float)
+        for each in data.evaluation_batches(windows, batch, limit)
     ]
     count, apart, same, exact, rough = np.sum(counts, axis=0).tolist()
     return {

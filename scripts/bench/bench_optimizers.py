@@ -96,12 +96,12 @@ def measure(
     corpus = data.open_corpus(options.data)
     parts = data.split(corpus, 0.02, 0)
     windows, rest = (data.Windows(p, MODEL.vocab, MODEL.max_length, True) for p in parts)
-    held_out = next(iter(data.evaluation_batches(rest, HELD_OUT, HELD_OUT)))
+    held_out = next(iter(data.evaluation_batches(rest, HELD_OUT, HELD_OUT))).ids
     run = make_run(configure(row, options.steps), options.steps, jnp.asarray(held_out))
     ends, start = [], time.process_time()
     for seed in range(options.seeds):
         source = training_batches(windows, BATCH, seed, 0)
-        batches = np.stack([next(source) for _ in range(options.steps)])
+        batches = np.stack([next(source).ids for _ in range(options.steps)])
         nats = run(jnp.asarray(rates, jnp.float32), jnp.int32(seed), jnp.asarray(batches))
         count = int(np.sum(held_out != MODEL.vocab.pad_id))
         ends.append([bits_per_byte(float(x), count) for x in nats])

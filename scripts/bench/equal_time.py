@@ -25,6 +25,7 @@ import jax
 from bytelm import data, recipes
 from bytelm.config import Recipe
 from bytelm.metrics import Evaluation, bits_per_byte
+from bytelm.run_data import open_windows
 from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -33,7 +34,6 @@ from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
-from bytelm_jax.training.loop import open_windows
 
 _PROBE = 0.02
 """The share of the time after which the speed is known, and so the number of steps."""
@@ -90,7 +90,7 @@ class Trainer:
         self.recipe, run, vocab = recipe, recipe.train, recipe.model.vocab
         self.windows, validation, _ = open_windows(recipe)
         self._limit, self.held_out = (
-            (run.eval_windows, validation) if held_out is None else (None, held_out)
+            (run.eval_windows, validation[""]) if held_out is None else (None, held_out)
         )
         self._mesh = meshes.make_mesh(1)
         self._bind, self._init = define_model(recipe.model)
@@ -140,7 +140,7 @@ class Trainer:
 
     def _batches(self, seed: int) -> Iterator[Any]:
         rows = training_batches(self.windows, self.recipe.train.batch_size, seed, 0)
-        return (meshes.put_batch(self._mesh, ids) for ids in rows)
+        return (meshes.put_batch(self._mesh, batch.ids) for batch in rows)
 
     def _program(self, count: int) -> Callable:
         if count not in self._programs:

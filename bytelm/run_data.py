@@ -1,0 +1,133 @@
+"""The data of a run: its sources, what is held out, and the lines that say so before it begins."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from bytelm import data
+from bytelm.config import DataConfig, Recipe, require
+from bytelm.config.run import parse_weights
+from bytelm.data import Corpus, Mixture, Windows
+from bytelm.files import one_line
+
+
+class RunData(NamedTuple):
+    """What a run trains and is validated on.
+
+    `validation` has windows by the name of their source, "" where none is named; empty ones are
+    left out. `identity` is equal where the data are, wherever they are stored.
+    """
+
+    windows: Windows | Mixture
+    validation: dict[str, Windows]
+    identity: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the sources; empty without a mixture."""
+        return self.windows.names if isinstance(self.windows, Mixture) else ()
+
+
+def open_windows(recipe: Recipe) -> RunData:
+    """The data of a recipe, read or mapped; raises `ValueError` where they do not fit it."""
+    config = recipe.data
+    named = data.named_paths(config.paths, "data.paths") or {"": []}
+    weights = _weights(config, named)
+    corpora = {name: _open(config, name, paths) for name, paths in named.items()}
+    rule = config.validation_fraction, config.split_seed, config.split_rule
+    training, validation = {}, {}
+    for name, corpus in corpora.items():
+        train, held_out = data.split(corpus, *rule)
+        training[name] = _cut(recipe, train)
+        if held_out.documents:
+            validation[name] = _cut(recipe, held_out)
+    prints = {name: corpus.fingerprint() for name, corpus in corpora.items()}
+    if "" in named:
+        return RunData(training[""], validation, prints[""])
+    return RunData(Mixture(training, weights), validation, _identity(prints, weights))
+
+
+def _open(config: DataConfig, name: str, paths: list[str]) -> Corpus:
+    corpus = data.open_corpus(paths, config.text_field, config.raw, config.cache_dir)
+    corpus.notes = tuple(f"{name}: {note}" if name else note for note in corpus.notes)
+    return corpus
+
+
+def _cut(recipe: Recipe, corpus: Corpus) -> Windows:
+    config = recipe.data
+    return Windows(corpus, recipe.model.vocab, config.sequence_length, config.append_eos)
+
+
+def _weights(config: DataConfig, named: Mapping[str, object]) -> dict[str, float] | None:
+    """The weight of each source, None where their bytes decide."""
+    weights = parse_weights(config.weights)
+    if not weights:
+        return None
+    first = next(iter(config.weights))
+    require("" not in named, f"weights={first}: no data have a name; write --data NAME=PATH")
+    known = ", ".join(named)
+    for name in weights:
+        require(name in named, f"weights={name}: no such data; the names are {known}")
+    for name in named:
+        require(name in weights, f"weights: {name} has none; give --weights {name}=NUMBER, too")
+    return weights
+
+
+def _identity(prints: Mapping[str, str], weights: Mapping[str, float] | None) -> str:
+    parts = [[name, each, (weights or {}).get(name)] for name, each in prints.items()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# ---- the first lines ----------------------------------------------------------------------------
+
+
+def first_lines(recipe: Recipe, found: RunData, parameters: int, machine: str) -> list[str]:
+    """What a run is, in a few lines, and warnings about its data.
+
+    `machine` says on what it trains.
+    """
+    run, config, windows = recipe.train, recipe.data, found.windows
+    epoch = len(windows) / run.batch_size
+    lines = [f"{recipe.name}: {parameters:,} parameters, on {machine}"]
+    if isinstance(windows, Mixture):
+        named = data.named_paths(config.paths, "data.paths")
+        for name, part in windows.sources.items():
+            share = windows.shares[name]
+            epochs = run.steps * run.batch_size * share / len(part)
+            what = _what(recipe, part.corpus, found.validation.get(name))
+            where = one_line(", ".join(named[name]), 120)
+            lines += [f"data {name}: {where}: {what}; {share:.1%} of rows, {epochs:,.2f} epochs"]
+        corpora, once = [part.corpus for part in windows.sources.values()], "all windows once are"
+    else:
+        where = ", ".join(config.paths) or "the source of Python's standard library"
+        what = _what(recipe, windows.corpus, found.validation.get(""))
+        lines += [f"data: {one_line(where, 120)}: {what}"]
+        corpora, once = [windows.corpus], "an epoch is"
+    lines += [
+        f"{run.steps:,} steps of {run.batch_size:,} windows of "
+        f"{config.sequence_length:,}; {once} {epoch:,.1f} steps"
+    ]
+    return lines + [f"warning: data: {note}" for corpus in corpora for note in corpus.notes]
+
+
+def _what(recipe: Recipe, train: Corpus, held_out: Windows | None) -> str:
+    """How much of a source is trained on, and what is held out of it."""
+    if held_out is None:
+        whole, split = train.total_bytes, "none held out"
+    else:
+        rest, documents = held_out.corpus, train.documents + held_out.corpus.documents
+        whole = train.total_bytes + rest.total_bytes
+        if rest.is_cut:
+            few = data.FEWEST_DOCUMENTS if recipe.data.split_rule == "content" else 2
+            why = f"fewer than {few} documents" if documents <= few else "no other way to split"
+            split = f"the last {rest.total_bytes:,} held out ({why})"
+        else:
+            chosen = f"{rest.total_bytes:,} bytes in {_counted(rest.documents, 'document')}"
+            split = f"{chosen} held out by {recipe.data.split_rule}"
+    counted = f"{train.total_bytes:,} in {_counted(train.documents, 'document')}"
+    return f"{whole:,} bytes; {counted} to train on, {split}"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
