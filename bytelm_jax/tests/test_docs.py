@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import bytelm_jax
-from bytelm.data import cache
-from bytelm.runs import open_windows
+from bytelm.data import Mixture, cache
+from bytelm.run_data import open_windows
 from bytelm.tests.test_formats import TEXTS, write_form
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import run
@@ -54,7 +54,8 @@ def test_every_command_of_the_guide_to_data(tmp_path, monkeypatch):
 
     def up_to_the_first_step(recipe, *_):
         windows, held_out, _ = open_windows(recipe)
-        size = windows.corpus.total_bytes + held_out.corpus.total_bytes
+        train = windows.sources.values() if isinstance(windows, Mixture) else [windows]
+        size = sum(part.corpus.total_bytes for part in [*train, *held_out.values()])
         trained.append((recipe.data.paths if not recipe.data.raw else (), size))
         return 0
 
