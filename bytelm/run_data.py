@@ -90,6 +90,7 @@ def first_lines(recipe: Recipe, found: RunData, parameters: int, machine: str) -
     run, config, windows = recipe.train, recipe.data, found.windows
     epoch = len(windows) / run.batch_size
     lines = [f"{recipe.name}: {parameters:,} parameters, on {machine}"]
+    lines += [f"began from {one_line(recipe.origin, 200)}"] if recipe.origin else []
     if isinstance(windows, Mixture):
         named = data.named_paths(config.paths, "data.paths")
         for name, part in windows.sources.items():

@@ -94,7 +94,7 @@ def _best(run_dir: Path, steps: list[int]) -> int:
 _PLACES = ("paths", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
-_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from"}
+_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
 

@@ -32,13 +32,14 @@ from bytelm_jax.layers import rotary as jax_rotary
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.parity.twins import make_twin
-from bytelm_jax.training import checkpoint
+from bytelm_jax.training import checkpoint, starting
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.inference.generate import generate
 from bytelm_torch.layers import rotary as torch_rotary
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
 from parity_tests.patch_thresholds import splitting_threshold
+from parity_tests.starts import begun_from
 from parity_tests.tolerances import LOGITS
 
 transformers = pytest.importorskip(
@@ -259,8 +260,10 @@ def test_there_and_back_through_the_commands(dtype, tmp_path, capsys):
     config, params = import_hf_blt(source, convert.Float32Cast())
     recipe, restored, _ = load_run(tmp_path / "run")
     assert recipe.model == config
+    begun = starting.load_start(begun_from(str(source), config))[1]  # without the import
     for key, value in params.items():
         assert np.asarray(value).tobytes() == np.asarray(restored[key]).tobytes(), key
+        assert np.asarray(value).tobytes() == np.asarray(begun[key]).tobytes(), key
 
 
 def test_the_1b_shape_name_by_name():

@@ -29,8 +29,9 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import megabyte as convert_megabyte
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.training import checkpoint
+from bytelm_jax.training import checkpoint, starting
 from bytelm_torch import from_pretrained
+from parity_tests.starts import begun_from
 from parity_tests.tolerances import LOGITS
 from parity_tests.wrong_states import (
     complex_numbers,
@@ -350,6 +351,8 @@ def test_what_is_not_float32_becomes_it_and_opens(
     error = capsys.readouterr().err
     assert re.fullmatch(rounded, error) if dtype is torch.float64 else not error
     recipe, params, _ = checkpoint.load_run(tmp_path / "run")  # as every command opens it
+    begun = starting.load_start(begun_from(command[1], recipe.model))[1]  # without the import
+    assert all((params[name] == value).all() for name, value in begun.items())
     assert {array.dtype.name for array in params.values()} == {"float32"}
     _, expected = convert_megabyte.import_megabyte(
         save_safe({name: value.float() for name, value in state.items()}, tmp_path)

@@ -111,7 +111,7 @@ def start(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(corpus, start, tmp_path_factory):
     run = tmp_path_factory.mktemp("torch")
-    assert train.train(torch_recipe(corpus), run, start) == (5, False)
+    assert train.train(torch_recipe(corpus, init_from=str(start)), run) == (5, False)
     return run
 
 
@@ -142,8 +142,9 @@ def test_the_batches_are_those_of_jax(corpus):
 # ---- the run --------------------------------------------------------------------------------
 
 
-def test_both_packages_log_the_same_run(corpus, one_process, tmp_path):
+def test_both_packages_log_the_same_run(corpus, start, one_process, tmp_path):
     recipe = replace(RECIPE, data=replace(RECIPE.data, paths=(str(corpus),)))
+    recipe = replace(recipe, train=replace(recipe.train, init_from=str(start)))
     jax_train.train(recipe, tmp_path)
     ours, theirs = (
         read_metrics(tmp_path / "metrics.jsonl"),
@@ -170,6 +171,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_other_did(
     corpus, start, one_process, tmp_path, monkeypatch
 ):
     recipe = torch_recipe(corpus, checkpoint_every=2, keep_last=1, keep_best=0)
+    began = replace(recipe, train=replace(recipe.train, init_from=str(start)))
     real, calls = parallel.make_train_step, []
 
     def stopping(*arguments):
@@ -182,7 +184,7 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_other_did(
         return call
 
     monkeypatch.setattr(parallel, "make_train_step", stopping)
-    assert train.train(recipe, tmp_path, start) == (3, True)
+    assert train.train(began, tmp_path) == (3, True)
     assert saved_steps(tmp_path) == [3]
     assert train.train(recipe, tmp_path) == (5, False)
     assert calls == [0, 1, 2, 3, 4]
@@ -205,15 +207,16 @@ def test_an_interrupted_run_ends_bit_for_bit_where_the_other_did(
 
 def test_initial_weights_of_any_dtype_become_float32(corpus, start, tmp_path):
     model = bytelm_torch.from_pretrained(start, torch.bfloat16)
-    recipe, alone = torch_recipe(corpus), parallel.Group(0, 1, torch.device("cpu"))
+    alone = parallel.Group(0, 1, torch.device("cpu"))
     bytelm_torch.save_pretrained(model, tmp_path / "sixteen")
-    started = train._start_model(recipe, tmp_path / "sixteen", alone)
+    recipe = torch_recipe(corpus, init_from=str(tmp_path / "sixteen"))
+    _, started = train._start_model(recipe, alone)
     assert {value.dtype for value in started.parameters()} == {torch.float32}
     model.double().to_logits.bias.data[3] = 1e39
     bytelm_torch.save_pretrained(model, tmp_path / "large")
     line = r"large: to_logits\.bias holds a value too large for float32$"
     with pytest.raises(ValueError, match=line):
-        train._start_model(recipe, tmp_path / "large", alone)
+        train._start_model(torch_recipe(corpus, init_from=str(tmp_path / "large")), alone)
 
 
 def test_two_processes_and_accumulation_change_nothing(corpus, start, one_process, tmp_path):
@@ -224,7 +227,7 @@ def test_two_processes_and_accumulation_change_nothing(corpus, start, one_proces
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "bytelm_torch.train", str(config)]
     command += ["train.accumulation_steps=2", "train.devices=0", "--run-dir", str(tmp_path / "run")]
-    command += ["--initial", str(start)]
+    command += [f"train.init_from={start}"]
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     workers = [
         subprocess.Popen(command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
@@ -379,7 +382,8 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
         (str(recipe), "--data="): "train: paths=('', ",
         (str(recipe), "--data"): "train: argument --data: expected at least one argument\n",
         ("",): "train: argument recipe: is empty; name a file or folder\n",
-        (str(recipe), "--initial="): "train: argument --initial: is empty; ",
+        (str(recipe), "train.init_from="): "train: train.init_from: is empty; ",
+        (str(recipe), "train.init_from=none"): "train: train.init_from=none: does not exist; ",
         (str(recipe), "--run-dir", ""): "train: argument --run-dir: is empty; ",
         (
             str(recipe),

@@ -119,7 +119,9 @@ class TrainConfig:
     process that makes no progress for `step_timeout` seconds (0: never). `track` names the services
     that receive the metrics, besides `metrics.jsonl`. `entropy_from` names a calibrated run folder,
     from which BLT with patcher="entropy" takes its entropy model: sizes, weights, threshold and
-    mean patch length.
+    mean patch length. `init_from` names weights from which a run starts, with a new optimizer: a
+    run folder, PATH@CHECKPOINT for another checkpoint than its latest, an export, or what
+    `bytelm import` reads.
     """
 
     steps: int = 1000
@@ -140,6 +142,7 @@ class TrainConfig:
     max_bad_steps: int = 20
     step_timeout: int = 1800
     entropy_from: str = ""
+    init_from: str = ""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -160,7 +163,8 @@ class Recipe:
     """A named run: everything that `bytelm train NAME` needs.
 
     `patching`, which recipes leave empty, is what `train` and `calibrate` measured about the
-    patches. Raises `ValueError` for a model of more than 4,096 layers of one kind.
+    patches; `origin`, likewise, is which weights `train.init_from` named when the run began.
+    Raises `ValueError` for a model of more than 4,096 layers of one kind.
     """
 
     name: str
@@ -169,6 +173,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     patching: PatchingContract | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         _require_few_layers(self.model, "model")

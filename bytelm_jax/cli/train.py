@@ -7,6 +7,7 @@ from typing import NamedTuple
 from bytelm import recipes
 from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends, require_length
 from bytelm.config.lfbyte import require_prediction
+from bytelm.starting import with_source
 from bytelm_jax.cli.arguments import (
     ALIASES,
     UsageError,
@@ -33,6 +34,11 @@ def train_command(argv: list[str]) -> int:
     if dry and (epochs or joining.several):
         raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
     run_dir = Path(run_dir or Path("runs") / recipe.name)
+    source, rest = take_option(rest, "init_from", "train.init_from")
+    if source:
+        from bytelm_jax.training.starting import read_config  # takes JAX
+
+        recipe = with_source(recipe, source, run_dir, read_config)
     if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
         raise UsageError("--epochs: sets --train.steps; give only one of them")
     recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
@@ -69,6 +75,8 @@ def _train_help() -> str:
             "    `bytelm train RECIPE --optimizer NAME --help` lists its fields",
             *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
             "  --save_path for --run-dir",
+            "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
+            "    export, or what `bytelm import` reads; the model is theirs",
             "  --epochs N for the --steps that show each window N times",
             "  --distributed for one run over all processes of a SLURM or MPI job or a TPU pod",
             "  --coordinator HOST:PORT --num-processes N --process-id I for one run elsewhere",

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from bytelm.config import ModelConfig, require
-from bytelm.export import CONFIG_FILE, INDEX_FILE, LIBRARY, read_json
+from bytelm.export import CONFIG_FILE, INDEX_FILE, LIBRARY, read_description, read_json
 from bytelm_jax.interop.convert import Cast, Float32Cast, load_export
-from bytelm_jax.interop.hf_blt import import_hf_blt
-from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte
+from bytelm_jax.interop.hf_blt import import_hf_blt, read_hf_blt_config
+from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte, read_megabyte_config
 from bytelm_jax.models import Params
 
 
@@ -26,6 +26,17 @@ def import_any(
     require(format in ("auto", *readers), f"format={format!r}: choose one of {known}")
     reader = readers[_recognise(Path(path)) if format == "auto" else format]
     return reader(path, cast=Float32Cast() if cast is None else cast)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration that `import_any` finds; no weights are read, and JAX is not started."""
+    match _recognise(Path(path)):
+        case "megabyte":
+            return read_megabyte_config(path)
+        case "hf-blt":
+            return read_hf_blt_config(path)
+        case _:
+            return read_description(path).config
 
 
 def _recognise(path: Path) -> str:

@@ -334,10 +334,7 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
     or are not finite.
     """
     folder = Path(path)
-    with export.errors_about(folder / export.CONFIG_FILE, "give a folder of save_pretrained"):
-        fields = export.read_json(folder / export.CONFIG_FILE)
-        require(isinstance(fields, dict), "must hold a JSON object")
-        config = blt_config_from_hf(fields)
+    fields, config = _read_config(folder)
     tensors = export.ShardedTensors(export.weight_files(folder), convert.NUMPY)
     export.check_size(tensors, config)
     leaves, names = abstract_params(config), hf_blt_names(config)
@@ -349,6 +346,18 @@ def import_hf_blt(path: str | Path, cast: convert.Cast | None = None) -> tuple[B
     }
     tensors.verify(export.sum_of_json(fields))
     return config, params
+
+
+def read_hf_blt_config(path: str | Path) -> BLTConfig:
+    """The configuration that `import_hf_blt` finds; no weights are read."""
+    return _read_config(Path(path))[1]
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], BLTConfig]:
+    with export.errors_about(folder / export.CONFIG_FILE, "give a folder of save_pretrained"):
+        fields = export.read_json(folder / export.CONFIG_FILE)
+        require(isinstance(fields, dict), "must hold a JSON object")
+        return fields, blt_config_from_hf(fields)
 
 
 def _placed(name: str, array: np.ndarray) -> Array:

@@ -45,7 +45,23 @@ def import_megabyte(
     and every bit, unless `cast` changes them. Raises `ValueError` for anything else, including a
     tensor that is missing, unknown or not finite.
     """
-    file = Path(path)
+    with _opened(Path(path)) as (tensors, prefix, shapes):
+        config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
+        names = lambda name: prefix + _original_name(name)  # noqa: E731
+        params = convert.assemble(tensors, config, names, cast)
+        tensors.check_finite()
+        return config, params
+
+
+def read_megabyte_config(path: str | Path) -> MegabyteConfig:
+    """The configuration that `import_megabyte` finds; no weights are read."""
+    with _opened(Path(path)) as (_, _, shapes):
+        return megabyte_config(shapes)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[StoredTensors, str, dict[str, tuple[int, ...]]]]:
+    """The tensors of a file or folder, their common prefix, and shapes by name without it."""
     if file.is_dir():
         inside = [file / name for name in FOREIGN_FILES]
         file = next(filter(Path.is_file, inside), inside[0])
@@ -53,12 +69,7 @@ def import_megabyte(
     opened = open_safetensors(file, convert.NUMPY) if is_safetensors else _open_torch_file(file)
     with opened as tensors:
         prefix = "inner_model." if all(name.startswith("inner_model.") for name in tensors) else ""
-        shapes = {name.removeprefix(prefix): tensor.shape for name, tensor in tensors.items()}
-        config = megabyte_config(shapes, pad_id=pad_id, eos_id=eos_id)
-        names = lambda name: prefix + _original_name(name)  # noqa: E731
-        params = convert.assemble(tensors, config, names, cast)
-        tensors.check_finite()
-        return config, params
+        yield tensors, prefix, {n.removeprefix(prefix): each.shape for n, each in tensors.items()}
 
 
 def megabyte_config(

@@ -53,7 +53,8 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
         if name == "train":
             recipe = recipes.get(arguments[0])
             _, rest = take_option(arguments[1:], "run_dir", "save_path")
-            _, rest = take_option(rest, "epochs")
+            for option in ("epochs", "init_from"):
+                _, rest = take_option(rest, option)
             _, rest = take_processes(take_dry_run(rest)[1])
             expand_names(recipe, rest)
             continue

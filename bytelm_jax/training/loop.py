@@ -29,12 +29,14 @@ from bytelm.runs import (
     keep_rules,
     prepare_run_dir,
     require_lock,
+    saved_steps,
     what_a_run_is,
 )
+from bytelm.starting import keep_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
-from bytelm_jax.training import checkpoint, processes
+from bytelm_jax.training import checkpoint, processes, starting
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import (
     patch_calibration as patch_contract,
@@ -111,12 +113,15 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         require_document_ends(recipe)
         require_length(recipe)
         check_trackers(recipe.train.track)
-        recipe = keep_rules(run_dir, recipe)
+        recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
         recipe = patch_contract.adopt(recipe, run_dir)
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(mesh, recipe.train)
         found_data = open_windows(recipe)
         windows, validation, identity = found_data
+        fresh, trained = not saved_steps(run_dir), {}
+        if fresh:
+            recipe, trained = starting.load_start(recipe)
         found |= processes.installation() | what_a_run_is(recipe)
         found |= {"run_dir": str(run_dir), "data": identity, "mesh": meshes.describe(mesh)}
     run, vocab = recipe.train, recipe.model.vocab
@@ -149,9 +154,10 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
             state = steps.TrainState(step_number, resumed.params, resumed.opt_state)
         else:
             state = steps.compile_init(optimizer, init_params, template)()
-            if run.entropy_from:
-                trained = meshes.place(mesh, patch_contract.load_entropy_model(recipe))
-                state = state._replace(params=state.params | trained)
+            if not fresh:  # no checkpoint could be read
+                recipe, trained = starting.load_start(recipe)
+            if trained:
+                state = state._replace(params=state.params | meshes.place(mesh, trained))
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))

@@ -255,6 +255,8 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
     """
     model: Any = recipe.model
     named = recipe.train.entropy_from
+    if recipe.train.init_from:  # the whole model comes from there
+        return recipe
     if not model.needs_entropy_model:
         require(
             not named,

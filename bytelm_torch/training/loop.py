@@ -24,6 +24,8 @@ from torch import Tensor
 
 from bytelm import recipes
 from bytelm.config import (
+    ModelConfig,
+    PatchingContract,
     Recipe,
     from_dict,
     optimizers_with,
@@ -35,6 +37,7 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
+from bytelm.export import patching_of, read_description
 from bytelm.files import one_line
 from bytelm.memory import require_host_memory
 from bytelm.metrics import (
@@ -51,12 +54,14 @@ from bytelm.runs import (
     Outcome,
     RunLock,
     export_note,
+    find_export,
     keep_rules,
     load_recipe,
     prepare_run_dir,
     require_lock,
     what_a_run_is,
 )
+from bytelm.starting import keep_source, origin_of, require_fit, split_source, with_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
@@ -70,31 +75,44 @@ _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
 
 
-def train(recipe: Recipe, run_dir: Path, initial: Path | None = None) -> Outcome:
+def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """Trains `recipe` in `run_dir`, continuing from its latest checkpoint if there is one.
 
-    `initial` is an export whose parameters a new run starts from. Raises `ValueError` for settings,
-    data or checkpoints that do not fit. Raises `DivergedError` if the loss was not finite at
-    `max_bad_steps` steps in a row, each of which was skipped, or at the last steps, and if weights
-    are not finite; such weights are neither evaluated nor saved.
+    Raises `ValueError` for settings, data, weights or checkpoints that do not fit. Raises
+    `DivergedError` if the loss was not finite at `max_bad_steps` steps in a row, each of which was
+    skipped, or at the last steps, and if weights are not finite; such weights are neither evaluated
+    nor saved.
     """
     with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
-        return _train(recipe, run_dir, initial, group, lock)
+        return _train(recipe, run_dir, group, lock)
 
 
-def _start_model(recipe: Recipe, initial: Path | None, group: parallel.Group) -> Any:
-    if initial is None:
-        torch.manual_seed(recipe.train.seed)
-        return build_model(recipe.model).to(group.device)
-    model = from_pretrained(initial, device=group.device).float()
-    same = model.config == recipe.model
-    require(same, f"initial={initial}: not the recipe's model; give an export of that model")
-    bad = first_non_finite(model.state_dict())
-    require(bad is None, f"initial={initial}: {bad} holds a value too large for float32")
-    return model
+def _start_model(recipe: Recipe, group: parallel.Group) -> tuple[Recipe, Any]:
+    """The model at step 0, and the recipe with the origin of weights that it did not draw."""
+    torch.manual_seed(recipe.train.seed)
+    model, named = build_model(recipe.model).to(group.device), recipe.train.init_from
+    if not named:
+        return recipe, model
+    path, which = split_source(named)
+    source = from_pretrained(path, checkpoint=which).float()
+    theirs = source.state_dict()
+    shapes = [{n: tuple(v.shape) for n, v in each.items()} for each in (theirs, model.state_dict())]
+    require_fit(named, (source.config.vocab, shapes[0]), (recipe.model.vocab, shapes[1]))
+    bad = first_non_finite(theirs)
+    require(bad is None, f"train.init_from={named}: {bad} holds a value too large for float32")
+    model.load_state_dict(theirs)
+    place = find_export(path, which)
+    step = int(place.name) if place and place != path else None
+    origin = origin_of(named, step, ((name, theirs[name].numpy()) for name in sorted(theirs)))
+    return replace(recipe, origin=origin), model
 
 
-def _check(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group) -> None:
+def _read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
+    described = read_description(path)
+    return described.config, patching_of(described.extra)
+
+
+def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     """Raises `ValueError` for a recipe that this package cannot train."""
     require_prediction(recipe.model)
     require_document_ends(recipe)
@@ -104,17 +122,17 @@ def _check(recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.
     if group.device.type == "cpu":
         require_host_memory(recipe)
     model, source = recipe.model, recipe.train.entropy_from
-    if initial is not None or checkpoint.saved_steps(run_dir):
+    if recipe.train.init_from or checkpoint.saved_steps(run_dir):
         return
     require(
         not source,
         f"train.entropy_from={source}: this trainer takes no entropy model out of a run; train "
-        "with `bytelm train`, or start from an export of the whole model with --initial",
+        "with `bytelm train`, or start from an export of the whole model by train.init_from",
     )
     require(
         not model.needs_entropy_model,
         "model.patcher='entropy': needs a trained entropy model; start from an export of the whole "
-        "model with --initial, or take model.patcher=space",
+        "model by train.init_from, or take model.patcher=space",
     )
 
 
@@ -130,12 +148,10 @@ def _restore(
     return start
 
 
-def _train(
-    recipe: Recipe, run_dir: Path, initial: Path | None, group: parallel.Group, lock: RunLock
-) -> Outcome:
-    recipe = keep_rules(run_dir, recipe)
+def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) -> Outcome:
+    recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
-    _check(recipe, run_dir, initial, group)
+    _check(recipe, run_dir, group)
 
     # ---- data ----
     length = recipe.data.sequence_length
@@ -145,10 +161,16 @@ def _train(
     parallel.require_agreement(group, found)
 
     # ---- model and optimizer ----
+    resumes = bool(checkpoint.saved_steps(run_dir))
+    recipe, model = (
+        (recipe, build_model(recipe.model).to(group.device))
+        if resumes
+        else _start_model(recipe, group)
+    )
     if first:
         prepare_run_dir(run_dir, recipe)
         require_lock(lock.take(run_dir), run_dir)
-    model = _start_model(recipe, initial, group).train()
+    model.train()
     optimizer = build_optimizer(recipe.optimizer, model, run.seed)
 
     # ---- restore ----
@@ -291,21 +313,25 @@ def _say_what_it_is(
         display.say(line)
 
 
-def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+def with_changes(recipe: Recipe, changes: Sequence[str], run_dir: Path | None = None) -> Recipe:
     """The recipe with fields set by `section.field=value`; values are JSON, or plain text.
 
-    `optimizer.name=NAME` is applied first, wherever it is, since it decides which fields exist.
+    `train.init_from=PATH` and `optimizer.name=NAME` are applied first, wherever they are: the one
+    brings the model, unless `run_dir` holds a run already, the other decides which fields exist.
     Raises `ValueError` for an unknown field and for one that is given twice.
     """
     split = [(change, *change.partition("=")) for change in changes]
     for field, count in Counter(name for _, name, _, _ in split).items():
         require(count == 1, f"{field}: is given {count} times; give it once, a list as [1, 2]")
-    names = [_value(text) for _, name, _, text in split if name == "optimizer.name"]
-    if names:
-        recipe = recipes.with_optimizer(recipe, names[-1])
+    values = {name: _value(text) for _, name, _, text in split}
+    if "train.init_from" in values:
+        require(values["train.init_from"] != "", "train.init_from: is empty; name weights")
+        recipe = with_source(recipe, str(values["train.init_from"]), run_dir, _read_config)
+    if "optimizer.name" in values:
+        recipe = recipes.with_optimizer(recipe, values["optimizer.name"])
     tree = to_dict(recipe)
     for change, name, equals, text in split:
-        if name == "optimizer.name":
+        if name in ("optimizer.name", "train.init_from"):
             continue
         *path, last = name.split(".")
         node = tree
@@ -368,13 +394,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     weights = "the shares of named data: NAME=NUMBER …"
     parser.add_argument("--weights", nargs="+", action="extend", help=weights)
-    parser.add_argument("--initial", type=_path, help="an export to start from")
     try:
         options = parser.parse_intermixed_args(argv)
-        recipe = with_changes(load_recipe(options.recipe), options.changes)
-        recipe = _with_data(recipe, options)
+        recipe = load_recipe(options.recipe)
         run_dir = options.run_dir or Path("runs") / recipe.name
-        outcome = train(recipe, run_dir, options.initial)
+        recipe = _with_data(with_changes(recipe, options.changes, run_dir), options)
+        outcome = train(recipe, run_dir)
     except DivergedError as error:
         print(f"train: {error}", file=sys.stderr)
         return 1

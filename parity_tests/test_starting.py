@@ -1,0 +1,92 @@
+"""A run starts from any weights that can be read: the same ones in both packages, or a refusal."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import bytelm_torch
+import bytelm_torch.hf
+from bytelm import recipes
+from bytelm.config import Recipe, TrainConfig
+from bytelm.starting import with_source
+from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import convert
+from bytelm_jax.models import define_model
+from bytelm_jax.training import checkpoint, starting
+from bytelm_torch.training import loop as torch_loop
+from bytelm_torch.training import parallel
+from parity_tests.tiny_models import CONFIGS
+
+MODEL = CONFIGS["megabyte"]
+ALONE = parallel.Group(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.jit(define_model(MODEL)[1], static_argnums=0)(3)
+
+
+@pytest.fixture(scope="module")
+def sources(params, tmp_path_factory):
+    """The same weights in every form; the run of JAX has other weights at its latest step."""
+    folder = tmp_path_factory.mktemp("sources")
+    convert.export_model(MODEL, params, folder / "export")
+    model = bytelm_torch.from_pretrained(folder / "export")
+    bytelm_torch.hf.from_native(model).save_pretrained(folder / "transformers")
+    recipe = Recipe(name="source", model=MODEL)
+    checkpoint.create_run(folder / "jax", recipe, params)
+    other = {name: value + 1 for name, value in params.items()}
+    with checkpoint.open_checkpoints(folder / "jax", TrainConfig()) as manager:
+        checkpoint.save(manager, 2, other, {"mean": other}, recipe, "", None)
+    bytelm_torch.save_pretrained(model, folder / "torch" / "checkpoints" / "7")
+    shutil.copy(folder / "jax" / "config.json", folder / "torch" / "config.json")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["jax@0", "torch", "torch@7", "export", "transformers"])
+def test_both_packages_start_from_the_same_weights(name, sources, params):
+    source = str(sources / name)
+    recipe = with_source(recipes.megabyte_tiny(), source, sources / "no run", starting.read_config)
+    assert recipe.model == MODEL and recipe.train.init_from == source
+    begun, ours = starting.load_start(recipe)
+    assert ours.keys() == params.keys()
+    for key, value in params.items():
+        np.testing.assert_array_equal(ours[key], value)
+    step = {"jax@0": " at step 0", "torch": " at step 7", "torch@7": " at step 7"}.get(name, "")
+    assert begun.origin.startswith(f"{source}{step}, sha256:")
+    if not name.startswith("jax"):
+        theirs, model = torch_loop._start_model(recipe, ALONE)
+        assert theirs.origin == begun.origin
+        back = convert.from_torch({k: v.numpy() for k, v in model.state_dict().items()}, MODEL)
+        assert all((back[key] == value).all() for key, value in params.items())
+    else:
+        with pytest.raises(ValueError, match="a run folder of JAX, which JAX alone reads"):
+            torch_loop._start_model(recipe, ALONE)
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(sources, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").write_bytes(b"some text " * 400)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(sources / "export", damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    export = sources / "export"
+    for options, says in {
+        f"megabyte_tiny --init-from {export} --global-dim 24": r"there and",
+        f"megabyte_tiny --init-from {export} --vocab.pad-id 300": "has another id map",
+        f"lfbyte_tiny --init-from {export}": "architecture megabyte, and lfbyte_tiny is lfbyte",
+        f"megabyte_tiny --init-from {damaged}": "model.safetensors",
+        f"megabyte_tiny --init-from {sources / 'jax'}@5": "checkpoint=5",
+        f"megabyte_tiny --init-from {export}@best": "is not a run folder",
+        "megabyte_tiny --init-from none": "train.init_from=none: does not exist",
+        "megabyte_tiny --init-from=": "needs a value",
+    }.items():
+        command = ["train", *options.split(), "--data", "text", "--sequence-length", "8"]
+        assert cli.main([*command, "--batch-size", "8", "--steps", "2"]) == 2, options
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1, (options, error)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["damaged", "text"]
