@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bytelm import data
 from bytelm.config import DataConfig, Recipe, require
@@ -15,8 +15,9 @@ from bytelm.files import one_line
 class RunData(NamedTuple):
     """What a run trains and is validated on.
 
-    `validation` has windows by the name of their source, "" where none is named; empty ones are
-    left out. `identity` is equal where the data are, wherever they are stored.
+    `validation` has windows by the name of their source, or of their set where `data.valid` names
+    some; "" where none is named; empty ones are left out. `identity` is equal where the data are,
+    wherever they are stored.
     """
 
     windows: Windows | Mixture
@@ -34,24 +35,35 @@ def open_windows(recipe: Recipe) -> RunData:
     config = recipe.data
     named = data.named_paths(config.paths, "data.paths") or {"": []}
     weights = _weights(config, named)
+    sets = data.named_paths(config.valid, "data.valid")
     corpora = {name: _open(config, name, paths) for name, paths in named.items()}
-    rule = config.validation_fraction, config.split_seed, config.split_rule
-    training, validation = {}, {}
-    for name, corpus in corpora.items():
-        train, held_out = data.split(corpus, *rule)
-        training[name] = _cut(recipe, train)
-        if held_out.documents:
-            validation[name] = _cut(recipe, held_out)
-    prints = {name: corpus.fingerprint() for name, corpus in corpora.items()}
-    if "" in named:
-        return RunData(training[""], validation, prints[""])
-    return RunData(Mixture(training, weights), validation, _identity(prints, weights))
+    held_out = {name: _open(config, name, paths) for name, paths in sets.items()}
+    _note_overlap(corpora, held_out)
+    identity = _identity(corpora, weights, held_out)
+    if not sets:
+        for name, corpus in corpora.items():
+            rule = config.validation_fraction, config.split_seed, config.split_rule
+            corpora[name], held_out[name] = data.split(corpus, *rule)
+    training = {name: _cut(recipe, corpus) for name, corpus in corpora.items()}
+    validation = {name: _cut(recipe, each) for name, each in held_out.items() if each.documents}
+    whole = training[""] if "" in training else Mixture(training, weights)
+    return RunData(whole, validation, identity)
 
 
 def _open(config: DataConfig, name: str, paths: list[str]) -> Corpus:
-    corpus = data.open_corpus(paths, config.text_field, config.raw, config.cache_dir)
+    once = config.split_rule == "content"  # older runs read a file as often as it was named
+    corpus = data.open_corpus(paths, config.text_field, config.raw, config.cache_dir, once)
     corpus.notes = tuple(f"{name}: {note}" if name else note for note in corpus.notes)
     return corpus
+
+
+def _note_overlap(corpora: Mapping[str, Corpus], sets: Mapping[str, Corpus]) -> None:
+    """Notes of files that are both trained and validated on."""
+    trained = frozenset[tuple[int, int]]().union(*(corpus.inputs for corpus in corpora.values()))
+    for name, corpus in sets.items():
+        if both := len(corpus.inputs & trained):
+            what = f"trains and validates on the same {_counted(both, 'file')}"
+            corpus.notes += (f"{f'valid {name}'.strip()}: {what}; leave it out of one",)
 
 
 def _cut(recipe: Recipe, corpus: Corpus) -> Windows:
@@ -74,8 +86,17 @@ def _weights(config: DataConfig, named: Mapping[str, object]) -> dict[str, float
     return weights
 
 
-def _identity(prints: Mapping[str, str], weights: Mapping[str, float] | None) -> str:
-    parts = [[name, each, (weights or {}).get(name)] for name, each in prints.items()]
+def _identity(
+    corpora: Mapping[str, Corpus], weights: Mapping[str, float] | None, sets: Mapping[str, Corpus]
+) -> str:
+    """Of plain paths alone the corpus' own fingerprint, as runs have it that know no names."""
+    if "" in corpora and not sets:
+        return corpora[""].fingerprint()
+    parts: list[Any] = [
+        [name, corpus.fingerprint(), (weights or {}).get(name)] for name, corpus in corpora.items()
+    ]
+    if sets:
+        parts += [["valid", name, corpus.fingerprint()] for name, corpus in sets.items()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -88,6 +109,7 @@ def first_lines(recipe: Recipe, found: RunData, parameters: int, machine: str) -
     `machine` says on what it trains.
     """
     run, config, windows = recipe.train, recipe.data, found.windows
+    held_out = {} if config.valid else found.validation
     epoch = len(windows) / run.batch_size
     lines = [f"{recipe.name}: {parameters:,} parameters, on {machine}"]
     lines += [f"began from {one_line(recipe.origin, 200)}"] if recipe.origin else []
@@ -96,15 +118,21 @@ def first_lines(recipe: Recipe, found: RunData, parameters: int, machine: str) -
         for name, part in windows.sources.items():
             share = windows.shares[name]
             epochs = run.steps * run.batch_size * share / len(part)
-            what = _what(recipe, part.corpus, found.validation.get(name))
+            what = _what(recipe, part.corpus, held_out.get(name))
             where = one_line(", ".join(named[name]), 120)
             lines += [f"data {name}: {where}: {what}; {share:.1%} of rows, {epochs:,.2f} epochs"]
         corpora, once = [part.corpus for part in windows.sources.values()], "all windows once are"
     else:
         where = ", ".join(config.paths) or "the source of Python's standard library"
-        what = _what(recipe, windows.corpus, found.validation.get(""))
+        what = _what(recipe, windows.corpus, held_out.get(""))
         lines += [f"data: {one_line(where, 120)}: {what}"]
         corpora, once = [windows.corpus], "an epoch is"
+    if config.valid:
+        for name, paths in data.named_paths(config.valid, "data.valid").items():
+            corpus = found.validation[name].corpus
+            corpora.append(corpus)
+            size = f"{corpus.total_bytes:,} bytes in {_counted(corpus.documents, 'document')}"
+            lines += [f"{f'valid {name}'.strip()}: {one_line(', '.join(paths), 120)}: {size}"]
     lines += [
         f"{run.steps:,} steps of {run.batch_size:,} windows of "
         f"{config.sequence_length:,}; {once} {epoch:,.1f} steps"

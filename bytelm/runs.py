@@ -91,7 +91,7 @@ def _best(run_dir: Path, steps: list[int]) -> int:
 
 # ---- config.json --------------------------------------------------------
 
-_PLACES = ("paths", "cache_dir")
+_PLACES = ("paths", "valid", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}

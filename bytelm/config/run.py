@@ -35,6 +35,8 @@ class DataConfig:
     Entries NAME=PATH of `paths` name sources, whose losses are reported each by itself. Each is
     held out from, shuffled and repeated by itself, and has the share of the windows that `weights`,
     entries NAME=NUMBER for all of the names, give it; without them, its share of the bytes.
+    `valid` are paths, or entries NAME=PATH of several sets, to validate on; with them nothing is
+    held out of `paths`.
 
     Documents are split into training and validation by a hash of `split_seed` and, by `split_rule`,
     of their "content", so that adding a document moves no other, or of their "rank" among all, as
@@ -53,6 +55,7 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
     text_field: str = "text"
     raw: bool = False
     cache_dir: str = ""
@@ -74,6 +77,7 @@ class DataConfig:
             all(self.paths),
             f"paths={self.paths}: an empty path names no file; leave it out",
         )
+        require(all(self.valid), f"valid={self.valid}: an empty path names no file; leave it out")
         parse_weights(self.weights)
         require(self.text_field != "", "text_field: is empty; name the field of the text")
         for piece in self.warmup_lengths:

@@ -29,6 +29,7 @@ from bytelm.data.remote import Listings
 from bytelm.data.sources import (
     STANDARD_INPUT,
     Listed,
+    SeenFiles,
     expand_paths,
     library_files,
     unreadable,
@@ -108,7 +109,8 @@ class Corpus:
 
     `lengths` is int64 [documents], in bytes; no document is empty, but a corpus may be. `notes` are
     lines that a person should see before these data are used. `is_cut` says that this is a part of
-    a corpus at whose border a document may be divided.
+    a corpus at whose border a document may be divided. `inputs` are device and inode of the files
+    that a corpus was opened from.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Corpus:
         self._digests = digests
         self.notes: tuple[str, ...] = ()
         self.is_cut = False
+        self.inputs: frozenset[tuple[int, int]] = frozenset()
         self.lengths: Int64[np.ndarray, " documents"] = stops - starts
         self.lengths.setflags(write=False)
 
@@ -222,7 +225,11 @@ class Corpus:
 
 
 def open_corpus(
-    paths: Sequence[str | Path], text_field: str = "text", raw: bool = False, cache_dir: str = ""
+    paths: Sequence[str | Path],
+    text_field: str = "text",
+    raw: bool = False,
+    cache_dir: str = "",
+    once: bool = True,
 ) -> Corpus:
     """The documents of files and folders, in the order of `paths`.
 
@@ -238,6 +245,9 @@ def open_corpus(
     `paths` mean the `.py` files of the
     running interpreter's standard library without its tests.
 
+    A file that is met again, by the same path or as a hard link, is left out with a line in the
+    corpus' `notes`; without `once` it is read again.
+
     Raises `ValueError` for a path that is missing, unreadable or without bytes, for a damaged file
     and for a record without the field.
     """
@@ -246,7 +256,7 @@ def open_corpus(
         return _assemble([library_files()], _Reading(text_field, True, cache_dir))
     listings = Listings(expanded, cache_dir)
     with listings.naming_addresses():
-        corpus = _assemble(listings.pairs, _Reading(text_field, raw, cache_dir))
+        corpus = _assemble(listings.pairs, _Reading(text_field, raw, cache_dir, once))
     corpus.notes = tuple(map(listings.named, corpus.notes))
     return corpus
 
@@ -270,9 +280,13 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
     files: list[SourceFile] = []
     bounds: list[Bounds] = []
     binary: list[str] = []
+    seen = SeenFiles()
     for path, listed in listings:
-        known = len(files)
+        filled = False
         for name, location in listed:
+            if seen.repeats(location) and reading.once:
+                filled = True
+                continue
             try:
                 found = reading.open(name, location, binary)
             except OSError as error:
@@ -280,7 +294,7 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
             if found is not None and len(found[1].ends):
                 files.append(found[0])
                 bounds.append(found[1])
-        filled = len(files) > known
+                filled = True
         require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
     owners = np.repeat(np.arange(len(files)), [len(each.ends) for each in bounds])
     starts = [np.concatenate(([0], each.ends[:-1])) for each in bounds]
@@ -291,7 +305,8 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
     corpus = Corpus(
         _Maps(tuple(files)), owners, np.concatenate(starts), np.concatenate(stops), known_digests
     )
-    corpus.notes = _binary_notes(binary)
+    corpus.notes = _binary_notes(binary) + (seen.notes() if reading.once else ())
+    corpus.inputs = frozenset(seen.identities)
     return corpus
 
 
@@ -301,6 +316,7 @@ class _Reading(NamedTuple):
     text_field: str
     raw: bool
     cache_dir: str
+    once: bool = True
 
     def open(self, name: str, path: str, binary: list[str]) -> tuple[SourceFile, Bounds] | None:
         """A file to map and its documents; None if it is empty or not a regular file.

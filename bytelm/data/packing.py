@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bytelm.data.cache import input_pieces
 from bytelm.data.formats import HEAD, detect, read_documents
 from bytelm.data.prepared import Prepared, read_bounds, read_spans, write_prepared
 from bytelm.data.remote import Listings
-from bytelm.data.sources import STANDARD_INPUT, Listed, expand_paths, unreadable
+from bytelm.data.sources import STANDARD_INPUT, Listed, SeenFiles, expand_paths, unreadable
 from bytelm.progress import ReadingBar
 
 
@@ -31,6 +32,7 @@ def prepare(
     With `shard_bytes`, `out` is a new folder of files, each of which is closed by the document with
     which it reaches that size; opened as a folder they are the same corpus in the same order.
 
+    Files that are met again are left out, with a line in the `notes` of the result.
     Prepared files among them are merged; a damaged prepared file counts as one plain document.
     Memory use is bounded whatever the size, and the cache is used for addresses alone. `out`
     appears complete or keeps its old content. Raises `ValueError` where `open_corpus` does, for an
@@ -46,10 +48,15 @@ def prepare(
     listed = {os.path.realpath(file.path) for _, files in listings.pairs for file in files}
     require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
 
+    seen = SeenFiles()
+
     def pieces() -> Iterator[bytes | None]:
         for path, files in listings.pairs:
             filled = False
             for file in files:
+                if seen.repeats(file.path):
+                    filled = True
+                    continue
                 for piece in _pieces(file, text_field, raw, target.parent):
                     filled = filled or bool(piece)
                     yield piece
@@ -57,8 +64,10 @@ def prepare(
 
     with listings.naming_addresses():
         if shard_bytes:
-            return _write_shards(target, pieces(), str(out), shard_bytes)
-        return write_prepared(target, pieces(), str(out))
+            written = _write_shards(target, pieces(), str(out), shard_bytes)
+        else:
+            written = write_prepared(target, pieces(), str(out))
+    return replace(written, notes=seen.notes())
 
 
 def _write_shards(

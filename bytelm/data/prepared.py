@@ -34,10 +34,11 @@ _BUFFER = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Prepared:
-    """How much a prepared file holds."""
+    """How much a prepared file holds, and what a person should know about it."""
 
     documents: int
     bytes: int
+    notes: tuple[str, ...] = ()
 
 
 class Bounds(NamedTuple):

@@ -183,6 +183,39 @@ def _read_json(path: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+class SeenFiles:
+    """The files that were met so far, known by what they are on disk and not by their names."""
+
+    def __init__(self) -> None:
+        self.identities: dict[tuple[int, int], str] = {}
+        """Device and inode of each file, and the path by which it was met first."""
+        self._again: list[str] = []
+
+    def repeats(self, path: str) -> bool:
+        """Whether the file at `path` was met before, as a hard link or by the same path."""
+        if path == STANDARD_INPUT:
+            identity = (-1, -1)
+        else:
+            try:
+                status = os.stat(path)
+            except OSError:  # whoever reads it says why it cannot be read
+                return False
+            identity = status.st_dev, status.st_ino
+        first = self.identities.get(identity)
+        if first is None:
+            self.identities[identity] = path
+            return False
+        self._again.append(f"{path}: is the same file as {first}")
+        return True
+
+    def notes(self) -> tuple[str, ...]:
+        """A line about the files that were met again."""
+        if not self._again:
+            return ()
+        more = f", and {len(self._again) - 1} more are like it" if len(self._again) > 1 else ""
+        return (f"{self._again[0]}{more}; each is read once",)
+
+
 def unreadable(path: str, error: OSError) -> str:
     """What to say of a file or folder that the operating system does not let us read."""
     return f"{path}: cannot be read ({error.strerror or error}); fix it or leave it out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -137,7 +138,11 @@ def test_links_are_followed_but_never_in_circles(tmp_path: Path) -> None:
     (root / "self").symlink_to(".")
     (root / "zz-file").symlink_to(other / "file")
     os.mkfifo(root / "pipe")
-    assert contents(open_corpus([root])) == [b"outside", b"inside", b"outside"]
+    corpus = open_corpus([root])
+    assert contents(corpus) == [b"outside", b"inside"]
+    assert contents(open_corpus([root], once=False)) == [b"outside", b"inside", b"outside"]
+    same = "root/zz-file: is the same file as .*root/again/file; each is read once"
+    assert len(corpus.notes) == 1 and re.search(same, corpus.notes[0])
 
 
 def test_bad_paths_are_named(tmp_path: Path) -> None:
@@ -340,7 +345,7 @@ def test_windows_are_the_stream(
     documents = [b"second", FILES["a/z.bin"], b"first", b"second"]
     eos = [vocab.eos_id] * append_eos
     ids = [i for each in documents for i in [*(byte + vocab.offset for byte in each), *eos]]
-    windows = Windows(open_corpus(paths), vocab, length, append_eos)
+    windows = Windows(open_corpus(paths, once=False), vocab, length, append_eos)
     assert len(windows) == -(-len(ids) // length)
     padded = ids + [vocab.pad_id] * (len(windows) * length - len(ids))
     rows = np.stack([windows[index] for index in range(len(windows))])

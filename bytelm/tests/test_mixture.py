@@ -13,7 +13,15 @@ import pytest
 
 from bytelm import recipes
 from bytelm.config import ByteVocab, DataConfig
-from bytelm.data import Batch, Mixture, Windows, memory_corpus, named_paths
+from bytelm.data import (
+    Batch,
+    Mixture,
+    Windows,
+    memory_corpus,
+    named_paths,
+    open_corpus,
+    prepare,
+)
 from bytelm.data.mixture import BLOCK, _spread
 from bytelm.metrics import Evaluation, add_bits, validation_line, validation_record
 from bytelm.run_data import RunData, first_lines, open_windows
@@ -135,9 +143,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def opened(*paths: str, weights: tuple[str, ...] = ()) -> RunData:
+def opened(*paths: str, weights: tuple[str, ...] = (), valid: tuple[str, ...] = ()) -> RunData:
     recipe = recipes.megabyte_tiny()
-    how = replace(recipe.data, paths=paths, weights=weights, validation_fraction=0.1)
+    how = replace(recipe.data, paths=paths, weights=weights, validation_fraction=0.1, valid=valid)
     return open_windows(replace(recipe, data=how))
 
 
@@ -202,6 +210,58 @@ def test_the_identity_has_names_and_weights(folder: Path) -> None:
         opened("elsewhere/a.jsonl", "b.jsonl"),
     ]
     assert len({same, *(other.identity for other in others)}) == 6
+
+
+def test_validation_sets_of_the_user_s_choice(folder: Path) -> None:
+    found = opened("a.jsonl", valid=("books=b.jsonl", "c=c.txt", "books=name=d.txt"))
+    assert isinstance(found.windows, Windows) and found.windows.corpus.documents == 60
+    sizes = {name: part.corpus.documents for name, part in found.validation.items()}
+    assert sizes == {"books": 61, "c": 1}
+    one = opened("x=a.jsonl", "y=c.txt", valid=("b.jsonl",))
+    assert one.names == ("x", "y") and list(one.validation) == [""]
+    usual = opened("a.jsonl")
+    identities = [usual, found, one, opened("a.jsonl", valid=("b.jsonl",))]
+    identities += [opened("a.jsonl", valid=("z=b.jsonl",))]
+    assert len({each.identity for each in identities}) == 5
+
+    recipe = recipes.megabyte_tiny()
+    valid = ("books=b.jsonl", "c=c.txt", "books=name=d.txt")
+    recipe = replace(recipe, data=replace(recipe.data, paths=("a.jsonl",), valid=valid))
+    lines = first_lines(recipe, found, 9999, "2 cpu")
+    assert lines[1].endswith("6,000 in 60 documents to train on, none held out")
+    assert lines[2] == "valid books: b.jsonl, name=d.txt: 7,000 bytes in 61 documents"
+    assert not any("warning" in line for line in lines)
+
+
+def test_validation_on_what_is_trained_on_is_said(folder: Path) -> None:
+    Path("link.jsonl").hardlink_to("a.jsonl")
+    found = opened("x=a.jsonl", valid=("v=link.jsonl", "w=c.txt"))
+    notes = [part.corpus.notes for part in found.validation.values()]
+    assert notes == [("valid v: trains and validates on the same 1 file; leave it out of one",), ()]
+    with pytest.raises(ValueError, match="has no name, but v has"):
+        opened("a.jsonl", valid=("v=b.jsonl", "c.txt"))
+
+
+def test_equal_files_are_read_once(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a", "b"):  # two files of equal content
+        (folder / name).write_bytes(b"one")
+    (folder / "c").hardlink_to(folder / "a")
+    corpus = open_corpus([folder, folder / "a"])
+    assert (corpus.documents, corpus.total_bytes) == (2, 6)
+    assert corpus.notes[0].startswith(f"{folder / 'c'}: is the same file as {folder / 'a'}, and 1 ")
+    prepared = prepare([folder, folder / "c"], tmp_path / "out")
+    assert prepared.documents == 2 and prepared.notes == corpus.notes
+    assert open_corpus([tmp_path / "out"]).documents == 2
+
+
+def test_runs_begun_before_read_a_file_as_often_as_it_was_named(folder: Path) -> None:
+    twice = replace(recipes.megabyte_tiny().data, paths=("c.txt", "c.txt"), validation_fraction=0.0)
+    for rule, size in (("content", 1000), ("rank", 2000)):
+        how = replace(twice, split_rule=rule)
+        windows = open_windows(replace(recipes.megabyte_tiny(), data=how)).windows
+        assert isinstance(windows, Windows) and windows.corpus.total_bytes == size
 
 
 @pytest.mark.parametrize(

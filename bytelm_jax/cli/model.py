@@ -398,6 +398,8 @@ def prepare_command(
     if not paths:
         raise UsageError("PATH: name at least one file or folder")
     prepared = corpora.prepare(paths, out, text_field, raw, shard_bytes)
+    for note in prepared.notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
     print(f"wrote {out}: {prepared.documents} documents, {prepared.bytes} bytes")
     return 0
 

@@ -354,7 +354,7 @@ def _value(text: str) -> Any:
         return text
 
 
-_DATA_FLAGS = {"data": "paths", "weights": "weights"}
+_DATA_FLAGS = {"data": "paths", "weights": "weights", "valid": "valid"}
 """Flags of the command line, and the fields of `data` that they set."""
 
 
@@ -394,6 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     weights = "the shares of named data: NAME=NUMBER …"
     parser.add_argument("--weights", nargs="+", action="extend", help=weights)
+    valid = "files and folders to validate on, or NAME=PATH of several sets"
+    parser.add_argument("--valid", nargs="+", action="extend", help=valid)
     try:
         options = parser.parse_intermixed_args(argv)
         recipe = load_recipe(options.recipe)
