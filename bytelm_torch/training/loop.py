@@ -161,12 +161,10 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     parallel.require_agreement(group, found)
 
     # ---- model and optimizer ----
-    resumes = bool(checkpoint.saved_steps(run_dir))
-    recipe, model = (
-        (recipe, build_model(recipe.model).to(group.device))
-        if resumes
-        else _start_model(recipe, group)
-    )
+    if checkpoint.saved_steps(run_dir):
+        model = build_model(recipe.model).to(group.device)
+    else:
+        recipe, model = _start_model(recipe, group)
     if first:
         prepare_run_dir(run_dir, recipe)
         require_lock(lock.take(run_dir), run_dir)
@@ -178,9 +176,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     start = _restore(run_dir, identity, model, optimizer)
 
     # ---- step ----
-    step_function = parallel.make_train_step(
-        model, optimizer, run, vocab.pad_id, group, found_data.names
-    )
+    parts = (model, optimizer, run, vocab.pad_id, group, found_data.names)
+    step_function = parallel.make_train_step(*parts)
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
