@@ -251,7 +251,8 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
     for part, old, new in pairs:
         before, after = to_dict(old), to_dict(new)
         for name in before:  # first the architecture, or the optimizer's name: others depend on it
-            free = name in _PLACES or (part == "train" and name in _MAY_CHANGE)
+            free = name in _PLACES or name == "decay_steps"
+            free |= part == "train" and name in _MAY_CHANGE
             if before[name] != after[name] and not free:
                 raise ValueError(
                     f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "

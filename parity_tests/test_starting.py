@@ -10,7 +10,8 @@ import torch
 import bytelm_torch
 import bytelm_torch.hf
 from bytelm import recipes
-from bytelm.config import Recipe, TrainConfig
+from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
+from bytelm.metrics import read_metrics
 from bytelm.starting import with_source
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
@@ -90,3 +91,34 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(sources, tmp_path, mo
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1, (options, error)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["damaged", "text"]
+
+
+def test_a_stable_run_goes_on_and_decays_when_asked(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(b"some text " * 100)
+    recipe = Recipe(
+        name="stable",
+        model=MODEL,
+        optimizer=AdamWConfig(learning_rate=1e-2, warmup_steps=2),
+        data=DataConfig(paths=(str(tmp_path / "text"),), sequence_length=8),
+        train=TrainConfig(steps=6, batch_size=4, log_every=1, eval_every=0),
+    )
+
+    def run(name, *changes):
+        torch_loop.train(torch_loop.with_changes(recipe, changes), tmp_path / name)
+        return bytelm_torch.from_pretrained(tmp_path / name).state_dict(), capsys.readouterr().err
+
+    stable = "optimizer.schedule=wsd"
+    straight, _ = run("straight", stable, "optimizer.decay_steps=2")
+    run("parts", stable, "train.steps=2")
+    run("parts", stable, "train.steps=4")
+    shutil.copytree(tmp_path / "parts", tmp_path / "branch")
+    extended, said = run("parts", stable, "optimizer.decay_steps=2")
+    assert all(torch.equal(value, extended[name]) for name, value in straight.items())
+    assert "jumps" not in said
+    _, said = run("branch", stable, "train.steps=5", "optimizer.decay_steps=1")
+    assert "jumps" not in said
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "branch" / "metrics.jsonl") if "loss" in line]  # fmt: skip  # noqa: E501
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01])
+    run("cosine", "train.steps=4")
+    _, said = run("cosine")
+    assert "rate jumps at step 4, from 0.001 under 4 steps to 0.0055 under 6; under --" in said

@@ -23,6 +23,7 @@ from bytelm.config import (
     from_dict,
     to_dict,
 )
+from bytelm.schedules import learning_rate_schedule
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -30,7 +31,7 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
-from bytelm_torch.optimizers.build import clip_by_global_norm, learning_rate_schedule
+from bytelm_torch.optimizers.build import clip_by_global_norm
 from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_q_learning_metrics
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.optimizers.q_wrapper import QLearning

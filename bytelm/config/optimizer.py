@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from bytelm.config.base import (
     require,
@@ -35,8 +35,11 @@ __all__ = [
 class OptimizerConfig:
     """The fields that all optimizers share; each class adds its own.
 
-    The schedule is linear warm-up, then cosine decay. Weight decay is decoupled, unless the class
-    says otherwise, and does not apply to norms and biases.
+    The learning rate rises linearly over the warm-up and then follows `schedule`: "cosine" and
+    "linear" fall over the rest of the run, "constant" stays, and "wsd" (warm-up, stable, decay)
+    stays until it falls linearly over the last `decay_steps`. A run under "wsd" may go on with more
+    steps and with other `decay_steps`. Weight decay is decoupled, unless the class says otherwise,
+    and does not apply to norms and biases.
     """
 
     name: ClassVar[str]
@@ -53,6 +56,10 @@ class OptimizerConfig:
     """Learning rate at the end of the warm-up."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the learning rate goes on after the warm-up."""
+    decay_steps: int = 0
+    """Steps at the end of the run over which "wsd" falls; 0: it does not fall."""
     final_fraction: float = 0.1
     """Learning rate at the end of the run, as a fraction of `learning_rate`."""
     weight_decay: float = 0.1
@@ -70,7 +77,24 @@ class OptimizerConfig:
             0 <= self.final_fraction <= 1,
             f"final_fraction={self.final_fraction}: must be between 0 and 1",
         )
-        require_non_negative(self, "weight_decay", "max_grad_norm")
+        require_non_negative(self, "weight_decay", "max_grad_norm", "decay_steps")
+        require(
+            not self.decay_steps or self.schedule == "wsd",
+            f"decay_steps={self.decay_steps}: has no effect on schedule={self.schedule}; leave it "
+            "out or choose wsd",
+        )
+        usual = type(self).final_fraction
+        require(
+            self.schedule != "constant" or self.final_fraction == usual,
+            f"final_fraction={self.final_fraction}: has no effect on schedule=constant; leave it "
+            "out or choose another",
+        )
+
+    def decay_start(self, steps: int) -> int | None:
+        """The step of a run of `steps` at which the learning rate begins to fall; None: never."""
+        if self.schedule == "constant" or (self.schedule == "wsd" and not self.decay_steps):
+            return None
+        return max(self.warmup_steps, steps - self.decay_steps if self.schedule == "wsd" else 0)
 
     def _require_shrinking(self, most: float = 2.0) -> None:
         require_shrinking(self.learning_rate, self.weight_decay, most)

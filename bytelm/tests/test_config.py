@@ -67,6 +67,7 @@ def test_recipes_are_found_by_name():
         (ByteVocab, "pad_id", 258, "must differ"),
         (AdamWConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),
         (AdamWConfig, "final_fraction", 2.0, "must be between 0 and 1"),
+        (AdamWConfig, "decay_steps", 5, "decay_steps=5: has no effect on schedule=cosine; leave"),
         (DataConfig, "sequence_length", 0, "sequence_length=0: must be at least 1"),
         (DataConfig, "paths", ("a", ""), r"paths=\('a', ''\): an empty path names no file"),
         (TrainConfig, "steps", 0, "steps=0: must be at least 1"),

@@ -38,19 +38,20 @@ from bytelm_jax.optimizers.q_learning import (
 def learning_rate_schedule(
     config: OptimizerConfig, steps: int
 ) -> Callable[[Any], Float[Array, ""]]:
-    """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
-
-    The first step has learning_rate / warmup_steps and the last step of the warm-up the full rate;
-    from step `steps` on the rate stays at learning_rate · final_fraction.
-    """
+    """Step number, from 0, → learning rate, as `bytelm.schedules` defines it."""
     warmup, floor = config.warmup_steps, config.final_fraction
-    decay_steps = max(steps - warmup, 1)
+    begin = config.decay_start(steps)
 
     def schedule(count: Int[Array, ""]) -> Float[Array, ""]:
         at = jnp.asarray(count).astype(jnp.result_type(float))  # float64 under x64
         rising = (at + 1) / max(warmup, 1)
-        done = jnp.clip((at - warmup) / decay_steps, 0.0, 1.0)
-        falling = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * done))
+        if begin is None:
+            return config.learning_rate * jnp.where(at < warmup, rising, 1.0)
+        done = jnp.clip((at - begin) / max(steps - begin, 1), 0.0, 1.0)
+        if config.schedule == "cosine":
+            falling = floor + (1 - floor) * 0.5 * (1 + jnp.cos(math.pi * done))
+        else:
+            falling = floor + (1 - floor) * (1 - done)
         return config.learning_rate * jnp.where(at < warmup, rising, falling)
 
     return schedule

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, MuonConfig, TrainConfig
 from bytelm.metrics import MetricsLog, Throughput, read_metrics
+from bytelm.schedules import learning_rate_schedule as torch_schedule
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import (
     build_optimizer,
@@ -20,7 +22,6 @@ from bytelm_jax.optimizers.build import (
 )
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
-from bytelm_torch.optimizers.build import learning_rate_schedule as torch_schedule
 from parity_tests.twins import MEGABYTES
 
 
@@ -35,6 +36,17 @@ def test_schedule_warms_up_and_decays_the_same_in_both_frameworks(x64):
     assert (np.diff(actual[4:13]) < 0).all()
     np.testing.assert_allclose(actual, [theirs(int(c)) for c in counts], rtol=1e-15)
     assert actual.dtype == np.float64
+    for change, ends in {
+        ("linear", 0): {4: 2.0, 8: 1.1, 12: 0.2, 14: 0.2},
+        ("constant", 0): {3: 2.0, 4: 2.0, 14: 2.0},
+        ("wsd", 0): {3: 2.0, 4: 2.0, 14: 2.0},
+        ("wsd", 4): {3: 2.0, 8: 2.0, 10: 1.1, 12: 0.2, 14: 0.2},
+        ("wsd", 12): {3: 2.0, 8: 1.1, 12: 0.2},
+    }.items():
+        other = replace(config, schedule=change[0], decay_steps=change[1])
+        rates = np.asarray(jax.vmap(learning_rate_schedule(other, 12))(counts))
+        np.testing.assert_allclose(rates, [torch_schedule(other, 12)(int(c)) for c in counts])
+        assert {at: rates[at] for at in ends} == pytest.approx(ends), change
 
 
 def test_no_warm_up_starts_at_the_full_rate():

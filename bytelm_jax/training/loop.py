@@ -32,6 +32,7 @@ from bytelm.runs import (
     saved_steps,
     what_a_run_is,
 )
+from bytelm.schedules import jumps
 from bytelm.starting import keep_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_jax.models import define_model
@@ -166,6 +167,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
+    notes = jumps(run_dir, recipe, start)
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
         manager = stack.enter_context(checkpoints_of(run_dir, run))
@@ -183,7 +185,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
             display.say(note)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(template.params))
         machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(run)}"
-        for line in first_lines(recipe, found_data, parameters, machine):
+        for line in first_lines(recipe, found_data, parameters, machine) + notes:
             display.say(line)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:

@@ -1,9 +1,8 @@
-"""Learning-rate schedule, clipping, groups of parameters, and a builder for each optimizer.
+"""Clipping, groups of parameters, and a builder for each optimizer.
 
 The same formulas as in `bytelm_jax/optimizers/build.py`, which says why they are our own.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,24 +27,6 @@ from bytelm_torch.optimizers.lion import Lion
 from bytelm_torch.optimizers.muon import Muon
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.optimizers.q_wrapper import q_learning
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Step number, from 0, → learning rate: linear warm-up, then cosine over the rest of `steps`.
-
-    The first step has learning_rate / warmup_steps and the last step of the warm-up the full rate;
-    from step `steps` on the rate stays at learning_rate · final_fraction.
-    """
-    warmup, floor = config.warmup_steps, config.final_fraction
-    decay_steps = max(steps - warmup, 1)
-
-    def schedule(count: int) -> float:
-        if count < warmup:
-            return config.learning_rate * ((count + 1) / warmup)
-        done = min((count - warmup) / decay_steps, 1.0)
-        return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
-
-    return schedule
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Float[Tensor, ""]:

@@ -61,12 +61,13 @@ from bytelm.runs import (
     require_lock,
     what_a_run_is,
 )
+from bytelm.schedules import jumps, learning_rate_schedule
 from bytelm.starting import keep_source, origin_of, require_fit, split_source, with_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
 from bytelm_torch.models import build_model
-from bytelm_torch.optimizers.build import build_optimizer, learning_rate_schedule
+from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
@@ -182,7 +183,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
-    log = None
+    log, notes = None, jumps(run_dir, recipe, start)
     if first:
         lock.check()
         log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
@@ -261,7 +262,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         parameters = sum(each.numel() for each in model.parameters())
         devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
-        lines = first_lines(recipe, found_data, parameters, machine)
+        lines = first_lines(recipe, found_data, parameters, machine) + notes
         _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
