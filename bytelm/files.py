@@ -21,7 +21,13 @@ def read_json(file: Path) -> Any:
     require_plain_file(file)
     size = file.stat().st_size
     require(size <= JSON_LIMIT, f"{size} bytes; a JSON file of at most {JSON_LIMIT} was expected")
-    return json.loads(file.read_text("utf-8"))
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+    except ValueError as error:
+        long = "digits" in str(error) and not isinstance(error, json.JSONDecodeError)
+        raise ValueError("holds a number of thousands of digits") if long else error from None
 
 
 def read_json_lines(file: Path) -> list[Any]:

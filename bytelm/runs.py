@@ -110,6 +110,15 @@ class DivergedError(RuntimeError):
     """Loss or weights are not finite; the message names the step and the last good checkpoint."""
 
 
+def not_saved(skipped: int) -> str:
+    """Why the end of a run is not saved, whose last `skipped` steps were skipped."""
+    why = "the validation of its weights is not finite"
+    if skipped:
+        why = f"the last steps ({skipped}) were skipped because their loss or gradient norm is not "
+        why += "finite"
+    return f"{why}, so the end of the run is not saved"
+
+
 def save_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Writes `config.json` of a run folder, whole or not at all."""
     text = json.dumps(to_dict(recipe), indent=2) + "\n"

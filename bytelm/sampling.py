@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from bytelm.config import ModelConfig, require, require_number
+from bytelm.config import ByteVocab, ModelConfig, require, require_number
 from bytelm.config.base import LARGEST_INTEGER
 
 
@@ -85,4 +85,13 @@ def check_request(
             max_new_bytes <= most,
             f"max_new_bytes={max_new_bytes}: the model's cache for so many does not fit into "
             f"memory; give at most {most}",
+        )
+
+
+def require_sampled(ids: Sequence[int], vocab: ByteVocab) -> None:
+    """Raises `ValueError` if one of the ids of new bytes says that its logits were not finite."""
+    if vocab.pad_id in ids:
+        raise ValueError(
+            "the model's logits are not finite, so nothing can be sampled from them: its training "
+            "diverged, or its weights are damaged; take an earlier checkpoint"
         )

@@ -4,19 +4,28 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import torch
 
+import bytelm_jax
+import bytelm_torch
 from bytelm import recipes as jax_recipes
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig, to_dict
 from bytelm.metrics import METRIC, Evaluation
+from bytelm.sampling import SamplerConfig
 from bytelm_jax.cli import main as cli
+from bytelm_jax.inference.sampling import next_ids
+from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training import step as jax_step
+from bytelm_torch.inference.sampling import next_ids as torch_next_ids
 from bytelm_torch.interop import export
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training import loop as train
@@ -220,17 +229,41 @@ def test_nothing_is_written_of_a_run_that_is_refused(package, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_evaluation_to_no_finite_number_is_never_the_best(package, value, capsys):
-    changes = {"steps": 4, "eval_every": 1, "keep_last": 1, "keep_best": 1}
-    assert package.command(validations=(3.0, value, 2.0, value), **changes) == 0
-    assert "step 2: validation is not finite" in capsys.readouterr().err
-    assert package.steps() == [3, 4]
+def test_weights_whose_validation_is_not_finite_are_not_saved(package, value, capsys):
+    changes = {"steps": 4, "eval_every": 1, "keep_last": 2, "keep_best": 1}
+    assert package.command(validations=(3.0, value, 2.0, value), **changes) == 1
+    said = capsys.readouterr()
+    assert "step 2: validation is not finite" in said.err and "done" not in said.out
+    why = "train: step 4: the validation of its weights is not finite, so the end of the run is not"
+    assert why in said.err.splitlines()[-1]
+    assert package.steps() == [1, 3]
     if package.name == "jax":
         assert jax_checkpoint.load_run(package.run, "best")[2] == 3
     lines = (package.run / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     scores = [r[METRIC] for r in records if METRIC in r]
     assert scores == [3.0, None, 2.0, None]
+
+
+def test_nothing_is_sampled_from_logits_that_are_not_finite():
+    """Finite weights can be too large to compute with."""
+    params = {n: jnp.full(leaf.shape, 1e30) for n, leaf in abstract_params(MODEL).items()}
+    model: Any = define_model(MODEL)[0](params)
+    for generate, of in (
+        (bytelm_jax.generate, model),
+        (bytelm_torch.generate, make_twin(MODEL, params)),
+    ):
+        with pytest.raises(ValueError, match=r"^the model's logits are not finite, so nothing"):
+            generate(of, [b"ab"], 4)
+    rows = np.zeros((3, MODEL.vocab.size), np.float32)
+    rows[0, 7], rows[1, 8] = np.nan, np.inf
+    for name in ("greedy", "categorical", "entropy"):
+        sampler, uniform = SamplerConfig(sampler=name), np.zeros(3, np.float32)
+        ours = next_ids(jnp.asarray(rows), jnp.asarray(uniform), sampler, MODEL.vocab)
+        theirs = torch_next_ids(
+            torch.from_numpy(rows), torch.from_numpy(uniform), sampler, MODEL.vocab
+        )
+        assert ours.tolist() == theirs.tolist() == [MODEL.vocab.pad_id] * 2 + [0]
 
 
 def test_what_older_runs_stored_is_never_the_best_either(package, monkeypatch):

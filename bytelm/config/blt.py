@@ -388,7 +388,9 @@ def _transformers_problem(c: BLTConfig) -> str | None:
     if c.patcher not in ("entropy", "byte"):
         return f"patcher={c.patcher!r}: transformers only has 'entropy' and 'byte'"
     if c.patcher == "entropy" and c.whole_characters:
-        return "whole_characters=True: transformers has no such rule; set it to False"
+        return (
+            "whole_characters=True: transformers has no such rule; train with --no-whole-characters"
+        )
     if ids != (4, 1, 2):
         return f"vocab: offset, bos_id, eos_id={ids}; transformers has (4, 1, 2)"
     for name, known in plain.items():

@@ -31,6 +31,10 @@ __all__ = [
 """What `bytelm.config`, `bytelm`, `bytelm_jax` and `bytelm_torch` offer of this module by `*`."""
 
 
+_LARGEST_RATE = 1e30
+"""Far beyond use; more would overflow float32 in the optimizers' own arithmetic."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """The fields that all optimizers share; each class adds its own.
@@ -71,7 +75,9 @@ class OptimizerConfig:
         if type(self) is OptimizerConfig:
             raise TypeError("OptimizerConfig: use one of its subclasses, such as AdamWConfig")
         require_numbers(self)
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate}: must be above 0")
+        rate = self.learning_rate
+        require(rate > 0, f"learning_rate={rate}: must be above 0")
+        require(rate <= _LARGEST_RATE, f"learning_rate={rate}: must be at most {_LARGEST_RATE:g}")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps}: must be at least 0")
         require(
             0 <= self.final_fraction <= 1,

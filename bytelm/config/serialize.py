@@ -117,7 +117,11 @@ def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
     written_by_a_run = _ALWAYS_WRITTEN.get(kind, set()) <= set(value)
     known = _BEFORE.get(kind, {}) | value if written_by_a_run else value
     values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in known.items()}
-    try:
-        return kind(**values)
-    except TypeError as error:  # a field without a default is missing
-        raise ValueError(f"{where}: {error}") from None
+    needed = {
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(needed - set(values))
+    require(not missing, f"{where}: has no {' and no '.join(missing)}; write it")
+    return kind(**values)

@@ -33,6 +33,7 @@ from bytelm.data.sources import (
     expand_paths,
     library_files,
     unreadable,
+    without_bytes,
 )
 from bytelm.progress import ReadingBar
 
@@ -295,7 +296,7 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
                 files.append(found[0])
                 bounds.append(found[1])
                 filled = True
-        require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
+        require(filled, without_bytes(path))
     owners = np.repeat(np.arange(len(files)), [len(each.ends) for each in bounds])
     starts = [np.concatenate(([0], each.ends[:-1])) for each in bounds]
     digests = [np.zeros(len(b.ends), np.uint64) if b.digests is None else b.digests for b in bounds]

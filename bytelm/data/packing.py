@@ -16,7 +16,14 @@ from bytelm.data.cache import input_pieces
 from bytelm.data.formats import HEAD, detect, read_documents
 from bytelm.data.prepared import Prepared, read_bounds, read_spans, write_prepared
 from bytelm.data.remote import Listings
-from bytelm.data.sources import STANDARD_INPUT, Listed, SeenFiles, expand_paths, unreadable
+from bytelm.data.sources import (
+    STANDARD_INPUT,
+    Listed,
+    SeenFiles,
+    expand_paths,
+    unreadable,
+    without_bytes,
+)
 from bytelm.progress import ReadingBar
 
 
@@ -60,7 +67,7 @@ def prepare(
                 for piece in _pieces(file, text_field, raw, target.parent):
                     filled = filled or bool(piece)
                     yield piece
-            require(filled, f"{path}: holds no bytes; give a file or folder with visible content")
+            require(filled, without_bytes(path))
 
     with listings.naming_addresses():
         if shard_bytes:

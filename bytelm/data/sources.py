@@ -219,3 +219,10 @@ class SeenFiles:
 def unreadable(path: str, error: OSError) -> str:
     """What to say of a file or folder that the operating system does not let us read."""
     return f"{path}: cannot be read ({error.strerror or error}); fix it or leave it out"
+
+
+def without_bytes(path: str) -> str:
+    """What to say of a given path that holds nothing to read."""
+    if os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path):
+        return f"{path}: is a pipe or a device; send its bytes to standard input, and give -"
+    return f"{path}: holds no bytes; give a file or folder with visible content"

@@ -157,7 +157,7 @@ def test_bad_paths_are_named(tmp_path: Path) -> None:
         ("folder", "folder: holds no bytes; give"),
         ("links", "circle: cannot be read .*symbolic links.*; fix it or leave it out"),
         ("dangling", "dangling: cannot be read .*No such file"),
-        ("pipe", "pipe: holds no bytes"),
+        ("pipe", "pipe: is a pipe or a device; send its bytes to standard input"),
     ):
         for call in (open_corpus, lambda paths: data.prepare(paths, tmp_path / "out")):
             with refuses(message):

@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
 from bytelm.memory import host_memory
-from bytelm.sampling import SamplerConfig, check_request
+from bytelm.sampling import SamplerConfig, check_request, require_sampled
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import (
     SamplerNumbers,
@@ -301,7 +301,8 @@ def _prompt_ids(
 
 
 def _new_bytes(ids: np.ndarray, vocab: ByteVocab) -> bytes:
-    """The bytes up to end-of-sequence."""
+    """The bytes up to end-of-sequence; raises `ValueError` where logits were not finite."""
     ended = np.flatnonzero(ids == vocab.eos_id)
     kept = ids[: ended[0]] if ended.size else ids
+    require_sampled(kept.tolist(), vocab)
     return (kept - vocab.offset).astype(np.uint8).tobytes()

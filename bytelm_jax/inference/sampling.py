@@ -100,7 +100,10 @@ def next_ids(
     vocab: ByteVocab,
     allow_eos: bool = True,
 ) -> Int[Array, " B"]:
-    """The ids that follow: a byte's id or, if allowed, `vocab.eos_id`, and never another."""
+    """The ids that follow: a byte's id or, if allowed, `vocab.eos_id`, and never another.
+
+    `vocab.pad_id` says that a row's logits are not finite.
+    """
     return choose_ids(logits, uniform, *split_settings(sampler, allow_eos), vocab)
 
 
@@ -118,7 +121,8 @@ def choose_ids(
         chosen = logits.argmax(axis=-1)
     else:
         chosen = sample(_probabilities(logits, mode, numbers), uniform)
-    return (chosen + low).astype(jnp.int32)
+    finite = jnp.isfinite(logits.max(axis=-1))  # NaN if any of them is
+    return jnp.where(finite, chosen + low, vocab.pad_id).astype(jnp.int32)
 
 
 def random_uniforms(mode: str, seed: int, batch: int, length: int) -> Array | np.ndarray:

@@ -166,7 +166,7 @@ def changed(**fields: Any) -> str:
     [
         ("", "Expecting value"),
         ('{"library": "bytelm"', "Expecting ',' delimiter"),
-        ("[" * 200_000, "recursion"),
+        ("[" * 200_000, "nested too deeply"),
         ("[]", "must hold a JSON object"),
         ("{}", "library=None: must be 'bytelm'"),
         (changed(library=["bytelm"]), "library=['bytelm']: must be 'bytelm'"),

@@ -27,6 +27,7 @@ from bytelm.runs import (
     RunLock,
     export_note,
     keep_rules,
+    not_saved,
     prepare_run_dir,
     require_lock,
     saved_steps,
@@ -232,23 +233,18 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
                 reporter.drain(0)
                 with reporter.stopping_on_non_finite(step):
                     record = validate(step, state) if evaluates else None
-                    # While steps are being skipped, the checkpoint from before them stays the
-                    # newest, except at the end, where a validation can show that the weights are
-                    # good.
-                    good = not reporter.bad_in_a_row or (
-                        step == run.steps and checkpoint.score(record) is not None
-                    )
+                    # While steps are being skipped, or where a validation is not finite, the
+                    # checkpoint from before stays the newest; at the end validation decides alone.
+                    good = not reporter.bad_in_a_row
+                    if record is not None:
+                        good = checkpoint.score(record) is not None and (good or step == run.steps)
                     if saves and good:
                         save(step, state, record)
                 reporter.exclude_from_rates(step)
         reporter.drain(0)
         if step > reporter.saved:
             if not stop:
-                raise reporter.diverged(
-                    step,
-                    f"the last steps ({reporter.bad_in_a_row}) were skipped because their loss "
-                    "or gradient norm is not finite, so the end of the run is not saved",
-                )
+                raise reporter.diverged(step, not_saved(reporter.bad_in_a_row))
             with reporter.stopping_on_non_finite(step):
                 save(step, state, None)
         checkpoint.finish(manager)

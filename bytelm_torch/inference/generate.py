@@ -5,6 +5,7 @@ decoded.
 Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 
 from bytelm.config import ByteVocab, require
 from bytelm.memory import host_memory
-from bytelm.sampling import SamplerConfig, check_request
+from bytelm.sampling import SamplerConfig, check_request, require_sampled
 from bytelm_torch.inference.sampling import next_ids, random_uniforms
 from bytelm_torch.models.interface import inference
 
@@ -227,10 +228,7 @@ def _prompt_ids(
 
 
 def _new_bytes(ids: Tensor, vocab: ByteVocab) -> bytes:
-    """The bytes up to end-of-sequence."""
-    kept = []
-    for item in ids.tolist():
-        if item == vocab.eos_id:
-            break
-        kept.append(item - vocab.offset)
-    return bytes(kept)
+    """The bytes up to end-of-sequence; raises `ValueError` where logits were not finite."""
+    kept = list(itertools.takewhile(lambda item: item != vocab.eos_id, ids.tolist()))
+    require_sampled(kept, vocab)
+    return bytes(item - vocab.offset for item in kept)

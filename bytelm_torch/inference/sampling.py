@@ -66,7 +66,10 @@ def next_ids(
     vocab: ByteVocab,
     allow_eos: bool = True,
 ) -> Int[Tensor, " B"]:
-    """The ids that follow: a byte's id or, if allowed, `vocab.eos_id`, and never another."""
+    """The ids that follow: a byte's id or, if allowed, `vocab.eos_id`, and never another.
+
+    `vocab.pad_id` says that a row's logits are not finite.
+    """
     # The candidates: a slice of the vocabulary, with the other specials in it ruled out.
     low = min(vocab.offset, vocab.eos_id)
     high = max(vocab.offset + 256, vocab.eos_id + 1)
@@ -79,7 +82,8 @@ def next_ids(
         chosen = logits.argmax(dim=-1)
     else:
         chosen = sample(probabilities(logits, sampler), uniform)
-    return chosen + low
+    finite = logits.amax(dim=-1).isfinite()  # NaN if any of them is
+    return torch.where(finite, chosen + low, vocab.pad_id)
 
 
 def _is_greedy(sampler: SamplerConfig) -> bool:

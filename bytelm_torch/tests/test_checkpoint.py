@@ -166,7 +166,7 @@ def config_with(**fields: Any) -> str:
     ("text", "expected"),
     [
         ("{", "config.json: Expecting property name"),
-        ("[" * 200_000, "config.json: maximum recursion depth exceeded"),
+        ("[" * 200_000, "config.json: lists or objects are nested too deeply"),
         ("3", "config.json: must hold a JSON object"),
         (config_with(library="other"), "config.json: library='other': must be 'bytelm'"),
         (config_with(format_version=2), "config.json: format_version=2: this release reads 1; "),

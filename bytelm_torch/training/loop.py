@@ -57,6 +57,7 @@ from bytelm.runs import (
     find_export,
     keep_rules,
     load_recipe,
+    not_saved,
     prepare_run_dir,
     require_lock,
     what_a_run_is,
@@ -193,6 +194,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     display, guess = ProgressLines(run.steps, first), GuessWarning(recipe)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
     saved, asked, bad = start, False, 0
+    skipped = sum("skipped" in record for record in log.records) if log else 0
 
     def diverged(step: int, why: str) -> DivergedError:
         note = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
@@ -207,7 +209,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
 
     def drain(keep: int) -> None:
         """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal asked, bad
+        nonlocal asked, bad, skipped
         while len(pending) > keep:
             step, report = pending.popleft()
             values = {name: float(value) for name, value in report.items()}
@@ -222,7 +224,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
                     f"{bad} steps in a row",
                 )
             if bad:
-                display.say(f"step {step}: skipped because its loss or gradient norm is not finite")
+                skipped += 1
+                _say_skipped(step, skipped, values, log, display)
                 continue
             if log and (step % run.log_every == 0 or step == run.steps):
                 add_bits(values)
@@ -282,23 +285,35 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
             if evaluates or saves:
                 drain(0)
                 record = validate(step) if evaluates else None
-                # While steps are being skipped, the checkpoint from before them stays the newest,
-                # except at the end, where a validation can show that the weights are good.
-                good = not bad or (last and checkpoint.score(record) is not None)
+                # While steps are being skipped, or where a validation is not finite, the checkpoint
+                # from before stays the newest; at the end a validation alone decides.
+                good = not bad
+                if record is not None:
+                    good = checkpoint.score(record) is not None and (good or last)
                 if saves and good:
                     save(step, record)
                 rates.restart()
         drain(0)
         if step > saved:
             if not asked:
-                raise diverged(
-                    step,
-                    f"the last steps ({bad}) were skipped because their loss or gradient norm "
-                    "is not finite, so the end of the run is not saved",
-                )
+                raise diverged(step, not_saved(bad))
             save(step, None)
     parallel.wait_for_all(group)
     return Outcome(step, asked and step < run.steps)
+
+
+def _say_skipped(
+    step: int,
+    count: int,
+    values: dict[str, float],
+    log: MetricsLog | None,
+    display: ProgressLines,
+) -> None:
+    why = "its loss or gradient norm is not finite"
+    display.say(f"step {step}: skipped because {why} ({count} so far)")
+    if log:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        log.write({"step": step, "skipped": count} | finite)
 
 
 def _say_what_it_is(
@@ -320,7 +335,7 @@ def with_changes(recipe: Recipe, changes: Sequence[str], run_dir: Path | None = 
     """
     split = [(change, *change.partition("=")) for change in changes]
     for field, count in Counter(name for _, name, _, _ in split).items():
-        require(count == 1, f"{field}: is given {count} times; give it once, a list as [1, 2]")
+        require(count == 1, f"{field}: is given {count} times; give it once")
     values = {name: _value(text) for _, name, _, text in split}
     if "train.init_from" in values:
         require(values["train.init_from"] != "", "train.init_from: is empty; name weights")

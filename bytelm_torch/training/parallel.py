@@ -82,7 +82,7 @@ def check_batch(group: Group, train: TrainConfig) -> None:
         )
     if train.devices not in (0, group.size):
         raise ValueError(
-            f"devices={train.devices}: this run has {group.size} processes, one device each; set "
+            f"devices={train.devices}: this run has {group.size}, one a process; set "
             "it to 0, or start that many with torchrun"
         )
     parts = group.size * train.accumulation_steps
