@@ -16,13 +16,19 @@ JSON_LIMIT = 2**24
 """Bytes of the largest JSON file that is read: an index of 100,000 tensors is smaller."""
 
 
-def read_json(file: Path) -> Any:
-    """The contents of a JSON file; opens nothing but a plain file of limited size."""
+def read_text(file: Path) -> str:
+    """The text of a file in UTF-8; opens nothing but a plain file of limited size."""
     require_plain_file(file)
-    size = file.stat().st_size
-    require(size <= JSON_LIMIT, f"{size} bytes; a JSON file of at most {JSON_LIMIT} was expected")
+    size, kind = file.stat().st_size, file.suffix[1:].upper() or "JSON"
+    require(size <= JSON_LIMIT, f"{size} bytes; a {kind} file of at most {JSON_LIMIT} was expected")
+    return file.read_text("utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file, read as `read_text` does."""
+    text = read_text(file)
     try:
-        return json.loads(file.read_text("utf-8"))
+        return json.loads(text)
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
     except ValueError as error:

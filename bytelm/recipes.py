@@ -4,8 +4,10 @@ Each docstring says what the recipe is and gives the command; measured figures a
 tables.
 """
 
+import re
 from dataclasses import replace
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from bytelm.config import (
     AdamWConfig,
@@ -279,7 +281,7 @@ def lfbyte() -> Recipe:
 
 
 def lfbyte_130m() -> Recipe:
-    """The same shape with 48 experts, 2 of them active: 133,826,056 parameters, for GPUs."""
+    """LFByteTransformer with 48 experts, 2 of them active: 133,826,056 parameters, for GPUs."""
     model = LFByteConfig(num_experts=48, dropout=0.0)
     return replace(megabyte_132m(), name="lfbyte_130m", model=model)
 
@@ -339,3 +341,30 @@ def get(name: str) -> Recipe:
         hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(known)}"
         raise ValueError(f"recipe={name}: unknown; {hint}")
     return globals()[wanted]()
+
+
+class Summary(NamedTuple):
+    """A recipe in a line: parameters, and bytes of these and AdamW's state in float32."""
+
+    name: str
+    purpose: str
+    architecture: str
+    parameters: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Parameters and two moments, four bytes each."""
+        return 12 * self.parameters
+
+
+def summaries() -> list[Summary]:
+    """Every recipe in a line, in the order of this file."""
+    found = []
+    for name in names():
+        model, text = (
+            get(name).model,
+            " ".join((globals()[name].__doc__ or "").replace("`", "").split()),
+        )
+        purpose = re.split(r"[:;.] |\.$", text, maxsplit=1)[0]
+        found.append(Summary(name, purpose, model.architecture, model.parameter_count()))
+    return found

@@ -25,10 +25,11 @@ COMMANDS = {
     "plot": "plot a run: PNG and one HTML file",
     "prepare": "pack files into one byte file",
     "serve": "try a model on a page in the browser",
+    "recipes": "list what `bytelm train` knows, with sizes",
     "doctor": "check devices, disk and data before a run",
 }
 
-_MODULES = {"train": "train", "doctor": "doctor"} | dict.fromkeys(
+_MODULES = {"train": "train", "recipes": "train", "doctor": "doctor"} | dict.fromkeys(
     ("inspect", "plot", "serve"), "view"
 )
 """The modules of the commands that are not in `model`."""

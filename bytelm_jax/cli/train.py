@@ -1,5 +1,6 @@
 """`bytelm train`: its command line, which is parsed without JAX; `run.py` does the work."""
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 from bytelm import recipes
 from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends, require_length
 from bytelm.config.lfbyte import require_prediction
+from bytelm.recipe_files import find_recipe
 from bytelm.starting import with_source
 from bytelm_jax.cli.arguments import (
     ALIASES,
@@ -26,7 +28,7 @@ def train_command(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise UsageError(f"{argv[0]}: name the recipe first: {', '.join(recipes.names())}")
-    recipe = recipes.get(argv[0])
+    recipe = find_recipe(argv[0])
     run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
     epochs, rest = take_option(rest, "epochs")
     dry, rest = take_dry_run(rest)
@@ -52,6 +54,23 @@ def train_command(argv: list[str]) -> int:
     return run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times)
 
 
+def recipes_command(as_json: bool = False) -> int:
+    """Lists the recipes: parameters, memory of parameters and AdamW's state, purpose.
+
+    Example: bytelm recipes
+
+    Args:
+        as_json: print a JSON object a line.
+    """
+    for each in recipes.summaries():
+        if as_json:
+            print(json.dumps(each._asdict() | {"state_bytes": each.state_bytes}))
+        else:
+            size, memory = f"{each.parameters:,}", f"{each.state_bytes / 2**30:.2f} GiB"
+            print(f"{each.name:24} {size:>13} {memory:>10}  {each.purpose}")
+    return 0
+
+
 def _number_of_epochs(text: str) -> float:
     try:
         times = float(text)
@@ -67,6 +86,8 @@ def _train_help() -> str:
         [
             "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]",
             "",
+            "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields as in",
+            'a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
             "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
             "Without --data it trains on the source of Python's standard library. Any field is",
             "overridden by its name, with or without its section (--train.batch-size 8,",

@@ -48,6 +48,7 @@ from bytelm.metrics import (
     validation_record,
 )
 from bytelm.progress import GuessWarning, ProgressLines, StopSignal
+from bytelm.recipe_files import find_recipe
 from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     DivergedError,
@@ -56,7 +57,6 @@ from bytelm.runs import (
     export_note,
     find_export,
     keep_rules,
-    load_recipe,
     not_saved,
     prepare_run_dir,
     require_lock,
@@ -399,7 +399,7 @@ def _path(text: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code. Bad input: 2 and one line on standard error."""
     parser = _Parser(prog="python -m bytelm_torch.train", description=__doc__)
-    parser.add_argument("recipe", type=_path, help="a JSON file or a run folder")
+    parser.add_argument("recipe", type=_path, help="a JSON or YAML file, a run folder, or a name")
     parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
     parser.add_argument("--run-dir", type=_path, help="default runs/NAME")
     parser.add_argument(
@@ -411,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--valid", nargs="+", action="extend", help=valid)
     try:
         options = parser.parse_intermixed_args(argv)
-        recipe = load_recipe(options.recipe)
+        recipe = find_recipe(str(options.recipe))
         run_dir = options.run_dir or Path("runs") / recipe.name
         recipe = _with_data(with_changes(recipe, options.changes, run_dir), options)
         outcome = train(recipe, run_dir)

@@ -1,0 +1,87 @@
+"""Recipes in files: whole ones, and what differs from a recipe that has a name."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bytelm import recipes
+from bytelm.config import Recipe, from_dict, require, to_dict
+from bytelm.files import errors_about, one_line, read_json, read_text
+from bytelm.runs import load_recipe
+
+
+def find_recipe(named: str) -> Recipe:
+    """The recipe with this name or, where `named` has a suffix or a slash, in this file or folder.
+
+    A recipe's name wins over a file of that name. Raises `ValueError` for neither.
+    """
+    known = named.replace("-", "_") in recipes.names()
+    return recipes.get(named) if known or not _is_path(named) else read_recipe(Path(named))
+
+
+def _is_path(named: str) -> bool:
+    return "/" in named or os.sep in named or bool(Path(named).suffix)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from a JSON or YAML file, or from the `config.json` of a run folder.
+
+    A file holds what `config.json` does, fields at their defaults left out, or with "base" the name
+    of a recipe and what differs from it. Without a "name" it is called as the file. What a run has
+    found out, its patches and the weights that it began from, does not come along. Raises
+    `ValueError` for anything else.
+    """
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        return replace(load_recipe(path), patching=None, origin="")
+    with errors_about(path, "give a JSON or YAML file with a recipe"):
+        stored = _load(path)
+        require(isinstance(stored, dict), "must hold an object of fields, such as model and train")
+        exported = "name" not in stored and (stored.get("library") or "bytelm" in stored)
+        hint = f"`bytelm import {path.parent} --out RUN` makes a run folder of it"
+        require(not exported, f"belongs to an export, not to a run; {hint}")
+        base = stored.pop("base", None)
+        tree = {"name": path.stem} if base is None else {**_tree(base, stored), "name": path.stem}
+        return replace(from_dict(Recipe, _merged(tree, stored)), patching=None, origin="")
+
+
+def _load(path: Path) -> Any:
+    if path.suffix == ".json":
+        try:
+            return read_json(path)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError("YAML needs PyYAML: pip install pyyaml, or write JSON") from None
+    try:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"not YAML ({one_line(error, 200)})") from None
+
+
+def _tree(base: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe `base` as a tree, under the optimizer that a file over it names."""
+    require(isinstance(base, str), f"base={base!r}: must be the name of a recipe")
+    recipe, asked = recipes.get(base), stored.get("optimizer")
+    if isinstance(asked, Mapping) and "name" in asked:
+        recipe = recipes.with_optimizer(recipe, asked["name"])
+    model = stored.get("model")
+    wanted = model.get("architecture") if isinstance(model, Mapping) else None
+    ours = recipe.model.architecture
+    same = wanted in (None, ours)
+    require(same, f"model.architecture={wanted}: {base} is {ours}; take a base that is {wanted}")
+    return to_dict(recipe)
+
+
+def _merged(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    both = dict(tree)
+    for name, value in changes.items():
+        inner = both.get(name)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            value = _merged(inner, value)
+        both[name] = value
+    return both
