@@ -49,6 +49,7 @@ from bytelm.files import (
     sync_folder,
     write_synced,
 )
+from bytelm.storage.stores import require_local
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -362,6 +363,7 @@ def replace_export(
     `beside` holds further files by name, which share that fate. Raises `ValueError` if `out` is a
     file and if it cannot be written.
     """
+    require_local(out, "out")
     texts = {CONFIG_FILE: config, **(beside or {})}
     targets = {name: out / name for name in (MODEL_FILE, *texts)}
     new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}

@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.config.serialize import recipe_text
 from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
 from bytelm.files import errors_about, read_json, replace_file
 from bytelm.metrics import METRIC, read_metrics, score
+from bytelm.remote.copies import NO_ARRAYS, local_copy
+from bytelm.remote.folder import RemoteFolder
+from bytelm.remote.run import RemoteRun
+from bytelm.storage.stores import is_remote, protocol_of, tidy
 
 T = TypeVar("T")
 
@@ -121,12 +126,14 @@ def not_saved(skipped: int) -> str:
 
 def save_recipe(run_dir: Path, recipe: Recipe) -> None:
     """Writes `config.json` of a run folder, whole or not at all."""
-    text = json.dumps(to_dict(recipe), indent=2) + "\n"
-    replace_file(run_dir / CONFIG_FILE, text.encode("utf-8"))
+    replace_file(run_dir / CONFIG_FILE, recipe_text(recipe))
 
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a JSON file or in the `config.json` of a run folder; raises `ValueError`."""
+    if is_remote(path):
+        with local_copy(path, NO_ARRAYS) as copy:
+            return load_recipe(copy)
     file = path if path.is_file() or path.suffix == ".json" else path / CONFIG_FILE
     if file != path and not file.exists():
         raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
@@ -148,7 +155,10 @@ def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
     A run begun before `data.order`, `data.split_rule` and `data.raw`, or the patcher `word` existed
     keeps its rules, whatever the recipe's are now.
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    if is_remote(run_dir):
+        if RemoteFolder(tidy(run_dir)).read(CONFIG_FILE) is None:
+            return recipe
+    elif not (run_dir / CONFIG_FILE).is_file():
         return recipe
     saved = load_recipe(run_dir)
     if saved.data.split_rule == "rank":
@@ -177,13 +187,14 @@ class RunLock:
 
     It is the operating system's lock (`flock`) on the folder itself, taken by the first process of
     a run: it leaves no file behind, and ends with the process, however that ends. File systems
-    without such locks are used without. Nothing locks a folder against being moved or changed, so
-    `check` looks before a run saves anything.
+    without such locks are used without, and so are all if not `locked`. Nothing locks a folder
+    against being moved or changed, so `check` looks before a run saves anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, run_dir: Path | None = None, locked: bool = True) -> None:
+        self.local = self._run_dir = run_dir or Path()
+        self._locked = locked
         self._handle: int | None = None
-        self._run_dir = Path()
         self._config: bytes | None = None
 
     def __enter__(self) -> "RunLock":
@@ -198,6 +209,8 @@ class RunLock:
         """False if another process holds the folder."""
         self._run_dir = run_dir
         self._handle = os.open(run_dir, os.O_RDONLY)
+        if not self._locked:
+            return True
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -205,6 +218,20 @@ class RunLock:
         except OSError:  # a network file system that cannot
             return True
         return True
+
+    look = take
+
+    @property
+    def name(self) -> str:
+        """What a person calls the folder."""
+        return str(self.local)
+
+    def steps(self) -> list[int]:
+        """The steps of which the folder holds a checkpoint."""
+        return saved_steps(self.local)
+
+    def stop_if_lost(self) -> None:
+        """Raises `ValueError` if the lock was lost, which one of the operating system cannot be."""
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Writes `config.json` of the folder, which `check` compares from now on."""
@@ -236,6 +263,25 @@ class RunLock:
         require(same, f"{file}: was changed during the run; {hint}")
 
 
+def open_run(
+    run_dir: Path, cache_dir: str = "", locked: bool = True, track: Sequence[str] = ()
+) -> RunLock | RemoteRun:
+    """What holds a run folder, here or at an address, while a process trains in it.
+
+    `cache_dir` is for what is written here of a run at an address. Raises `ValueError` for a store
+    that holds no runs, and for trackers, which write beside the run.
+    """
+    if not is_remote(run_dir):
+        return RunLock(run_dir, locked)
+    known = protocol_of(tidy(run_dir)) in ("gs", "s3")
+    require(
+        known, f"run_dir={tidy(run_dir)}: runs live on disks, gs:// and s3://; take one of them"
+    )
+    why = f"writes files beside the run, which {tidy(run_dir)} does not take; leave it out"
+    require(not track, f"train.track={', '.join(track)}: {why}")
+    return RemoteRun(run_dir, cache_dir, locked)
+
+
 def export_note(model: ModelConfig) -> str | None:
     """What to say before training a model that transformers knows by its name but cannot express.
 
@@ -247,7 +293,7 @@ def export_note(model: ModelConfig) -> str | None:
     return f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"
 
 
-def require_lock(taken: bool, run_dir: Path) -> None:
+def require_lock(taken: bool, run_dir: str | Path) -> None:
     """Raises `ValueError` unless the lock of `run_dir` was `taken`."""
     hint = "wait for it, stop it, or choose another run_dir"
     require(taken, f"run_dir={run_dir}: another process is training there; {hint}")

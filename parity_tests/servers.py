@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -93,6 +93,9 @@ def environment(gcs_port: int = 0, s3_port: int = 0) -> dict[str, str]:
     if gcs_port:
         address = f"http://127.0.0.1:{gcs_port}"
         found |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        # Nobody is asked for credentials, which takes seconds.
+        found |= {"GOOGLE_AUTH_TOKEN_FOR_TESTING": "x", "FSSPEC_GS_TOKEN": "anon"}
+        found |= {"FSSPEC_GCS_TOKEN": "anon", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
     if s3_port:
         found |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}", "AWS_DEFAULT_REGION": "x"}
         found |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x"}
@@ -209,15 +212,22 @@ _HOP = {"transfer-encoding", "connection", "content-length", "keep-alive"}
 
 
 @contextmanager
-def stores() -> Iterator[Flaky]:
-    """Both stores, which this process reads by their addresses; the proxy before `gs://`."""
+def stores() -> Iterator[dict[str, Flaky]]:
+    """Both stores, which this process reads by their addresses; the proxies before them."""
     os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # read at import; asks Google
+    import fsspec.config
     import gcsfs
     import s3fs
 
-    flaky = Flaky()
-    with gcs(flaky.port) as behind, flaky.before(behind), s3() as port:
-        found = environment(flaky.port, port)
+    for protocol in ("gs", "gcs"):  # it has read the environment already
+        fsspec.config.conf.setdefault(protocol, {})["token"] = "anon"
+
+    flaky = {"gs": Flaky(), "s3": Flaky()}
+    with ExitStack() as stack:
+        port = flaky["gs"].port
+        stack.enter_context(flaky["gs"].before(stack.enter_context(gcs(port))))
+        stack.enter_context(flaky["s3"].before(stack.enter_context(s3())))
+        found = environment(port, flaky["s3"].port)
         before = {name: os.environ.get(name) for name in found}
         os.environ.update(found)
         try:

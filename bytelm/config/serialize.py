@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 import typing
 from typing import Any, Literal
@@ -39,6 +40,11 @@ _ALWAYS_WRITTEN = {DataConfig: {"paths", "sequence_length", "split_seed", "shuff
 
 _PATCHER_VERSION = 2
 """Written with every BLT. Files without it have version 1, whose `space` is the patcher `word`."""
+
+
+def recipe_text(recipe: Any) -> bytes:
+    """What the `config.json` of a run folder holds."""
+    return (json.dumps(to_dict(recipe), indent=2) + "\n").encode("utf-8")
 
 
 def to_dict(config: Any) -> Any:

@@ -25,6 +25,7 @@ from bytelm.data.sources import (
     without_bytes,
 )
 from bytelm.progress import ReadingBar
+from bytelm.storage.stores import require_local
 
 
 def prepare(
@@ -142,6 +143,7 @@ def _with_bar(
 
 
 def _check_target(paths: Sequence[str], out: str | Path, target: Path, shards: bool) -> None:
+    require_local(out, "out")
     if shards:
         empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
         require(empty, f"{out}: exists already; name a new folder for the shards")

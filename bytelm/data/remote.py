@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from bytelm.config import require
-from bytelm.data.cache import alone, cache_folder
+from bytelm.data.objects import cached, linked
 from bytelm.data.sources import Listed, list_files
-from bytelm.storage.fetch import StoredObject, download, list_objects
+from bytelm.storage.fetch import list_objects
 from bytelm.storage.stores import is_address
 
 
@@ -57,66 +51,13 @@ def _download(paths: list[str], cache_dir: str, addresses: dict[str, str]) -> di
     """
     if not paths:
         return {}
-    folder = cache_folder(cache_dir) / "objects"
     listed = {path: list_objects(path) for path in paths}
-    objects = {one.key: one for found, _ in listed.values() for one in found}
-
-    def place(one: StoredObject) -> Path:
-        return folder / one.key / one.name.rpartition("/")[2]
-
-    def missing() -> list[StoredObject]:
-        return [one for one in objects.values() if not place(one).exists()]
-
-    if missing():
-        folder.mkdir(parents=True, exist_ok=True)
-        called = paths[0] if len(paths) == 1 else f"{len(paths)} addresses"
-        with alone(folder / _digest(sorted(paths)), called):
-            for one in missing():
-                _remove_rest(place(one).parent)
-            download(missing(), place, f"downloading {called}")
+    objects = [one for found, _ in listed.values() for one in found]
+    called = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    place = cached(objects, called, cache_dir)
     local = {}
     for path, (found, is_folder) in listed.items():
         addresses |= {str(place(one)): one.address for one in found}
-        local[path] = str(_tree(folder, found, place)) if is_folder else str(place(found[0]))
+        local[path] = str(linked(found, place, cache_dir) if is_folder else place(found[0]))
         addresses[local[path]] = path
     return local
-
-
-def _tree(
-    folder: Path, found: Sequence[StoredObject], place: Callable[[StoredObject], Path]
-) -> Path:
-    """A folder of links to these objects' files, laid out as their names are."""
-    tree = folder / "trees" / _digest([(one.name, one.key) for one in found])
-    if tree.is_dir():
-        return tree
-    tree.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=".", dir=tree.parent))
-    try:
-        for one in found:
-            link = beside / one.name
-            plain = ".." not in Path(one.name).parts
-            require(plain, f"{one.address}: no name for a file; leave it out")
-            try:
-                link.parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to(place(one))
-            except (FileExistsError, NotADirectoryError):
-                why = "is the name of an object and of a folder of objects; rename one"
-                raise ValueError(f"{one.address}: {why}") from None
-        with suppress(OSError):  # another process was faster
-            os.rename(beside, tree)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return tree
-
-
-def _digest(of: object) -> str:
-    text = repr(of).encode("utf-8", "surrogateescape")
-    return blake2b(text, digest_size=16).hexdigest()
-
-
-def _remove_rest(folder: Path) -> None:
-    """Removes what a process that was killed an hour ago or more has left."""
-    for rest in folder.glob(".*.partial"):
-        with suppress(FileNotFoundError):
-            if rest.stat().st_mtime < time.time() - 3600:
-                rest.unlink()

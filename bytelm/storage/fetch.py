@@ -83,11 +83,20 @@ def list_objects(address: str) -> tuple[list[StoredObject], bool]:
     store = open_store(address)
     try:
         info = patiently(address, lambda: store.info(address))
-        if info["type"] != "directory":
-            return [_described(address, _base(address.partition("?")[0]), info)], False
-        found = patiently(address, lambda: store.find(address, detail=True))
     except FileNotFoundError:
         raise ValueError(f"{address}: does not exist; check the spelling") from None
+    if info["type"] != "directory":
+        return [_described(address, _base(address.partition("?")[0]), info)], False
+    return objects_under(address), True
+
+
+def objects_under(address: str) -> list[StoredObject]:
+    """All visible objects in the folder at an address, in the order of their names."""
+    store = open_store(address)
+    try:
+        found = patiently(address, lambda: store.find(address, detail=True))
+    except FileNotFoundError:
+        return []
     objects = []
     root = store._strip_protocol(address).rstrip("/") + "/"
     for path, details in sorted(found.items()):
@@ -97,7 +106,7 @@ def list_objects(address: str) -> tuple[list[StoredObject], bool]:
             continue
         if all(parts):  # an object whose name ends with a slash is a folder's mark
             objects.append(_described(f"{address}/{name}", name, details))
-    return objects, True
+    return objects
 
 
 def _base(address: str) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from bytelm.config import require
 from bytelm.files import one_line
 
 T = TypeVar("T")
@@ -44,6 +45,19 @@ def tidy(address: str | os.PathLike[str]) -> str:
     """The address with both slashes, and without one at its end."""
     text = _ADDRESS.sub(r"\1://", os.fspath(address), count=1)
     return text if protocol_of(text) in ("http", "https") else text.rstrip("/")
+
+
+def is_remote(folder: str | os.PathLike[str]) -> bool:
+    """Whether a run folder is an address, and there is no folder of that name here."""
+    return is_address(folder) and not os.path.lexists(folder)
+
+
+def require_local(path: str | os.PathLike[str], what: str) -> None:
+    """Raises `ValueError` for an address where only folders of this machine will do."""
+    require(
+        not is_remote(path),
+        f"{what}={tidy(path) if is_remote(path) else path}: is an address; name a folder here",
+    )
 
 
 def protocol_of(address: str) -> str:

@@ -29,7 +29,7 @@ FILES = {
 @pytest.fixture(scope="module")
 def store() -> Iterator[servers.Flaky]:
     with servers.stores() as flaky:
-        yield flaky
+        yield flaky["gs"]
 
 
 @pytest.fixture(autouse=True)

@@ -358,9 +358,9 @@ def calibrate_command(
         model = replace(model, threshold=contract.threshold)
         seen = patch_calibration.measure(model, params, cut(check), limit)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
-    with runs.RunLock() as lock:  # a trainer would find its config.json changed
-        runs.require_lock(lock.take(run), run)
-        runs.save_recipe(run, calibrated)
+    with runs.open_run(run) as lock:  # a trainer would find its config.json changed
+        runs.require_lock(lock.take(lock.local), lock.name)
+        lock.save_recipe(calibrated)
     print("\n".join(lines))
     known = recipe.model.has_patching_contract and recipe.patching
     if known and (wrong := patch_calibration.outside(known, contract)):

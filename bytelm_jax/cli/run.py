@@ -15,6 +15,7 @@ from bytelm.config import Recipe
 from bytelm.config.base import LARGEST_INTEGER
 from bytelm.run_data import open_windows
 from bytelm.runs import keep_rules
+from bytelm.storage.stores import is_remote, tidy
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
@@ -22,7 +23,9 @@ from bytelm_jax.training.loop import train
 from bytelm_jax.training.reporter import DivergedError
 
 
-def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -> int:
+def run(
+    recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None, locked: bool = True
+) -> int:
     """Trains; `epochs` replaces the recipe's number of steps. Returns the exit code."""
     join_processes(joining, "train")
     with processes.agreement():
@@ -31,7 +34,7 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
     # Orbax raises errors of its threads again, here; their own tracebacks would be noise.
     threading.excepthook = sys.unraisablehook = lambda _: None
     try:
-        outcome = train(recipe, run_dir)
+        outcome = train(recipe, run_dir, locked)
     except DivergedError as error:
         print(f"bytelm train: {error}", file=sys.stderr)
         return 1
@@ -44,14 +47,13 @@ def run(recipe: Recipe, run_dir: Path, joining: Joining, epochs: float | None) -
         return 1
     if not processes.is_first():
         return 0
+    place = tidy(run_dir) if is_remote(run_dir) else run_dir
     if outcome.interrupted and not outcome.step:
         print("stopped before the first step; nothing is lost; run the same command again")
     elif outcome.interrupted:
-        print(
-            f"stopped: step {outcome.step} is saved in {run_dir}; run the same command to continue"
-        )
+        print(f"stopped: step {outcome.step} is saved in {place}; run the same command to continue")
     else:
-        print(f"done: step {outcome.step} is saved in {run_dir}")
+        print(f"done: step {outcome.step} is saved in {place}")
     return 0
 
 

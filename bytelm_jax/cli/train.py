@@ -33,6 +33,9 @@ def train_command(argv: list[str]) -> int:
     epochs, rest = take_option(rest, "epochs")
     dry, rest = take_dry_run(rest)
     joining, rest = take_processes(rest)
+    unlocked, rest = take_flag(rest, "no-lock")
+    if dry and unlocked:
+        raise UsageError("--no-lock: a dry run writes nothing; leave it out")
     if dry and (epochs or joining.several):
         raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
     run_dir = Path(run_dir or Path("runs") / recipe.name)
@@ -51,7 +54,9 @@ def train_command(argv: list[str]) -> int:
 
     from bytelm_jax.cli import run  # the lines above need no JAX, so a mistake is reported at once
 
-    return run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times)
+    return (
+        run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times, not unlocked)
+    )
 
 
 def recipes_command(as_json: bool = False) -> int:
@@ -99,6 +104,8 @@ def _train_help() -> str:
             "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
             "    export, or what `bytelm import` reads; the model is theirs",
             "  --epochs N for the --steps that show each window N times",
+            "  --run-dir gs://BUCKET/NAME or s3://BUCKET/NAME for a run on an object store",
+            "  --no-lock to train although nothing can keep a second run out of the folder",
             "  --distributed for one run over all processes of a SLURM or MPI job or a TPU pod",
             "  --coordinator HOST:PORT --num-processes N --process-id I for one run elsewhere",
             "  --dry-run --devices N to compile the step for N simulated devices and print memory,",

@@ -8,6 +8,7 @@ from json import dumps as dump_json
 from pathlib import Path
 from typing import Literal
 
+from bytelm.storage.stores import is_remote, tidy
 from bytelm_jax.cli.arguments import UsageError
 from bytelm_jax.cli.model import with_resets
 
@@ -92,8 +93,11 @@ def plot_command(run: Path, /, out: Path | None = None) -> int:
 
     Args:
         run: the run folder.
-        out: the folder to write to; the run folder by default.
+        out: the folder to write to; by default the run folder, if it is one of this machine.
     """
+    if out is None and is_remote(run):
+        raise UsageError(f"--out: name a folder here; {tidy(run)} is an address")
+
     from bytelm_jax.tools.plot import write_plots
 
     png, page = write_plots(run, run if out is None else out)

@@ -15,6 +15,7 @@ import numpy as np
 
 from bytelm import data, export, runs
 from bytelm.config import ModelConfig, require
+from bytelm.remote.copies import local_copy
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
 from bytelm_jax.parity.recording import ArrayStore, Tap
@@ -119,12 +120,23 @@ def compare(
 ) -> Report:
     """Compares the twins of a run folder or an export in `dtype` on `rows` windows of `corpus`.
 
+    `path` may be an address.
+
     Raises `ValueError` for files that cannot be read, and if torch is not installed.
     """
     try:
-        import bytelm_torch
+        import bytelm_torch  # noqa: F401
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
+    with local_copy(path, which) as copy:
+        return _compare(copy, dtype, corpus, rows, length, which)
+
+
+def _compare(
+    path: Path, dtype: str, corpus: data.Corpus, rows: int, length: int, which: str
+) -> Report:
+    import bytelm_torch
+
     exported = export.holds_weights(path)
     config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bytelm import runs
 from bytelm.config import MegabyteConfig, Recipe, TrainConfig
+from bytelm.runs import RunLock
 from bytelm_jax.models import abstract_params
 from bytelm_jax.training import checkpoint, loop
 
@@ -172,7 +173,7 @@ def test_a_save_that_fails_meanwhile_hides_no_error(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.ocp.CheckpointManager, "close", lambda _: 1 // 0)
         hidden = pytest.raises(ValueError, match=r"^was moved$")
-        with hidden, loop.checkpoints_of(tmp_path, TrainConfig()):
+        with hidden, loop.checkpoints_of(RunLock(tmp_path), TrainConfig()):
             raise ValueError("was moved")
 
 

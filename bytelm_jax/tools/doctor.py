@@ -28,12 +28,16 @@ from jax.sharding import Mesh
 from bytelm import data
 from bytelm.config import DataConfig, MegabyteConfig, TrainConfig
 from bytelm.files import replace_file
+from bytelm.remote.folder import RemoteFolder
+from bytelm.storage.lock import StoreLock
+from bytelm.storage.stores import is_remote, tidy
 from bytelm_jax.models import define_model
 from bytelm_jax.tools.memory import device_limit
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import processes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
+from bytelm_jax.training.remote import store_path
 
 Form = Literal["jit", "shard_map"]
 """The two forms of the train step."""
@@ -285,6 +289,8 @@ def _norm(tree: dict[str, Any]) -> float:
 
 def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
     """Writes a file and a sharded array under `run_dir`, reads them back and removes them."""
+    if is_remote(run_dir):
+        return _check_store(tidy(run_dir), mesh)
     created = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
     probe, problem = run_dir.absolute() / ".doctor", ""
     try:
@@ -312,6 +318,31 @@ def check_checkpoints(run_dir: Path, mesh: Mesh) -> str:
                     path.rmdir()
 
 
+def _check_store(address: str, mesh: Mesh) -> str:
+    """The same on an object store, and whether a lock would keep a second run out."""
+    probe, start = f"{address}/doctor", time.perf_counter()
+    folder, problem, seconds = RemoteFolder(probe), "", 0.0
+    try:
+        if processes.is_first():
+            try:
+                folder.remove_all(folder.names(""))
+                StoreLock(address).check_store()
+                folder.write("file", b"written")
+                if folder.read("file") != b"written":
+                    problem = f"{address}: returns different bytes than were written; name another"
+            except ValueError as error:
+                problem = str(error)
+        if not processes.all_agree(not problem):
+            raise SickError(problem or "process 0 cannot write there; see its line")
+        seconds = time.perf_counter() - start
+        if address.startswith("gs://"):  # others are written here first, and then uploaded
+            seconds = _through_orbax(store_path(f"{probe}/arrays"), mesh)
+        return f"{address} keeps what is written ({seconds:.1f} s), and one run at a time"
+    finally:
+        if processes.is_first():
+            folder.remove_all(folder.names(""))
+
+
 def _write(probe: Path) -> str:
     """Writes a file; returns the problem, if any."""
     try:
@@ -336,7 +367,7 @@ def _read(probe: Path) -> str:
     return "" if same else f"{folder}: returns different bytes than were written; name another"
 
 
-def _through_orbax(path: Path, mesh: Mesh) -> float:
+def _through_orbax(path: Any, mesh: Mesh) -> float:
     """Seconds for saving and restoring a sharded array; raises if it came back changed."""
     start = time.perf_counter()
     rows = meshes.put_batch(mesh, np.arange(64 * len(mesh.local_devices), dtype=np.float32))

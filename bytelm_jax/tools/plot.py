@@ -23,6 +23,8 @@ from bytelm.config import PatchingContract, Recipe, to_dict
 from bytelm.files import replace_file
 from bytelm.metrics import read_metrics
 from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
+from bytelm.remote.copies import local_copy
+from bytelm.storage.stores import require_local
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.optimizers.q_agent import QLearningState
@@ -296,8 +298,13 @@ def _draw_heat(figure: Any, axes: Any, panel: Panel) -> None:
 
 
 def write_plots(run_dir: Path, out: Path) -> tuple[Path, Path]:
-    """Writes OUT/plot.png and OUT/plot.html, each as a whole; returns the two paths."""
-    recipe, plots = panels(run_dir)
+    """Writes OUT/plot.png and OUT/plot.html, each as a whole; returns the two paths.
+
+    The run may be at an address.
+    """
+    require_local(out, "out")
+    with local_copy(run_dir, everything=True) as copy:
+        recipe, plots = panels(copy)
     figure = draw(plots, f"{recipe.name}: {recipe.model.architecture}, {recipe.optimizer.name}")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

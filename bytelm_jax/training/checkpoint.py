@@ -7,7 +7,6 @@ files themselves carry no checksum. Arrays that hold NaN or infinity are neither
 """
 
 import contextlib
-import logging
 import math
 import os
 import shutil
@@ -26,9 +25,14 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
 from bytelm.files import JSON_LIMIT, errors_about, one_line, require_plain_file
 from bytelm.metrics import score
+from bytelm.remote.copies import local_copy
+from bytelm.remote.run import RemoteRun
 from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
+from bytelm.storage.stores import is_address, require_local
 from bytelm_jax.models import Params, abstract_params
 from bytelm_jax.training import processes
+from bytelm_jax.training.manager import Manager, silence_orbax
+from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
 
 _MOST_TRIED = 64
 """Number of checkpoints that a run tries, newest first, to find an undamaged one."""
@@ -113,42 +117,17 @@ def _rank(metrics: dict[str, Any]) -> float:
     return math.inf if value is None else value
 
 
-def _silence_orbax() -> None:
-    """Orbax reports every step of its work, and logs errors that it also raises.
+def open_checkpoints(
+    run_dir: Path, train: TrainConfig | None = None, remote: RemoteRun | None = None
+) -> ocp.CheckpointManager:
+    """The checkpoints of the run in `run_dir`, or of `remote`, whose scratch folder that is.
 
-    When an array cannot be read, it closes its event loop while others are still being read, each
-    of which then prints a traceback from a thread of tensorstore.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if sys.unraisablehook is not _without_late_reads:
-        _hooks.append(sys.unraisablehook)
-        sys.unraisablehook = _without_late_reads
-
-
-_hooks: list[Any] = []
-"""What prints exceptions that nothing can catch."""
-
-
-def _without_late_reads(unraisable: Any) -> None:
-    late = ("Event loop is closed", "Encountered error while reading array index")
-    if not str(unraisable.exc_value).startswith(late):
-        _hooks[-1](unraisable)
-
-
-class _Manager(ocp.CheckpointManager):
-    def reached_preemption(self, step: int) -> bool:
-        # `processes.StopSignal` agrees on an end by JAX's one counter, which Orbax would set back
-        # to `step`, from a thread as well: processes then stop at different places, and wait.
-        return False
-
-
-def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.CheckpointManager:
-    """The run's checkpoints; `train` says how many to keep, None opens them read-only.
+    `train` says how many to keep, None opens them read-only.
 
     Raises `ValueError` for what Orbax would wait for, or read without an end, when it opens them.
     """
-    _silence_orbax()
+    silence_orbax()
+    directory = checkpoint_folder(run_dir, remote)
     for pattern in ("*/_CHECKPOINT_METADATA", "*/metrics/metrics"):
         for file in (run_dir / "checkpoints").glob(pattern):
             if file.exists():  # a running trainer removes old steps
@@ -177,8 +156,9 @@ def open_checkpoints(run_dir: Path, train: TrainConfig | None = None) -> ocp.Che
             best_mode="min",
             preservation_policy=AnyPreservationPolicy([LatestN(n=train.keep_last), best]),
             cleanup_tmp_directories=True,
+            temporary_path_class=committing(remote),
         )
-    return _Manager(run_dir.absolute() / "checkpoints", options=options)
+    return Manager(directory, options=options)
 
 
 def save(
@@ -252,7 +232,9 @@ class Recovered(NamedTuple):
     metadata: dict[str, Any]
 
 
-def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
+def recover(
+    run_dir: Path, params: Any, opt_state: Any, remote: RemoteRun | None = None
+) -> Recovered | None:
     """The newest undamaged checkpoint of a run, if any, placed on devices like the abstract arrays.
 
     Newer, damaged ones are moved to the folder `damaged`, with a line on standard error. Every
@@ -264,11 +246,14 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
     with contextlib.ExitStack() as stack:
         # The first process decides whether there are any: another one may look while the folder for
         # the next ones is being created.
-        there = (run_dir / "checkpoints").is_dir()
-        manager = stack.enter_context(open_checkpoints(run_dir)) if there else None
+        there = bool(remote.steps()) if remote else (run_dir / "checkpoints").is_dir()
+        opened = open_checkpoints(run_dir, remote=remote) if there else None
+        manager = stack.enter_context(opened) if opened else None
         steps = sorted(manager.all_steps(), reverse=True) if manager else []
         for step in processes.from_first(steps, _MOST_TRIED):
             problem = ""
+            if remote:
+                remote.fetch(step)
             try:
                 recovered = _read(manager, step, params, opt_state) if manager else None
             except DamagedError as error:
@@ -278,6 +263,8 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
                     with _readable(manager, step):
                         # A sum over all processes, so the same in each of them.
                         _check_arrays(recovered)
+                    if remote:
+                        remote.drop(step)
                     break
                 except DamagedError as error:
                     problem = str(error)
@@ -286,27 +273,32 @@ def recover(run_dir: Path, params: Any, opt_state: Any) -> Recovered | None:
     if bad and recovered is None:
         raise ValueError(f"{bad[0][1]}; there is no undamaged one; train in another run_dir")
     for step, problem in bad:
-        _set_aside(run_dir, step, problem)
+        _set_aside(run_dir, step, problem, remote)
     if bad:
         processes.wait_for_all("damaged checkpoints are set aside")
     return recovered
 
 
-def _set_aside(run_dir: Path, step: int, problem: str) -> None:
+def _set_aside(run_dir: Path, step: int, problem: str, remote: RemoteRun | None) -> None:
     """Moves a damaged checkpoint out of the way of the one that will be saved in its place."""
     if not processes.is_first():
         return
-    folder = run_dir / "damaged"
-    folder.mkdir(exist_ok=True)
-    taken = sum(path.name.split(".")[0] == str(step) for path in folder.iterdir())
-    target = folder / (f"{step}.{taken}" if taken else str(step))
-    os.replace(run_dir / "checkpoints" / str(step), target)
+    target = remote.set_aside(step) if remote else _move_aside(run_dir, step)
     print(
         f"bytelm train: warning: {problem}; it is now {target}, and the run continues from the "
         "checkpoint before",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _move_aside(run_dir: Path, step: int) -> Path:
+    folder = run_dir / "damaged"
+    folder.mkdir(exist_ok=True)
+    taken = sum(path.name.split(".")[0] == str(step) for path in folder.iterdir())
+    target = folder / (f"{step}.{taken}" if taken else str(step))
+    os.replace(run_dir / "checkpoints" / str(step), target)
+    return target
 
 
 def _read(
@@ -356,7 +348,8 @@ def choose_step(manager: ocp.CheckpointManager, which: str) -> int:
 def read_metadata(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     """The metadata of a checkpoint; raises `DamagedError` unless they are as `save` wrote them."""
     with _readable(manager, step):
-        _check_files(Path(manager.directory) / str(step))
+        if not is_address(str(manager.directory)):
+            _check_files(Path(manager.directory) / str(step))
         items = ocp.args.Composite(metadata=ocp.args.JsonRestore())
         metadata = manager.restore(step, args=items)["metadata"]
         _check_metadata(metadata, step)
@@ -392,11 +385,16 @@ def _check_metadata(metadata: Any, step: int) -> None:
 
 
 def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
-    """Recipe, parameters (on the default device) and step of a run folder's checkpoint.
+    """Recipe, parameters (on the default device) and step of a checkpoint of a folder or address.
 
     A checkpoint that a training run removes meanwhile is replaced by the next that `which` names.
     Raises `ValueError`, and `DamagedError` if the checkpoint is damaged.
     """
+    with local_copy(run_dir, which) as copy:
+        return _load_run(copy, which)
+
+
+def _load_run(run_dir: Path, which: str) -> tuple[Recipe, Params, int]:
     recipe = load_recipe(run_dir)
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(f"{run_dir}: no checkpoints there; train first")
@@ -440,7 +438,8 @@ def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_unused(run_dir: Path) -> None:
-    """Raises `ValueError` unless a new run folder can be created at `run_dir`."""
+    """Raises `ValueError` unless a new run folder can be created at `run_dir`, here."""
+    require_local(run_dir, "out")
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"{run_dir}: exists and is not an empty folder; name another")
 
@@ -489,6 +488,7 @@ def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # from tensorstore's and Orbax's threads, of many types
+        raise_if_lost(error)
         raise ValueError(
             f"{manager.directory}: a checkpoint could not be written ({_first_line(error)}); "
             "earlier ones are intact; free some space and run the same command again"

@@ -21,6 +21,7 @@ from bytelm.config import (
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Mixture, Windows, evaluation_batches
 from bytelm.metrics import MetricsLog, validation_record
+from bytelm.remote.run import RemoteRun
 from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     Outcome,
@@ -28,9 +29,9 @@ from bytelm.runs import (
     export_note,
     keep_rules,
     not_saved,
+    open_run,
     prepare_run_dir,
     require_lock,
-    saved_steps,
     what_a_run_is,
 )
 from bytelm.schedules import jumps
@@ -47,6 +48,7 @@ from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
+from bytelm_jax.training.remote import remote_of, require_one_process
 from bytelm_jax.training.reporter import StepReporter
 
 _IN_FLIGHT = 4
@@ -75,7 +77,21 @@ def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
     return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
 
 
-def check_folder(lock: RunLock) -> None:
+def take_folder(lock: RunLock | RemoteRun, run_dir: Path, recipe: Recipe) -> None:
+    """Raises `ValueError`, in every process, unless this run holds its folder from now on."""
+    looking = -1
+    while True:  # no process waits in a collective for longer than a look takes
+        taken = lock.look(run_dir) if processes.is_first() else None
+        [answer] = processes.from_first([2 if taken is None else int(taken)], 1)
+        looking += 1
+        if answer != 2:
+            break
+    require_lock(answer == 1, lock.name)
+    if looking:  # another process had it, and may have begun a run
+        prepare_run_dir(run_dir, recipe)
+
+
+def check_folder(lock: RunLock | RemoteRun) -> None:
     """Raises `ValueError`, in every process, unless the folder is still as this run left it."""
     with processes.agreement():
         if processes.is_first():
@@ -83,9 +99,9 @@ def check_folder(lock: RunLock) -> None:
 
 
 @contextmanager
-def checkpoints_of(run_dir: Path, run: TrainConfig) -> Iterator[Any]:
+def checkpoints_of(lock: RunLock | RemoteRun, run: TrainConfig) -> Iterator[Any]:
     """The run's checkpoints; an error that ends the block is not hidden by a late one of a save."""
-    manager = checkpoint.open_checkpoints(run_dir, run)
+    manager = checkpoint.open_checkpoints(lock.local, run, remote_of(lock))
     try:
         yield manager
     except BaseException:
@@ -95,8 +111,10 @@ def checkpoints_of(run_dir: Path, run: TrainConfig) -> Iterator[Any]:
     manager.close()
 
 
-def train(recipe: Recipe, run_dir: Path) -> Outcome:
+def train(recipe: Recipe, run_dir: Path, locked: bool = True) -> Outcome:
     """Trains `recipe` in `run_dir`, from its latest undamaged checkpoint if there is one.
+
+    `run_dir` may be an address (`gs://`, `s3://`). Nothing keeps a second run out if not `locked`.
 
     Raises `ValueError` for settings, data or checkpoints that do not fit, before anything is
     overwritten. Raises `DivergedError` if the loss was not finite at `max_bad_steps` steps in a
@@ -104,11 +122,14 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     weights are neither evaluated nor saved. All processes call it alike. SIGINT and SIGTERM end it
     with everything saved, see `processes.StopSignal`.
     """
-    with processes.StopSignal() as stop, RunLock() as lock:
-        return _train(recipe, run_dir, stop, lock)
+    holder = open_run(run_dir, recipe.data.cache_dir, locked, recipe.train.track)
+    with processes.StopSignal() as stop, holder as lock:
+        return _train(recipe, lock.local, stop, lock)
 
 
-def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock) -> Outcome:
+def _train(
+    recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock | RemoteRun
+) -> Outcome:
     # ---- setup and data, the same in every process ----
     with processes.agreement() as found:
         require_prediction(recipe.model)
@@ -121,11 +142,12 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         meshes.check_batch(mesh, recipe.train)
         found_data = open_windows(recipe)
         windows, validation, identity = found_data
-        fresh, trained = not saved_steps(run_dir), {}
+        fresh, trained = not lock.steps(), {}
         if fresh:
             recipe, trained = starting.load_start(recipe)
         found |= processes.installation() | what_a_run_is(recipe)
-        found |= {"run_dir": str(run_dir), "data": identity, "mesh": meshes.describe(mesh)}
+        require_one_process(lock)
+        found |= {"run_dir": lock.name, "data": identity, "mesh": meshes.describe(mesh)}
     run, vocab = recipe.train, recipe.model.vocab
     frozen = recipe.model.frozen_prefixes
     part = meshes.process_slice(mesh)
@@ -133,7 +155,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
 
     # ---- model and step ----
     prepare_run_dir(run_dir, recipe)
-    require_lock(processes.all_agree(not first or lock.take(run_dir)), run_dir)
+    take_folder(lock, run_dir, recipe)
     bind, init = define_model(recipe.model)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
     step_function = steps.make_train_step(
@@ -143,10 +165,10 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     template = steps.abstract_init(mesh, optimizer, init_params)
 
     # ---- state, restored or born sharded ----
-    resumed = checkpoint.recover(run_dir, template.params, template.opt_state)
+    resumed = checkpoint.recover(run_dir, template.params, template.opt_state, remote_of(lock))
     start = resumed.step if resumed else 0
     if resumed and resumed.metadata["data"] != identity:
-        raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+        raise ValueError(f"data: not the bytes that {lock.name} was started on; give the same")
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
     ahead = steps.compiling(step_function, template, shape, mesh, bool(found_data.names))
@@ -171,7 +193,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
     notes = jumps(run_dir, recipe, start)
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
-        manager = stack.enter_context(checkpoints_of(run_dir, run))
+        manager = stack.enter_context(checkpoints_of(lock, run))
         log = stack.enter_context(closing(open_log(recipe, run_dir, start)))
         if first:  # nothing is refused any more
             lock.save_recipe(recipe)
@@ -180,7 +202,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         stack.enter_context(watchdog)
         reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager)
         display.say(
-            f"{'resuming' if start else 'training'} {recipe.name} in {run_dir}, step {start}"
+            f"{'resuming' if start else 'training'} {recipe.name} in {lock.name}, step {start}"
         )
         if not start and (note := export_note(recipe.model)):
             display.say(note)
@@ -217,6 +239,7 @@ def _train(recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunL
         if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
             validate(start, state)  # cut short by a signal
         while step < run.steps and not stop.agreed():
+            lock.stop_if_lost()
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
                 reporter.drain(0)

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from bytelm.config import Recipe, require, to_dict
 from bytelm.export import patching_of
 from bytelm.leaves import is_norm
+from bytelm.remote.copies import local_copy
 from bytelm.runs import read_export
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.models import Model, Params, define_model, split_model
@@ -21,6 +22,8 @@ def from_pretrained(
 ) -> Model:
     """The model of an export or of a run folder, whichever of the two packages wrote it.
 
+    `path` may be an address (`gs://`, `s3://`, `hf://`).
+
     `dtype` is that of the parameters, by default the stored one; norms, which are computed in at
     least float32, stay at least float32. `checkpoint` chooses from a run folder: "latest", "best"
     (lowest validation loss) or a step. The arrays are on the default device. `model.patching` is
@@ -30,7 +33,11 @@ def from_pretrained(
     """
     if dtype is not None:
         _check_dtype(dtype)
-    folder = Path(path)
+    with local_copy(path, checkpoint) as folder:
+        return _from_folder(folder, dtype, checkpoint)
+
+
+def _from_folder(folder: Path, dtype: DTypeLike | None, checkpoint: str | int) -> Model:
     model = read_export(folder, checkpoint, lambda export: _read_model(export, dtype))
     if model is not None:
         return model

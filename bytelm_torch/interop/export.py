@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bytelm import export
 from bytelm.config import MODEL_CONFIGS, require, to_dict
+from bytelm.remote.copies import local_copy
 from bytelm.runs import read_export
 from bytelm_torch.interop.finite import first_non_finite, is_finite
 from bytelm_torch.models import build_abstract, name_parameters
@@ -49,9 +50,10 @@ def from_pretrained(
 ) -> Any:
     """The model of an export or of a run folder of this package, in eval mode.
 
-    An export may be the JAX package's; a run folder of that one is refused, since reading it takes
-    JAX: `bytelm export` writes what is read here. `checkpoint` chooses from a run folder: "latest",
-    "best" (lowest validation loss) or a step.
+    `path` may be an address (`gs://`, `s3://`, `hf://`). An export may be the JAX package's; a run
+    folder of that one is refused, since reading it takes JAX: `bytelm export` writes what is read
+    here. `checkpoint` chooses from a run folder: "latest", "best" (lowest validation loss) or a
+    step.
 
     `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
     least float32, stay at least float32. `device` is the CPU by default. Leaves torch's random
@@ -64,7 +66,8 @@ def from_pretrained(
         f"dtype={dtype}: choose one of {', '.join(map(str, _DTYPES))}",
     )
     target = _usable_device(device)
-    model = read_export(Path(path), checkpoint, lambda folder: _read_model(folder, dtype, target))
+    with local_copy(path, checkpoint) as copy:
+        model = read_export(copy, checkpoint, lambda folder: _read_model(folder, dtype, target))
     if model is None:
         raise ValueError(
             f"{path}: a run folder of JAX, which JAX alone reads; `bytelm export {path} --out DIR` "

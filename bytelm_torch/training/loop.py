@@ -64,6 +64,7 @@ from bytelm.runs import (
 )
 from bytelm.schedules import jumps, learning_rate_schedule
 from bytelm.starting import keep_source, origin_of, require_fit, split_source, with_source
+from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
@@ -85,6 +86,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     skipped, or at the last steps, and if weights are not finite; such weights are neither evaluated
     nor saved.
     """
+    require_local(run_dir, "run_dir")
     with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
         return _train(recipe, run_dir, group, lock)
 

@@ -1,0 +1,1 @@
+"""Run folders on object stores: copies to read, and the run that writes there."""
