@@ -51,7 +51,8 @@ def validation_record(results: Mapping[str, Evaluation]) -> dict[str, float]:
     """
     count = sum(each.count for each in results.values())
     whole = Evaluation(math.fsum(each.nats for each in results.values()), count)
-    record = {"validation_loss": whole.nats / count, METRIC: whole.bits_per_byte}
+    record = {"validation_loss": whole.nats / count if count else math.nan}
+    record[METRIC] = whole.bits_per_byte
     named = {name: each.bits_per_byte for name, each in results.items() if name and each.count}
     return record | {f"{METRIC}/{name}": bits for name, bits in named.items()}
 

@@ -52,7 +52,10 @@ def open_windows(recipe: Recipe) -> RunData:
 
 def _open(config: DataConfig, name: str, paths: list[str]) -> Corpus:
     once = config.split_rule == "content"  # older runs read a file as often as it was named
-    corpus = data.open_corpus(paths, config.text_field, config.raw, config.cache_dir, once)
+    fields = config.prompt_field, config.completion_field, config.chat_field
+    how = config.text_field, config.raw, config.cache_dir, once
+    corpus = data.open_corpus(paths, *how, *fields)
+    require(corpus.counted_bytes > 0, f"data: nothing of {', '.join(paths)} is counted; give more")
     corpus.notes = tuple(f"{name}: {note}" if name else note for note in corpus.notes)
     return corpus
 
@@ -155,7 +158,8 @@ def _what(recipe: Recipe, train: Corpus, held_out: Windows | None) -> str:
             chosen = f"{rest.total_bytes:,} bytes in {_counted(rest.documents, 'document')}"
             split = f"{chosen} held out by {recipe.data.split_rule}"
     counted = f"{train.total_bytes:,} in {_counted(train.documents, 'document')}"
-    return f"{whole:,} bytes; {counted} to train on, {split}"
+    masked = f" ({train.counted_bytes:,} counted)" if train.is_masked else ""
+    return f"{whole:,} bytes; {counted} to train on{masked}, {split}"
 
 
 def _counted(number: int, noun: str) -> str:

@@ -32,6 +32,10 @@ class DataConfig:
     be mapped into memory, as compressed files, is read once into `cache_dir` (default:
     $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm), and so are objects at addresses.
 
+    With `prompt_field` and `completion_field` a record's document is one after the other, and the
+    prompt's bytes are read and not counted. With `chat_field` it is a list of messages with `role`
+    and `content`, written in the ChatML template, of which the assistant's are counted.
+
     Entries NAME=PATH of `paths` name sources, whose losses are reported each by itself. Each is
     held out from, shuffled and repeated by itself, and has the share of the windows that `weights`,
     entries NAME=NUMBER for all of the names, give it; without them, its share of the bytes.
@@ -57,6 +61,9 @@ class DataConfig:
     weights: tuple[str, ...] = ()
     valid: tuple[str, ...] = ()
     text_field: str = "text"
+    prompt_field: str = ""
+    completion_field: str = ""
+    chat_field: str = ""
     raw: bool = False
     cache_dir: str = ""
     sequence_length: int = 512

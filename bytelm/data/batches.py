@@ -9,7 +9,7 @@ from hashlib import blake2b
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from bytelm.config import require, require_number
 from bytelm.data.mixture import Mixture
@@ -20,16 +20,21 @@ _SHUFFLE_LIMIT = 1 << 32  # grain permutes 32-bit indices and silently wraps lar
 
 
 class Batch(NamedTuple):
-    """Rows of ids and, in a mixture, the source of each: an index of its names."""
+    """Rows of ids and, in a mixture, the source of each: an index of its names.
+
+    `counted` says which ids are; None where all but pads are.
+    """
 
     ids: Int32[np.ndarray, "B T"]
     sources: Int32[np.ndarray, " B"] | None = None
+    counted: Bool[np.ndarray, "B T"] | None = None
 
     def cut(self, length: int) -> Batch:
         """The same ids in rows of `length`, which divides that of these rows."""
         pieces = self.ids.shape[1] // length
         sources = None if self.sources is None else self.sources.repeat(pieces)
-        return Batch(self.ids.reshape(-1, length), sources)
+        counted = None if self.counted is None else self.counted.reshape(-1, length)
+        return Batch(self.ids.reshape(-1, length), sources, counted)
 
     def rest(self) -> dict[str, Any]:
         """What there is beside `ids`, by name: keyword arguments of train steps."""
@@ -56,9 +61,13 @@ def evaluation_batches(
     def generate() -> Iterator[Batch]:
         for begin in range(process_index * rows, -(-count // batch_size) * batch_size, batch_size):
             batch = np.full((rows, windows.length), windows.vocab.pad_id, np.int32)
+            counted = np.zeros(batch.shape, bool) if windows.is_masked else None
             for row, number in enumerate(range(begin, min(begin + rows, count))):
-                batch[row] = windows[number * len(windows) // count]
-            yield Batch(batch)
+                index = number * len(windows) // count
+                batch[row] = windows[index]
+                if counted is not None:
+                    counted[row] = windows.counted(index)
+            yield Batch(batch, counted=counted)
 
     return generate()
 
@@ -76,7 +85,7 @@ class TrainingRows:
         self._mixture = windows if isinstance(windows, Mixture) else None
         named = windows.sources if isinstance(windows, Mixture) else {"": windows}
         self._parts = [(part, _source_seed(seed, name)) for name, part in named.items()]
-        self._order = order
+        self._order, self._masked = order, windows.is_masked
         fits = all(len(part) <= _SHUFFLE_LIMIT for part, _ in self._parts)
         require(fits, f"length={windows.length}: more than 2**32 windows; choose longer ones")
 
@@ -89,10 +98,13 @@ class TrainingRows:
         if self._mixture:
             source, position = self._mixture.locate(position)
         windows, seed = self._parts[source]
-        row = windows[shuffled_index(position, len(windows), seed, self._order)]
-        return (
-            {"ids": row, "sources": np.array(source, np.int32)} if self._mixture else {"ids": row}
-        )
+        number = shuffled_index(position, len(windows), seed, self._order)
+        row: dict[str, np.ndarray] = {"ids": windows[number]}
+        if self._mixture:
+            row["sources"] = np.array(source, np.int32)
+        if self._masked:
+            row["counted"] = windows.counted(number)
+        return row
 
 
 def _source_seed(seed: int, name: str) -> int:

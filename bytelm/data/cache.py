@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bytelm.data.formats import read_documents, read_stream
 from bytelm.data.prepared import write_prepared
+from bytelm.data.records import Fields
 from bytelm.data.sources import STANDARD_INPUT, unreadable
 from bytelm.progress import ReadingBar
 
@@ -34,40 +35,40 @@ def cache_folder(cache_dir: str) -> Path:
     return folder
 
 
-def prepared_copy(path: str, name: str, text_field: str, cache_dir: str) -> str:
+def prepared_copy(path: str, name: str, fields: Fields, cache_dir: str) -> str:
     """A prepared file with the documents of a file, made now if it is not in the cache.
 
     Its key is the file's name without folders, size, time of change and both ends, and the field:
     not its place. Two processes that ask at once prepare it once.
     """
     folder = cache_folder(cache_dir)
-    target = folder / f"{_key(path, text_field)}.bytes"
+    target = folder / f"{_key(path, fields)}.bytes"
     if not target.exists():
         with alone(target, name):
             if not target.exists():
                 with ReadingBar(f"reading {name}", os.path.getsize(path)) as bar:
                     base = os.path.basename(path)
-                    pieces = read_documents(path, base, text_field, folder, bar.move)
+                    pieces = read_documents(path, base, fields, folder, bar.move)
                     write_prepared(target, pieces, str(target))
     return str(target)
 
 
 @functools.cache
-def prepared_input(text_field: str, raw: bool, cache_dir: str) -> str:
+def prepared_input(fields: Fields, raw: bool, cache_dir: str) -> str:
     """A prepared file with the documents of standard input, which can be read but once.
 
     Its key is the digest of the file itself.
     """
     folder = cache_folder(cache_dir)
     new = folder / f"stdin-{os.getpid()}.bytes"
-    write_prepared(new, input_pieces(text_field, raw, folder), str(new))
+    write_prepared(new, input_pieces(fields, raw, folder), str(new))
     with open(new, "rb") as file:
         target = folder / f"{file_digest(file, 'blake2b').hexdigest()[:32]}.bytes"
     os.replace(new, target)
     return str(target)
 
 
-def input_pieces(text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:
+def input_pieces(fields: Fields, raw: bool, scratch: Path) -> Iterator[bytes | None]:
     """The documents of standard input in pieces, as `read_documents` gives those of a file."""
     stream = sys.stdin.buffer
     with ReadingBar("reading standard input", None) as bar:
@@ -76,10 +77,10 @@ def input_pieces(text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | 
             yield None
         else:
             called = "standard input"
-            yield from read_stream(stream, called, STANDARD_INPUT, text_field, scratch, bar.move)
+            yield from read_stream(stream, called, STANDARD_INPUT, fields, scratch, bar.move)
 
 
-def _key(path: str, text_field: str) -> str:
+def _key(path: str, fields: Fields) -> str:
     try:
         status = os.stat(path)
         with open(path, "rb") as file:
@@ -88,7 +89,8 @@ def _key(path: str, text_field: str) -> str:
             ends += file.read(_SAMPLE)
     except OSError as error:
         raise ValueError(unreadable(path, error)) from None
-    parts = (_VERSION, os.path.basename(path), status.st_size, status.st_mtime_ns, text_field)
+    parts = (_VERSION, os.path.basename(path), status.st_size, status.st_mtime_ns)
+    parts += (tuple(fields) if fields.masked else fields.text,)
     digest = blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16)
     digest.update(ends)
     return digest.hexdigest()

@@ -25,6 +25,7 @@ from bytelm.config import require
 from bytelm.data.cache import prepared_copy, prepared_input
 from bytelm.data.formats import HEAD, binary_kind, detect
 from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_bounds, read_spans
+from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
 from bytelm.data.sources import (
     STANDARD_INPUT,
@@ -54,6 +55,8 @@ class _Maps:
 
     def __init__(self, files: tuple[SourceFile, ...]) -> None:
         self.files = files
+        self.counted: dict[int, Int64[np.ndarray, "runs 2"]] = {}
+        """The runs of counted bytes of each file some bytes of which are not counted."""
         self._open: OrderedDict[int, np.ndarray] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -153,6 +156,39 @@ class Corpus:
         origin = int(self._starts[document])
         return self._maps[int(self._owners[document])][origin + start : origin + stop]
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether some bytes of its files are read and not counted."""
+        return bool(self._maps.counted)
+
+    @property
+    def counted_bytes(self) -> int:
+        """How many of all bytes are counted."""
+        total = self.total_bytes
+        for owner, runs in self._maps.counted.items():
+            chosen = self._owners == owner
+            # How many are counted before each place: those of the runs that begin before it.
+            sums = np.concatenate(([0], np.cumsum(runs[:, 1] - runs[:, 0])))
+            bounds = np.stack([self._starts[chosen], self._stops[chosen]])
+            index = np.searchsorted(runs[:, 0], bounds)
+            stops = np.concatenate(([0], runs[:, 1]))
+            before = sums[index] - np.maximum(stops[index] - bounds, 0)
+            total += int((before[1] - before[0]).sum() - (bounds[1] - bounds[0]).sum())
+        return total
+
+    def counted(self, document: int, start: int, stop: int) -> Bool[np.ndarray, " bytes"]:
+        """Which of the bytes `start` to `stop` of a document are counted, bool [stop - start]."""
+        runs = self._maps.counted.get(int(self._owners[document]))
+        if runs is None:
+            return np.ones(stop - start, bool)
+        origin = int(self._starts[document])
+        begin, end = origin + start, origin + stop
+        mask = np.zeros(stop - start, bool)
+        first, last = np.searchsorted(runs[:, 1], begin, "right"), np.searchsorted(runs[:, 0], end)
+        for run in runs[first:last]:
+            mask[max(int(run[0]) - begin, 0) : int(run[1]) - begin] = True
+        return mask
+
     def subset(self, indices: Sequence[int] | Int64[np.ndarray, " chosen"]) -> Corpus:
         """A corpus of the documents with these indices, in that order."""
         chosen = np.asarray(indices, np.int64)
@@ -231,6 +267,9 @@ def open_corpus(
     raw: bool = False,
     cache_dir: str = "",
     once: bool = True,
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
 ) -> Corpus:
     """The documents of files and folders, in the order of `paths`.
 
@@ -246,18 +285,22 @@ def open_corpus(
     `paths` mean the `.py` files of the
     running interpreter's standard library without its tests.
 
+    `prompt_field` and `completion_field`, or `chat_field`, take the place of `text_field` where
+    some bytes are read and not counted; see `DataConfig`. Of plain bytes all are counted.
+
     A file that is met again, by the same path or as a hard link, is left out with a line in the
     corpus' `notes`; without `once` it is read again.
 
     Raises `ValueError` for a path that is missing, unreadable or without bytes, for a damaged file
     and for a record without the field.
     """
+    fields = fields_of(text_field, prompt_field, completion_field, chat_field, raw)
     expanded = expand_paths(paths)
     if not expanded:
-        return _assemble([library_files()], _Reading(text_field, True, cache_dir))
+        return _assemble([library_files()], _Reading(fields, True, cache_dir))
     listings = Listings(expanded, cache_dir)
     with listings.naming_addresses():
-        corpus = _assemble(listings.pairs, _Reading(text_field, raw, cache_dir, once))
+        corpus = _assemble(listings.pairs, _Reading(fields, raw, cache_dir, once))
     corpus.notes = tuple(map(listings.named, corpus.notes))
     return corpus
 
@@ -303,9 +346,10 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
     hashed = np.repeat([b.digests is not None for b in bounds], [len(b.ends) for b in bounds])
     stops = [each.ends for each in bounds]
     known_digests = (np.concatenate(digests), hashed)
-    corpus = Corpus(
-        _Maps(tuple(files)), owners, np.concatenate(starts), np.concatenate(stops), known_digests
-    )
+    maps = _Maps(tuple(files))
+    masks = enumerate(each.counted for each in bounds)
+    maps.counted = {index: runs for index, runs in masks if runs is not None}
+    corpus = Corpus(maps, owners, np.concatenate(starts), np.concatenate(stops), known_digests)
     corpus.notes = _binary_notes(binary) + (seen.notes() if reading.once else ())
     corpus.inputs = frozenset(seen.identities)
     return corpus
@@ -314,7 +358,7 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
 class _Reading(NamedTuple):
     """How files are read."""
 
-    text_field: str
+    fields: Fields
     raw: bool
     cache_dir: str
     once: bool = True
@@ -325,7 +369,7 @@ class _Reading(NamedTuple):
         What looks binary is added to `binary`.
         """
         if path == STANDARD_INPUT:
-            path = prepared_input(self.text_field, self.raw, self.cache_dir)
+            path = prepared_input(self.fields, self.raw, self.cache_dir)
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
             return None
@@ -334,7 +378,7 @@ class _Reading(NamedTuple):
             with open(path, "rb") as file:
                 head = file.read(HEAD)
             if detect(path, os.path.basename(path), head):
-                path = prepared_copy(path, name, self.text_field, self.cache_dir)
+                path = prepared_copy(path, name, self.fields, self.cache_dir)
                 status = os.stat(path)
                 bounds = read_bounds(path, status.st_size)
             elif kind := binary_kind(head):

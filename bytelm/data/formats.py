@@ -207,7 +207,7 @@ def _seekable(stream: Any, scratch: Path) -> Iterator[Any]:
 
 
 def read_documents(
-    path: str, name: str, text_field: str, scratch: Path, progress: Callable[[int], Any]
+    path: str, name: str, fields: records.Fields, scratch: Path, progress: Callable[[int], Any]
 ) -> Pieces:
     """The documents of a file that is no plain text, in pieces; see the top of this file.
 
@@ -217,7 +217,7 @@ def read_documents(
     before = _identity(path)
     try:
         with open(path, "rb") as file:
-            yield from read_stream(file, path, name, text_field, scratch, progress)
+            yield from read_stream(file, path, name, fields, scratch, progress)
     except ValueError:
         _require_unchanged(path, before)
         raise
@@ -227,11 +227,16 @@ def read_documents(
 
 
 def read_stream(
-    file: Any, path: str, name: str, text_field: str, scratch: Path, progress: Callable[[int], Any]
+    file: Any,
+    path: str,
+    name: str,
+    fields: records.Fields,
+    scratch: Path,
+    progress: Callable[[int], Any],
 ) -> Pieces:
     """`read_documents` of an open file, or of standard input."""
     try:
-        for number, piece in enumerate(_documents(file, path, name, text_field, scratch)):
+        for number, piece in enumerate(_documents(file, path, name, fields, scratch)):
             yield piece
             if number % 64 == 0 and not file.closed:
                 progress(file.tell() if file.seekable() else 0)
@@ -248,7 +253,7 @@ def read_stream(
         raise ValueError(_damaged(path, error)) from None
 
 
-def _documents(file: Any, path: str, name: str, text_field: str, scratch: Path) -> Pieces:
+def _documents(file: Any, path: str, name: str, fields: records.Fields, scratch: Path) -> Pieces:
     stream, kind, compressed = _unpack(file, path, name)
     match kind:
         case "":
@@ -256,21 +261,21 @@ def _documents(file: Any, path: str, name: str, text_field: str, scratch: Path) 
                 yield piece
             yield None
         case "JSON lines":
-            yield from records.json_lines(stream, path, text_field)
+            yield from records.json_lines(stream, path, fields)
         case "JSON":
-            yield from records.json_values(stream, path, text_field)
+            yield from records.json_values(stream, path, fields)
         case "tar":
-            yield from records.tar_samples(stream, path, text_field)
+            yield from records.tar_samples(stream, path, fields)
         case "array record":
-            yield from records.array_record(path)
+            yield from records.array_record(path, fields)
         case "arrow stream":
-            yield from records.arrow_columns(stream, kind, path, text_field)
+            yield from records.arrow_columns(stream, kind, path, fields)
         case _:
             random_access = not compressed and file.seekable()
             opened = contextlib.nullcontext(file) if random_access else _seekable(stream, scratch)
             with opened as seekable:
                 seekable.seek(0)
-                yield from records.arrow_columns(seekable, kind, path, text_field)
+                yield from records.arrow_columns(seekable, kind, path, fields)
 
 
 def _damaged(path: str, error: Exception) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from bytelm.config import require
 from bytelm.data.windows import Windows
@@ -42,6 +42,7 @@ class Mixture:
             require(len(windows) > 0, f"{name}: holds no bytes; give data, or hold out less of it")
             same = windows.length == self.length
             require(same, f"{name}: windows of {windows.length}, others of {self.length}")
+        self.is_masked = any(windows.is_masked for windows in self.sources.values())
         if weights is None:
             weights = {name: windows.corpus.total_bytes for name, windows in self.sources.items()}
         self._counts = _apportion([float(weights[name]) for name in self.sources])
@@ -74,6 +75,11 @@ class Mixture:
             raise IndexError(f"window {number} of {count}")
         source, number = self._find(number % count)
         return source[number]
+
+    def counted(self, index: int) -> Bool[np.ndarray, " T"]:
+        """Which ids of window `index` are counted, bool [length]."""
+        source, number = self._find(index)
+        return source.counted(number)
 
     def _find(self, number: int) -> tuple[Windows, int]:
         source = int(np.searchsorted(self._ends, number, side="right"))

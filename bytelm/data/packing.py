@@ -6,15 +6,19 @@ import itertools
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bytelm.config import require
 from bytelm.data.cache import input_pieces
-from bytelm.data.formats import HEAD, detect, read_documents
-from bytelm.data.prepared import Prepared, read_bounds, read_spans, write_prepared
+from bytelm.data.formats import HEAD, Pieces, detect, read_documents
+from bytelm.data.prepared import Prepared, Unscored, read_bounds, read_spans, write_prepared
+from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
 from bytelm.data.sources import (
     STANDARD_INPUT,
@@ -34,6 +38,9 @@ def prepare(
     text_field: str = "text",
     raw: bool = False,
     shard_bytes: int = 0,
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
 ) -> Prepared:
     """Writes the documents of files and folders, as `open_corpus` finds them, into one file.
 
@@ -41,12 +48,14 @@ def prepare(
     which it reaches that size; opened as a folder they are the same corpus in the same order.
 
     Files that are met again are left out, with a line in the `notes` of the result.
+    `prompt_field` and the others are those of `DataConfig`: what is not counted is marked in `out`.
     Prepared files among them are merged; a damaged prepared file counts as one plain document.
     Memory use is bounded whatever the size, and the cache is used for addresses alone. `out`
     appears complete or keeps its old content. Raises `ValueError` where `open_corpus` does, for an
     `out` that is a folder (with `shard_bytes`, one that holds something), lies in one of the inputs
     or cannot be written, and for a file that changes meanwhile.
     """
+    fields = fields_of(text_field, prompt_field, completion_field, chat_field, raw)
     expanded = expand_paths(paths)
     require(len(expanded) > 0, "paths: give at least one file or folder")
     require(shard_bytes >= 0, f"shard_bytes={shard_bytes}: must be at least 0")
@@ -65,7 +74,7 @@ def prepare(
                 if seen.repeats(file.path):
                     filled = True
                     continue
-                for piece in _pieces(file, text_field, raw, target.parent):
+                for piece in _pieces(file, fields, raw, target.parent):
                     filled = filled or bool(piece)
                     yield piece
             require(filled, without_bytes(path))
@@ -109,10 +118,10 @@ def _one_shard(
             return
 
 
-def _pieces(file: Listed, text_field: str, raw: bool, scratch: Path) -> Iterator[bytes | None]:
+def _pieces(file: Listed, fields: Fields, raw: bool, scratch: Path) -> Iterator[bytes | None]:
     """The documents of a file in pieces, each document followed by None."""
     if file.path == STANDARD_INPUT:
-        return input_pieces(text_field, raw, scratch)
+        return input_pieces(fields, raw, scratch)
     try:
         status = os.stat(file.path)
         if not stat.S_ISREG(status.st_mode) or not status.st_size:
@@ -129,10 +138,27 @@ def _pieces(file: Listed, text_field: str, raw: bool, scratch: Path) -> Iterator
             file,
             status.st_size,
             lambda move: read_documents(
-                file.path, os.path.basename(file.path), text_field, scratch, move
+                file.path, os.path.basename(file.path), fields, scratch, move
             ),
         )
-    return read_spans(file.path, zip([0, *ends[:-1]], ends, strict=True))
+    spans = zip([0, *ends[:-1]], ends, strict=True)
+    if bounds is not None and bounds.counted is not None:
+        return _masked(file.path, spans, bounds.counted)
+    return read_spans(file.path, spans)
+
+
+def _masked(path: str, spans: Iterable[tuple[int, int]], counted: np.ndarray) -> Pieces:
+    """`read_spans` of a prepared file some bytes of which are not counted."""
+    edges = counted.ravel()
+    for start, stop in spans:
+        first = int(np.searchsorted(edges, start, "right"))
+        last = int(np.searchsorted(edges, stop, "left"))
+        cuts = [start, *edges[first:last].tolist(), stop]
+        for number, part in enumerate(pairwise(cuts), first):
+            for piece in read_spans(path, [part]):
+                if piece is not None:
+                    yield piece if number % 2 else Unscored(piece)
+        yield None
 
 
 def _with_bar(

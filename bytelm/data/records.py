@@ -14,9 +14,10 @@ import re
 import tarfile
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from bytelm.config import require
+from bytelm.data.prepared import Unscored
 from bytelm.files import one_line
 
 _LONGEST = 1 << 30
@@ -26,6 +27,31 @@ _CHUNK = 1 << 20  # bytes, or characters
 _ROWS = 512  # of a Parquet file at once
 _SEPARATORS = re.compile(r"[\s,]*")
 _HINT = "name another with --text-field, or take the bytes with --raw"
+
+
+class Fields(NamedTuple):
+    """The fields of a record that make its document.
+
+    That is `text`; or `prompt`, which is not counted, and `completion`; or `chat`, a list of
+    messages with `role` and `content`, each written as `<|im_start|>ROLE`, a line feed, CONTENT,
+    `<|im_end|>` and a line feed, of which the assistant's content and what ends it are counted.
+    """
+
+    text: str = "text"
+    prompt: str = ""
+    completion: str = ""
+    chat: str = ""
+
+    @property
+    def masked(self) -> bool:
+        """Whether some bytes are read and not counted."""
+        return bool(self.prompt or self.chat)
+
+    def names(self) -> list[str]:
+        """The fields that are read."""
+        if self.chat:
+            return [self.chat]
+        return [self.prompt, self.completion] if self.prompt else [self.text]
 
 
 def optional(name: str, path: str) -> Any:
@@ -38,10 +64,24 @@ def optional(name: str, path: str) -> Any:
         raise ValueError(f"{path}: reading it takes the package {package}; {install}") from None
 
 
+def fields_of(text: str, prompt: str, completion: str, chat: str, raw: bool) -> Fields:
+    """The fields that are asked for; raises `ValueError` for what cannot be meant together."""
+    both = bool(prompt) == bool(completion)
+    given = f"prompt_field={prompt}" if prompt else f"completion_field={completion}"
+    require(both, f"{given}: give both --prompt-field and --completion-field")
+    require(not (prompt and chat), f"chat_field={chat}: leave out prompt_field, or this")
+    named = f"chat_field={chat}" if chat else given
+    masked = bool(prompt or chat)
+    require(not (masked and raw), f"{named}: --raw takes all bytes as they are; give one of them")
+    unused = masked and text != "text"
+    require(not unused, f"text_field={text}: is not read with {named}; leave it out")
+    return Fields(text, prompt, completion, chat)
+
+
 # ---- JSON -------------------------------------------------------------------------------------
 
 
-def json_lines(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+def json_lines(stream: Any, path: str, fields: Fields) -> Iterator[bytes | None]:
     """The texts of JSON objects, one a line."""
     decode = json.JSONDecoder().decode
     lines = iter(partial(stream.readline, _LONGEST), b"")
@@ -54,17 +94,13 @@ def json_lines(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
             record = decode(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(_broken(where, error)) from None
-        if text := _text(record, field, where):
-            yield text
-            yield None
+        yield from _document(record, fields, where)
 
 
-def json_values(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+def json_values(stream: Any, path: str, fields: Fields) -> Iterator[bytes | None]:
     """The texts of JSON objects in a list, or one after the other."""
     for number, record in enumerate(_json_objects(stream, path), 1):
-        if text := _text(record, field, f"{path}, record {number}"):
-            yield text
-            yield None
+        yield from _document(record, fields, f"{path}, record {number}")
 
 
 def _json_objects(stream: Any, path: str) -> Iterator[Any]:
@@ -120,13 +156,46 @@ def _broken(where: str, error: Exception, start: int = 0) -> str:
     return f"{where}: {what}; repair it, or take the bytes with --raw"
 
 
-def _text(record: Any, field: str, where: str) -> bytes:
+def _document(record: Any, fields: Fields, where: str) -> Iterator[bytes | None]:
+    """The pieces of a record's document and then None; nothing of an empty one."""
+    if fields.chat:
+        pieces = _chat(record, fields.chat, where)
+    elif fields.prompt:
+        prompt, completion = (_text(record, name, where) for name in fields.names())
+        pieces = [Unscored(prompt), completion]
+    else:
+        pieces = [_text(record, fields.text, where)]
+    if any(pieces):
+        yield from filter(None, pieces)
+        yield None
+
+
+def _chat(record: Any, field: str, where: str) -> list[bytes]:
+    messages = _value(record, field, where)
+    known = messages is None or isinstance(messages, list)
+    kind = type(messages).__name__
+    require(known, f"{where}: its field {field!r} is no list of messages ({kind})")
+    pieces: list[bytes] = []
+    for number, message in enumerate(messages or [], 1):
+        at = f"{where}, message {number}"
+        role, content = _text(message, "role", at), _text(message, "content", at)
+        turn = content + b"<|im_end|>\n"
+        pieces += [Unscored(b"<|im_start|>" + role + b"\n")]
+        pieces += [turn if role == b"assistant" else Unscored(turn)]
+    return pieces
+
+
+def _value(record: Any, field: str, where: str) -> Any:
     is_object = isinstance(record, dict)
     require(is_object, f"{where}: is no object with a field {field!r}; take the bytes with --raw")
     if field not in record:
         known = one_line(", ".join(map(str, record)) or "none", 200)
         raise ValueError(f"{where}: has no field {field!r} (its fields: {known}); {_HINT}")
-    value = record[field]
+    return record[field]
+
+
+def _text(record: Any, field: str, where: str) -> bytes:
+    value = _value(record, field, where)
     if value is None:
         return b""
     kind = type(value).__name__
@@ -141,14 +210,19 @@ def _text(record: Any, field: str, where: str) -> bytes:
 # ---- Arrow ------------------------------------------------------------------------------------
 
 
-def arrow_columns(file: Any, kind: str, path: str, field: str) -> Iterator[bytes | None]:
-    """The texts in a column of a Parquet file, or of an Arrow file or stream."""
+def arrow_columns(file: Any, kind: str, path: str, fields: Fields) -> Iterator[bytes | None]:
+    """The documents in the rows of a Parquet file, or of an Arrow file or stream."""
     pa = optional("pyarrow", path)
-    schema, batches = _open_arrow(file, kind, path, field)
-    index = schema.get_field_index(field)
-    if index < 0:
-        known = one_line(", ".join(f"{each.name} {each.type}" for each in schema) or "none", 200)
-        raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {_HINT}")
+    schema, batches = _open_arrow(file, kind, path, fields.names())
+    for field in fields.names():
+        if schema.get_field_index(field) < 0:
+            columns = ", ".join(f"{each.name} {each.type}" for each in schema) or "none"
+            known = one_line(columns, 200)
+            raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {_HINT}")
+    if fields.masked:
+        yield from _arrow_records(batches, path, fields)
+        return
+    field, index = fields.text, schema.get_field_index(fields.text)
     dtype = schema.field(index).type
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     texts = (pa.string(), pa.large_string(), pa.string_view())
@@ -168,13 +242,26 @@ def arrow_columns(file: Any, kind: str, path: str, field: str) -> Iterator[bytes
         row += len(column)
 
 
-def _open_arrow(file: Any, kind: str, path: str, field: str) -> tuple[Any, Iterator[Any]]:
-    """The schema, and batches of rows that hold at least the column `field` if it exists."""
+def _arrow_records(batches: Iterator[Any], path: str, fields: Fields) -> Iterator[bytes | None]:
+    row = 0
+    for batch in batches:
+        try:
+            records = batch.select(fields.names()).to_pylist()
+        except UnicodeDecodeError as error:
+            why = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
+            raise ValueError(f"{path}, row {row + 1} or later: {why}; repair it") from None
+        for number, record in enumerate(records, row + 1):
+            yield from _document(record, fields, f"{path}, row {number}")
+        row += len(records)
+
+
+def _open_arrow(file: Any, kind: str, path: str, names: list[str]) -> tuple[Any, Iterator[Any]]:
+    """The schema, and batches of rows that hold at least the columns `names` if they exist."""
     if kind == "parquet":
         parquet = optional("pyarrow.parquet", path)
         # Without a buffer a whole column of a row group is read at once.
         opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
-        return opened.schema_arrow, opened.iter_batches(_ROWS, columns=[field], use_threads=False)
+        return opened.schema_arrow, opened.iter_batches(_ROWS, columns=names, use_threads=False)
     ipc = optional("pyarrow.ipc", path)
     if kind == "arrow stream":
         opened = ipc.open_stream(file)
@@ -201,12 +288,13 @@ def _require_utf8(pa: Any, column: Any, first_row: int, where: str, field: str) 
 # ---- shards of samples ------------------------------------------------------------------------
 
 
-def tar_samples(stream: Any, path: str, field: str) -> Iterator[bytes | None]:
+def tar_samples(stream: Any, path: str, fields: Fields) -> Iterator[bytes | None]:
     """The texts of a WebDataset shard: members in a row whose names differ after the first dot.
 
     A sample's text is its member .FIELD or .txt, or the field of its member .json.
     """
-    key, members = "", dict[str, bytes]()
+    _require_text(path, "a tar archive", fields)
+    key, members, field = "", dict[str, bytes](), fields.text
     try:
         with tarfile.open(fileobj=stream, mode="r|") as archive:
             for info in archive:
@@ -251,8 +339,14 @@ def _sample(members: dict[str, bytes], field: str, where: str) -> Iterator[bytes
         yield None
 
 
-def array_record(path: str) -> Iterator[bytes | None]:
+def _require_text(path: str, what: str, fields: Fields) -> None:
+    why = f"{what} has no records with the fields {', '.join(fields.names())}"
+    require(not fields.masked, f"{path}: {why}; give JSON, Parquet or Arrow")
+
+
+def array_record(path: str, fields: Fields) -> Iterator[bytes | None]:
     """The records of an ArrayRecord file, each a text."""
+    _require_text(path, "an ArrayRecord file", fields)
     module = optional("array_record.python.array_record_module", path)
     try:
         reader = module.ArrayRecordReader(path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import SupportsIndex
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from bytelm.config import ByteVocab, DataConfig, ModelConfig, require
 from bytelm.data.corpus import Corpus, memory_corpus
@@ -22,6 +22,7 @@ class Windows:
     def __init__(self, corpus: Corpus, vocab: ByteVocab, length: int, append_eos: bool) -> None:
         require(length >= 1, f"length={length}: must be at least 1")
         self.corpus, self.vocab, self.length, self.append_eos = corpus, vocab, length, append_eos
+        self.is_masked = corpus.is_masked
         self._ends = np.cumsum(corpus.lengths + int(append_eos))
 
     def __len__(self) -> int:
@@ -33,23 +34,42 @@ class Windows:
         number, count = operator.index(index), len(self)
         if not -count <= number < count:
             raise IndexError(f"window {number} of {count}")
-        begin = number % count * self.length
         ids = np.full(self.length, self.vocab.pad_id, np.int32)
+        for document, at, begin, end in self._parts(number % count):
+            part = ids[begin:end]
+            part[:] = self.corpus.read(document, at, at + end - begin)
+            part += np.int32(self.vocab.offset)
+            if self.append_eos and end < self.length and at + end - begin == self._size(document):
+                ids[end] = self.vocab.eos_id
+        return ids
+
+    def counted(self, index: SupportsIndex) -> Bool[np.ndarray, " T"]:
+        """Which ids of row `index` are counted, bool [length]; pads are not.
+
+        The end of a document is if its last byte is.
+        """
+        mask = np.zeros(self.length, bool)
+        for document, at, begin, end in self._parts(operator.index(index) % len(self)):
+            size = self._size(document)
+            mask[begin:end] = self.corpus.counted(document, at, at + end - begin)
+            if self.append_eos and end < self.length and at + end - begin == size:
+                mask[end] = self.corpus.counted(document, size - 1, size)[0]
+        return mask
+
+    def _size(self, document: int) -> int:
+        return int(self.corpus.lengths[document])
+
+    def _parts(self, number: int) -> Iterator[tuple[int, int, int, int]]:
+        """Of a row: each document, where it goes on, and the first and last + 1 of its ids."""
+        begin = number * self.length
         document = int(np.searchsorted(self._ends, begin, side="right"))
         at = begin - (int(self._ends[document - 1]) if document else 0)
         filled = 0
         while filled < self.length and document < self.corpus.documents:
-            size = int(self.corpus.lengths[document])
-            taken = min(size - at, self.length - filled)
-            part = ids[filled : filled + taken]
-            part[:] = self.corpus.read(document, at, at + taken)
-            part += np.int32(self.vocab.offset)
-            filled += taken
-            if self.append_eos and filled < self.length:
-                ids[filled] = self.vocab.eos_id
-                filled += 1
+            taken = min(self._size(document) - at, self.length - filled)
+            yield document, at, filled, filled + taken
+            filled += taken + int(self.append_eos)
             document, at = document + 1, 0
-        return ids
 
 
 def scored_windows(

@@ -21,6 +21,7 @@ from bytelm.config import (
 from bytelm.config.blt import PatchingContract
 from bytelm.config.lfbyte import require_prediction
 from bytelm.export import patching_of
+from bytelm.metrics import Evaluation
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.arguments import UsageError
@@ -39,6 +40,9 @@ def eval_command(
     json: bool = False,
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
     text_field: str = "text",
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
     raw: bool = False,
     cache_dir: str = "",
 ) -> int:
@@ -56,39 +60,51 @@ def eval_command(
         json: print one JSON object instead of a sentence.
         reset_on: where a new segment starts for the model; as in training, by default.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
+        completion_field: the field of records that is counted, after PROMPT_FIELD.
+        chat_field: the field of records that holds messages; the assistant's are counted.
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
     if not data:
         raise UsageError("--data: name at least one file or folder")
-    corpus = open_data(data, text_field, raw, cache_dir)
+    corpus = open_data(data, text_field, raw, cache_dir, prompt_field, completion_field, chat_field)
 
-    import jax
-    import jax.numpy as jnp
-
-    from bytelm_jax.models import define_model
     from bytelm_jax.training import checkpoint as checkpoints
-    from bytelm_jax.training import mesh as meshes
-    from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 
     recipe, params, step = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
-    vocab, mesh = recipe.model.vocab, meshes.make_mesh()
     windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
+    result = _evaluate(recipe, params, windows, end_id, batch_size, dtype)
+    _require_finite(result.nats, dtype)
+    record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
+    record |= _check_patches(recipe, params, windows)
+    _print_evaluation(record | {"step": step, "dtype": dtype}, json)
+    return 0
+
+
+def _evaluate(
+    recipe: Recipe, params: Any, windows: corpora.Windows, end_id: int | None, batch_size: int,
+    dtype: str,
+) -> Evaluation:  # fmt: skip
+    """The code length of all windows, in that precision, over all devices."""
+    import jax
+    import jax.numpy as jnp
+
+    from bytelm_jax.models import define_model
+    from bytelm_jax.training import mesh as meshes
+    from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
+
+    mesh = meshes.make_mesh()
     rows = min(batch_size, max(len(windows), 16))  # a batch of pads alone is of no use
     batches = corpora.evaluation_batches(windows, -(-rows // mesh.size) * mesh.size)
     bind, _ = define_model(recipe.model)
     with jax.enable_x64(dtype == "float64"):
         wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
         wide = meshes.place(mesh, wide)
-        row_nats = make_row_nats(bind, vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
-        result = evaluate_batches(row_nats, wide, batches, mesh)
-    _require_finite(result.nats, dtype)
-    record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
-    record |= _check_patches(recipe, params, windows)
-    _print_evaluation(record | {"step": step, "dtype": dtype}, json)
-    return 0
+        row_nats = make_row_nats(bind, recipe.model.vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
+        return evaluate_batches(row_nats, wide, batches, mesh)
 
 
 def _print_evaluation(record: dict[str, Any], as_json: bool) -> None:
@@ -102,10 +118,10 @@ def _print_evaluation(record: dict[str, Any], as_json: bool) -> None:
 
 
 def open_data(
-    paths: tuple[Path, ...], text_field: str, raw: bool, cache_dir: str
+    paths: tuple[Path, ...], text_field: str, raw: bool, cache_dir: str, *fields: str
 ) -> corpora.Corpus:
     """The corpus at `paths`; what looks wrong about it is said on standard error."""
-    corpus = corpora.open_corpus(paths, text_field, raw, cache_dir)
+    corpus = corpora.open_corpus(paths, text_field, raw, cache_dir, True, *fields)
     for note in corpus.notes:
         print(f"warning: data: {note}", file=sys.stderr, flush=True)
     return corpus
@@ -383,6 +399,9 @@ def prepare_command(
     text_field: str = "text",
     raw: bool = False,
     shard_bytes: int = 0,
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
 ) -> int:
     """Packs data of any form into one memory-mapped byte file with document bounds, or several.
 
@@ -394,10 +413,15 @@ def prepare_command(
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
         raw: take the bytes of files as they are, whatever their form.
         shard_bytes: begin a new file of the folder --out after this many bytes; 0 writes one file.
+        prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
+        completion_field: the field of records that is counted, after PROMPT_FIELD.
+        chat_field: the field of records that holds messages; the assistant's are counted.
     """
     if not paths:
         raise UsageError("PATH: name at least one file or folder")
-    prepared = corpora.prepare(paths, out, text_field, raw, shard_bytes)
+    prepared = corpora.prepare(
+        paths, out, text_field, raw, shard_bytes, prompt_field, completion_field, chat_field
+    )
     for note in prepared.notes:
         print(f"warning: {note}", file=sys.stderr, flush=True)
     print(f"wrote {out}: {prepared.documents} documents, {prepared.bytes} bytes")

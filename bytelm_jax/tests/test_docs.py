@@ -1,6 +1,7 @@
 """Every command of the guides is run; of training, all that comes before the first step."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -42,6 +43,10 @@ def write_files(folder: Path) -> None:
         (folder / name).mkdir()
         for part in ("1", "2"):
             shutil.copy(folder / "books.jsonl", folder / name / f"{part}.jsonl")
+    question = {"prompt": "1 + 1 = ", "completion": "2"}
+    messages = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    for name, record in (("questions", question), ("chats", {"messages": messages})):
+        (folder / f"{name}.jsonl").write_text((json.dumps(record) + "\n") * 60)
     (folder / "books.list").write_text("books.txt\nbooks.jsonl\n")
 
 

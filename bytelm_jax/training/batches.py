@@ -38,7 +38,7 @@ def training_batches(
     import grain  # here, since tokenizing and evaluation run on machines without it
 
     exact = order == "exact" and isinstance(windows, Windows) and skips_last_row(len(windows))
-    if isinstance(windows, Mixture) or exact:
+    if isinstance(windows, Mixture) or windows.is_masked or exact:
         endless = grain.MapDataset.source(ours)
     else:
         endless = grain.MapDataset.source(windows).seed(shuffle_seed).shuffle().repeat(None)

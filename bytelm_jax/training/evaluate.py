@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
@@ -47,7 +47,7 @@ def evaluate(
     return evaluate_batches(row_nats, meshes.place(mesh, params), batches, mesh)
 
 
-RowNats = Callable[[Any, Integer[Array, "B T"]], tuple[Float[Array, " B"], Int[Array, " B"]]]
+RowNats = Callable[..., tuple[Float[Array, " B"], Int[Array, " B"]]]
 
 
 def make_row_nats(
@@ -59,16 +59,19 @@ def make_row_nats(
 ) -> RowNats:
     """The compiled function from parameters and ids to each row's summed nats and count of ids.
 
-    Pads are excluded, and so is `end_id`: the ends of documents, for models that read them where
-    only bytes count. Parameters, `Params` or whatever `bind` takes, are cast to `dtype`, or
-    unchanged if it is None.
+    A third argument, bool[B, T], says which ids are counted. Pads are excluded, and so is `end_id`:
+    the ends of documents, for models that read them where only bytes count. Parameters, `Params` or
+    whatever `bind` takes, are cast to `dtype`, or unchanged if it is None.
     """
 
-    def row_nats(params: Any, ids: Integer[Array, "B T"]) -> tuple[Array, Array]:
+    def row_nats(
+        params: Any, ids: Integer[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Array, Array]:
         ids = as_ids(ids)
         cast = params if dtype is None else cast_params(params, dtype)
         logits = bind(meshes.gather(mesh, cast))(ids)
         counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
+        counted = counted if mask is None else counted & mask
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
         return nats, counted.sum(axis=1)
 
@@ -98,7 +101,8 @@ def evaluate_batches(
             count += int(counts.sum())
 
     for batch in batches:
-        waiting.append(row_nats(params, meshes.put_batch(mesh, batch.ids)))
+        mask = () if batch.counted is None else (meshes.put_batch(mesh, batch.counted),)
+        waiting.append(row_nats(params, meshes.put_batch(mesh, batch.ids), *mask))
         drain(4)  # more steps in flight can deadlock simulated devices on few cores
     drain(0)
     return Evaluation(math.fsum(nats), count)

@@ -171,7 +171,9 @@ def _train(
         raise ValueError(f"data: not the bytes that {lock.name} was started on; give the same")
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
-    ahead = steps.compiling(step_function, template, shape, mesh, bool(found_data.names))
+    ahead = steps.compiling(
+        step_function, template, shape, mesh, bool(found_data.names), windows.is_masked
+    )
     with ahead if start < run.steps else nullcontext():
         if resumed:
             step_number = jax.device_put(start, template.step.sharding).astype(template.step.dtype)

@@ -20,7 +20,7 @@ from bytelm.config import TrainConfig
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optimizers.build import global_norm, optimizer_metrics, without
-from bytelm_jax.training.loss import cross_entropy, row_nats, source_sums
+from bytelm_jax.training.loss import counted_ids, cross_entropy, row_nats, source_sums
 from bytelm_jax.training.mesh import (
     ROWS,
     batch_sharding,
@@ -93,18 +93,25 @@ def _initialiser(
 
 @contextlib.contextmanager
 def compiling(
-    step: Any, state: TrainState, shape: tuple[int, int], mesh: Mesh, by_source: bool = False
+    step: Any,
+    state: TrainState,
+    shape: tuple[int, int],
+    mesh: Mesh,
+    by_source: bool = False,
+    masked: bool = False,
 ) -> Iterator[None]:
     """Within this context a CPU compiles `step` in the background; a later call finds it compiled.
 
-    `state` is abstract, `shape` that of the ids; `by_source` says that rows come with sources. A
-    GPU measures kernels while it compiles, and nothing else may run meanwhile.
+    `state` is abstract, `shape` that of the ids; `by_source` says that rows come with sources, and
+    `masked` that ids come with which are counted. A GPU measures kernels while it compiles, and
+    nothing else may run meanwhile.
     """
     if jax.default_backend() != "cpu":
         yield
         return
     like = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
     rest = {"sources": like(shape[:1], jnp.int32)} if by_source else {}
+    rest |= {"counted": like(shape, jnp.bool_)} if masked else {}
     lowered = step.lower(state, like(shape, jnp.int32), **rest)
     with ThreadPoolExecutor(1) as side:
         side.submit(lowered.compile)
@@ -142,7 +149,8 @@ def make_train_step(
 
     `ids` are integers [B, T]. `dtype` is that of products, by default `compute_dtype(train)`. With
     `names` of sources the step takes a keyword `sources`, int32 [B], the index of each row's name,
-    and metrics have a `loss/NAME` for each; NaN for one that has no rows.
+    and metrics have a `loss/NAME` for each; NaN for one that has no rows. A keyword `counted`, bool
+    [B, T], leaves ids out of the loss that the model nevertheless reads.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, the model's
     metrics, averaged over rows, and the optimizer's. Gradients of micro-batches are added before
@@ -156,11 +164,13 @@ def make_train_step(
     find = _make_gradients(bind, train, pad_id, mesh, dtype, names)
 
     def step(
-        state: TrainState, ids: Array, sources: Array | None = None
+        state: TrainState, ids: Array, sources: Array | None = None, counted: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        (loss, report), gradients = find(state.step, moving, fixed, _Rows(as_ids(ids), sources))
+        (loss, report), gradients = find(
+            state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)
+        )
         norm = global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed
@@ -185,10 +195,11 @@ def make_train_step(
 
 
 class _Rows(NamedTuple):
-    """Rows of ids, and the source of each if there are several."""
+    """Rows of ids, and the source of each and which ids are counted, if that is given."""
 
     ids: Array
     sources: Array | None
+    counted: Array | None
 
 
 class _Form(NamedTuple):
@@ -267,10 +278,10 @@ def _gradients(
         output = bind(whole).outputs(batch.ids, keys, train.remat)
         by_source = None
         if batch.sources is not None:
-            each = row_nats(output.logits, batch.ids, pad_id)
+            each = row_nats(output.logits, batch.ids, pad_id, batch.counted)
             nats, by_source = each.sum(), source_sums(each, batch.sources, len(names))
         else:
-            nats, _ = cross_entropy(output.logits, batch.ids, pad_id)
+            nats, _ = cross_entropy(output.logits, batch.ids, pad_id, batch.counted)
         # The sum over devices belongs inside the differentiated function: shard_map itself sums the
         # gradient of a replicated parameter, and averaging it again outside would be wrong by the
         # number of devices, which AdamW would hide.
@@ -287,7 +298,7 @@ def _gradients(
     step_key = jax.random.fold_in(seed, step)
     rows = form.first_row + jnp.arange(batch.ids.shape[0])
     keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
-    counted = batch.ids != pad_id
+    counted = counted_ids(batch.ids, pad_id, batch.counted)
     count = jnp.maximum(form.over_devices(jnp.sum(counted)), 1)
     differentiate = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (nats, metrics, by_source)), gradients = _over_micro_batches(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from bytelm.config.lfbyte import require_prediction
@@ -42,7 +42,7 @@ def evaluate(
     return evaluate_batches(row_nats, batches, pad_id, alone, end_id)
 
 
-RowNats = Callable[[Integer[Tensor, "B T"]], Float[Tensor, " B"]]
+RowNats = Callable[..., Float[Tensor, " B"]]
 
 
 def make_row_nats(
@@ -51,12 +51,16 @@ def make_row_nats(
     """The function from ids to the summed nats of each row, without pads; dropout is off.
 
     `end_id` is excluded, too: the ends of documents, for models that read them where only bytes
-    count. Products are in `dtype` if it is narrower than the parameters.
+    count. A second argument, bool[B, T], says which ids are counted. Products are in `dtype` if it
+    is narrower than the parameters.
     """
 
-    def row_nats(ids: Integer[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    def row_nats(
+        ids: Integer[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
+    ) -> Float[Tensor, " B"]:
         ids = as_ids(ids)
         left_out = ids == pad_id if end_id is None else (ids == pad_id) | (ids == end_id)
+        left_out = left_out if mask is None else left_out | ~mask
         with inference(model), parallel.autocast(ids.device, dtype):
             return token_nats(model(ids), ids).masked_fill(left_out, 0.0).sum(dim=1)
 
@@ -77,9 +81,14 @@ def evaluate_batches(
     """
     nats: list[float] = []
     count = 0
-    for ids in (batch.ids for batch in batches):
-        count += int(((ids != pad_id) & (ids != (pad_id if end_id is None else end_id))).sum())
-        nats.extend(row_nats(torch.from_numpy(ids).to(group.device)).tolist())
+    for batch in batches:
+        ids, mask = batch.ids, batch.counted
+        counted = (ids != pad_id) & (ids != (pad_id if end_id is None else end_id))
+        count += int((counted if mask is None else counted & mask).sum())
+        arrays = [
+            torch.from_numpy(each).to(group.device) for each in (ids, mask) if each is not None
+        ]
+        nats.extend(row_nats(*arrays).tolist())
     gathered: list[Any] = [(nats, count)]
     if group.size > 1:
         gathered = [None] * group.size

@@ -2,32 +2,48 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Integer, Shaped
+from jaxtyping import Bool, Float, Int, Integer, Shaped
 from torch import Tensor
 
 from bytelm_torch.layers.ids import as_ids
 
 
 def cross_entropy(
-    logits: Float[Tensor, "B T V"], ids: Integer[Tensor, "B T"], pad_id: int
+    logits: Float[Tensor, "B T V"],
+    ids: Integer[Tensor, "B T"],
+    pad_id: int,
+    counted: Bool[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """Summed nats of `ids` under `logits`, and the number of counted ids: all but pads.
+
+    `counted` says which of them are; it leaves out bytes that are read and not learned.
 
     Computed in at least float32. The mean is left to the caller, because devices and micro-batches
     must add nats and counts before they divide.
     """
     ids = as_ids(ids)
-    counted = ids != pad_id
+    counted = counted_ids(ids, pad_id, counted)
     nats = token_nats(logits, ids).masked_fill(~counted, 0.0)
     return nats.sum(), counted.sum()
 
 
+def counted_ids(
+    ids: Integer[Tensor, "B T"], pad_id: int, counted: Bool[Tensor, "B T"] | None
+) -> Bool[Tensor, "B T"]:
+    """Which ids are counted: all but pads, and only those that `counted` says, if it is given."""
+    return ids != pad_id if counted is None else (ids != pad_id) & counted
+
+
 def row_nats(
-    logits: Float[Tensor, "B T V"], ids: Integer[Tensor, "B T"], pad_id: int
+    logits: Float[Tensor, "B T V"],
+    ids: Integer[Tensor, "B T"],
+    pad_id: int,
+    counted: Bool[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, " B"]:
     """`cross_entropy`'s nats, summed over each row alone."""
     ids = as_ids(ids)
-    return token_nats(logits, ids).masked_fill(ids == pad_id, 0.0).sum(dim=1)
+    left_out = ~counted_ids(ids, pad_id, counted)
+    return token_nats(logits, ids).masked_fill(left_out, 0.0).sum(dim=1)
 
 
 def source_sums(

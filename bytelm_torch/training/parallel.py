@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from jaxtyping import Int, Integer
+from jaxtyping import Bool, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,7 +24,7 @@ from bytelm.config import TrainConfig
 from bytelm.runs import require_same, short_json
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm
-from bytelm_torch.training.loss import cross_entropy, row_nats, source_sums
+from bytelm_torch.training.loss import counted_ids, cross_entropy, row_nats, source_sums
 
 
 class Group(NamedTuple):
@@ -141,14 +141,17 @@ class RowLoss(nn.Module):
         self.model, self.pad_id, self.remat, self.count = model, pad_id, remat, count
 
     def forward(
-        self, ids: Integer[Tensor, "B T"], sources: Int[Tensor, " B"] | None = None
+        self,
+        ids: Integer[Tensor, "B T"],
+        sources: Int[Tensor, " B"] | None = None,
+        counted: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:
         output = self.model.outputs(ids, self.remat)
         metrics = {k: v.sum() for k, v in output.metrics.items()}
         if sources is None:
-            nats, _ = cross_entropy(output.logits, ids, self.pad_id)
+            nats, _ = cross_entropy(output.logits, ids, self.pad_id, counted)
             return nats, output.extra_loss.sum(), metrics, None
-        each = row_nats(output.logits, ids, self.pad_id)
+        each = row_nats(output.logits, ids, self.pad_id, counted)
         by_source = source_sums(each.detach(), sources, self.count)
         return each.sum(), output.extra_loss.sum(), metrics, by_source
 
@@ -166,7 +169,8 @@ def make_train_step(
     `rows` are this process's ids of the global batch, int[B, T]. Metrics: `loss` (nats, mean over
     all counted ids of the global batch), `grad_norm`, the model's metrics, averaged over rows, and
     `stop`, above 0 if any process asks for it. With `names` the step takes `sources`, int32 [B],
-    indices of names, and there is a `loss/NAME` for each, NaN without rows. Gradients of
+    indices of names, and there is a `loss/NAME` for each, NaN without rows. `counted`, bool [B, T],
+    leaves ids out of the loss that the model nevertheless reads. Gradients of
     micro-batches are added before they are used. A step whose loss or gradient norm is not finite
     changes no parameter. Dropout depends on seed, step and process alone, so a resumed run draws
     the same.
@@ -217,7 +221,7 @@ def _counts(
     group: Group, batch: dict[str, Tensor], pad_id: int, sources: int
 ) -> tuple[Tensor, Tensor]:
     """How many ids of the global batch are counted, at least 1, and how many of each source."""
-    counted = batch["ids"] != pad_id
+    counted = counted_ids(batch["ids"], pad_id, batch.get("counted"))
     total = all_sum(group, counted.sum()).clamp(min=1)
     if not sources:
         return total, total
