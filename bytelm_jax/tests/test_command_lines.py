@@ -88,7 +88,7 @@ LFBYTE = (
 def test_a_usual_training_command_means_what_it_says(text, monkeypatch, capsys):
     asked = []
 
-    def remember(recipe, run_dir):
+    def remember(recipe, run_dir, locked):
         asked.append((recipe, run_dir))
         return Outcome(recipe.train.steps, False)
 

@@ -224,7 +224,7 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
     tmp_path, monkeypatch, capsys
 ):
     asked = []
-    monkeypatch.setattr(commands_run, "train", lambda recipe, _: asked.append(recipe) or (1 / 0))
+    monkeypatch.setattr(commands_run, "train", lambda recipe, *_: asked.append(recipe) or (1 / 0))
     folder = tmp_path / "run"
     call = ["train", "megabyte_tiny", *SMALL, "--run-dir", str(folder), "--devices", "1"]
     data = DataConfig(sequence_length=16)
@@ -251,7 +251,7 @@ def test_training_is_refused_before_anything_is_made_where_memory_is_short(
 
 
 def test_a_device_that_runs_out_of_memory_ends_a_run_in_one_line(tmp_path, monkeypatch, capsys):
-    def train(recipe, run_dir):
+    def train(recipe, run_dir, locked):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while\n trying")
 
     monkeypatch.setattr(commands_run, "train", train)
