@@ -49,14 +49,14 @@ BUGS = {
     "gradients averaged instead of the loss": (
         "bytelm_jax/training/step.py",
         {
-            "nats, extra, metrics = form.over_devices(": "nats, extra, metrics = tuple(",
-            "jnp.maximum(form.over_devices(jnp.sum(ids != pad_id)), 1)": "jnp.sum(ids != pad_id)",
+            "by_source = form.over_devices(": "by_source = tuple(",
+            "jnp.maximum(form.over_devices(jnp.sum(counted)), 1)": "jnp.sum(counted)",
             "report = {k: v / form.total_rows for k, v in metrics.items()} | "
             '{"loss": nats / count}': (
-                'report = {"loss": form.over_devices(loss) * ids.shape[0] / form.total_rows}'
+                'report = {"loss": form.over_devices(loss) * batch.ids.shape[0] / form.total_rows}'
             ),
             "return (loss, report), gradients": 'return (report["loss"], report), jax.tree.map('
-            "lambda x: form.over_devices(x) * ids.shape[0] / form.total_rows, gradients)",
+            "lambda x: form.over_devices(x) * batch.ids.shape[0] / form.total_rows, gradients)",
         },
         f"{TRAINING}::test_devices_step_forms_accumulation_and_remat_change_nothing"
         "[devices=8 parallel=shard_map]",

@@ -250,7 +250,7 @@ def test_scores_and_histogram_follow_the_patcher_s_rules():
 
     class Rows(data.Windows):
         def __init__(self):
-            self.length, self.vocab = 8, vocab
+            self.length, self.vocab, self.is_masked = 8, vocab, False
 
         def __len__(self):
             return 1

@@ -223,7 +223,7 @@ def _train_epoch(
         ids = batch.to(group.device)
         counted = parallel.all_sum(group, (ids != _VOCAB.pad_id).sum()).clamp(min=1)
         optimizer.zero_grad()
-        nats, _, _ = whole(ids)
+        nats, *_ = whole(ids)
         (nats / counted * group.size).backward()
         nats = parallel.all_sum(group, nats.detach())
         optimizer.step(loss=nats / counted)
