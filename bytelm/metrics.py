@@ -77,6 +77,19 @@ def add_bits(values: dict[str, float]) -> None:
         values[f"bits_per_byte{key.removeprefix('loss')}"] = bits_per_byte(values[key], 1)
 
 
+def skipped_step(
+    step: int, count: int, values: Mapping[str, float]
+) -> tuple[str, dict[str, float]]:
+    """A line for people and a record about a step that was skipped, the run's `count`-th."""
+    why = "its loss or gradient norm is not finite"
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    return f"step {step}: skipped because {why} ({count} so far)", {
+        "step": step,
+        "skipped": count,
+        **finite,
+    }
+
+
 def score(metrics: Mapping[str, Any] | None) -> float | None:
     """The score by which "best" compares; None without an evaluation or if it is not finite."""
     value = (metrics or {}).get(METRIC)
@@ -121,6 +134,11 @@ class MetricsLog:
                 replace_file(path, text.encode())
             # Without a buffer: after a failed write nothing is left that closing would write again.
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped before this log was opened."""
+        return sum("skipped" in record for record in self.records)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line; null stands for values that JSON cannot express.

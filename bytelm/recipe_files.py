@@ -1,6 +1,5 @@
 """Recipes in files: whole ones, and what differs from a recipe that has a name."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,8 +8,8 @@ from typing import Any
 
 from bytelm import recipes
 from bytelm.config import Recipe, from_dict, require, to_dict
-from bytelm.files import errors_about, one_line, read_json, read_text
-from bytelm.runs import load_recipe
+from bytelm.files import errors_about, one_line, read_text
+from bytelm.runs import load_recipe, read_recipe_json, refuse_export
 
 
 def find_recipe(named: str) -> Recipe:
@@ -39,9 +38,7 @@ def read_recipe(path: Path) -> Recipe:
     with errors_about(path, "give a JSON or YAML file with a recipe"):
         stored = _load(path)
         require(isinstance(stored, dict), "must hold an object of fields, such as model and train")
-        exported = "name" not in stored and (stored.get("library") or "bytelm" in stored)
-        hint = f"`bytelm import {path.parent} --out RUN` makes a run folder of it"
-        require(not exported, f"belongs to an export, not to a run; {hint}")
+        refuse_export(stored, path)
         base = stored.pop("base", None)
         tree = {"name": path.stem} if base is None else {**_tree(base, stored), "name": path.stem}
         return replace(from_dict(Recipe, _merged(tree, stored)), patching=None, origin="")
@@ -49,10 +46,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def _load(path: Path) -> Any:
     if path.suffix == ".json":
-        try:
-            return read_json(path)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+        return read_recipe_json(path)
     try:
         import yaml
     except ImportError:

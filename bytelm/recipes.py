@@ -317,15 +317,9 @@ def with_optimizer(recipe: Recipe, name: str) -> Recipe:
     The weight decay is divided by what the rate is multiplied by. Raises `ValueError` as
     `change_optimizer` does.
     """
-    optimizer, adamw = change_optimizer(recipe.optimizer, name), recipe.optimizer
     factor = _RATES.get(name, {}).get(recipe.name)
-    if factor is not None:  # rounded in decimal, so that a file shows 0.003 x 0.3 as 0.0009
-        optimizer = replace(
-            optimizer,
-            learning_rate=float(f"{adamw.learning_rate * factor:.12g}"),
-            weight_decay=float(f"{adamw.weight_decay / factor:.12g}"),
-        )
-    return replace(recipe, optimizer=optimizer)
+    measured = None if factor is None else 1 / factor
+    return replace(recipe, optimizer=change_optimizer(recipe.optimizer, name, measured))
 
 
 def names() -> list[str]:
@@ -361,10 +355,8 @@ def summaries() -> list[Summary]:
     """Every recipe in a line, in the order of this file."""
     found = []
     for name in names():
-        model, text = (
-            get(name).model,
-            " ".join((globals()[name].__doc__ or "").replace("`", "").split()),
-        )
+        model = get(name).model
+        text = " ".join((globals()[name].__doc__ or "").replace("`", "").split())
         purpose = re.split(r"[:;.] |\.$", text, maxsplit=1)[0]
         found.append(Summary(name, purpose, model.architecture, model.parameter_count()))
     return found

@@ -138,15 +138,34 @@ def load_recipe(path: Path) -> Recipe:
     if file != path and not file.exists():
         raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
     with errors_about(file, "give a run folder or a JSON file with a recipe"):
-        try:
-            stored = read_json(file)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"not JSON ({error}); restore it from a backup") from None
-        if isinstance(stored, dict) and "name" not in stored:
-            exported = stored.get("library") == LIBRARY or "bytelm" in stored
-            hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
-            require(not exported, f"belongs to an export, not to a run; {hint}")
+        stored = read_recipe_json(file)
+        refuse_export(stored, file)
         return from_dict(Recipe, stored)
+
+
+def read_recipe_json(file: Path) -> Any:
+    """What a JSON file with a recipe holds; raises `ValueError`."""
+    try:
+        return read_json(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+
+
+def refuse_export(stored: Any, file: Path) -> None:
+    """Raises `ValueError` for what `file` holds if it describes an export."""
+    if isinstance(stored, dict) and "name" not in stored:
+        exported = stored.get("library") == LIBRARY or "bytelm" in stored
+        hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
+        require(not exported, f"belongs to an export, not to a run; {hint}")
+
+
+def saved_recipe(run_dir: Path) -> Recipe | None:
+    """The recipe of the run that `run_dir`, here or at an address, holds; None if it holds none."""
+    if is_remote(run_dir):
+        begun = RemoteFolder(tidy(run_dir)).read(CONFIG_FILE) is not None
+    else:
+        begun = (run_dir / CONFIG_FILE).exists()
+    return load_recipe(run_dir) if begun else None
 
 
 def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
@@ -155,12 +174,9 @@ def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
     A run begun before `data.order`, `data.split_rule` and `data.raw`, or the patcher `word` existed
     keeps its rules, whatever the recipe's are now.
     """
-    if is_remote(run_dir):
-        if RemoteFolder(tidy(run_dir)).read(CONFIG_FILE) is None:
-            return recipe
-    elif not (run_dir / CONFIG_FILE).is_file():
+    saved = saved_recipe(run_dir)
+    if saved is None:
         return recipe
-    saved = load_recipe(run_dir)
     if saved.data.split_rule == "rank":
         raw = recipe.data.raw or saved.data.raw
         recipe = replace(recipe, data=replace(recipe.data, split_rule="rank", raw=raw))
@@ -177,8 +193,8 @@ def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
     """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
-    if (run_dir / CONFIG_FILE).exists():
-        check_same_run(load_recipe(run_dir), recipe, run_dir)
+    if (saved := saved_recipe(run_dir)) is not None:
+        check_same_run(saved, recipe, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bytelm.config import OptimizerConfig, Recipe
-from bytelm.runs import CONFIG_FILE, load_recipe
+from bytelm.runs import saved_recipe
 
 _VISIBLE = 1.05
 """A rate that changes by less than this factor between two steps is no jump."""
@@ -40,9 +40,9 @@ def jumps(run_dir: Path, recipe: Recipe, start: int) -> list[str]:
 
     `run_dir` holds the run as it was, saved at step `start`, from which `recipe` goes on.
     """
-    if not start or start >= recipe.train.steps or not (run_dir / CONFIG_FILE).is_file():
+    saved = saved_recipe(run_dir) if 0 < start < recipe.train.steps else None
+    if saved is None:
         return []
-    saved = load_recipe(run_dir)
     following = learning_rate_schedule(recipe.optimizer, recipe.train.steps)(start)
     usual = learning_rate_schedule(saved.optimizer, saved.train.steps)(start)
     if following == usual or max(following, usual) < _VISIBLE * min(following, usual):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bytelm.config import ByteVocab, ModelConfig, PatchingContract, Recipe, require
-from bytelm.runs import CONFIG_FILE, is_run, load_recipe
+from bytelm.runs import is_run, load_recipe, saved_recipe
 
 ReadConfig = Callable[[Path], tuple[ModelConfig, PatchingContract | None]]
 """What an export, or weights of another project, say about their model, read without weights."""
@@ -32,8 +32,8 @@ def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConf
     that cannot be read and for one of another architecture.
     """
     path, _ = split_source(named)
-    if run_dir and (run_dir / CONFIG_FILE).is_file():
-        saved = load_recipe(run_dir)
+    saved = saved_recipe(run_dir) if run_dir else None
+    if saved is not None:
         model, patching = saved.model, saved.patching
     else:
         require(path.exists(), f"train.init_from={named}: does not exist; check the spelling")
@@ -57,9 +57,9 @@ def keep_source(recipe: Recipe, run_dir: Path) -> Recipe:
 
     Raises `ValueError` if the recipe names another.
     """
-    if not (run_dir / CONFIG_FILE).is_file():
+    saved, named = saved_recipe(run_dir), recipe.train.init_from
+    if saved is None:
         return recipe
-    saved, named = load_recipe(run_dir), recipe.train.init_from
     began = saved.train.init_from
     same = not named or (bool(began) and Path(named) == Path(began))
     says = f"began from {saved.origin}" if began else "did not begin from other weights"
@@ -90,6 +90,11 @@ def require_fit(
             f"train.init_from={named}: {name} is {there} there and {here} in this model; leave out "
             "the model's options that change it",
         )
+
+
+def export_step(path: Path, exported: Path | None) -> int | None:
+    """The step of an export that lies in the run folder `path`; None where that is the export."""
+    return int(exported.name) if exported and exported != path else None
 
 
 def origin_of(named: str, step: int | None, arrays: Iterable[tuple[str, Any]]) -> str:

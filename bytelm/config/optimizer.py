@@ -343,12 +343,14 @@ def optimizers_with(field_name: str) -> list[str]:
     return [name for name, kind in OPTIMIZER_CONFIGS.items() if has(kind)]
 
 
-def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
+def change_optimizer(
+    config: OptimizerConfig, name: str, adamw_rate: float | None = None
+) -> OptimizerConfig:
     """Converts `config` to the optimizer called `name`.
 
-    Shared fields stay, except that learning rate and weight decay are scaled by `adamw_rate`; other
-    fields that were changed from their defaults stay too. Raises `ValueError` for an unknown name,
-    and for a changed field that the new optimizer does not have.
+    Shared fields stay, except that learning rate and weight decay are scaled by `adamw_rate`, by
+    default that of the class; other fields that were changed from their defaults stay too. Raises
+    `ValueError` for an unknown name, and for a changed field that the new optimizer does not have.
     """
     kind = optimizer_class(name)
     if kind is type(config):
@@ -359,7 +361,7 @@ def change_optimizer(config: OptimizerConfig, name: str) -> OptimizerConfig:
     changed = {k: v for k, v in values.items() if k in shared or v != getattr(usual, k)}
     for field_name, value in changed.items():
         _require_effect(kind, field_name, value, "optimizer")
-    ratio = kind.adamw_rate / type(config).adamw_rate
+    ratio = (adamw_rate or kind.adamw_rate) / type(config).adamw_rate
     if ratio != 1:  # rounded in decimal, so that a file shows 0.003 / 10 as 0.0003
         changed["learning_rate"] = float(f"{changed['learning_rate'] / ratio:.12g}")
         changed["weight_decay"] = float(f"{changed['weight_decay'] * ratio:.12g}")

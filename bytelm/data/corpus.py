@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,8 +22,8 @@ from jaxtyping import Bool, Int64, UInt8, UInt64
 
 from bytelm.config import require
 from bytelm.data.cache import prepared_copy, prepared_input
-from bytelm.data.formats import HEAD, binary_kind, detect
-from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_bounds, read_spans
+from bytelm.data.formats import binary_kind, look_at
+from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_spans
 from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
 from bytelm.data.sources import (
@@ -370,21 +369,15 @@ class _Reading(NamedTuple):
         """
         if path == STANDARD_INPUT:
             path = prepared_input(self.fields, self.raw, self.cache_dir)
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        looked = look_at(path, self.raw)
+        if looked is not None and looked.is_container:
+            path = prepared_copy(path, name, self.fields, self.cache_dir)
+            looked = look_at(path, self.raw)
+        if looked is None:
             return None
-        bounds = read_bounds(path, status.st_size)
-        if bounds is None and not self.raw:
-            with open(path, "rb") as file:
-                head = file.read(HEAD)
-            if detect(path, os.path.basename(path), head):
-                path = prepared_copy(path, name, self.fields, self.cache_dir)
-                status = os.stat(path)
-                bounds = read_bounds(path, status.st_size)
-            elif kind := binary_kind(head):
-                binary.append(f"{path}: looks binary ({kind})")
-        whole = Bounds(np.array([status.st_size]), None)
-        return SourceFile(name, path, status.st_size), bounds or whole
+        if kind := binary_kind(looked.head):
+            binary.append(f"{path}: looks binary ({kind})")
+        return SourceFile(name, path, looked.size), looked.bounds
 
 
 def _binary_notes(binary: Sequence[str]) -> tuple[str, ...]:

@@ -14,14 +14,18 @@ import lzma
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bytelm.config import require
 from bytelm.data import records
+from bytelm.data.prepared import Bounds, read_bounds
 from bytelm.data.sources import STANDARD_INPUT, unreadable
 from bytelm.files import one_line
 
@@ -70,6 +74,39 @@ def detect(path: str, name: str, head: bytes) -> Format:
         "with --raw",
     )
     return found
+
+
+class Looked(NamedTuple):
+    """What a file is, told by a look at both ends.
+
+    `bounds` are those of a prepared file's documents, otherwise one over all of it. `head` are the
+    first bytes where they say what the file is: of neither a prepared file nor a raw one.
+    """
+
+    size: int
+    bounds: Bounds
+    is_container: bool
+    head: bytes = b""
+
+
+def look_at(path: str, raw: bool, damaged_is_plain: bool = False) -> Looked | None:
+    """A look at a file; None if it is empty or not a regular file.
+
+    `raw` and `damaged_is_plain`, which is that of `read_bounds`, take bytes as they are. Raises
+    `OSError`, and `ValueError` as `read_bounds` and `detect` do.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        return None
+    bounds = read_bounds(path, status.st_size, damaged_is_plain)
+    if bounds is not None:
+        return Looked(status.st_size, bounds, False)
+    whole = Bounds(np.array([status.st_size]), None)
+    if raw:
+        return Looked(status.st_size, whole, False)
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    return Looked(status.st_size, whole, bool(detect(path, os.path.basename(path), head)), head)
 
 
 def binary_kind(head: bytes) -> str:

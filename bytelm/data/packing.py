@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -16,8 +15,8 @@ import numpy as np
 
 from bytelm.config import require
 from bytelm.data.cache import input_pieces
-from bytelm.data.formats import HEAD, Pieces, detect, read_documents
-from bytelm.data.prepared import Prepared, Unscored, read_bounds, read_spans, write_prepared
+from bytelm.data.formats import Pieces, look_at, read_documents
+from bytelm.data.prepared import Prepared, Unscored, read_spans, unwritable, write_prepared
 from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
 from bytelm.data.sources import (
@@ -99,8 +98,7 @@ def _write_shards(
             written.append(write_prepared(partial / f"{len(written):05}.bytes", shard, called))
         os.replace(partial, target)
     except OSError as error:
-        why = f"{called}: cannot be written ({error.strerror}); choose another place or free space"
-        raise ValueError(why) from None
+        raise ValueError(unwritable(called, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Prepared(sum(each.documents for each in written), sum(each.bytes for each in written))
@@ -123,27 +121,23 @@ def _pieces(file: Listed, fields: Fields, raw: bool, scratch: Path) -> Iterator[
     if file.path == STANDARD_INPUT:
         return input_pieces(fields, raw, scratch)
     try:
-        status = os.stat(file.path)
-        if not stat.S_ISREG(status.st_mode) or not status.st_size:
-            return iter(())
-        bounds = read_bounds(file.path, status.st_size, damaged_is_plain=True)
-        with open(file.path, "rb") as opened:
-            head = opened.read(HEAD)
+        looked = look_at(file.path, raw, damaged_is_plain=True)
     except OSError as error:
         raise ValueError(unreadable(file.path, error)) from None
-    ends = [status.st_size] if bounds is None else bounds.ends.tolist()
-    container = bounds is None and not raw
-    if container and detect(file.path, os.path.basename(file.path), head):
+    if looked is None:
+        return iter(())
+    if looked.is_container:
         return _with_bar(
             file,
-            status.st_size,
+            looked.size,
             lambda move: read_documents(
                 file.path, os.path.basename(file.path), fields, scratch, move
             ),
         )
+    ends, counted = looked.bounds.ends.tolist(), looked.bounds.counted
     spans = zip([0, *ends[:-1]], ends, strict=True)
-    if bounds is not None and bounds.counted is not None:
-        return _masked(file.path, spans, bounds.counted)
+    if counted is not None:
+        return _masked(file.path, spans, counted)
     return read_spans(file.path, spans)
 
 

@@ -132,11 +132,15 @@ def write_prepared(target: Path, pieces: Iterable[bytes | None], called: str) ->
         os.replace(partial, target)
         _sync_folder(target.parent)
     except OSError as error:
-        why = f"{called}: cannot be written ({error.strerror}); choose another place or free space"
-        raise ValueError(why) from None
+        raise ValueError(unwritable(called, error)) from None
     finally:
         partial.unlink(missing_ok=True)
     return Prepared(len(ends), position)
+
+
+def unwritable(called: str, error: OSError) -> str:
+    """What to say of a file or folder that cannot be written."""
+    return f"{called}: cannot be written ({error.strerror}); choose another place or free space"
 
 
 def read_spans(path: str, spans: Iterable[tuple[int, int]]) -> Iterator[bytes | None]:

@@ -22,7 +22,7 @@ NO_ARRAYS = "none"
 """What `local_copy` takes as a checkpoint where nothing but small files is wanted."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-_ARRAYS = ("params", "optimizer")
+ARRAYS = ("params", "optimizer")
 _SMALL = "_METADATA"
 
 
@@ -82,21 +82,18 @@ def _copy_of(
         wanted = [one for one in objects if _is_small(one, steps)]
         place = cached(wanted, address, "")
         chosen = _choose(wanted, place, steps, checkpoint)
-        left_out = "" if everything else "/optimizer/"
-        prefix = f"checkpoints/{chosen}/"
-        arrays = (one for one in objects if one.name.startswith(prefix) and one not in wanted)
-        wanted += [one for one in arrays if not left_out or left_out not in one.name]
+        unneeded = () if everything else ("optimizer",)
+        prefix, small = f"checkpoints/{chosen}/", set(wanted)
+        of_step = (one for one in objects if one.name.startswith(prefix) and one not in small)
+        wanted += [one for one in of_step if one.name.split("/")[2] not in unneeded]
     place = cached(wanted, address, "")
     copy = linked([one for one in wanted if not one.name.startswith("metrics/")], place, "")
-    pieces = sorted((one for one in wanted if one.name.startswith("metrics/")), key=_name)
+    metrics = (one for one in wanted if one.name.startswith("metrics/"))
+    pieces = sorted(metrics, key=lambda one: one.name)
     if pieces:
         joined = b"".join(place(one).read_bytes() for one in pieces)
         replace_file(copy / "metrics.jsonl", joined)
     return copy
-
-
-def _name(one: StoredObject) -> str:
-    return one.name
 
 
 def saved_steps(objects: Sequence[StoredObject]) -> list[int]:
@@ -120,7 +117,7 @@ def _is_small(one: StoredObject, steps: Sequence[int]) -> bool:
         )
     if len(parts) < 3 or not parts[1].isdecimal() or int(parts[1]) not in steps:
         return False
-    if parts[2] in _ARRAYS:
+    if parts[2] in ARRAYS:
         return parts[3:] == [_SMALL]
     return parts[2] not in _WEIGHTS and not parts[2].endswith((".safetensors", ".pt"))
 

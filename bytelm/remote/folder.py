@@ -53,22 +53,15 @@ class RemoteFolder:
         root = self._store._strip_protocol(self.address).rstrip("/") + "/"
         return [str(path).removeprefix(root) for path in found]
 
-    def upload(self, folder: Path, under: str, last: str) -> list[str]:
-        """Writes the files of a local folder as objects, but `last`; returns their names."""
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        names = [f"{under}/{path.relative_to(folder).as_posix()}" for path in files]
-        pairs = [
-            (path, name)
-            for path, name in zip(files, names, strict=True)
-            if name != f"{under}/{last}"
-        ]
-        self._each(self._upload, pairs)
-        return [name for _, name in pairs]
+    def upload(self, folder: Path, under: str, last: str) -> None:
+        """Writes the files of a local folder as objects, but `last`."""
 
-    def _upload(self, pair: tuple[Path, str]) -> None:
-        path, name = pair
-        address = f"{self.address}/{name}"
-        patiently(address, lambda: self._store.put_file(os.fspath(path), address))
+        def put(path: Path) -> None:
+            address = f"{self.address}/{under}/{path.relative_to(folder).as_posix()}"
+            patiently(address, lambda: self._store.put_file(os.fspath(path), address))
+
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        self._each(put, [path for path in files if path != folder / last])
 
     def remove_all(self, names: Iterable[str]) -> None:
         """Removes objects."""

@@ -21,15 +21,13 @@ from types import TracebackType
 from bytelm.config import Recipe
 from bytelm.config.serialize import recipe_text
 from bytelm.data.cache import cache_folder
-from bytelm.remote.copies import COMMITTED, naming, saved_steps
+from bytelm.export import CONFIG_FILE
+from bytelm.remote.copies import ARRAYS, COMMITTED, naming, saved_steps
 from bytelm.remote.folder import RemoteFolder
 from bytelm.remote.pieces import MetricsPieces
 from bytelm.storage.fetch import StoredObject, download, objects_under
 from bytelm.storage.lock import REFUSED, TAKEN, StoreLock
 from bytelm.storage.stores import protocol_of, tidy
-
-CONFIG = "config.json"
-_ARRAYS = ("params", "optimizer")
 
 
 class RemoteRun:
@@ -111,9 +109,9 @@ class RemoteRun:
         self._handle = -1
 
     def _fetch_config(self) -> None:
-        config = self._folder.read(CONFIG)
+        config = self._folder.read(CONFIG_FILE)
         if config is not None:
-            (self.local / CONFIG).write_bytes(config)
+            (self.local / CONFIG_FILE).write_bytes(config)
 
     # ---- the lock ---------------------------------------------------------------------------
 
@@ -165,9 +163,9 @@ class RemoteRun:
         """Writes `config.json`, which `check` compares; it and metrics are sent from now on."""
         self.guard()
         self._config = recipe_text(recipe)
-        (self.local / CONFIG).write_bytes(self._config)
-        if self._folder.read(CONFIG) != self._config:
-            self._folder.write(CONFIG, self._config)
+        (self.local / CONFIG_FILE).write_bytes(self._config)
+        if self._folder.read(CONFIG_FILE) != self._config:
+            self._folder.write(CONFIG_FILE, self._config)
         if self._pieces is None:
             self._pieces = MetricsPieces(self._folder, self.local / "metrics.jsonl")
             self._pieces.flush()
@@ -181,14 +179,14 @@ class RemoteRun:
         """
         self.guard()
         if self._config is not None:
-            found = self._folder.read(CONFIG)
+            found = self._folder.read(CONFIG_FILE)
             if found is None:
-                self._folder.write(CONFIG, self._config)
-                line = f"warning: {self.name}/{CONFIG}: was deleted; written again"
+                self._folder.write(CONFIG_FILE, self._config)
+                line = f"warning: {self.name}/{CONFIG_FILE}: was deleted; written again"
                 print(line, file=sys.stderr, flush=True)
             elif found != self._config:
                 hint = "nothing more was saved; put it back and run the same command again"
-                raise ValueError(f"{self.name}/{CONFIG}: was changed during the run; {hint}")
+                raise ValueError(f"{self.name}/{CONFIG_FILE}: was changed during the run; {hint}")
         if self._pieces:
             self._pieces.flush()
 
@@ -217,7 +215,7 @@ class RemoteRun:
         rest = [one.name for one, parts in names if one not in whole]
         if rest:  # of a save that was cut short
             self._folder.remove_all(rest)
-        self._download([one for one in whole if one.name.split("/")[2] not in _ARRAYS])
+        self._download([one for one in whole if one.name.split("/")[2] not in ARRAYS])
 
     def fetch(self, step: int) -> None:
         """Brings the arrays of a checkpoint into the scratch folder, if Orbax reads it there."""
@@ -228,7 +226,7 @@ class RemoteRun:
 
     def drop(self, step: int) -> None:
         """Removes the arrays of a checkpoint from the scratch folder."""
-        for name in _ARRAYS:
+        for name in ARRAYS:
             shutil.rmtree(self.local / "checkpoints" / str(step) / name, ignore_errors=True)
 
     def _download(self, objects: list[StoredObject]) -> None:

@@ -52,12 +52,14 @@ def is_remote(folder: str | os.PathLike[str]) -> bool:
     return is_address(folder) and not os.path.lexists(folder)
 
 
+def called(path: str | os.PathLike[str]) -> str:
+    """What a person calls a path: an address is written with both slashes."""
+    return tidy(path) if is_remote(path) else os.fspath(path)
+
+
 def require_local(path: str | os.PathLike[str], what: str) -> None:
     """Raises `ValueError` for an address where only folders of this machine will do."""
-    require(
-        not is_remote(path),
-        f"{what}={tidy(path) if is_remote(path) else path}: is an address; name a folder here",
-    )
+    require(not is_remote(path), f"{what}={called(path)}: is an address; name a folder here")
 
 
 def protocol_of(address: str) -> str:

@@ -15,7 +15,7 @@ from bytelm.config import Recipe
 from bytelm.config.base import LARGEST_INTEGER
 from bytelm.run_data import open_windows
 from bytelm.runs import keep_rules
-from bytelm.storage.stores import is_remote, tidy
+from bytelm.storage.stores import called
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
@@ -47,7 +47,7 @@ def run(
         return 1
     if not processes.is_first():
         return 0
-    place = tidy(run_dir) if is_remote(run_dir) else run_dir
+    place = called(run_dir)
     if outcome.interrupted and not outcome.step:
         print("stopped before the first step; nothing is lost; run the same command again")
     elif outcome.interrupted:

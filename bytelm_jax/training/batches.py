@@ -37,11 +37,11 @@ def training_batches(
     require(start_step >= 0, f"start_step={start_step}: must be at least 0")
     import grain  # here, since tokenizing and evaluation run on machines without it
 
-    exact = order == "exact" and isinstance(windows, Windows) and skips_last_row(len(windows))
-    if isinstance(windows, Mixture) or windows.is_masked or exact:
-        endless = grain.MapDataset.source(ours)
-    else:
+    one = isinstance(windows, Windows) and not windows.is_masked
+    if one and not (order == "exact" and skips_last_row(len(windows))):
         endless = grain.MapDataset.source(windows).seed(shuffle_seed).shuffle().repeat(None)
+    else:
+        endless = grain.MapDataset.source(ours)
     # Without drop_remainder grain rounds the endless length up to one that does not fit an int.
     parts = endless.batch(rows, drop_remainder=True)
     local_parts = parts[start_step * process_count + process_index :: process_count]

@@ -18,7 +18,7 @@ from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import cast_params
 from bytelm_jax.training import mesh as meshes
-from bytelm_jax.training.loss import token_nats
+from bytelm_jax.training.loss import counted_ids, token_nats
 
 
 def evaluate(
@@ -70,8 +70,8 @@ def make_row_nats(
         ids = as_ids(ids)
         cast = params if dtype is None else cast_params(params, dtype)
         logits = bind(meshes.gather(mesh, cast))(ids)
-        counted = ids != pad_id if end_id is None else (ids != pad_id) & (ids != end_id)
-        counted = counted if mask is None else counted & mask
+        counted = counted_ids(ids, pad_id, mask)
+        counted = counted if end_id is None else counted & (ids != end_id)
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
         return nats, counted.sum(axis=1)
 

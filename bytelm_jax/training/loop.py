@@ -184,6 +184,7 @@ def _train(
                 recipe, trained = starting.load_start(recipe)
             if trained:
                 state = state._replace(params=state.params | meshes.place(mesh, trained))
+        del trained  # a whole copy of the weights, and the run is long
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))

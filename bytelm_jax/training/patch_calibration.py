@@ -263,8 +263,7 @@ def adopt(recipe: Recipe, run_dir: Path) -> Recipe:
             f"train.entropy_from={named}: this model has no use for an entropy model; leave it out",
         )
         return recipe
-    if (run_dir / "config.json").exists():
-        saved = runs.load_recipe(run_dir)
+    if (saved := runs.saved_recipe(run_dir)) is not None:
         if type(saved.model) is not type(model):
             return recipe  # another run's folder, and `prepare_run_dir` says so
         source, theirs = saved, saved.model

@@ -14,7 +14,7 @@ from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
-from bytelm.metrics import MetricsLog, Throughput, add_bits, validation_line
+from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step, validation_line
 from bytelm.progress import GuessWarning
 from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
@@ -36,7 +36,7 @@ class StepReporter:
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the last step that rates include
         self._guess = GuessWarning(recipe)
-        self._skipped = sum("skipped" in record for record in log.records)
+        self._skipped = log.skipped
         self.saved = start
         self.bad_in_a_row = 0
 
@@ -99,12 +99,9 @@ class StepReporter:
                 f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
                 f"{self.bad_in_a_row} steps in a row",
             )
-        self._display.say(
-            f"step {step}: skipped because its loss or gradient norm is not finite "
-            f"({self._skipped} so far)"
-        )
-        finite = {k: v for k, v in values.items() if math.isfinite(v)}
-        self._log.write({"step": step, "skipped": self._skipped} | finite)
+        line, record = skipped_step(step, self._skipped, values)
+        self._display.say(line)
+        self._log.write(record)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         run, length = self._recipe.train, self._recipe.data.sequence_length

@@ -6,7 +6,7 @@ from pathlib import Path
 from bytelm.config import ModelConfig, PatchingContract, Recipe, require
 from bytelm.export import patching_of
 from bytelm.runs import find_export, is_run, load_recipe
-from bytelm.starting import origin_of, require_fit, split_source
+from bytelm.starting import export_step, origin_of, require_fit, split_source
 from bytelm_jax.interop import formats
 from bytelm_jax.interop.convert import Float32Cast, in_torch_layout
 from bytelm_jax.models import Params, abstract_params
@@ -43,6 +43,8 @@ def _check_source(recipe: Recipe) -> None:
     named = recipe.train.init_from
     path, _ = split_source(named)
     theirs = load_recipe(path).model if is_run(path) else formats.read_config(path)
+    if theirs == recipe.model:  # the usual case; tracing two models takes seconds
+        return
     ours = {name: leaf.shape for name, leaf in abstract_params(recipe.model).items()}
     shapes = {name: leaf.shape for name, leaf in abstract_params(theirs).items()}
     require_fit(named, (theirs.vocab, shapes), (recipe.model.vocab, ours))
@@ -55,4 +57,4 @@ def _load(named: str) -> tuple[int | None, Params]:
         _, params, step = checkpoint.load_run(path, which)
         return step, params
     _, params = formats.import_any(exported, cast=Float32Cast())
-    return (int(exported.name) if exported != path else None), params
+    return export_step(path, exported), params

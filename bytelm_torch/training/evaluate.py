@@ -15,7 +15,7 @@ from bytelm.metrics import Evaluation
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.models.interface import inference
 from bytelm_torch.training import parallel
-from bytelm_torch.training.loss import token_nats
+from bytelm_torch.training.loss import counted_ids, token_nats
 
 
 def evaluate(
@@ -59,8 +59,8 @@ def make_row_nats(
         ids: Integer[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None = None
     ) -> Float[Tensor, " B"]:
         ids = as_ids(ids)
-        left_out = ids == pad_id if end_id is None else (ids == pad_id) | (ids == end_id)
-        left_out = left_out if mask is None else left_out | ~mask
+        left_out = ~counted_ids(ids, pad_id, mask)
+        left_out = left_out if end_id is None else left_out | (ids == end_id)
         with inference(model), parallel.autocast(ids.device, dtype):
             return token_nats(model(ids), ids).masked_fill(left_out, 0.0).sum(dim=1)
 

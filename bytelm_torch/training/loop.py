@@ -14,7 +14,7 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,6 +44,7 @@ from bytelm.metrics import (
     MetricsLog,
     Throughput,
     add_bits,
+    skipped_step,
     validation_line,
     validation_record,
 )
@@ -63,7 +64,14 @@ from bytelm.runs import (
     what_a_run_is,
 )
 from bytelm.schedules import jumps, learning_rate_schedule
-from bytelm.starting import keep_source, origin_of, require_fit, split_source, with_source
+from bytelm.starting import (
+    export_step,
+    keep_source,
+    origin_of,
+    require_fit,
+    split_source,
+    with_source,
+)
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm_torch.interop.export import from_pretrained
@@ -105,8 +113,7 @@ def _start_model(recipe: Recipe, group: parallel.Group) -> tuple[Recipe, Any]:
     bad = first_non_finite(theirs)
     require(bad is None, f"train.init_from={named}: {bad} holds a value too large for float32")
     model.load_state_dict(theirs)
-    place = find_export(path, which)
-    step = int(place.name) if place and place != path else None
+    step = export_step(path, find_export(path, which))
     origin = origin_of(named, step, ((name, theirs[name].numpy()) for name in sorted(theirs)))
     return replace(recipe, origin=origin), model
 
@@ -186,17 +193,13 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
-    log, notes = None, jumps(run_dir, recipe, start)
-    if first:
-        lock.check()
-        log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
-        lock.save_recipe(recipe)  # nothing is refused any more
+    notes = jumps(run_dir, recipe, start)
+    log = _open_log(recipe, run_dir, start, lock if first else None)
     device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
     rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
     display, guess = ProgressLines(run.steps, first), GuessWarning(recipe)
     pending: deque[tuple[int, dict[str, Tensor]]] = deque()
-    saved, asked, bad = start, False, 0
-    skipped = sum("skipped" in record for record in log.records) if log else 0
+    saved, asked, bad, skipped = start, False, 0, log.skipped
 
     def diverged(step: int, why: str) -> DivergedError:
         note = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
@@ -227,9 +230,11 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
                 )
             if bad:
                 skipped += 1
-                _say_skipped(step, skipped, values, log, display)
+                line, record = skipped_step(step, skipped, values)
+                display.say(line)
+                log.write(record)
                 continue
-            if log and (step % run.log_every == 0 or step == run.steps):
+            if step % run.log_every == 0 or step == run.steps:
                 add_bits(values)
                 values["learning_rate"] = schedule(step - 1)
                 values |= rates.read()
@@ -248,8 +253,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
             batches = evaluation_batches(held_out, rows, *part)
             results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
         record = validation_record(results)
-        if log:
-            log.write({"step": step, **record})
+        log.write({"step": step, **record})
         display.say(validation_line(step, record))
         return record
 
@@ -263,7 +267,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
 
     # ---- loop ----
     step, piece = start, length
-    with StopSignal() as stop, closing(log) if log else nullcontext():
+    with StopSignal() as stop, closing(log):
         parameters = sum(each.numel() for each in model.parameters())
         devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
@@ -304,18 +308,14 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     return Outcome(step, asked and step < run.steps)
 
 
-def _say_skipped(
-    step: int,
-    count: int,
-    values: dict[str, float],
-    log: MetricsLog | None,
-    display: ProgressLines,
-) -> None:
-    why = "its loss or gradient norm is not finite"
-    display.say(f"step {step}: skipped because {why} ({count} so far)")
-    if log:
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        log.write({"step": step, "skipped": count} | finite)
+def _open_log(recipe: Recipe, run_dir: Path, start: int, lock: RunLock | None) -> MetricsLog:
+    """The log of the process that has the lock; the others write nowhere."""
+    if lock is None:
+        return MetricsLog(Path(os.devnull), start)
+    lock.check()
+    log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
+    lock.save_recipe(recipe)  # nothing is refused any more
+    return log
 
 
 def _say_what_it_is(
