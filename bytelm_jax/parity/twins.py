@@ -98,6 +98,7 @@ def record_torch(
 
     recording = Recording({} if values is None else values)
     twin = twin.to(getattr(torch, dtype)).eval()
+    twin.zero_grad()  # a backward pass of the caller's would be added to the one below
     tensor = torch.from_numpy(ids)
     with _recorded_gradients(twin, recording):
         with listen_torch(twin, partial(_visit_torch, recording)) as recorder:
