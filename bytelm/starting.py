@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from bytelm.config import ByteVocab, ModelConfig, PatchingContract, Recipe, require
+from bytelm.remote.copies import NO_ARRAYS, local_copy
 from bytelm.runs import is_run, load_recipe, saved_recipe
 
 ReadConfig = Callable[[Path], tuple[ModelConfig, PatchingContract | None]]
@@ -25,23 +27,35 @@ def split_source(named: str) -> tuple[Path, str]:
     return Path(named), "latest"
 
 
+@contextmanager
+def opened_source(named: str, weights: bool = True) -> Iterator[tuple[Path, str]]:
+    """A folder of this machine with what `train.init_from` names, and the checkpoint.
+
+    Of a run at an address the weights of that checkpoint alone are fetched, if any are wanted.
+    Errors of the block name the address.
+    """
+    path, checkpoint = split_source(named)
+    with local_copy(path, checkpoint if weights else NO_ARRAYS) as copy:
+        yield copy, checkpoint
+
+
 def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConfig) -> Recipe:
     """`recipe` with the model and patches of the weights that `train.init_from` names.
 
     A run that exists keeps its own model: its source may be gone. Raises `ValueError` for a source
     that cannot be read and for one of another architecture.
     """
-    path, _ = split_source(named)
     saved = saved_recipe(run_dir) if run_dir else None
     if saved is not None:
         model, patching = saved.model, saved.patching
     else:
-        require(path.exists(), f"train.init_from={named}: does not exist; check the spelling")
-        if is_run(path):
-            source = load_recipe(path)
-            model, patching = source.model, source.patching
-        else:
-            model, patching = read(path)
+        with opened_source(named, weights=False) as (path, _):
+            require(path.exists(), f"train.init_from={named}: does not exist; check the spelling")
+            if is_run(path):
+                source = load_recipe(path)
+                model, patching = source.model, source.patching
+            else:
+                model, patching = read(path)
         ours, theirs = recipe.model.architecture, model.architecture
         require(
             ours == theirs,

@@ -12,6 +12,8 @@ import bytelm_torch.hf
 from bytelm import recipes
 from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
 from bytelm.metrics import read_metrics
+from bytelm.remote.copies import COMMITTED
+from bytelm.remote.folder import RemoteFolder
 from bytelm.starting import with_source
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
@@ -19,6 +21,7 @@ from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint, starting
 from bytelm_torch.training import loop as torch_loop
 from bytelm_torch.training import parallel
+from parity_tests import servers
 from parity_tests.tiny_models import CONFIGS
 
 MODEL = CONFIGS["megabyte"]
@@ -49,7 +52,26 @@ def sources(params, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["jax@0", "torch", "torch@7", "export", "transformers"])
 def test_both_packages_start_from_the_same_weights(name, sources, params):
-    source = str(sources / name)
+    check_start(str(sources / name), name, sources, params)
+
+
+def test_weights_at_an_address_are_those_of_the_folder(sources, params, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with servers.stores():
+        for protocol, name in (("gs", "export"), ("s3", "torch@7"), ("s3", "jax@0")):
+            address = f"{protocol}://{servers.BUCKET}"
+            folder = name.partition("@")[0]
+            if name == "jax@0":  # a run that a trainer has put there
+                RemoteFolder(address).write(f"jax/checkpoints/0/{COMMITTED}", b"")
+            RemoteFolder(address).upload(sources / folder, folder, "")
+            check_start(f"{address}/{name}", name, sources, params)
+        with pytest.raises(ValueError, match=f"{address}/none: does not exist; check the spelling"):
+            read = starting.read_config
+            with_source(recipes.megabyte_tiny(), f"{address}/none@2", tmp_path / "no run", read)
+
+
+def check_start(source, name, sources, params):
+    """Both packages begin with `params`, and say that they are those of `source`."""
     recipe = with_source(recipes.megabyte_tiny(), source, sources / "no run", starting.read_config)
     assert recipe.model == MODEL and recipe.train.init_from == source
     begun, ours = starting.load_start(recipe)

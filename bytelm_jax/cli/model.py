@@ -22,6 +22,7 @@ from bytelm.config.blt import PatchingContract
 from bytelm.config.lfbyte import require_prediction
 from bytelm.export import patching_of
 from bytelm.metrics import Evaluation
+from bytelm.remote.copies import local_copy
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.arguments import UsageError
@@ -305,8 +306,9 @@ def import_command(
 
     checkpoints.check_unused(out)
     cast = convert.Float32Cast()
-    config, params = formats.import_any(source, format, cast)
-    patching = patching_of(formats.stored_extra(source))
+    with local_copy(source) as folder:
+        config, params = formats.import_any(folder, format, cast)
+        patching = patching_of(formats.stored_extra(folder))
     recipe = Recipe(name="imported", model=config, patching=patching)
     if config.longest_input is not None:
         length = min(recipe.data.sequence_length, config.longest_input)

@@ -6,7 +6,7 @@ from pathlib import Path
 from bytelm.config import ModelConfig, PatchingContract, Recipe, require
 from bytelm.export import patching_of
 from bytelm.runs import find_export, is_run, load_recipe
-from bytelm.starting import export_step, origin_of, require_fit, split_source
+from bytelm.starting import export_step, opened_source, origin_of, require_fit
 from bytelm_jax.interop import formats
 from bytelm_jax.interop.convert import Float32Cast, in_torch_layout
 from bytelm_jax.models import Params, abstract_params
@@ -41,8 +41,8 @@ def load_start(recipe: Recipe) -> tuple[Recipe, Params]:
 def _check_source(recipe: Recipe) -> None:
     """Raises `ValueError` unless the weights that `train.init_from` names fit; reads none."""
     named = recipe.train.init_from
-    path, _ = split_source(named)
-    theirs = load_recipe(path).model if is_run(path) else formats.read_config(path)
+    with opened_source(named, weights=False) as (path, _):
+        theirs = load_recipe(path).model if is_run(path) else formats.read_config(path)
     if theirs == recipe.model:  # the usual case; tracing two models takes seconds
         return
     ours = {name: leaf.shape for name, leaf in abstract_params(recipe.model).items()}
@@ -51,10 +51,10 @@ def _check_source(recipe: Recipe) -> None:
 
 
 def _load(named: str) -> tuple[int | None, Params]:
-    path, which = split_source(named)
-    exported = find_export(path, which)
-    if exported is None:
-        _, params, step = checkpoint.load_run(path, which)
-        return step, params
-    _, params = formats.import_any(exported, cast=Float32Cast())
-    return export_step(path, exported), params
+    with opened_source(named) as (path, which):
+        exported = find_export(path, which)
+        if exported is None:
+            _, params, step = checkpoint.load_run(path, which)
+            return step, params
+        _, params = formats.import_any(exported, cast=Float32Cast())
+        return export_step(path, exported), params

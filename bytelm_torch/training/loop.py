@@ -67,9 +67,9 @@ from bytelm.schedules import jumps, learning_rate_schedule
 from bytelm.starting import (
     export_step,
     keep_source,
+    opened_source,
     origin_of,
     require_fit,
-    split_source,
     with_source,
 )
 from bytelm.storage.stores import require_local
@@ -105,15 +105,15 @@ def _start_model(recipe: Recipe, group: parallel.Group) -> tuple[Recipe, Any]:
     model, named = build_model(recipe.model).to(group.device), recipe.train.init_from
     if not named:
         return recipe, model
-    path, which = split_source(named)
-    source = from_pretrained(path, checkpoint=which).float()
+    with opened_source(named) as (path, which):
+        source = from_pretrained(path, checkpoint=which).float()
+        step = export_step(path, find_export(path, which))
     theirs = source.state_dict()
     shapes = [{n: tuple(v.shape) for n, v in each.items()} for each in (theirs, model.state_dict())]
     require_fit(named, (source.config.vocab, shapes[0]), (recipe.model.vocab, shapes[1]))
     bad = first_non_finite(theirs)
     require(bad is None, f"train.init_from={named}: {bad} holds a value too large for float32")
     model.load_state_dict(theirs)
-    step = export_step(path, find_export(path, which))
     origin = origin_of(named, step, ((name, theirs[name].numpy()) for name in sorted(theirs)))
     return replace(recipe, origin=origin), model
 
@@ -415,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser.parse_intermixed_args(argv)
         recipe = find_recipe(str(options.recipe))
         run_dir = options.run_dir or Path("runs") / recipe.name
+        require_local(run_dir, "run_dir")  # looked at for --init-from, which is slow at an address
         recipe = _with_data(with_changes(recipe, options.changes, run_dir), options)
         outcome = train(recipe, run_dir)
     except DivergedError as error:
