@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 BUCKET = "bucket"
-_PATIENCE = 20.0  # seconds for a server to come up
+_PATIENCE = 60.0  # seconds for a server to come up
 _LONGEST = 900  # seconds after which a server ends whatever happens
 
 
