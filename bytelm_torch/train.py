@@ -1,10 +1,52 @@
-"""`python -m bytelm_torch.train`: the trainer, under the name that people type."""
+"""The trainer's command; the recipe and its overrides are those of `bytelm train`.
 
+python -m bytelm_torch.train RECIPE --steps 200 --run-dir runs/mine
+torchrun --nproc-per-node 2 -m bytelm_torch.train recipe.json --run-dir runs/mine
+"""
+
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from bytelm_torch.training.loop import main, train
+from bytelm.arguments import take_option
+from bytelm.files import one_line
+from bytelm.runs import DivergedError
+from bytelm.storage.stores import require_local
+from bytelm.train_options import HELP, RECIPES, RUN_DIR, read_options, take_recipe
+from bytelm_torch.training.loop import read_config, train
 
 __all__ = ["main", "train"]
+
+_PROG = "python -m bytelm_torch.train"
+_USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. Bad input: 2 and one line on standard error."""
+    argv = sys.argv[1:] if argv is None else argv
+    description = "\n".join([_USAGE, "", *HELP, "", RECIPES])
+    if not argv or argv[0] in ("-h", "--help"):
+        print(description)
+        return 0 if argv else 2
+    try:
+        named, rest = take_recipe(argv)
+        # Looked at for the run that it may hold, which is slow at an address.
+        place, _ = take_option(rest, *RUN_DIR)
+        require_local(Path(place or ""), "run_dir")
+        recipe, run_dir, _ = read_options(named, rest, read_config, _PROG, description)
+        outcome = train(recipe, run_dir)
+    except DivergedError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"train: {one_line(error, limit=10_000)}", file=sys.stderr)
+        return 2
+    if int(os.environ.get("RANK", 0)) == 0:
+        how = "stopped" if outcome.interrupted else "done"
+        print(f"{how}: step {outcome.step} is saved in {run_dir}")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,7 @@ import torch
 import bytelm_torch
 import bytelm_torch.hf
 from bytelm import recipes
+from bytelm.arguments import with_changes
 from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
 from bytelm.metrics import read_metrics
 from bytelm.remote.copies import COMMITTED
@@ -126,7 +127,7 @@ def test_a_stable_run_goes_on_and_decays_when_asked(tmp_path, capsys):
     )
 
     def run(name, *changes):
-        torch_loop.train(torch_loop.with_changes(recipe, changes), tmp_path / name)
+        torch_loop.train(with_changes(recipe, changes), tmp_path / name)
         return bytelm_torch.from_pretrained(tmp_path / name).state_dict(), capsys.readouterr().err
 
     stable = "optimizer.schedule=wsd"

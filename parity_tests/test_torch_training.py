@@ -20,6 +20,7 @@ import torch
 
 import bytelm_torch
 from bytelm import data, recipes
+from bytelm.arguments import with_changes
 from bytelm.config import (
     AdamWConfig,
     BLTConfig,
@@ -42,6 +43,7 @@ from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training.batches import training_batches as jax_batches
+from bytelm_torch.train import main
 from bytelm_torch.training import loop as train
 from bytelm_torch.training import parallel
 from bytelm_torch.training.batches import training_batches as torch_batches
@@ -298,13 +300,13 @@ def test_no_field_of_the_configuration_is_ignored(corpus, tmp_path):
             reader = "length_at" if field.name.startswith("warmup_length") else field.name
             assert reader in read or f"{section}.{field.name}" in REFUSED, field.name
     for name, value in REFUSED.items():
-        changed = train.with_changes(recipe, [f"{name}={value}"])
+        changed = with_changes(recipe, [f"{name}={value}"])
         with pytest.raises(ValueError, match=rf"^\S*{name.split('.')[1]}={value}: "):
             train.train(changed, tmp_path / "run")
     with pytest.raises(ValueError, match=r"model.patcher='entropy': needs a trained entropy"):
         train.train(replace(recipe, model=recipes.blt_tiny().model), tmp_path / "run")
     with pytest.raises(ValueError, match="sequence_length=60: this model has max_len"):
-        train.train(train.with_changes(recipe, ["data.sequence_length=60"]), tmp_path / "run")
+        train.train(with_changes(recipe, ["data.sequence_length=60"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -356,14 +358,14 @@ def test_warmup_lengths_cut_the_windows(corpus, tmp_path, monkeypatch):
         return noted
 
     monkeypatch.setattr(parallel, "make_train_step", recorded)
-    assert train.train(train.with_changes(recipe, changes), tmp_path / "run") == (4, False)
+    assert train.train(with_changes(recipe, changes), tmp_path / "run") == (4, False)
     assert shapes == [(20, 3), (12, 5), (4, 15), (4, 15)]
 
 
 def test_the_optimizer_may_change_with_its_fields(tmp_path):
     recipe = torch_recipe(tmp_path)
     for name in ("sgd", '"sgd"'):
-        changed = train.with_changes(recipe, ["optimizer.momentum=0.8", f"optimizer.name={name}"])
+        changed = with_changes(recipe, ["optimizer.momentum=0.8", f"optimizer.name={name}"])
         usual = change_optimizer(recipe.optimizer, "sgd")
         assert changed.optimizer == replace(usual, momentum=0.8)
 
@@ -373,18 +375,16 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
     recipe.write_text(json.dumps(to_dict(torch_recipe(tmp_path))))
     for arguments, expected in {
         ("none.json",): "train: none.json: cannot be read (No such file or directory); ",
-        (str(recipe), "train.step=3"): "train: train.step=3: no such field; ",
-        (str(recipe), "optimizer.momentum=0.8"): "train: optimizer.momentum=0.8: has no effect on",
+        (str(recipe), "train.step=3"): "train: --train.step: no such field; did you mean",
+        (str(recipe), "optimizer.momentum=0.8"): "train: --optimizer.momentum: has no effect on",
         (str(recipe), "optimizer.name=sdg"): "train: optimizer.name='sdg': choose one of adamw, ",
-        (str(recipe), "train.steps=x"): "train: config.train.steps='x': must be of type int",
-        (str(recipe), 'data.paths=["a"]'): "train: --data and data.paths: mean the same; ",
-        (str(recipe), "train.steps=1", "train.steps=2"): "train: train.steps: is given 2 times; ",
-        (str(recipe), "--data="): "train: paths=('', ",
-        (str(recipe), "--data"): "train: argument --data: expected at least one argument\n",
-        ("",): "train: argument recipe: is empty; name a file or folder\n",
-        (str(recipe), "train.init_from="): "train: train.init_from: is empty; ",
-        (str(recipe), "train.init_from=none"): "train: train.init_from=none: does not exist; ",
-        (str(recipe), "--run-dir", ""): "train: argument --run-dir: is empty; ",
+        (str(recipe), "train.steps=x"): "train: Error parsing --train.steps: invalid literal",
+        (str(recipe), "--data="): "train: --data.paths: needs a value, not an empty one\n",
+        (str(recipe), "--data"): "train: --data.paths: needs a value\n",
+        ("",): "train: RECIPE: name the recipe first: ",
+        (str(recipe), "train.init_from="): "train: --train.init_from: needs a value\n",
+        (str(recipe), "--init-from", "none"): "train: train.init_from=none: does not exist; ",
+        (str(recipe), "--run-dir", ""): "train: --run-dir: needs a value\n",
         (
             str(recipe),
             "train.batch_size=2147483644",
@@ -392,8 +392,8 @@ def test_a_command_that_is_wrong_ends_in_one_line(tmp_path, capsys):
         (str(recipe), "--data", str(recipe)): f"train: {tmp_path / 'nothing'}: does not exist; ",
         (str(recipe),): f"train: {tmp_path / 'nothing'}: does not exist; ",
     }.items():
-        run = ["--run-dir", str(tmp_path / "run"), "--data", str(tmp_path / "nothing")]
-        assert train.main([*arguments, *run]) == 2
+        run = [f"data.paths={tmp_path / 'nothing'}", "--run-dir", str(tmp_path / "run")]
+        assert main([*arguments[:1], *run, *arguments[1:]]) == 2
         error = capsys.readouterr().err
         assert error.startswith(expected) and error.count("\n") == 1, error
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bytelm.arguments import UsageError
 from bytelm.config import DataConfig
-from bytelm_jax.cli.arguments import UsageError
 from bytelm_jax.cli.train import Joining
 
 if TYPE_CHECKING:

@@ -76,7 +76,7 @@ def _command(name: str) -> Callable[[list[str]], int]:
     function = getattr(commands, f"{name}_command")
     if "argv" in inspect.signature(function).parameters:
         return function
-    from bytelm_jax.cli.arguments import parse_call
+    from bytelm.arguments import parse_call
 
     return lambda argv: parse_call(function, argv, f"bytelm {name}")
 

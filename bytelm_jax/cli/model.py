@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bytelm import data as corpora
 from bytelm import runs
+from bytelm.arguments import UsageError
 from bytelm.config import (
     Recipe,
     require_document_ends,
@@ -25,7 +26,6 @@ from bytelm.metrics import Evaluation
 from bytelm.remote.copies import local_copy
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
-from bytelm_jax.cli.arguments import UsageError
 
 if TYPE_CHECKING:
     from bytelm_jax.models import Params

@@ -6,18 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bytelm import recipes
-from bytelm.config import OPTIMIZER_CONFIGS, require_document_ends, require_length
+from bytelm.arguments import UsageError, take_flag, take_option
+from bytelm.config import ModelConfig, PatchingContract, require_document_ends, require_length
 from bytelm.config.lfbyte import require_prediction
-from bytelm.recipe_files import find_recipe
-from bytelm.starting import with_source
-from bytelm_jax.cli.arguments import (
-    ALIASES,
-    UsageError,
-    expand_names,
-    parse_recipe,
-    take_flag,
-    take_option,
-)
+from bytelm.train_options import HELP, RECIPES, read_options, take_recipe
 from bytelm_jax.tools.machine import Machine
 
 
@@ -26,10 +18,7 @@ def train_command(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_train_help())
         return 0 if argv else 2
-    if argv[0].startswith("-"):
-        raise UsageError(f"{argv[0]}: name the recipe first: {', '.join(recipes.names())}")
-    recipe = find_recipe(argv[0])
-    run_dir, rest = take_option(argv[1:], "run_dir", "save_path")
+    named, rest = take_recipe(argv)
     epochs, rest = take_option(rest, "epochs")
     dry, rest = take_dry_run(rest)
     joining, rest = take_processes(rest)
@@ -38,15 +27,9 @@ def train_command(argv: list[str]) -> int:
         raise UsageError("--no-lock: a dry run writes nothing; leave it out")
     if dry and (epochs or joining.several):
         raise UsageError("--dry-run: reads no data and joins no processes; leave those options out")
-    run_dir = Path(run_dir or Path("runs") / recipe.name)
-    source, rest = take_option(rest, "init_from", "train.init_from")
-    if source:
-        from bytelm_jax.training.starting import read_config  # takes JAX
-
-        recipe = with_source(recipe, source, run_dir, read_config)
-    if epochs and any(a.startswith("--train.steps") for a in expand_names(recipe, rest)):
+    recipe, run_dir, fields = read_options(named, rest, _read_config, "bytelm train", _train_help())
+    if epochs and "train.steps" in fields:
         raise UsageError("--epochs: sets --train.steps; give only one of them")
-    recipe = parse_recipe(recipe, rest, f"bytelm train {recipe.name}", _train_help())
     require_prediction(recipe.model)
     require_document_ends(recipe)
     require_length(recipe)
@@ -57,6 +40,12 @@ def train_command(argv: list[str]) -> int:
     return (
         run.dry_run(recipe, dry) if dry else run.run(recipe, run_dir, joining, times, not unlocked)
     )
+
+
+def _read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
+    from bytelm_jax.training.starting import read_config  # takes JAX
+
+    return read_config(path)
 
 
 def recipes_command(as_json: bool = False) -> int:
@@ -91,18 +80,7 @@ def _train_help() -> str:
         [
             "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]",
             "",
-            "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields as in",
-            'a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
-            "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
-            "Without --data it trains on the source of Python's standard library. Any field is",
-            "overridden by its name, with or without its section (--train.batch-size 8,",
-            "--batch-size 8); `bytelm train RECIPE --help` lists them all. Also understood:",
-            f"  --optimizer NAME (--optimizer.name NAME): {', '.join(OPTIMIZER_CONFIGS)};",
-            "    `bytelm train RECIPE --optimizer NAME --help` lists its fields",
-            *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
-            "  --save_path for --run-dir",
-            "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
-            "    export, or what `bytelm import` reads; the model is theirs",
+            *HELP,
             "  --epochs N for the --steps that show each window N times",
             "  --run-dir gs://BUCKET/NAME or s3://BUCKET/NAME for a run on an object store",
             "  --no-lock to train although nothing can keep a second run out of the folder",
@@ -114,7 +92,7 @@ def _train_help() -> str:
             "",
             "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
             "",
-            "recipes: " + ", ".join(recipes.names()),
+            RECIPES,
         ]
     )
 

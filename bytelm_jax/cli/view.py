@@ -8,8 +8,8 @@ from json import dumps as dump_json
 from pathlib import Path
 from typing import Literal
 
+from bytelm.arguments import UsageError
 from bytelm.storage.stores import is_remote, tidy
-from bytelm_jax.cli.arguments import UsageError
 from bytelm_jax.cli.model import with_resets
 
 

@@ -1,14 +1,15 @@
 """Options that decide which other options there are, options that take lists, empty values."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bytelm import recipes
+from bytelm.arguments import UsageError, expand_names, parse_call, parse_recipe, with_changes
 from bytelm.config import BLTConfig, SGDConfig
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli.arguments import UsageError, expand_names, parse_call, parse_recipe
 
 
 def test_the_optimizer_decides_which_fields_there_are():
@@ -25,6 +26,24 @@ def test_the_optimizer_decides_which_fields_there_are():
         parse_recipe(recipe, bare, "train", "")
     with pytest.raises(ValueError, match=r"optimizer.name='sdg': choose one of adamw, sgd"):
         expand_names(recipe, ["--optimizer", "sdg"])
+
+
+def test_fields_are_set_as_in_a_file_too():
+    recipe = recipes.get("megabyte_tiny")
+    changes = ["train.remat=true", "data.append_eos=false", "data.warmup_lengths=[2, 4]"]
+    changes += ["data.text_field=a b", "optimizer.name=sgd", "data.paths=[]"]
+    changed = with_changes(recipe, [*changes, "--train.seed", "3", "optimizer.momentum=.8"])
+    assert changed.train.remat and not changed.data.append_eos and changed.train.seed == 3
+    assert changed.data.warmup_lengths == (2, 4) and changed.data.text_field == "a b"
+    assert changed.optimizer == SGDConfig(learning_rate=0.3, warmup_steps=40, momentum=0.8)
+    assert with_changes(replace(recipe, name="x"), []).name == "x"
+    for change, says in {
+        "train.steps=many": "invalid literal",
+        "train.step=3": "--train.step: no such field; did you mean --train.steps",
+        f"train.steps={'9' * 5000}": "train.steps",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            with_changes(recipe, [change])
 
 
 def test_a_field_of_another_architecture_is_named_as_such():

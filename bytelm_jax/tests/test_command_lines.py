@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from bytelm import recipes
+from bytelm.arguments import UsageError, expand_names, take_option
 from bytelm.config import BLTConfig
 from bytelm.run_data import open_windows
 from bytelm.runs import Outcome
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import model as commands
 from bytelm_jax.cli import run as commands_run
-from bytelm_jax.cli.arguments import UsageError, expand_names, take_option
 from bytelm_jax.tests.test_cli import refused
 from bytelm_jax.training import processes
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bytelm import recipes
+from bytelm.arguments import expand_names, take_option
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli.arguments import expand_names, take_option
 from bytelm_jax.cli.train import take_dry_run, take_processes
 
 ROOT = Path(__file__).parent.parent.parent

@@ -1,44 +1,32 @@
 """The whole training story, top to bottom: setup, data, model, restore, step, loop.
 
-    python -m bytelm_torch.train recipe.json --run-dir runs/mine
-    torchrun --nproc-per-node 2 -m bytelm_torch.train recipe.json --run-dir runs/mine
-
-The recipe is JSON as in a run folder's `config.json`; omitted fields have their defaults. The same
-recipe trains on the same windows in the same order as `bytelm train`.
+The same recipe trains on the same windows in the same order as `bytelm train`.
 """
 
-import argparse
-import json
 import math
 import os
-import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bytelm import recipes
 from bytelm.config import (
     ModelConfig,
     PatchingContract,
     Recipe,
-    from_dict,
-    optimizers_with,
     require,
     require_document_ends,
     require_length,
-    to_dict,
     training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
 from bytelm.export import patching_of, read_description
-from bytelm.files import one_line
 from bytelm.memory import require_host_memory
 from bytelm.metrics import (
     MetricsLog,
@@ -49,7 +37,6 @@ from bytelm.metrics import (
     validation_record,
 )
 from bytelm.progress import GuessWarning, ProgressLines, StopSignal
-from bytelm.recipe_files import find_recipe
 from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     DivergedError,
@@ -70,7 +57,6 @@ from bytelm.starting import (
     opened_source,
     origin_of,
     require_fit,
-    with_source,
 )
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
@@ -118,7 +104,8 @@ def _start_model(recipe: Recipe, group: parallel.Group) -> tuple[Recipe, Any]:
     return replace(recipe, origin=origin), model
 
 
-def _read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
+def read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
+    """A `bytelm.starting.ReadConfig` for exports and folders of transformers."""
     described = read_description(path)
     return described.config, patching_of(described.extra)
 
@@ -326,109 +313,3 @@ def _say_what_it_is(
     how = "resuming" if start else "training"
     for line in (f"{how} {recipe.name} in {run_dir}, step {start}", *lines):
         display.say(line)
-
-
-def with_changes(recipe: Recipe, changes: Sequence[str], run_dir: Path | None = None) -> Recipe:
-    """The recipe with fields set by `section.field=value`; values are JSON, or plain text.
-
-    `train.init_from=PATH` and `optimizer.name=NAME` are applied first, wherever they are: the one
-    brings the model, unless `run_dir` holds a run already, the other decides which fields exist.
-    Raises `ValueError` for an unknown field and for one that is given twice.
-    """
-    split = [(change, *change.partition("=")) for change in changes]
-    for field, count in Counter(name for _, name, _, _ in split).items():
-        require(count == 1, f"{field}: is given {count} times; give it once")
-    values = {name: _value(text) for _, name, _, text in split}
-    if "train.init_from" in values:
-        require(values["train.init_from"] != "", "train.init_from: is empty; name weights")
-        recipe = with_source(recipe, str(values["train.init_from"]), run_dir, _read_config)
-    if "optimizer.name" in values:
-        recipe = recipes.with_optimizer(recipe, values["optimizer.name"])
-    tree = to_dict(recipe)
-    for change, name, equals, text in split:
-        if name in ("optimizer.name", "train.init_from"):
-            continue
-        *path, last = name.split(".")
-        node = tree
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        known = bool(equals) and isinstance(node, dict) and last in node
-        others = [] if known else optimizers_with(name.removeprefix("optimizer."))
-        hint = f"has no effect on {recipe.optimizer.name}; choose optimizer.name "
-        require(not others, f"{change}: {hint}{' or '.join(others)}")
-        require(known, f"{change}: no such field; write for example train.steps=100")
-        node[last] = _value(text)  # pyright: ignore[reportOptionalSubscript]
-    return from_dict(Recipe, tree)
-
-
-def _value(text: str) -> Any:
-    """JSON if it is valid JSON, otherwise the text itself."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-_DATA_FLAGS = {"data": "paths", "weights": "weights", "valid": "valid"}
-"""Flags of the command line, and the fields of `data` that they set."""
-
-
-def _with_data(recipe: Recipe, options: argparse.Namespace) -> Recipe:
-    """The recipe with what the flags say about data; a field given twice raises `ValueError`."""
-    for flag, name in _DATA_FLAGS.items():
-        given = getattr(options, flag)
-        twice = given and any(c.startswith(f"data.{name}=") for c in options.changes)
-        require(not twice, f"--{flag} and data.{name}: mean the same; give one of them")
-        if given:
-            recipe = replace(recipe, data=replace(recipe.data, **{name: tuple(given)}))
-    return recipe
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises `ValueError` for a wrong command line, instead of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def _path(text: str) -> Path:
-    """A path of the command line: an empty one would be the working directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return Path(text)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code. Bad input: 2 and one line on standard error."""
-    parser = _Parser(prog="python -m bytelm_torch.train", description=__doc__)
-    parser.add_argument("recipe", type=_path, help="a JSON or YAML file, a run folder, or a name")
-    parser.add_argument("changes", nargs="*", help="section.field=value, as train.steps=100")
-    parser.add_argument("--run-dir", type=_path, help="default runs/NAME")
-    parser.add_argument(
-        "--data", nargs="+", action="extend", help="files and folders to train on, or NAME=PATH"
-    )
-    weights = "the shares of named data: NAME=NUMBER …"
-    parser.add_argument("--weights", nargs="+", action="extend", help=weights)
-    valid = "files and folders to validate on, or NAME=PATH of several sets"
-    parser.add_argument("--valid", nargs="+", action="extend", help=valid)
-    try:
-        options = parser.parse_intermixed_args(argv)
-        recipe = find_recipe(str(options.recipe))
-        run_dir = options.run_dir or Path("runs") / recipe.name
-        require_local(run_dir, "run_dir")  # looked at for --init-from, which is slow at an address
-        recipe = _with_data(with_changes(recipe, options.changes, run_dir), options)
-        outcome = train(recipe, run_dir)
-    except DivergedError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"train: {one_line(error, limit=10_000)}", file=sys.stderr)
-        return 2
-    if int(os.environ.get("RANK", 0)) == 0:
-        how = "stopped" if outcome.interrupted else "done"
-        print(f"{how}: step {outcome.step} is saved in {run_dir}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

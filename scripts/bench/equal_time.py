@@ -23,10 +23,10 @@ import flax
 import jax
 
 from bytelm import data, recipes
+from bytelm.arguments import parse_recipe
 from bytelm.config import Recipe
 from bytelm.metrics import Evaluation, bits_per_byte
 from bytelm.run_data import open_windows
-from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.models import Params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import mesh as meshes

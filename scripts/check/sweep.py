@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bytelm import recipes, runs
+from bytelm.arguments import parse_recipe
 from bytelm.config import Recipe
 from bytelm.files import replace_file
 from bytelm.metrics import METRIC, read_metrics
-from bytelm_jax.cli.arguments import parse_recipe
 from bytelm_jax.training.loop import train
 from bytelm_jax.training.reporter import DivergedError
 

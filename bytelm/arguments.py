@@ -4,13 +4,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import json
 import re
 import typing
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from typing import Any, TypeVar
-
-import tyro
 
 from bytelm import recipes
 from bytelm.config import (
@@ -45,6 +44,8 @@ def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> 
     lists = [_option(name) for name, kind in hints.items() if typing.get_origin(kind) is tuple]
     args = join_lists(argv, lists)
     _refuse_empty(hints, args)
+    import tyro
+
     call = _parse(lambda: tyro.cli(_deferred(function), args=args, prog=prog))
     return call()
 
@@ -62,10 +63,43 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
         if isinstance(value, tuple)
     ]
     args = join_lists(expand_names(recipe, argv), lists)
+    import tyro
+
     overrides = _parse(
         lambda: tyro.cli(shape, args=args, default=default, prog=prog, description=description)
     )
     return dataclasses.replace(recipe, **{n: getattr(overrides, n) for n in _SECTIONS})
+
+
+def as_options(argv: Sequence[str]) -> list[str]:
+    """Command lines with `section.field=value` written as options: train.steps=3, --train.steps=3.
+
+    Values are JSON, as in a recipe's file, or plain text. Whatever else `argv` holds stays.
+    """
+    written = []
+    for argument in argv:
+        name, equals, text = argument.partition("=")
+        if not equals or name.partition(".")[0] not in _SECTIONS or "." not in name:
+            written.append(argument)
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            value = text
+        if isinstance(value, bool) or value == []:
+            written.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            written += [f"--{name}", *(str(each) for each in value)]
+        else:
+            # Numbers as they were typed; JSON's null is Python's None on a command line.
+            plain = "None" if value is None else value if isinstance(value, str) else text
+            written.append(f"--{name}={plain}")
+    return written
+
+
+def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
+    """The recipe with fields set as on a command line; raises `UsageError` for what it lacks."""
+    return parse_recipe(recipe, as_options(changes), "changes", "")
 
 
 def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:

@@ -1,0 +1,77 @@
+"""The command line that both packages' trainers understand: a recipe, its folder, and overrides."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bytelm import recipes
+from bytelm.arguments import (
+    ALIASES,
+    UsageError,
+    as_options,
+    expand_names,
+    parse_recipe,
+    take_option,
+)
+from bytelm.config import OPTIMIZER_CONFIGS, Recipe
+from bytelm.recipe_files import find_recipe
+from bytelm.starting import ReadConfig, with_source
+
+RUN_DIR = ("run_dir", "save_path")
+"""The names of the option for the run folder."""
+
+HELP = (
+    "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields as in",
+    'a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
+    "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
+    "Without --data it trains on the source of Python's standard library. Any field is",
+    "overridden by its name, with or without its section (--train.batch-size 8,",
+    "--batch-size 8, train.batch_size=8); `RECIPE --help` lists them all. Also understood:",
+    f"  --optimizer NAME (--optimizer.name NAME): {', '.join(OPTIMIZER_CONFIGS)};",
+    "    `RECIPE --optimizer NAME --help` lists its fields",
+    *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
+    "  --save_path for --run-dir",
+    "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
+    "    export, or what `bytelm import` reads; the model is theirs",
+)
+"""What the help of both trainers says, a line each."""
+
+RECIPES = "recipes: " + ", ".join(recipes.names())
+"""The last line of that help."""
+
+
+class Asked(NamedTuple):
+    """What a command line asks for."""
+
+    recipe: Recipe
+    run_dir: Path
+    fields: frozenset[str]
+    """The fields that it names, as `section.field`."""
+
+
+def take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe that a command line names first, and the other arguments, written as options."""
+    if not argv[0] or argv[0].startswith("-"):
+        raise UsageError(
+            f"{argv[0] or 'RECIPE'}: name the recipe first: {', '.join(recipes.names())}"
+        )
+    return argv[0], as_options(argv[1:])
+
+
+def read_options(
+    named: str, argv: Sequence[str], read: ReadConfig, prog: str, description: str
+) -> Asked:
+    """The recipe `named` as `argv` changes it; `read` opens what `--init-from` names.
+
+    Raises `ValueError` for what does not exist or does not fit.
+    """
+    recipe = find_recipe(named)
+    place, argv = take_option(argv, *RUN_DIR)
+    run_dir = Path(place or Path("runs") / recipe.name)
+    source, argv = take_option(argv, "init_from", "train.init_from")
+    if source:
+        recipe = with_source(recipe, source, run_dir, read)
+    options = [argument.partition("=")[0] for argument in expand_names(recipe, argv)]
+    fields = frozenset(o[2:].replace("-", "_") for o in options if o.startswith("--"))
+    recipe = parse_recipe(recipe, argv, f"{prog} {recipe.name}", description)
+    return Asked(recipe, run_dir, fields)
