@@ -18,10 +18,10 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "train_options", "arguments", "recipe_files", "recipes", "schedules", "starting", "run_data",
-    "runs", "remote", "data", "export", "inspection", "metrics", "tracking", "sampling",
-    "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
-    "torch_files", "files", "config", "callable_module",
+    "train_options", "arguments", "sweeps", "recipe_files", "recipes", "schedules", "starting",
+    "run_data", "runs", "remote", "data", "export", "inspection", "metrics", "tracking",
+    "sampling", "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules",
+    "q_table", "torch_files", "files", "config", "callable_module",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

@@ -23,15 +23,17 @@ COMMANDS = {
     "parity": "compare the JAX and torch twins",
     "calibrate": "find the entropy threshold for a mean patch length",
     "plot": "plot a run: PNG and one HTML file",
+    "sweep": "train a recipe at the points of a grid, or at random ones",
     "prepare": "pack files into one byte file",
     "serve": "try a model on a page in the browser",
     "recipes": "list what `bytelm train` knows, with sizes",
     "doctor": "check devices, disk and data before a run",
 }
 
-_MODULES = {"train": "train", "recipes": "train", "doctor": "doctor"} | dict.fromkeys(
-    ("inspect", "plot", "serve"), "view"
-)
+_MODULES = {
+    "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
+    "inspect": "view", "plot": "view", "serve": "view",
+}  # fmt: skip
 """The modules of the commands that are not in `model`."""
 
 
