@@ -44,6 +44,12 @@ def leaf_kind(name: str) -> LeafKind:
     return LEAVES[kind]
 
 
+def torch_name(name: str) -> str:
+    """The name in a PyTorch state dict of the parameter called `name`: another last part."""
+    module, dot, _ = name.rpartition(".")
+    return module + dot + leaf_kind(name).torch_name
+
+
 def is_norm(name: str) -> bool:
     """Whether the parameter called `name` belongs to a normalisation layer."""
     return name.split(".")[-2].endswith("norm")

@@ -15,13 +15,15 @@ def host_memory() -> int:
 def require_host_memory(recipe: Recipe) -> None:
     """Raises `ValueError` where a training step surely needs more memory than the host has.
 
-    It needs at least parameters and gradients, and the logits of a micro-batch, in float32.
+    It needs at least parameters and gradients, and the logits of a micro-batch, in float32. Of a
+    run that freezes parameters only these are known to be needed.
     """
     memory, run, length = host_memory(), recipe.train, recipe.data.sequence_length
-    weights = 2 * _FLOAT32 * recipe.model.parameter_count()
+    copies, what = (1, "parameters") if run.freeze else (2, "parameters and gradients")
+    weights = copies * _FLOAT32 * recipe.model.parameter_count()
     require(
         weights <= memory,
-        f"model: parameters and gradients take {_gib(weights)} of the {_gib(memory)} of this "
+        f"model: {what} take {_gib(weights)} of the {_gib(memory)} of this "
         "machine; make it smaller",
     )
     row = _FLOAT32 * length * recipe.model.logit_width

@@ -106,15 +106,18 @@ def _identity(
 # ---- the first lines ----------------------------------------------------------------------------
 
 
-def first_lines(recipe: Recipe, found: RunData, parameters: int, machine: str) -> list[str]:
+def first_lines(
+    recipe: Recipe, found: RunData, parameters: int, machine: str, frozen: int = 0
+) -> list[str]:
     """What a run is, in a few lines, and warnings about its data.
 
-    `machine` says on what it trains.
+    `machine` says on what it trains, and `frozen` how many of its parameters it does not train.
     """
     run, config, windows = recipe.train, recipe.data, found.windows
     held_out = {} if config.valid else found.validation
     epoch = len(windows) / run.batch_size
-    lines = [f"{recipe.name}: {parameters:,} parameters, on {machine}"]
+    fixed = f", {frozen:,} of them frozen" if frozen else ""
+    lines = [f"{recipe.name}: {parameters:,} parameters{fixed}, on {machine}"]
     lines += [f"began from {one_line(recipe.origin, 200)}"] if recipe.origin else []
     if isinstance(windows, Mixture):
         named = data.named_paths(config.paths, "data.paths")

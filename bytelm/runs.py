@@ -100,6 +100,7 @@ _PLACES = ("paths", "valid", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
+_FIXED |= {"freeze", "learning_rate_scale"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
 

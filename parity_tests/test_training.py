@@ -24,6 +24,7 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.schedules import learning_rate_schedule
+from bytelm.trainable import EVERYTHING
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -31,7 +32,7 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
-from bytelm_torch.optimizers.build import clip_by_global_norm
+from bytelm_torch.optimizers.build import clip_by_global_norm, set_rate
 from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_q_learning_metrics
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.optimizers.q_wrapper import QLearning
@@ -42,14 +43,14 @@ from parity_tests.twins import MEGABYTES, random_ids, random_params, twins
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
-def run_jax(config, optimizer, train, batches, params=None):
+def run_jax(config, optimizer, train, batches, params=None, parts=EVERYTHING):
     """Losses and final state of a few steps on int32[S, B, T] batches."""
     mesh = meshes.make_mesh(train.devices, train.fsdp)
     bind, init = define_model(config)
-    transformation = build_optimizer(optimizer, train.steps)
+    transformation = build_optimizer(optimizer, train.steps, parts=parts)
     start = (lambda: init(train.seed)) if params is None else (lambda: params)
     state = steps.init_state(mesh, transformation, start)
-    step = steps.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh)
+    step = steps.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh, parts)
     reports = []
     for ids in batches:
         state, report = step(state, meshes.put_batch(mesh, ids))
@@ -125,14 +126,13 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
         assert len(set(actions)) > 10
 
 
-def run_torch(twin, optimizer, batches):
+def run_torch(twin, optimizer, batches, parts=EVERYTHING):
     """Trains the twin in place; what the optimizer reported at every step."""
-    stepper = build_torch_optimizer(optimizer, twin)
+    stepper = build_torch_optimizer(optimizer, twin, parts=parts)
     schedule = learning_rate_schedule(optimizer, len(batches))
     agent_reports = []
     for count, ids in enumerate(batches):
-        for group in stepper.param_groups:
-            group["lr"] = schedule(count)
+        set_rate(stepper, schedule(count))
         tensor = torch.from_numpy(ids)
         nats, counted = torch_cross_entropy(twin(tensor), tensor, twin.config.vocab.pad_id)
         stepper.zero_grad()

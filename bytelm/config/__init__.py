@@ -28,6 +28,7 @@ from bytelm.config.run import (
     DataConfig,
     Recipe,
     TrainConfig,
+    parse_scales,
     require_document_ends,
     require_length,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "model_from_dict",
     "models_with",
     "optimizers_with",
+    "parse_scales",
     "require",
     "require_document_ends",
     "require_fraction",

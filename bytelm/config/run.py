@@ -102,17 +102,32 @@ class DataConfig:
 
 def parse_weights(weights: Sequence[str]) -> dict[str, float]:
     """The number of each name in entries NAME=NUMBER; raises `ValueError` for other entries."""
+    return _parse_numbers("weights", weights, "NAME=NUMBER, as web=0.7", "leave its data out")
+
+
+def parse_scales(scales: Sequence[str]) -> dict[str, float]:
+    """The number of each pattern in entries PATTERN=NUMBER; `ValueError` for other entries."""
+    form = "PATTERN=NUMBER, as to_logits.*=0.1"
+    return _parse_numbers("learning_rate_scale", scales, form, "freeze those parameters")
+
+
+def _parse_numbers(
+    field_name: str, entries: Sequence[str], form: str, instead: str
+) -> dict[str, float]:
+    """Entries NAME=NUMBER as a dictionary; a message names `form` or what to do `instead`."""
     numbers: dict[str, float] = {}
-    for entry in weights:
+    for entry in entries:
+        where = f"{field_name}={entry}"
         name, equals, text = entry.partition("=")
-        require(bool(name and equals), f"weights={entry}: write NAME=NUMBER, as web=0.7")
-        require(name not in numbers, f"weights={entry}: {name} is given twice; give it once")
+        require(bool(name and equals), f"{where}: write {form}")
+        require(name not in numbers, f"{where}: {name} is given twice; give it once")
         try:
             numbers[name] = float(text)
         except ValueError:
-            require(False, f"weights={entry}: {text!r} is no number; write one, as {name}=0.7")
+            example = form.rpartition("=")[2]
+            require(False, f"{where}: {text!r} is no number; write one, as {name}={example}")
         fits = 0 < numbers[name] <= LARGEST_FLOAT
-        require(fits, f"weights={entry}: must be a finite number above 0; or leave its data out")
+        require(fits, f"{where}: must be a finite number above 0; or {instead}")
     return numbers
 
 
@@ -133,6 +148,11 @@ class TrainConfig:
     mean patch length. `init_from` names weights from which a run starts, with a new optimizer: a
     run folder, PATH@CHECKPOINT for another checkpoint than its latest, an export, or what
     `bytelm import` reads.
+
+    `freeze` are patterns (`*`, `?`, `[…]`) of names of parameters that have no gradient, no
+    optimizer state and no update. `learning_rate_scale`, entries PATTERN=NUMBER, multiply the
+    updates of the parameters that match; where several do, the last counts. Names are as in the
+    PyTorch twin's state dict, or with the kind of leaf in JAX as their last part.
     """
 
     steps: int = 1000
@@ -154,6 +174,8 @@ class TrainConfig:
     step_timeout: int = 1800
     entropy_from: str = ""
     init_from: str = ""
+    freeze: tuple[str, ...] = ()
+    learning_rate_scale: tuple[str, ...] = ()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -162,6 +184,8 @@ class TrainConfig:
         require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
         counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "step_timeout")
         require_non_negative(self, *counts)
+        require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
+        parse_scales(self.learning_rate_scale)
         require(
             self.batch_size % self.accumulation_steps == 0,
             f"batch_size={self.batch_size}: must be a multiple of "

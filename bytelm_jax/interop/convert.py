@@ -31,7 +31,7 @@ from bytelm.export import (
     sum_of_json,
     write_safetensors,
 )
-from bytelm.leaves import leaf_kind
+from bytelm.leaves import leaf_kind, torch_name
 from bytelm_jax.models import Params, abstract_params
 
 Cast = Callable[[str, np.ndarray], np.ndarray]
@@ -46,7 +46,7 @@ def to_torch(params: Params) -> dict[str, np.ndarray]:
 
     Raises `ValueError` for a leaf of unknown kind.
     """
-    return {_torch_name(name): _torch_array(name, value) for name, value in params.items()}
+    return {torch_name(name): _torch_array(name, value) for name, value in params.items()}
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
@@ -101,12 +101,7 @@ def in_torch_layout(params: Params) -> dict[str, StoredTensor]:
         shape = torch_shape(name, value.shape)
         return StoredTensor(shape, value.dtype.name, lambda: _torch_array(name, value))
 
-    return {_torch_name(name): tensor(name, value) for name, value in params.items()}
-
-
-def _torch_name(name: str) -> str:
-    module, dot, _ = name.rpartition(".")
-    return module + dot + leaf_kind(name).torch_name
+    return {torch_name(name): tensor(name, value) for name, value in params.items()}
 
 
 def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -131,7 +126,7 @@ def assemble(
 ) -> Params:
     """Parameters from tensors that are called `file_name(the twin's name)`, read one by one."""
     leaves = abstract_params(config)
-    sources = {name: file_name(_torch_name(name)) for name in leaves}
+    sources = {name: file_name(torch_name(name)) for name in leaves}
     expected = {sources[name]: torch_shape(name, leaf.shape) for name, leaf in leaves.items()}
     check_tensors(tensors, expected)
     return {name: _jax_array(name, source, tensors, cast) for name, source in sources.items()}

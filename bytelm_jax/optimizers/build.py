@@ -6,7 +6,7 @@ either alone makes 200 steps of float64 training differ by 3e-6.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from bytelm.config import (
     SGDConfig,
 )
 from bytelm.leaves import decays, is_hidden_matrix
+from bytelm.trainable import EVERYTHING, Trainable
 from bytelm_jax.optimizers.muon import scale_by_muon
 from bytelm_jax.optimizers.q_learning import (
     QLearningSGDState,
@@ -82,30 +83,32 @@ def decay_mask(params: Mapping[str, Any]) -> dict[str, bool]:
     return {name: decays(name) for name in params}
 
 
-def freeze(
-    inner: optax.GradientTransformationExtraArgs, prefixes: tuple[str, ...]
+def restrict(
+    inner: optax.GradientTransformationExtraArgs, parts: Trainable
 ) -> optax.GradientTransformationExtraArgs:
-    """Applies `inner` to every parameter except those whose names begin with one of `prefixes`.
+    """Applies `inner` to every parameter that is not frozen, and scales its updates by name.
 
-    The excluded parameters have no state, are not part of any norm, are not decayed, and get
-    updates of 0.
+    Frozen parameters have no state, are not part of any norm, are not decayed, and get updates of
+    0. A scale multiplies the finished update, so also the decay and what an agent makes of it.
     """
 
     def init(params: Any) -> optax.OptState:
-        return inner.init(without(params, prefixes))
+        return inner.init(without(params, parts.frozen))
 
     def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any):
-        moving = None if params is None else without(params, prefixes)
+        moving = None if params is None else without(params, parts.frozen)
         moves: Any
-        moves, state = inner.update(without(updates, prefixes), state, moving, **extra)
+        moves, state = inner.update(without(updates, parts.frozen), state, moving, **extra)
+        moves |= {k: parts.scales[k] * moves[k] for k in moves.keys() & parts.scales.keys()}
         return {k: moves[k] if k in moves else jnp.zeros_like(v) for k, v in updates.items()}, state
 
-    return optax.GradientTransformationExtraArgs(init, update) if prefixes else inner
+    changes = parts.frozen or parts.scales
+    return optax.GradientTransformationExtraArgs(init, update) if changes else inner
 
 
-def without(params: Mapping[str, Any], prefixes: tuple[str, ...]) -> dict[str, Any]:
-    """The parameters whose names begin with none of `prefixes`."""
-    return {name: value for name, value in params.items() if not name.startswith(prefixes)}
+def without(params: Mapping[str, Any], frozen: Collection[str]) -> dict[str, Any]:
+    """The parameters that are not called as `frozen` says."""
+    return {name: value for name, value in params.items() if name not in frozen}
 
 
 Build = Callable[[Any, int, ArrayLike], optax.GradientTransformationExtraArgs]
@@ -113,14 +116,14 @@ Build = Callable[[Any, int, ArrayLike], optax.GradientTransformationExtraArgs]
 
 
 def build_optimizer(
-    config: OptimizerConfig, steps: int, seed: ArrayLike = 0, frozen: tuple[str, ...] = ()
+    config: OptimizerConfig, steps: int, seed: ArrayLike = 0, parts: Trainable = EVERYTHING
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer that `config` names, for a run of `steps` steps; `update` needs `value=loss`.
 
-    It does not change parameters whose names begin with one of `frozen`. `seed` is that of an
-    agent's choices; an agent sees the gradient norm before clipping.
+    `parts` says which parameters it leaves alone and which move at another rate. `seed` is that of
+    an agent's choices; an agent sees the gradient norm before clipping.
     """
-    return freeze(BUILDERS[config.name](config, steps, seed), frozen)
+    return restrict(BUILDERS[config.name](config, steps, seed), parts)
 
 
 def _adamw(

@@ -14,6 +14,7 @@ import pytest
 
 from bytelm import recipes
 from bytelm.config.blt import EntropyConfig
+from bytelm.trainable import trainable
 from bytelm_jax.kernels import backend
 from bytelm_jax.kernels.attention import fused_attention, has_fused_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
@@ -53,8 +54,8 @@ def lower_step(recipe, devices=1, fsdp=1):
     model, run = shallow(recipe.model), replace(recipe.train, fsdp=fsdp, accumulation_steps=1)
     mesh, (bind, init) = meshes.make_mesh(devices, fsdp), define_model(model)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
-    pad_id, frozen = model.vocab.pad_id, model.frozen_prefixes
-    step = steps.make_train_step(bind, optimizer, run, pad_id, mesh, frozen)
+    parts = trainable(replace(recipe, model=model), abstract_params(model))
+    step = steps.make_train_step(bind, optimizer, run, model.vocab.pad_id, mesh, parts)
     state = steps.abstract_init(mesh, optimizer, lambda: init(0))
     shape = run.batch_size, recipe.data.sequence_length
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, MuonConfig, TrainConfig
+from bytelm.config import AdamWConfig, BLTConfig, EntropyConfig, MuonConfig, Recipe, TrainConfig
 from bytelm.metrics import MetricsLog, Throughput, read_metrics
 from bytelm.schedules import learning_rate_schedule as torch_schedule
+from bytelm.trainable import Trainable, trainable
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import (
     build_optimizer,
@@ -80,7 +81,7 @@ def test_decay_leaves_norms_and_biases_alone():
 def test_what_is_frozen_costs_nothing_and_counts_in_no_norm(kind):
     params = {"patcher.kernel": jnp.array([[-0.0, 2.0]]), "to_q.kernel": jnp.array([[3.0]])}
     config = kind(learning_rate=0.5, warmup_steps=0, weight_decay=0.1)
-    whole: Any = build_optimizer(config, 10, frozen=("patcher.",))
+    whole: Any = build_optimizer(config, 10, parts=Trainable(frozenset({"patcher.kernel"})))
     alone: Any = build_optimizer(config, 10)
     moving = {"to_q.kernel": params["to_q.kernel"]}
     state = whole.init(params)
@@ -100,8 +101,9 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
         **{"decoder_hidden_dim": 4, "global_dim": 8, "global_layers": 1, "global_heads": 1},
         **{"global_hidden_dim": 4, "patch_budget": 1.0},
     )
-    frozen = config.frozen_prefixes
-    optimizer = build_optimizer(AdamWConfig(warmup_steps=0, weight_decay=0.5), 3, frozen=frozen)
+    recipe = Recipe(name="frozen", model=config)
+    parts = trainable(recipe, abstract_params(config))
+    optimizer = build_optimizer(AdamWConfig(warmup_steps=0, weight_decay=0.5), 3, parts=parts)
     train = TrainConfig(steps=3, batch_size=2, devices=2, parallel="shard_map")
     mesh = meshes.make_mesh(2)
     bind, init = define_model(config)
@@ -110,7 +112,7 @@ def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
     name = "patcher.norm.scale"
     state = state._replace(params=state.params | {name: state.params[name] * -0.0})
     before = jax.tree.map(np.asarray, state.params)
-    step = steps.make_train_step(bind, optimizer, train, config.vocab.pad_id, mesh, frozen)
+    step = steps.make_train_step(bind, optimizer, train, config.vocab.pad_id, mesh, parts)
     ids = np.random.default_rng(0).integers(4, 260, (2, 12)).astype(np.int32)
     state, _ = step(state, meshes.put_batch(mesh, ids))
     state, report = step(state, meshes.put_batch(mesh, ids))

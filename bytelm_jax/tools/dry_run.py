@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.memory import require_host_memory
 from bytelm.metrics import PEAK_FLOPS
+from bytelm.trainable import trainable
 from bytelm_jax.kernels.backend import (
     has_preallocation,
     platform_of,
@@ -64,6 +65,10 @@ class Estimate(NamedTuple):
     rows: int
     """Rows of a micro-batch on each device."""
     bytes_per_step: int
+    trained: int
+    """Parameters that the run trains."""
+    frozen: int
+    """Parameters that it does not: they have no gradient and no optimizer state."""
     memory: Memory
     collectives: list[Collective]
     machine: Machine
@@ -105,6 +110,8 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
     count = run.batch_size * recipe.data.sequence_length
     seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
     seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
+    sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
+    frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
     collectives = read_collectives(compile_step(recipe, mesh, state), mesh.size)
     return Estimate(
         devices=mesh.size,
@@ -113,6 +120,8 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
         compute_dtype=run.compute_dtype,
         rows=_rows(recipe, mesh),
         bytes_per_step=count,
+        trained=sum(sizes.values()) - frozen,
+        frozen=frozen,
         memory=estimate_memory(recipe, mesh, state, machine.chip),
         collectives=collectives,
         machine=machine,
@@ -123,23 +132,24 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
 
 def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
     """Shapes, dtypes and shardings of the result of `steps.init_state`."""
-    run, frozen = recipe.train, recipe.model.frozen_prefixes
+    run = recipe.train
     _, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    parts = trainable(recipe, jax.eval_shape(lambda: init(run.seed)))
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     return steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     """The text of the compiled step."""
-    run, frozen = recipe.train, recipe.model.frozen_prefixes
+    run, parts = recipe.train, trainable(recipe, state.params)
     # A CPU's compiler widens bfloat16, including in collectives, but not float16, which has as many
     # bytes.
     dtype = steps.compute_dtype(run)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
     bind, _ = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     step = steps.make_train_step(
-        bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen, dtype
+        bind, optimizer, run, recipe.model.vocab.pad_id, mesh, parts, dtype
     )
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch_sharding(mesh))
@@ -152,7 +162,7 @@ def estimate_memory(
 ) -> Memory:
     """The bytes of a step on each device, by kind, and the peak."""
     run = recipe.train
-    moving = without(state.params, recipe.model.frozen_prefixes)
+    moving = without(state.params, trainable(recipe, state.params).frozen)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part(state.opt_state)
     dtype = steps.compute_dtype(run)
@@ -218,9 +228,8 @@ def require_memory(recipe: Recipe) -> None:
 def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
     """The arrays that one device with such a chip keeps for the backward pass of a micro-batch."""
     bind, _ = define_model(recipe.model)
-    frozen, pad_id = recipe.model.frozen_prefixes, recipe.model.vocab.pad_id
-    rows = _rows(recipe, mesh)
-    moving = without(working, frozen)
+    rows, pad_id = _rows(recipe, mesh), recipe.model.vocab.pad_id
+    moving = without(working, trainable(recipe, working).frozen)
     fixed = {name: leaf for name, leaf in working.items() if name not in moving}
     ids = jax.ShapeDtypeStruct((rows, recipe.data.sequence_length), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
@@ -267,6 +276,7 @@ def describe(name: str, estimate: Estimate) -> str:
         f"{estimate.fsdp}, {estimate.form}, {estimate.compute_dtype}: "
         f"{estimate.bytes_per_step:,} bytes per step, {estimate.rows} rows at a time on each "
         "device",
+        *_about_frozen(estimate),
         "memory of a device",
         f"  parameters       {gib['parameters']}",
         f"  working copies   {gib['copies']}   of the parameters, as products read them",
@@ -290,6 +300,18 @@ def describe(name: str, estimate: Estimate) -> str:
         "nothing overlaps"
     )
     return "\n".join(lines)
+
+
+def _about_frozen(estimate: Estimate) -> list[str]:
+    """What is frozen, and what the rest takes on each device, if anything is."""
+    if not estimate.frozen:
+        return []
+    memory = estimate.memory
+    return [
+        f"{estimate.frozen:,} of {estimate.trained + estimate.frozen:,} parameters frozen: of the "
+        f"others, gradients take {memory.gradients:,} bytes and the optimizer state "
+        f"{memory.optimizer_state:,} on each device"
+    ]
 
 
 def as_json(name: str, estimate: Estimate) -> dict[str, Any]:

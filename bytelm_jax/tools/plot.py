@@ -25,6 +25,7 @@ from bytelm.metrics import read_metrics
 from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm.remote.copies import local_copy
 from bytelm.storage.stores import require_local
+from bytelm.trainable import trainable
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.optimizers.q_agent import QLearningState
@@ -191,10 +192,9 @@ def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
     if not (run_dir / "checkpoints").is_dir():
         return None
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    optimizer = build_optimizer(
-        recipe.optimizer, recipe.train.steps, recipe.train.seed, recipe.model.frozen_prefixes
-    )
     params = abstract_params(recipe.model)
+    parts = trainable(recipe, params)
+    optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, recipe.train.seed, parts)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(

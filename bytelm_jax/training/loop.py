@@ -37,6 +37,7 @@ from bytelm.runs import (
 from bytelm.schedules import jumps
 from bytelm.starting import keep_source
 from bytelm.tracking import check_trackers, open_trackers
+from bytelm.trainable import trainable
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import checkpoint, processes, starting
@@ -140,6 +141,9 @@ def _train(
         recipe = patch_contract.adopt(recipe, run_dir)
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(mesh, recipe.train)
+        bind, init = define_model(recipe.model)
+        init_params = partial(init, recipe.train.seed)
+        parts = trainable(recipe, jax.eval_shape(init_params))
         found_data = open_windows(recipe)
         windows, validation, identity = found_data
         fresh, trained = not lock.steps(), {}
@@ -149,19 +153,16 @@ def _train(
         require_one_process(lock)
         found |= {"run_dir": lock.name, "data": identity, "mesh": meshes.describe(mesh)}
     run, vocab = recipe.train, recipe.model.vocab
-    frozen = recipe.model.frozen_prefixes
     part = meshes.process_slice(mesh)
     first = processes.is_first()
 
     # ---- model and step ----
     prepare_run_dir(run_dir, recipe)
     take_folder(lock, run_dir, recipe)
-    bind, init = define_model(recipe.model)
-    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, frozen)
+    optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     step_function = steps.make_train_step(
-        bind, optimizer, run, vocab.pad_id, mesh, frozen, names=found_data.names
+        bind, optimizer, run, vocab.pad_id, mesh, parts, names=found_data.names
     )
-    init_params = partial(init, run.seed)
     template = steps.abstract_init(mesh, optimizer, init_params)
 
     # ---- state, restored or born sharded ----
@@ -209,9 +210,10 @@ def _train(
         )
         if not start and (note := export_note(recipe.model)):
             display.say(note)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(template.params))
+        sizes = {name: leaf.size for name, leaf in template.params.items()}
+        counts = sum(sizes.values()), sum(sizes[name] for name in parts.frozen)
         machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(run)}"
-        for line in first_lines(recipe, found_data, parameters, machine) + notes:
+        for line in first_lines(recipe, found_data, counts[0], machine, counts[1]) + notes:
             display.say(line)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:

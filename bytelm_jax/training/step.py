@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from bytelm.config import TrainConfig
+from bytelm.trainable import EVERYTHING, Trainable
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optimizers.build import global_norm, optimizer_metrics, without
@@ -141,7 +142,7 @@ def make_train_step(
     train: TrainConfig,
     pad_id: int,
     mesh: Mesh,
-    frozen: tuple[str, ...] = (),
+    parts: Trainable = EVERYTHING,
     dtype: jnp.dtype | None = None,
     names: tuple[str, ...] = (),
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
@@ -156,8 +157,8 @@ def make_train_step(
     metrics, averaged over rows, and the optimizer's. Gradients of micro-batches are added before
     they are used, so `accumulation_steps` changes memory and nothing else. A step whose loss or
     gradient norm is not finite changes nothing but the step count (an optimizer with an agent has
-    its own rule). Parameters whose names begin with one of `frozen` have no gradient and leave the
-    step unchanged, bit for bit.
+    its own rule). Parameters that `parts` freezes have no gradient and leave the step unchanged,
+    bit for bit; `optimizer` was built for the same `parts`.
     """
     check_batch(mesh, train)
     dtype = compute_dtype(train) if dtype is None else dtype
@@ -166,7 +167,7 @@ def make_train_step(
     def step(
         state: TrainState, ids: Array, sources: Array | None = None, counted: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
-        moving = without(state.params, frozen)
+        moving = without(state.params, parts.frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
         (loss, report), gradients = find(
             state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)

@@ -3,15 +3,14 @@
 The same formulas as in `bytelm_jax/optimizers/build.py`, which says why they are our own.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bytelm.config import (
-    MODEL_CONFIGS,
     AdamWConfig,
     LionConfig,
     MuonConfig,
@@ -22,6 +21,7 @@ from bytelm.config import (
 )
 from bytelm.config.base import require
 from bytelm.leaves import decays, is_hidden_matrix
+from bytelm.trainable import EVERYTHING, Trainable
 from bytelm_torch.models import parameter_paths
 from bytelm_torch.optimizers.lion import Lion
 from bytelm_torch.optimizers.muon import Muon
@@ -46,48 +46,98 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> 
         gradient.mul_(scale.to(gradient.dtype))
 
 
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Gives every group that learning rate, times the scale that `build_optimizer` gave it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group.get("rate_scale", 1.0)
+
+
 Groups = list[dict[str, Any]]
 """Groups of parameters, as torch's optimizers take them."""
-Build = Callable[[Any, nn.Module, int], torch.optim.Optimizer]
-"""`(config, model, seed) -> optimizer`."""
+
+
+class Leaves(NamedTuple):
+    """The parameters that an optimizer moves."""
+
+    parameters: dict[str, nn.Parameter]
+    """By their names in JAX."""
+    scales: Mapping[str, float]
+    """Name → what multiplies the parameter's learning rate, where that is not 1."""
+
+    def groups(self, config: OptimizerConfig) -> Groups:
+        """Two groups for each rate: parameters that decay, and norms and biases."""
+        return [
+            {"params": [p for name, p in parameters.items() if decays(name) == decaying]}
+            | {"weight_decay": config.weight_decay if decaying else 0.0}
+            | rate
+            for rate, parameters in self.by_rate(config)
+            for decaying in (True, False)
+        ]
+
+    def by_rate(
+        self, config: OptimizerConfig
+    ) -> list[tuple[dict[str, float], dict[str, nn.Parameter]]]:
+        """What a group says about its rate, and the parameters that have it.
+
+        Those of the usual rate come first, even if there are none: the rate of the first group is
+        the one that an agent reports.
+        """
+        rates = {name: self.scales.get(name, 1.0) for name in self.parameters}
+        found: list[tuple[dict[str, float], dict[str, nn.Parameter]]] = []
+        for rate in (1.0, *sorted({*rates.values()} - {1.0})):
+            parameters = {name: p for name, p in self.parameters.items() if rates[name] == rate}
+            about = {"rate_scale": rate, "lr": config.learning_rate * rate}
+            found.append(({} if rate == 1.0 else about, parameters))
+        return found
+
+    def only(self, names: Collection[str]) -> "Leaves":
+        """Those called as `names` says."""
+        return self._replace(parameters={k: p for k, p in self.parameters.items() if k in names})
+
+
+Build = Callable[[Any, Leaves, int], torch.optim.Optimizer]
+"""`(config, leaves, seed) -> optimizer`."""
 
 
 def build_optimizer(
-    config: OptimizerConfig, model: nn.Module, seed: int = 0
+    config: OptimizerConfig, model: nn.Module, seed: int = 0, parts: Trainable = EVERYTHING
 ) -> torch.optim.Optimizer:
-    """The optimizer that `config` names; the caller sets each group's `lr` from the schedule.
+    """The optimizer that `config` names; the caller sets the rate of the schedule by `set_rate`.
 
     Optimizers with an agent clip by themselves and need `step(loss=...)`; `seed` is that of the
     agent's choices. For the others the caller clips. `q_learning_sgd` raises `ValueError` for
-    parameters without the names that `build_model` and `from_pretrained` give them. Parameters that
-    the model's configuration freezes are excluded.
+    parameters without the names that `build_model` and `from_pretrained` give them. `parts` says
+    which parameters no longer require a gradient and which move at another rate; those that
+    require none, such as a BLT's entropy model, are excluded.
     """
-    return BUILDERS[config.name](config, model, seed)
+    paths = parameter_paths(model)
+    for name, parameter in model.named_parameters():
+        if paths[name] in parts.frozen:
+            parameter.requires_grad_(False)
+    named = {paths[name]: p for name, p in model.named_parameters() if p.requires_grad}
+    return BUILDERS[config.name](config, Leaves(named, parts.scales), seed)
 
 
-def _adamw(config: AdamWConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+def _adamw(config: AdamWConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019."""
     del seed
     betas = config.beta1, config.beta2
-    groups = _groups(_trained(model), config.weight_decay)
+    groups = leaves.groups(config)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
 
 
-def _sgd(config: SGDConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+def _sgd(config: SGDConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
     """Heavy-ball momentum with the decay added to the gradient."""
     del seed
-    groups = _groups(_trained(model), config.weight_decay)
+    groups = leaves.groups(config)
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum)
 
 
-def _q_learning_sgd(
-    config: QLearningSGDConfig, model: nn.Module, seed: int
-) -> torch.optim.Optimizer:
-    parameters = _trained(model)
-    unnamed = [name for name, p in parameters.items() if not hasattr(p, "bytelm_path")]
+def _q_learning_sgd(config: QLearningSGDConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
+    unnamed = [name for name, p in leaves.parameters.items() if not hasattr(p, "bytelm_path")]
     require(not unnamed, f"model: {unnamed[:1]} has no bytelm_path; call name_parameters(model)")
     return EnhancedSGD(
-        list(parameters.values()),
+        [{"params": list(some.values())} | rate for rate, some in leaves.by_rate(config)],
         config.learning_rate,
         config.momentum,
         config.weight_decay,
@@ -101,33 +151,32 @@ def _q_learning_sgd(
 
 
 def _q_learning_adamw(
-    config: QLearningAdamWConfig, model: nn.Module, seed: int
+    config: QLearningAdamWConfig, leaves: Leaves, seed: int
 ) -> torch.optim.Optimizer:
     betas = config.beta1, config.beta2
-    groups = _groups(_trained(model), config.weight_decay)
+    groups = leaves.groups(config)
     inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
     return q_learning(inner, config.controller, seed, config.max_grad_norm)
 
 
-def _lion(config: LionConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+def _lion(config: LionConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
     """Chen et al. 2023."""
     del seed
-    groups = _groups(_trained(model), config.weight_decay)
-    return Lion(groups, config.learning_rate, (config.beta1, config.beta2))
+    return Lion(leaves.groups(config), config.learning_rate, (config.beta1, config.beta2))
 
 
-def _muon(config: MuonConfig, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+def _muon(config: MuonConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
     """Muon for the matrices of hidden layers, AdamW at its own rate for all other leaves."""
     del seed
-    parameters = _trained(model)
-    rest = {name: p for name, p in parameters.items() if not is_hidden_matrix(name)}
+    hidden = {name for name in leaves.parameters if is_hidden_matrix(name)}
+    rest = leaves.only(leaves.parameters.keys() - hidden)
     ratio = config.adam_rate / config.learning_rate
     groups = [
-        {"params": [p for name, p in parameters.items() if name not in rest]},
         *(
-            group | {"use_muon": False, "lr_scale": ratio}
-            for group in _groups(rest, config.weight_decay)
+            {"params": list(some.values())} | rate
+            for rate, some in leaves.only(hidden).by_rate(config)
         ),
+        *(group | {"use_muon": False, "lr_scale": ratio} for group in rest.groups(config)),
     ]
     return Muon(
         groups,
@@ -150,22 +199,3 @@ BUILDERS: dict[str, Build] = {
     "muon": _muon,
 }
 """Name → builder of every optimizer in `OPTIMIZER_CONFIGS`."""
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that the model's configuration does not freeze, by their names in JAX."""
-    config = getattr(model, "config", None)
-    frozen = config.frozen_prefixes if isinstance(config, MODEL_CONFIGS) else ()
-    paths = parameter_paths(model)
-    named = {paths[name]: parameter for name, parameter in model.named_parameters()}
-    return {path: p for path, p in named.items() if not path.startswith(frozen)}
-
-
-def _groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> Groups:
-    """Two groups: parameters that decay, and norms and biases."""
-    return [
-        {"params": [p for name, p in parameters.items() if decays(name)]}
-        | {"weight_decay": weight_decay},
-        {"params": [p for name, p in parameters.items() if not decays(name)]}
-        | {"weight_decay": 0.0},
-    ]

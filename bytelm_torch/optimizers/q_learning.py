@@ -203,7 +203,7 @@ class EnhancedSGD(torch.optim.Optimizer):
                 old, loss, norm, settings.controller, True, settings.half_life
             )
         rate = torch.exp(agent.position[0])
-        self._agent = agent._replace(learning_rate=leaves[0].learning_rate * rate)
+        self._agent = agent._replace(learning_rate=self.param_groups[0]["lr"] * rate)
 
         scale = _clip_scale(norm, settings) * _entropy_scale(squares, settings)
         gradients = [g * scale.to(g.device, g.dtype) for g in gradients]

@@ -60,9 +60,10 @@ from bytelm.starting import (
 )
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
+from bytelm.trainable import trainable
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
-from bytelm_torch.models import build_model
+from bytelm_torch.models import build_abstract, build_model, parameter_paths
 from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training.batches import training_batches
@@ -151,6 +152,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
     _check(recipe, run_dir, group)
 
+    parts = trainable(recipe, parameter_paths(build_abstract(recipe.model)).values())
+
     # ---- data ----
     length = recipe.data.sequence_length
     found_data = open_windows(recipe)
@@ -167,7 +170,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         prepare_run_dir(run_dir, recipe)
         require_lock(lock.take(run_dir), run_dir)
     model.train()
-    optimizer = build_optimizer(recipe.optimizer, model, run.seed)
+    optimizer = build_optimizer(recipe.optimizer, model, run.seed, parts)
 
     # ---- restore ----
     parallel.wait_for_all(group)
@@ -256,9 +259,10 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     step, piece = start, length
     with StopSignal() as stop, closing(log):
         parameters = sum(each.numel() for each in model.parameters())
+        frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
         devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
-        lines = first_lines(recipe, found_data, parameters, machine) + notes
+        lines = first_lines(recipe, found_data, parameters, machine, frozen) + notes
         _say_what_it_is(recipe, run_dir, start, lines, display)
         while step < run.steps and not asked:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bytelm.config import TrainConfig
 from bytelm.runs import require_same, short_json
 from bytelm_torch.layers.ids import as_ids
-from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm
+from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm, set_rate
 from bytelm_torch.training.loss import counted_ids, cross_entropy, row_nats, source_sums
 
 
@@ -244,8 +244,7 @@ def _move(
     learning_rate: float,
     max_grad_norm: float,
 ) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_rate(optimizer, learning_rate)
     loss, norm = report["loss"], report["grad_norm"]
     if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips and skips itself
         optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]

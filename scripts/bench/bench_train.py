@@ -37,7 +37,8 @@ import numpy as np
 from bytelm import recipes
 from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
 from bytelm.metrics import peak_flops
-from bytelm_jax.models import define_model
+from bytelm.trainable import trainable
+from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.tools import collectives
 from bytelm_jax.training import mesh as meshes
@@ -113,9 +114,9 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     run, start = recipe.train, time.perf_counter()
     mesh = meshes.make_mesh(run.devices, run.fsdp)
     bind, init = define_model(recipe.model)
-    frozen = recipe.model.frozen_prefixes
-    optimizer = build_optimizer(recipe.optimizer, run.steps, frozen=frozen)
-    step = steps.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, frozen)
+    parts = trainable(recipe, abstract_params(recipe.model))
+    optimizer = build_optimizer(recipe.optimizer, run.steps, parts=parts)
+    step = steps.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, parts)
     state = steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))

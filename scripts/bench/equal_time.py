@@ -27,7 +27,8 @@ from bytelm.arguments import parse_recipe
 from bytelm.config import Recipe
 from bytelm.metrics import Evaluation, bits_per_byte
 from bytelm.run_data import open_windows
-from bytelm_jax.models import Params, define_model
+from bytelm.trainable import trainable
+from bytelm_jax.models import Params, abstract_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import patch_calibration as patch_contract
@@ -94,6 +95,7 @@ class Trainer:
         )
         self._mesh = meshes.make_mesh(1)
         self._bind, self._init = define_model(recipe.model)
+        self._parts = trainable(recipe, abstract_params(recipe.model))
         dtype = steps.compute_dtype(run)
         self._row_nats = make_row_nats(self._bind, vocab.pad_id, self._mesh, dtype)
         self._programs: dict[int, Callable] = {}
@@ -130,8 +132,8 @@ class Trainer:
         return Trained(params, run.count, run.used, peak, self._look(params, self._limit), curve)
 
     def _start(self, seed: int) -> steps.TrainState:
-        recipe, frozen = self.recipe, self.recipe.model.frozen_prefixes
-        optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, frozen=frozen)
+        recipe = self.recipe
+        optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, parts=self._parts)
         state = steps.init_state(self._mesh, optimizer, lambda: self._init(seed))
         if recipe.train.entropy_from:
             trained = meshes.place(self._mesh, patch_contract.load_entropy_model(recipe))
@@ -144,11 +146,11 @@ class Trainer:
 
     def _program(self, count: int) -> Callable:
         if count not in self._programs:
-            recipe, frozen = self.recipe, self.recipe.model.frozen_prefixes
-            optimizer = build_optimizer(recipe.optimizer, count, frozen=frozen)
+            recipe = self.recipe
+            optimizer = build_optimizer(recipe.optimizer, count, parts=self._parts)
             pad_id = recipe.model.vocab.pad_id
             self._programs[count] = steps.make_train_step(
-                self._bind, optimizer, recipe.train, pad_id, self._mesh, frozen
+                self._bind, optimizer, recipe.train, pad_id, self._mesh, self._parts
             )
         return self._programs[count]
 
