@@ -36,8 +36,8 @@ def open_windows(recipe: Recipe) -> RunData:
     named = data.named_paths(config.paths, "data.paths") or {"": []}
     weights = _weights(config, named)
     sets = data.named_paths(config.valid, "data.valid")
-    corpora = {name: _open(config, name, paths) for name, paths in named.items()}
-    held_out = {name: _open(config, name, paths) for name, paths in sets.items()}
+    corpora = {name: open_source(config, name, paths) for name, paths in named.items()}
+    held_out = {name: open_source(config, name, paths) for name, paths in sets.items()}
     _note_overlap(corpora, held_out)
     identity = _identity(corpora, weights, held_out)
     if not sets:
@@ -50,7 +50,8 @@ def open_windows(recipe: Recipe) -> RunData:
     return RunData(whole, validation, identity)
 
 
-def _open(config: DataConfig, name: str, paths: list[str]) -> Corpus:
+def open_source(config: DataConfig, name: str, paths: list[str]) -> Corpus:
+    """The corpus of a source or a validation set, read as `config` says; its notes name it."""
     once = config.split_rule == "content"  # older runs read a file as often as it was named
     fields = config.prompt_field, config.completion_field, config.chat_field
     how = config.text_field, config.raw, config.cache_dir, once

@@ -255,9 +255,10 @@ class Bench:
                     plant(twin, patches)
                 return twin
 
-            def remembered(*arguments: Any) -> Any:
+            def remembered(*arguments: Any, **named: Any) -> Any:
                 if name not in self._jax:
-                    self._jax[name] = self._record(*arguments, decode=name == DECODED)
+                    decode = name == DECODED
+                    self._jax[name] = self._record(*arguments, decode=decode, **named)
                 return self._jax[name]
 
             brief = partial(parity.record_torch, decode=name == DECODED)

@@ -16,6 +16,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote
 
 BUCKET = "bucket"
 _PATIENCE = 60.0  # seconds for a server to come up
@@ -144,7 +145,8 @@ class Flaky:
 
     def __init__(self, failing: int = 0) -> None:
         self.failing, self.away, self.port, self.target = failing, False, free_port(), 0
-        self.count = self.failed = 0
+        self.count = self.failed = self.refused = 0
+        self._name, self._left = "", threading.Event()
         self._lock = threading.Lock()
 
     @contextmanager
@@ -153,6 +155,19 @@ class Flaky:
         self.target = target
         with _threaded(type("Handler", (_Proxy,), {"flaky": self}), self.port):
             yield self
+
+    def leave_at(self, name: str) -> threading.Event:
+        """Goes away at the next write to an object with `name` in its own; is set by then."""
+        self._name, self._left = name, threading.Event()
+        return self._left
+
+    def is_away(self, method: str, path: str) -> bool:
+        """Whether a request gets no answer."""
+        if self._name and method in ("PUT", "POST") and self._name in unquote(path):
+            self._name, self.away = "", True
+            self._left.set()
+        self.refused += self.away
+        return self.away
 
     def fails(self) -> bool:
         """Whether the next request is to fail."""
@@ -182,7 +197,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self._body()
-        if self.flaky.away:
+        if self.flaky.is_away(self.command, self.path):
             self.close_connection = True
             return
         if self.flaky.fails():

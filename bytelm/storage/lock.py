@@ -114,22 +114,24 @@ class StoreLock:
         if free or now - self._changed > self._timing.dead:
             if patiently(self._object_address, lambda: self._write(found.tag if found else None)):
                 self._thread.start()
+                if now > self._begun:
+                    self._say(f"taken after {now - self._begun:.0f} s")
                 return TAKEN
             return WAITING
         alive = now - self._changed < 2 * self._timing.renew
         if now - self._begun > self._timing.dead and alive:
             return REFUSED
         if now == self._begun:
-            self._say(holder)
+            who = f"host {holder.get('host', '?')}, pid {holder.get('pid', '?')}"
+            wait = f"waiting up to {self._timing.dead:.0f} s for its end"
+            self._say(f"held by another process ({who}); {wait}")
         return WAITING
 
     def _is_this_job(self, holder: dict[str, str]) -> bool:
         return bool(self._me["job"]) and holder.get("job") == self._me["job"]
 
-    def _say(self, holder: dict[str, str]) -> None:
-        who = f"host {holder.get('host', '?')}, pid {holder.get('pid', '?')}"
-        line = f"{self._run}: held by another process ({who}); waiting up to "
-        print(f"{line}{self._timing.dead:.0f} s for its end", file=sys.stderr, flush=True)
+    def _say(self, what: str) -> None:
+        print(f"{self._run}: {what}", file=sys.stderr, flush=True)
 
     # ---- holding it -------------------------------------------------------------------------
 

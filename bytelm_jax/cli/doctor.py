@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def doctor_command(
     run_dir: Path = Path("runs"),
-    data: tuple[Path, ...] = (),
+    data: tuple[str, ...] = (),
+    valid: tuple[str, ...] = (),
     devices: int = 0,
     fsdp: int = 1,
     distributed: bool = False,
@@ -22,6 +23,9 @@ def doctor_command(
     process_id: int | None = None,
     limit: float = 300.0,
     text_field: str = "text",
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
     raw: bool = False,
     cache_dir: str = "",
 ) -> int:
@@ -34,7 +38,8 @@ def doctor_command(
 
     Args:
         run_dir: a folder for checkpoints, as for `bytelm train`; it is left unchanged.
-        data: files and folders of any form that should be readable.
+        data: files and folders of any form that should be readable, or NAME=PATH.
+        valid: the same of validation sets.
         devices: how many to use; 0 means all.
         fsdp: as for `bytelm train`; must divide the number of devices.
         distributed: join the processes of a SLURM or MPI job or a TPU pod.
@@ -43,6 +48,9 @@ def doctor_command(
         process_id: index of this process, from 0, with --coordinator.
         limit: seconds that each check may take.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
+        completion_field: the field of records that is counted, after PROMPT_FIELD.
+        chat_field: the field of records that holds messages; the assistant's are counted.
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
@@ -65,7 +73,14 @@ def doctor_command(
         return 1  # checks of one process would say nothing about the run
     well = True
     reading = DataConfig(
-        paths=tuple(map(str, data)), text_field=text_field, raw=raw, cache_dir=cache_dir
+        paths=data,
+        valid=valid,
+        text_field=text_field,
+        prompt_field=prompt_field,
+        completion_field=completion_field,
+        chat_field=chat_field,
+        raw=raw,
+        cache_dir=cache_dir,
     )
     for finding in doctor.examine(run_dir, devices, fsdp, reading, limit):
         doctor.report(finding)

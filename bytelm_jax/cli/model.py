@@ -16,6 +16,7 @@ from bytelm import runs
 from bytelm.arguments import UsageError
 from bytelm.config import (
     Recipe,
+    require,
     require_document_ends,
     to_dict,
 )
@@ -121,7 +122,13 @@ def _print_evaluation(record: dict[str, Any], as_json: bool) -> None:
 def open_data(
     paths: tuple[Path, ...], text_field: str, raw: bool, cache_dir: str, *fields: str
 ) -> corpora.Corpus:
-    """The corpus at `paths`; what looks wrong about it is said on standard error."""
+    """The corpus at `paths`; what looks wrong about it is said on standard error.
+
+    Raises `ValueError` for sources with names, which are those of a training run.
+    """
+    for name, named in corpora.named_paths(tuple(map(str, paths)), "data").items():
+        hint = f"only `bytelm train` and `doctor` know named data; give {named[0]} alone"
+        require(not name, f"data={name}={named[0]}: {hint}")
     corpus = corpora.open_corpus(paths, text_field, raw, cache_dir, True, *fields)
     for note in corpus.notes:
         print(f"warning: data: {note}", file=sys.stderr, flush=True)
@@ -334,6 +341,9 @@ def calibrate_command(
     check: tuple[Path, ...] = (),
     windows: int = 4096,
     text_field: str = "text",
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
     raw: bool = False,
     cache_dir: str = "",
 ) -> int:
@@ -351,6 +361,10 @@ def calibrate_command(
         check: other data, whose mean patch length at that threshold is printed too.
         windows: how many windows to measure, evenly spaced; 0 is all.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        prompt_field: the field of records that comes before COMPLETION_FIELD; patches are cut from
+            both.
+        completion_field: the field of records that comes after PROMPT_FIELD.
+        chat_field: the field of records that holds messages, all of which are cut into patches.
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
@@ -361,8 +375,10 @@ def calibrate_command(
     from bytelm_jax.training import checkpoint as checkpoints
     from bytelm_jax.training import patch_calibration
 
+    fields = prompt_field, completion_field, chat_field
+
     def cut(paths: tuple[Path, ...]) -> corpora.Windows:
-        corpus, how = open_data(paths, text_field, raw, cache_dir), recipe.data
+        corpus, how = open_data(paths, text_field, raw, cache_dir, *fields), recipe.data
         return corpora.Windows(corpus, recipe.model.vocab, how.sequence_length, how.append_eos)
 
     recipe, params, step = checkpoints.load_run(run)
@@ -439,6 +455,9 @@ def parity_command(
     length: int = 0,
     checkpoint: str = "latest",
     text_field: str = "text",
+    prompt_field: str = "",
+    completion_field: str = "",
+    chat_field: str = "",
     raw: bool = False,
     cache_dir: str = "",
 ) -> int:
@@ -457,12 +476,15 @@ def parity_command(
         length: bytes per window; 0 takes a little more than four patches, an odd number.
         checkpoint: of a run folder: latest, best or a step.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
+        prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
+        completion_field: the field of records that is counted, after PROMPT_FIELD.
+        chat_field: the field of records that holds messages; the assistant's are counted.
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
     from bytelm_jax.parity import report as parity
 
-    corpus = open_data(data, text_field, raw, cache_dir)
+    corpus = open_data(data, text_field, raw, cache_dir, prompt_field, completion_field, chat_field)
     report = parity.compare(path, dtype, corpus, rows, length, checkpoint)
     print(report.text)
     return 0 if report.passed else 1

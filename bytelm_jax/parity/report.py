@@ -147,7 +147,10 @@ def _compare(
     fits = rows * length <= size
     require(fits, f"rows={rows}: times length={length} it must be at most the data's {size} bytes")
     windows = data.Windows(corpus, config.vocab, length, append_eos=False)
-    ids = next(data.evaluation_batches(windows, rows, rows)).ids
+    batch = next(data.evaluation_batches(windows, rows, rows))
+    ids, counted = batch.ids, batch.counted
+    some = counted is None or bool(counted.any())
+    require(some, f"rows={rows}: no byte of these windows is counted; take more, or longer ones")
 
     def load() -> Params:
         if exported:
@@ -158,8 +161,8 @@ def _compare(
         return bytelm_torch.from_pretrained(path) if exported else make_twin(config, load())
 
     with ArrayStore() as store:
-        theirs = record_torch(config, twin(), ids, dtype, store)
-        ours = partial(record_jax, config, load, ids, dtype)
+        theirs = record_torch(config, twin(), ids, dtype, store, counted=counted)
+        ours = partial(record_jax, config, load, ids, dtype, counted=counted)
         return compare_recordings(config, dtype, theirs, ours)
 
 

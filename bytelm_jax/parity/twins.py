@@ -86,10 +86,12 @@ def record_torch(
     dtype: str,
     values: MutableMapping[str, np.ndarray] | None = None,
     decode: bool = True,
+    counted: np.ndarray | None = None,
 ) -> Recording:
     """Records forward, backward, cached decoding and generation of the torch twin into `values`.
 
-    `decode=False` omits the last two, which an encoder, `causal=False`, cannot do anyway.
+    `decode=False` omits the last two, which an encoder, `causal=False`, cannot do anyway. `counted`
+    says of which ids the loss is; None of all.
     """
     import torch
 
@@ -104,7 +106,8 @@ def record_torch(
         with listen_torch(twin, partial(_visit_torch, recording)) as recorder:
             output = twin.outputs(tensor)
         recording.taps = recorder.taps
-        nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id)
+        mask = None if counted is None else torch.from_numpy(counted)
+        nats, count = torch_cross_entropy(output.logits, tensor, config.vocab.pad_id, mask)
         loss = nats / count + output.extra_loss.mean()
         recording.keep("logits", output.logits)
         recording.keep("loss", loss)
@@ -191,6 +194,7 @@ def record_jax(
     dtype: str,
     moving: Mapping[str, tuple[int, ...]],
     decode: bool = True,
+    counted: np.ndarray | None = None,
 ) -> Recording:
     """Version of `record_torch` for the JAX twin, with the gradients at the taps in `moving`."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
@@ -210,7 +214,7 @@ def record_jax(
             with listen_jax(model, visit) as recorder:
                 output = model.outputs(inputs)
             recording.taps = recorder.taps
-            nats, count = cross_entropy(output.logits, inputs, config.vocab.pad_id)
+            nats, count = cross_entropy(output.logits, inputs, config.vocab.pad_id, counted)
             loss = nats / count + output.extra_loss.astype(nats.dtype).mean()
             return loss, seen | {"logits": output.logits, "loss": loss}
 

@@ -234,7 +234,11 @@ def test_export_import_there_and_back(run, export, tmp_path, text, capsys):
 
 def test_parity_passes_and_names_the_first_difference(run, export, tmp_path, text, capsys):
     argv = ["--data", str(text), "--length", "11"]
-    assert cli.main(["parity", str(export), *argv]) == 0
+    records = tmp_path / "records.jsonl"  # of which the loss is that of the completions
+    records.write_text('{"prompt": "what is one?", "completion": "one is one."}\n' * 9)
+    fields = ["--prompt-field", "prompt", "--completion-field", "completion"]
+    masked = ["--data", str(records), "--length", "19", *fields]
+    assert cli.main(["parity", str(export), *masked]) == 0
     assert "equal: every tensor within tolerance" in capsys.readouterr().out
     # An export whose torch side is not what JAX reads: one tensor of the twin is disturbed.
     with pytest.MonkeyPatch.context() as patch:

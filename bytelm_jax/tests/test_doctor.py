@@ -26,15 +26,19 @@ def test_a_machine_that_is_well(tmp_path, mesh, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "check_gradients", lambda mesh: "left to another test")
     (tmp_path / "text").write_text("twelve bytes")
     runs = tmp_path / "new" / "runs"
+    (tmp_path / "a.jsonl").write_text('{"prompt": "one?", "completion": "two"}\n')
     options = ["--run-dir", str(runs), "--devices", "4", "--fsdp", "2"]
-    assert cli.main(["doctor", *options, "--data", str(tmp_path / "text")]) == 0
+    options += ["--data", f"web={tmp_path}/text", "--valid", f"{tmp_path}/a.jsonl"]
+    options += ["--prompt-field", "prompt", "--completion-field", "completion"]
+    assert cli.main(["doctor", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines] == [
         "ok   versions", "ok   devices", "ok   mesh", "ok   precision", "ok   gradients",
         "ok   checkpoints", "ok   data",
     ]  # fmt: skip
     assert "data 2 x fsdp 2; this process feeds part 1 of 1" in lines[2]
-    assert "12 bytes in 1 documents" in lines[6]
+    said = "web: 12 bytes in 1 documents; valid: 7 bytes in 1 documents (3 counted)"
+    assert lines[6] == f"ok   data: {said}"
     assert not (tmp_path / "new").exists()  # left as it was
 
 

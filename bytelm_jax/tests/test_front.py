@@ -87,6 +87,7 @@ def test_a_wrong_command_line_does_not_wait_for_jax():
         ("train", "megabyte_tiny", "--dry-run", "--chip", "H1"): "chip=H1: unknown",
         ("eval", "run", "--data"): "--data",
         ("eval", "run", "--data", "/nowhere"): "/nowhere: does not exist",
+        ("eval", "run", "--data", "web=/x"): "data=web=/x: only `bytelm train` and `doctor` know",
         ("eval", "run", "--batch-sizes", "4"): "batch-sizes",
         ("generate", "run", "--top-p", "0"): "top_p=0.0: must be above 0",
         ("inspect", "text", "--model", "run", "--max-bytes", "0"): "must be at least 1",

@@ -147,7 +147,10 @@ def test_calibrating_blt_changes_every_checkpoint_at_once(blt_run, text, tmp_pat
     folder = tmp_path / "again"
     shutil.copytree(blt_run, folder)
     before = contents(folder)
-    argv = ["calibrate", str(folder), "--data", str(text), "--check", str(text)]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(json.dumps({"chat": [{"role": "user", "content": text.read_text()}]}) + "\n")
+    argv = ["calibrate", str(folder), "--data", str(text), "--check", str(chats)]
+    argv += ["--chat-field", "chat"]
     assert cli.main([*argv, "--bytes-per-patch", "2.5"]) == 0
     output = capsys.readouterr()
     assert output.err == "" and "of --check" in output.out

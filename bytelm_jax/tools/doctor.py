@@ -29,6 +29,7 @@ from bytelm import data
 from bytelm.config import DataConfig, MegabyteConfig, TrainConfig
 from bytelm.files import replace_file
 from bytelm.remote.folder import RemoteFolder
+from bytelm.run_data import open_source
 from bytelm.storage.lock import StoreLock
 from bytelm.storage.stores import is_remote, tidy
 from bytelm_jax.models import define_model
@@ -96,7 +97,7 @@ def examine(
     if mesh is not None:
         yield _run("gradients", partial(check_gradients, mesh), limit)
         yield _run("checkpoints", partial(check_checkpoints, run_dir, mesh), limit)
-    if reading.paths:
+    if reading.paths or reading.valid:
         yield _run("data", partial(check_data, reading), limit)
 
 
@@ -384,10 +385,16 @@ def _through_orbax(path: Any, mesh: Mesh) -> float:
 
 
 def check_data(reading: DataConfig) -> str:
-    """Whether the corpus can be read."""
-    corpus = data.open_corpus(reading.paths, reading.text_field, reading.raw, reading.cache_dir)
-    notes = "".join(f"; {note}" for note in corpus.notes)
-    return f"{corpus.total_bytes:,} bytes in {corpus.documents:,} documents{notes}"
+    """Whether every source and validation set can be read."""
+    parts = []
+    for field, paths in (("data", reading.paths), ("valid", reading.valid)):
+        for name, named in data.named_paths(paths, f"data.{field}").items():
+            corpus = open_source(reading, name, named)
+            size = f"{corpus.total_bytes:,} bytes in {corpus.documents:,} documents"
+            size += f" ({corpus.counted_bytes:,} counted)" if corpus.is_masked else ""
+            called = name if field == "data" else f"valid {name}".strip()
+            parts += [f"{called}: {size}" if called else size, *corpus.notes]
+    return "; ".join(parts)
 
 
 def report(finding: Finding) -> None:
