@@ -4,15 +4,18 @@
 """
 
 import http.client
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from hashlib import sha1
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +116,62 @@ def web(folder: Path) -> Iterator[int]:
     """A web server of the files in a folder; its port."""
     with _threaded(partial(_Files, directory=os.fspath(folder))) as port:
         yield port
+
+
+@contextmanager
+def hub(name: str, files: Mapping[str, bytes]) -> Iterator[int]:
+    """What Hugging Face answers about a data set `name` of these files; its port."""
+    with _threaded(type("Handler", (_Hub,), {"name": name, "files": files})) as port:
+        yield port
+
+
+class _Hub(BaseHTTPRequestHandler):
+    name: str
+    files: Mapping[str, bytes]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = unquote(self.path).partition("?")[0]
+        told, tree = f"/api/datasets/{self.name}", f"/api/datasets/{self.name}/tree/main"
+        file = path.removeprefix(f"/datasets/{self.name}/resolve/main/")
+        if path == told:
+            self._answer(200, json.dumps({"id": self.name, "sha": "0" * 40}).encode())
+        elif path.startswith(tree):
+            listed = self._listed(path.removeprefix(tree).strip("/"), "recursive=true" in self.path)
+            self._answer(200 if listed else 404, json.dumps(listed).encode())
+        elif file in self.files:
+            content, span = self.files[file], self.headers.get("Range", "")
+            if matched := re.fullmatch(r"bytes=(\d+)-(\d+)", span):
+                content = content[int(matched[1]) : int(matched[2]) + 1]
+            self._answer(206 if matched else 200, content)
+        else:
+            self._answer(404, b"{}")
+
+    def _listed(self, folder: str, everything: bool) -> list[dict[str, object]]:
+        prefix = f"{folder}/" if folder else ""
+        names = [name for name in self.files if name.startswith(prefix)]
+        inner = {
+            name.removeprefix(prefix).split("/")[0] for name in names if "/" in name[len(prefix) :]
+        }
+        listed: list[dict[str, object]] = [
+            {"type": "directory", "path": prefix + name, "size": 0, "oid": "0"} for name in inner
+        ]
+        for name in names:
+            if everything or "/" not in name.removeprefix(prefix):
+                size, oid = len(self.files[name]), sha1(self.files[name]).hexdigest()
+                listed.append({"type": "file", "path": name, "size": size, "oid": oid})
+        return listed
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        if status == 404:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 class _Quiet(ThreadingHTTPServer):

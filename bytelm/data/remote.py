@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from bytelm.data.objects import cached, linked
 from bytelm.data.sources import Listed, list_files
-from bytelm.storage.fetch import list_objects
-from bytelm.storage.stores import is_address
+from bytelm.storage.fetch import StoredObject, list_objects
+from bytelm.storage.stores import is_address, protocol_of
 
 
 class Listings:
@@ -51,7 +51,7 @@ def _download(paths: list[str], cache_dir: str, addresses: dict[str, str]) -> di
     """
     if not paths:
         return {}
-    listed = {path: list_objects(path) for path in paths}
+    listed = {path: _without_card(path, *list_objects(path)) for path in paths}
     objects = [one for found, _ in listed.values() for one in found]
     called = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     place = cached(objects, called, cache_dir)
@@ -61,3 +61,11 @@ def _download(paths: list[str], cache_dir: str, addresses: dict[str, str]) -> di
         local[path] = str(linked(found, place, cache_dir) if is_folder else place(found[0]))
         addresses[local[path]] = path
     return local
+
+
+def _without_card(
+    path: str, found: list[StoredObject], is_folder: bool
+) -> tuple[list[StoredObject], bool]:
+    """The objects without the README.md that tells about a data set of Hugging Face."""
+    about = protocol_of(path) == "hf" and is_folder
+    return [one for one in found if not (about and one.name == "README.md")], is_folder

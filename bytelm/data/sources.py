@@ -50,6 +50,10 @@ def _exists(entry: str) -> bool:
     return glob.has_magic(entry) and next(glob.iglob(entry, recursive=True), None) is not None
 
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""What Hugging Face calls a data set: OWNER/NAME."""
+
+
 class Listed(NamedTuple):
     """A file: its name relative to the given path, and its location."""
 
@@ -79,7 +83,10 @@ def expand_paths(paths: Sequence[str | Path]) -> list[str]:
             require(bool(matches), f"{path}: matches no file; check the spelling")
             expanded += matches
         else:
-            require(False, f"{path}: does not exist; check the spelling")
+            owner = path.partition("/")[0]
+            hub = bool(_HUB_NAME.fullmatch(path)) and not os.path.isdir(owner)
+            hint = f", or write hf://datasets/{path} for the data set on Hugging Face"
+            require(False, f"{path}: does not exist; check the spelling{hint * hub}")
     return expanded
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fsspec.config import conf
 
 from bytelm import data
 from bytelm.data import open_corpus
@@ -106,6 +107,26 @@ def test_a_web_server(folder: Path) -> None:
         assert contents(corpus) == [FILES["b.txt"], b"one", b"two"]
         with refuses(r"^http://127\.0\.0\.1:\d+/nowhere: does not exist; check the spelling$"):
             open_corpus([f"http://127.0.0.1:{port}/nowhere"])
+
+
+def test_a_data_set_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {name: content for name, content in FILES.items() if content}
+    files |= {"README.md": b"a card", ".gitattributes": b""}
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with servers.hub("owner/name", files) as port:
+        monkeypatch.setitem(conf, "hf", {"endpoint": f"http://127.0.0.1:{port}"})
+        address = "hf://datasets/owner/name"
+        assert contents(open_corpus([address])) == [
+            b"one",
+            b"two",
+            FILES["a/z.bin"],
+            FILES["b.txt"],
+        ]
+        assert contents(open_corpus([f"{address}/a"])) == [FILES["a/z.bin"]]
+        with refuses(f"^{address}/none: does not exist; check the spelling$"):
+            open_corpus([f"{address}/none"])
+    with refuses("^owner/name: does not exist; check the spelling, or write hf://datasets/owner/n"):
+        open_corpus(["owner/name"])
 
 
 @pytest.mark.parametrize(

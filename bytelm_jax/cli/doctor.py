@@ -59,12 +59,33 @@ def doctor_command(
             raise UsageError(f"--{name} {value}: must be at least {least}")
     if (num_processes or process_id is not None) and not coordinator:
         raise UsageError("--num-processes, --process-id: need --coordinator HOST:PORT")
+    fields = text_field, prompt_field, completion_field, chat_field
+    reading = _reading(data, valid, fields, raw, cache_dir)
+    joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
+    return _doctor(run_dir, devices, fsdp, reading, limit, joining)
 
+
+def _reading(
+    data: tuple[str, ...],
+    valid: tuple[str, ...],
+    fields: tuple[str, str, str, str],
+    raw: bool,
+    cache_dir: str,
+) -> DataConfig:
+    """What is read, and how."""
+    names = ("text_field", "prompt_field", "completion_field", "chat_field")
+    named = dict(zip(names, fields, strict=True))
+    return DataConfig(paths=data, valid=valid, raw=raw, cache_dir=cache_dir, **named)
+
+
+def _doctor(
+    run_dir: Path, devices: int, fsdp: int, reading: DataConfig, limit: float, joining: Joining
+) -> int:
+    """Checks and prints; the exit code."""
     from bytelm_jax.tools import doctor
     from bytelm_jax.training import processes
 
-    joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
-    findings = [_reach(joining)] if coordinator else []
+    findings = [_reach(joining)] if joining.coordinator else []
     if all(finding.ok for finding in findings):
         findings += _join(joining)
     for finding in findings:
@@ -72,16 +93,6 @@ def doctor_command(
     if not all(finding.ok for finding in findings):
         return 1  # checks of one process would say nothing about the run
     well = True
-    reading = DataConfig(
-        paths=data,
-        valid=valid,
-        text_field=text_field,
-        prompt_field=prompt_field,
-        completion_field=completion_field,
-        chat_field=chat_field,
-        raw=raw,
-        cache_dir=cache_dir,
-    )
     for finding in doctor.examine(run_dir, devices, fsdp, reading, limit):
         doctor.report(finding)
         well = well and finding.ok

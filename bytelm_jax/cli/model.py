@@ -361,36 +361,28 @@ def calibrate_command(
         check: other data, whose mean patch length at that threshold is printed too.
         windows: how many windows to measure, evenly spaced; 0 is all.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
-        prompt_field: the field of records that comes before COMPLETION_FIELD; patches are cut from
-            both.
+        prompt_field: the field of records before COMPLETION_FIELD; both are cut into patches.
         completion_field: the field of records that comes after PROMPT_FIELD.
         chat_field: the field of records that holds messages, all of which are cut into patches.
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
-    if not data or windows < 0:
-        wrong = f"--windows={windows}: must be at least 0"
-        raise UsageError(wrong if data else "--data: name at least one file or folder")
+    _check_calibration(data, windows)
 
     from bytelm_jax.training import checkpoint as checkpoints
     from bytelm_jax.training import patch_calibration
 
-    fields = prompt_field, completion_field, chat_field
-
-    def cut(paths: tuple[Path, ...]) -> corpora.Windows:
-        corpus, how = open_data(paths, text_field, raw, cache_dir, *fields), recipe.data
-        return corpora.Windows(corpus, recipe.model.vocab, how.sequence_length, how.append_eos)
-
+    how = text_field, raw, cache_dir, prompt_field, completion_field, chat_field
     recipe, params, step = checkpoints.load_run(run)
     limit = windows or None
-    calibrated = patch_calibration.calibrate(recipe, params, cut(data), bytes_per_patch, limit)
+    calibrated = patch_calibration.calibrate(
+        recipe, params, _cut(recipe, data, *how), bytes_per_patch, limit
+    )
     contract = calibrated.patching
     assert contract is not None
     lines = [_threshold_line(contract, step)]
     if check:
-        model, params = patch_calibration.as_blt(calibrated, params)
-        model = replace(model, threshold=contract.threshold)
-        seen = patch_calibration.measure(model, params, cut(check), limit)
+        seen = patch_calibration.measure_again(calibrated, params, _cut(recipe, check, *how), limit)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
     with runs.open_run(run) as lock:  # a trainer would find its config.json changed
         runs.require_lock(lock.take(lock.local), lock.name)
@@ -400,6 +392,17 @@ def calibrate_command(
     if known and (wrong := patch_calibration.outside(known, contract)):
         print(f"bytelm calibrate: warning: {run}: {wrong}", file=sys.stderr)
     return 0
+
+
+def _cut(recipe: Recipe, paths: tuple[Path, ...], *how: Any) -> corpora.Windows:
+    corpus, length = open_data(paths, *how), recipe.data.sequence_length
+    return corpora.Windows(corpus, recipe.model.vocab, length, recipe.data.append_eos)
+
+
+def _check_calibration(data: tuple[Path, ...], windows: int) -> None:
+    if not data or windows < 0:
+        wrong = f"--windows={windows}: must be at least 0"
+        raise UsageError(wrong if data else "--data: name at least one file or folder")
 
 
 def _threshold_line(contract: PatchingContract, step: int) -> str:

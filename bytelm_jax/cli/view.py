@@ -86,8 +86,9 @@ def _text_or_file(text: str, limit: int) -> tuple[bytes, str, int]:
 def plot_command(run: Path, /, out: Path | None = None) -> int:
     """Plots a run: OUT/plot.png, and OUT/plot.html with the picture inside.
 
-    Loss, bits per byte, learning rate, momentum and gradient norms; if the run has them, also
-    actions and tables of the Q-learning agent, patch lengths, and the load of the experts.
+    Loss, bits per byte, learning rate, momentum and gradient norms; if the run has them, also bits
+    per byte of each source and validation set, actions and tables of the Q-learning agent, patch
+    lengths, and the load of the experts.
 
     Example: bytelm plot runs/megabyte_tiny
 

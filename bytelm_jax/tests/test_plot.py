@@ -119,7 +119,7 @@ def test_the_lines_are_those_of_the_metrics_file(figure_of_agent):
         assert plotted == {label: logged(folder, name) for label, name in names.items()}, title
         assert all(plotted.values())
     assert axes["Gradient norm"].get_yscale() == "log"
-    assert not any("Expert" in title or "Patch" in title for title in axes)
+    assert not any(word in title for title in axes for word in ("Expert", "Patch", "source"))
 
 
 def test_the_heat_maps_are_the_tables_of_the_checkpoint(figure_of_agent, tables):
@@ -157,7 +157,7 @@ def test_a_spike_does_not_hide_the_other_steps(tmp_path):
     assert not any(a.texts for a in plain)
 
 
-def test_patches_and_experts(tmp_path):
+def test_patches_experts_and_sources(tmp_path):
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     contract = PatchingContract(
         patcher="space",
@@ -168,6 +168,8 @@ def test_patches_and_experts(tmp_path):
     )
     loads = [{f"expert_load_{e}": (e + r["step"]) / 99 for e in range(3)} for r in RECORDS]
     records = [r | load | {"expert_load_max": 0.9} for r, load in zip(RECORDS, loads, strict=True)]
+    records = [r | {"bits_per_byte/web": r["loss"]} if r["step"] % 3 else r for r in records]
+    records += [{"step": 40, "validation_bits_per_byte/web": 5.0}]
     folder = make_run(tmp_path / "run", records, patching=contract)
     axes = {a.get_title(): a for a in plot.draw(plot.panels(folder)[1], "t").axes}
     bars = axes["Patch lengths, mean 2.67 (space)"].patches
@@ -176,6 +178,9 @@ def test_patches_and_experts(tmp_path):
     ]
     plotted = lines_of(axes["Expert load"])
     assert plotted == {f"expert {e}": logged(folder, f"expert_load_{e}") for e in range(3)}
+    names = {"web": "bits_per_byte/web", "web, validation": "validation_bits_per_byte/web"}
+    plotted = lines_of(axes["Bits per byte by source"])
+    assert plotted == {label: logged(folder, name) for label, name in names.items()}
     many = [r | {f"expert_load_{e}": e / 78 for e in range(13)} for r in RECORDS]
     axes = plot.draw(plot.panels(make_run(tmp_path / "many", many))[1], "t").axes
     (bars,) = [a.patches for a in axes if a.get_title() == "Expert load at step 40"]

@@ -21,7 +21,7 @@ from jaxtyping import Float32
 from bytelm import runs
 from bytelm.config import PatchingContract, Recipe, to_dict
 from bytelm.files import replace_file
-from bytelm.metrics import read_metrics
+from bytelm.metrics import METRIC, read_metrics
 from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm.remote.copies import local_copy
 from bytelm.storage.stores import require_local
@@ -80,6 +80,7 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
             "bits_per_byte",
             "validation_bits_per_byte",
         ),
+        _by_name(records),
         _over_steps(records, "Learning rate", "", "learning_rate"),
         _over_steps(records, "Momentum", "", "momentum"),
         _over_steps(
@@ -116,6 +117,17 @@ def _over_steps(
     logarithmic = logarithmic and all(min(values) > 0 for _, values in lines.values())
     dots = tuple(lines) if dotted else ()
     return Panel(title=title, y=y, lines=lines, logarithmic=logarithmic, dotted=dots)
+
+
+def _by_name(records: Sequence[dict[str, Any]]) -> Panel | None:
+    """Bits per byte of each source of a mixture and of each validation set that has a name."""
+    lines = {}
+    for kind, called in (("bits_per_byte/", ""), (f"{METRIC}/", ", validation")):
+        found = dict.fromkeys(key for record in records for key in record if key.startswith(kind))
+        lines |= {key.removeprefix(kind) + called: _points(records, key) for key in found}
+    if not lines:
+        return None
+    return Panel(title="Bits per byte by source", y="bits per byte", lines=lines)
 
 
 def _points(records: Sequence[dict[str, Any]], name: str) -> Points:

@@ -182,6 +182,16 @@ def calibrate(
     return replace(recipe, patching=contract)
 
 
+def measure_again(
+    calibrated: Recipe, params: Params, windows: Windows, limit: int | None
+) -> PatchingContract:
+    """`measure` on other data, at the threshold that `calibrate` found."""
+    model, params = as_blt(calibrated, params)
+    assert calibrated.patching is not None
+    model = replace(model, threshold=calibrated.patching.threshold)
+    return measure(model, params, windows, limit)
+
+
 def as_blt(recipe: Recipe, params: Params) -> tuple[BLTConfig, Params]:
     """The patcher of a run: an entropy model alone stands for that of a BLT to come."""
     prefix = recipe.model.patcher_prefix
