@@ -11,7 +11,7 @@ from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.mesh import make_mesh, place
-from bytelm_torch.training import loop as train
+from bytelm_torch import train
 from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
