@@ -27,6 +27,7 @@ from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training import step as jax_step
 from bytelm_torch.inference.sampling import next_ids as torch_next_ids
 from bytelm_torch.interop import export
+from bytelm_torch.train import main
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training import loop as train
 
@@ -84,7 +85,7 @@ class Package:
         paths = ["--run-dir", str(self.run), "--data", str(self.text)]
         if self.name == "torch":
             self.config.write_text(json.dumps(to_dict(recipe)))
-            return train.main([str(self.config), *paths])
+            return main([str(self.config), *paths])
         self._patch.setattr(jax_recipes, "get", lambda _: recipe)
         self._patch.setattr(jax_step, "compile_init", zeros)
         return cli.main(["train", recipe.name, *paths])
@@ -243,6 +244,23 @@ def test_weights_whose_validation_is_not_finite_are_not_saved(package, value, ca
     records = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     scores = [r[METRIC] for r in records if METRIC in r]
     assert scores == [3.0, None, 2.0, None]
+
+
+def test_a_run_without_progress_stops_early(package, capsys):
+    changes = {"steps": 9, "eval_every": 1, "checkpoint_every": 0, "patience": 2}
+    assert package.command(validations=(3.0, 2.0, 2.0, float("nan")), **changes) == 1
+    assert package.command(validations=(3.0, 2.0, 2.5, 2.0), **changes) == 0
+    said = capsys.readouterr()
+    line = "stopped early: 2 evaluations in a row not below 2.0000 bits per byte at step 2"
+    assert line in said.err and "done: step 4 is saved in" in said.out and package.steps() == [4]
+    assert package.command(validations=(), **changes) == 0  # it has stopped
+    assert line in capsys.readouterr().err and package.steps() == [4]
+    changes |= {"patience": 3}
+    assert package.command(validations=(2.5,), **changes) == 0
+    assert package.steps() == [4, 5]
+    capsys.readouterr()
+    assert package.command(patience=1, eval_every=0) == 2
+    assert "patience=1: counts evaluations; set train.eval_every above 0" in last_line(capsys)
 
 
 def test_nothing_is_sampled_from_logits_that_are_not_finite():

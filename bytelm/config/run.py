@@ -140,7 +140,8 @@ class TrainConfig:
 
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
     float32. `eval_every=0` and `checkpoint_every=0` evaluate and save at the last step only.
-    `eval_windows` limits the validation windows of each evaluation during training. A step with a
+    `eval_windows` limits the validation windows of each evaluation during training, and `patience`
+    of them in a row without a lower score end the run (0: never). A step with a
     non-finite loss or gradient is skipped; `max_bad_steps` of them in a row end the run. So does a
     process that makes no progress for `step_timeout` seconds (0: never). `track` names the services
     that receive the metrics, besides `metrics.jsonl`. `entropy_from` names a calibrated run folder,
@@ -167,6 +168,7 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int = 250
     eval_windows: int = 64
+    patience: int = 0
     checkpoint_every: int = 250
     keep_last: int = 2
     keep_best: int = 1
@@ -182,7 +184,14 @@ class TrainConfig:
         require_numbers(self)
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
         require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
-        counts = ("devices", "eval_every", "checkpoint_every", "keep_best", "step_timeout")
+        counts = (
+            "devices",
+            "eval_every",
+            "checkpoint_every",
+            "keep_best",
+            "step_timeout",
+            "patience",
+        )
         require_non_negative(self, *counts)
         require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
         parse_scales(self.learning_rate_scale)

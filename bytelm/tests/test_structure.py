@@ -19,9 +19,8 @@ FLOORS = (
 
 SHARED_FLOORS = (
     "train_options", "arguments", "sweeps", "recipe_files", "recipes", "schedules", "starting",
-    "run_data", "runs", "remote", "data",
-    "lora", "trainable",
-    "export", "inspection", "metrics", "tracking",
+    "run_data", "runs", "remote", "data", "lora", "trainable", "export", "inspection", "patience",
+    "metrics", "tracking",
     "sampling", "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules",
     "q_table", "torch_files", "files", "config", "callable_module",
 )  # fmt: skip

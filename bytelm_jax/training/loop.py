@@ -21,6 +21,7 @@ from bytelm.config import (
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Mixture, Windows, evaluation_batches
 from bytelm.metrics import MetricsLog, validation_record
+from bytelm.patience import Patience, require_validation
 from bytelm.remote.run import RemoteRun
 from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
@@ -146,6 +147,7 @@ def _train(
         parts = trainable(recipe, jax.eval_shape(init_params))
         found_data = open_windows(recipe)
         windows, validation, identity = found_data
+        require_validation(recipe, bool(validation))
         fresh, trained = not lock.steps(), {}
         if fresh:
             recipe, trained = starting.load_start(recipe)
@@ -205,6 +207,7 @@ def _train(
         watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
         stack.enter_context(watchdog)
         reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager)
+        patience = Patience(run.patience, log.records, processes.as_first_says, display.say)
         display.say(
             f"{'resuming' if start else 'training'} {recipe.name} in {lock.name}, step {start}"
         )
@@ -229,6 +232,7 @@ def _train(
                 return None
             record = validation_record(results)
             reporter.evaluated(step, record)
+            patience.look(step, record)
             return record
 
         def save(step: int, state: steps.TrainState, record: dict[str, float] | None) -> None:
@@ -243,7 +247,7 @@ def _train(
         # ---- loop ----
         if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
             validate(start, state)  # cut short by a signal
-        while step < run.steps and not stop.agreed():
+        while step < run.steps and not patience.over and not stop.agreed():
             lock.stop_if_lost()
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
@@ -261,6 +265,7 @@ def _train(
                 reporter.drain(0)
                 with reporter.stopping_on_non_finite(step):
                     record = validate(step, state) if evaluates else None
+                    saves |= patience.over
                     # While steps are being skipped, or where a validation is not finite, the
                     # checkpoint from before stays the newest; at the end validation decides alone.
                     good = not reporter.bad_in_a_row

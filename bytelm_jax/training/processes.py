@@ -204,6 +204,11 @@ def from_first(numbers: list[int], capacity: int) -> list[int]:
     return [int(number) for number in padded if number >= 0]
 
 
+def as_first_says(value: bool) -> bool:
+    """The first process's `value`, in every process."""
+    return bool(from_first([int(value)], 1)[0])
+
+
 def wait_for_all(where: str) -> None:
     """Returns when every process has arrived here."""
     if jax.process_count() > 1:

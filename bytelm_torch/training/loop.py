@@ -3,17 +3,15 @@
 The same recipe trains on the same windows in the same order as `bytelm train`.
 """
 
-import math
 import os
-from collections import deque
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bytelm.config import (
     ModelConfig,
@@ -22,7 +20,6 @@ from bytelm.config import (
     require,
     require_document_ends,
     require_length,
-    training_flops_per_byte,
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
@@ -30,16 +27,13 @@ from bytelm.export import patching_of, read_description
 from bytelm.memory import require_host_memory
 from bytelm.metrics import (
     MetricsLog,
-    Throughput,
-    add_bits,
-    skipped_step,
     validation_line,
     validation_record,
 )
-from bytelm.progress import GuessWarning, ProgressLines, StopSignal
+from bytelm.patience import Patience, require_validation
+from bytelm.progress import ProgressLines, StopSignal
 from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
-    DivergedError,
     Outcome,
     RunLock,
     export_note,
@@ -68,6 +62,7 @@ from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint, parallel
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
+from bytelm_torch.training.reporter import StepReporter
 
 _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
@@ -158,6 +153,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     length = recipe.data.sequence_length
     found_data = open_windows(recipe)
     windows, validation, identity = found_data
+    require_validation(recipe, bool(validation))
     found = what_a_run_is(recipe) | {"run_dir": str(run_dir), "data": identity}
     parallel.require_agreement(group, found)
 
@@ -185,58 +181,15 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     batches = training_batches(windows, run.batch_size, *order)
     notes = jumps(run_dir, recipe, start)
     log = _open_log(recipe, run_dir, start, lock if first else None)
-    device = torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu"
-    rates = Throughput(training_flops_per_byte(recipe.model, length), group.size, device)
-    display, guess = ProgressLines(run.steps, first), GuessWarning(recipe)
-    pending: deque[tuple[int, dict[str, Tensor]]] = deque()
-    saved, asked, bad, skipped = start, False, 0, log.skipped
-
-    def diverged(step: int, why: str) -> DivergedError:
-        note = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
-        rate = recipe.optimizer.learning_rate
-        return DivergedError(f"step {step}: {why}; {note}; lower optimizer.learning_rate={rate}")
-
-    def stop_on_non_finite(step: int, **trees: Any) -> None:
-        """Ends the run, in all processes alike: no later step would repair the weights."""
-        name = first_non_finite(trees)
-        if name is not None:
-            raise diverged(step, f"{name} holds NaN or infinity")
-
-    def drain(keep: int) -> None:
-        """Waits until at most `keep` steps are in flight; checks and logs the finished ones."""
-        nonlocal asked, bad, skipped
-        while len(pending) > keep:
-            step, report = pending.popleft()
-            values = {name: float(value) for name, value in report.items()}
-            asked |= values.pop("stop") > 0  # in every process at the same step
-            rates.add(run.batch_size * length)
-            finite = math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])
-            bad = 0 if finite else bad + 1
-            if bad >= run.max_bad_steps:
-                raise diverged(
-                    step,
-                    f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
-                    f"{bad} steps in a row",
-                )
-            if bad:
-                skipped += 1
-                line, record = skipped_step(step, skipped, values)
-                display.say(line)
-                log.write(record)
-                continue
-            if step % run.log_every == 0 or step == run.steps:
-                add_bits(values)
-                values["learning_rate"] = schedule(step - 1)
-                values |= rates.read()
-                log.write({"step": step, **values})
-                display.show(step, values)
-                if warning := guess.look(step, values["loss"]):
-                    display.say(warning)
+    display = ProgressLines(run.steps, first)
+    reporter = StepReporter(recipe, start, group, log, display)
+    agree = partial(parallel.as_first_says, group)
+    patience = Patience(run.patience, log.records, agree, display.say)
 
     def validate(step: int) -> dict[str, float] | None:
         if not validation:
             return None
-        stop_on_non_finite(step, model=model.state_dict())
+        reporter.stop_on_non_finite(step, model=model.state_dict())
         rows = -(-run.batch_size // group.size) * group.size
         part, results = (run.eval_windows, group.rank, group.size), {}
         for name, held_out in validation.items():
@@ -245,58 +198,60 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         record = validation_record(results)
         log.write({"step": step, **record})
         display.say(validation_line(step, record))
+        patience.look(step, record)
         return record
 
     def save(step: int, record: dict[str, float] | None) -> None:
-        nonlocal saved
-        stop_on_non_finite(step, model=model.state_dict(), optimizer=optimizer.state_dict())
+        reporter.stop_on_non_finite(
+            step, model=model.state_dict(), optimizer=optimizer.state_dict()
+        )
         if first:
             lock.check()
             checkpoint.save(run_dir, step, model, optimizer, recipe, identity, record)
-        saved = step
+        reporter.saved = step
 
     # ---- loop ----
     step, piece = start, length
     with StopSignal() as stop, closing(log):
         parameters = sum(each.numel() for each in model.parameters())
         frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
-        devices = f"{group.size} {device} device{'s' * (group.size > 1)}"
+        devices = f"{group.size} {reporter.device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
         lines = first_lines(recipe, found_data, parameters, machine, frozen) + notes
         _say_what_it_is(recipe, run_dir, start, lines, display)
-        while step < run.steps and not asked:
+        while step < run.steps and not reporter.asked and not patience.over:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
             before, piece = piece, recipe.data.length_at(step)
             if piece != before:
-                drain(0)
-                rates.restart(training_flops_per_byte(recipe.model, piece))
+                reporter.restart(piece)
             batch = next(batches).cut(piece)
             report = step_function(step, batch.ids, rate, clip, bool(stop), **batch.rest())
             step += 1
-            pending.append((step, report))
-            drain(0 if group.device.type == "cpu" else _IN_FLIGHT)
+            reporter.add(step, report)
+            reporter.drain(0 if group.device.type == "cpu" else _IN_FLIGHT)
 
             last = step == run.steps
             evaluates = last or (run.eval_every and step % run.eval_every == 0)
             saves = last or (run.checkpoint_every and step % run.checkpoint_every == 0)
             if evaluates or saves:
-                drain(0)
+                reporter.drain(0)
                 record = validate(step) if evaluates else None
+                saves = saves or patience.over
                 # While steps are being skipped, or where a validation is not finite, the checkpoint
                 # from before stays the newest; at the end a validation alone decides.
-                good = not bad
+                good = not reporter.bad
                 if record is not None:
                     good = checkpoint.score(record) is not None and (good or last)
                 if saves and good:
                     save(step, record)
-                rates.restart()
-        drain(0)
-        if step > saved:
-            if not asked:
-                raise diverged(step, not_saved(bad))
+                reporter.restart()
+        reporter.drain(0)
+        if step > reporter.saved:
+            if not reporter.asked:
+                raise reporter.diverged(step, not_saved(reporter.bad))
             save(step, None)
     parallel.wait_for_all(group)
-    return Outcome(step, asked and step < run.steps)
+    return Outcome(step, reporter.asked and step < run.steps)
 
 
 def _open_log(recipe: Recipe, run_dir: Path, start: int, lock: RunLock | None) -> MetricsLog:

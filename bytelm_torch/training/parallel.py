@@ -120,6 +120,12 @@ def wait_for_all(group: Group) -> None:
         dist.barrier()
 
 
+def as_first_says(group: Group, value: bool) -> bool:
+    """The first process's `value`, in every process."""
+    first = torch.tensor(float(value and group.rank == 0), device=group.device)
+    return bool(all_sum(group, first))
+
+
 def require_agreement(group: Group, found: dict[str, Any]) -> None:
     """Raises `ValueError`, in all processes alike, unless all of them found the same."""
     if group.size > 1:
