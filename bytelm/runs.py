@@ -100,6 +100,7 @@ _PLACES = ("paths", "valid", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
+_FIXED |= {"init_optimizer", "branch_from", "average_decay"}
 _FIXED |= {"freeze", "learning_rate_scale"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
@@ -299,15 +300,15 @@ def open_run(
     return RemoteRun(run_dir, cache_dir, locked)
 
 
-def export_note(model: ModelConfig) -> str | None:
+def export_notes(model: ModelConfig) -> list[str]:
     """What to say before training a model that transformers knows by its name but cannot express.
 
-    None for every other model.
+    Nothing of every other model.
     """
-    if model.transformers_type is None or model.transformers_problem is None:
-        return None
     known, problem = model.transformers_type, model.transformers_problem
-    return f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"
+    if known is None or problem is None:
+        return []
+    return [f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"]
 
 
 def require_lock(taken: bool, run_dir: str | Path) -> None:
@@ -326,9 +327,12 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
             free = name in _PLACES or name == "decay_steps"
             free |= part == "train" and name in _MAY_CHANGE
             if before[name] != after[name] and not free:
+                instead = "choose another run_dir"
+                if part != "model":
+                    instead = f"branch off: --branch-from {run_dir} --run-dir NEW"
                 raise ValueError(
                     f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "
-                    "keep that value or choose another run_dir"
+                    f"keep that value or {instead}"
                 )
 
 

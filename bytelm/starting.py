@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from bytelm.config import ByteVocab, ModelConfig, PatchingContract, Recipe, require
+from bytelm.config import ByteVocab, ModelConfig, PatchingContract, Recipe, require, to_dict
 from bytelm.remote.copies import NO_ARRAYS, local_copy
 from bytelm.runs import is_run, load_recipe, saved_recipe
+from bytelm.trainable import trainable
 
 ReadConfig = Callable[[Path], tuple[ModelConfig, PatchingContract | None]]
 """What an export, or weights of another project, say about their model, read without weights."""
@@ -28,14 +29,17 @@ def split_source(named: str) -> tuple[Path, str]:
 
 
 @contextmanager
-def opened_source(named: str, weights: bool = True) -> Iterator[tuple[Path, str]]:
+def opened_source(
+    named: str, weights: bool = True, everything: bool = False
+) -> Iterator[tuple[Path, str]]:
     """A folder of this machine with what `train.init_from` names, and the checkpoint.
 
-    Of a run at an address the weights of that checkpoint alone are fetched, if any are wanted.
+    Of a run at an address the weights of that checkpoint alone are fetched, if any are wanted, or
+    `everything` of it.
     Errors of the block name the address.
     """
     path, checkpoint = split_source(named)
-    with local_copy(path, checkpoint if weights else NO_ARRAYS) as copy:
+    with local_copy(path, checkpoint if weights else NO_ARRAYS, everything) as copy:
         yield copy, checkpoint
 
 
@@ -66,22 +70,87 @@ def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConf
     return replace(recipe, model=model, patching=patching, train=train)
 
 
+ANEW = "the optimizer's state begins anew: it is another one, or other parameters train"
+"""What a branch says that does not go on with the state of the optimizer that it found."""
+
+
+def branch_recipe(named: str, run_dir: Path) -> Recipe:
+    """The recipe of the run that `train.branch_from` names, as the branch in `run_dir` begins.
+
+    A branch that exists has its own recipe: its source may be gone. Raises `ValueError` for what is
+    no run folder.
+    """
+    saved = saved_recipe(run_dir)
+    if saved is not None:
+        return replace(saved, train=replace(saved.train, branch_from=named))
+    with opened_source(named, weights=False) as (path, _):
+        require(is_run(path), f"train.branch_from={named}: is no run folder; check the spelling")
+        recipe = load_recipe(path)
+    begins = {"init_from": "", "init_optimizer": False, "branch_from": named}
+    return replace(recipe, train=replace(recipe.train, **begins), origin="")
+
+
+def require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
+    """Raises `ValueError` if `recipe` cannot go on from step `step` of the run `source`."""
+    named, run = f"train.branch_from={recipe.train.branch_from}", recipe.train
+    before, after = to_dict(source.model), to_dict(recipe.model)
+    for name in before:
+        same = before[name] == after[name]
+        require(same, f"model.{name}={after[name]}: {named} has {before[name]}; leave it out")
+    begins = f"{named}: begins at step {step}, so train.steps={run.steps} is over; give more steps"
+    require(step < run.steps, begins)
+    changes = recipe.optimizer.name != source.optimizer.name
+    counted = changes and hasattr(recipe.optimizer, "controller")
+    hint = "take another optimizer, or start anew by train.init_from"
+    where = f"optimizer.name={recipe.optimizer.name}"
+    require(not counted, f"{where}: its agent counts from step 0, which a branch is past; {hint}")
+
+
+def keeps_optimizer(recipe: Recipe, source: Recipe, names: Iterable[str]) -> bool:
+    """Whether an optimizer of `recipe` takes the state that the run `source` left.
+
+    That is so for the same class over the same parameters; `names` are those of the model.
+    """
+    names = list(names)
+    same = recipe.optimizer.name == source.optimizer.name
+    return same and trainable(recipe, names).frozen == trainable(source, names).frozen
+
+
+def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str]) -> None:
+    """Raises `ValueError` if `train.init_from`, the run `source`, has no state for the optimizer.
+
+    None is a source that is no run folder of the package that asks.
+    """
+    named = f"train.init_optimizer: {recipe.train.init_from}"
+    if source is None:
+        raise ValueError(f"{named} is no run folder of this package; leave it out")
+    theirs, ours = source.optimizer.name, recipe.optimizer.name
+    require(theirs == ours, f"{named} was trained with {theirs}, not with {ours}; leave it out")
+    kept = keeps_optimizer(recipe, source, names)
+    require(kept, f"{named} trained other parameters than train.freeze leaves; leave it out")
+
+
 def keep_source(recipe: Recipe, run_dir: Path) -> Recipe:
     """`recipe` with the source of the run that `run_dir` holds, if there is one.
 
     Raises `ValueError` if the recipe names another.
     """
-    saved, named = saved_recipe(run_dir), recipe.train.init_from
+    saved = saved_recipe(run_dir)
     if saved is None:
         return recipe
-    began = saved.train.init_from
-    same = not named or (bool(began) and Path(named) == Path(began))
-    says = f"began from {saved.origin}" if began else "did not begin from other weights"
     hint = "leave it out or choose another run_dir"
-    require(same, f"train.init_from={named}: {run_dir} {says}; {hint}")
-    train = replace(recipe.train, init_from=began)
+    for field in ("init_from", "branch_from"):
+        named, began = getattr(recipe.train, field), getattr(saved.train, field)
+        same = not named or (bool(began) and Path(named) == Path(began))
+        says = f"began from {saved.origin}" if saved.origin else "did not begin from other weights"
+        require(same, f"train.{field}={named}: {run_dir} {says}; {hint}")
+    kept = {name: getattr(saved.train, name) for name in _SOURCES}
+    train = replace(recipe.train, **kept)
     return replace(recipe, train=train, origin=saved.origin)
 
+
+_SOURCES = ("init_from", "init_optimizer", "branch_from")
+"""Fields of `TrainConfig` that say what a run begins from, which stays so when it goes on."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -15,7 +15,7 @@ from bytelm.arguments import (
 )
 from bytelm.config import OPTIMIZER_CONFIGS, Recipe
 from bytelm.recipe_files import find_recipe
-from bytelm.starting import ReadConfig, with_source
+from bytelm.starting import ReadConfig, branch_recipe, with_source
 
 RUN_DIR = ("run_dir", "save_path")
 """The names of the option for the run folder."""
@@ -33,6 +33,8 @@ HELP = (
     "  --save_path for --run-dir",
     "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
     "    export, or what `bytelm import` reads; the model is theirs",
+    "  --branch-from RUN[@STEP] --run-dir NEW in place of RECIPE, to go on from a step of a run",
+    "    with another rate, other data or another optimizer",
 )
 """What the help of both trainers says, a line each."""
 
@@ -50,7 +52,13 @@ class Asked(NamedTuple):
 
 
 def take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe that a command line names first, and the other arguments, written as options."""
+    """The recipe that a command line names first, and the other arguments, written as options.
+
+    It names none where a branch has the recipe of its run.
+    """
+    branches = any(a.replace("_", "-").startswith("--branch-from") for a in as_options(argv))
+    if branches and argv[0].startswith("-"):
+        return "", as_options(argv)
     if not argv[0] or argv[0].startswith("-"):
         raise UsageError(
             f"{argv[0] or 'RECIPE'}: name the recipe first: {', '.join(recipes.names())}"
@@ -65,8 +73,9 @@ def read_options(
 
     Raises `ValueError` for what does not exist or does not fit.
     """
-    recipe = find_recipe(named)
     place, argv = take_option(argv, *RUN_DIR)
+    branch, argv = take_option(argv, "branch_from", "train.branch_from")
+    recipe = _branch(named, branch, place) if branch else find_recipe(named)
     run_dir = Path(place or Path("runs") / recipe.name)
     source, argv = take_option(argv, "init_from", "train.init_from")
     if source:
@@ -75,3 +84,12 @@ def read_options(
     fields = frozenset(o[2:].replace("-", "_") for o in options if o.startswith("--"))
     recipe = parse_recipe(recipe, argv, f"{prog} {recipe.name}", description)
     return Asked(recipe, run_dir, fields)
+
+
+def _branch(named: str, branch: str, place: str | None) -> Recipe:
+    """The recipe of a branch; raises `ValueError` for a command line that names none."""
+    if named:
+        raise UsageError(f"{named}: --branch-from {branch} has a recipe; leave {named} out")
+    if not place:
+        raise UsageError(f"--branch-from {branch}: name a new folder for the branch by --run-dir")
+    return branch_recipe(branch, Path(place))

@@ -14,7 +14,8 @@ from bytelm.files import one_line
 from bytelm.runs import DivergedError
 from bytelm.storage.stores import require_local
 from bytelm.train_options import HELP, RECIPES, RUN_DIR, read_options, take_recipe
-from bytelm_torch.training.loop import read_config, train
+from bytelm_torch.training.loop import train
+from bytelm_torch.training.starting import read_config
 
 __all__ = ["main", "train"]
 

@@ -38,16 +38,17 @@ from bytelm.config import (
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
-from bytelm.runs import export_note
+from bytelm.runs import export_notes
 from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training import loop as jax_train
 from bytelm_jax.training.batches import training_batches as jax_batches
 from bytelm_torch.train import main
 from bytelm_torch.training import loop as train
-from bytelm_torch.training import parallel
+from bytelm_torch.training import parallel, reporter
 from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
+from bytelm_torch.training.starting import start_model
 from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
@@ -87,13 +88,13 @@ def corpus(tmp_path_factory):
 def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path, capsys):
     recipe = torch_recipe(corpus, steps=1)
     model = replace(CONFIGS["blt"], patcher="space")
-    assert export_note(recipe.model) is None and export_note(CONFIGS["entropy"]) is None
+    assert export_notes(recipe.model) == export_notes(CONFIGS["entropy"]) == []
     public = replace(model, patcher="byte")
-    assert public.transformers_problem is None and export_note(public) is None
+    assert public.transformers_problem is None and export_notes(public) == []
     train.train(replace(recipe, model=model), tmp_path)
-    line = capsys.readouterr().err.splitlines()[0]
-    assert line.startswith("train: note: `bytelm export --format hf-blt` cannot write this model (")
-    assert "(patcher='space': transformers only has 'entropy' and 'byte')" in line
+    why = "(patcher='space': transformers only has 'entropy' and 'byte')"
+    note = f"note: `bytelm export --format hf-blt` cannot write this model {why}"
+    assert note in capsys.readouterr().err.splitlines()
 
 
 def torch_recipe(corpus, **changes):
@@ -212,13 +213,13 @@ def test_initial_weights_of_any_dtype_become_float32(corpus, start, tmp_path):
     alone = parallel.Group(0, 1, torch.device("cpu"))
     bytelm_torch.save_pretrained(model, tmp_path / "sixteen")
     recipe = torch_recipe(corpus, init_from=str(tmp_path / "sixteen"))
-    _, started = train._start_model(recipe, alone)
+    _, started = start_model(recipe, alone.device)
     assert {value.dtype for value in started.parameters()} == {torch.float32}
     model.double().to_logits.bias.data[3] = 1e39
     bytelm_torch.save_pretrained(model, tmp_path / "large")
     line = r"large: to_logits\.bias holds a value too large for float32$"
     with pytest.raises(ValueError, match=line):
-        train._start_model(torch_recipe(corpus, init_from=str(tmp_path / "large")), alone)
+        start_model(torch_recipe(corpus, init_from=str(tmp_path / "large")), alone.device)
 
 
 def test_two_processes_and_accumulation_change_nothing(corpus, start, one_process, tmp_path):
@@ -315,9 +316,9 @@ def test_utilisation_counts_three_passes_but_one_of_a_frozen_part(corpus, tmp_pa
     assert isinstance(blt, BLTConfig)
     whole, frozen = blt.flops_per_byte(15), blt.entropy.flops_per_byte(15)
     assert training_flops_per_byte(blt, 15) == pytest.approx(3 * (whole - frozen) + frozen)
-    counted, real = [], train.Throughput
-    monkeypatch.setattr(train, "Throughput", lambda *a: [counted.append(a[0]), real(*a)][1])
-    monkeypatch.setattr(train, "training_flops_per_byte", lambda *_: 7.0)
+    counted, real = [], reporter.Throughput
+    monkeypatch.setattr(reporter, "Throughput", lambda *a: [counted.append(a[0]), real(*a)][1])
+    monkeypatch.setattr(reporter, "training_flops_per_byte", lambda *_: 7.0)
     train.train(torch_recipe(corpus, steps=1), tmp_path / "run")
     assert counted == [7.0]
 

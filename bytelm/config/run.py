@@ -148,7 +148,10 @@ class TrainConfig:
     from which BLT with patcher="entropy" takes its entropy model: sizes, weights, threshold and
     mean patch length. `init_from` names weights from which a run starts, with a new optimizer: a
     run folder, PATH@CHECKPOINT for another checkpoint than its latest, an export, or what
-    `bytelm import` reads.
+    `bytelm import` reads. With `init_optimizer` the state of that run's optimizer comes along.
+    `branch_from`, likewise RUN or RUN@CHECKPOINT, goes on from the step of a run in a new folder,
+    where everything but the model may change. `average_decay` d keeps an average of the weights,
+    a ← d a + (1 − d) w after each step, which evaluation and export use (0: none).
 
     `freeze` are patterns (`*`, `?`, `[…]`) of names of parameters that have no gradient, no
     optimizer state and no update. `learning_rate_scale`, entries PATTERN=NUMBER, multiply the
@@ -176,6 +179,9 @@ class TrainConfig:
     step_timeout: int = 1800
     entropy_from: str = ""
     init_from: str = ""
+    init_optimizer: bool = False
+    branch_from: str = ""
+    average_decay: float = 0.0
     freeze: tuple[str, ...] = ()
     learning_rate_scale: tuple[str, ...] = ()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -195,6 +201,11 @@ class TrainConfig:
         require_non_negative(self, *counts)
         require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
         parse_scales(self.learning_rate_scale)
+        require_fraction(self, "average_decay")
+        only = not (self.init_from and self.branch_from)
+        require(only, "init_from, branch_from: both say what a run begins from; give one of them")
+        needs = not self.init_optimizer or bool(self.init_from)
+        require(needs, "init_optimizer=True: needs init_from, the run whose optimizer it is")
         require(
             self.batch_size % self.accumulation_steps == 0,
             f"batch_size={self.batch_size}: must be a multiple of "

@@ -22,7 +22,7 @@ NO_ARRAYS = "none"
 """What `local_copy` takes as a checkpoint where nothing but small files is wanted."""
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-ARRAYS = ("params", "optimizer")
+ARRAYS = ("params", "optimizer", "average")
 _SMALL = "_METADATA"
 
 

@@ -40,6 +40,7 @@ def eval_command(
     batch_size: int = 16,
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     json: bool = False,
+    average: bool = True,
     reset_on: Literal["trained", "none", "newline", "document"] = "trained",
     text_field: str = "text",
     prompt_field: str = "",
@@ -60,6 +61,7 @@ def eval_command(
         batch_size: windows per step, rounded up to a multiple of the number of devices.
         dtype: precision of the arithmetic.
         json: print one JSON object instead of a sentence.
+        average: of a run with train.average_decay, take the average of its weights.
         reset_on: where a new segment starts for the model; as in training, by default.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
         prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
@@ -74,7 +76,7 @@ def eval_command(
 
     from bytelm_jax.training import checkpoint as checkpoints
 
-    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
     recipe = with_resets(recipe, reset_on)
     require_prediction(recipe.model)
     windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
@@ -247,6 +249,7 @@ def export_command(
     out: Path,
     checkpoint: str = "latest",
     format: Literal["bytelm", "hf-blt"] = "bytelm",
+    average: bool = True,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -264,6 +267,7 @@ def export_command(
         out: the folder to write.
         checkpoint: latest, best or a step.
         format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        average: of a run with train.average_decay, write the average of its weights.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
@@ -274,7 +278,7 @@ def export_command(
     from bytelm_jax.interop.vocab import remap_vocab
     from bytelm_jax.training import checkpoint as checkpoints
 
-    recipe, params, step = checkpoints.load_run(run, checkpoint)
+    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
     asked = {"size": vocab_size, "offset": vocab_offset}
     asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
     vocab = replace(recipe.model.vocab, **{k: v for k, v in asked.items() if v != -1})

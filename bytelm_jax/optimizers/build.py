@@ -27,9 +27,11 @@ from bytelm.config import (
 from bytelm.leaves import decays, is_hidden_matrix
 from bytelm.trainable import EVERYTHING, Trainable
 from bytelm_jax.optimizers.muon import scale_by_muon
+from bytelm_jax.optimizers.q_agent import begin_counting
 from bytelm_jax.optimizers.q_learning import (
     QLearningSGDState,
     QLearningWrapperState,
+    is_injected,
     q_learning,
     q_learning_metrics,
     q_learning_sgd,
@@ -214,6 +216,24 @@ def _scheduled(
     clip = clip_by_global_norm(config.max_grad_norm)
     rate = optax.scale_by_learning_rate(learning_rate_schedule(config, steps))
     return optax.with_extra_args_support(optax.chain(clip, inner, rate))
+
+
+def at_step(state: optax.OptState, step: int) -> optax.OptState:
+    """An optimizer state whose learning-rate schedule stands at `step`.
+
+    The counts of an agent, which also say how much it has seen, begin anew; its table stays.
+    """
+
+    def scheduled(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState) or is_injected(node)
+
+    def moved(node: Any) -> Any:
+        return node._replace(count=0 * node.count + step) if scheduled(node) else node
+
+    state = jax.tree.map(moved, state, is_leaf=scheduled)
+    if isinstance(state, QLearningSGDState | QLearningWrapperState):
+        state = state._replace(agent=begin_counting(state.agent))
+    return state
 
 
 def optimizer_metrics(state: optax.OptState) -> dict[str, Array]:

@@ -116,6 +116,13 @@ def init_agent(
     )
 
 
+def begin_counting(state: QLearningState) -> QLearningState:
+    """The agent at the first step of another run: it keeps what it has learned, not its counts."""
+    zero = 0 * state.count
+    surge = state.last_surge - state.count
+    return state._replace(count=zero, skipped=zero, surges=zero, last_surge=surge)
+
+
 def step_agent(
     state: QLearningState,
     loss: Scalar,

@@ -412,13 +412,13 @@ def _square_norms(leaves: list[Array], dtype: DTypeLike) -> Float[Array, " leave
     return jnp.array([jnp.sum(jnp.square(leaf)) for leaf in wide], dtype)
 
 
-def _is_injected(node: Any) -> bool:
+def is_injected(node: Any) -> bool:
     return isinstance(node, optax.InjectStatefulHyperparamsState)
 
 
 def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
     """The hyperparameter of one of these names, if exactly one injected state holds it."""
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=is_injected) if is_injected(node)]
     values = [
         node.hyperparams[name]
         for node in nodes
@@ -430,16 +430,16 @@ def _exposed(state: optax.OptState, *names: str, default: Any = None) -> Any:
 
 def _rate(state: optax.OptState) -> Any:
     """The learning rate, scheduled or not, if exactly one injected state holds it, otherwise 1."""
-    nodes = [node for node in jax.tree.leaves(state, is_leaf=_is_injected) if _is_injected(node)]
+    nodes = [node for node in jax.tree.leaves(state, is_leaf=is_injected) if is_injected(node)]
     rates = [n.hyperparams["learning_rate"] for n in nodes if "learning_rate" in n.hyperparams]
     return rates[0] if len(rates) == 1 else 1.0
 
 
 def _check_injected(state: optax.OptState) -> None:
     """Raises `ValueError` for an injected rate or decay that cannot work, unless it is traced."""
-    for node in jax.tree.leaves(state, is_leaf=_is_injected):
+    for node in jax.tree.leaves(state, is_leaf=is_injected):
         for name in ("learning_rate", "weight_decay"):
-            value = node.hyperparams.get(name) if _is_injected(node) else None
+            value = node.hyperparams.get(name) if is_injected(node) else None
             if value is not None and not isinstance(value, Tracer):
                 require_amount(name, float(value))
 
@@ -450,7 +450,7 @@ def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState
         return state
 
     def replaced(node: Any) -> Any:
-        if not _is_injected(node):
+        if not is_injected(node):
             return node
         changed = {
             name: value.astype(old.dtype)
@@ -459,4 +459,4 @@ def _expose(state: optax.OptState, *names: str, value: Scalar) -> optax.OptState
         }
         return node._replace(hyperparams={**node.hyperparams, **changed})
 
-    return jax.tree.map(replaced, state, is_leaf=_is_injected)
+    return jax.tree.map(replaced, state, is_leaf=is_injected)

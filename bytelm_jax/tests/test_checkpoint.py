@@ -17,7 +17,7 @@ from bytelm import runs
 from bytelm.config import MegabyteConfig, Recipe, TrainConfig
 from bytelm.runs import RunLock
 from bytelm_jax.models import abstract_params
-from bytelm_jax.training import checkpoint, loop
+from bytelm_jax.training import checkpoint, fingerprints, loop
 
 MODEL = MegabyteConfig(patch_size=2, global_dim=4, local_dim=4, global_heads=1, local_heads=1)
 
@@ -51,7 +51,7 @@ def test_marks_are_those_defined_under_any_sharding(x64, spec):
 
 def test_a_mark_holds_no_copy_of_what_it_sums():
     leaf = jax.ShapeDtypeStruct((3, 500, 300), "float32")
-    used: Any = checkpoint._mark.lower(leaf).compile().memory_analysis()
+    used: Any = fingerprints._mark.lower(leaf).compile().memory_analysis()
     assert used.temp_size_in_bytes < used.argument_size_in_bytes / 50
 
 
@@ -67,7 +67,7 @@ def test_a_made_run_is_written_in_small_files_and_read_back(tmp_path, monkeypatc
     # Orbax closes a file once it has grown past the bound, by one piece of an array at most.
     assert sum(sizes) > 2**21 and max(sizes) <= 2 * 2**18
     with checkpoint.open_checkpoints(tmp_path / "run") as manager:
-        restored, _, _ = checkpoint.restore(manager, 0, params)
+        restored = checkpoint.restore(manager, 0, params).params
     for name, value in params.items():
         np.testing.assert_array_equal(restored[name], value)
 

@@ -136,7 +136,7 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
     _, init = define_model(recipe.model)
     parts = trainable(recipe, jax.eval_shape(lambda: init(run.seed)))
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
-    return steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    return steps.abstract_init(mesh, optimizer, lambda: init(run.seed), steps.averaged(run, parts))
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
@@ -164,7 +164,7 @@ def estimate_memory(
     run = recipe.train
     moving = without(state.params, trainable(recipe, state.params).frozen)
     parameters, gradients = _part(state.params), _part(moving)
-    optimizer_state = _part(state.opt_state)
+    optimizer_state = _part((state.opt_state, state.average))
     dtype = steps.compute_dtype(run)
     working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
     # Without sharding, arrays that need no cast are their own copies.

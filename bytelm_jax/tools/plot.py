@@ -218,7 +218,7 @@ def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
         if manager.latest_step() is None:
             return None
         step = checkpoint.choose_step(manager, "latest")
-        _, opt_state, _ = checkpoint.restore(manager, step, placed(params), placed(state))
+        opt_state = checkpoint.restore(manager, step, placed(params), placed(state)).opt_state
     return _agent_in(opt_state)
 
 

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
@@ -29,8 +28,16 @@ from bytelm.remote.copies import local_copy
 from bytelm.remote.run import RemoteRun
 from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
 from bytelm.storage.stores import is_address, require_local
+from bytelm.trainable import trainable
 from bytelm_jax.models import Params, abstract_params
+from bytelm_jax.optimizers.build import without
 from bytelm_jax.training import processes
+from bytelm_jax.training.fingerprints import (
+    NonFiniteError,
+    check_finite,
+    examine,
+    fingerprints,
+)
 from bytelm_jax.training.manager import Manager, silence_orbax
 from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
 
@@ -39,76 +46,6 @@ _MOST_TRIED = 64
 
 _FILE_BYTES = 2**24
 """Largest array file of an import: Orbax gathers one in memory, 2 GB by default, before writing."""
-
-
-class Mark(NamedTuple):
-    """The results of one pass over an array.
-
-    `fingerprint` is Σ bits_i · (2 i + 1) mod 2³², which any changed bit changes; `non_finite` is 0
-    if every element is finite.
-    """
-
-    fingerprint: UInt32[Array, ""]
-    non_finite: UInt32[Array, ""]
-
-
-class NonFiniteError(ValueError):
-    """An array holds NaN or infinity; the message names it."""
-
-
-def examine(arrays: dict[str, Any]) -> dict[str, list[Mark]]:
-    """The marks of each tree's leaves, as numbers on the host; the same in every process."""
-    marks: dict[str, list[Mark]] = {name: [] for name in arrays}
-    for name, tree in arrays.items():
-        for leaf in jax.tree.leaves(tree):
-            marks[name].append(_mark(leaf))
-            if jax.default_backend() == "cpu":
-                # Programs of simulated devices share threads: two programs in progress at once
-                # could each hold the threads that the other waits for.
-                jax.block_until_ready(marks[name][-1])
-    return jax.device_get(marks)
-
-
-@jax.jit  # one program per array: parameters and their moments share shapes, so few are compiled
-def _mark(leaf: Any) -> Mark:
-    leaf = jnp.asarray(leaf)
-    real = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    bad = (~jnp.isfinite(leaf) if real else jnp.zeros(leaf.shape, bool)).astype(jnp.uint32)
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = leaf.astype(unsigned) if leaf.dtype == bool else leaf.view(unsigned)
-    index, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
-    for axis in reversed(range(leaf.ndim)):
-        index += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
-        stride = stride * leaf.shape[axis] % 2**32
-    total = non_finite = zero = jnp.zeros((), jnp.uint32)
-    for shift in range(0, max(8 * leaf.dtype.itemsize, 32), 32):
-        word = (bits >> shift).astype(jnp.uint32)
-        # In one reduction: XLA splits up a single sum on a CPU and holds every term in memory.
-        plain, weighted, non_finite = jax.lax.reduce(
-            (word, word * index, bad),
-            (zero, zero, zero),
-            lambda a, b: (a[0] + b[0], a[1] + b[1], a[2] | b[2]),
-            range(leaf.ndim),
-        )
-        total = total * 31 + 2 * weighted + plain
-    return Mark(total, non_finite)
-
-
-def check_finite(arrays: dict[str, Any], marks: dict[str, list[Mark]] | None = None) -> None:
-    """Raises `NonFiniteError` for the first leaf of `arrays` that is not finite.
-
-    `marks` are the result of `examine`, if it is already known.
-    """
-    for name, leaves in (examine(arrays) if marks is None else marks).items():
-        bad = next((i for i, mark in enumerate(leaves) if mark.non_finite), None)
-        if bad is not None:
-            path, _ = jax.tree.leaves_with_path(arrays[name])[bad]
-            leaf = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise NonFiniteError(f"{name}.{leaf} holds NaN or infinity")
-
-
-def _fingerprints(marks: list[Mark]) -> list[int]:
-    return [int(mark.fingerprint) for mark in marks]
 
 
 def _rank(metrics: dict[str, Any]) -> float:
@@ -169,13 +106,15 @@ def save(
     recipe: Recipe,
     data: str,
     metrics: dict[str, float] | None,
+    average: Params | None = None,
 ) -> None:
     """Starts an asynchronous save; the arrays may be donated as soon as it returns.
 
-    Without an `opt_state` only the parameters are saved, and they must not be donated. Raises
+    `average` is that of the parameters that train, if the run keeps one. Without an `opt_state`
+    only the parameters are saved, and they must not be donated. Raises
     `NonFiniteError`, before anything is written, for an array that is not finite.
     """
-    arrays = {"params": params} if opt_state is None else {"params": params, "optimizer": opt_state}
+    arrays = _items(params, opt_state, average)
     if jax.default_backend() == "cpu" and opt_state is not None:
         # On a CPU the "host copy" is a view of the very buffers that the next step overwrites.
         arrays = jax.tree.map(jnp.copy, arrays)
@@ -186,7 +125,7 @@ def save(
         "recipe": to_dict(recipe),
         "data": data,
         "metrics": metrics,
-        "fingerprints": {name: _fingerprints(each) for name, each in marks.items()},
+        "fingerprints": {name: fingerprints(each) for name, each in marks.items()},
     }
     stored: dict[str, Any]
     if opt_state is None:  # the same files, cut so that little waits in memory to be written
@@ -205,35 +144,50 @@ def finish(manager: ocp.CheckpointManager) -> None:
         manager.wait_until_finished()
 
 
+def _items(params: Any, opt_state: Any, average: Any) -> dict[str, Any]:
+    """The trees of a checkpoint by their names in it; those that are None are left out."""
+    trees = {"params": params, "optimizer": opt_state, "average": average}
+    return {name: tree for name, tree in trees.items() if tree is not None}
+
+
 class DamagedError(ValueError):
     """A checkpoint cannot be read back as it was written; the message names it."""
 
 
-def restore(
-    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None = None
-) -> tuple[Params, Any, dict[str, Any]]:
-    """Arrays shaped and sharded like the abstract `params` and `opt_state`, and the metadata.
-
-    Raises `DamagedError` if the checkpoint is damaged, holds other arrays or some that are not
-    finite.
-    """
-    recovered = _read(manager, step, params, opt_state)
-    with _readable(manager, step):
-        _check_arrays(recovered)
-    return recovered.params, recovered.opt_state, recovered.metadata
-
-
 class Recovered(NamedTuple):
-    """The state from which a run continues."""
+    """The state from which a run continues; what was not asked for is None."""
 
     step: int
     params: Params
     opt_state: Any
+    average: Any
     metadata: dict[str, Any]
 
 
+def restore(
+    manager: ocp.CheckpointManager,
+    step: int,
+    params: Any,
+    opt_state: Any | None = None,
+    average: Any | None = None,
+) -> Recovered:
+    """Arrays shaped and sharded like the abstract ones, and the metadata.
+
+    Raises `DamagedError` if the checkpoint is damaged, holds other arrays or some that are not
+    finite.
+    """
+    recovered = _read(manager, step, _items(params, opt_state, average))
+    with _readable(manager, step):
+        _check_arrays(recovered)
+    return recovered
+
+
 def recover(
-    run_dir: Path, params: Any, opt_state: Any, remote: RemoteRun | None = None
+    run_dir: Path,
+    params: Any,
+    opt_state: Any,
+    remote: RemoteRun | None = None,
+    average: Any | None = None,
 ) -> Recovered | None:
     """The newest undamaged checkpoint of a run, if any, placed on devices like the abstract arrays.
 
@@ -255,7 +209,8 @@ def recover(
             if remote:
                 remote.fetch(step)
             try:
-                recovered = _read(manager, step, params, opt_state) if manager else None
+                wanted = _items(params, opt_state, average)
+                recovered = _read(manager, step, wanted) if manager else None
             except DamagedError as error:
                 problem = str(error)
             if processes.all_agree(recovered is not None) and recovered and manager:
@@ -301,28 +256,25 @@ def _move_aside(run_dir: Path, step: int) -> Path:
     return target
 
 
-def _read(
-    manager: ocp.CheckpointManager, step: int, params: Any, opt_state: Any | None
-) -> Recovered:
+def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> Recovered:
     metadata = read_metadata(manager, step)
-    if opt_state is not None and "optimizer" not in metadata["fingerprints"]:
+    if "optimizer" in wanted and "optimizer" not in metadata["fingerprints"]:
         raise ValueError(
             f"{manager.directory}: imported weights, which training cannot continue from; name "
             "another run_dir"
         )
-    wanted = {"params": params} | ({} if opt_state is None else {"optimizer": opt_state})
     arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     with _readable(manager, step):
         restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        return Recovered(step, restored["params"], restored.get("optimizer"), metadata)
+        rest = restored.get("optimizer"), restored.get("average")
+        return Recovered(step, restored["params"], *rest, metadata)
 
 
 def _check_arrays(recovered: Recovered) -> None:
-    arrays = {"params": recovered.params}
-    arrays |= {} if recovered.opt_state is None else {"optimizer": recovered.opt_state}
+    arrays = _items(recovered.params, recovered.opt_state, recovered.average)
     marks = examine(arrays)
     for name, each in marks.items():
-        if _fingerprints(each) != recovered.metadata["fingerprints"][name]:
+        if fingerprints(each) != recovered.metadata["fingerprints"][name]:
             raise ValueError(f"the stored {name} differ from those that were saved")
     check_finite(arrays, marks)
 
@@ -384,17 +336,21 @@ def _check_metadata(metadata: Any, step: int) -> None:
     require(good, "the metadata are damaged")
 
 
-def load_run(run_dir: Path, which: str = "latest") -> tuple[Recipe, Params, int]:
+def load_run(
+    run_dir: Path, which: str = "latest", averaged: bool = True
+) -> tuple[Recipe, Params, int]:
     """Recipe, parameters (on the default device) and step of a checkpoint of a folder or address.
+
+    Of a run that averages its weights the parameters are the average, unless not `averaged`.
 
     A checkpoint that a training run removes meanwhile is replaced by the next that `which` names.
     Raises `ValueError`, and `DamagedError` if the checkpoint is damaged.
     """
     with local_copy(run_dir, which) as copy:
-        return _load_run(copy, which)
+        return _load_run(copy, which, averaged)
 
 
-def _load_run(run_dir: Path, which: str) -> tuple[Recipe, Params, int]:
+def _load_run(run_dir: Path, which: str, averaged: bool) -> tuple[Recipe, Params, int]:
     recipe = load_recipe(run_dir)
     if not (run_dir / "checkpoints").is_dir():
         raise ValueError(f"{run_dir}: no checkpoints there; train first")
@@ -407,7 +363,7 @@ def _load_run(run_dir: Path, which: str) -> tuple[Recipe, Params, int]:
             steps = sorted(manager.all_steps())
             try:
                 step = choose_step(manager, which)
-                return recipe, _load_params(manager, step, recipe, run_dir), step
+                return recipe, _load_params(manager, step, recipe, run_dir, averaged), step
             except DamagedError as error:
                 now = saved_steps(run_dir)
                 if now == steps:
@@ -418,9 +374,10 @@ def _load_run(run_dir: Path, which: str) -> tuple[Recipe, Params, int]:
 
 
 def _load_params(
-    manager: ocp.CheckpointManager, step: int, recipe: Recipe, run_dir: Path
+    manager: ocp.CheckpointManager, step: int, recipe: Recipe, run_dir: Path, averaged: bool
 ) -> Params:
-    described = read_metadata(manager, step)["recipe"]["model"]
+    metadata = read_metadata(manager, step)
+    described = metadata["recipe"]["model"]
     described = to_dict(model_from_dict(described))  # older files name some patchers otherwise
     if _uncalibrated(described) != _uncalibrated(to_dict(recipe.model)):
         raise ValueError(f"{run_dir}: config.json and checkpoint {step} describe different models")
@@ -429,7 +386,12 @@ def _load_params(
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
         for name, leaf in abstract_params(recipe.model).items()
     }
-    return restore(manager, step, abstract)[0]
+    average, kept = None, "average" in metadata["fingerprints"]
+    require(kept or averaged, f"average: {run_dir} keeps none of its weights; leave it out")
+    if averaged and kept:
+        average = without(abstract, trainable(recipe, abstract).frozen)
+    restored = restore(manager, step, abstract, average=average)
+    return restored.params | (restored.average or {})
 
 
 def _uncalibrated(model: dict[str, Any]) -> dict[str, Any]:

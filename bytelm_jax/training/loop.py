@@ -23,11 +23,11 @@ from bytelm.data import Mixture, Windows, evaluation_batches
 from bytelm.metrics import MetricsLog, validation_record
 from bytelm.patience import Patience, require_validation
 from bytelm.remote.run import RemoteRun
-from bytelm.run_data import first_lines, open_windows
+from bytelm.run_data import RunData, first_lines, open_windows
 from bytelm.runs import (
     Outcome,
     RunLock,
-    export_note,
+    export_notes,
     keep_rules,
     not_saved,
     open_run,
@@ -36,9 +36,9 @@ from bytelm.runs import (
     what_a_run_is,
 )
 from bytelm.schedules import jumps
-from bytelm.starting import keep_source
+from bytelm.starting import ANEW, keep_source
 from bytelm.tracking import check_trackers, open_trackers
-from bytelm.trainable import trainable
+from bytelm.trainable import Trainable, trainable
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import checkpoint, processes, starting
@@ -98,6 +98,16 @@ def check_folder(lock: RunLock | RemoteRun) -> None:
     with processes.agreement():
         if processes.is_first():
             lock.check()
+
+
+def what_it_is(
+    recipe: Recipe, data: RunData, params: Any, parts: Trainable, mesh: Any
+) -> list[str]:
+    """The first lines of a run; `params` may be abstract."""
+    sizes = {name: leaf.size for name, leaf in params.items()}
+    frozen = sum(sizes[name] for name in parts.frozen)
+    machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(recipe.train)}"
+    return first_lines(recipe, data, sum(sizes.values()), machine, frozen)
 
 
 @contextmanager
@@ -165,11 +175,14 @@ def _train(
     step_function = steps.make_train_step(
         bind, optimizer, run, vocab.pad_id, mesh, parts, names=found_data.names
     )
-    template = steps.abstract_init(mesh, optimizer, init_params)
+    template = steps.abstract_init(mesh, optimizer, init_params, steps.averaged(run, parts))
 
     # ---- state, restored or born sharded ----
-    resumed = checkpoint.recover(run_dir, template.params, template.opt_state, remote_of(lock))
-    start = resumed.step if resumed else 0
+    arrays = (template.params, template.opt_state)
+    resumed = begun = checkpoint.recover(run_dir, *arrays, remote_of(lock), template.average)
+    if not resumed:
+        recipe, begun = starting.load_branch(recipe, template)
+    start = begun.step if begun else 0
     if resumed and resumed.metadata["data"] != identity:
         raise ValueError(f"data: not the bytes that {lock.name} was started on; give the same")
     piece = recipe.data.length_at(start)
@@ -178,16 +191,12 @@ def _train(
         step_function, template, shape, mesh, bool(found_data.names), windows.is_masked
     )
     with ahead if start < run.steps else nullcontext():
-        if resumed:
-            step_number = jax.device_put(start, template.step.sharding).astype(template.step.dtype)
-            state = steps.TrainState(step_number, resumed.params, resumed.opt_state)
-        else:
-            state = steps.compile_init(optimizer, init_params, template)()
-            if not fresh:  # no checkpoint could be read
-                recipe, trained = starting.load_start(recipe)
-            if trained:
-                state = state._replace(params=state.params | meshes.place(mesh, trained))
-        del trained  # a whole copy of the weights, and the run is long
+        if not resumed and not fresh:  # no checkpoint could be read
+            recipe, trained = starting.load_start(recipe)
+        make = partial(steps.make_init, optimizer, init_params, template)
+        state = starting.make_state(recipe, make, template, mesh, begun, trained)
+        anew = begun is not None and begun.opt_state is None
+        del trained, begun  # whole copies of the weights, and the run is long
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
     row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
@@ -196,7 +205,8 @@ def _train(
     order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
-    notes = jumps(run_dir, recipe, start)
+    notes = jumps(run_dir, recipe, start) + [ANEW] * anew
+    notes += [] if start else export_notes(recipe.model)
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
         manager = stack.enter_context(checkpoints_of(lock, run))
@@ -208,26 +218,20 @@ def _train(
         stack.enter_context(watchdog)
         reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager)
         patience = Patience(run.patience, log.records, processes.as_first_says, display.say)
-        display.say(
-            f"{'resuming' if start else 'training'} {recipe.name} in {lock.name}, step {start}"
-        )
-        if not start and (note := export_note(recipe.model)):
-            display.say(note)
-        sizes = {name: leaf.size for name, leaf in template.params.items()}
-        counts = sum(sizes.values()), sum(sizes[name] for name in parts.frozen)
-        machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(run)}"
-        for line in first_lines(recipe, found_data, counts[0], machine, counts[1]) + notes:
+        how = "resuming" if resumed else "training"
+        display.say(f"{how} {recipe.name} in {lock.name}, step {start}")
+        for line in what_it_is(recipe, found_data, template.params, parts, mesh) + notes:
             display.say(line)
 
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
             if not validation:
                 return None
-            checkpoint.check_finite({"params": state.params})
+            checkpoint.check_finite({"params": state.weights})
             results = {}
             for name, windows in validation.items():
                 batches = evaluation_batches(windows, run.batch_size, run.eval_windows, *part)
                 watched = watchdog.over(batches, f"the evaluation of step {step}")
-                results[name] = evaluate_batches(row_nats, state.params, stop.until(watched), mesh)
+                results[name] = evaluate_batches(row_nats, state.weights, stop.until(watched), mesh)
             if stop:
                 return None
             record = validation_record(results)
@@ -238,13 +242,16 @@ def _train(
         def save(step: int, state: steps.TrainState, record: dict[str, float] | None) -> None:
             watchdog.progress(f"the checkpoint of step {step}")
             check_folder(lock)
-            checkpoint.save(manager, step, state.params, state.opt_state, recipe, identity, record)
+            arrays = (state.params, state.opt_state)
+            checkpoint.save(manager, step, *arrays, recipe, identity, record, state.average)
             reporter.saved = step
 
         def due(step: int, every: int) -> bool:
             return step == run.steps or bool(every and step % every == 0)
 
         # ---- loop ----
+        if start and not resumed:
+            save(start, state, None)  # a branch needs its source no more
         if resumed and not resumed.metadata["metrics"] and due(start, run.eval_every):
             validate(start, state)  # cut short by a signal
         while step < run.steps and not patience.over and not stop.agreed():

@@ -41,6 +41,26 @@ class TrainState(NamedTuple):
     step: Array
     params: Params
     opt_state: Any
+    average: Params | None = None
+    """The average over steps of the parameters that train, if the run keeps one."""
+
+    @property
+    def weights(self) -> Params:
+        """The parameters to evaluate: their average, if there is one."""
+        return self.params | (self.average or {})
+
+    def next_average(self, params: Params, decay: float) -> Any:
+        """The average after a step that has led to `params`, if one is kept."""
+        if self.average is None:
+            return None
+        return optax.incremental_update(
+            {name: params[name] for name in self.average}, self.average, 1 - decay
+        )
+
+    def begin_with(self, params: Params) -> "TrainState":
+        """The state with these parameters, at which an average begins, too."""
+        average = self.average and {name: jnp.copy(params[name]) for name in self.average}
+        return self._replace(params=params, average=average)
 
 
 def compute_dtype(train: TrainConfig) -> jnp.dtype:
@@ -56,6 +76,18 @@ def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callab
     return compile_init(optimizer, init, abstract_init(mesh, optimizer, init))()
 
 
+def averaged(train: TrainConfig, parts: Trainable) -> Trainable | None:
+    """Of which parameters a run keeps an average: those that train; None if it keeps none."""
+    return parts if train.average_decay else None
+
+
+def make_init(
+    optimizer: optax.GradientTransformation, init: Callable, template: TrainState
+) -> TrainState:
+    """The state of `init_state`; `template` is the result of `abstract_init`."""
+    return compile_init(optimizer, init, template)()
+
+
 def compile_init(
     optimizer: optax.GradientTransformation, init: Callable, template: TrainState
 ) -> Callable[[], TrainState]:
@@ -66,15 +98,22 @@ def compile_init(
     # It runs once: on a CPU, compiling it with all optimisations would take longer than it saves.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda x: x.sharding, template)
-    make = _initialiser(optimizer, init)
+    make = _initialiser(optimizer, init, template.average)
     return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
 
 
 def abstract_init(
-    mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    init: Callable,
+    average: Trainable | None = None,
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the result of `init_state`."""
-    shapes = jax.eval_shape(_initialiser(optimizer, init))
+    """Shapes, dtypes and shardings of the result of `init_state`.
+
+    `average` is the result of `averaged`.
+    """
+    kept = None if average is None else without(jax.eval_shape(init), average.frozen)
+    shapes = jax.eval_shape(_initialiser(optimizer, init, kept))
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -83,11 +122,14 @@ def abstract_init(
 
 
 def _initialiser(
-    optimizer: optax.GradientTransformation, init: Callable
+    optimizer: optax.GradientTransformation, init: Callable, average: Any
 ) -> Callable[[], TrainState]:
+    """`average`, if not None, has a key for each parameter of which an average is kept."""
+
     def make() -> TrainState:
         params = init()
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+        return state.begin_with(params)
 
     return make
 
@@ -183,7 +225,8 @@ def make_train_step(
                 (params, opt_state),
                 (state.params, state.opt_state),
             )
-        state = TrainState(state.step + 1, params, opt_state)
+        average = state.next_average(params, train.average_decay)
+        state = TrainState(state.step + 1, params, opt_state, average)
         state = jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
         report = report | {"grad_norm": norm} | optimizer_report
         return state, jax.lax.with_sharding_constraint(report, replicated(mesh))

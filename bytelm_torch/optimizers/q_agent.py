@@ -400,6 +400,16 @@ def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
     return QLearningState(**{**agent, "key": tuple(agent["key"])})
 
 
+def begin_counting(saved: dict[str, Any]) -> None:
+    """Lets the agent that `save_agent` gave count from the first step of another run.
+
+    It keeps what it has learned.
+    """
+    zero = torch.zeros_like(saved["skipped"])
+    surge = saved["last_surge"] - saved["count"]
+    saved |= {"count": 0, "skipped": zero, "surges": zero.clone(), "last_surge": surge}
+
+
 def require_agent(state_dict: dict[str, Any], kind: str) -> None:
     """Raises `ValueError` for the state dict of an optimizer without an agent."""
     require(

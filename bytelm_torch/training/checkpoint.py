@@ -30,6 +30,8 @@ from bytelm.runs import saved_steps
 from bytelm.torch_files import check_torch_file
 from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.interop.finite import first_non_finite
+from bytelm_torch.optimizers.q_agent import begin_counting
+from bytelm_torch.training.average import Average
 
 _TRAINING_FILE = "training.pt"
 
@@ -42,11 +44,13 @@ def save(
     recipe: Recipe,
     data: str,
     metrics: dict[str, float] | None,
+    average: Average,
 ) -> None:
     """Writes `checkpoints/<step>`, completely or not at all, and removes superseded checkpoints.
 
     The folder is an export, for `from_pretrained` and `bytelm import`, in which `training.pt`
-    additionally holds the optimizer, the identity of the data and the metrics.
+    additionally holds the optimizer, the identity of the data and the metrics. Where an average is
+    kept, that is exported, and the weights themselves are there as `trained`.
     """
     folder = run_dir / "checkpoints"
     partial = folder / f".{step}.{os.getpid()}.partial"
@@ -55,8 +59,10 @@ def save(
         extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
         if recipe.patching:
             extra["patching"] = to_dict(recipe.patching)
-        save_pretrained(model, partial, extra)
-        write_synced(partial / _TRAINING_FILE, lambda sink: torch.save(state, sink))
+        with average.in_model() as trained:
+            save_pretrained(model, partial, extra)
+            state |= {"trained": trained} if trained else {}
+            write_synced(partial / _TRAINING_FILE, lambda sink: torch.save(state, sink))
         shutil.rmtree(folder / str(step), ignore_errors=True)
         os.replace(partial, folder / str(step))
     except OSError as error:
@@ -103,9 +109,13 @@ def read_training(run_dir: Path, step: int, checksums: bool = False) -> dict[str
 
 
 def restore(
-    run_dir: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    average: Average,
 ) -> dict[str, Any]:
-    """Loads checkpoint `step` into `model` and `optimizer`; returns what was stored with them.
+    """Loads checkpoint `step` into `model` and the rest; returns what was stored with them.
 
     Raises `ValueError` for files that cannot be read, belong to another optimizer or are not
     finite.
@@ -113,13 +123,54 @@ def restore(
     loaded = from_pretrained(run_dir / "checkpoints" / str(step))
     model.load_state_dict(loaded.state_dict(), strict=True)
     state = read_training(run_dir, step, checksums=True)
+    average.begin()
+    if "trained" in state:  # what the model has now is their average
+        _load_trained(run_dir / "checkpoints" / str(step), model, state["trained"])
+    if optimizer is not None:
+        _load_optimizer(run_dir, step, optimizer, state["optimizer"])
+    return state
+
+
+def _load_trained(folder: Path, model: nn.Module, trained: Any) -> None:
+    """Loads the weights that were trained where an average of them is exported."""
+    with errors_about(folder / _TRAINING_FILE, "delete that folder"):
+        refuse_non_finite(first_non_finite(trained, "trained"))
+        try:
+            model.load_state_dict(model.state_dict() | trained)
+        except (TypeError, AttributeError, RuntimeError) as error:
+            why = f"its weights are not those of this model ({one_line(error, 160)})"
+            raise ValueError(f"{why}; delete that folder") from None
+
+
+def restore_optimizer(
+    run_dir: Path, step: int, optimizer: torch.optim.Optimizer, anew: bool = False
+) -> None:
+    """Loads the state of the optimizer of checkpoint `step`, whose settings `optimizer` leaves.
+
+    `anew` lets an agent count from the first step. Raises `ValueError` as `restore` does.
+    """
+    saved, ours = read_training(run_dir, step, checksums=True)["optimizer"], optimizer.state_dict()
+    groups = zip(ours["param_groups"], saved.get("param_groups", []), strict=False)
+    saved["param_groups"] = [{**mine, "params": theirs["params"]} for mine, theirs in groups]
+    if "q_learning" in saved:
+        agent = saved["q_learning"]
+        if "settings" in agent:
+            agent |= {"settings": ours["q_learning"]["settings"]}
+            agent |= {"unobserved": 0} if anew else {}
+        if anew:
+            begin_counting(agent.get("agent", agent))
+    _load_optimizer(run_dir, step, optimizer, saved)
+
+
+def _load_optimizer(
+    run_dir: Path, step: int, optimizer: torch.optim.Optimizer, saved: dict[str, Any]
+) -> None:
     with errors_about(run_dir / "checkpoints" / str(step), ""):
-        refuse_non_finite(first_non_finite(state["optimizer"], "optimizer"))
+        refuse_non_finite(first_non_finite(saved, "optimizer"))
     try:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(saved)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"{run_dir}/checkpoints/{step}: another optimizer's state ({one_line(error)}); "
             "keep the optimizer or choose another run_dir"
         ) from None
-    return state

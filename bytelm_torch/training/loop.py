@@ -4,18 +4,11 @@ The same recipe trains on the same windows in the same order as `bytelm train`.
 """
 
 import os
-from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from bytelm.config import (
-    ModelConfig,
-    PatchingContract,
     Recipe,
     require,
     require_document_ends,
@@ -23,7 +16,6 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
-from bytelm.export import patching_of, read_description
 from bytelm.memory import require_host_memory
 from bytelm.metrics import (
     MetricsLog,
@@ -36,8 +28,7 @@ from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     Outcome,
     RunLock,
-    export_note,
-    find_export,
+    export_notes,
     keep_rules,
     not_saved,
     prepare_run_dir,
@@ -46,20 +37,15 @@ from bytelm.runs import (
 )
 from bytelm.schedules import jumps, learning_rate_schedule
 from bytelm.starting import (
-    export_step,
     keep_source,
-    opened_source,
-    origin_of,
-    require_fit,
 )
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm.trainable import trainable
-from bytelm_torch.interop.export import from_pretrained
-from bytelm_torch.interop.finite import first_non_finite
 from bytelm_torch.models import build_abstract, build_model, parameter_paths
 from bytelm_torch.optimizers.build import build_optimizer
-from bytelm_torch.training import checkpoint, parallel
+from bytelm_torch.training import checkpoint, parallel, starting
+from bytelm_torch.training.average import Average
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_torch.training.reporter import StepReporter
@@ -81,31 +67,6 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
         return _train(recipe, run_dir, group, lock)
 
 
-def _start_model(recipe: Recipe, group: parallel.Group) -> tuple[Recipe, Any]:
-    """The model at step 0, and the recipe with the origin of weights that it did not draw."""
-    torch.manual_seed(recipe.train.seed)
-    model, named = build_model(recipe.model).to(group.device), recipe.train.init_from
-    if not named:
-        return recipe, model
-    with opened_source(named) as (path, which):
-        source = from_pretrained(path, checkpoint=which).float()
-        step = export_step(path, find_export(path, which))
-    theirs = source.state_dict()
-    shapes = [{n: tuple(v.shape) for n, v in each.items()} for each in (theirs, model.state_dict())]
-    require_fit(named, (source.config.vocab, shapes[0]), (recipe.model.vocab, shapes[1]))
-    bad = first_non_finite(theirs)
-    require(bad is None, f"train.init_from={named}: {bad} holds a value too large for float32")
-    model.load_state_dict(theirs)
-    origin = origin_of(named, step, ((name, theirs[name].numpy()) for name in sorted(theirs)))
-    return replace(recipe, origin=origin), model
-
-
-def read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
-    """A `bytelm.starting.ReadConfig` for exports and folders of transformers."""
-    described = read_description(path)
-    return described.config, patching_of(described.extra)
-
-
 def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     """Raises `ValueError` for a recipe that this package cannot train."""
     require_prediction(recipe.model)
@@ -116,7 +77,10 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     if group.device.type == "cpu":
         require_host_memory(recipe)
     model, source = recipe.model, recipe.train.entropy_from
-    if recipe.train.init_from or checkpoint.saved_steps(run_dir):
+    if checkpoint.saved_steps(run_dir):
+        return
+    starting.check_start(recipe)
+    if recipe.train.init_from or recipe.train.branch_from:
         return
     require(
         not source,
@@ -128,18 +92,6 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
         "model.patcher='entropy': needs a trained entropy model; start from an export of the whole "
         "model by train.init_from, or take model.patcher=space",
     )
-
-
-def _restore(
-    run_dir: Path, identity: str, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Loads the latest checkpoint, if there is one; its step, otherwise 0."""
-    start = (checkpoint.saved_steps(run_dir) or [0])[-1]
-    if start:
-        restored = checkpoint.restore(run_dir, start, model, optimizer)
-        if restored["data"] != identity:
-            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
-    return start
 
 
 def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) -> Outcome:
@@ -161,7 +113,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     if checkpoint.saved_steps(run_dir):
         model = build_model(recipe.model).to(group.device)
     else:
-        recipe, model = _start_model(recipe, group)
+        recipe, model = starting.start_model(recipe, group.device)
     if first:
         prepare_run_dir(run_dir, recipe)
         require_lock(lock.take(run_dir), run_dir)
@@ -170,7 +122,9 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
 
     # ---- restore ----
     parallel.wait_for_all(group)
-    start = _restore(run_dir, identity, model, optimizer)
+    average, resumes = Average(model, run.average_decay), bool(checkpoint.saved_steps(run_dir))
+    restored = starting.restore(recipe, run_dir, identity, model, optimizer, average)
+    recipe, start, notes = restored
 
     # ---- step ----
     parts = (model, optimizer, run, vocab.pad_id, group, found_data.names)
@@ -179,7 +133,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
-    notes = jumps(run_dir, recipe, start)
+    notes = [*jumps(run_dir, recipe, start), *notes, *([] if start else export_notes(recipe.model))]
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
     reporter = StepReporter(recipe, start, group, log, display)
@@ -194,7 +148,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         part, results = (run.eval_windows, group.rank, group.size), {}
         for name, held_out in validation.items():
             batches = evaluation_batches(held_out, rows, *part)
-            results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
+            with average.in_model():
+                results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
         record = validation_record(results)
         log.write({"step": step, **record})
         display.say(validation_line(step, record))
@@ -207,7 +162,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         )
         if first:
             lock.check()
-            checkpoint.save(run_dir, step, model, optimizer, recipe, identity, record)
+            run_state = (run_dir, step, model, optimizer, recipe, identity)
+            checkpoint.save(*run_state, record, average)
         reporter.saved = step
 
     # ---- loop ----
@@ -218,7 +174,11 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         devices = f"{group.size} {reporter.device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
         lines = first_lines(recipe, found_data, parameters, machine, frozen) + notes
-        _say_what_it_is(recipe, run_dir, start, lines, display)
+        how = "resuming" if resumes else "training"
+        for line in (f"{how} {recipe.name} in {run_dir}, step {start}", *lines):
+            display.say(line)
+        if start and not resumes:
+            save(start, None)  # a branch needs its source no more
         while step < run.steps and not reporter.asked and not patience.over:
             clip, rate = recipe.optimizer.max_grad_norm, schedule(step)
             before, piece = piece, recipe.data.length_at(step)
@@ -226,6 +186,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
                 reporter.restart(piece)
             batch = next(batches).cut(piece)
             report = step_function(step, batch.ids, rate, clip, bool(stop), **batch.rest())
+            average.update()
             step += 1
             reporter.add(step, report)
             reporter.drain(0 if group.device.type == "cpu" else _IN_FLIGHT)
@@ -262,13 +223,3 @@ def _open_log(recipe: Recipe, run_dir: Path, start: int, lock: RunLock | None) -
     log = MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
     lock.save_recipe(recipe)  # nothing is refused any more
     return log
-
-
-def _say_what_it_is(
-    recipe: Recipe, run_dir: Path, start: int, lines: Sequence[str], display: ProgressLines
-) -> None:
-    if not start and (note := export_note(recipe.model)):
-        display.say(f"train: {note}")
-    how = "resuming" if start else "training"
-    for line in (f"{how} {recipe.name} in {run_dir}, step {start}", *lines):
-        display.say(line)

@@ -1,0 +1,117 @@
+"""The weights, the optimizer and the step from which a run starts."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bytelm.config import ModelConfig, PatchingContract, Recipe, require
+from bytelm.export import patching_of, read_description
+from bytelm.runs import find_export, is_run, load_recipe
+from bytelm.starting import (
+    ANEW,
+    export_step,
+    keeps_optimizer,
+    opened_source,
+    origin_of,
+    require_branch,
+    require_fit,
+    require_optimizer,
+)
+from bytelm_torch.interop.export import from_pretrained
+from bytelm_torch.interop.finite import first_non_finite
+from bytelm_torch.models import build_abstract, build_model, parameter_paths
+from bytelm_torch.training import checkpoint
+from bytelm_torch.training.average import Average
+
+
+def read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
+    """A `bytelm.starting.ReadConfig` for exports and folders of transformers."""
+    described = read_description(path)
+    return described.config, patching_of(described.extra)
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raises `ValueError` unless what the recipe begins from is there and fits; reads no arrays."""
+    if recipe.train.branch_from:
+        with _opened_run(recipe.train.branch_from) as (_, step, source):
+            require_branch(recipe, source, step)
+    if recipe.train.init_optimizer:
+        with opened_source(recipe.train.init_from, weights=False) as (path, which):
+            ours = is_run(path) and find_export(path, which) is not None
+            source = load_recipe(path) if ours else None
+        require_optimizer(recipe, source, _names(recipe))
+
+
+def start_model(recipe: Recipe, device: torch.device) -> tuple[Recipe, Any]:
+    """The model at step 0, and the recipe with the origin of weights that it did not draw."""
+    torch.manual_seed(recipe.train.seed)
+    model, named = build_model(recipe.model).to(device), recipe.train.init_from
+    if not named:
+        return recipe, model
+    with opened_source(named) as (path, which):
+        source = from_pretrained(path, checkpoint=which).float()
+        step = export_step(path, find_export(path, which))
+    theirs = source.state_dict()
+    shapes = [{n: tuple(v.shape) for n, v in each.items()} for each in (theirs, model.state_dict())]
+    require_fit(named, (source.config.vocab, shapes[0]), (recipe.model.vocab, shapes[1]))
+    bad = first_non_finite(theirs)
+    require(bad is None, f"train.init_from={named}: {bad} holds a value too large for float32")
+    model.load_state_dict(theirs)
+    return replace(recipe, origin=_origin(named, step, theirs)), model
+
+
+def restore(
+    recipe: Recipe,
+    run_dir: Path,
+    identity: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
+) -> tuple[Recipe, int, list[str]]:
+    """Loads what the run goes on from, if that is more than a model: its checkpoint or another's.
+
+    Returns the recipe, with the origin of a branch, the step, and lines about it.
+    """
+    start = (checkpoint.saved_steps(run_dir) or [0])[-1]
+    if start:
+        restored = checkpoint.restore(run_dir, start, model, optimizer, average)
+        if restored["data"] != identity:
+            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+        return recipe, start, []
+    if recipe.train.init_optimizer:
+        with _opened_run(recipe.train.init_from, True) as (path, step, _):
+            checkpoint.restore_optimizer(path, step, optimizer, anew=True)
+    named = recipe.train.branch_from
+    if not named:
+        return recipe, 0, []
+    with _opened_run(named, True) as (path, start, source):
+        kept = keeps_optimizer(recipe, source, _names(recipe))
+        checkpoint.restore(path, start, model, None, average)
+        if kept:
+            checkpoint.restore_optimizer(path, start, optimizer)
+    origin = _origin(named, start, model.state_dict())
+    return replace(recipe, origin=origin), start, [] if kept else [ANEW]
+
+
+@contextmanager
+def _opened_run(named: str, arrays: bool = False) -> Iterator[tuple[Path, int, Recipe]]:
+    """A run folder of this package, the step that `named` names, and its recipe."""
+    with opened_source(named, arrays, arrays) as (path, which):
+        require(is_run(path), f"{named}: is no run folder; check the spelling")
+        export = find_export(path, which)
+        if export is None:
+            raise ValueError(f"{named}: JAX trained it; go on with `bytelm train`")
+        yield path, int(export.name), load_recipe(path)
+
+
+def _names(recipe: Recipe) -> list[str]:
+    return [*parameter_paths(build_abstract(recipe.model)).values()]
+
+
+def _origin(named: str, step: int | None, state: dict[str, torch.Tensor]) -> str:
+    return origin_of(named, step, ((name, state[name].cpu().numpy()) for name in sorted(state)))
