@@ -25,6 +25,7 @@ from bytelm.metrics import METRIC
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_torch.training import checkpoint
+from bytelm_torch.training.average import Average
 from parity_tests.tolerances import LOGITS
 from parity_tests.twins import MEGABYTES
 
@@ -189,8 +190,8 @@ def torch_run(tmp_path_factory):
     for step, bits in ((3, 2.0), (12, 2.5)):
         torch.manual_seed(step)
         model = bytelm_torch.build_model(TINY)
-        optimizer = bytelm_torch.build_optimizer(recipe.optimizer, model)
-        checkpoint.save(folder, step, model, optimizer, recipe, "", {METRIC: bits})
+        optimizer, none = bytelm_torch.build_optimizer(recipe.optimizer, model), Average(model, 0.0)
+        checkpoint.save(folder, step, model, optimizer, recipe, "", {METRIC: bits}, none)
         lines.append(json.dumps({"step": step, METRIC: bits}) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines))
     return folder

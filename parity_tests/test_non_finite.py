@@ -28,7 +28,7 @@ from bytelm_jax.training import step as jax_step
 from bytelm_torch.inference.sampling import next_ids as torch_next_ids
 from bytelm_torch.interop import export
 from bytelm_torch.train import main
-from bytelm_torch.training import checkpoint, parallel
+from bytelm_torch.training import checkpoint, parallel, reporter
 from bytelm_torch.training import loop as train
 
 MODEL = MegabyteConfig(
@@ -171,7 +171,7 @@ def careless(package, monkeypatch):
     """A run that saved non-finite weights at step 3, as runs did before saving looked at them."""
     with monkeypatch.context() as unguarded:
         unguarded.setattr(jax_checkpoint, "check_finite", lambda *_: None)
-        for module in (export, checkpoint, train):
+        for module in (export, checkpoint, reporter):
             unguarded.setattr(module, "first_non_finite", lambda *_: None)
         assert package.command(spoiled=3) == 0
     assert checkpoint.saved_steps(package.run)[-2:] == [2, 3]
