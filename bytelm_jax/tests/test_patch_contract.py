@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bytelm import data, recipes, runs
+from bytelm import arguments, data, recipes, runs
 from bytelm.config import (
     BLTConfig,
     EntropyConfig,
@@ -24,7 +24,6 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.metrics import read_metrics
-from bytelm_jax.cli import arguments
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.tests.test_cli import contents, refused
