@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 BUCKET = "bucket"
-_PATIENCE = 60.0  # seconds for a server to come up
+_PATIENCE = 60.0  # seconds for a server to come up, and to answer its first request
 _LONGEST = 900  # seconds after which a server ends whatever happens
 
 
@@ -55,7 +55,7 @@ def running(command: list[str], port: int) -> Iterator[None]:
 
 def ask(port: int, method: str, path: str, body: bytes = b"") -> int:
     """The status of a request."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
     connection.request(method, path, body, {"Content-Type": "application/json"})
     status = connection.getresponse().status
     connection.close()

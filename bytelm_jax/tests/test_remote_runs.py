@@ -1,13 +1,16 @@
 """Runs whose folder is an address: trained, resumed and read as those on a disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from bytelm.metrics import WALL_CLOCK
 from bytelm.remote.copies import local_copy
-from bytelm.runs import load_recipe
+from bytelm.runs import load_recipe, open_run
 from bytelm_jax.cli.main import main
 from bytelm_jax.training.checkpoint import load_run
 from parity_tests import servers
@@ -23,6 +26,23 @@ TINY = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("remote")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """The runs are of one program, whose compilation would be most of the time."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 def train(folder: Path, run_dir: str | Path, steps: int, *options: str) -> int:
@@ -59,6 +79,11 @@ def test_a_run_at_an_address_is_that_run(protocol, local, folder, tmp_path, monk
         assert all((theirs[name] == ours[name]).all() for name in ours)
         assert main(["export", address, "--out", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / "model.safetensors").exists()
+        with open_run(Path(address)) as lock:  # as `calibrate` writes what it found
+            assert lock.take(lock.local)
+            lock.save_recipe(replace(load_recipe(local), origin="calibrated"))
+        assert load_recipe(Path(address)).origin == "calibrated"
+        assert (load_run(Path(address))[2], records(address)) == (4, records(local))
         assert main(["plot", address]) == 2
         assert main(["export", address, "--out", f"{address}/x"]) == 2
         capsys.readouterr()
