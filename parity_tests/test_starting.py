@@ -22,6 +22,7 @@ from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint, starting
 from bytelm_torch.training import loop as torch_loop
 from bytelm_torch.training import parallel
+from bytelm_torch.training import starting as torch_starting
 from parity_tests import servers
 from parity_tests.tiny_models import CONFIGS
 
@@ -82,13 +83,13 @@ def check_start(source, name, sources, params):
     step = {"jax@0": " at step 0", "torch": " at step 7", "torch@7": " at step 7"}.get(name, "")
     assert begun.origin.startswith(f"{source}{step}, sha256:")
     if not name.startswith("jax"):
-        theirs, model = torch_loop._start_model(recipe, ALONE)
+        theirs, model = torch_starting.start_model(recipe, ALONE.device)
         assert theirs.origin == begun.origin
         back = convert.from_torch({k: v.numpy() for k, v in model.state_dict().items()}, MODEL)
         assert all((back[key] == value).all() for key, value in params.items())
     else:
         with pytest.raises(ValueError, match="a run folder of JAX, which JAX alone reads"):
-            torch_loop._start_model(recipe, ALONE)
+            torch_starting.start_model(recipe, ALONE.device)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_written(sources, tmp_path, monkeypatch, capsys):
