@@ -7,6 +7,9 @@ An export is a folder of two files:
                         `library` ("bytelm"), `format_version` (1) and optionally `extra`,
                         an object that loading ignores
 
+A checkpoint of a run that trains a low-rank adapter has `format_version` 2, and beside these files
+the adapter's (`bytelm/lora.py`), which reading merges into the weights.
+
 In place of model.safetensors there may be shards of it and their index, as transformers writes
 them: `open_weights` reads both.
 
@@ -52,6 +55,8 @@ from bytelm.files import (
 from bytelm.storage.stores import require_local
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
+ADAPTED_VERSION = 2
+"""The `format_version` of weights to which an adapter beside them belongs (`bytelm/lora.py`)."""
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 INDEX_FILE = "model.safetensors.index.json"
 """Says which shards there are; counts where there is no `MODEL_FILE`."""
@@ -131,20 +136,35 @@ def refuse_non_finite(bad: str | None) -> None:
 # ---- config.json ----------------------------------------------------------------------------
 
 
-def describe(config: ModelConfig, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The contents of config.json for a model; an empty `extra` is omitted."""
-    fields = {"library": LIBRARY, "format_version": FORMAT_VERSION, **to_dict(config)}
+def describe(
+    config: ModelConfig, extra: Mapping[str, Any] | None = None, adapted: bool = False
+) -> dict[str, Any]:
+    """The contents of config.json for a model; an empty `extra` is omitted.
+
+    `adapted` says that an adapter lies beside the weights, without which they are another model.
+    """
+    version = ADAPTED_VERSION if adapted else FORMAT_VERSION
+    fields = {"library": LIBRARY, "format_version": version, **to_dict(config)}
     return fields | ({"extra": dict(extra)} if extra else {})
 
 
-def parse_description(fields: Mapping[str, Any]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Configuration and `extra` from what `describe` gave; otherwise raises `ValueError`."""
+def parse_description(
+    fields: Mapping[str, Any], adapted: bool = False
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Configuration and `extra` from what `describe` gave; otherwise raises `ValueError`.
+
+    So does an export with an adapter, unless `adapted` says that the caller reads that as well.
+    """
     fields = dict(fields)
     library = fields.pop("library", None)
     require(library == LIBRARY, f"library={library!r}: must be {LIBRARY!r}")
     version = fields.pop("format_version", None)
+    if version == ADAPTED_VERSION:
+        hint = "`bytelm_torch.from_pretrained` merges it into the weights"
+        require(adapted, f"format_version={version}: has an adapter beside the weights; {hint}")
+    known = version in (FORMAT_VERSION, ADAPTED_VERSION)
     why = f"this release reads {FORMAT_VERSION}; update bytelm or export again"
-    require(version == FORMAT_VERSION, f"format_version={version!r}: {why}")
+    require(known, f"format_version={version!r}: {why}")
     extra = fields.pop("extra", {})
     require(isinstance(extra, dict), f"extra={extra!r}: must be an object")
     return model_from_dict(fields, "config"), extra
@@ -165,6 +185,8 @@ class Description(NamedTuple):
     extra: dict[str, Any]
     sum: str
     """SHA-256 of the file without `extra`."""
+    adapted: bool
+    """Whether an adapter lies beside the weights, which belongs to the model."""
 
 
 def read_description(folder: str | Path) -> Description:
@@ -176,7 +198,8 @@ def read_description(folder: str | Path) -> Description:
             fields = fields.get("bytelm", fields)  # written by transformers
         require(isinstance(fields, dict), "must hold a JSON object")
         config_sum = sum_of_json({k: v for k, v in fields.items() if k != "extra"})
-        return Description(*parse_description(fields), config_sum)
+        adapted = fields.get("format_version") == ADAPTED_VERSION
+        return Description(*parse_description(fields, True), config_sum, adapted)
 
 
 def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
@@ -357,15 +380,17 @@ def replace_export(
     write_model: Callable[[BinaryIO], None],
     config: bytes,
     beside: Mapping[str, bytes] | None = None,
+    names: tuple[str, str] = (MODEL_FILE, CONFIG_FILE),
 ) -> None:
     """Writes both files or neither: they are written next to their targets and renamed.
 
-    `beside` holds further files by name, which share that fate. Raises `ValueError` if `out` is a
-    file and if it cannot be written.
+    `names` are those of the two; `beside` holds further files by name, which share that fate.
+    Raises `ValueError` if `out` is a file and if it cannot be written.
     """
     require_local(out, "out")
-    texts = {CONFIG_FILE: config, **(beside or {})}
-    targets = {name: out / name for name in (MODEL_FILE, *texts)}
+    model_file, config_file = names
+    texts = {config_file: config, **(beside or {})}
+    targets = {name: out / name for name in (model_file, *texts)}
     new = {name: out / f".{name}.{os.getpid()}.partial" for name in targets}
     old = {name: out / f".{name}.{os.getpid()}.old" for name in texts}
     try:
@@ -373,14 +398,14 @@ def replace_export(
         for target in targets.values():
             require(not target.is_dir(), f"{target}: is a folder; remove it or write elsewhere")
         out.mkdir(parents=True, exist_ok=True)
-        write_synced(new[MODEL_FILE], write_model)
+        write_synced(new[model_file], write_model)
         for name, text in texts.items():
             write_synced(new[name], lambda sink, text=text: sink.write(text))
             if targets[name].exists():
                 previous = targets[name].read_bytes()
                 write_synced(old[name], lambda sink, previous=previous: sink.write(previous))
         try:
-            for name in (*texts, MODEL_FILE):
+            for name in (*texts, model_file):
                 os.replace(new[name], targets[name])
         except BaseException:
             for name in texts:

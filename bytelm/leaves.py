@@ -4,6 +4,7 @@ A name is dotted: the modules from the outside in, then the kind of leaf. The JA
 parameters this way; in the PyTorch twin each parameter holds the same name in `bytelm_path`.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from bytelm.config.base import require
@@ -48,6 +49,35 @@ def torch_name(name: str) -> str:
     """The name in a PyTorch state dict of the parameter called `name`: another last part."""
     module, dot, _ = name.rpartition(".")
     return module + dot + leaf_kind(name).torch_name
+
+
+ADAPTERS = ("lora_A", "lora_B")
+"""The two products of a layer's low-rank adapter, whose leaves are kernels; as in peft."""
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter called `name` belongs to a low-rank adapter."""
+    return name.rpartition(".")[0].rpartition(".")[2] in ADAPTERS
+
+
+def linear_problem(module: str, names: Collection[str]) -> str | None:
+    """Why `module` is no plain linear layer, whose result is x W + b; None if it is one.
+
+    `names` are those of all of the model's parameters. Adaptive layers and gates compute with the
+    kernels of their parts, and logits are not rounded.
+    """
+    parent, _, last = module.rpartition(".")
+    if f"{module}.kernel" not in names:
+        kinds = {"kernels": "holds experts", "embedding": "is an embedding", "scale": "is a norm"}
+        found = (what for kind, what in kinds.items() if f"{module}.{kind}" in names)
+        return next(found, "is no linear layer")
+    if is_output_head(f"{module}.kernel"):
+        return "is the output layer"
+    if any(f"{parent}.adapt.{kind}" in names for kind in ("kernel", "kernels")):
+        return "is part of an adaptive linear layer"
+    if last == "gate" and any(name.startswith(f"{parent}.experts.") for name in names):
+        return "is the gate of experts"
+    return None
 
 
 def is_norm(name: str) -> bool:

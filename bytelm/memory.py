@@ -19,7 +19,8 @@ def require_host_memory(recipe: Recipe) -> None:
     run that freezes parameters only these are known to be needed.
     """
     memory, run, length = host_memory(), recipe.train, recipe.data.sequence_length
-    copies, what = (1, "parameters") if run.freeze else (2, "parameters and gradients")
+    some = bool(run.freeze or run.lora_rank)
+    copies, what = (1, "parameters") if some else (2, "parameters and gradients")
     weights = copies * _FLOAT32 * recipe.model.parameter_count()
     require(
         weights <= memory,

@@ -120,6 +120,8 @@ def first_lines(
     fixed = f", {frozen:,} of them frozen" if frozen else ""
     lines = [f"{recipe.name}: {parameters:,} parameters{fixed}, on {machine}"]
     lines += [f"began from {one_line(recipe.origin, 200)}"] if recipe.origin else []
+    if run.lora_rank and not recipe.origin:
+        lines += ["warning: lora_rank adapts random weights; --init-from names weights to adapt"]
     if isinstance(windows, Mixture):
         named = data.named_paths(config.paths, "data.paths")
         for name, part in windows.sources.items():

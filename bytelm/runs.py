@@ -102,6 +102,7 @@ _PLACES = ("paths", "valid", "cache_dir")
 _FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
 _FIXED |= {"init_optimizer", "branch_from", "average_decay"}
 _FIXED |= {"freeze", "learning_rate_scale"}
+_FIXED |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
 _MAY_CHANGE = {f.name for f in fields(TrainConfig)} - _FIXED
 """Fields of `TrainConfig` that a resumed run may change without changing what it trains on."""
 

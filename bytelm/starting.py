@@ -97,6 +97,10 @@ def require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
     for name in before:
         same = before[name] == after[name]
         require(same, f"model.{name}={after[name]}: {named} has {before[name]}; leave it out")
+    for name in ("lora_rank", "lora_alpha", "lora_targets"):
+        theirs, ours = getattr(source.train, name), getattr(run, name)
+        hint = "keep that, or start anew by train.init_from"
+        require(theirs == ours, f"train.{name}={ours}: {named} has {theirs}; {hint}")
     begins = f"{named}: begins at step {step}, so train.steps={run.steps} is over; give more steps"
     require(step < run.steps, begins)
     changes = recipe.optimizer.name != source.optimizer.name
@@ -126,6 +130,8 @@ def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str
         raise ValueError(f"{named} is no run folder of this package; leave it out")
     theirs, ours = source.optimizer.name, recipe.optimizer.name
     require(theirs == ours, f"{named} was trained with {theirs}, not with {ours}; leave it out")
+    plain = not (recipe.train.lora_rank or source.train.lora_rank)
+    require(plain, f"{named}: adapters begin anew, and so does their optimizer; leave it out")
     kept = keeps_optimizer(recipe, source, names)
     require(kept, f"{named} trained other parameters than train.freeze leaves; leave it out")
 

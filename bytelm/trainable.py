@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from bytelm.config import OptimizerConfig, Recipe, parse_scales, require
-from bytelm.leaves import torch_name
+from bytelm.leaves import is_adapter, torch_name
 
 
 class Trainable(NamedTuple):
@@ -31,11 +31,15 @@ def trainable(recipe: Recipe, names: Iterable[str]) -> Trainable:
 
     A pattern of `train.freeze` or `train.learning_rate_scale` matches a parameter by that name or
     by its name in the PyTorch twin's state dict, which has `weight` for `kernel`, `embedding` and
-    `scale`. Raises `ValueError` for a pattern that matches nothing or has no effect, if nothing is
-    left to train, and for a scale under which weights would grow without bound.
+    `scale`. Where adapters train, nothing else does.
+
+    Raises `ValueError` for a pattern that matches nothing or has no effect, if nothing is left to
+    train, and for a scale under which weights would grow without bound.
     """
     names, run = list(names), recipe.train
     frozen = {name for name in names if name.startswith(recipe.model.frozen_prefixes)}
+    if run.lora_rank:
+        frozen |= {name for name in names if not is_adapter(name)}
     for pattern in run.freeze:
         frozen |= _matches("freeze", pattern, names)
     left = set(names) - frozen

@@ -43,10 +43,10 @@ from parity_tests.twins import MEGABYTES, random_ids, random_params, twins
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
-def run_jax(config, optimizer, train, batches, params=None, parts=EVERYTHING):
+def run_jax(config, optimizer, train, batches, params=None, parts=EVERYTHING, lora=None):
     """Losses and final state of a few steps on int32[S, B, T] batches."""
     mesh = meshes.make_mesh(train.devices, train.fsdp)
-    bind, init = define_model(config)
+    bind, init = define_model(config, lora)
     transformation = build_optimizer(optimizer, train.steps, parts=parts)
     start = (lambda: init(train.seed)) if params is None else (lambda: params)
     state = steps.init_state(mesh, transformation, start)

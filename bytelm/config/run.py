@@ -157,6 +157,11 @@ class TrainConfig:
     optimizer state and no update. `learning_rate_scale`, entries PATTERN=NUMBER, multiply the
     updates of the parameters that match; where several do, the last counts. Names are as in the
     PyTorch twin's state dict, or with the kind of leaf in JAX as their last part.
+
+    `lora_rank` above 0 trains low-rank adapters of that rank in place of the weights: those of the
+    linear layers whose names match one of the patterns `lora_targets` (default: those of
+    attention). They are multiplied by `lora_alpha` / `lora_rank`, and `lora_dropout` is the share
+    of their inputs that a step leaves out.
     """
 
     steps: int = 1000
@@ -184,6 +189,10 @@ class TrainConfig:
     average_decay: float = 0.0
     freeze: tuple[str, ...] = ()
     learning_rate_scale: tuple[str, ...] = ()
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = ()
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
@@ -201,6 +210,7 @@ class TrainConfig:
         require_non_negative(self, *counts)
         require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
         parse_scales(self.learning_rate_scale)
+        self._require_adapters()
         require_fraction(self, "average_decay")
         only = not (self.init_from and self.branch_from)
         require(only, "init_from, branch_from: both say what a run begins from; give one of them")
@@ -211,6 +221,17 @@ class TrainConfig:
             f"batch_size={self.batch_size}: must be a multiple of "
             f"accumulation_steps={self.accumulation_steps}",
         )
+
+    def _require_adapters(self) -> None:
+        require_non_negative(self, "lora_rank")
+        require_fraction(self, "lora_dropout")
+        require(self.lora_alpha > 0, f"lora_alpha={self.lora_alpha}: must be above 0")
+        targets = self.lora_targets
+        require(all(targets), f"lora_targets={targets}: an empty pattern matches nothing")
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+                value, default = getattr(self, name), getattr(TrainConfig, name)
+                require(value == default, f"{name}={value}: needs lora_rank, the adapters' rank")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,7 @@ COMMANDS = {
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
+    "export": "exchange", "import": "exchange",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
 

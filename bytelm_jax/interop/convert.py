@@ -20,6 +20,7 @@ from bytelm.config import ModelConfig, require
 from bytelm.export import (
     ArrayLibrary,
     StoredTensor,
+    StoredTensors,
     check_size,
     check_tensors,
     config_text,
@@ -32,6 +33,8 @@ from bytelm.export import (
     write_safetensors,
 )
 from bytelm.leaves import leaf_kind, torch_name
+from bytelm.lora import LoRA, read_adapter, write_adapter
+from bytelm_jax.layers.lora import merge
 from bytelm_jax.models import Params, abstract_params
 
 Cast = Callable[[str, np.ndarray], np.ndarray]
@@ -199,6 +202,16 @@ def write_params(params: Params, config_sum: str, sink: BinaryIO) -> None:
     write_safetensors(sink, in_torch_layout(params), _raw, config_sum)
 
 
+def export_adapter(params: Params, lora: LoRA, out: str | Path) -> None:
+    """Writes the adapters among `params` alone, in the files of peft: `bytelm/lora.py`.
+
+    Raises `ValueError` as `export_model` does.
+    """
+    leaves = {name: params[name] for name in lora.leaves}
+    check_finite(leaves)
+    write_adapter(Path(out), lora, in_torch_layout(leaves), _raw)
+
+
 def check_params(config: ModelConfig, params: Params) -> None:
     """Raises `ValueError` when `params` are not those of `config` or not finite."""
     leaves = {name: leaf.shape for name, leaf in abstract_params(config).items()}
@@ -215,11 +228,22 @@ def load_export(path: str | Path, cast: Cast | None = None) -> tuple[ModelConfig
     Values keep their dtype and every bit, unless `cast` changes them. Raises `ValueError` when a
     file is missing or damaged, config.json holds a field or version that is not known, the tensors
     are not those of the configuration, or one holds NaN or infinity. One tensor at a time is in
-    memory beyond the result.
+    memory beyond the result. An adapter that is part of the export is merged into the parameters.
     """
     described = read_description(path)
     with open_weights(Path(path), NUMPY) as tensors:
         check_size(tensors, described.config)
         params = assemble(tensors, described.config, cast=cast)
         tensors.verify(described.sum)
+    if not described.adapted:
         return described.config, params
+
+    def read(tensors: StoredTensors, lora: LoRA) -> tuple[Params, LoRA]:
+        shapes = abstract_params(described.config, lora)
+        leaves = {name: torch_name(name) for name in lora.leaves}
+        expected = {leaves[name]: torch_shape(name, shapes[name].shape) for name in leaves}
+        check_tensors(tensors, expected)
+        return {name: _jax_array(name, leaves[name], tensors, cast) for name in leaves}, lora
+
+    adapter, lora = read_adapter(Path(path), NUMPY, read)
+    return described.config, merge(params | adapter, lora)

@@ -45,9 +45,13 @@ class Norm(Protocol):
 def normalized_linears(
     norm: Norm, x: Float[Array, "*batch D"], *linears: nnx.Linear
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """Each of `linears` applied to norm(x)."""
+    """Each of `linears` applied to norm(x).
+
+    The norm is folded only into layers that are nothing but their kernel and bias.
+    """
     count = math.prod(x.shape[:-1])
-    if not is_low_precision(x) or count < _ROWS * x.shape[-1]:
+    plain = all(type(linear) is nnx.Linear for linear in linears)
+    if not plain or not is_low_precision(x) or count < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
     rows = normalized(x.reshape(count, x.shape[-1]), norm.centred)

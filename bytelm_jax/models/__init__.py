@@ -15,10 +15,13 @@ from bytelm.config import (
     LFByteConfig,
     MegabyteConfig,
     ModelConfig,
+    Recipe,
     require_number,
 )
 from bytelm.leaves import is_norm
+from bytelm.lora import LoRA, lora_of
 from bytelm_jax.layers.initializers import deferring, draw_all
+from bytelm_jax.layers.lora import WithDropout, add_adapters, init_adapters
 from bytelm_jax.models.blt import BLT
 from bytelm_jax.models.entropy import EntropyModel
 from bytelm_jax.models.lfbyte import LFByteTransformer
@@ -68,24 +71,45 @@ class _Keys(nnx.Rngs):
 
 
 def define_model(
-    config: ModelConfig,
+    config: ModelConfig, lora: LoRA | None = None
 ) -> tuple[Callable[[Params], Any], Callable[[int], Params]]:
-    """`(bind, init)` without allocating anything: `init(seed)` creates the parameters."""
+    """`(bind, init)` without allocating anything: `init(seed)` creates the parameters.
+
+    With `lora` the model has these adapters, whose parameters stand beside the others.
+    """
     same = itertools.repeat(jax.random.key(0))
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: build_model(config, _Keys(same))), nnx.Param)
+
+    def build() -> Model:
+        model = build_model(config, _Keys(same))
+        if lora is not None:
+            add_adapters(model, lora, _Keys(same))
+        return model
+
+    graphdef, _ = nnx.split(nnx.eval_shape(build), nnx.Param)
 
     def init(seed: int) -> Params:
         require_number("seed", seed)
         with deferring():
             model = build_model(config, _Keys(itertools.count()))
-        return draw_all(_flat(nnx.state(model, nnx.Param)), seed)
+        params = draw_all(_flat(nnx.state(model, nnx.Param)), seed)
+        if lora is None:
+            return params
+        return params | init_adapters(lora, {k: v.shape for k, v in params.items()}, seed)
 
-    return _binder(graphdef), init
+    bind = _binder(graphdef)
+    return (lambda params: WithDropout(bind(params))) if lora and lora.dropout else bind, init
 
 
-def abstract_params(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_params(
+    config: ModelConfig, lora: LoRA | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of the parameters without allocating any."""
-    return jax.eval_shape(lambda: define_model(config)[1](0))
+    return jax.eval_shape(lambda: define_model(config, lora)[1](0))
+
+
+def adapters_of(recipe: Recipe) -> LoRA | None:
+    """The adapters that `recipe` trains, if any; raises `ValueError` as `lora_of` does."""
+    return lora_of(recipe, abstract_params(recipe.model)) if recipe.train.lora_rank else None
 
 
 def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:

@@ -6,9 +6,18 @@ import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
 
 import bytelm_jax
+import bytelm_torch
+import bytelm_torch.train
+from bytelm import recipes
+from bytelm.config import Recipe
 from bytelm.data import Mixture, cache
 from bytelm.run_data import open_windows
 from bytelm.tests.test_formats import TEXTS, write_form
@@ -29,6 +38,12 @@ FORMS = {
     "books.tar": "x.tar",
     "books.array_record": "x.array_record",
 }
+
+
+def blocks(guide: str, language: str) -> str:
+    """All code of a language in a guide."""
+    text = (DOCS / guide).read_text("utf-8")
+    return "".join(re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL))
 
 
 def write_files(folder: Path) -> None:
@@ -66,8 +81,7 @@ def test_every_command_of_the_guide_to_data(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(run, "run", up_to_the_first_step)
-    guide = (DOCS / "data.md").read_text("utf-8")
-    for line in "".join(re.findall(r"```bash\n(.*?)```", guide, re.DOTALL)).splitlines():
+    for line in blocks("data.md", "bash").splitlines():
         words = shlex.split(line)
         if words[0] == "cat":
             cache.prepared_input.cache_clear()
@@ -79,3 +93,38 @@ def test_every_command_of_the_guide_to_data(tmp_path, monkeypatch):
     size = len("".join(TEXTS).encode())
     assert {seen[(name,)] for name in ("books.txt", *FORMS, "articles.jsonl", "-")} == {size}
     assert {seen[(name,)] for name in ("library", "shards/*.jsonl", "@books.list")} == {2 * size}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
+def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys):
+    """All of each command, with a smaller model and two steps."""
+    small = recipes.megabyte_tiny()
+    sizes = {"global_dim": 8, "local_dim": 8, "global_layers": 1, "local_layers": 1}
+    small = replace(
+        small,
+        model=replace(small.model, max_length=16, global_heads=1, local_heads=1, **sizes),
+        data=replace(small.data, sequence_length=16),
+        train=replace(small.train, steps=2, batch_size=2, devices=1),
+    )
+
+    def megabyte_tiny() -> Recipe:
+        return small
+
+    monkeypatch.setattr(recipes, "megabyte_tiny", megabyte_tiny)
+    monkeypatch.chdir(tmp_path)
+    for name, text in {"english": "some words of a text ", "greek": "λόγοι ενός κειμένου "}.items():
+        (tmp_path / f"{name}.txt").write_text(text * 99, "utf-8")
+    for line in blocks("fine-tuning.md", "bash").splitlines():
+        words = shlex.split(line)
+        if words[:3] == ["python", "-m", "bytelm_torch.train"]:
+            code = bytelm_torch.train.main(words[3:])
+        else:
+            assert words[0] == "bytelm", line
+            code = cli.main(words[1:])
+        assert code == 0, (line, capsys.readouterr().err)
+    names: dict[str, Any] = {}
+    exec(blocks("fine-tuning.md", "python"), names)
+    with torch.inference_mode():
+        ids = torch.tensor([[97, 98, 99]])
+        merged = names["hf"].from_native(bytelm_torch.from_pretrained("exports/lora"))
+        torch.testing.assert_close(names["model"](ids).logits, merged.eval()(ids).logits)

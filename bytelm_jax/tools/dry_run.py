@@ -25,7 +25,7 @@ from bytelm_jax.kernels.backend import (
     simulate_devices,
 )
 from bytelm_jax.kernels.dtypes import array_bytes
-from bytelm_jax.models import cast_params, define_model
+from bytelm_jax.models import adapters_of, cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
@@ -133,7 +133,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
 def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
     """Shapes, dtypes and shardings of the result of `steps.init_state`."""
     run = recipe.train
-    _, init = define_model(recipe.model)
+    _, init = define_model(recipe.model, adapters_of(recipe))
     parts = trainable(recipe, jax.eval_shape(lambda: init(run.seed)))
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     return steps.abstract_init(mesh, optimizer, lambda: init(run.seed), steps.averaged(run, parts))
@@ -146,7 +146,7 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     # bytes.
     dtype = steps.compute_dtype(run)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
-    bind, _ = define_model(recipe.model)
+    bind, _ = define_model(recipe.model, adapters_of(recipe))
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     step = steps.make_train_step(
         bind, optimizer, run, recipe.model.vocab.pad_id, mesh, parts, dtype
@@ -227,7 +227,7 @@ def require_memory(recipe: Recipe) -> None:
 
 def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
     """The arrays that one device with such a chip keeps for the backward pass of a micro-batch."""
-    bind, _ = define_model(recipe.model)
+    bind, _ = define_model(recipe.model, adapters_of(recipe))
     rows, pad_id = _rows(recipe, mesh), recipe.model.vocab.pad_id
     moving = without(working, trainable(recipe, working).frozen)
     fixed = {name: leaf for name, leaf in working.items() if name not in moving}

@@ -26,7 +26,7 @@ from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm.remote.copies import local_copy
 from bytelm.storage.stores import require_local
 from bytelm.trainable import trainable
-from bytelm_jax.models import abstract_params
+from bytelm_jax.models import abstract_params, adapters_of
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.optimizers.q_agent import QLearningState
 from bytelm_jax.training import checkpoint
@@ -204,7 +204,7 @@ def read_agent(run_dir: Path, recipe: Recipe) -> QLearningState | None:
     if not (run_dir / "checkpoints").is_dir():
         return None
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    params = abstract_params(recipe.model)
+    params = abstract_params(recipe.model, adapters_of(recipe))
     parts = trainable(recipe, params)
     optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, recipe.train.seed, parts)
 

@@ -29,7 +29,8 @@ from bytelm.remote.run import RemoteRun
 from bytelm.runs import find_export, load_recipe, save_recipe, saved_steps
 from bytelm.storage.stores import is_address, require_local
 from bytelm.trainable import trainable
-from bytelm_jax.models import Params, abstract_params
+from bytelm_jax.layers.lora import merge
+from bytelm_jax.models import Params, abstract_params, adapters_of
 from bytelm_jax.optimizers.build import without
 from bytelm_jax.training import processes
 from bytelm_jax.training.fingerprints import (
@@ -40,6 +41,9 @@ from bytelm_jax.training.fingerprints import (
 )
 from bytelm_jax.training.manager import Manager, silence_orbax
 from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
+
+_PLAIN, _ADAPTED = 1, 2
+"""The `version` of a checkpoint, and of one that holds the leaves of adapters as well."""
 
 _MOST_TRIED = 64
 """Number of checkpoints that a run tries, newest first, to find an undamaged one."""
@@ -121,6 +125,7 @@ def save(
     marks = examine(arrays)
     check_finite(arrays, marks)
     metadata = {
+        **({"version": _ADAPTED} if recipe.train.lora_rank else {}),
         "step": step,
         "recipe": to_dict(recipe),
         "data": data,
@@ -328,6 +333,8 @@ def _check_metadata(metadata: Any, step: int) -> None:
     kinds: dict[str, Any] = {"step": int, "recipe": dict, "data": str, "metrics": dict | None}
     kinds["fingerprints"] = dict
     require(isinstance(metadata, dict), "the metadata are no object")
+    version = metadata.get("version", _PLAIN)
+    require(version in (_PLAIN, _ADAPTED), f"version={version!r}: update bytelm, which wrote it")
     for name, kind in kinds.items():
         require(isinstance(metadata.get(name), kind), f"metadata: {name} is missing or damaged")
     good = metadata["step"] == step and isinstance(metadata["recipe"].get("model"), dict)
@@ -341,11 +348,21 @@ def load_run(
 ) -> tuple[Recipe, Params, int]:
     """Recipe, parameters (on the default device) and step of a checkpoint of a folder or address.
 
-    Of a run that averages its weights the parameters are the average, unless not `averaged`.
+    Adapters are merged into the weights. Of a run that averages its weights the parameters are the
+    average, unless not `averaged`. A checkpoint that a training run removes meanwhile is replaced
+    by the next that `which` names.
 
-    A checkpoint that a training run removes meanwhile is replaced by the next that `which` names.
     Raises `ValueError`, and `DamagedError` if the checkpoint is damaged.
     """
+    recipe, params, step = load_leaves(run_dir, which, averaged)
+    lora = adapters_of(recipe)
+    return recipe, merge(params, lora) if lora else params, step
+
+
+def load_leaves(
+    run_dir: Path, which: str = "latest", averaged: bool = True
+) -> tuple[Recipe, Params, int]:
+    """As `load_run`, with the parameters of adapters beside the others, as they were trained."""
     with local_copy(run_dir, which) as copy:
         return _load_run(copy, which, averaged)
 
@@ -384,7 +401,7 @@ def _load_params(
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-        for name, leaf in abstract_params(recipe.model).items()
+        for name, leaf in abstract_params(recipe.model, adapters_of(recipe)).items()
     }
     average, kept = None, "average" in metadata["fingerprints"]
     require(kept or averaged, f"average: {run_dir} keeps none of its weights; leave it out")

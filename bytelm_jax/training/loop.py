@@ -39,7 +39,7 @@ from bytelm.schedules import jumps
 from bytelm.starting import ANEW, keep_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm.trainable import Trainable, trainable
-from bytelm_jax.models import define_model
+from bytelm_jax.models import adapters_of, define_model
 from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.training import checkpoint, processes, starting
 from bytelm_jax.training import mesh as meshes
@@ -152,7 +152,7 @@ def _train(
         recipe = patch_contract.adopt(recipe, run_dir)
         mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(mesh, recipe.train)
-        bind, init = define_model(recipe.model)
+        bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)
         parts = trainable(recipe, jax.eval_shape(init_params))
         found_data = open_windows(recipe)

@@ -8,7 +8,7 @@ contradict. Nothing here ever unpickles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from bytelm import export
 from bytelm.config import MODEL_CONFIGS, require, to_dict
+from bytelm.leaves import torch_name
+from bytelm.lora import LoRA, read_adapter, write_adapter
 from bytelm.remote.copies import local_copy
 from bytelm.runs import read_export
 from bytelm_torch.interop.finite import first_non_finite, is_finite
-from bytelm_torch.models import build_abstract, name_parameters
+from bytelm_torch.layers.lora import merge
+from bytelm_torch.models import adapt, build_abstract, name_parameters
 
 _DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 """The dtypes that a parameter may have."""
@@ -77,23 +80,50 @@ def from_pretrained(
 
 
 def _read_model(folder: Path, dtype: torch.dtype | None, target: torch.device) -> Any:
+    def place(name: str, value: Tensor) -> Tensor:
+        # A copy even where nothing is cast: what was read is backed by the file.
+        return value.to(target, _dtype_of(name, dtype), copy=True)
+
+    described, state, lora = read_state(folder, place)
+    model = build_abstract(described.config)
+    if lora:
+        state = {name: place(name, value) for name, value in merge(state, lora).items()}
+    model.patching = export.patching_of(described.extra)
+    model.load_state_dict(state, strict=True, assign=True)
+    name_parameters(model)
+    return model.eval()
+
+
+def read_state(
+    folder: Path, place: Callable[[str, Tensor], Tensor] = lambda name, value: value.clone()
+) -> tuple[export.Description, dict[str, Tensor], LoRA | None]:
+    """What an export holds: description, state dict, and the adapters that are part of it, if any.
+
+    `place` is applied to each tensor as it is read; where there are adapters, it is left to the
+    caller, who may merge them first. Raises `ValueError` as `from_pretrained` does.
+    """
     described = export.read_description(folder)
-    contract = export.patching_of(described.extra)
+    if described.adapted:
+        place = lambda name, value: value.clone()  # noqa: E731
     with export.open_weights(folder, TORCH) as tensors:
         export.check_size(tensors, described.config)
         model = build_abstract(described.config)
         shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         export.check_tensors(tensors, shapes)
-        # A copy even where nothing is cast: what `read` gives is backed by the file.
-        state = {
-            name: tensor.read().to(target, _dtype_of(name, dtype), copy=True)
-            for name, tensor in tensors.items()
-        }
+        state = {name: place(name, tensor.read()) for name, tensor in tensors.items()}
         tensors.verify(described.sum)
-    model.patching = contract
-    model.load_state_dict(state, strict=True, assign=True)
-    name_parameters(model)
-    return model.eval()
+    if not described.adapted:
+        return described, state, None
+
+    def read(tensors: export.StoredTensors, lora: LoRA) -> tuple[dict[str, Tensor], LoRA]:
+        adapt(model, lora)
+        whole = model.state_dict()
+        expected = {name: tuple(v.shape) for name, v in whole.items() if name not in state}
+        export.check_tensors(tensors, expected)
+        return {name: place(name, tensor.read()) for name, tensor in tensors.items()}, lora
+
+    adapter, lora = read_adapter(folder, TORCH, read)
+    return described, state | adapter, lora
 
 
 def _usable_device(device: torch.device | str | None) -> torch.device:
@@ -117,7 +147,8 @@ def save_pretrained(
     """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
 
     A model whose attribute `patching` holds its patching contract, as `from_pretrained` sets it,
-    gives it to the file, in `extra`; what `extra` says counts first.
+    gives it to the file, in `extra`; what `extra` says counts first. One that has adapters is
+    written with these beside its weights, in peft's files.
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
     export as it was. Raises `ValueError` when `model` is not one of `build_model`, bare, or holds
@@ -129,11 +160,17 @@ def save_pretrained(
     why = "must be a model of build_model, without wrappers"
     if not isinstance(config, MODEL_CONFIGS):
         raise ValueError(f"model={type(model).__name__}: {why}")
-    state = model.state_dict()
-    check_state(state, build_abstract(config))
+    state, lora = model.state_dict(), getattr(model, "lora", None)
+    template = build_abstract(config)
+    if lora is not None:
+        adapt(template, lora)
+    check_state(state, template)
     export.refuse_non_finite(first_non_finite(state))
-    config_sum = export.sum_of_json(export.describe(config))
+    config_sum = export.sum_of_json(export.describe(config, adapted=lora is not None))
     tensors = {name: _in_memory(value) for name, value in state.items()}
+    if lora is not None:
+        names = [torch_name(name) for name in lora.leaves]
+        write_adapter(Path(path), lora, {name: tensors.pop(name) for name in names}, _raw)
     write = partial(_write, tensors, config_sum)
     export.replace_export(Path(path), write, export.config_text(describe(model, extra)))
 
@@ -155,7 +192,8 @@ def describe(model: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
     """What config.json says of a model, or of a configuration alone, and of its patches."""
     contract = getattr(model, "patching", None)
     extra = ({} if contract is None else {"patching": to_dict(contract)}) | (extra or {})
-    return export.describe(getattr(model, "config", model), extra)
+    adapted = getattr(model, "lora", None) is not None
+    return export.describe(getattr(model, "config", model), extra, adapted)
 
 
 def _in_memory(value: Tensor) -> export.StoredTensor:

@@ -7,6 +7,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from bytelm.config import BLTConfig, EntropyConfig, LFByteConfig, MegabyteConfig, ModelConfig
+from bytelm.lora import LoRA
+from bytelm_torch.layers.lora import add_adapters
 from bytelm_torch.models.blt import BLT
 from bytelm_torch.models.entropy import EntropyModel
 from bytelm_torch.models.lfbyte import LFByteTransformer
@@ -55,6 +57,13 @@ def build_abstract(config: ModelConfig) -> Model:
     """The model that `config` describes without values: parameters on the device "meta"."""
     with torch.device("meta"), _SkipDraws():
         return build_model(config)
+
+
+def adapt(model: Any, lora: LoRA) -> None:
+    """Gives `model` these adapters, drawn from torch's generator; `model.lora` says so."""
+    add_adapters(model, lora)
+    model.lora = lora
+    name_parameters(model)
 
 
 def name_parameters(model: nn.Module) -> None:

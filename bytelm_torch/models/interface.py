@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import PatchingContract
+from bytelm.lora import LoRA
 from bytelm_torch.layers.ids import as_ids
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -38,6 +39,8 @@ class ByteModel:
     config: Any
     patching: PatchingContract | None = None
     """The contract of the run that the model comes from, if there is one."""
+    lora: LoRA | None = None
+    """The low-rank adapters that the model trains, if it has any."""
 
     def patch_starts(self, ids: Integer[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
         """Whether a patch starts at each byte; None for a model without patches."""

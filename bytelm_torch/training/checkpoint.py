@@ -28,7 +28,7 @@ from bytelm.export import (
 from bytelm.metrics import score
 from bytelm.runs import saved_steps
 from bytelm.torch_files import check_torch_file
-from bytelm_torch.interop.export import from_pretrained, save_pretrained
+from bytelm_torch.interop.export import read_state, save_pretrained
 from bytelm_torch.interop.finite import first_non_finite
 from bytelm_torch.optimizers.q_agent import begin_counting
 from bytelm_torch.training.average import Average
@@ -120,8 +120,8 @@ def restore(
     Raises `ValueError` for files that cannot be read, belong to another optimizer or are not
     finite.
     """
-    loaded = from_pretrained(run_dir / "checkpoints" / str(step))
-    model.load_state_dict(loaded.state_dict(), strict=True)
+    _, weights, _ = read_state(run_dir / "checkpoints" / str(step))
+    model.load_state_dict(weights, strict=True)
     state = read_training(run_dir, step, checksums=True)
     average.begin()
     if "trained" in state:  # what the model has now is their average

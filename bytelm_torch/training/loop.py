@@ -41,8 +41,6 @@ from bytelm.starting import (
 )
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
-from bytelm.trainable import trainable
-from bytelm_torch.models import build_abstract, build_model, parameter_paths
 from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint, parallel, starting
 from bytelm_torch.training.average import Average
@@ -99,7 +97,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
     _check(recipe, run_dir, group)
 
-    parts = trainable(recipe, parameter_paths(build_abstract(recipe.model)).values())
+    lora, parts = starting.parts_of(recipe)
 
     # ---- data ----
     length = recipe.data.sequence_length
@@ -110,10 +108,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     parallel.require_agreement(group, found)
 
     # ---- model and optimizer ----
-    if checkpoint.saved_steps(run_dir):
-        model = build_model(recipe.model).to(group.device)
-    else:
-        recipe, model = starting.start_model(recipe, group.device)
+    recipe, model = starting.open_model(recipe, run_dir, group.device, lora)
     if first:
         prepare_run_dir(run_dir, recipe)
         require_lock(lock.take(run_dir), run_dir)

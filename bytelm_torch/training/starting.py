@@ -11,6 +11,7 @@ from torch import nn
 
 from bytelm.config import ModelConfig, PatchingContract, Recipe, require
 from bytelm.export import patching_of, read_description
+from bytelm.lora import LoRA, lora_of
 from bytelm.runs import find_export, is_run, load_recipe
 from bytelm.starting import (
     ANEW,
@@ -22,9 +23,10 @@ from bytelm.starting import (
     require_fit,
     require_optimizer,
 )
+from bytelm.trainable import Trainable, trainable
 from bytelm_torch.interop.export import from_pretrained
 from bytelm_torch.interop.finite import first_non_finite
-from bytelm_torch.models import build_abstract, build_model, parameter_paths
+from bytelm_torch.models import adapt, build_abstract, build_model, parameter_paths
 from bytelm_torch.training import checkpoint
 from bytelm_torch.training.average import Average
 
@@ -45,6 +47,25 @@ def check_start(recipe: Recipe) -> None:
             ours = is_run(path) and find_export(path, which) is not None
             source = load_recipe(path) if ours else None
         require_optimizer(recipe, source, _names(recipe))
+
+
+def parts_of(recipe: Recipe) -> tuple[LoRA | None, Trainable]:
+    """The adapters of the model, if any, and which of all parameters train."""
+    lora = lora_of(recipe, parameter_paths(build_abstract(recipe.model)).values())
+    return lora, trainable(recipe, _names(recipe))
+
+
+def open_model(
+    recipe: Recipe, run_dir: Path, device: torch.device, lora: LoRA | None
+) -> tuple[Recipe, Any]:
+    """The model at step 0, or the one whose checkpoint is loaded next; and the recipe."""
+    if checkpoint.saved_steps(run_dir):
+        model = build_model(recipe.model).to(device)
+    else:
+        recipe, model = start_model(recipe, device)
+    if lora is not None:
+        adapt(model, lora)
+    return recipe, model
 
 
 def start_model(recipe: Recipe, device: torch.device) -> tuple[Recipe, Any]:
@@ -110,7 +131,9 @@ def _opened_run(named: str, arrays: bool = False) -> Iterator[tuple[Path, int, R
 
 
 def _names(recipe: Recipe) -> list[str]:
-    return [*parameter_paths(build_abstract(recipe.model)).values()]
+    names = [*parameter_paths(build_abstract(recipe.model)).values()]
+    lora = lora_of(recipe, names)
+    return [*names, *(lora.leaves if lora else [])]
 
 
 def _origin(named: str, step: int | None, state: dict[str, torch.Tensor]) -> str:

@@ -1,0 +1,136 @@
+"""The commands that write and read weights as files: their docstrings are their help.
+
+Each command checks its options before it imports what it runs, so that help and mistakes need no
+JAX.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from bytelm.arguments import UsageError
+from bytelm.config import Recipe, to_dict
+from bytelm.export import patching_of
+from bytelm.remote.copies import local_copy
+
+
+def export_command(
+    run: Path,
+    /,
+    out: Path,
+    checkpoint: str = "latest",
+    format: Literal["bytelm", "hf-blt"] = "bytelm",
+    average: bool = True,
+    adapter: bool = False,
+    vocab_size: int = -1,
+    vocab_offset: int = -1,
+    pad_id: int = -1,
+    bos_id: int = -1,
+    eos_id: int = -1,
+) -> int:
+    """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
+
+    With --format hf-blt, writes them for `BltForCausalLM.from_pretrained(OUT)` of transformers.
+    Adapters are merged into the weights; --adapter writes them alone, for peft's
+    `PeftModel.from_pretrained(MODEL, OUT)`, MODEL as of `bytelm_torch.hf.from_native`.
+
+    Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
+
+    Args:
+        run: the run folder.
+        out: the folder to write.
+        checkpoint: latest, best or a step.
+        format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        average: of a run with train.average_decay, write the average of its weights.
+        adapter: write the low-rank adapter alone, as peft does.
+        vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
+        vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
+        pad_id: the id of padding.
+        bos_id: the id of the beginning of a sequence.
+        eos_id: the id of the end of a sequence.
+    """
+    from bytelm_jax.interop import convert, hf_blt
+    from bytelm_jax.interop.vocab import remap_vocab
+    from bytelm_jax.training import checkpoint as checkpoints
+
+    asked = {"size": vocab_size, "offset": vocab_offset}
+    asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+    asked = {name: value for name, value in asked.items() if value != -1}
+    if adapter:
+        what = "--adapter: an adapter has its model's ids and layout"
+        if asked or format != "bytelm":
+            raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
+        return _export_adapter(run, out, checkpoint, average)
+    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
+    vocab = replace(recipe.model.vocab, **asked)
+    model, params = remap_vocab(recipe.model, params, vocab)
+    recipe = replace(recipe, model=model)
+    if format == "hf-blt":
+        hf_blt.export_hf_blt(recipe.model, params, out)
+    else:
+        extra = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        convert.export_model(recipe.model, params, out, extra)
+    print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
+    return 0
+
+
+def _export_adapter(run: Path, out: Path, checkpoint: str, average: bool) -> int:
+    from bytelm.lora import CONFIG_FILE, MODEL_FILE
+    from bytelm_jax.interop import convert
+    from bytelm_jax.models import adapters_of
+    from bytelm_jax.training import checkpoint as checkpoints
+
+    recipe, params, step = checkpoints.load_leaves(run, checkpoint, average)
+    lora = adapters_of(recipe)
+    if lora is None:
+        raise ValueError(
+            f"{run}: has no adapter; train one with --lora-rank, or leave out --adapter"
+        )
+    convert.export_adapter(params, lora, out)
+    print(f"wrote {out}/{MODEL_FILE} and {out}/{CONFIG_FILE} (step {step})")
+    return 0
+
+
+def import_command(
+    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte", "hf-blt"] = "auto"
+) -> int:
+    """Makes a run folder from an export or from weights of other projects.
+
+    Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
+    `BltForCausalLM`, in one file or in shards. The run's parameters are float32: float16 and
+    bfloat16 fit exactly, float64 is rounded, and a line on stderr says by how much.
+
+    Example: bytelm import exports/megabyte_tiny --out runs/imported
+
+    Args:
+        source: an export folder, a folder of transformers, or a .pt or .safetensors file with a
+            state dict.
+        out: the run folder to make; it must not hold a run yet.
+        format: what SOURCE is; auto detects it.
+    """
+    from bytelm_jax.interop import convert, formats
+    from bytelm_jax.training import checkpoint as checkpoints
+
+    checkpoints.check_unused(out)
+    cast = convert.Float32Cast()
+    with local_copy(source) as folder:
+        config, params = formats.import_any(folder, format, cast)
+        patching = patching_of(formats.stored_extra(folder))
+    recipe = Recipe(name="imported", model=config, patching=patching)
+    if config.longest_input is not None:
+        length = min(recipe.data.sequence_length, config.longest_input)
+        recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
+    checkpoints.create_run(out, recipe, params)
+    if cast.rounded:
+        print(
+            f"bytelm import: float64 was rounded to float32, by a relative error of at most "
+            f"{cast.rounding:.1e} (in {cast.rounded})",
+            file=sys.stderr,
+        )
+    print(
+        f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
+    )
+    return 0
