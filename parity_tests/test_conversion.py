@@ -168,7 +168,7 @@ def disown(tensors: dict[str, Any], fields: dict[str, Any]) -> None:
 
 
 def advance(tensors: dict[str, Any], fields: dict[str, Any]) -> None:
-    fields["format_version"] = 2
+    fields["format_version"] = 3
 
 
 def spoil(tensors: dict[str, Any], fields: dict[str, Any]) -> None:

@@ -170,7 +170,7 @@ def changed(**fields: Any) -> str:
         ("[]", "must hold a JSON object"),
         ("{}", "library=None: must be 'bytelm'"),
         (changed(library=["bytelm"]), "library=['bytelm']: must be 'bytelm'"),
-        (changed(format_version=2), "format_version=2: this release reads 1; update bytelm"),
+        (changed(format_version=3), "format_version=3: this release reads 1; update bytelm"),
         (changed(surprise=1), "config.surprise: unknown field of MegabyteConfig"),
         (changed(vocab={"sise": 1}), "config.vocab.sise: unknown field of ByteVocab"),
         (changed(architecture="gpt"), "config.architecture='gpt': choose one of"),

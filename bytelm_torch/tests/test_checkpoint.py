@@ -169,7 +169,7 @@ def config_with(**fields: Any) -> str:
         ("[" * 200_000, "config.json: lists or objects are nested too deeply"),
         ("3", "config.json: must hold a JSON object"),
         (config_with(library="other"), "config.json: library='other': must be 'bytelm'"),
-        (config_with(format_version=2), "config.json: format_version=2: this release reads 1; "),
+        (config_with(format_version=3), "config.json: format_version=3: this release reads 1; "),
         (config_with(surprise=1), "config.json: config.surprise: unknown field of MegabyteConfig"),
         (config_with(extra=[]), "config.json: extra=[]: must be an object"),
         (config_with(global_layers=10**6), "parameters, config.json describes "),
