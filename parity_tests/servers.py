@@ -119,15 +119,20 @@ def web(folder: Path) -> Iterator[int]:
 
 
 @contextmanager
-def hub(name: str, files: Mapping[str, bytes]) -> Iterator[int]:
-    """What Hugging Face answers about a data set `name` of these files; its port."""
-    with _threaded(type("Handler", (_Hub,), {"name": name, "files": files})) as port:
+def hub(name: str, files: Mapping[str, bytes], ranges: bool = True) -> Iterator[int]:
+    """What Hugging Face answers about a data set `name` of these files; its port.
+
+    Without `ranges` a whole file comes where a part is asked for, as some proxies answer.
+    """
+    answers = {"name": name, "files": files, "ranges": ranges}
+    with _threaded(type("Handler", (_Hub,), answers)) as port:
         yield port
 
 
 class _Hub(BaseHTTPRequestHandler):
     name: str
     files: Mapping[str, bytes]
+    ranges: bool
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -143,9 +148,9 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(200 if listed else 404, json.dumps(listed).encode())
         elif file in self.files:
             content, span = self.files[file], self.headers.get("Range", "")
-            if matched := re.fullmatch(r"bytes=(\d+)-(\d+)", span):
+            if (matched := re.fullmatch(r"bytes=(\d+)-(\d+)", span)) and self.ranges:
                 content = content[int(matched[1]) : int(matched[2]) + 1]
-            self._answer(206 if matched else 200, content)
+            self._answer(206 if matched and self.ranges else 200, content)
         else:
             self._answer(404, b"{}")
 
@@ -160,7 +165,8 @@ class _Hub(BaseHTTPRequestHandler):
         ]
         for name in names:
             if everything or "/" not in name.removeprefix(prefix):
-                size, oid = len(self.files[name]), sha1(self.files[name]).hexdigest()
+                size = len(self.files[name])
+                oid = sha1(f"blob {size}\0".encode() + self.files[name]).hexdigest()
                 listed.append({"type": "file", "path": name, "size": size, "oid": oid})
         return listed
 

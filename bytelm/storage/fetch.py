@@ -6,10 +6,12 @@ store tells it: one that has changed has another key.
 
 from __future__ import annotations
 
+import base64
 import errno
+import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
@@ -42,7 +44,9 @@ class StoredObject:
     name: str
     size: int | None
     version: str
-    md5: str = ""
+    digest: tuple[str, str] = ("", "")
+    """How the store sums up its bytes, "md5", "sha256" or "git" (SHA-1 of a blob), and the sum, in
+    hexadecimal; empty where it does not tell."""
     whole: bool = False
     """Whether the store gives it only from its beginning."""
 
@@ -115,8 +119,18 @@ def _base(address: str) -> str:
 
 def _described(address: str, name: str, info: dict[str, Any]) -> StoredObject:
     version = next((f"{field} {info[field]}" for field in _VERSIONS if info.get(field)), "")
-    md5, whole = str(info.get("md5Hash") or ""), info.get("partial") is False
-    return StoredObject(address, name, info.get("size"), version, md5, whole)
+    whole = info.get("partial") is False
+    return StoredObject(address, name, info.get("size"), version, _digest(info), whole)
+
+
+def _digest(info: Mapping[str, Any]) -> tuple[str, str]:
+    """What a store's description of an object says of its contents."""
+    if md5 := info.get("md5Hash"):  # Google's
+        return "md5", base64.b64decode(md5).hex()
+    if large := info.get("lfs"):  # Hugging Face's, of a large file and of one in Git
+        return "sha256", str(large["sha256"])
+    blob = info.get("blob_id")
+    return ("git", str(blob)) if blob else ("", "")
 
 
 def read_bytes(address: str) -> bytes:
@@ -238,13 +252,16 @@ def _check(one: StoredObject, file: Path, store: Any) -> None:
     size = file.stat().st_size
     good = one.size is None or size == one.size
     require(good, f"{one.address}: {size} bytes came instead of {one.size}; {hint}")
-    if one.md5:
-        import base64
-
+    kind, wanted = one.digest
+    if wanted:
+        summed = hashlib.new("sha1" if kind == "git" else kind)
+        if kind == "git":
+            summed.update(f"blob {size}\0".encode())
         with open(file, "rb") as opened:
-            digest = file_digest(opened, "md5").digest()
-        good = base64.b64encode(digest).decode() == one.md5
-        require(good, f"{one.address}: came damaged (its MD5 is another); run it again")
+            found = file_digest(opened, lambda: summed).hexdigest()
+        name = "hash" if kind == "git" else kind.upper()
+        good = found == wanted
+        require(good, f"{one.address}: came damaged (its {name} is another); run it again")
     now = _described(one.address, one.name, patiently(one.address, lambda: store.info(one.address)))
     require(now.key == one.key, f"{one.address}: changed while it was read; {hint}")
     # Caches know a file by its time of change as well: make it that of this version.

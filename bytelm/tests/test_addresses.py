@@ -125,6 +125,13 @@ def test_a_data_set_of_hugging_face(monkeypatch: pytest.MonkeyPatch) -> None:
         assert contents(open_corpus([f"{address}/a"])) == [FILES["a/z.bin"]]
         with refuses(f"^{address}/none: does not exist; check the spelling$"):
             open_corpus([f"{address}/none"])
+    monkeypatch.setattr(fetch, "_PIECE", 4000)
+    with servers.hub("owner/other", files, ranges=False) as port:
+        monkeypatch.setitem(conf, "hf", {"endpoint": f"http://127.0.0.1:{port}"})
+        with refuses(
+            r"^hf://datasets/owner/other/b\.txt: came damaged \(its hash is another\); run"
+        ):
+            open_corpus(["hf://datasets/owner/other/b.txt"])
     with refuses("^owner/name: does not exist; check the spelling, or write hf://datasets/owner/n"):
         open_corpus(["owner/name"])
 
