@@ -1,6 +1,7 @@
 """Recipes in files: whole ones, and what differs from a recipe that has a name."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -52,14 +53,26 @@ def _load(path: Path) -> Any:
     except ImportError:
         raise ValueError("YAML needs PyYAML: pip install pyyaml, or write JSON") from None
     try:
-        return yaml.safe_load(read_text(path))
+        return yaml.load(read_text(path), _with_exponents(yaml))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"not YAML ({one_line(error, 200)})") from None
 
 
+def _with_exponents(yaml: Any) -> Any:
+    """PyYAML's safe loader, to which 1e-3 is a number as in YAML 1.2 and JSON, not a text."""
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    return Loader
+
+
 def _tree(base: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
     """The recipe `base` as a tree, under the optimizer that a file over it names."""
-    require(isinstance(base, str), f"base={base!r}: must be the name of a recipe")
+    is_name = isinstance(base, str) and not _is_path(base)
+    require(is_name, f"base={base!r}: must be the name of a recipe, not a file")
     recipe, asked = recipes.get(base), stored.get("optimizer")
     if isinstance(asked, Mapping) and "name" in asked:
         recipe = recipes.with_optimizer(recipe, asked["name"])

@@ -312,6 +312,12 @@ def export_notes(model: ModelConfig) -> list[str]:
     return [f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"]
 
 
+def require_same_data(before: str, now: str, run_dir: str | Path) -> None:
+    """Raises `ValueError` unless the data of a run are those that it was started on."""
+    hint = "give the same files"
+    require(before == now, f"data: not the bytes that {run_dir} was started on; {hint}")
+
+
 def require_lock(taken: bool, run_dir: str | Path) -> None:
     """Raises `ValueError` unless the lock of `run_dir` was `taken`."""
     hint = "wait for it, stop it, or choose another run_dir"

@@ -35,6 +35,16 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Callable[[int
     return schedule
 
 
+def too_long(recipe: Recipe) -> list[str]:
+    """A line where a decay that was asked for does not fit into a run behind its warm-up."""
+    optimizer, steps = recipe.optimizer, recipe.train.steps
+    decay = optimizer.decay_steps if optimizer.schedule == "wsd" else 0
+    if not decay or optimizer.warmup_steps + decay <= steps:
+        return []
+    both = f"warm-up ({optimizer.warmup_steps} steps) and decay ({decay})"
+    return [f"warning: {both} are longer than the run ({steps}), so the decay is cut short"]
+
+
 def jumps(run_dir: Path, recipe: Recipe, start: int) -> list[str]:
     """A line about the learning rate if it jumps where a run goes on with other steps than before.
 

@@ -39,8 +39,13 @@ def opened_source(
     Errors of the block name the address.
     """
     path, checkpoint = split_source(named)
-    with local_copy(path, checkpoint if weights else NO_ARRAYS, everything) as copy:
-        yield copy, checkpoint
+    try:
+        with local_copy(path, checkpoint if weights else NO_ARRAYS, everything) as copy:
+            yield copy, checkpoint
+    except ValueError as error:
+        if not str(error).startswith("checkpoint="):
+            raise
+        raise ValueError(f"{named}: {error}") from None
 
 
 def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConfig) -> Recipe:

@@ -15,7 +15,8 @@ from bytelm.arguments import (
 )
 from bytelm.config import OPTIMIZER_CONFIGS, Recipe
 from bytelm.recipe_files import find_recipe
-from bytelm.starting import ReadConfig, branch_recipe, with_source
+from bytelm.starting import ReadConfig, branch_recipe, split_source, with_source
+from bytelm.storage.stores import tidy
 
 RUN_DIR = ("run_dir", "save_path")
 """The names of the option for the run folder."""
@@ -92,4 +93,7 @@ def _branch(named: str, branch: str, place: str | None) -> Recipe:
         raise UsageError(f"{named}: --branch-from {branch} has a recipe; leave {named} out")
     if not place:
         raise UsageError(f"--branch-from {branch}: name a new folder for the branch by --run-dir")
+    source, _ = split_source(branch)
+    if tidy(source) == tidy(place):
+        raise UsageError(f"--run-dir {place}: is the run itself; name a new folder for the branch")
     return branch_recipe(branch, Path(place))

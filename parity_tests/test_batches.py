@@ -11,6 +11,7 @@ import torch
 
 from bytelm.config import SGDConfig, TrainConfig
 from bytelm.data import open_corpus
+from bytelm.trainable import EVERYTHING
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -47,7 +48,7 @@ def jax_step(config, params, ids, rest, train):
     bind, _ = define_model(config)
     names = NAMES if "sources" in rest else ()
     step = steps.make_train_step(
-        bind, optimizer, train, config.vocab.pad_id, mesh, (), jnp.dtype("float64"), names
+        bind, optimizer, train, config.vocab.pad_id, mesh, EVERYTHING, jnp.dtype("float64"), names
     )
     state = steps.init_state(mesh, optimizer, lambda: params)
     rows = {name: meshes.put_batch(mesh, each) for name, each in {"ids": ids, **rest}.items()}

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int64, UInt8, UInt64
 
 from bytelm.config import require
 from bytelm.data.cache import prepared_copy, prepared_input
-from bytelm.data.formats import binary_kind, look_at
+from bytelm.data.formats import binary_kind, binary_notes, look_at
 from bytelm.data.prepared import DIGEST_BYTES, Bounds, read_spans
 from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
@@ -349,7 +349,7 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
     masks = enumerate(each.counted for each in bounds)
     maps.counted = {index: runs for index, runs in masks if runs is not None}
     corpus = Corpus(maps, owners, np.concatenate(starts), np.concatenate(stops), known_digests)
-    corpus.notes = _binary_notes(binary) + (seen.notes() if reading.once else ())
+    corpus.notes = binary_notes(binary) + (seen.notes() if reading.once else ())
     corpus.inputs = frozenset(seen.identities)
     return corpus
 
@@ -378,10 +378,3 @@ class _Reading(NamedTuple):
         if kind := binary_kind(looked.head):
             binary.append(f"{path}: looks binary ({kind})")
         return SourceFile(name, path, looked.size), looked.bounds
-
-
-def _binary_notes(binary: Sequence[str]) -> tuple[str, ...]:
-    if not binary:
-        return ()
-    more = f", and so do {len(binary) - 1} more files" if len(binary) > 1 else ""
-    return (f"{binary[0]}{more}; its bytes are taken as they are; --raw says that this is meant",)

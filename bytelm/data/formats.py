@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,12 @@ def detect(path: str, name: str, head: bytes) -> Format:
         f"{path}: is called {suffix} but is no {promised} file; fetch it again, or take its bytes "
         "with --raw",
     )
+    begins = suffix not in _JSON_LINES or bool(found) or not head.strip()
+    require(
+        begins,
+        f"{path}: is called {suffix} but does not begin with a JSON object; repair its first line, "
+        "or take its bytes with --raw",
+    )
     return found
 
 
@@ -115,6 +121,14 @@ def binary_kind(head: bytes) -> str:
         if head.startswith(magic):
             return kind
     return "it has zero bytes" if b"\0" in head else ""
+
+
+def binary_notes(binary: Sequence[str]) -> tuple[str, ...]:
+    """A note of files that look binary, each with what it seems to be."""
+    if not binary:
+        return ()
+    more = f", and so do {len(binary) - 1} more files" if len(binary) > 1 else ""
+    return (f"{binary[0]}{more}; its bytes are taken as they are; --raw says that this is meant",)
 
 
 def _compression(head: bytes) -> str:

@@ -15,8 +15,15 @@ import numpy as np
 
 from bytelm.config import require
 from bytelm.data.cache import input_pieces
-from bytelm.data.formats import Pieces, look_at, read_documents
-from bytelm.data.prepared import Prepared, Unscored, read_spans, unwritable, write_prepared
+from bytelm.data.formats import Pieces, binary_kind, binary_notes, look_at, read_documents
+from bytelm.data.prepared import (
+    Prepared,
+    Unscored,
+    read_bounds,
+    read_spans,
+    unwritable,
+    write_prepared,
+)
 from bytelm.data.records import Fields, fields_of
 from bytelm.data.remote import Listings
 from bytelm.data.sources import (
@@ -63,8 +70,11 @@ def prepare(
     listings = Listings(expanded, "")
     listed = {os.path.realpath(file.path) for _, files in listings.pairs for file in files}
     require(str(target) not in listed, f"{out}: is one of the inputs; choose another output")
+    size = 0 if shard_bytes or not target.exists() else target.stat().st_size
+    ours = not size or read_bounds(str(target), size, damaged_is_plain=True) is not None
+    require(ours, f"{out}: exists and is no prepared file; name another, or remove it")
 
-    seen = SeenFiles()
+    seen, binary = SeenFiles(), list[str]()
 
     def pieces() -> Iterator[bytes | None]:
         for path, files in listings.pairs:
@@ -73,7 +83,7 @@ def prepare(
                 if seen.repeats(file.path):
                     filled = True
                     continue
-                for piece in _pieces(file, fields, raw, target.parent):
+                for piece in _pieces(file, fields, raw, target.parent, binary):
                     filled = filled or bool(piece)
                     yield piece
             require(filled, without_bytes(path))
@@ -83,7 +93,7 @@ def prepare(
             written = _write_shards(target, pieces(), str(out), shard_bytes)
         else:
             written = write_prepared(target, pieces(), str(out))
-    return replace(written, notes=seen.notes())
+    return replace(written, notes=(*seen.notes(), *binary_notes(binary)))
 
 
 def _write_shards(
@@ -116,8 +126,13 @@ def _one_shard(
             return
 
 
-def _pieces(file: Listed, fields: Fields, raw: bool, scratch: Path) -> Iterator[bytes | None]:
-    """The documents of a file in pieces, each document followed by None."""
+def _pieces(
+    file: Listed, fields: Fields, raw: bool, scratch: Path, binary: list[str]
+) -> Iterator[bytes | None]:
+    """The documents of a file in pieces, each document followed by None.
+
+    A file of plain bytes that look binary is added to `binary`, with what it seems to be.
+    """
     if file.path == STANDARD_INPUT:
         return input_pieces(fields, raw, scratch)
     try:
@@ -134,6 +149,8 @@ def _pieces(file: Listed, fields: Fields, raw: bool, scratch: Path) -> Iterator[
                 file.path, os.path.basename(file.path), fields, scratch, move
             ),
         )
+    if kind := binary_kind(looked.head):
+        binary.append(f"{file.path}: looks binary ({kind})")
     ends, counted = looked.bounds.ends.tolist(), looked.bounds.counted
     spans = zip([0, *ends[:-1]], ends, strict=True)
     if counted is not None:

@@ -26,7 +26,9 @@ _LONGEST = 1 << 30
 _CHUNK = 1 << 20  # bytes, or characters
 _ROWS = 512  # of a Parquet file at once
 _SEPARATORS = re.compile(r"[\s,]*")
-_HINT = "name another with --text-field, or take the bytes with --raw"
+_HINT = "name another with {option}, or take the bytes with --raw"
+_TEXT_HINT = _HINT.format(option="--text-field")
+_MESSAGE_HINT = "a message needs 'role' and 'content'"
 
 
 class Fields(NamedTuple):
@@ -150,7 +152,7 @@ def _broken(where: str, error: Exception, start: int = 0) -> str:
     if isinstance(error, UnicodeDecodeError):
         what = f"not UTF-8 (byte 0x{error.object[error.start]:02x})"
     elif isinstance(error, json.JSONDecodeError):
-        what = f"not JSON ({error.msg} at character {error.pos - start + 1})"
+        what = f"not JSON ({error.msg.removesuffix(' at')} at character {error.pos - start + 1})"
     else:
         what = f"not JSON ({one_line(error, 80)})"
     return f"{where}: {what}; repair it, or take the bytes with --raw"
@@ -161,8 +163,9 @@ def _document(record: Any, fields: Fields, where: str) -> Iterator[bytes | None]
     if fields.chat:
         pieces = _chat(record, fields.chat, where)
     elif fields.prompt:
-        prompt, completion = (_text(record, name, where) for name in fields.names())
-        pieces = [Unscored(prompt), completion]
+        prompt = _text(record, fields.prompt, where, _HINT.format(option="--prompt-field"))
+        hint = _HINT.format(option="--completion-field")
+        pieces = [Unscored(prompt), _text(record, fields.completion, where, hint)]
     else:
         pieces = [_text(record, fields.text, where)]
     if any(pieces):
@@ -171,35 +174,35 @@ def _document(record: Any, fields: Fields, where: str) -> Iterator[bytes | None]
 
 
 def _chat(record: Any, field: str, where: str) -> list[bytes]:
-    messages = _value(record, field, where)
+    messages = _value(record, field, where, _HINT.format(option="--chat-field"))
     known = messages is None or isinstance(messages, list)
     kind = type(messages).__name__
     require(known, f"{where}: its field {field!r} is no list of messages ({kind})")
     pieces: list[bytes] = []
     for number, message in enumerate(messages or [], 1):
         at = f"{where}, message {number}"
-        role, content = _text(message, "role", at), _text(message, "content", at)
+        role, content = (_text(message, n, at, _MESSAGE_HINT) for n in ("role", "content"))
         turn = content + b"<|im_end|>\n"
         pieces += [Unscored(b"<|im_start|>" + role + b"\n")]
         pieces += [turn if role == b"assistant" else Unscored(turn)]
     return pieces
 
 
-def _value(record: Any, field: str, where: str) -> Any:
+def _value(record: Any, field: str, where: str, hint: str = _TEXT_HINT) -> Any:
     is_object = isinstance(record, dict)
     require(is_object, f"{where}: is no object with a field {field!r}; take the bytes with --raw")
     if field not in record:
         known = one_line(", ".join(map(str, record)) or "none", 200)
-        raise ValueError(f"{where}: has no field {field!r} (its fields: {known}); {_HINT}")
+        raise ValueError(f"{where}: has no field {field!r} (its fields: {known}); {hint}")
     return record[field]
 
 
-def _text(record: Any, field: str, where: str) -> bytes:
-    value = _value(record, field, where)
+def _text(record: Any, field: str, where: str, hint: str = _TEXT_HINT) -> bytes:
+    value = _value(record, field, where, hint)
     if value is None:
         return b""
     kind = type(value).__name__
-    require(isinstance(value, str), f"{where}: its field {field!r} is no text ({kind}); {_HINT}")
+    require(isinstance(value, str), f"{where}: its field {field!r} is no text ({kind}); {hint}")
     try:
         return value.encode()
     except UnicodeEncodeError:
@@ -218,7 +221,13 @@ def arrow_columns(file: Any, kind: str, path: str, fields: Fields) -> Iterator[b
         if schema.get_field_index(field) < 0:
             columns = ", ".join(f"{each.name} {each.type}" for each in schema) or "none"
             known = one_line(columns, 200)
-            raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {_HINT}")
+            options = {
+                fields.prompt: "prompt",
+                fields.completion: "completion",
+                fields.chat: "chat",
+            }
+            hint = _HINT.format(option=f"--{options.get(field, 'text')}-field")
+            raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {hint}")
     if fields.masked:
         yield from _arrow_records(batches, path, fields)
         return
@@ -227,7 +236,7 @@ def arrow_columns(file: Any, kind: str, path: str, fields: Fields) -> Iterator[b
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     texts = (pa.string(), pa.large_string(), pa.string_view())
     known = dtype in (*texts, pa.binary(), pa.large_binary())
-    require(known, f"{path}: its column {field!r} holds {dtype}, no text; {_HINT}")
+    require(known, f"{path}: its column {field!r} holds {dtype}, no text; {_TEXT_HINT}")
     row = 0
     for batch in batches:
         column = batch.column(field)
@@ -325,7 +334,8 @@ def _sample(members: dict[str, bytes], field: str, where: str) -> Iterator[bytes
     known = {field, "txt", "json"} & members.keys()
     found = one_line(", ".join(f".{extension}" for extension in members), 200)
     require(
-        bool(known), f"{where}: has no member .{field}, .txt or .json (it has {found}); {_HINT}"
+        bool(known),
+        f"{where}: has no member .{field}, .txt or .json (it has {found}); {_TEXT_HINT}",
     )
     text = members.get(field, members.get("txt"))
     if text is None:

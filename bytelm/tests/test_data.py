@@ -195,7 +195,7 @@ def test_the_fingerprint_follows_the_data_not_the_place(tmp_path: Path) -> None:
 def test_prepared_round_trip(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.bytes"
     summary = data.prepare([folder], out)
-    assert summary == data.Prepared(4, sum(map(len, DOCUMENTS)))
+    assert (summary.documents, summary.bytes) == (4, sum(map(len, DOCUMENTS)))
     assert contents(open_corpus([out])) == DOCUMENTS
     ends = np.cumsum([len(each) for each in DOCUMENTS]).tolist()
     digests = [hashlib.blake2b(each, digest_size=8).digest() for each in DOCUMENTS]
@@ -271,12 +271,14 @@ def test_footers_are_recognised(tmp_path: Path) -> None:
 def test_outputs_that_cannot_work_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mine").write_bytes(b"not to be lost")
     for paths, target, message in (
         ([folder], tmp_path, "is a folder; name a file"),
         ([folder], folder / "out", "lies in the input .*folder; choose a place outside it"),
         ([folder], tmp_path / "link" / "a" / "out", "lies in the input"),
         ([tmp_path / "link"], folder / "out", "lies in the input"),
         ([folder / "b.txt"], folder / "b.txt", "is one of the inputs"),
+        ([tmp_path / "link"], tmp_path / "mine", "exists and is no prepared file; name another"),
         ([folder], tmp_path / "missing" / "out", "its folder does not exist; create it"),
         ([folder], tmp_path / "pipe", "is not a regular file"),
         ([], tmp_path / "out", "paths: give at least one file or folder"),
@@ -284,7 +286,8 @@ def test_outputs_that_cannot_work_are_refused(folder: Path, tmp_path: Path) -> N
         with refuses(message):
             data.prepare(paths, target)
     assert (folder / "b.txt").read_bytes() == b"second"
-    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "mine", "pipe"]
+    assert (tmp_path / "mine").read_bytes() == b"not to be lost"
 
 
 @pytest.mark.parametrize("raised", [OSError(28, "No space left on device"), KeyboardInterrupt()])

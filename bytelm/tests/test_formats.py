@@ -315,6 +315,7 @@ BROKEN: list[tuple[str, Callable[[], bytes], str]] = [
     ("a.jsonl", lambda: b'{"text": ""}\n', "a.jsonl: holds no bytes"),
     ("a.gz", lambda: gzip.compress(b""), "a.gz: holds no bytes"),
     ("a.jsonl", lambda: b"", "a.jsonl: holds no bytes"),
+    ("a.jsonl", lambda: b"hello\n" + JSONL, "a.jsonl: is called .jsonl but does not begin"),
 ]  # fmt: skip
 
 
@@ -382,6 +383,9 @@ def test_what_looks_binary_is_said_and_raw_is_bytes(tmp_path: Path) -> None:
     (note,) = corpus.notes
     assert "a.png: looks binary (PNG), and so do 1 more files; its bytes are taken" in note
     assert data.split(corpus, 0.1, 0)[0].notes == corpus.notes
+    (note,) = data.prepare([tmp_path / "b"], tmp_path / "out").notes
+    assert note.startswith(f"{tmp_path / 'b'}: looks binary (it has zero bytes); its bytes are")
+    (tmp_path / "out").unlink()
     raw = open_corpus([tmp_path], raw=True)
     assert not raw.notes and contents(raw)[2] == JSONL
 

@@ -15,7 +15,7 @@ def test_a_file_says_what_differs_from_a_recipe(tmp_path: Path) -> None:
     changes = {"model": {"dropout": 0.2}, "train": {"steps": 7}, "data": {"paths": ["a", "b"]}}
     (tmp_path / "mine.json").write_text(json.dumps({"base": "megabyte_tiny", **changes}))
     (tmp_path / "mine.yaml").write_text(
-        "base: megabyte-tiny\nmodel: {dropout: 0.2}\ntrain:\n  steps: 7\ndata: {paths: [a, b]}\n"
+        "base: megabyte-tiny\nmodel: {dropout: 2e-1}\ntrain:\n  steps: 7\ndata: {paths: [a, b]}\n"
     )
     usual = recipes.get("megabyte_tiny")
     expected = replace(

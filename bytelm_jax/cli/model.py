@@ -78,6 +78,8 @@ def eval_command(
     require_prediction(recipe.model)
     windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
     result = _evaluate(recipe, params, windows, end_id, batch_size, dtype)
+    if not result.count:
+        raise ValueError("data: nothing of it is counted; give data with completions")
     _require_finite(result.nats, dtype)
     record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
     record |= _check_patches(recipe, params, windows)

@@ -33,9 +33,10 @@ from bytelm.runs import (
     open_run,
     prepare_run_dir,
     require_lock,
+    require_same_data,
     what_a_run_is,
 )
-from bytelm.schedules import jumps
+from bytelm.schedules import jumps, too_long
 from bytelm.starting import ANEW, keep_source
 from bytelm.tracking import check_trackers, open_trackers
 from bytelm.trainable import Trainable, trainable
@@ -183,8 +184,8 @@ def _train(
     if not resumed:
         recipe, begun = starting.load_branch(recipe, template)
     start = begun.step if begun else 0
-    if resumed and resumed.metadata["data"] != identity:
-        raise ValueError(f"data: not the bytes that {lock.name} was started on; give the same")
+    if resumed:
+        require_same_data(resumed.metadata["data"], identity, lock.name)
     piece = recipe.data.length_at(start)
     shape = (run.batch_size * recipe.data.sequence_length // piece, piece)
     ahead = steps.compiling(
@@ -205,7 +206,7 @@ def _train(
     order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
-    notes = jumps(run_dir, recipe, start) + [ANEW] * anew
+    notes = jumps(run_dir, recipe, start) + too_long(recipe) + [ANEW] * anew
     notes += [] if start else export_notes(recipe.model)
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:

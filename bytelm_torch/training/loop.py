@@ -35,7 +35,7 @@ from bytelm.runs import (
     require_lock,
     what_a_run_is,
 )
-from bytelm.schedules import jumps, learning_rate_schedule
+from bytelm.schedules import jumps, learning_rate_schedule, too_long
 from bytelm.starting import (
     keep_source,
 )
@@ -128,7 +128,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
-    notes = [*jumps(run_dir, recipe, start), *notes, *([] if start else export_notes(recipe.model))]
+    notes = [*jumps(run_dir, recipe, start), *too_long(recipe), *notes]
+    notes += [] if start else export_notes(recipe.model)
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
     reporter = StepReporter(recipe, start, group, log, display)

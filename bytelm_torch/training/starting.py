@@ -12,7 +12,7 @@ from torch import nn
 from bytelm.config import ModelConfig, PatchingContract, Recipe, require
 from bytelm.export import patching_of, read_description
 from bytelm.lora import LoRA, lora_of
-from bytelm.runs import find_export, is_run, load_recipe
+from bytelm.runs import find_export, is_run, load_recipe, require_same_data
 from bytelm.starting import (
     ANEW,
     export_step,
@@ -101,8 +101,7 @@ def restore(
     start = (checkpoint.saved_steps(run_dir) or [0])[-1]
     if start:
         restored = checkpoint.restore(run_dir, start, model, optimizer, average)
-        if restored["data"] != identity:
-            raise ValueError(f"data: not the bytes that {run_dir} was started on; give the same")
+        require_same_data(restored["data"], identity, run_dir)
         return recipe, start, []
     if recipe.train.init_optimizer:
         with _opened_run(recipe.train.init_from, True) as (path, step, _):
