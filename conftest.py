@@ -29,6 +29,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import jax
 import pytest
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 from parity_tests import shapes
@@ -69,3 +70,20 @@ def x64():
     """float64 in JAX, for the tests whose verdict is in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """For files whose runs are of few programs, whose compilation would be most of the time."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield

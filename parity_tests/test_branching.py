@@ -19,13 +19,14 @@ from bytelm_jax.training import checkpoint
 from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 MODEL = CONFIGS["megabyte"]
 PACKAGES = {"jax": lambda argv: cli.main(["train", *argv]), "torch": bytelm_torch.train.main}
 DECAY = 0.75
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, compiled_once):
     """A text, an export to start from, and a recipe."""
     folder = tmp_path_factory.mktemp("branching")
     for name in ("text", "other"):

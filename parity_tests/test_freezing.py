@@ -64,7 +64,7 @@ def test_a_scale_multiplies_the_finished_update(name):
     ends = []
     for scales in ({}, {"to_q.kernel": 0.125}):
         optimizer = build_optimizer(OPTIMIZERS[name], 9, parts=Trainable(scales=scales))
-        state = optimizer.init(params)
+        state, moves = optimizer.init(params), params
         for _ in range(3):
             moves, state = optimizer.update(gradients, state, params, value=jnp.ones(()))
         ends.append(moves)

@@ -183,7 +183,7 @@ TRAIN = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, compiled_once):
     """A source, and a run of JAX and one of torch, 4 steps straight, and from its step 2 on."""
     folder = tmp_path_factory.mktemp("lora")
     (folder / "text").write_bytes(b"some text of the test " * 400)

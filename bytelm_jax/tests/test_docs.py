@@ -24,6 +24,7 @@ from bytelm.tests.test_formats import TEXTS, write_form
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import run
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 DOCS = Path(bytelm_jax.__file__).parents[1] / "docs"
 FORMS = {
     "books.jsonl": "x.jsonl",
