@@ -96,6 +96,7 @@ def test_every_command_of_the_guide_to_data(tmp_path, monkeypatch):
     assert {seen[(name,)] for name in ("library", "shards/*.jsonl", "@books.list")} == {2 * size}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
 def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys):
     """All of each command, with a smaller model and two steps."""

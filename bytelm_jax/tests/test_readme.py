@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_every_command_and_option_in_the_readme_exists(capsys):
             _, rest = take_processes(take_dry_run(rest)[1])
             expand_names(recipe, rest)
             continue
-        with pytest.raises(SystemExit):
+        with nullcontext() if name == "sweep" else pytest.raises(SystemExit):
             cli.main([name, "--help"])
         output = capsys.readouterr().out
         for option in (a for a in arguments if a.startswith("--")):

@@ -33,7 +33,7 @@ WAYS = {
     "from scratch": [],
     "all weights": ["--init-from"],
     "half frozen": ["--init-from", "--freeze", "global_transformer.layers.[01].*"],
-    "LoRA, rank 8": ["--init-from", *"--lora-rank 8 --learning-rate-scale *=10".split()],
+    "LoRA, rank 8": ["--init-from", *["--lora-rank", "8", "--learning-rate-scale", "*=10"]],
 }
 
 
