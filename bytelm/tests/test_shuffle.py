@@ -1,5 +1,6 @@
 """The order of windows within an epoch: each exactly once, and grain's for older runs."""
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 
 from bytelm import recipes
 from bytelm.config import ByteVocab, to_dict
-from bytelm.data import Windows, memory_corpus
-from bytelm.data.shuffle import shuffled_index, skips_last_row
+from bytelm.data import Windows, memory_corpus, shuffle
+from bytelm.data.shuffle import skips_last_row
 from bytelm.runs import keep_rules, prepare_run_dir, save_recipe
 from bytelm_jax.training.batches import training_batches
 
@@ -20,6 +21,12 @@ VOCAB = ByteVocab()
 @pytest.mark.parametrize("count", [1, 2, 17, 65537])
 def test_an_epoch_of_the_exact_order_visits_every_row_once(count: int) -> None:
     """Of 65,537 rows, 4^8 + 1, grain's order leaves out the last one."""
+    # Under another name the module escapes the checks of shapes, which take it twenty times longer.
+    spec = importlib.util.spec_from_file_location("unchecked", shuffle.__file__)
+    assert spec and spec.loader
+    unchecked = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unchecked)
+    shuffled_index = unchecked.shuffled_index
     exact = [shuffled_index(position, count, 3) for position in range(count)]
     assert sorted(exact) == list(range(count))
     grain = [shuffled_index(position, count, 3, "grain") for position in range(count)]

@@ -49,19 +49,23 @@ def test_help_needs_no_jax():
         assert len(output.splitlines()) > 3 or output == f"bytelm {bytelm.__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("argv", "seconds"),
-    [(["--help"], 0.5), (["trane"], 0.5), (["train", "megabyte_tiny", "--help"], 1.0)],
-)
-def test_answers_take_little_processor_time(argv, seconds):
+def processor_seconds(*argv):
     """Of the best of three processes: the first may have to compile what it imports."""
     used = []
-    while len(used) < 3 and not (used and min(used) < seconds):
+    for _ in range(3):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "bytelm_jax", *argv], capture_output=True, timeout=60)
+        subprocess.run([sys.executable, *argv], capture_output=True, timeout=60)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(used) < seconds, used
+    return min(used)
+
+
+def test_answers_take_little_processor_time():
+    """Seconds of a processor that imports numpy in a fifth of one; a slower one has more."""
+    slower = max(1.0, processor_seconds("-c", "import numpy") / 0.2)
+    for argv, seconds in (("--help", 0.5), ("trane", 0.5), ("train blt_1b --help", 1.0)):
+        used = processor_seconds("-m", "bytelm_jax", *argv.split())
+        assert used < seconds * slower, (argv, used, slower)
 
 
 def test_the_list_of_commands_and_their_mistakes_need_the_standard_library_alone():
