@@ -51,14 +51,27 @@ def require_plain_file(file: Path) -> None:
         raise OSError(0, "not a plain file")
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file so that at any moment it has either the old or the new content."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for reading and writing, that takes the place of `path` at the end.
+
+    At any moment `path` has either the old or the new content; an error leaves the old.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write_synced(beside, lambda sink: sink.write(data))
+        with open(beside, "w+b") as sink:
+            yield sink
+            sink.flush()
+            os.fsync(sink.fileno())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Writes a file so that at any moment it has either the old or the new content."""
+    with replacing(path) as sink:
+        sink.write(data)
 
 
 def write_synced(path: Path, write: Callable[[BinaryIO], Any]) -> None:

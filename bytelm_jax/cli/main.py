@@ -17,6 +17,8 @@ COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
     "generate": "stream text from a trained model",
+    "compress": "compress a file without loss, by a model",
+    "decompress": "restore a compressed file",
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
     "import": "make a run folder from other weights",
@@ -33,6 +35,7 @@ COMMANDS = {
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
+    "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
@@ -95,7 +98,7 @@ def _overview() -> str:
         "usage: bytelm COMMAND …   (bytelm COMMAND --help shows its options)",
         "",
     ]
-    lines += [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:10} {what}" for name, what in COMMANDS.items()]
     lines += ["", "bytelm --version prints the version."]
     return "\n".join(lines)
 

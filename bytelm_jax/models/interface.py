@@ -75,6 +75,34 @@ class ByteModel:
         logits = jax.lax.dynamic_index_in_dim(model(cache[:, 1:]), index, axis=1, keepdims=False)
         return cache, as_ids(choose(logits, 0))[:, None]
 
+    def start_round(
+        self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any
+    ) -> tuple[Any, Any, Int[Array, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        `round_logits` takes the round byte by byte, for callers that choose outside of a program.
+        """
+        heard: list[Array] = []
+        before = as_ids(previous)[:, -1]
+
+        def choose(logits: Array, i: int) -> Array:
+            heard.append(logits)
+            return before
+
+        cache, _ = self.decode_round(cache, previous, index, choose)
+        if len(heard) != 1:
+            raise NotImplementedError(f"{type(self).__name__}.start_round: rounds of several bytes")
+        return cache, heard[0], before
+
+    def round_logits(
+        self, state: Any, before: Int[Array, " B"], i: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """The logits of a round's byte number i, and the round with `before`, the byte before it.
+
+        For i = 0, `before` is the one that `start_round` gave.
+        """
+        return state, state
+
 
 class Decoder(Protocol):
     """Cached decoding. A round appends `round_length` bytes; caches are passed in and returned."""
@@ -104,6 +132,21 @@ class Decoder(Protocol):
         choose: Choose,
     ) -> tuple[Any, Int[Array, "B P"]]:
         """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        ...
+
+    def start_round(
+        self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any
+    ) -> tuple[Any, Any, Int[Array, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        `ByteModel` has it for rounds of one byte.
+        """
+        ...
+
+    def round_logits(
+        self, state: Any, before: Int[Array, " B"], i: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """The logits of a round's byte number i, after the byte `before`, and the round with it."""
         ...
 
 

@@ -12,6 +12,8 @@ is cut off again. With `reset_on` each segment is a text of its own: its patches
 byte, the last one is padded, and nothing of other segments is seen.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,7 @@ from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scop
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
-from bytelm_jax.layers.ids import check_ids
+from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.resets import (
@@ -266,6 +268,25 @@ class Megabyte(ByteModel, nnx.Module):
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
+
+    def start_round(
+        self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any
+    ) -> tuple[Any, Any, Int[Array, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        With `reset_on` a round is one byte.
+        """
+        if self.config.reset_on != "none":
+            return super().start_round(cache, previous, index)
+        return megabyte_decoding.start_round(self, cache, as_ids(previous), index)
+
+    def round_logits(
+        self, state: Any, before: Int[Array, " B"], i: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], Any]:
+        """The logits of a round's byte number i, after the byte `before`, and the round with it."""
+        if self.config.reset_on != "none":
+            return super().round_logits(state, before, i)
+        return megabyte_decoding.round_logits(self, state, before, i)
 
     def check_length(self, length: int) -> None:
         """Raises `ValueError` if there are more bytes than learned positions."""

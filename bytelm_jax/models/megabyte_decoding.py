@@ -27,6 +27,13 @@ class MegabyteCache(NamedTuple):
     layers: tuple[KeyValueCache, ...]
 
 
+class Round(NamedTuple):
+    """The state within a round: each byte's share of the context, the local keys and values."""
+
+    context: Float[Array, "B P D"]
+    local: tuple[KeyValueCache, ...]
+
+
 class ResetCache(NamedTuple):
     """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
 
@@ -91,21 +98,37 @@ def decode_round(
     previous = as_ids(previous)
     if isinstance(cache, ResetCache):
         return _decode_byte(model, cache, previous, jnp.asarray(index), choose)
+    cache, state, byte = start_round(model, cache, previous, index)
+    chosen = []
+    for i in range(previous.shape[1]):
+        logits, state = round_logits(model, state, byte, i)
+        byte = as_ids(choose(logits, i))
+        chosen.append(byte)
+    return cache, jnp.stack(chosen, axis=1)
+
+
+def start_round(
+    model: "Megabyte", cache: MegabyteCache, previous: Int[Array, "B P"], index: int | Array
+) -> tuple[MegabyteCache, Round, Int[Array, " B"]]:
+    """Runs the global transformer on the previous round; also gives the byte before the first."""
     batch, patch = previous.shape
-    pad = model.config.vocab.pad_id
     inputs = model.global_input(previous[:, None, :], index * patch)
     context, layers = model.global_transformer.extend(inputs, cache.layers, index)
     context = model.split(context)[:, 0]
     local = model.local_transformer.empty_caches(batch, patch, context.dtype)
-    first = jnp.full_like(previous[:, 0], pad)
-    byte = previous[:, -1] if model.config.variant == "in_action" else first
-    chosen = []
-    for i in range(patch):
-        hidden = model.local_input(byte[:, None]) + context[:, i : i + 1]
-        hidden, local = model.local_transformer.extend(hidden, local, i)
-        byte = as_ids(choose(model.to_logits(hidden)[:, 0], i))
-        chosen.append(byte)
-    return MegabyteCache(layers), jnp.stack(chosen, axis=1)
+    first = jnp.full_like(previous[:, 0], model.config.vocab.pad_id)
+    before = previous[:, -1] if model.config.variant == "in_action" else first
+    return MegabyteCache(layers), Round(context, local), before
+
+
+def round_logits(
+    model: "Megabyte", state: Round, before: Int[Array, " B"], i: int | Array
+) -> tuple[Float[Array, "B V"], Round]:
+    """Runs the local transformer on the round's byte number i."""
+    share = jax.lax.dynamic_slice_in_dim(state.context, i, 1, axis=1)
+    hidden = model.local_input(before[:, None]) + share
+    hidden, local = model.local_transformer.extend(hidden, state.local, i)
+    return model.to_logits(hidden)[:, 0], Round(state.context, local)
 
 
 def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> ResetCache:

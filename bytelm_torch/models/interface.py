@@ -76,6 +76,34 @@ class ByteModel:
         logits = model(cache[:, 1 : index + 2])[:, index]
         return cache, as_ids(choose(logits, 0))[:, None]
 
+    def start_round(
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+    ) -> tuple[Any, Any, Int[Tensor, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        `round_logits` takes the round byte by byte, for callers that choose elsewhere.
+        """
+        heard: list[Tensor] = []
+        before = as_ids(previous)[:, -1]
+
+        def choose(logits: Tensor, i: int) -> Tensor:
+            heard.append(logits)
+            return before
+
+        cache, _ = self.decode_round(cache, previous, index, choose)
+        if len(heard) != 1:
+            raise NotImplementedError(f"{type(self).__name__}.start_round: rounds of several bytes")
+        return cache, heard[0], before
+
+    def round_logits(
+        self, state: Any, before: Int[Tensor, " B"], i: int
+    ) -> tuple[Float[Tensor, "B V"], Any]:
+        """The logits of a round's byte number i, and the round with `before`, the byte before it.
+
+        For i = 0, `before` is the one that `start_round` gave.
+        """
+        return state, state
+
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[None]:
@@ -114,4 +142,19 @@ class Decoder(Protocol):
         self, cache: Any, previous: Integer[Tensor, "B P"], index: int, choose: Choose
     ) -> tuple[Any, Int[Tensor, "B P"]]:
         """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        ...
+
+    def start_round(
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+    ) -> tuple[Any, Any, Int[Tensor, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        `ByteModel` has it for rounds of one byte.
+        """
+        ...
+
+    def round_logits(
+        self, state: Any, before: Int[Tensor, " B"], i: int
+    ) -> tuple[Float[Tensor, "B V"], Any]:
+        """The logits of a round's byte number i, after the byte `before`, and the round with it."""
         ...

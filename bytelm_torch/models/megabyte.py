@@ -5,6 +5,8 @@ Yu et al. 2023, "MEGABYTE: Predicting Million-byte Sequences with Multiscale Tra
 The mirror of `bytelm_jax/models/megabyte.py`, which says where this differs from the paper.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Integer
@@ -16,7 +18,7 @@ from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Sc
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
-from bytelm_torch.layers.ids import check_ids
+from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.resets import (
     Layout,
@@ -221,6 +223,25 @@ class Megabyte(ByteModel, nn.Module):
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
+
+    def start_round(
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+    ) -> tuple[Any, Any, Int[Tensor, " B"]]:
+        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
+
+        With `reset_on` a round is one byte.
+        """
+        if self.config.reset_on != "none":
+            return super().start_round(cache, previous, index)
+        return megabyte_decoding.start_round(self, cache, as_ids(previous), index)
+
+    def round_logits(
+        self, state: Any, before: Int[Tensor, " B"], i: int
+    ) -> tuple[Float[Tensor, "B V"], Any]:
+        """The logits of a round's byte number i, after the byte `before`, and the round with it."""
+        if self.config.reset_on != "none":
+            return super().round_logits(state, before, i)
+        return megabyte_decoding.round_logits(self, state, before, i)
 
     def check_length(self, length: int) -> None:
         """Raises `ValueError` if there are more bytes than learned positions."""

@@ -28,6 +28,13 @@ class MegabyteCache(NamedTuple):
     layers: tuple[KeyValueCache, ...]
 
 
+class Round(NamedTuple):
+    """The state within a round: each byte's share of the context, the local keys and values."""
+
+    context: Float[Tensor, "B P D"]
+    local: tuple[KeyValueCache, ...]
+
+
 class ResetCache(NamedTuple):
     """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
 
@@ -93,21 +100,36 @@ def decode_round(
     previous = as_ids(previous)
     if isinstance(cache, ResetCache):
         return _decode_byte(model, cache, previous, index, choose)
+    cache, state, byte = start_round(model, cache, previous, index)
+    chosen = []
+    for i in range(previous.shape[1]):
+        logits, state = round_logits(model, state, byte, i)
+        byte = as_ids(choose(logits, i))
+        chosen.append(byte)
+    return cache, torch.stack(chosen, dim=1)
+
+
+def start_round(
+    model: "Megabyte", cache: MegabyteCache, previous: Int[Tensor, "B P"], index: int
+) -> tuple[MegabyteCache, Round, Int[Tensor, " B"]]:
+    """Runs the global transformer on the previous round; also gives the byte before the first."""
     batch, patch = previous.shape
-    pad = model.config.vocab.pad_id
     inputs = model.global_input(previous[:, None, :], index * patch)
     context, layers = model.global_transformer.extend(inputs, cache.layers, index)
     context = model.split(context)[:, 0]
     local = model.local_transformer.empty_caches(batch, patch, context.dtype)
-    first = torch.full_like(previous[:, 0], pad)
-    byte = previous[:, -1] if model.config.variant == "in_action" else first
-    chosen = []
-    for i in range(patch):
-        hidden = model.local_input(byte[:, None]) + context[:, i : i + 1]
-        hidden, local = model.local_transformer.extend(hidden, local, i)
-        byte = as_ids(choose(model.to_logits(hidden)[:, 0], i))
-        chosen.append(byte)
-    return MegabyteCache(layers), torch.stack(chosen, dim=1)
+    first = torch.full_like(previous[:, 0], model.config.vocab.pad_id)
+    before = previous[:, -1] if model.config.variant == "in_action" else first
+    return MegabyteCache(layers), Round(context, local), before
+
+
+def round_logits(
+    model: "Megabyte", state: Round, before: Int[Tensor, " B"], i: int
+) -> tuple[Float[Tensor, "B V"], Round]:
+    """Runs the local transformer on the round's byte number i."""
+    hidden = model.local_input(before[:, None]) + state.context[:, i : i + 1]
+    hidden, local = model.local_transformer.extend(hidden, state.local, i)
+    return model.to_logits(hidden)[:, 0], Round(state.context, local)
 
 
 def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> ResetCache:

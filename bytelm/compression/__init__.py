@@ -1,0 +1,1 @@
+"""Lossless compression of any bytes by a model of either framework: coder, file format, loop."""

@@ -1,0 +1,240 @@
+"""Round trips of 30 files of every kind through `bytelm compress`, in both packages.
+
+    python scripts/check/compress.py --data books.txt --steps 300 --source-bytes 5000000
+
+Trains a tiny recipe of each architecture with the command, then compresses every file in one
+process and restores it in another, and compares bit for bit; damages a compressed file in three
+ways and expects one line for each. Prints one JSON object per file and a total per model. `--model
+NAME=RUN` takes a run that exists.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import random
+import struct
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import wave
+import zlib
+from pathlib import Path
+
+RECIPES = ("megabyte_tiny", "transformer_tiny", "lfbyte_tiny", "blt_tiny")
+PHRASES = {
+    "latin": "All human beings are born free and equal in dignity and rights. ",
+    "greek": "Όλοι οι άνθρωποι γεννιούνται ελεύθεροι και ίσοι. ",
+    "cyrillic": "Все люди рождаются свободными и равными. ",
+    "hebrew": "כל בני אדם נולדו בני חורין ושווים. ",
+    "arabic": "يولد جميع الناس أحرارا متساوين في الكرامة. ",
+    "devanagari": "सभी मनुष्यों को गौरव और अधिकारों में समानता प्राप्त है। ",
+    "bengali": "সমস্ত মানুষ স্বাধীনভাবে জন্মগ্রহণ করে। ",
+    "tamil": "மனிதப் பிறவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர். ",
+    "thai": "มนุษย์ทั้งปวงเกิดมามีอิสระและเสมอภาคกัน ",
+    "georgian": "ყველა ადამიანი იბადება თავისუფალი. ",
+    "ethiopic": "የሰው ልጅ ሁሉ ሲወለድ ነጻ ነው። ",
+    "han": "人人生而自由，在尊嚴和權利上一律平等。",
+    "kana": "すべての人間は、生まれながらにして自由である。",
+    "hangul": "모든 인간은 태어날 때부터 자유롭다. ",
+    "emoji": "👩‍👩‍👧‍👦🎉🇺🇳✌🏽 ",
+}
+
+
+def main() -> int:
+    """Runs everything, or one of the two parts that it starts as processes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", nargs="*", default=[], help="training data")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--source-bytes", type=int, default=5_000_000, help="of the largest file")
+    parser.add_argument("--file-bytes", type=int, default=8_000, help="of most other files")
+    parser.add_argument("--model", nargs="*", default=[], help="NAME=RUN in place of training")
+    parser.add_argument("--recipes", nargs="*", default=RECIPES)
+    parser.add_argument("--packages", nargs="*", default=["jax", "torch"])
+    parser.add_argument("--part", nargs=5, help="for the processes that this one starts")
+    options = parser.parse_args()
+    if options.part:
+        return run_part(*options.part)
+    with tempfile.TemporaryDirectory() as folder:
+        return check(options, Path(folder))
+
+
+def check(options: argparse.Namespace, root: Path) -> int:
+    """Both packages with every model on every file; 1 if anything went wrong."""
+    files = root / "files"
+    files.mkdir()
+    for name, content in contents(options.file_bytes, options.source_bytes).items():
+        (files / name).write_bytes(content)
+    known = dict(pair.split("=", 1) for pair in options.model)
+    failed = 0
+    for recipe in known or options.recipes:
+        run = Path(known[recipe]) if recipe in known else train(recipe, options, root)
+        export = root / f"{recipe}.export"
+        bytelm("export", run, "--out", export)
+        for package in options.packages:
+            model = run if package == "jax" else export
+            failed += round_trip(package, recipe, model, files, root)
+    print(json.dumps({"failed": failed}))
+    return int(failed > 0)
+
+
+def train(recipe: str, options: argparse.Namespace, root: Path) -> Path:
+    """A run folder of that recipe, trained by the command."""
+    run = root / recipe
+    data = ["--data", *options.data] if options.data else []
+    bytelm("train", recipe, "--run-dir", run, "--steps", options.steps, *data)
+    return run
+
+
+def round_trip(package: str, name: str, model: Path, files: Path, root: Path) -> int:
+    """Compresses in one process, restores in another; returns the number of failures."""
+    packed, restored = root / f"{name}.{package}.packed", root / f"{name}.{package}.restored"
+    packed.mkdir()
+    restored.mkdir()
+    seconds = [
+        part(package, "compress", model, files, packed),
+        part(package, "decompress", model, packed, restored),
+    ]
+    failed = before = after = 0
+    for file in sorted(files.iterdir()):
+        size, small = file.stat().st_size, (packed / file.name).stat().st_size
+        same = (restored / file.name).read_bytes() == file.read_bytes()
+        failed, before, after = failed + (not same), before + size, after + small
+        row = {"package": package, "model": name, "file": file.name, "bytes": size}
+        print(json.dumps(row | {"compressed": small, "same": same}), flush=True)
+    total = {"package": package, "model": name, "files": len(list(files.iterdir()))}
+    total |= {"bytes": before, "compressed": after, "ratio": round(after / before, 4)}
+    total["kB_per_second"] = [round(before / s / 1e3, 1) for s in seconds]
+    print(json.dumps(total | {"failed": failed}), flush=True)
+    return failed + damages(package, model, packed / "latin.txt", root)
+
+
+def damages(package: str, model: Path, packed: Path, root: Path) -> int:
+    """A flipped bit, a file cut short and one that goes on: one line each, and nothing written."""
+    good, failed = packed.read_bytes(), 0
+    flipped = bytearray(good)
+    flipped[len(good) * 3 // 4] ^= 1
+    out = root / "damaged.out"
+    for what, content in ("flipped", bytes(flipped)), ("cut", good[:-3]), ("longer", good + b"x"):
+        (root / "damaged").write_bytes(content)
+        program = ["bytelm_jax", "decompress"] if package == "jax" else ["bytelm_torch.decompress"]
+        done = subprocess.run(
+            [sys.executable, "-m", *program, root / "damaged", "--model", model, "--out", out],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        good_answer = done.returncode == 2 and done.stderr.count("\n") == 1 and not out.exists()
+        failed += not good_answer
+        print(json.dumps({"damage": what, "as_expected": good_answer, "line": done.stderr.strip()}))
+    return failed
+
+
+def part(package: str, verb: str, model: Path, source: Path, target: Path) -> float:
+    """Runs one process over all files; the seconds of its coding."""
+    program = [sys.executable, __file__, "--part", package, verb, model, source, target]
+    done = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True, timeout=36_000)
+    return float(done.stdout.splitlines()[-1])
+
+
+def run_part(package: str, verb: str, model: str, source: str, target: str) -> int:
+    """What those processes do; prints the seconds."""
+    from bytelm.compression import codec
+
+    if package == "jax":
+        from bytelm_jax import from_pretrained
+        from bytelm_jax.inference.compression import compression_place
+    else:
+        from bytelm_torch import from_pretrained
+        from bytelm_torch.inference.compression import compression_place
+    place, begin = compression_place(from_pretrained(model)), time.perf_counter()
+    for file in sorted(Path(source).iterdir()):
+        if verb == "compress":
+            codec.compress_file(file, Path(target) / file.name, place, 512)
+        else:
+            codec.decompress_file(file, Path(target) / file.name, place)
+    print(time.perf_counter() - begin)
+    return 0
+
+
+def bytelm(*arguments: object) -> None:
+    """Runs the command; its output goes to standard error."""
+    program = [sys.executable, "-m", "bytelm_jax", *map(str, arguments)]
+    subprocess.run(program, check=True, stdout=sys.stderr, timeout=36_000)
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+
+def contents(size: int, source_size: int) -> dict[str, bytes]:
+    """Thirty files by name, most of about `size` bytes."""
+    rng = random.Random(0)
+    text = {f"{name}.txt": repeated(phrase, size) for name, phrase in PHRASES.items()}
+    source = python_source(source_size)
+    return text | {
+        "empty": b"",
+        "one": b"\x00",
+        "two": b"\xff\x00",
+        "zeros": bytes(size),
+        "newlines": b"\n" * size,
+        "all_values": bytes(range(256)) * (size // 256),
+        "random": rng.randbytes(size),
+        "window": source[:512],
+        "window_and_one": source[:513],
+        "broken_utf8": repeated(PHRASES["han"], size)[1:-1],
+        "utf16": repeated(PHRASES["greek"], size).decode("utf-8", "ignore").encode("utf-16"),
+        "image.png": png(64),
+        "sound.wav": wav(size // 2),
+        "text.gz": gzip.compress(source[: 4 * size]),
+        "source.py": source,
+    }
+
+
+def repeated(phrase: str, size: int) -> bytes:
+    """The phrase again and again, each time with another number after it."""
+    count = size // len(phrase.encode()) + 1
+    return "".join(f"{phrase}{i}\n" for i in range(count)).encode()[:size]
+
+
+def python_source(size: int) -> bytes:
+    """The first bytes of Python's standard library."""
+    found, length = [], 0
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        found.append(file.read_bytes())
+        length += len(found[-1])
+        if length >= size:
+            break
+    return b"".join(found)[:size]
+
+
+def png(width: int) -> bytes:
+    """A square image of a gradient."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    rows = b"".join(
+        b"\0" + bytes((x * y) % 251 for x in range(width) for _ in range(3)) for y in range(width)
+    )
+    size = struct.pack(">IIBBBBB", width, width, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", size), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def wav(samples: int) -> bytes:
+    """A rising tone of 16-bit samples."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+        with wave.open(file.name, "wb") as sound:
+            sound.setnchannels(1)
+            sound.setsampwidth(2)
+            sound.setframerate(8000)
+            tone = (int(9000 * math.sin(i * i / 20000)) for i in range(samples))
+            sound.writeframes(b"".join(struct.pack("<h", x) for x in tone))
+        return Path(file.name).read_bytes()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
