@@ -11,7 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
@@ -42,11 +42,15 @@ _OPEN_MAPS = 256  # each map holds a file descriptor, of which a process often h
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus: its name relative to the given path, its location, its size in bytes."""
+    """A file of a corpus: its name relative to the given path, its location, its size in bytes.
+
+    `given` is the path by which it was asked for: its own, that of a folder, or a glob.
+    """
 
     name: str
     path: str
     size: int
+    given: str = ""
 
 
 class _Maps:
@@ -141,6 +145,10 @@ class Corpus:
     def total_bytes(self) -> int:
         """Total bytes of all documents."""
         return int(self.lengths.sum())
+
+    def source(self, document: int) -> SourceFile:
+        """The file that a document stands in."""
+        return self._maps.files[int(self._owners[document])]
 
     def read(self, document: int, start: int, stop: int) -> UInt8[np.ndarray, " bytes"]:
         """Bytes `start` to `stop` of a document, uint8 [stop - start]: a read-only view.
@@ -335,7 +343,7 @@ def _assemble(listings: Sequence[tuple[str, Sequence[Listed]]], reading: _Readin
             except OSError as error:
                 raise ValueError(unreadable(location, error)) from None
             if found is not None and len(found[1].ends):
-                files.append(found[0])
+                files.append(replace(found[0], given=path))
                 bounds.append(found[1])
                 filled = True
         require(filled, without_bytes(path))

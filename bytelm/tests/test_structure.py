@@ -19,10 +19,10 @@ FLOORS = (
 
 SHARED_FLOORS = (
     "train_options", "arguments", "sweeps", "recipe_files", "recipes", "schedules", "starting",
-    "run_data", "runs", "remote", "data", "lora", "trainable", "export", "inspection", "patience",
-    "metrics", "tracking", "sampling", "compression", "storage", "progress", "memory", "tokenizer",
-    "leaves", "positions", "patch_rules", "q_table", "torch_files", "files", "config",
-    "callable_module",
+    "run_data", "breakdown", "perturb", "runs", "remote", "data", "lora", "trainable", "export",
+    "inspection", "patience", "metrics", "tracking", "sampling", "compression", "storage",
+    "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
+    "torch_files", "files", "config", "callable_module",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

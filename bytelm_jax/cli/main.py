@@ -35,7 +35,7 @@ COMMANDS = {
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
-    "compress": "compression", "decompress": "compression",
+    "eval": "evaluation", "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""

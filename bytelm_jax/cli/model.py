@@ -4,10 +4,8 @@ Each command checks its options before it imports what it runs, so that help and
 JAX.
 """
 
-import math
 import sys
 from dataclasses import replace
-from json import dumps as dump_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,104 +18,11 @@ from bytelm.config import (
     require_document_ends,
 )
 from bytelm.config.blt import PatchingContract
-from bytelm.config.lfbyte import require_prediction
-from bytelm.metrics import Evaluation
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
-    from bytelm_jax.models import Params
-
-
-def eval_command(
-    run: Path,
-    /,
-    data: tuple[Path, ...],
-    checkpoint: str = "latest",
-    batch_size: int = 16,
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
-    json: bool = False,
-    average: bool = True,
-    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
-    text_field: str = "text",
-    prompt_field: str = "",
-    completion_field: str = "",
-    chat_field: str = "",
-    raw: bool = False,
-    cache_dir: str = "",
-) -> int:
-    """Evaluates exact bits per byte: total nats and total bytes, every byte counted once.
-
-    Example: bytelm eval runs/megabyte_tiny --data README.md
-
-    Args:
-        run: the run folder.
-        data: files and folders of any form; their bytes are cut into windows of the training
-            length.
-        checkpoint: latest, best or a step.
-        batch_size: windows per step, rounded up to a multiple of the number of devices.
-        dtype: precision of the arithmetic.
-        json: print one JSON object instead of a sentence.
-        average: of a run with train.average_decay, take the average of its weights.
-        reset_on: where a new segment starts for the model; as in training, by default.
-        text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
-        prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
-        completion_field: the field of records that is counted, after PROMPT_FIELD.
-        chat_field: the field of records that holds messages; the assistant's are counted.
-        raw: take the bytes of files as they are, whatever their form.
-        cache_dir: where compressed files and records are kept in prepared form.
-    """
-    if not data:
-        raise UsageError("--data: name at least one file or folder")
-    corpus = open_data(data, text_field, raw, cache_dir, prompt_field, completion_field, chat_field)
-
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
-    recipe = with_resets(recipe, reset_on)
-    require_prediction(recipe.model)
-    windows, end_id = corpora.scored_windows(recipe.model, corpus, recipe.data.sequence_length)
-    result = _evaluate(recipe, params, windows, end_id, batch_size, dtype)
-    if not result.count:
-        raise ValueError("data: nothing of it is counted; give data with completions")
-    _require_finite(result.nats, dtype)
-    record = {"nats": result.nats, "bytes": result.count, "bits_per_byte": result.bits_per_byte}
-    record |= _check_patches(recipe, params, windows)
-    _print_evaluation(record | {"step": step, "dtype": dtype}, json)
-    return 0
-
-
-def _evaluate(
-    recipe: Recipe, params: Any, windows: corpora.Windows, end_id: int | None, batch_size: int,
-    dtype: str,
-) -> Evaluation:  # fmt: skip
-    """The code length of all windows, in that precision, over all devices."""
-    import jax
-    import jax.numpy as jnp
-
-    from bytelm_jax.models import define_model
-    from bytelm_jax.training import mesh as meshes
-    from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
-
-    mesh = meshes.make_mesh()
-    rows = min(batch_size, max(len(windows), 16))  # a batch of pads alone is of no use
-    batches = corpora.evaluation_batches(windows, -(-rows // mesh.size) * mesh.size)
-    bind, _ = define_model(recipe.model)
-    with jax.enable_x64(dtype == "float64"):
-        wide = {name: value.astype(_PARAMETERS[dtype]) for name, value in params.items()}
-        wide = meshes.place(mesh, wide)
-        row_nats = make_row_nats(bind, recipe.model.vocab.pad_id, mesh, jnp.dtype(dtype), end_id)
-        return evaluate_batches(row_nats, wide, batches, mesh)
-
-
-def _print_evaluation(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(dump_json(record, allow_nan=False))
-    else:
-        print(
-            "{bits_per_byte:.6f} bits per byte: {nats:.6f} nats over {bytes} bytes "
-            "(step {step}, {dtype})".format(**record)
-        )
+    pass
 
 
 def open_data(
@@ -136,38 +41,12 @@ def open_data(
     return corpus
 
 
-def _require_finite(nats: float, dtype: str) -> None:
-    if not math.isfinite(nats):
-        raise ValueError(
-            f"data: their loss is {nats} in {dtype}, no finite number of nats; choose "
-            "--dtype float64 or another checkpoint"
-        )
-
-
 def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
     """The recipe with the model resetting as asked for, or as it was trained."""
     if reset_on != "trained":
         recipe = replace(recipe, model=recipe.model.with_resets(reset_on))
     require_document_ends(recipe)
     return recipe
-
-
-def _check_patches(recipe: Recipe, params: "Params", windows: corpora.Windows) -> dict[str, float]:
-    """The mean patch length of a BLT on these data; warns if it differs from the run's."""
-    if not recipe.model.has_patching_contract:
-        return {}
-
-    from bytelm_jax.training import patch_calibration
-
-    measured = patch_calibration.measure(recipe.model, params, windows)
-    wrong = patch_calibration.outside(recipe.patching, measured) if recipe.patching else None
-    if wrong:
-        print(f"bytelm eval: warning: data: {wrong}", file=sys.stderr, flush=True)
-    return {"bytes_per_patch": measured.mean_length}
-
-
-_PARAMETERS = {"float32": "float32", "bfloat16": "float32", "float64": "float64"}
-"""The dtype of the parameters under each dtype of the arithmetic."""
 
 
 def generate_command(

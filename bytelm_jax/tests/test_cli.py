@@ -19,7 +19,6 @@ import torch
 
 import bytelm_torch
 from bytelm.inspection import Inspection
-from bytelm.metrics import Evaluation
 from bytelm_jax.cli import main as cli
 from bytelm_jax.inference import generate as generation
 from bytelm_jax.parity.twins import make_twin
@@ -122,7 +121,8 @@ def test_bfloat16_stays_close(run, text, capsys):
 
 def test_no_json_holds_nan_or_infinity(run, text, capsys, monkeypatch):
     for nats in (math.nan, math.inf):
-        monkeypatch.setattr(evaluation, "evaluate_batches", lambda *_, n=nats: Evaluation(n, 5))
+        seen = np.full((1, 5), nats), np.ones((1, 5), bool)
+        monkeypatch.setattr(evaluation, "evaluated_batches", lambda *_, seen=seen: [seen])
         line = refused(capsys, "eval", run, "--data", text, "--json")
         assert f"data: their loss is {nats} in float32" in line
     shown = np.array([1.0, math.nan, math.inf], np.float32)

@@ -3,11 +3,12 @@
 import functools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
@@ -26,18 +27,20 @@ def evaluate(
     data: bytes | Sequence[bytes] | Corpus,
     length: int | None = None,
     batch_size: int = 16,
+    stride: int = 0,
 ) -> Evaluation:
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
     into windows of `length` bytes, each of which the model sees alone; use the training length
-    (default 512, or the model's longest input if that is less). `batch_size` windows are computed
-    at once, spread over all devices. Arithmetic is in the dtype of the parameters. Raises
-    `ValueError` for data without bytes, for windows that are too long, and for a model whose logits
-    depend on the bytes they should predict.
+    (default 512, or the model's longest input if that is less). With a `stride` below the length
+    windows overlap, and each byte is counted where it has most before it. `batch_size` windows
+    are computed at once, spread over all devices. Arithmetic is in the dtype of the parameters.
+    Raises `ValueError` for data without bytes, for windows that are too long, and for a model whose
+    logits depend on the bytes they should predict.
     """
     require_prediction(model.config)
-    windows, end_id = scored_windows(model.config, data, length)
+    windows, end_id = scored_windows(model.config, data, length, stride)
     mesh = meshes.make_mesh()
     part = meshes.process_slice(mesh)
     rows = -(-min(batch_size, len(windows)) // mesh.size) * mesh.size
@@ -48,6 +51,26 @@ def evaluate(
 
 
 RowNats = Callable[..., tuple[Float[Array, " B"], Int[Array, " B"]]]
+
+
+ByteNats = Callable[..., tuple[Float[Array, "B T"], Bool[Array, "B T"]]]
+
+
+def make_byte_nats(
+    bind: Callable[[Any], Any],
+    pad_id: int,
+    mesh: Mesh,
+    dtype: jnp.dtype | None,
+    end_id: int | None = None,
+) -> ByteNats:
+    """As `make_row_nats`, but for each id: its nats, 0 where it is not counted, and if it is."""
+
+    def byte_nats(
+        params: Any, ids: Integer[Array, "B T"], mask: Bool[Array, "B T"] | None = None
+    ) -> tuple[Array, Array]:
+        return _byte_nats(bind, pad_id, mesh, dtype, end_id, params, ids, mask)
+
+    return jax.jit(byte_nats, out_shardings=meshes.replicated(mesh))
 
 
 def make_row_nats(
@@ -67,15 +90,28 @@ def make_row_nats(
     def row_nats(
         params: Any, ids: Integer[Array, "B T"], mask: Bool[Array, "B T"] | None = None
     ) -> tuple[Array, Array]:
-        ids = as_ids(ids)
-        cast = params if dtype is None else cast_params(params, dtype)
-        logits = bind(meshes.gather(mesh, cast))(ids)
-        counted = counted_ids(ids, pad_id, mask)
-        counted = counted if end_id is None else counted & (ids != end_id)
-        nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
-        return nats, counted.sum(axis=1)
+        nats, counted = _byte_nats(bind, pad_id, mesh, dtype, end_id, params, ids, mask)
+        return nats.sum(axis=1), counted.sum(axis=1)
 
     return jax.jit(row_nats, out_shardings=meshes.replicated(mesh))
+
+
+def _byte_nats(
+    bind: Callable[[Any], Any],
+    pad_id: int,
+    mesh: Mesh,
+    dtype: jnp.dtype | None,
+    end_id: int | None,
+    params: Any,
+    ids: Array,
+    mask: Array | None,
+) -> tuple[Array, Array]:
+    ids = as_ids(ids)
+    cast = params if dtype is None else cast_params(params, dtype)
+    logits = bind(meshes.gather(mesh, cast))(ids)
+    counted = counted_ids(ids, pad_id, mask)
+    counted = counted if end_id is None else counted & (ids != end_id)
+    return jnp.where(counted, token_nats(logits, ids), 0.0), counted
 
 
 @functools.lru_cache(maxsize=8)
@@ -89,20 +125,23 @@ def evaluate_batches(
     row_nats: RowNats, params: Any, batches: Iterable[Batch], mesh: Mesh
 ) -> Evaluation:
     """Sums over `batches`, this process's rows of them; added exactly (`fsum`)."""
-    waiting: deque[tuple[Array, Array]] = deque()
     nats: list[float] = []
     count = 0
+    for rows, counts in evaluated_batches(row_nats, params, batches, mesh):
+        nats.extend(rows.tolist())
+        count += int(counts.sum())
+    return Evaluation(math.fsum(nats), count)
 
-    def drain(keep: int) -> None:
-        nonlocal count
-        while len(waiting) > keep:
-            rows, counts = jax.device_get(waiting.popleft())
-            nats.extend(rows.tolist())
-            count += int(counts.sum())
 
+def evaluated_batches(
+    function: RowNats | ByteNats, params: Any, batches: Iterable[Batch], mesh: Mesh
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What the function gives for each batch, in order, on the host."""
+    waiting: deque[tuple[Array, Array]] = deque()
     for batch in batches:
         mask = () if batch.counted is None else (meshes.put_batch(mesh, batch.counted),)
-        waiting.append(row_nats(params, meshes.put_batch(mesh, batch.ids), *mask))
-        drain(4)  # more steps in flight can deadlock simulated devices on few cores
-    drain(0)
-    return Evaluation(math.fsum(nats), count)
+        waiting.append(function(params, meshes.put_batch(mesh, batch.ids), *mask))
+        if len(waiting) > 4:  # more steps in flight can deadlock simulated devices on few cores
+            yield jax.device_get(waiting.popleft())
+    while waiting:
+        yield jax.device_get(waiting.popleft())

@@ -23,18 +23,20 @@ def evaluate(
     data: bytes | Sequence[bytes] | Corpus,
     length: int | None = None,
     batch_size: int = 16,
+    stride: int = 0,
 ) -> Evaluation:
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
     into windows of `length` bytes, each of which the model sees alone; use the training length
-    (default 512, or the model's longest input if that is less). `batch_size` windows are computed
-    at once, on the model's device and in the dtype of its parameters. Raises `ValueError` for data
-    without bytes, for windows that are too long, and for a model whose logits depend on the bytes
-    they should predict.
+    (default 512, or the model's longest input if that is less). With a `stride` below the length
+    windows overlap, and each byte is counted where it has most before it. `batch_size` windows
+    are computed at once, on the model's device and in the dtype of its parameters. Raises
+    `ValueError` for data without bytes, for windows that are too long, and for a model whose logits
+    depend on the bytes they should predict.
     """
     require_prediction(model.config)
-    windows, end_id = scored_windows(model.config, data, length)
+    windows, end_id = scored_windows(model.config, data, length, stride)
     weight = model.to_logits.weight
     alone, pad_id = parallel.Group(0, 1, weight.device), windows.vocab.pad_id
     row_nats = make_row_nats(model, pad_id, torch.float32, end_id)

@@ -84,7 +84,8 @@ def train(recipe: str, options: argparse.Namespace, root: Path) -> Path:
     """A run folder of that recipe, trained by the command."""
     run = root / recipe
     data = ["--data", *options.data] if options.data else []
-    bytelm("train", recipe, "--run-dir", run, "--steps", options.steps, *data)
+    patches = ["--patcher", "space"] if recipe.startswith("blt") else []  # needs no entropy model
+    bytelm("train", recipe, "--run-dir", run, "--steps", options.steps, *patches, *data)
     return run
 
 
