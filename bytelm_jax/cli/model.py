@@ -245,6 +245,10 @@ def parity_command(
     rows: int = 2,
     length: int = 0,
     checkpoint: str = "latest",
+    bytes: Literal["all", "real", "hostile"] = "all",
+    json: bool = False,
+    junit: Path = Path(),
+    html: Path = Path(),
     text_field: str = "text",
     prompt_field: str = "",
     completion_field: str = "",
@@ -252,7 +256,7 @@ def parity_command(
     raw: bool = False,
     cache_dir: str = "",
 ) -> int:
-    """Runs the JAX and torch twins in lock-step on real bytes and reports where they differ.
+    """Runs the JAX and torch twins in lock-step on the same bytes and reports where they differ.
 
     Prints one line per layer, then logits, loss, gradients and generation, and names the first
     tensor beyond its tolerance. Exit code 1 if there is one.
@@ -266,6 +270,11 @@ def parity_command(
         rows: windows to compare on.
         length: bytes per window; 0 takes a little more than four patches, an odd number.
         checkpoint: of a run folder: latest, best or a step.
+        bytes: real ones, hostile ones (zeros, one byte repeated, all values, random, truncated
+            UTF-8, newlines only: a row each), or all of them.
+        json: print JSON instead of lines.
+        junit: also write this file of JUnit's XML, for CI systems.
+        html: also write this page: the tree of layers with their errors, the first divergence.
         text_field: the field of records (JSON, Parquet, Arrow, tar) that holds the text.
         prompt_field: the field of records that is read and not counted, before COMPLETION_FIELD.
         completion_field: the field of records that is counted, after PROMPT_FIELD.
@@ -273,9 +282,12 @@ def parity_command(
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
+    from bytelm_jax.parity import output
     from bytelm_jax.parity import report as parity
 
+    output.check_files(junit=junit, html=html)
     corpus = open_data(data, text_field, raw, cache_dir, prompt_field, completion_field, chat_field)
-    report = parity.compare(path, dtype, corpus, rows, length, checkpoint)
-    print(report.text)
+    report = parity.compare(path, dtype, corpus, rows, length, checkpoint, bytes)
+    output.write_files(report, junit, html)
+    print(output.to_json(report) if json else report.text)
     return 0 if report.passed else 1

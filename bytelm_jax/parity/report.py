@@ -9,36 +9,49 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bytelm import data, export, runs
 from bytelm.config import ModelConfig, require
 from bytelm.remote.copies import local_copy
+from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params
+from bytelm_jax.parity.hostile import hostile_rows
 from bytelm_jax.parity.recording import ArrayStore, Tap
 from bytelm_jax.parity.twins import Recording, make_twin, record_jax, record_torch
 from bytelm_jax.training import checkpoint
 
-LOGITS = {"float64": 1e-12, "float32": 1e-5}
-"""Bound of ‖a − b‖ / ‖b‖ for layers, logits and loss; integers and booleans must be equal."""
-
 _SMALL_BATCH = 1 << 16
 """Bytes that a comparison may take even of less data, the rest padded."""
 
-GRADIENTS = {"float64": 1e-10, "float32": 5e-5}
-"""Bound of ‖a − b‖ / ‖b‖ for every gradient."""
+
+class Row(NamedTuple):
+    """One line of a report: what was compared, how they differ, whether that is within bounds."""
+
+    what: str
+    verdict: str
+    good: bool
+    blamed: str
+    """The layer at fault, if this is not good; empty if no layer can be named."""
 
 
 @dataclass
 class Report:
-    """The lines of a comparison, and the layer at fault for the first value past its tolerance."""
+    """The rows of a comparison, and the layer at fault for the first value past its tolerance."""
 
-    lines: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     first: str | None = None
     seen: str | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+    """What was compared: path, dtype, bytes, versions."""
+
+    @property
+    def lines(self) -> list[str]:
+        """The rows as text."""
+        return [f"{'ok  ' if r.good else 'PAST'} {r.verdict:>8}  {r.what}" for r in self.rows]
 
     @property
     def passed(self) -> bool:
@@ -48,11 +61,15 @@ class Report:
     @property
     def text(self) -> str:
         """The report as text."""
-        verdict = "equal: every tensor within tolerance"
-        if not self.passed:
-            seen = "" if self.seen == self.first else f" (first seen: {self.seen})"
-            verdict = f"DIFFERENT from {self.first} on{seen}"
-        return "\n".join([*self.lines, verdict])
+        return "\n".join([*self.lines, self.verdict])
+
+    @property
+    def verdict(self) -> str:
+        """The last line: whether all is equal, or the layer at fault."""
+        if self.passed:
+            return "equal: every tensor within tolerance"
+        seen = "" if self.seen == self.first else f" (first seen: {self.seen})"
+        return f"DIFFERENT from {self.first} on{seen}"
 
     def compare(
         self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, blamed: str = ""
@@ -79,7 +96,7 @@ class Report:
 
     def add(self, what: str, verdict: str, good: bool, blamed: str = "") -> None:
         """Adds one line."""
-        self.lines.append(f"{'ok  ' if good else 'PAST'} {verdict:>8}  {what}")
+        self.rows.append(Row(what, verdict, good, blamed))
         if not good and self.first is None:
             self.first, self.seen = blamed or what, what
 
@@ -116,10 +133,17 @@ def _norm(value: np.ndarray) -> float:
 
 
 def compare(
-    path: Path, dtype: str, corpus: data.Corpus, rows: int, length: int, which: str
+    path: Path,
+    dtype: str,
+    corpus: data.Corpus,
+    rows: int,
+    length: int,
+    which: str,
+    kinds: str = "all",
 ) -> Report:
     """Compares the twins of a run folder or an export in `dtype` on `rows` windows of `corpus`.
 
+    `kinds` are the bytes: "real" ones, the "hostile" ones of `bytelm_jax.parity.hostile`, or "all".
     `path` may be an address.
 
     Raises `ValueError` for files that cannot be read, and if torch is not installed.
@@ -129,11 +153,13 @@ def compare(
     except ImportError:
         raise ValueError("torch: not installed; install bytelm[torch]") from None
     with local_copy(path, which) as copy:
-        return _compare(copy, dtype, corpus, rows, length, which)
+        report = _compare(copy, dtype, corpus, rows, length, which, kinds)
+    report.about = {"model": str(path)} | report.about
+    return report
 
 
 def _compare(
-    path: Path, dtype: str, corpus: data.Corpus, rows: int, length: int, which: str
+    path: Path, dtype: str, corpus: data.Corpus, rows: int, length: int, which: str, kinds: str
 ) -> Report:
     import bytelm_torch
 
@@ -146,11 +172,7 @@ def _compare(
     size = max(corpus.total_bytes, _SMALL_BATCH)
     fits = rows * length <= size
     require(fits, f"rows={rows}: times length={length} it must be at most the data's {size} bytes")
-    windows = data.Windows(corpus, config.vocab, length, append_eos=False)
-    batch = next(data.evaluation_batches(windows, rows, rows))
-    ids, counted = batch.ids, batch.counted
-    some = counted is None or bool(counted.any())
-    require(some, f"rows={rows}: no byte of these windows is counted; take more, or longer ones")
+    ids, counted, names = _rows_of(config, corpus, rows, length, kinds)
 
     def load() -> Params:
         if exported:
@@ -163,7 +185,27 @@ def _compare(
     with ArrayStore() as store:
         theirs = record_torch(config, twin(), ids, dtype, store, counted=counted)
         ours = partial(record_jax, config, load, ids, dtype, counted=counted)
-        return compare_recordings(config, dtype, theirs, ours)
+        report = compare_recordings(config, dtype, theirs, ours, names)
+    report.about = {"dtype": dtype, "bytes": kinds, "rows": len(ids), "length": length}
+    return report
+
+
+def _rows_of(
+    config: ModelConfig, corpus: data.Corpus, rows: int, length: int, kinds: str
+) -> tuple[np.ndarray, np.ndarray | None, dict[str, int]]:
+    """The ids, what of them is counted, and the rows of hostile bytes by name."""
+    hostile = {} if kinds == "real" else hostile_rows(config.vocab, length)
+    if kinds == "hostile":
+        return np.stack(list(hostile.values())), None, {name: i for i, name in enumerate(hostile)}
+    windows = data.Windows(corpus, config.vocab, length, append_eos=False)
+    batch = next(data.evaluation_batches(windows, rows, rows))
+    counted = batch.counted
+    some = counted is None or bool(counted.any())
+    require(some, f"rows={rows}: no byte of these windows is counted; take more, or longer ones")
+    ids = np.concatenate([batch.ids, *(row[None] for row in hostile.values())])
+    if counted is not None:
+        counted = np.concatenate([counted, np.ones((len(hostile), length), bool)])
+    return ids, counted, {name: rows + i for i, name in enumerate(hostile)}
 
 
 def _default_length(config: ModelConfig) -> int:
@@ -189,13 +231,20 @@ def compare_recordings(
     dtype: str,
     theirs: Recording,
     record_ours: Callable[[Mapping[str, tuple[int, ...]]], Recording],
+    names: Mapping[str, int] | None = None,
 ) -> Report:
-    """The report of two recordings, in the order of execution."""
+    """The report of two recordings, in the order of execution.
+
+    `names` are rows whose logits are also compared alone.
+    """
     report, ours = Report(), record_ours(theirs.moving)
     forward, backward = LOGITS[dtype], GRADIENTS[dtype]
     _compare_taps(report, ours, theirs, forward)
     for name in ("logits", "loss"):
         report.compare(name, ours.values[name], theirs.values[name], forward)
+    for name, row in (names or {}).items():
+        logits = ours.values["logits"][row], theirs.values["logits"][row]
+        report.compare(f"logits on {name}", *logits, forward)
     _compare_gradients(report, ours, theirs, backward)
     if not config.causal:
         report.add("generation: causal=False, an encoder does not generate", "left out", True)
