@@ -139,6 +139,9 @@ class ArchitectureConfig:
     """Prefix of its parameters' names in the model that `patcher_config` describes."""
     transformers_type: ClassVar[str | None] = None
     """The `model_type` by which Hugging Face transformers knows the architecture."""
+    has_tied_gradients: ClassVar[bool] = False
+    """Whether rounding chooses where a gradient goes when bytes repeat: a maximum of equal values.
+    """
     causal: bool = True
     """Whether logits depend on earlier bytes alone, so that the model can generate."""
     vocab: ByteVocab

@@ -133,7 +133,7 @@ class BLTConfig(ArchitectureConfig):
 
     architecture: ClassVar[str] = "blt"
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
-    has_patching_contract: ClassVar[bool] = True
+    has_patching_contract = has_tied_gradients = True
     transformers_type: ClassVar[str | None] = "blt"
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     patcher: Literal["entropy", "histogram", "space", "word", "fixed", "byte"] = "entropy"
