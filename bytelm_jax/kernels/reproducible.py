@@ -12,6 +12,8 @@ from bytelm.compression.container import short
 from bytelm.compression.machine import instruction_set, processors
 from bytelm_jax.kernels.backend import backend
 
+_PRECISION = "jax_default_matmul_precision"  # unknown to type checkers, as all of JAX' options
+
 
 def pinned_options() -> dict[str, Any]:
     """Options for `jax.jit(compiler_options=…)`: no choice is left to timing.
@@ -41,7 +43,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def _settings() -> str:
-    precision = jax.config.values["jax_default_matmul_precision"] or "default"
+    precision = getattr(jax.config, _PRECISION) or "default"
     flags = os.environ.get("XLA_FLAGS", "").strip()
     digest = hashlib.blake2b(flags.encode(), digest_size=4).hexdigest() if flags else "none"
     return f"{precision}, XLA_FLAGS {digest}"

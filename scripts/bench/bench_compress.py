@@ -61,8 +61,7 @@ def rates(size: int, down: float, up: float) -> dict[str, float]:
 
 def others() -> dict[str, Program]:
     """What people have, at its strongest usual level."""
-    best = lzma.PRESET_DEFAULT | 9
-    found = {"xz -9": Program(lambda data: lzma.compress(data, preset=best), lzma.decompress)}
+    found = {"xz -9": Program(lambda data: lzma.compress(data, preset=9), lzma.decompress)}
     for module, name in ("zstandard", "zstd -19"), ("brotli", "brotli -11"):
         if importlib.util.find_spec(module) is None:
             print(f"{name}: left out, since Python's {module} is not installed", file=sys.stderr)
