@@ -113,7 +113,8 @@ def read_block(source: BinaryIO, streams: int, path: Path) -> list[bytes] | None
     start = source.read(_BLOCK.size)
     if not start:
         return None
-    require(len(start) == _BLOCK.size, f"{path}: cut short; copy it again")
+    cut = f"{path}: cut short, or goes on after its end; copy it again"
+    require(len(start) == _BLOCK.size, cut)
     length, expected = _BLOCK.unpack(start)
     left = path.stat().st_size - source.tell()
     require(length <= left, f"{path}: cut short, or damaged; copy it again")
