@@ -75,7 +75,10 @@ def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConf
     return replace(recipe, model=model, patching=patching, train=train)
 
 
-ANEW = "the optimizer's state begins anew: it is another one, or other parameters train"
+ANEW = (
+    "the optimizer's state begins anew: it is another one, or other parameters train, or they "
+    "train at other rates"
+)
 """What a branch says that does not go on with the state of the optimizer that it found."""
 
 
@@ -118,11 +121,12 @@ def require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
 def keeps_optimizer(recipe: Recipe, source: Recipe, names: Iterable[str]) -> bool:
     """Whether an optimizer of `recipe` takes the state that the run `source` left.
 
-    That is so for the same class over the same parameters; `names` are those of the model.
+    That is so for the same class over the same parameters at the same scales of the rate, which
+    PyTorch keeps in groups; `names` are those of the model.
     """
     names = list(names)
     same = recipe.optimizer.name == source.optimizer.name
-    return same and trainable(recipe, names).frozen == trainable(source, names).frozen
+    return same and trainable(recipe, names) == trainable(source, names)
 
 
 def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str]) -> None:
@@ -138,7 +142,9 @@ def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str
     plain = not (recipe.train.lora_rank or source.train.lora_rank)
     require(plain, f"{named}: adapters begin anew, and so does their optimizer; leave it out")
     kept = keeps_optimizer(recipe, source, names)
-    require(kept, f"{named} trained other parameters than train.freeze leaves; leave it out")
+    why = "trained other parameters, or at other rates, than train.freeze and "
+    why += "train.learning_rate_scale say"
+    require(kept, f"{named} {why}; leave it out")
 
 
 def keep_source(recipe: Recipe, run_dir: Path) -> Recipe:

@@ -114,6 +114,8 @@ def restore(
         checkpoint.restore(path, start, model, None, average)
         if kept:
             checkpoint.restore_optimizer(path, start, optimizer)
+        else:
+            average.begin()  # as the JAX package does: other parameters may be averaged
     origin = _origin(named, start, model.state_dict())
     return replace(recipe, origin=origin), start, [] if kept else [ANEW]
 
