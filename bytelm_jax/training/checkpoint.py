@@ -163,7 +163,7 @@ class Recovered(NamedTuple):
     """The state from which a run continues; what was not asked for is None."""
 
     step: int
-    params: Params
+    params: Any
     opt_state: Any
     average: Any
     metadata: dict[str, Any]
@@ -172,11 +172,11 @@ class Recovered(NamedTuple):
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
-    params: Any,
+    params: Any | None,
     opt_state: Any | None = None,
     average: Any | None = None,
 ) -> Recovered:
-    """Arrays shaped and sharded like the abstract ones, and the metadata.
+    """Arrays shaped and sharded like the abstract ones, and the metadata; reads no others.
 
     Raises `DamagedError` if the checkpoint is damaged, holds other arrays or some that are not
     finite.
@@ -271,8 +271,8 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> 
     arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     with _readable(manager, step):
         restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        rest = restored.get("optimizer"), restored.get("average")
-        return Recovered(step, restored["params"], *rest, metadata)
+        params, opt_state = restored.get("params"), restored.get("optimizer")
+        return Recovered(step, params, opt_state, restored.get("average"), metadata)
 
 
 def _check_arrays(recovered: Recovered) -> None:
