@@ -184,6 +184,7 @@ def test_what_cannot_be_a_branch_is_refused(package, capsys):
     new, recipe = package.out / "refused", str(package.home / "recipe.json")
     for argv, says in {
         ("--branch-from", f"{of}@5"): "checkpoint=5: choose latest, best or one of [2, 4, 6]",
+        (f"train.branch_from={of}@5",): "checkpoint=5: choose latest, best or one of [2, 4, 6]",
         ("--branch-from", of): "begins at step 6, so train.steps=6 is over; give more steps",
         ("--branch-from", f"{of}@2", "--patch-size=2"): "model.patch_size=2: train.branch_from=",
         ("--branch-from", f"{of}@2", "--optimizer", "q_learning_sgd"): "counts from step 0",
