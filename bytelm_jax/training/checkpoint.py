@@ -42,8 +42,8 @@ from bytelm_jax.training.fingerprints import (
 from bytelm_jax.training.manager import Manager, silence_orbax
 from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
 
-_PLAIN, _ADAPTED = 1, 2
-"""The `version` of a checkpoint, and of one that holds the leaves of adapters as well."""
+_PLAIN, _MORE = 1, 2
+"""The `version` of a checkpoint, and of one that holds adapters or an average of the weights."""
 
 _MOST_TRIED = 64
 """Number of checkpoints that a run tries, newest first, to find an undamaged one."""
@@ -125,7 +125,7 @@ def save(
     marks = examine(arrays)
     check_finite(arrays, marks)
     metadata = {
-        **({"version": _ADAPTED} if recipe.train.lora_rank else {}),
+        **({"version": _MORE} if recipe.train.lora_rank or average is not None else {}),
         "step": step,
         "recipe": to_dict(recipe),
         "data": data,
@@ -334,7 +334,7 @@ def _check_metadata(metadata: Any, step: int) -> None:
     kinds["fingerprints"] = dict
     require(isinstance(metadata, dict), "the metadata are no object")
     version = metadata.get("version", _PLAIN)
-    require(version in (_PLAIN, _ADAPTED), f"version={version!r}: update bytelm, which wrote it")
+    require(version in (_PLAIN, _MORE), f"version={version!r}: update bytelm, which wrote it")
     for name, kind in kinds.items():
         require(isinstance(metadata.get(name), kind), f"metadata: {name} is missing or damaged")
     good = metadata["step"] == step and isinstance(metadata["recipe"].get("model"), dict)
