@@ -122,6 +122,7 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     for key, theirs in twin.state_dict().items():
         assert (ours[key].tobytes() != before[key].tobytes()) == (key in trained), key
         worst = max(worst, relative_error(ours[key], theirs.numpy()))
+    assert state.average
     averages = to_torch(state.average)
     assert averages.keys() == trained
     with average.in_model():
