@@ -46,6 +46,8 @@ html_theme_options = {
 SEARCH = {
     "start": ["train on my text", "install", "TPU", "quick start", "demo", "wheel", "extras"],
     "tour": ["commands", "cheat sheet"],
+    "tutorial-train": ["tutorial", "getting started", "plot"],
+    "tutorial-convert": ["convert", "export", "import"],
     "concepts": ["logits", "surprise", "patches", "tokenizer-free"],
     "training": ["resume", "NaN", "run folder", "diverged", "crash", "checkpoint", "epochs",
                  "TensorBoard", "Weights & Biases", "wandb", "sweep", "recipe file"],
