@@ -1,6 +1,5 @@
 """The generated pages of the reference: every command and option, every configuration field."""
 
-import argparse
 import ast
 import importlib
 import inspect
@@ -13,8 +12,6 @@ from contextlib import redirect_stdout
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import ModuleType
-
-import tyro
 
 import bytelm
 from bytelm import config
@@ -61,36 +58,47 @@ def command(name: str) -> Iterator[str]:
     if "argv" in inspect.signature(function).parameters:
         yield from printed(lambda: cli.main([name, "--help"]))
         return
-    parser = tyro.extras.get_parser(function, prog=f"bytelm {name}")
-    text = inspect.getdoc(function).partition("\nArgs:")[0]
+    text, _, arguments = inspect.getdoc(function).partition("\nArgs:\n")
     prose, _, example = text.partition("Example: ")
     yield escaped(prose.strip())
+    meanings = sentences(arguments)
     rows = ["| option | default | meaning |", "| --- | --- | --- |"]
-    rows += [row for action in parser._actions if (row := option(action))]
+    rows += [option(each, meanings) for each in inspect.signature(function).parameters.values()]
     yield "\n".join(rows)
     if example:
         yield f"```bash\n{example.strip()}\n```"
 
 
-def option(action: argparse.Action) -> str | None:
-    """The row of one option; None for `--help`."""
-    if "--help" in action.option_strings:
-        return None
-    names = ", ".join(f"`{each}`" for each in action.option_strings) or "the first argument"
-    kind = action.metavar if isinstance(action.metavar, str) else ""
-    kind = f" `{kind}`" if kind and action.option_strings and "{" not in kind else ""
-    if isinstance(action.metavar, str) and "{" in action.metavar:
-        kind = " " + " · ".join(f"`{x}`" for x in re.sub(r"[{}]", "", kind_of(action)).split(","))
-    text = strip_colours(str(action.help or ""))
-    found = re.search(r"\s*\((default: (?P<default>.*?)|(?P<required>required))\)\s*$", text, re.S)
-    default = "required" if found and found["required"] else (found and found["default"]) or ""
-    meaning = text[: found.start()] if found else text
-    default = default if default in ("", "required") else f"`{default.strip()}`"
-    return f"| {names}{kind} | {cell(default)} | {cell(escaped(meaning))} |"
+def sentences(arguments: str) -> dict[str, str]:
+    """Name → meaning of a docstring's `Args:`."""
+    entry = re.compile(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+    return {name: " ".join(meaning.split()) for name, meaning in entry.findall(arguments)}
 
 
-def kind_of(action: argparse.Action) -> str:
-    return str(action.metavar).replace("|", ",")
+def option(parameter: inspect.Parameter, meanings: dict[str, str]) -> str:
+    """The row of one option of a command."""
+    flag = f"--{parameter.name.replace('_', '-')}"
+    kind, default = parameter.annotation, parameter.default
+    kind = kind if isinstance(kind, str) else inspect.formatannotation(kind)
+    choices = re.search(r"Literal\[(.*?)\]", kind)
+    if parameter.kind is parameter.POSITIONAL_ONLY:
+        names = f"`{parameter.name.upper()}`"
+    elif kind == "bool":
+        names = f"`{flag}`, `--no-{flag[2:]}`"
+    elif choices:
+        names = f"`{flag}` " + " · ".join(
+            f"`{c}`" for c in re.findall(r"['\"](.*?)['\"]", choices[1])
+        )
+    else:
+        value = (
+            "NUMBER" if re.match(r"(int|float)\b", kind) else "PATH" if "Path" in kind else "TEXT"
+        )
+        names = f"`{flag} {value}{' …' if kind.startswith('tuple') else ''}`"
+    if default is parameter.empty:
+        shown = "required"
+    else:
+        shown = "" if default in ("", (), None) else f"`{default}`"
+    return f"| {names} | {shown} | {cell(escaped(meanings.get(parameter.name, '')))} |"
 
 
 def printed(show) -> Iterator[str]:
