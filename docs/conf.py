@@ -49,6 +49,7 @@ SEARCH = {
     "tour": ["commands", "cheat sheet"],
     "tutorial-train": ["tutorial", "getting started", "plot"],
     "tutorial-convert": ["convert", "export", "import"],
+    "tutorial-blt": ["patch length"],
     "concepts": ["logits", "surprise", "patches", "tokenizer-free"],
     "training": ["resume", "NaN", "run folder", "diverged", "crash", "checkpoint", "epochs",
                  "TensorBoard", "Weights & Biases", "wandb", "sweep", "recipe file"],

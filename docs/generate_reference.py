@@ -218,19 +218,22 @@ def api_page() -> str:
         "The public names. `bytelm_jax` and `bytelm_torch` also offer everything that `bytelm` "
         "does. Fields of configurations have [a page of their own](configuration.md).",
     ]
-    for package, what in {
-        bytelm: "What both frameworks share; imports neither of them.",
-        bytelm_jax: "The models, training and generation in JAX.",
-        bytelm_torch: "The same in PyTorch.",
-    }.items():
-        parts += [f"## {package.__name__}", what]
-        names = sorted(set(package.__all__) - (shared if package is not bytelm else set()))
-        for name in names:
-            parts.append(documented(package, name))
     import bytelm_torch.hf
 
-    parts += ["## bytelm_torch.hf", "The models in transformers' classes."]
-    parts += [documented(bytelm_torch.hf, name) for name in ("from_native", "tokenizer_for")]
+    packages = {
+        bytelm_jax: "The models, training and generation in JAX.",
+        bytelm_torch: "The same in PyTorch.",
+        bytelm_torch.hf: "The models in transformers' classes.",
+        bytelm: "What both frameworks share; imports neither of them.",
+    }
+    for package, what in packages.items():
+        names = set(getattr(package, "__all__", ()))
+        if package is bytelm_torch.hf:
+            names = {"from_native", "tokenizer_for"}
+        elif package is not bytelm:
+            names -= shared
+        parts += [f"## {package.__name__}", what]
+        parts += [documented(package, name) for name in sorted(names)]
     return "\n\n".join(parts) + "\n"
 
 
