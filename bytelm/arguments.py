@@ -352,4 +352,7 @@ def _parse(parse: Callable[[], T], edit_help: Callable[[str], str] = str) -> T:
         lines = [line for line in rows if line]
         # The first line is the box's title ("Value error"); the rest says what is wrong.
         message = " ".join(" ".join(lines[1:] if len(lines) > 1 else lines).split())
+        message, wrong = re.subn(r"^Error parsing ([\w.]+): (?=\w+[=:])", r"\1.", message)
+        if wrong:  # a value that its field refuses, by name
+            raise UsageError(message) from None
         raise UsageError(f"{message}; see --help") from None

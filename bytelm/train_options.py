@@ -16,6 +16,7 @@ from bytelm.arguments import (
 )
 from bytelm.config import OPTIMIZER_CONFIGS, Recipe
 from bytelm.recipe_files import find_recipe
+from bytelm.runs import is_run
 from bytelm.starting import ReadConfig, branch_recipe, split_source, with_source
 from bytelm.storage.stores import tidy
 
@@ -27,7 +28,8 @@ BRANCH = ("branch_from", "train.branch_from")
 
 HELP = (
     "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields",
-    'as in a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
+    'as in a run\'s config.json, or what differs from {"base": "megabyte_132m"}; or a',
+    "run folder, which continues with its own options, or with --run-dir starts anew.",
     "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a",
     "checkpoint. Without --data it trains on the source of Python's standard library.",
     "Any field is overridden by its name, with or without its section",
@@ -84,7 +86,8 @@ def read_options(
     place, argv = take_option(argv, *RUN_DIR)
     branch, argv = take_option(argv, *BRANCH)
     recipe = _branch(named, branch, place) if branch else find_recipe(named)
-    run_dir = Path(place or Path("runs") / recipe.name)
+    own = not branch and is_run(Path(named))
+    run_dir = Path(place or (named if own else Path("runs") / recipe.name))
     source, argv = take_option(argv, "init_from", "train.init_from")
     if source:
         recipe = with_source(recipe, source, run_dir, read)
