@@ -158,7 +158,8 @@ def configuration(kind: type) -> Iterator[str]:
     for each in fields(kind):
         if not each.init:
             continue
-        row = f"| `{each.name}` | {cell(f'`{annotated[each.name]}`')} | {default_of(each)} |"
+        kind_of_value = re.sub(r"Literal\[(.*?)\]", r"\1", annotated[each.name])
+        row = f"| `{each.name}` | {cell(f'`{kind_of_value}`')} | {default_of(each)} |"
         if any_sentence:
             row += f" {cell(escaped(documented.get(each.name, '')))} |"
         rows.append(row)

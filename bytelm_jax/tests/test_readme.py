@@ -75,8 +75,8 @@ def after(words: list[str], start: list[str]) -> list[str] | None:
 
 
 def recipe_named(name: str):
-    """The recipe of that name; files and recipes that a guide adds are like `megabyte_tiny`."""
-    imagined = name in IMAGINED or name.endswith((".json", ".yaml"))
+    """The recipe of that name; files, runs and what a guide adds are like `megabyte_tiny`."""
+    imagined = name in IMAGINED or "/" in name or name.endswith((".json", ".yaml"))
     return recipes.get("megabyte_tiny" if imagined else name)
 
 
