@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm.config import SGDConfig, TrainConfig
 from bytelm.data import open_corpus
 from bytelm.trainable import EVERYTHING
@@ -23,7 +24,6 @@ from bytelm_jax.training import step as steps
 from bytelm_torch.training import evaluate as torch_evaluate
 from bytelm_torch.training import loss as torch_loss
 from bytelm_torch.training import parallel
-from parity_tests import tolerances
 from parity_tests.twins import random_ids, twins
 
 NAMES = ("web", "code", "absent")

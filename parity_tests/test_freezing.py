@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm import tolerances
 from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
 from bytelm.trainable import Trainable, trainable
 from bytelm_jax.cli import main as cli
@@ -20,7 +21,6 @@ from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_torch.models import parameter_paths
 from bytelm_torch.training import loop as torch_loop
-from parity_tests import tolerances
 from parity_tests.test_training import OPTIMIZERS, SMALL, ragged_batches, run_jax, run_torch
 from parity_tests.twins import random_params, twins
 

@@ -25,7 +25,7 @@ from transformers import (
 
 import bytelm_jax
 import bytelm_torch
-from bytelm import recipes
+from bytelm import recipes, tolerances
 from bytelm.config import LFByteConfig, PatchingContract, to_dict
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
@@ -35,7 +35,6 @@ from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_torch.inference.generate import generate
 from bytelm_torch.interop import transformers as hf
-from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
 TRACED = functools.cache(abstract_params)
@@ -201,8 +200,8 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     ).read_bytes()
 
 
-def test_the_example_in_the_readme_saves_model_and_tokenizer(tmp_path, monkeypatch):
-    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+def test_the_example_in_the_guide_saves_model_and_tokenizer(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text("utf-8")
     [code] = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import hf" in c]
     bytelm_torch.save_pretrained(
         bytelm_torch.build_model(CONFIGS["entropy"]), tmp_path / "exports/tiny"

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import bytelm_torch
+from bytelm import tolerances
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
 from bytelm_torch.inference.generate import generate
 from bytelm_torch.interop import transformers as hf
-from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
 MASK = torch.tensor(

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm.config import LFByteConfig, ModelConfig, from_dict, model_from_dict, to_dict
 from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.generate import generate, generate_uncached
 from bytelm_jax.models import abstract_params, build_model, define_model, split_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_torch.models import build_model as build_torch
-from parity_tests import tolerances
 
 SMALL: Any = {
     "embed_dim": 12,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm.config import LFByteConfig, model_from_dict, to_dict
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
@@ -14,7 +15,6 @@ from bytelm_torch.layers.adaptive import running_mean
 from bytelm_torch.layers.experts import AdaptiveExperts
 from bytelm_torch.layers.long_convolution import LongConvolution, long_convolution
 from bytelm_torch.models import build_model as build_torch
-from parity_tests import tolerances
 
 
 @pytest.mark.parametrize("chunk", [16, 64])

@@ -17,6 +17,7 @@ import torch
 import bytelm_torch
 import bytelm_torch.hf
 from bytelm import lora as files
+from bytelm import tolerances
 from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
 from bytelm.leaves import torch_name
 from bytelm.lora import LoRA, lora_of
@@ -32,9 +33,10 @@ from bytelm_jax.training import step as steps
 from bytelm_torch.interop import export as torch_export
 from bytelm_torch.layers import lora as torch_lora
 from bytelm_torch.models import adapt, build_model
+from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint as torch_checkpoint
 from bytelm_torch.training import loop as torch_loop
-from parity_tests import tolerances
+from bytelm_torch.training.average import Average
 from parity_tests.test_training import OPTIMIZERS, ragged_batches, run_jax, run_torch
 from parity_tests.tiny_models import CONFIGS
 from parity_tests.twins import MEGABYTES, random_ids, random_params
@@ -106,18 +108,27 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     recipe = Recipe(name="x", model=config, train=TrainConfig(lora_rank=3, lora_alpha=6.0))
     parts = trainable(recipe, params)
     assert parts.frozen == params.keys() - set(lora.leaves)
-    train = TrainConfig(steps=200, batch_size=4, devices=1)
+    train = TrainConfig(steps=200, batch_size=4, devices=1, average_decay=0.99)
     batches = ragged_batches(config, 200, 4, 11)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params, parts, lora)
-    run_torch(twin, optimizer, batches, parts)
+    build_optimizer(optimizer, twin, parts=parts)  # freezes what does not train
+    average = Average(twin, train.average_decay)
+    run_torch(twin, optimizer, batches, parts, average.update)
     ours, before = to_torch(state.params), to_torch(params)
     trained = {torch_name(name) for name in lora.leaves}
     worst = 0.0
     for key, theirs in twin.state_dict().items():
         assert (ours[key].tobytes() != before[key].tobytes()) == (key in trained), key
         worst = max(worst, relative_error(ours[key], theirs.numpy()))
+    assert state.average
+    averages = to_torch(state.average)
+    assert averages.keys() == trained
+    with average.in_model():
+        for key in trained:
+            assert relative_error(averages[key], ours[key]) > 1e-3
+            worst = max(worst, relative_error(averages[key], twin.state_dict()[key].numpy()))
     assert worst <= tolerances.AFTER_200_STEPS
     assert reports[-1]["loss"] < reports[0]["loss"]
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
@@ -245,6 +256,9 @@ def test_every_front_door_opens_the_merged_model(folder, capsys):
     assert cli.main(["eval", str(folder / "straight"), *options]) == 0
     assert cli.main(["eval", str(folder / "torch-straight"), *options]) == 2  # as without adapters
     said = capsys.readouterr()
+    assert cli.main(["import", str(run), "--out", str(folder / "imported")]) == 0
+    for name, value in checkpoint.load_run(folder / "imported")[1].items():
+        assert (value == ours[name]).all(), name
     assert "bits per byte" in said.out and "PyTorch trained it" in said.err
     fields = json.loads((run / "checkpoints" / "4" / "config.json").read_text())
     assert fields["format_version"] == 2
@@ -291,6 +305,8 @@ def test_what_does_not_fit_is_refused_by_name(folder, monkeypatch, capsys):
     for options, says in {
         "megabyte_tiny --lora-alpha 8": "lora_alpha=8.0: needs lora_rank",
         "megabyte_tiny --lora-rank 2 --lora-dropout 1": "lora_dropout=1.0: must be",
+        "megabyte_tiny --lora-rank 999": "train.lora_rank=999: the largest rank of global_tr",
+        "megabyte_tiny --init-from adapter": "adapter: holds an adapter without its model",
         "megabyte_tiny --lora-rank 2 --lora-targets to_logits": "to_logits is the output layer",
         "megabyte_tiny --lora-rank 2 --lora-targets *norm": "norm is a norm, which takes no",
         "megabyte_tiny --lora-rank 2 --lora-targets *embed": "is an embedding, which takes no",
@@ -314,7 +330,8 @@ def test_what_does_not_fit_is_refused_by_name(folder, monkeypatch, capsys):
     command = ["train", "megabyte_tiny", *TRAIN, "--steps", "6", "--run-dir", "straight"]
     command += ["--init-from", "base"]
     assert cli.main([*command, "--lora-alpha", "4"]) == 2
-    assert "train.lora_alpha=4.0: straight was started with 16.0" in capsys.readouterr().err
+    says = "alpha=4.0: straight was started with 16.0; keep that value or start from its weights: "
+    assert f"{says}--init-from straight --run-dir NEW" in capsys.readouterr().err
     assert sorted(each.name for each in folder.iterdir()) == before
 
 

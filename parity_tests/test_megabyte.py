@@ -9,12 +9,12 @@ import pytest
 import torch
 from flax import nnx
 
+from bytelm import tolerances
 from bytelm.config import MegabyteConfig, ModelConfig, model_from_dict, to_dict
 from bytelm_jax.layers.attention import multi_query_attention
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import compare_twins, relative_error
 from bytelm_torch.models import build_model as build_torch
-from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES, random_ids, twins
 
 _TINY: dict[str, Any] = {

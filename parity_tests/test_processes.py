@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bytelm import tolerances
 from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.processes import HUNG
-from parity_tests import tolerances
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch" / "local"
 DEADLINE = 240

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm.config import LFByteConfig, MegabyteConfig
 from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.generate import generate
@@ -26,7 +27,6 @@ from bytelm_jax.parity.twins import make_twin
 from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_generate_uncached
 from bytelm_torch.layers.long_convolution import segmented_convolution as torch_convolution
-from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
 PATCH, NEWLINE = 4, 10

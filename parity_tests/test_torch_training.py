@@ -19,8 +19,7 @@ import pytest
 import torch
 
 import bytelm_torch
-from bytelm import data, recipes
-from bytelm.arguments import with_changes
+from bytelm import data, recipes, tolerances
 from bytelm.config import (
     AdamWConfig,
     BLTConfig,
@@ -38,7 +37,7 @@ from bytelm.config import (
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
-from bytelm.runs import export_notes
+from bytelm.runs import start_notes
 from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training import loop as jax_train
@@ -49,7 +48,7 @@ from bytelm_torch.training import parallel, reporter
 from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
 from bytelm_torch.training.starting import start_model
-from parity_tests import tolerances
+from parity_tests.starts import with_changes
 from parity_tests.tiny_models import CONFIGS
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +87,15 @@ def corpus(tmp_path_factory):
 def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path, capsys):
     recipe = torch_recipe(corpus, steps=1)
     model = replace(CONFIGS["blt"], patcher="space")
-    assert export_notes(recipe.model) == export_notes(CONFIGS["entropy"]) == []
+    entropy = replace(recipe, model=CONFIGS["entropy"])
+    assert start_notes(recipe) == start_notes(entropy) == []
     public = replace(model, patcher="byte")
-    assert public.transformers_problem is None and export_notes(public) == []
+    assert public.transformers_problem is None
+    assert start_notes(replace(recipe, model=public)) == []
+    adapted = replace(recipe, train=replace(recipe.train, lora_rank=2))
+    assert "adapters train over random weights" in start_notes(adapted)[0]
+    adapted = replace(recipe, train=replace(adapted.train, init_from="exports/base"))
+    assert start_notes(adapted) == []
     train.train(replace(recipe, model=model), tmp_path)
     why = "(patcher='space': transformers only has 'entropy' and 'byte')"
     note = f"note: `bytelm export --format hf-blt` cannot write this model {why}"

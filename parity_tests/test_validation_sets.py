@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from bytelm import tolerances
 from bytelm.data import evaluation_batches
 from bytelm.metrics import read_metrics
 from bytelm.run_data import open_windows
@@ -12,7 +13,6 @@ from bytelm_jax.models import define_model
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.mesh import make_mesh, place
 from bytelm_torch import train
-from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
 MODEL = CONFIGS["megabyte"]

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm import tolerances
 from bytelm_jax.layers.adaptive import AdaptiveLinear, extend_running_mean, running_mean
 from bytelm_jax.layers.experts import AdaptiveExperts, MixtureOfExperts, choose_experts
 from bytelm_jax.parity.report import relative_error
-from parity_tests import tolerances
 
 INPUTS, OUTPUTS, ADAPT, EXPERTS = 6, 5, 4, 4
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import bytelm_torch
+from bytelm import tolerances
 from bytelm.inspection import Inspection
 from bytelm_jax.cli import main as cli
 from bytelm_jax.inference import generate as generation
@@ -25,7 +26,6 @@ from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training import evaluate as evaluation
 from bytelm_jax.training.checkpoint import load_run
 from bytelm_torch.training.loss import token_nats
-from parity_tests import tolerances
 
 TINY = [
     *("--model.patch-size", "4", "--model.global-dim", "8", "--model.local-dim", "16"),

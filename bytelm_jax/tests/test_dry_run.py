@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bytelm import recipes
+from bytelm import recipes, tolerances
 from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import run as commands_run
@@ -22,7 +22,6 @@ from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import saved_for_backward, total
 from bytelm_jax.training import mesh as meshes
-from parity_tests import tolerances
 
 SMALL = [
     "--patch-size", "2", "--global-dim", "16", "--local-dim", "32", "--max-length", "16",
@@ -85,7 +84,7 @@ def test_memory_of_132_million_parameters_is_what_was_measured():
     recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     mesh = meshes.make_mesh(1)
     memory = dry_run.estimate_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
-    measured = 7.43 * 2**30  # the README's, 32 rows of 2,048 bytes
+    measured = 7.43 * 2**30  # docs/pods.md, 32 rows of 2,048 bytes
     assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
     assert memory.parameters == 4 * recipe.model.parameter_count()
 

@@ -10,13 +10,13 @@ import pytest
 
 import bytelm_jax
 import bytelm_torch
+from bytelm import tolerances
 from bytelm.config import MegabyteConfig, Recipe
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.tests.test_cli import refused
 from bytelm_jax.training import checkpoint
-from parity_tests import tolerances
 
 CONFIG = MegabyteConfig(
     patch_size=4, global_dim=8, local_dim=16, global_layers=1, local_layers=1, global_heads=2,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
+from bytelm import tolerances
 from bytelm.config import BLTConfig, ModelConfig
 from bytelm_jax.kernels.grouped_matmul import make_groups, mix, spread
 from bytelm_jax.kernels.lookup import look_up
@@ -17,7 +18,6 @@ from bytelm_jax.layers.ngram import _lookup
 from bytelm_jax.layers.resets import take_once
 from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import abstract_params, define_model
-from parity_tests import tolerances
 from parity_tests.tiny_models import CONFIGS
 
 BLT = CONFIGS["blt"]

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from bytelm import recipes
+from bytelm import recipes, tolerances
 from bytelm.config.blt import EntropyConfig
 from bytelm.trainable import trainable
 from bytelm_jax.kernels import backend
@@ -22,7 +22,6 @@ from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
-from parity_tests import tolerances
 
 WRITTEN_OUT = {"transformer_tiny", "megabyte_in_action_132m"}
 """Their attention is not fused: heads of a width that it does not take, ALiBi."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm import tolerances
 from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.gelu import gelu
 from bytelm_jax.kernels.low_precision import folded, linear_of_rows, normalized, normalized_linears
@@ -20,7 +21,6 @@ from bytelm_jax.models import build_model, define_model, split_model
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training.loss import cross_entropy, token_nats
-from parity_tests import tolerances
 from parity_tests.twins import MEGABYTES
 
 

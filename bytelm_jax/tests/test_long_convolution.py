@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bytelm import tolerances
 from bytelm_jax.kernels.convolution import long_convolution, toeplitz
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.parity.report import relative_error
-from parity_tests import tolerances
 
 CHUNK = 64
 MACHINES = ["cpu", "gpu"]  # by transforms, and where the filter is short directly

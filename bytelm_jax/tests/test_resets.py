@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm.config import ByteVocab as TorchByteVocab
 from bytelm_jax.layers import resets
 from bytelm_torch.layers import resets as torch_resets
-from parity_tests import tolerances
 
 VOCAB = ByteVocab(size=264, offset=3, pad_id=0, bos_id=1, eos_id=2)
 TORCH_VOCAB = TorchByteVocab(size=264, offset=3, pad_id=0, bos_id=1, eos_id=2)

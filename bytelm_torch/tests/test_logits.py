@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bytelm import tolerances
 from bytelm_torch.layers.logits import LogitsLinear
-from parity_tests import tolerances
 
 
 def relative(actual, expected):

@@ -21,9 +21,9 @@ import torch
 import bytelm_torch
 import bytelm_torch.hf
 import bytelm_torch.train
+from bytelm import tolerances
 from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
-from parity_tests import tolerances
 from parity_tests.test_blt_transformers import reference
 from parity_tests.test_import_megabyte import original
 
