@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig, ModelConfig
+from bytelm.tolerances import GRADIENTS, LOGITS, OTHER_PLACE
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, abstract_params, define_model, patching
 from bytelm_jax.models.entropy import shift_right
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.training import loss as torch_loss
-from parity_tests.tolerances import GRADIENTS, LOGITS, OTHER_PLACE
 from parity_tests.twins import random_ids
 
 LENGTH = 29

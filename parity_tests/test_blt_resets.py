@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig
+from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, define_model, patching
 from bytelm_jax.models.entropy import segment_starts_of, shift_right
@@ -26,7 +27,6 @@ from bytelm_torch.models import patching as torch_patching
 from bytelm_torch.training import loss as torch_loss
 from parity_tests import test_blt
 from parity_tests.test_blt import TINY, random_leaves, relative
-from parity_tests.tolerances import GRADIENTS, LOGITS
 
 LENGTH = 40
 TEXTS = (

@@ -17,6 +17,7 @@ import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
 from bytelm.sampling import SamplerConfig
+from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert
 from bytelm_jax.interop import hf_blt as convert_blt
@@ -40,7 +41,6 @@ from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import shift_right
 from parity_tests.patch_thresholds import splitting_threshold
 from parity_tests.starts import begun_from
-from parity_tests.tolerances import LOGITS
 
 transformers = pytest.importorskip(
     "transformers", minversion="5.23", reason="the reference, transformers 5.23, is not installed"

@@ -18,10 +18,10 @@ from torch import Tensor
 
 import bytelm_torch
 from bytelm.config import ModelConfig, model_from_dict, to_dict
+from bytelm.tolerances import LOGITS
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params, cast_params, define_model
 from bytelm_torch.models import build_model
-from parity_tests.tolerances import LOGITS
 from parity_tests.twins import MEGABYTES, random_ids
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}

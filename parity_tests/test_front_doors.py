@@ -22,11 +22,11 @@ from bytelm import runs
 from bytelm.config import EntropyConfig, MegabyteConfig, PatchingContract, Recipe
 from bytelm.data import open_corpus
 from bytelm.metrics import METRIC
+from bytelm.tolerances import LOGITS
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.training import checkpoint as jax_checkpoint
 from bytelm_torch.training import checkpoint
 from bytelm_torch.training.average import Average
-from parity_tests.tolerances import LOGITS
 from parity_tests.twins import MEGABYTES
 
 TEXT = "def é(self):\n  return 🎉\n".encode()

@@ -11,6 +11,7 @@ import torch
 import bytelm
 from bytelm.config import ByteVocab, EntropyConfig, MegabyteConfig
 from bytelm.config import ByteVocab as TorchVocab
+from bytelm.tolerances import LOGITS
 from bytelm_jax.inference import generate as generation
 from bytelm_jax.inference import sampling as ours
 from bytelm_jax.inference.generate import generate
@@ -25,7 +26,6 @@ from bytelm_torch.inference.generate import generate as torch_generate
 from bytelm_torch.inference.generate import generate_uncached as torch_uncached
 from bytelm_torch.models.entropy import EntropyModel as TorchEntropyModel
 from bytelm_torch.models.interface import ByteModel as TorchByteModel
-from parity_tests.tolerances import LOGITS
 from parity_tests.twins import random_ids, random_params
 
 TEXT = b"Patches of 4: \xc3\xa9!"

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab, MegabyteConfig
+from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.interop import megabyte as convert_megabyte
@@ -32,7 +33,6 @@ from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.training import checkpoint, starting
 from bytelm_torch import from_pretrained
 from parity_tests.starts import begun_from
-from parity_tests.tolerances import LOGITS
 from parity_tests.wrong_states import (
     complex_numbers,
     eight_bits,

@@ -12,10 +12,10 @@ from flax import nnx
 import bytelm.config as torch_config
 from bytelm.config import BLTConfig, to_dict
 from bytelm.config.blt import HASH_PRIMES
+from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.layers import ngram
 from bytelm_jax.models import split_model
 from bytelm_torch.layers import ngram as torch_ngram
-from parity_tests.tolerances import GRADIENTS, LOGITS
 
 MILLION = 1_000_000
 CONFIG = BLTConfig(ngram_functions=len(HASH_PRIMES), ngram_sizes=(3, 4, 5, 6, 7, 8))

@@ -16,10 +16,10 @@ import bytelm_jax.optimizers.threefry
 import bytelm_torch.optimizers.q_agent
 import bytelm_torch.optimizers.threefry
 from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
+from bytelm.tolerances import AFTER_200_STEPS, LOGITS
 from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
 from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_metrics
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
-from parity_tests.tolerances import AFTER_200_STEPS, LOGITS
 
 SHAPES = {
     "embed.embedding": (7, 6),

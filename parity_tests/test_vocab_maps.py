@@ -12,12 +12,12 @@ import torch
 import bytelm_torch
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, LFByteConfig, MegabyteConfig
 from bytelm.sampling import SamplerConfig
+from bytelm.tolerances import LOGITS
 from bytelm_jax.interop import convert
 from bytelm_jax.interop.vocab import remap_vocab
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.inference.generate import generate
-from parity_tests.tolerances import LOGITS
 
 _SIZES: Any = {
     "patch_size": 4,

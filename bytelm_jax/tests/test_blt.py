@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from bytelm.config import BLTConfig, EntropyConfig
+from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
 from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import Params, abstract_params, define_model, patching, split_model
-from parity_tests.tolerances import GRADIENTS, LOGITS
 
 LENGTH, ROWS = 80, 3
 

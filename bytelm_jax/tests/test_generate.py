@@ -11,12 +11,12 @@ from flax import nnx
 
 from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm.sampling import SamplerConfig
+from bytelm.tolerances import LOGITS
 from bytelm_jax.inference.generate import _begin, generate, generate_uncached, stream
 from bytelm_jax.inference.sampling import next_ids, probabilities, sample
 from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.models.megabyte import Megabyte
 from bytelm_jax.models.megabyte_decoding import MegabyteCache
-from parity_tests.tolerances import LOGITS
 
 PATCH, MAX_LENGTH = 4, 40
 TEXT = b"Patches of 4: \xc3\xa9!"

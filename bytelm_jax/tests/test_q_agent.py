@@ -11,10 +11,10 @@ import pytest
 
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.q_table import CELLS, EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, log_memory
+from bytelm.tolerances import AFTER_200_STEPS
 from bytelm_jax.optimizers import q_agent
 from bytelm_jax.optimizers.q_agent import init_agent, step_agent
 from bytelm_jax.optimizers.q_learning import q_learning_metrics, q_learning_sgd
-from parity_tests.tolerances import AFTER_200_STEPS
 
 EVERY_STEP = QLearningConfig(interval=1)
 STEPS = 3000

@@ -16,10 +16,10 @@ import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 import bytelm_jax.optimizers.q_learning
+from bytelm.tolerances import GRADIENTS
 from bytelm_jax.optimizers import threefry
 from bytelm_jax.optimizers.q_agent import QLearningConfig
 from bytelm_jax.optimizers.q_learning import q_learning, q_learning_metrics, q_learning_sgd
-from parity_tests.tolerances import GRADIENTS
 
 EVERY_STEP = QLearningConfig(interval=1)
 FROZEN = QLearningConfig(interval=10**6, epsilon=0.0, epsilon_floor=0.0)  # the agent never acts

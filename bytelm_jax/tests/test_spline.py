@@ -9,9 +9,9 @@ from scipy.interpolate import BSpline
 from bytelm.config.blt import SPLINE_BASES
 from bytelm.config.blt import SPLINE_EDGE as EDGE
 from bytelm.config.blt import SPLINE_INTERVALS as INTERVALS
+from bytelm.tolerances import LOGITS
 from bytelm_jax.kernels.spline import spline_activation
 from bytelm_jax.layers.grouped_attention import grouped_attention, guide
-from parity_tests.tolerances import LOGITS
 
 CHANNELS = 3
 STEP = 2 * EDGE / INTERVALS

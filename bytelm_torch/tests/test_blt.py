@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig
+from bytelm.tolerances import LOGITS
 from bytelm_torch.models import build_model, patching
 from bytelm_torch.models.entropy import segment_starts_of, shift_right
 from parity_tests.patch_thresholds import splitting_threshold
-from parity_tests.tolerances import LOGITS
 
 LENGTH = 60
 
