@@ -5,7 +5,9 @@ parameters and optimizer state are partitioned over the `fsdp` devices of a grou
 across groups (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid sharding").
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from jaxtyping import Array
 
 from bytelm.config import TrainConfig
 from bytelm_jax.models import Params
+from bytelm_jax.training import topology
 
 DATA = "data"
 """The mesh axis along which parameters are replicated."""
@@ -28,6 +31,10 @@ ROWS = (DATA, FSDP)
 """The rows of a batch are spread along both."""
 
 
+TENSOR = "tensor"
+"""The mesh axis along which the layers of one copy are cut; absent where they are whole."""
+
+
 _MIN_SHARDED_SIZE = 1024
 """Parameters with fewer elements, mostly norms and biases, are not worth a collective each."""
 
@@ -36,23 +43,34 @@ _MIN_SCATTERED_SIZE = 1 << 20
 """Gradients with fewer elements may be transferred whole."""
 
 
-def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
-    """A mesh over the first `devices` devices (0: all, of all processes), in groups of `fsdp`."""
-    known, processes = jax.devices(), jax.process_count()
-    if devices > len(known):
-        raise ValueError(f"devices={devices}: there are {len(known)}; ask for at most that")
-    if processes > 1 and devices not in (0, len(known)):
+def make_mesh(
+    count: int = 0, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over `count` devices (0: all, of all processes), in groups of `fsdp` x `tensor`.
+
+    A function of what the devices say about themselves, hence the same in every process:
+    `topology.arrange` says how they are placed. `devices` are those to choose from, by default all
+    that JAX has. Raises `ValueError` for numbers that do not fit together.
+    """
+    known = jax.devices() if devices is None else list(devices)
+    processes = len({device.process_index for device in known})
+    if count > len(known):
+        raise ValueError(f"devices={count}: there are {len(known)}; ask for at most that")
+    if processes > 1 and count not in (0, len(known)):
         raise ValueError(
-            f"devices={devices}: {processes} processes use all their {len(known)}; leave it out"
+            f"devices={count}: {processes} processes use all their {len(known)}; leave it out"
         )
-    count = devices or len(known)
-    if count % fsdp:
-        raise ValueError(f"fsdp={fsdp}: must divide the number of devices, {count}")
-    shape, kinds = (count // fsdp, fsdp), (AxisType.Auto,) * len(ROWS)
-    mesh = jax.make_mesh(shape, ROWS, axis_types=kinds, devices=known[:count])
-    if _process_rows(mesh) is None:  # an order that would suit the links better, but not our files
-        mesh = Mesh(np.asarray(known[:count]).reshape(shape), ROWS, axis_types=kinds)
-    return mesh
+    count = count or len(known)
+    if count % tensor:
+        raise ValueError(f"tensor={tensor}: must divide the number of devices, {count}")
+    if count % (fsdp * tensor):
+        what = f", {count}" if tensor == 1 else f" over tensor, {count // tensor}"
+        raise ValueError(f"fsdp={fsdp}: must divide the number of devices{what}")
+    placed = topology.arrange(known[:count], (count // (fsdp * tensor), fsdp, tensor))
+    topology.feeding(placed)  # refused before anything depends on it
+    if tensor == 1:  # the axis exists where it is asked for: other programs stay as they are
+        return Mesh(placed[:, :, 0], ROWS, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(placed, (*ROWS, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
 def describe(mesh: Mesh) -> list[list[int]]:
@@ -67,20 +85,27 @@ def in_words(mesh: Mesh) -> str:
     return f"1 {kind} device" if mesh.size == 1 else f"{mesh.size} {kind} devices ({shape})"
 
 
-def _process_rows(mesh: Mesh) -> int | None:
-    """Which of the processes' equal, contiguous parts of every batch is this one's, if any."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()
-    rows = sorted(index[0].indices(mesh.size)[0] for index in slices if index)
-    contiguous = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
-    even = contiguous and mesh.size % len(rows) == 0 and rows[0] % len(rows) == 0
-    return rows[0] // len(rows) if even else None
+@functools.lru_cache(maxsize=64)
+def _feeding(mesh: Mesh) -> topology.Feeding:
+    return topology.feeding(mesh.devices.reshape(*mesh.devices.shape[:2], -1))
 
 
-def process_slice(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of the n equal parts of each batch."""
-    index = _process_rows(mesh)
-    assert index is not None  # guaranteed by `make_mesh`
-    return index, mesh.size // len(mesh.local_devices)
+def process_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): a process, by default this one, feeds the i-th of the n equal parts of each batch."""
+    feeding = _feeding(mesh)
+    return feeding.part_of[jax.process_index() if process is None else process], feeding.parts
+
+
+def row_shifts(mesh: Mesh, rows: int) -> np.ndarray | None:
+    """How far each row of a batch of `rows` stands from its number: int32, one per position.
+
+    A position along `ROWS` holds an equal block of rows of the array from `put_batch`. None if all
+    stand where their number says. Otherwise the wires ask for another order of devices than that
+    in which processes read, and the rows of the array follow the devices.
+    """
+    blocks = np.asarray(_feeding(mesh).blocks, np.int32)
+    shifts = (blocks - np.arange(len(blocks), dtype=np.int32)) * (rows // len(blocks))
+    return shifts if shifts.any() else None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -157,7 +182,9 @@ def gather(mesh: Mesh, params: Any) -> Any:
 
 def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:
     """This process's rows of the global batch, or a value of each → the global array."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+    shape = (len(rows) * _feeding(mesh).parts, *rows.shape[1:])
+    # Blocks of `rows` go to this process's positions in increasing order, gaps or not.
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
