@@ -100,6 +100,8 @@ def test_a_slice_with_holes_and_uneven_processes():
     mesh = topology.arrange(devices[:12], (12, 1, 1))  # three hosts of four are an L
     assert list(mesh.flat) == devices[:12]
     assert topology.feeding(mesh).parts == 3
+    with pytest.raises(ValueError, match="devices: process 0 has 4 and process 1 has 2; give each"):
+        topology.feeding(topology.arrange(devices[:6], (6, 1, 1)))
     with pytest.raises(ValueError, match=r"tensor=3: its groups reach across processes unevenly"):
         topology.feeding(topology.arrange(plain_devices(3, 4), (4, 1, 3)))
 

@@ -48,7 +48,7 @@ from bytelm_jax.training import (
     patch_calibration as patch_contract,
 )
 from bytelm_jax.training import step as steps
-from bytelm_jax.training.batches import training_batches
+from bytelm_jax.training.batches import order_digest, training_batches
 from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.remote import remote_of, require_one_process
@@ -156,8 +156,7 @@ def _train(
         bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)
         parts = trainable(recipe, jax.eval_shape(init_params))
-        found_data = open_windows(recipe)
-        windows, validation, identity = found_data
+        windows, validation, identity = found_data = open_windows(recipe)
         require_validation(recipe, bool(validation))
         fresh, trained = not lock.steps(), {}
         if fresh:
@@ -165,6 +164,7 @@ def _train(
         found |= processes.installation() | what_a_run_is(recipe)
         require_one_process(lock)
         found |= {"run_dir": lock.name, "data": identity, "mesh": meshes.describe(mesh)}
+        found["rows"] = order_digest(windows, recipe.data.shuffle_seed, recipe.data.order)
     run, vocab = recipe.train, recipe.model.vocab
     part = meshes.process_slice(mesh)
     first = processes.is_first()

@@ -73,9 +73,14 @@ def make_mesh(
     return Mesh(placed, (*ROWS, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
-def describe(mesh: Mesh) -> list[list[int]]:
-    """The sizes of the axes, and the devices in order: equal where two processes' meshes are."""
-    return [list(mesh.devices.shape), [device.id for device in mesh.devices.flat]]
+def describe(mesh: Mesh) -> list[Any]:
+    """The sizes of the axes, the devices in order, and who feeds which rows to them.
+
+    JSON values, equal where two processes' meshes are.
+    """
+    ids = [device.id for device in mesh.devices.flat]
+    feeding = _feeding(mesh)
+    return [list(mesh.shape.items()), ids, sorted(feeding.part_of.items()), feeding.blocks]
 
 
 def in_words(mesh: Mesh) -> str:

@@ -7,6 +7,7 @@ last communicates most.
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,12 @@ def feeding(mesh: np.ndarray) -> Feeding:
     Raises `ValueError` where a mesh gives processes rows in unequal or overlapping parts.
     """
     rows = mesh.reshape(-1, mesh.shape[2])
+    devices = Counter(device.process_index for device in mesh.flat)
+    if len(set(devices.values())) > 1:
+        (many, most), *_, (few, least) = devices.most_common()
+        raise ValueError(
+            f"devices: process {many} has {most} and process {few} has {least}; give each as many"
+        )
     held: dict[int, set[int]] = {}
     for position, devices in enumerate(rows):
         for device in devices:

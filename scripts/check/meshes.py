@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # else libtpu asks the cloud's metadata server first
-os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
 import jax
 import numpy as np
 from jax.experimental import topologies
 
 from bytelm_jax.tests.topologies import TOPOLOGIES, V4, V7
 from bytelm_jax.training import mesh as meshes
+
+ROOT = Path(__file__).resolve().parents[2]
+LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else it asks the cloud's metadata server first
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu needs to know where there is no TPU."""
 
 SIZES = [(fsdp, tensor) for tensor in (1, 2) for fsdp in (1, 2, 4, 8, 16)]
 ROWS = 3
@@ -136,8 +136,10 @@ def in_boxes(mesh: Any, size: int) -> bool:
 
 def main() -> int:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one object per topology")
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(LIBTPU)
     as_json, asked = parser.parse_args().json, sorted({*SIZES, *documented()})
     total = wrong = 0
     for name in TOPOLOGIES:
