@@ -60,6 +60,7 @@ class EntropyConfig(ArchitectureConfig):
     """
 
     architecture: ClassVar[str] = "entropy"
+    cut_stacks: ClassVar[tuple[str, ...]] = ("",)
     patcher_prefix: ClassVar[str] = "patcher."
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     dim: int = 768
@@ -132,6 +133,7 @@ class BLTConfig(ArchitectureConfig):
     """
 
     architecture: ClassVar[str] = "blt"
+    cut_stacks: ClassVar[tuple[str, ...]] = ("encoder_", "decoder_", "global_")
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
     has_patching_contract: ClassVar[bool] = True
     transformers_type: ClassVar[str | None] = "blt"
@@ -191,10 +193,8 @@ class BLTConfig(ArchitectureConfig):
         require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
         budget = self.patch_budget
         require(0 <= budget <= 1, f"patch_budget={budget}: must be between 0 and 1")
-        require(
-            isinstance(self.entropy, EntropyConfig),
-            f"entropy={type(self.entropy).__name__}: must be an EntropyConfig",
-        )
+        good, kind = isinstance(self.entropy, EntropyConfig), type(self.entropy).__name__
+        require(good, f"entropy={kind}: must be an EntropyConfig")
         require(
             self.patcher != "entropy" or self.entropy.vocab == self.vocab,
             f"entropy.vocab={self.entropy.vocab}: must be the model's own, {self.vocab}",

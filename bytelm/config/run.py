@@ -136,7 +136,8 @@ class TrainConfig:
     """The run. `batch_size` is global and counts windows; `devices=0` means all there are.
 
     Every group of `fsdp` devices shares one copy of parameters and optimizer state, cut into that
-    many parts; 1 means a whole copy on every device.
+    many parts; 1 means a whole copy on every device. Every `tensor` of them compute one layer
+    together, each a part of its heads and hidden features: for what one device cannot hold.
 
     `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
     float32. `eval_every=0` and `checkpoint_every=0` evaluate and save at the last step only.
@@ -170,6 +171,7 @@ class TrainConfig:
     seed: int = 0
     devices: int = 0
     fsdp: int = 1
+    tensor: int = 1
     parallel: Literal["jit", "shard_map"] = "jit"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
@@ -198,7 +200,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
-        require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
+        require_positive(self, "keep_last", "eval_windows", "fsdp", "tensor", "max_bad_steps")
         counts = (
             "devices",
             "eval_every",
@@ -211,6 +213,7 @@ class TrainConfig:
         require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
         parse_scales(self.learning_rate_scale)
         self._require_adapters()
+        self._require_tensor()
         require_fraction(self, "average_decay")
         only = not (self.init_from and self.branch_from)
         require(only, "init_from, branch_from: both say what a run begins from; give one of them")
@@ -221,6 +224,13 @@ class TrainConfig:
             f"batch_size={self.batch_size}: must be a multiple of "
             f"accumulation_steps={self.accumulation_steps}",
         )
+
+    def _require_tensor(self) -> None:
+        cut = f"tensor={self.tensor}"
+        known = self.tensor == 1 or self.parallel == "jit"
+        require(known, f"{cut}: parallel={self.parallel} cuts no layers; use parallel=jit")
+        plain = self.tensor == 1 or not self.lora_rank
+        require(plain, f"{cut}: lora_rank={self.lora_rank} adds adapters, which are not cut; use 1")
 
     def _require_adapters(self) -> None:
         require_non_negative(self, "lora_rank")
@@ -253,6 +263,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require_few_layers(self.model, "model")
+        if self.train.tensor > 1:
+            _require_cut(self.model, self.train.tensor)
+
+
+def _require_cut(model: ModelConfig, tensor: int) -> None:
+    sizes = model.tensor_sizes
+    if sizes is None:
+        require(False, f"train.tensor={tensor}: layers of {model.architecture} are not cut; use 1")
+        return
+    for name, size in sizes.items():
+        require(size % tensor == 0, f"train.tensor={tensor}: must divide model.{name}={size}")
 
 
 def _require_few_layers(config: Any, where: str) -> None:

@@ -151,7 +151,7 @@ def _train(
         check_trackers(recipe.train.track)
         recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
         recipe = patch_contract.adopt(recipe, run_dir)
-        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp, recipe.train.tensor)
         meshes.check_batch(mesh, recipe.train)
         bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)

@@ -7,17 +7,22 @@ across groups (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid shard
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array
 
 from bytelm.config import TrainConfig
+from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.partitioned import partitioned
 from bytelm_jax.models import Params
 from bytelm_jax.training import topology
+from bytelm_jax.training.tensor import tensor_axis
 
 DATA = "data"
 """The mesh axis along which parameters are replicated."""
@@ -113,6 +118,11 @@ def row_shifts(mesh: Mesh, rows: int) -> np.ndarray | None:
     return shifts if shifts.any() else None
 
 
+def row_places(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut: devices that share layers share rows."""
+    return mesh.size // tensor_parts(mesh)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of values that every device holds whole: scalars and metrics."""
     return NamedSharding(mesh, jax.P())
@@ -124,7 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
-    """The axis along which an array of the state is partitioned: its longest divisible one."""
+    """The axis along which `fsdp` cuts an array of the state: its longest divisible one."""
     parts = mesh.shape[FSDP]
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not axes or math.prod(shape) < _MIN_SHARDED_SIZE:
@@ -132,14 +142,66 @@ def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
     return max(axes, key=lambda axis: shape[axis])
 
 
-def partition(mesh: Mesh, shape: tuple[int, ...]) -> jax.P:
-    axis = partition_axis(mesh, shape)
-    return jax.P() if axis is None else jax.P(*(None,) * axis, FSDP)
+def tensor_parts(mesh: Mesh) -> int:
+    """Into how many parts layers are cut."""
+    return mesh.shape.get(TENSOR, 1)
+
+
+def partition(mesh: Mesh, shape: tuple[int, ...], name: str = "") -> jax.P:
+    """How an array of the state lies on the mesh; `name` is that of its parameter, if it has one.
+
+    Layers are cut as `tensor.CUTS` says of the parameter, and the parts by `fsdp`.
+    """
+    layer = _layer_partition(mesh, shape, name)
+    cut = [axis for axis, by in enumerate(layer) if by == TENSOR]
+    each = [size // tensor_parts(mesh) if axis in cut else size for axis, size in enumerate(shape)]
+    axis = partition_axis(mesh, tuple(each))
+    if axis is None:
+        return layer
+    entries = [*layer, *(None,) * (axis + 1 - len(layer))]
+    # Of an axis cut by both, gathering over `fsdp` must give the device's own part of the layer.
+    entries[axis] = (TENSOR, FSDP) if axis in cut else FSDP
+    return jax.P(*entries)
+
+
+def _layer_partition(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.P:
+    """How a parameter lies on the mesh while it is computed with: cut by `TENSOR` alone."""
+    parts = tensor_parts(mesh)
+    axis = tensor_axis(name, shape, parts) if parts > 1 and name else None
+    return jax.P() if axis is None else jax.P(*(None,) * axis, TENSOR)
+
+
+def _shardings(mesh: Mesh, tree: Any, partition: Callable[[Mesh, Any, str], jax.P]) -> Any:
+    """The sharding of each leaf of parameters or of a state that holds arrays for each of them."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        name = keys[-1] if keys and isinstance(keys[-1], str) and "." in keys[-1] else ""
+        return NamedSharding(mesh, partition(mesh, leaf.shape, name if leaf.ndim else ""))
+
+    return jax.tree.map_with_path(of, tree)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The shardings of parameters and optimizer state, determined by each leaf's shape."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(mesh, leaf.shape)), tree)
+    """The shardings of parameters and optimizer state, whose arrays are cut like their parameter.
+
+    They follow from each leaf's shape and from the parameter's name, by which it is found.
+    """
+    return _shardings(mesh, tree, partition)
+
+
+def layer_shardings(mesh: Mesh, params: Any) -> Any:
+    """The shardings of parameters while layers are computed: whole, or cut over `TENSOR` alone."""
+    return _shardings(mesh, params, _layer_partition)
+
+
+def layer_shapes(mesh: Mesh, params: Any) -> Any:
+    """Shapes and dtypes of the parts of `params` that one device computes with."""
+    return jax.tree.map(
+        lambda leaf, lies: jax.ShapeDtypeStruct(lies.shard_shape(leaf.shape), leaf.dtype),
+        params,
+        layer_shardings(mesh, params),
+    )
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
@@ -153,7 +215,7 @@ def fetch(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather(mesh: Mesh, params: Any) -> Any:
-    """A tree of parameters gathered on every device, inside a jitted function.
+    """A tree of parameters gathered over `fsdp` on every device, inside a jitted function.
 
     Gradients come back partitioned.
     """
@@ -167,22 +229,70 @@ def gather(mesh: Mesh, params: Any) -> Any:
     def whole(tree: Any) -> Any:
         # Partitioned once more first: otherwise the compiler may move the gathering before the
         # preceding cast, and twice the bytes would be transferred.
-        return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
+        return constrain(constrain(tree, state_shardings(mesh, tree)), layer_shardings(mesh, tree))
 
     def cut(gradients: Any) -> Any:
         # The gradient of a constraint is the same constraint: whole gradients on every device, of
         # which each needs only its own part. Small ones are summed whole all the same: otherwise
         # the compiler would rather gather everything that an embedding's product reads.
-        parts = state_shardings(mesh, gradients)
+        parts, layers = state_shardings(mesh, gradients), layer_shardings(mesh, gradients)
         first = jax.tree.map(
-            lambda leaf, part: replicated(mesh) if leaf.size < _MIN_SCATTERED_SIZE else part,
+            lambda leaf, layer, part: layer if leaf.size < _MIN_SCATTERED_SIZE else part,
             gradients,
+            layers,
             parts,
         )
         return constrain(constrain(gradients, first), parts)
 
     whole.defvjp(lambda tree: (whole(tree), None), lambda _, gradients: (cut(gradients),))
     return whole(params)
+
+
+class _Cut:
+    """The `Partition` of a mesh with a `TENSOR` axis. Rows lead all arrays but tables.
+
+    The rows' axes are explicit as well: left to the compiler, the gradient of a look-up gathers the
+    updates of all rows on every device.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh, self._parts = mesh, tensor_parts(mesh)
+
+    def by_rows(
+        self, find: Callable[[Array, Array], Array], table: Array, ids: Array, fill: float
+    ) -> Array:
+        rows = table.shape[0]
+        if rows % self._parts:
+            return find(table, ids)
+        ids = jnp.where(ids < 0, ids + rows, ids)  # counted from the end, as by an index
+
+        def masked(part: Array, ids: Array) -> Array:
+            local = ids - jax.lax.axis_index(TENSOR) * len(part)
+            here, part = (local >= 0) & (local < len(part)), vary_like(part, local)
+            if not fill:  # a row outside a table adds nothing
+                return jax.lax.psum(find(part, jnp.where(here, local, len(part))), TENSOR)
+            found = find(part, jnp.where(here, local, 0))
+            return jax.lax.psum(jnp.where(here[..., None], found, 0), TENSOR)
+
+        found = self._map(masked, (jax.P(TENSOR), jax.P(ROWS)), jax.P(ROWS))(table, ids)
+        inside = ((ids >= 0) & (ids < rows))[..., None]
+        return jnp.where(inside, found, fill) if fill else found
+
+    def by_heads(self, attend: Callable[..., Array], index: Array, *arrays: Array) -> Array:
+        def by_head(rank: int) -> jax.P:
+            return jax.P(ROWS, *(None,) * (rank - 3), TENSOR)
+
+        cut = tuple(by_head(array.ndim) for array in arrays)
+        result = by_head(jax.eval_shape(attend, index, *arrays).ndim)
+        return self._map(attend, (jax.P(ROWS), *cut), result)(index, *arrays)
+
+    def _map(self, function: Callable[..., Array], inputs: Any, result: jax.P) -> Any:
+        return jax.shard_map(function, mesh=self._mesh, in_specs=inputs, out_specs=result)
+
+
+def layers_on(mesh: Mesh) -> AbstractContextManager[None]:
+    """Within this context layers are traced as they are cut over `mesh`."""
+    return partitioned(_Cut(mesh) if tensor_parts(mesh) > 1 else None)
 
 
 def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:
@@ -194,10 +304,12 @@ def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises `ValueError` unless the batch divides evenly over devices and micro-batches."""
-    parts = mesh.size * train.accumulation_steps
+    places = row_places(mesh)
+    parts = places * train.accumulation_steps
     if train.batch_size % parts:
+        many = f"{places} devices" if places == mesh.size else f"{places} groups of tensor devices"
         raise ValueError(
-            f"batch_size={train.batch_size}: must be a multiple of {parts} ({mesh.size} devices "
+            f"batch_size={train.batch_size}: must be a multiple of {parts} ({many} "
             f"x {train.accumulation_steps} accumulation_steps); or ask for fewer devices"
         )
 

@@ -29,6 +29,7 @@ from bytelm_jax.training.mesh import (
     check_batch,
     gather,
     gather_parts,
+    layers_on,
     partition,
     partition_axis,
     replicated,
@@ -251,6 +252,8 @@ class _Form(NamedTuple):
     """The number, in the global batch, of the first row that this program sees; or one for each
     row, by how much its number exceeds its place among those that the program sees."""
     total_rows: int
+    layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """The context in which layers are traced."""
 
 
 def _make_gradients(
@@ -271,7 +274,8 @@ def _make_gradients(
         rows = batch.ids.shape[0]
         shifts = row_shifts(mesh, rows)
         first_row = 0 if shifts is None else np.repeat(shifts, rows // len(shifts))
-        form = _Form(lambda x: x, partial(gather, mesh), first_row, rows)
+        layers = partial(layers_on, mesh)
+        form = _Form(lambda x: x, partial(gather, mesh), first_row, rows, layers)
         return find(form, step, moving, fixed, batch)
 
     def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
@@ -322,7 +326,8 @@ def _gradients(
     def mean_loss(params: Params, batch: _Rows, keys: Array):
         # Cast before the transfer: half the bytes.
         whole = form.gather(cast_params(params | fixed, dtype))
-        output = bind(whole).outputs(batch.ids, keys, train.remat)
+        with form.layers():
+            output = bind(whole).outputs(batch.ids, keys, train.remat)
         by_source = None
         if batch.sources is not None:
             each = row_nats(output.logits, batch.ids, pad_id, batch.counted)
