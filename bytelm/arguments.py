@@ -1,11 +1,14 @@
 """Command lines: tyro underneath, one-line errors, fields addressable without their section."""
 
+import codecs
 import contextlib
 import dataclasses
+import functools
 import inspect
 import io
 import json
 import re
+import sys
 import typing
 from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
@@ -65,10 +68,31 @@ def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: st
     args = join_lists(expand_names(recipe, argv), lists)
     import tyro
 
-    overrides = _parse(
-        lambda: tyro.cli(shape, args=args, default=default, prog=prog, description=description)
-    )
+    def parse() -> Any:
+        return tyro.cli(shape, args=args, default=default, prog=prog, description=_DESCRIPTION)
+
+    overrides = _parse(parse, functools.partial(_edit_help, recipe, description))
     return dataclasses.replace(recipe, **{n: getattr(overrides, n) for n in _SECTIONS})
+
+
+_DESCRIPTION = "DESCRIPTION"
+"""Stands for the description while tyro lays out its help, which would join its lines."""
+
+
+def _edit_help(recipe: Recipe, description: str, text: str) -> str:
+    """tyro's help with the description as it is, and a line for each group without an effect."""
+    # A terminal without UTF-8 has no boxes.
+    headings = [*re.finditer(r"(?m)^(?:╭─)? (?:(\S+) )?options [ ─]*╮?$", text)]
+    ends = [*(heading.start() for heading in headings[1:]), len(text)]
+    kept = [description.rstrip() + "\n\n"]
+    for heading, end in zip(headings, ends, strict=True):
+        part, _, nested = (heading[1] or "").removeprefix("model.").partition(".")
+        setting = recipe.model.ineffective.get(part)
+        if setting is None:
+            kept.append(text[heading.start() : end])
+        elif not nested:
+            kept.append(f"model.{part} options: no effect with --model.{setting}\n")
+    return "".join(kept)
 
 
 def as_options(argv: Sequence[str]) -> list[str]:
@@ -293,7 +317,6 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     This way an error inside the command is never taken for an error on the command line. Calling
     it raises `ValueError` first for a number that no array holds.
     """
-    import functools
 
     @functools.wraps(function)
     def remember(*args: Any, **kwargs: Any) -> Callable[[], int]:
@@ -307,18 +330,29 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return remember
 
 
-def _parse(parse: Callable[[], T]) -> T:
-    """Runs a tyro parse and turns its boxed error report into a one-line `UsageError`."""
+def _parse(parse: Callable[[], T], edit_help: Callable[[str], str] = str) -> T:
+    """Runs a tyro parse and turns its boxed error report into a one-line `UsageError`.
+
+    Help is printed as `edit_help` returns it.
+    """
     report = io.StringIO()
+    # By the codec's own name, which tyro looks for before it draws boxes.
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    said = io.TextIOWrapper(io.BytesIO(), encoding, "replace")
     try:
-        with contextlib.redirect_stderr(report):
+        with contextlib.redirect_stderr(report), contextlib.redirect_stdout(said):
             return parse()
     except SystemExit as stop:
         if stop.code in (0, None):
+            said.seek(0)
+            print(edit_help(said.read()), end="")
             raise
         text = re.split(r"Argument helptext|For full helptext", report.getvalue())[0]
         rows = [re.sub(r"[─│╭╮╰╯]|-{4,}", " ", line).strip() for line in text.splitlines()]
         lines = [line for line in rows if line]
         # The first line is the box's title ("Value error"); the rest says what is wrong.
         message = " ".join(" ".join(lines[1:] if len(lines) > 1 else lines).split())
+        message, wrong = re.subn(r"^Error parsing ([\w.]+): (?=\w+[=:])", r"\1.", message)
+        if wrong:  # a value that its field refuses, by name
+            raise UsageError(message) from None
         raise UsageError(f"{message}; see --help") from None

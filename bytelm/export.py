@@ -55,6 +55,9 @@ from bytelm.files import (
 from bytelm.storage.stores import require_local
 
 LIBRARY, FORMAT_VERSION = "bytelm", 1
+ADAPTER_FILE = "adapter_config.json"
+"""What peft calls the description of an adapter."""
+
 ADAPTED_VERSION = 2
 """The `format_version` of weights to which an adapter beside them belongs (`bytelm/lora.py`)."""
 MODEL_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -192,6 +195,7 @@ class Description(NamedTuple):
 def read_description(folder: str | Path) -> Description:
     """Reads `folder`/config.json, including one written by transformers; raises `ValueError`."""
     file = Path(folder) / CONFIG_FILE
+    refuse_adapter(file.parent)
     with errors_about(file, "give a folder that `bytelm export` or `save_pretrained` wrote"):
         fields = read_json(file)
         if isinstance(fields, dict):
@@ -200,6 +204,13 @@ def read_description(folder: str | Path) -> Description:
         config_sum = sum_of_json({k: v for k, v in fields.items() if k != "extra"})
         adapted = fields.get("format_version") == ADAPTED_VERSION
         return Description(*parse_description(fields, True), config_sum, adapted)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises `ValueError` for a folder with an adapter of peft and no model beside it."""
+    alone = (folder / ADAPTER_FILE).is_file() and not (folder / CONFIG_FILE).exists()
+    hint = "give the run that trained it, or its export without --adapter"
+    require(not alone, f"{folder}: holds an adapter without its model, for peft; {hint}")
 
 
 def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:

@@ -5,13 +5,14 @@ and B [rank, out] are trained and W and b are not. Both packages ask here.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require
 from bytelm.export import (
+    ADAPTER_FILE,
     ArrayLibrary,
     StoredTensor,
     StoredTensors,
@@ -23,7 +24,7 @@ from bytelm.export import (
 from bytelm.files import errors_about, read_json
 from bytelm.leaves import ADAPTERS, is_adapter, linear_problem, torch_name
 
-CONFIG_FILE, MODEL_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, MODEL_FILE = ADAPTER_FILE, "adapter_model.safetensors"
 """What peft calls the files of an adapter."""
 
 _PREFIX = "base_model.model."
@@ -62,17 +63,18 @@ def adapter_leaves(layer: str) -> tuple[str, str]:
     return first, second
 
 
-def lora_of(recipe: Recipe, names: Iterable[str]) -> LoRA | None:
+def lora_of(recipe: Recipe, parameters: Mapping[str, Any]) -> LoRA | None:
     """The adapters that `recipe` asks for; None if it asks for none.
 
-    `names` are those of the model's parameters as JAX has them, with or without adapters. A pattern
-    of `train.lora_targets` matches linear layers by name. Raises `ValueError` for one that matches
-    none, and says why the layer that it does match takes no adapter.
+    `parameters` are the model's, or whatever has their shapes in either layout, by their names in
+    JAX, with or without adapters. A pattern of `train.lora_targets` matches linear layers by name.
+    Raises `ValueError` for one that matches none, and says why the layer that it does match takes
+    no adapter; and for a rank that no matrix of a layer has.
     """
     run, frozen = recipe.train, recipe.model.frozen_prefixes
     if not run.lora_rank:
         return None
-    leaves = [name for name in names if not is_adapter(name)]
+    leaves = [name for name in parameters if not is_adapter(name)]
     modules = sorted({name.rpartition(".")[0] for name in leaves})
     problems = {
         module: "is frozen anyway" if module.startswith(frozen) else linear_problem(module, leaves)
@@ -85,6 +87,10 @@ def lora_of(recipe: Recipe, names: Iterable[str]) -> LoRA | None:
         if not found:
             raise ValueError(_no_layer(recipe, pattern, matched, problems))
         layers |= set(found)
+    for layer in sorted(layers):
+        shape = tuple(parameters[f"{layer}.kernel"].shape)
+        most = f"the largest rank of {layer}, of shape {shape}, is {min(shape)}"
+        require(run.lora_rank <= min(shape), f"train.lora_rank={run.lora_rank}: {most}")
     return LoRA(run.lora_rank, run.lora_alpha, run.lora_dropout, tuple(sorted(layers)))
 
 
@@ -106,7 +112,10 @@ def _no_layer(
 
 
 def adapter_config(lora: LoRA) -> dict[str, Any]:
-    """The contents of adapter_config.json: what peft needs to know."""
+    """The contents of adapter_config.json: what peft needs to know.
+
+    It does not name the weights below: peft would look for a path like theirs on the Hub.
+    """
     alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return {
         "peft_type": "LORA",
@@ -125,7 +134,10 @@ def adapter_config(lora: LoRA) -> dict[str, Any]:
 
 
 def write_adapter(
-    out: Path, lora: LoRA, tensors: Mapping[str, StoredTensor], raw: Callable[[Any], memoryview]
+    out: Path,
+    lora: LoRA,
+    tensors: Mapping[str, StoredTensor],
+    raw: Callable[[Any], memoryview],
 ) -> None:
     """Writes an adapter as peft does, both files or neither.
 

@@ -1,7 +1,7 @@
 """Named runs as functions. `bytelm train NAME` looks up a recipe here; any field can be overridden.
 
-Each docstring says what the recipe is and gives the command; measured figures are in the README's
-tables.
+Each docstring says what the recipe is and gives the command; measured figures are in
+docs/measured.md.
 """
 
 import re

@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bytelm.config import ModelConfig, Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
 from bytelm.config.serialize import recipe_text
 from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
 from bytelm.files import errors_about, read_json, replace_file
@@ -314,21 +314,29 @@ def open_run(
     return RemoteRun(run_dir, cache_dir, locked)
 
 
-def export_notes(model: ModelConfig) -> list[str]:
-    """What to say before training a model that transformers knows by its name but cannot express.
-
-    Nothing of every other model.
-    """
-    known, problem = model.transformers_type, model.transformers_problem
-    if known is None or problem is None:
-        return []
-    return [f"note: `bytelm export --format hf-{known}` cannot write this model ({problem})"]
+def start_notes(recipe: Recipe) -> list[str]:
+    """What to say before a run begins: of a model that transformers knows but cannot express, and
+    of adapters over weights that have learned nothing."""
+    known, problem = recipe.model.transformers_type, recipe.model.transformers_problem
+    run, notes = recipe.train, list[str]()
+    if known is not None and problem is not None:
+        export = f"`bytelm export --format hf-{known}`"
+        notes.append(f"note: {export} cannot write this model ({problem})")
+    if run.lora_rank and not (run.init_from or run.branch_from):
+        notes.append("warning: adapters train over random weights; start from some by --init-from")
+    return notes
 
 
 def require_same_data(before: str, now: str, run_dir: str | Path) -> None:
     """Raises `ValueError` unless the data of a run are those that it was started on."""
     hint = "give the same files"
     require(before == now, f"data: not the bytes that {run_dir} was started on; {hint}")
+
+
+def require_ahead(recipe: Recipe, start: int, run_dir: str | Path) -> None:
+    """Raises `ValueError` if the run is past the last step that `recipe` asks for."""
+    steps, hint = recipe.train.steps, "give more steps, or leave them out"
+    require(start <= steps, f"train.steps={steps}: {run_dir} is at step {start} already; {hint}")
 
 
 def require_lock(taken: bool, run_dir: str | Path) -> None:
@@ -348,7 +356,9 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
             free |= part == "train" and name in _MAY_CHANGE
             if before[name] != after[name] and not free:
                 instead = "choose another run_dir"
-                if part != "model":
+                if name.startswith("lora_"):
+                    instead = f"start from its weights: --init-from {run_dir} --run-dir NEW"
+                elif part != "model":
                     instead = f"branch off: --branch-from {run_dir} --run-dir NEW"
                 raise ValueError(
                     f"{part}.{name}={after[name]}: {run_dir} was started with {before[name]}; "

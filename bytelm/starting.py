@@ -182,15 +182,17 @@ def _require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[st
     """
     named = f"train.init_optimizer: {recipe.train.init_from}"
     if source is None:
-        raise ValueError(f"{named} is no run folder of this package; leave it out")
+        why = "is no run folder of this package, so it has no optimizer state"
+        raise ValueError(f"{named} {why}; leave out init_optimizer")
     theirs, ours = source.optimizer.name, recipe.optimizer.name
-    require(theirs == ours, f"{named} was trained with {theirs}, not with {ours}; leave it out")
+    hint = "leave out init_optimizer"
+    require(theirs == ours, f"{named} was trained with {theirs}, not with {ours}; {hint}")
     plain = not (recipe.train.lora_rank or source.train.lora_rank)
-    require(plain, f"{named}: adapters begin anew, and so does their optimizer; leave it out")
+    require(plain, f"{named}: adapters are new, and so is their optimizer; {hint}")
     kept = keeps_optimizer(recipe, source, names)
     why = "trained other parameters, or at other rates, than train.freeze and "
     why += "train.learning_rate_scale say"
-    require(kept, f"{named} {why}; leave it out")
+    require(kept, f"{named} {why}; {hint}")
 
 
 def keep_source(recipe: Recipe, run_dir: Path) -> Recipe:

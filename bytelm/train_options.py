@@ -1,6 +1,7 @@
 """The command line that both packages' trainers understand: a recipe, its folder, and overrides."""
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from bytelm.arguments import (
 )
 from bytelm.config import OPTIMIZER_CONFIGS, Recipe
 from bytelm.recipe_files import find_recipe
+from bytelm.runs import is_run
 from bytelm.starting import ReadConfig, branch_recipe, split_source, with_source
 from bytelm.storage.stores import tidy
 
@@ -25,25 +27,28 @@ BRANCH = ("branch_from", "train.branch_from")
 """The names of the option for the run of a branch."""
 
 HELP = (
-    "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields as in",
-    'a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
-    "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a checkpoint.",
-    "Without --data it trains on the source of Python's standard library. Any field is",
-    "overridden by its name, with or without its section (--train.batch-size 8,",
-    "--batch-size 8, train.batch_size=8); `RECIPE --help` lists them all. Also understood:",
-    f"  --optimizer NAME (--optimizer.name NAME): {', '.join(OPTIMIZER_CONFIGS)};",
+    "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields",
+    'as in a run\'s config.json, or what differs from {"base": "megabyte_132m"}; or a',
+    "run folder, which continues with its own options, or with --run-dir starts anew.",
+    "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a",
+    "checkpoint. Without --data it trains on the source of Python's standard library.",
+    "Any field is overridden by its name, with or without its section",
+    "(--train.batch-size 8, --batch-size 8, train.batch_size=8); `RECIPE --help`",
+    "lists them all. Also understood:",
+    "  --optimizer NAME (--optimizer.name NAME): one of",
+    f"    {', '.join(OPTIMIZER_CONFIGS)};",
     "    `RECIPE --optimizer NAME --help` lists its fields",
     *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
     "  --save_path for --run-dir",
-    "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder, an",
-    "    export, or what `bytelm import` reads; the model is theirs",
-    "  --branch-from RUN[@STEP] --run-dir NEW in place of RECIPE, to go on from a step of a run",
-    "    with another rate, other data or another optimizer",
+    "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder,",
+    "    an export, or what `bytelm import` reads; the model is theirs",
+    "  --branch-from RUN[@STEP] --run-dir NEW in place of RECIPE, to continue from a",
+    "    step of a run with another rate, other data or another optimizer",
 )
 """What the help of both trainers says, a line each."""
 
-RECIPES = "recipes: " + ", ".join(recipes.names())
-"""The last line of that help."""
+RECIPES = textwrap.fill("recipes: " + ", ".join(recipes.names()), 80, subsequent_indent="  ")
+"""The last lines of that help."""
 
 
 class Asked(NamedTuple):
@@ -81,14 +86,25 @@ def read_options(
     place, argv = take_option(argv, *RUN_DIR)
     branch, argv = take_option(argv, *BRANCH)
     recipe = _branch(named, branch, place) if branch else find_recipe(named)
-    run_dir = Path(place or Path("runs") / recipe.name)
+    own = not branch and is_run(Path(named))
+    run_dir = Path(place or (named if own else Path("runs") / recipe.name))
     source, argv = take_option(argv, "init_from", "train.init_from")
     if source:
         recipe = with_source(recipe, source, run_dir, read)
     options = [argument.partition("=")[0] for argument in expand_names(recipe, argv)]
     fields = frozenset(o[2:].replace("-", "_") for o in options if o.startswith("--"))
     recipe = parse_recipe(recipe, argv, f"{prog} {recipe.name}", description)
+    _refuse_ineffective(recipe, fields)
     return Asked(recipe, run_dir, fields)
+
+
+def _refuse_ineffective(recipe: Recipe, fields: Collection[str]) -> None:
+    """Raises `UsageError` for a field of the model that is named and has no effect on it."""
+    for name, setting in recipe.model.ineffective.items():
+        for field in sorted(fields):
+            if f"{field}.".startswith(f"model.{name}."):
+                option = "--" + field.replace("_", "-")
+                raise UsageError(f"{option}: has no effect with --model.{setting}; leave it out")
 
 
 def _branch(named: str, branch: str, place: str | None) -> Recipe:

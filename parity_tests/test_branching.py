@@ -202,3 +202,7 @@ def test_what_cannot_be_a_branch_is_refused(package, capsys):
         assert not new.exists()
     assert package.run("base", recipe, "--learning-rate", "1") == 2
     assert f"branch off: --branch-from {of} --run-dir NEW" in capsys.readouterr().err
+    assert package.run("base", recipe, "--steps", "5") == 2
+    assert f"train.steps=5: {of} is at step 6 already" in capsys.readouterr().err
+    assert PACKAGES[package.name]([of]) == 0  # a run folder is its own recipe, and is resumed
+    assert f"in {of}, step 6" in capsys.readouterr().err

@@ -201,8 +201,8 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     ).read_bytes()
 
 
-def test_the_example_in_the_readme_saves_model_and_tokenizer(tmp_path, monkeypatch):
-    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+def test_the_example_in_the_guide_saves_model_and_tokenizer(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "pytorch.md").read_text("utf-8")
     [code] = [c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "import hf" in c]
     bytelm_torch.save_pretrained(
         bytelm_torch.build_model(CONFIGS["entropy"]), tmp_path / "exports/tiny"

@@ -122,6 +122,7 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     for key, theirs in twin.state_dict().items():
         assert (ours[key].tobytes() != before[key].tobytes()) == (key in trained), key
         worst = max(worst, relative_error(ours[key], theirs.numpy()))
+    assert state.average
     averages = to_torch(state.average)
     assert averages.keys() == trained
     with average.in_model():
@@ -255,6 +256,9 @@ def test_every_front_door_opens_the_merged_model(folder, capsys):
     assert cli.main(["eval", str(folder / "straight"), *options]) == 0
     assert cli.main(["eval", str(folder / "torch-straight"), *options]) == 2  # as without adapters
     said = capsys.readouterr()
+    assert cli.main(["import", str(run), "--out", str(folder / "imported")]) == 0
+    for name, value in checkpoint.load_run(folder / "imported")[1].items():
+        assert (value == ours[name]).all(), name
     assert "bits per byte" in said.out and "PyTorch trained it" in said.err
     fields = json.loads((run / "checkpoints" / "4" / "config.json").read_text())
     assert fields["format_version"] == 2
@@ -301,6 +305,8 @@ def test_what_does_not_fit_is_refused_by_name(folder, monkeypatch, capsys):
     for options, says in {
         "megabyte_tiny --lora-alpha 8": "lora_alpha=8.0: needs lora_rank",
         "megabyte_tiny --lora-rank 2 --lora-dropout 1": "lora_dropout=1.0: must be",
+        "megabyte_tiny --lora-rank 999": "train.lora_rank=999: the largest rank of global_tr",
+        "megabyte_tiny --init-from adapter": "adapter: holds an adapter without its model",
         "megabyte_tiny --lora-rank 2 --lora-targets to_logits": "to_logits is the output layer",
         "megabyte_tiny --lora-rank 2 --lora-targets *norm": "norm is a norm, which takes no",
         "megabyte_tiny --lora-rank 2 --lora-targets *embed": "is an embedding, which takes no",
@@ -324,7 +330,8 @@ def test_what_does_not_fit_is_refused_by_name(folder, monkeypatch, capsys):
     command = ["train", "megabyte_tiny", *TRAIN, "--steps", "6", "--run-dir", "straight"]
     command += ["--init-from", "base"]
     assert cli.main([*command, "--lora-alpha", "4"]) == 2
-    assert "train.lora_alpha=4.0: straight was started with 16.0" in capsys.readouterr().err
+    says = "alpha=4.0: straight was started with 16.0; keep that value or start from its weights: "
+    assert f"{says}--init-from straight --run-dir NEW" in capsys.readouterr().err
     assert sorted(each.name for each in folder.iterdir()) == before
 
 

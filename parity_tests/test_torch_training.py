@@ -37,7 +37,7 @@ from bytelm.config import (
 from bytelm.config import Recipe as TorchRecipe
 from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
-from bytelm.runs import export_notes
+from bytelm.runs import start_notes
 from bytelm_jax.interop import convert
 from bytelm_jax.models import define_model
 from bytelm_jax.training import loop as jax_train
@@ -88,9 +88,15 @@ def corpus(tmp_path_factory):
 def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path, capsys):
     recipe = torch_recipe(corpus, steps=1)
     model = replace(CONFIGS["blt"], patcher="space")
-    assert export_notes(recipe.model) == export_notes(CONFIGS["entropy"]) == []
+    entropy = replace(recipe, model=CONFIGS["entropy"])
+    assert start_notes(recipe) == start_notes(entropy) == []
     public = replace(model, patcher="byte")
-    assert public.transformers_problem is None and export_notes(public) == []
+    assert public.transformers_problem is None
+    assert start_notes(replace(recipe, model=public)) == []
+    adapted = replace(recipe, train=replace(recipe.train, lora_rank=2))
+    assert "adapters train over random weights" in start_notes(adapted)[0]
+    adapted = replace(recipe, train=replace(adapted.train, init_from="exports/base"))
+    assert start_notes(adapted) == []
     train.train(replace(recipe, model=model), tmp_path)
     why = "(patcher='space': transformers only has 'entropy' and 'byte')"
     note = f"note: `bytelm export --format hf-blt` cannot write this model {why}"

@@ -100,10 +100,15 @@ class ByteVocab:
     """The id map: byte b has id b + offset; the other ids are specials or unused."""
 
     size: int = 512
+    """Number of ids, and width of the logits."""
     offset: int = 0
+    """The id of byte 0; byte b has id b + offset."""
     pad_id: int = 257
+    """Id that fills rows; it is never counted in a loss."""
     bos_id: int = 256
+    """Id that starts a text inside the model."""
     eos_id: int = 258
+    """Id that ends a document."""
 
     def __post_init__(self) -> None:
         require_numbers(self, "vocab.")
@@ -193,6 +198,11 @@ class ArchitectureConfig:
             sizes[f"{stack}kv_heads"] = getattr(self, f"{stack}kv_heads") or heads
             sizes[f"{stack}hidden_dim"] = getattr(self, f"{stack}hidden_dim")
         return sizes or None
+
+    @property
+    def ineffective(self) -> dict[str, str]:
+        """Field → the setting of another field under which it has no effect, as `name=value`."""
+        return {}
 
     @property
     def needs_entropy_model(self) -> bool:

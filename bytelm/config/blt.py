@@ -53,25 +53,30 @@ def _blt_vocab() -> ByteVocab:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyConfig(ArchitectureConfig):
-    """A plain causal byte transformer; in BLT its entropies set the patch boundaries.
-
-    `kv_heads=0` means as many as `heads`. A byte attends to itself and the `window - 1` bytes
-    before it, or to everything before it with `window=0`. `reset_on` as in `BLTConfig`.
-    """
+    """A plain causal byte transformer; in BLT its entropies set the patch boundaries."""
 
     architecture: ClassVar[str] = "entropy"
     cut_stacks: ClassVar[tuple[str, ...]] = ("",)
     patcher_prefix: ClassVar[str] = "patcher."
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     dim: int = 768
+    """Width of the layers."""
     layers: int = 14
+    """Number of layers."""
     heads: int = 12
+    """Attention heads."""
     kv_heads: int = 0
+    """Key/value heads; 0 means as many as `heads`."""
     hidden_dim: int = 2048
+    """Hidden width of the gated feed-forward layers."""
     window: int = 512
+    """Bytes that a byte attends to, itself included; 0 means everything before it."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     dropout: float = 0.0
+    """Fraction of activations that training drops."""
     reset_on: Literal["none", "newline", "document"] = "none"
+    """What starts a segment that sees nothing before it."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -107,29 +112,20 @@ class EntropyConfig(ArchitectureConfig):
 class BLTConfig(ArchitectureConfig):
     """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults are its 1B model.
 
-    - `patcher` sets the boundaries: `entropy` where the entropy model `entropy` is uncertain by
-      more than `threshold` nats; `histogram` where the entropies of the histograms of recent bytes,
-      summed since the patch began, exceed `threshold` bits; `space` after a space-like byte that
-      follows one that is not, by the paper's code: all but Latin letters, digits and UTF-8
-      continuation bytes are space-like; `word` after the first ASCII byte of a run of separators,
-      which older files call `space`; `fixed` every `patch_size` bytes; `byte` before every byte.
-      `whole_characters` forbids boundaries inside a UTF-8 character (except for `byte` and
-      `space`); the public weights were trained without that rule.
-    - Shapes are static: the global transformer has capacity for `patch_budget` patches per byte of
-      input, and patches beyond that merge into the last one. 1 never overflows. 0 stands for 1.5
-      divided by `bytes_per_patch`, the expected mean patch length, plus two patches per 16 bytes if
-      newlines reset, because a line's BOS is a patch and the end of a line cuts one short.
-    - n-gram embeddings: one table of `ngram_rows` rows for each of `ngram_functions` hash functions
-      and each size in `ngram_sizes`, in that order. `ngram_combine="mean"` divides the sum of byte
-      and n-gram embeddings by their number.
-    - `patch_queries` is the number k of vectors by which a patch is pooled and read back.
-    - `feedforward="spline"` replaces the gated layer by one learned spline per channel;
-      `entropy_attention` lets the global attention see how varied the bytes of each patch are;
-      `positions="sinusoidal"` adds positions to the byte embeddings instead of rotating.
-    - `*_kv_heads=0` means as many as heads; `local_window=0` lets bytes attend without a window.
-    - `reset_on` makes each line ("newline") or document (`vocab.eos_id`) a segment of its own:
-      attention, positions, n-grams and patches see nothing before it, and it begins with BOS and a
-      new patch. The entropy model resets likewise.
+    A patch ends, by `patcher`: `entropy` where the entropy model is uncertain by more than
+    `threshold`; `histogram` where the entropies of the histograms of recent bytes, summed since the
+    patch began, exceed it; `space` after a space-like byte that follows one that is not, by the
+    paper's code: all but Latin letters, digits and UTF-8 continuation bytes are space-like; `word`
+    after the first ASCII byte of a run of separators, which older files call `space`; `fixed` every
+    `patch_size` bytes; `byte` after every byte. `whole_characters` has no effect on `byte` and
+    `space`; the public weights were trained without it.
+
+    Shapes are static: patches beyond `patch_budget` merge into the last one. 1 never overflows; 0
+    stands for 1.5 divided by `bytes_per_patch`, plus two patches per 16 bytes if newlines reset,
+    because a line's BOS is a patch and the end of a line cuts one short.
+
+    A segment (`reset_on`) begins with BOS and a new patch; attention, positions, n-grams, patches
+    and the entropy model see nothing before it.
     """
 
     architecture: ClassVar[str] = "blt"
@@ -139,81 +135,73 @@ class BLTConfig(ArchitectureConfig):
     transformers_type: ClassVar[str | None] = "blt"
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     patcher: Literal["entropy", "histogram", "space", "word", "fixed", "byte"] = "entropy"
+    """What ends a patch."""
     threshold: float = 1.335442066192627
+    """Entropy that ends a patch: in nats (entropy) or bits per patch (histogram)."""
     patch_size: int = 4
+    """Bytes per patch under patcher=fixed."""
     whole_characters: bool = True
+    """Whether no patch may start inside a UTF-8 character."""
     bytes_per_patch: float = 4.5
+    """Expected mean patch length in bytes, from which the budget follows."""
     patch_budget: float = 0.0
+    """Patches per byte that the global transformer has capacity for; 0: automatic."""
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
+    """Lengths in bytes of the n-grams that are embedded; none turns them off."""
     ngram_functions: int = 1
+    """Hash functions per n-gram size, each with a table."""
     ngram_rows: int = 500_002
+    """Rows of each n-gram table."""
     ngram_combine: Literal["sum", "mean"] = "sum"
+    """Whether byte and n-gram embeddings are added or averaged."""
     patch_queries: int = 2
+    """Vectors by which a patch is pooled and read back."""
     local_dim: int = 1024
+    """Width of the local encoder and decoder."""
     local_window: int = 512
+    """Bytes that a byte attends to in them; 0 means everything before it."""
     encoder_layers: int = 1
+    """Layers of the local encoder."""
     encoder_heads: int = 16
+    """Attention heads of the local encoder."""
     encoder_kv_heads: int = 0
+    """Its key/value heads; 0 means as many as heads."""
     encoder_hidden_dim: int = 2730
+    """Hidden width of its feed-forward layers."""
     decoder_layers: int = 9
+    """Layers of the local decoder."""
     decoder_heads: int = 16
+    """Attention heads of the local decoder."""
     decoder_kv_heads: int = 0
+    """Its key/value heads; 0 means as many as heads."""
     decoder_hidden_dim: int = 2816
+    """Hidden width of its feed-forward layers."""
     global_dim: int = 2048
+    """Width of the global transformer."""
     global_layers: int = 25
+    """Layers of the global transformer, which runs once per patch."""
     global_heads: int = 16
+    """Attention heads of the global transformer."""
     global_kv_heads: int = 0
+    """Its key/value heads; 0 means as many as heads."""
     global_hidden_dim: int = 5632
+    """Hidden width of its feed-forward layers."""
     feedforward: Literal["gated", "spline"] = "gated"
+    """A gated layer, or one learned spline per channel."""
     entropy_attention: bool = False
+    """Whether global attention sees how varied the bytes of each patch are."""
     positions: Literal["rotary", "sinusoidal"] = "rotary"
+    """Rotary positions, or sinusoids added to the byte embeddings."""
     rope_theta: float = 500_000.0
+    """Base of the rotary frequencies."""
     dropout: float = 0.0
+    """Fraction of activations that training drops."""
     reset_on: Literal["none", "newline", "document"] = "none"
+    """What starts a segment that sees nothing before it."""
 
     def __post_init__(self) -> None:
-        require_numbers(self)
-        sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")
-        heads = ("encoder_heads", "decoder_heads", "global_heads")
-        hidden = ("encoder_hidden_dim", "decoder_hidden_dim", "global_hidden_dim")
-        require_positive(self, "patch_size", "patch_queries", "ngram_functions", "ngram_rows")
-        require_positive(self, *sizes, *heads, *hidden)
-        require_heads("encoder_heads", self.local_dim, self.encoder_heads, self.encoder_kv_heads)
-        require_heads("decoder_heads", self.local_dim, self.decoder_heads, self.decoder_kv_heads)
-        require_heads("global_heads", self.global_dim, self.global_heads, self.global_kv_heads)
-        require(self.local_window >= 0, f"local_window={self.local_window}: must be at least 0")
-        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}: must be above 0")
-        require_fraction(self, "dropout")
-        require(
-            self.patcher != "histogram" or 0 <= self.threshold <= HISTOGRAM_LIMIT,
-            f"threshold={self.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits per patch",
-        )
-        rate = self.bytes_per_patch
-        require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
-        budget = self.patch_budget
-        require(0 <= budget <= 1, f"patch_budget={budget}: must be between 0 and 1")
-        good, kind = isinstance(self.entropy, EntropyConfig), type(self.entropy).__name__
-        require(good, f"entropy={kind}: must be an EntropyConfig")
-        require(
-            self.patcher != "entropy" or self.entropy.vocab == self.vocab,
-            f"entropy.vocab={self.entropy.vocab}: must be the model's own, {self.vocab}",
-        )
-        entropy_resets, model_resets = self.entropy.reset_on, self.reset_on
-        require(
-            self.patcher != "entropy" or entropy_resets == model_resets,
-            f"entropy.reset_on={entropy_resets!r}: must be the model's own, {model_resets!r}; give "
-            f"--reset-on {entropy_resets}, or an entropy model that was trained with --reset-on "
-            f"{model_resets}",
-        )
-        self._check_ngrams()
-
-    def _check_ngrams(self) -> None:
-        least, most = min(self.ngram_sizes, default=1), len(HASH_PRIMES)
-        require(least >= 1, f"ngram_sizes={self.ngram_sizes}: sizes must be at least 1")
-        functions, rows, tables = self.ngram_functions, self.ngram_rows, self.ngram_tables
-        require(functions <= most, f"ngram_functions={functions}: must be at most {most}")
-        require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
+        _check(self)
 
     @property
     def transformers_problem(self) -> str | None:
@@ -232,6 +220,23 @@ class BLTConfig(ArchitectureConfig):
         unit = units.get(self.patcher)
         cut = f", threshold {self.threshold:.6g} {unit}" if unit else ""
         return f"patcher {self.patcher}{cut}"
+
+    @property
+    def ineffective(self) -> dict[str, str]:
+        users = {
+            "threshold": ("entropy", "histogram"),
+            "patch_size": ("fixed",),
+            "whole_characters": ("entropy", "histogram", "word", "fixed"),
+            "entropy": ("entropy",),
+        }
+        chosen = f"patcher={self.patcher}"
+        found = {name: chosen for name, patchers in users.items() if self.patcher not in patchers}
+        if not self.ngram_sizes:
+            tables = ("ngram_functions", "ngram_rows", "ngram_combine")
+            found |= dict.fromkeys(tables, "no-ngram-sizes")
+        if self.positions != "rotary":
+            found["rope_theta"] = f"positions={self.positions}"
+        return found
 
     @property
     def needs_entropy_model(self) -> bool:
@@ -352,6 +357,53 @@ class BLTConfig(ArchitectureConfig):
 
     def _decoder_cross(self) -> int:
         return _cross_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+
+
+def _check(c: BLTConfig) -> None:
+    require_numbers(c)
+    sizes = ("local_dim", "encoder_layers", "decoder_layers", "global_dim", "global_layers")
+    heads = ("encoder_heads", "decoder_heads", "global_heads")
+    hidden = ("encoder_hidden_dim", "decoder_hidden_dim", "global_hidden_dim")
+    require_positive(c, "patch_size", "patch_queries", "ngram_functions", "ngram_rows")
+    require_positive(c, *sizes, *heads, *hidden)
+    require_heads("encoder_heads", c.local_dim, c.encoder_heads, c.encoder_kv_heads)
+    require_heads("decoder_heads", c.local_dim, c.decoder_heads, c.decoder_kv_heads)
+    require_heads("global_heads", c.global_dim, c.global_heads, c.global_kv_heads)
+    require(c.local_window >= 0, f"local_window={c.local_window}: must be at least 0")
+    require(c.rope_theta > 0, f"rope_theta={c.rope_theta}: must be above 0")
+    require_fraction(c, "dropout")
+    require(
+        c.patcher != "histogram" or 0 <= c.threshold <= HISTOGRAM_LIMIT,
+        f"threshold={c.threshold}: must be from 0 to {HISTOGRAM_LIMIT:.0f} bits per patch",
+    )
+    rate = c.bytes_per_patch
+    require(rate >= 1, f"bytes_per_patch={rate}: must be at least 1")
+    budget = c.patch_budget
+    require(0 <= budget <= 1, f"patch_budget={budget}: must be between 0 and 1")
+    require(
+        isinstance(c.entropy, EntropyConfig),
+        f"entropy={type(c.entropy).__name__}: must be an EntropyConfig",
+    )
+    require(
+        c.patcher != "entropy" or c.entropy.vocab == c.vocab,
+        f"entropy.vocab={c.entropy.vocab}: must be the model's own, {c.vocab}",
+    )
+    entropy_resets, model_resets = c.entropy.reset_on, c.reset_on
+    require(
+        c.patcher != "entropy" or entropy_resets == model_resets,
+        f"entropy.reset_on={entropy_resets!r}: must be the model's own, {model_resets!r}; give "
+        f"--reset-on {entropy_resets}, or an entropy model that was trained with --reset-on "
+        f"{model_resets}",
+    )
+    _check_ngrams(c)
+
+
+def _check_ngrams(c: BLTConfig) -> None:
+    least, most = min(c.ngram_sizes, default=1), len(HASH_PRIMES)
+    require(least >= 1, f"ngram_sizes={c.ngram_sizes}: sizes must be at least 1")
+    functions, rows, tables = c.ngram_functions, c.ngram_rows, c.ngram_tables
+    require(functions <= most, f"ngram_functions={functions}: must be at most {most}")
+    require(tables * rows < 2**31, f"ngram_rows={rows}: {tables} tables pass 2^31 rows in all")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,44 +24,48 @@ def _lfbyte_vocab() -> ByteVocab:
 class LFByteConfig(ArchitectureConfig):
     """LFByteTransformer: token mixing, channel mixing and experts of input-adaptive linear layers.
 
-    - `adaptation`: `low_rank` adds U diag(S a + s) V, of rank `rank`, to each weight matrix; `full`
-      adds a whole matrix, linear in the adaptation vector a of width `adapt_dim`.
-    - `context`: a is computed from the mean of a layer's inputs up to each position (`causal`), or
-      over the whole `sequence`, which needs `causal=False`.
-    - `causal=False` feeds the ids unshifted: an encoder, whose output at a position depends on that
-      position's own byte. It can neither be trained on the next byte nor generate.
-    - `token_mixing`: a causal convolution with `kernel_length` taps per channel, or `none`.
-    - `hidden_mult` sets the hidden width of channel mixing in units of `embed_dim`; 0 leaves one
-      adaptive linear layer without a nonlinearity.
-    - `top_k` of `num_experts` serve a position; 0, or the number of experts, means all of them,
-      weighted. `balance_coefficient` weighs the loss that spreads a row's positions over the
-      experts.
-    - `block`: `residual` has a norm before and dropout after each branch; `plain` is the bare
-      composition followed by a linear layer.
-    - `reset_on`: a new segment starts after each newline, or after each document; needs
-      `causal=True`. The convolution is then the plain sum over `kernel_length` taps.
+    `context="sequence"` needs `causal=False`, which feeds the ids unshifted: the output at a
+    position depends on that position's own byte. With `reset_on` the convolution is the plain sum
+    over `kernel_length` taps.
     """
 
     architecture: ClassVar[str] = "lfbyte"
     convolution_chunk: ClassVar[int] = 64
     vocab: ByteVocab = field(default_factory=_lfbyte_vocab)
     embed_dim: int = 512
+    """Width of the layers."""
     num_layers: int = 8
+    """Number of layers."""
     adapt_dim: int = 512
+    """Width of the adaptation vector a."""
     num_experts: int = 4
+    """Number of experts of each layer."""
     dropout: float = 0.1
+    """Fraction of activations that training drops."""
     adaptation: Literal["low_rank", "full"] = "low_rank"
+    """How weights adapt: U diag(S a + s) V of rank `rank`, or a whole matrix."""
     rank: int = 16
+    """Rank of the low-rank adaptation."""
     context: Literal["causal", "sequence"] = "causal"
+    """a is computed from the inputs up to each position, or from the whole sequence."""
     causal: bool = True
+    """False makes an encoder, which can neither be trained on the next byte nor generate."""
     token_mixing: Literal["long_conv", "none"] = "long_conv"
+    """A causal convolution over bytes, or none."""
     kernel_length: int = 256
+    """Taps of the convolution per channel, in bytes."""
     hidden_mult: int = 4
+    """Hidden width in units of `embed_dim`; 0 leaves one adaptive linear layer."""
     top_k: int = 2
+    """Experts that serve a position; 0 means all of them, weighted."""
     balance_coefficient: float = 0.01
+    """Weight of the loss that spreads the positions of a row over the experts."""
     block: Literal["residual", "plain"] = "residual"
+    """"residual" has norms, dropout and residuals; "plain" is the bare composition."""
     init_std: float = 0.02
+    """Standard deviation of the initial weights."""
     reset_on: Literal["none", "newline", "document"] = "none"
+    """What starts a segment that sees nothing before it; needs causal=True."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -82,6 +86,15 @@ class LFByteConfig(ArchitectureConfig):
             f"reset_on={self.reset_on}: an encoder reads the whole text at once; use "
             "reset_on=none or causal=True",
         )
+
+    @property
+    def ineffective(self) -> dict[str, str]:
+        found = {}
+        if self.adaptation == "full":
+            found["rank"] = "adaptation=full"
+        if self.token_mixing == "none":
+            found["kernel_length"] = "token_mixing=none"
+        return found
 
     @classmethod
     def original(

@@ -20,31 +20,39 @@ from bytelm.config.base import (
 class MegabyteConfig(ArchitectureConfig):
     """MEGABYTE (Yu et al. 2023, arXiv 2305.07185). The global width is patch_size * global_dim.
 
-    `patch_size=1, local_layers=0` makes it a plain byte transformer, the baseline of comparisons.
-    `max_length` bounds the input of the `paper` variant; `in_action` has no learned positions and
-    ignores it.
-
-    `reset_on`: a new segment starts after each newline, or after each document. A segment has its
-    own patches, the last one padded. In training a row has capacity for `reset_room` times the
-    patches of a row without resets; a reset that would exceed it is skipped, so that the rest of
-    the row is one segment. Evaluation and generation apply every reset.
+    A segment (`reset_on`) has its own patches, the last one padded. A reset that would exceed the
+    capacity that `reset_room` gives a row in training is skipped, so that the rest of the row is
+    one segment. Evaluation and generation apply every reset.
     """
 
     architecture: ClassVar[str] = "megabyte"
     variant: Literal["paper", "in_action"] = "paper"
+    """"paper" has learned positions; "in_action" has ALiBi and local input across patches."""
     vocab: ByteVocab = field(default_factory=ByteVocab)
     patch_size: int = 8
+    """Bytes per patch; 1 with local_layers=0 is a plain byte transformer."""
     global_dim: int = 128
+    """Embedding width of a byte; the global width is patch_size times this."""
     local_dim: int = 256
+    """Width of the local transformer."""
     max_length: int = 2048
+    """Longest input in bytes; "in_action" has no limit and ignores it."""
     global_layers: int = 12
+    """Layers of the global transformer, which runs once per patch."""
     global_heads: int = 16
+    """Attention heads of the global transformer."""
     local_layers: int = 6
+    """Layers of the local transformer, which runs on every byte; 0 leaves it out."""
     local_heads: int = 4
+    """Attention heads of the local transformer."""
     init_std: float = 0.02
+    """Standard deviation of the initial weights."""
     dropout: float = 0.0
+    """Fraction of activations that training drops."""
     reset_on: Literal["none", "newline", "document"] = "none"
+    """What starts a segment that sees nothing before it."""
     reset_room: float = 1.5
+    """Patches that training has capacity for, in units of a row without resets."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -61,6 +69,17 @@ class MegabyteConfig(ArchitectureConfig):
             f"max_length={self.max_length}: must be a multiple of patch_size={self.patch_size}",
         )
         require(self.reset_room >= 1, f"reset_room={self.reset_room}: must be at least 1")
+
+    @property
+    def ineffective(self) -> dict[str, str]:
+        found = {}
+        if self.variant == "in_action":
+            found["max_length"] = "variant=in_action"
+        if self.reset_on == "none":
+            found["reset_room"] = "reset_on=none"
+        if not self.local_layers:
+            found["local_heads"] = "local_layers=0"
+        return found
 
     def patches(self, length: int) -> int:
         """Patches of `length` bytes of one text, at least 1."""

@@ -17,32 +17,40 @@ from bytelm.config.base import (
 class QLearningConfig:
     """The agent that steers learning rate and momentum.
 
-    It decides every `interval` steps; loss and gradient norm are smoothed over `window` steps.
-    `alpha` is the smallest step size of the table, `gamma` the discount. Each decision explores
-    with probability `epsilon`, which is multiplied by `epsilon_decay` down to `epsilon_floor`.
-    Greedy choices whose values lie within `indifference` of the best count as equal, and the one
-    closest to no change wins; an exploratory change whose reward does not exceed `undo_margin` is
-    undone. Smaller values of these two let noise move the learning rate. Running means and
-    deviations cover about the last `memory` decisions. It is a failure when both the loss and the
+    Loss and gradient norm are smoothed over `window` steps. Smaller values of `indifference` and
+    `undo_margin` let noise move the learning rate. It is a failure when both the loss and the
     smoothed loss exceed `surge` times the first loss: the last decision then earns −1 and the
-    learning rate is halved, at most once in `window` steps (`surge=0`: never). The learning rate
-    stays within its base times [`min_scale`, `max_scale`].
+    learning rate is halved, at most once in `window` steps.
     """
 
     interval: int = 10
+    """Steps between decisions."""
     alpha: float = 0.1
+    """Smallest step size of the table's updates."""
     gamma: float = 0.5
+    """Discount of later rewards."""
     epsilon: float = 0.15
+    """Probability at first that a decision explores."""
     epsilon_decay: float = 0.999
+    """Factor of that probability after each decision."""
     epsilon_floor: float = 0.05
+    """Lowest probability of exploring."""
     indifference: float = 0.25
+    """Values this close to the best count as equal; the smallest change wins."""
     undo_margin: float = 0.9
+    """Reward below which an exploratory change is undone."""
     memory: int = 1000
+    """Decisions that running means and deviations cover."""
     surge: float = 2.0
+    """Multiple of the first loss that counts as a failure and halves the rate; 0: never."""
     min_scale: float = 0.1
+    """Lowest learning rate, as a multiple of the schedule's."""
     max_scale: float = 10.0
+    """Highest learning rate, as a multiple of the schedule's."""
     min_momentum: float = 0.5
+    """Lowest momentum."""
     max_momentum: float = 0.995
+    """Highest momentum."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -25,56 +25,57 @@ _MOST_LAYERS = 4096
 class DataConfig:
     """Where bytes come from and how they become windows of `sequence_length` ids.
 
-    `paths` are files, folders and globs, here or at addresses (`gs://`, `s3://`, `hf://`,
-    `https://`), "-" for standard input, "@FILE" for the paths in a file; empty, the source of the
-    running interpreter's standard library. Of records (JSON, Parquet, Arrow, tar) the field
-    `text_field` is a document each; `raw` takes the bytes of every file as they are. What cannot
-    be mapped into memory, as compressed files, is read once into `cache_dir` (default:
-    $XDG_CACHE_HOME/bytelm or ~/.cache/bytelm), and so are objects at addresses.
+    `paths` may be addresses (`gs://`, `s3://`, `hf://`, `https://`), and "@FILE" stands for the
+    paths in a file; empty, they are the source of the running interpreter's standard library. What
+    cannot be mapped into memory, as compressed files, is read once into `cache_dir`, and so are
+    objects at addresses. A chat is written in the ChatML template.
 
-    With `prompt_field` and `completion_field` a record's document is one after the other, and the
-    prompt's bytes are read and not counted. With `chat_field` it is a list of messages with `role`
-    and `content`, written in the ChatML template, of which the assistant's are counted.
+    Each named source is held out from, shuffled and repeated by itself, and its loss is reported.
+    Documents are split by a hash of `split_seed` and of their content, so that adding a document
+    moves no other, or of their rank among all, as in runs begun before there was a choice. With
+    fewer than 50 documents the last share of the bytes is held out.
 
-    Entries NAME=PATH of `paths` name sources, whose losses are reported each by itself. Each is
-    held out from, shuffled and repeated by itself, and has the share of the windows that `weights`,
-    entries NAME=NUMBER for all of the names, give it; without them, its share of the bytes.
-    `valid` are paths, or entries NAME=PATH of several sets, to validate on; with them nothing is
-    held out of `paths`.
-
-    Documents are split into training and validation by a hash of `split_seed` and, by `split_rule`,
-    of their "content", so that adding a document moves no other, or of their "rank" among all, as
-    in runs begun before there was a choice. About `validation_fraction` of them are held out; with
-    fewer than 50 documents by content, that share of the bytes, the last ones. `append_eos` ends
-    each document with the end-of-sequence id.
-
-    `order` is the order of windows within an epoch. "exact" visits every window once. "grain", that
-    of runs begun before there was a choice, draws one window twice and leaves the last one out if
-    there are 4^k + 1 of them, k at least 8, and is the same otherwise.
-
-    `warmup_lengths`: the first steps train on shorter pieces of these many ids, into which the
-    windows of a batch are cut, `warmup_length_steps` steps per length in this order. The number of
-    bytes per step stays the same.
+    The order "grain" draws one window twice and leaves the last one out if there are 4^k + 1 of
+    them, k at least 8, and is "exact" otherwise. Of `warmup_lengths`, each must divide
+    `sequence_length`; the number of bytes per step stays the same.
     """
 
     paths: tuple[str, ...] = ()
+    """Files, folders, globs or addresses; "-" is standard input, NAME=PATH names a source."""
     weights: tuple[str, ...] = ()
+    """Share of the windows of each named source, as NAME=NUMBER; by default by bytes."""
     valid: tuple[str, ...] = ()
+    """Paths to validate on, or NAME=PATH; nothing is then held out of `paths`."""
     text_field: str = "text"
+    """Field of a record (JSON, Parquet, Arrow, tar) that holds the text of a document."""
     prompt_field: str = ""
+    """Field of the text that is read and not counted, in front of `completion_field`."""
     completion_field: str = ""
+    """Field of the text that is counted, behind `prompt_field`."""
     chat_field: str = ""
+    """Field of a list of messages with `role` and `content`; the assistant's are counted."""
     raw: bool = False
+    """Whether the bytes of every file are taken as they are, whatever its form."""
     cache_dir: str = ""
+    """Folder for decompressed and fetched files; by default ~/.cache/bytelm."""
     sequence_length: int = 512
+    """Bytes per window."""
     validation_fraction: float = 0.02
+    """Fraction of the documents that is held out."""
     split_seed: int = 0
+    """Seed of the split into training and validation."""
     split_rule: Literal["content", "rank"] = "content"
+    """Whether the split goes by the content of documents, or by rank as in older runs."""
     shuffle_seed: int = 0
+    """Seed of the order of windows."""
     append_eos: bool = True
+    """Whether each document ends with the end-of-sequence id."""
     order: Literal["exact", "grain"] = "exact"
+    """Order of windows in an epoch: "exact" visits each once; "grain" is that of older runs."""
     warmup_lengths: tuple[int, ...] = ()
+    """Bytes of the shorter pieces that the first steps train on, in this order."""
     warmup_length_steps: int = 100
+    """Steps for each of `warmup_lengths`."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -133,69 +134,78 @@ def _parse_numbers(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The run. `batch_size` is global and counts windows; `devices=0` means all there are.
+    """The run. `batch_size` counts windows over all devices and processes.
 
-    Every group of `fsdp` devices shares one copy of parameters and optimizer state, cut into that
-    many parts; 1 means a whole copy on every device. Every `tensor` of them compute one layer
-    together, each a part of its heads and hidden features: for what one device cannot hold.
-
-    `compute_dtype="auto"` is bfloat16 on accelerators and float32 on a CPU; parameters stay
-    float32. `eval_every=0` and `checkpoint_every=0` evaluate and save at the last step only.
-    `eval_windows` limits the validation windows of each evaluation during training, and `patience`
-    of them in a row without a lower score end the run (0: never). A step with a
-    non-finite loss or gradient is skipped; `max_bad_steps` of them in a row end the run. So does a
-    process that makes no progress for `step_timeout` seconds (0: never). `track` names the services
-    that receive the metrics, besides `metrics.jsonl`. `entropy_from` names a calibrated run folder,
-    from which BLT with patcher="entropy" takes its entropy model: sizes, weights, threshold and
-    mean patch length. `init_from` names weights from which a run starts, with a new optimizer: a
-    run folder, PATH@CHECKPOINT for another checkpoint than its latest, an export, or what
-    `bytelm import` reads. With `init_optimizer` the state of that run's optimizer comes along.
-    `branch_from`, likewise RUN or RUN@CHECKPOINT, goes on from the step of a run in a new folder,
-    where everything but the model may change. `average_decay` d keeps an average of the weights,
-    a ← d a + (1 − d) w after each step, which evaluation and export use (0: none).
-
-    `freeze` are patterns (`*`, `?`, `[…]`) of names of parameters that have no gradient, no
-    optimizer state and no update. `learning_rate_scale`, entries PATTERN=NUMBER, multiply the
-    updates of the parameters that match; where several do, the last counts. Names are as in the
-    PyTorch twin's state dict, or with the kind of leaf in JAX as their last part.
-
-    `lora_rank` above 0 trains low-rank adapters of that rank in place of the weights: those of the
-    linear layers whose names match one of the patterns `lora_targets` (default: those of
-    attention). They are multiplied by `lora_alpha` / `lora_rank`, and `lora_dropout` is the share
-    of their inputs that a step leaves out.
+    Parameters stay float32 whatever `compute_dtype` is. A run that starts at `init_from` has the
+    model of those weights, a new optimizer and step 0; in a branch everything but the model may
+    change. An average a of the weights w follows a ← d a + (1 − d) w after each step. What is
+    frozen has no gradient, no optimizer state and no update. Names are as in the PyTorch twin's
+    state dict, or with the kind of leaf in JAX as their last part; where several patterns of
+    `learning_rate_scale` match, the last counts.
     """
 
     steps: int = 1000
+    """Number of steps of the run."""
     batch_size: int = 32
+    """Windows per step, over all devices."""
     accumulation_steps: int = 1
+    """Micro-batches per step, whose gradients are added."""
     seed: int = 0
+    """Seed of initial weights and dropout."""
     devices: int = 0
+    """Number of devices; 0 means all there are."""
     fsdp: int = 1
+    """Devices that share one copy of parameters and optimizer state."""
     tensor: int = 1
+    """Devices that compute each layer together, for what one device cannot hold."""
     parallel: Literal["jit", "shard_map"] = "jit"
+    """How the step is spread over devices; both forms compute the same."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of products; "auto" is bfloat16 on accelerators, float32 on a CPU."""
     remat: bool = False
+    """Whether activations are recomputed in the backward pass, which saves memory."""
     log_every: int = 10
+    """Steps between lines of progress."""
     eval_every: int = 250
+    """Steps between evaluations; 0 evaluates at the end alone."""
     eval_windows: int = 64
+    """Most validation windows of an evaluation."""
     patience: int = 0
+    """Evaluations in a row without a lower score that end the run; 0: never."""
     checkpoint_every: int = 250
+    """Steps between checkpoints; 0 saves at the end alone."""
     keep_last: int = 2
+    """Number of latest checkpoints to keep."""
     keep_best: int = 1
+    """Number of best checkpoints to keep, by validation."""
     max_bad_steps: int = 20
+    """Non-finite steps in a row, which are skipped, that end the run."""
     step_timeout: int = 1800
+    """Seconds without progress that end a process; 0: never."""
     entropy_from: str = ""
+    """Calibrated run of the entropy model for patcher=entropy."""
     init_from: str = ""
+    """Weights to start from: RUN, RUN@CHECKPOINT, an export, or what `import` reads."""
     init_optimizer: bool = False
+    """Whether the optimizer's state comes along from that run."""
     branch_from: str = ""
+    """RUN or RUN@STEP to continue from in a new folder."""
     average_decay: float = 0.0
+    """Decay per step of an average of the weights, which is evaluated; 0: none."""
     freeze: tuple[str, ...] = ()
+    """Patterns of parameter names that do not train."""
     learning_rate_scale: tuple[str, ...] = ()
+    """Factors of the updates of matching parameters, as PATTERN=NUMBER."""
     lora_rank: int = 0
+    """Rank of the adapters that train in place of the weights; 0: none."""
     lora_alpha: float = 16.0
+    """Adapters are multiplied by this over `lora_rank`."""
     lora_dropout: float = 0.0
+    """Fraction of the adapters' inputs that training drops."""
     lora_targets: tuple[str, ...] = ()
+    """Patterns of the linear layers that get adapters; by default attention."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Services that receive the metrics, besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
         require_numbers(self)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 import typing
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from bytelm.config.base import (
@@ -117,9 +118,10 @@ def _dataclass_from_dict(kind: Any, value: Any, where: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = {f.name for f in dataclasses.fields(kind)}
     unknown = sorted(set(value) - names)
-    require(
-        not unknown, f"{where}.{unknown[0] if unknown else ''}: unknown field of {kind.__name__}"
-    )
+    if unknown:
+        near = get_close_matches(unknown[0], names, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        require(False, f"{where}.{unknown[0]}: unknown field of {kind.__name__}{hint}")
     written_by_a_run = _ALWAYS_WRITTEN.get(kind, set()) <= set(value)
     known = _BEFORE.get(kind, {}) | value if written_by_a_run else value
     values = {k: from_dict(hints[k], v, f"{where}.{k}") for k, v in known.items()}

@@ -13,6 +13,7 @@ from bytelm.arguments import UsageError
 from bytelm.config import Recipe, to_dict
 from bytelm.export import patching_of
 from bytelm.remote.copies import local_copy
+from bytelm.runs import find_export
 
 
 def export_command(
@@ -106,8 +107,8 @@ def import_command(
     Example: bytelm import exports/megabyte_tiny --out runs/imported
 
     Args:
-        source: an export folder, a folder of transformers, or a .pt or .safetensors file with a
-            state dict.
+        source: an export folder, a run folder of PyTorch, a folder of transformers, or a .pt or
+            .safetensors file with a state dict.
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto detects it.
     """
@@ -117,6 +118,10 @@ def import_command(
     checkpoints.check_unused(out)
     cast = convert.Float32Cast()
     with local_copy(source) as folder:
+        folder = find_export(folder)
+        if folder is None:
+            why = "is a run folder already; every command reads it, and --init-from starts from it"
+            raise ValueError(f"{source}: {why}")
         config, params = formats.import_any(folder, format, cast)
         patching = patching_of(formats.stored_extra(folder))
     recipe = Recipe(name="imported", model=config, patching=patching)

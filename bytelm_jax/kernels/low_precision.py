@@ -4,7 +4,7 @@ They compute the same function as the plain layers, which all other dtypes use; 
 differ.
 
 A norm is folded into the linear layers that follow it, and linear layers see flattened rows.
-Measured on an H100 (README, "Measured"): with several leading axes XLA kept MEGABYTE's activations
+Measured on an H100 (docs/measured.md): with several leading axes XLA kept MEGABYTE's activations
 with the batch innermost and transposed them twice per layer; and the gradients of a norm's scale
 and bias are sums over all positions, which the gradient of the following kernel already contains.
 

@@ -55,10 +55,16 @@ class Report:
         return "\n".join([*self.lines, verdict])
 
     def compare(
-        self, what: str, ours: np.ndarray, theirs: np.ndarray, bound: float, blamed: str = ""
+        self,
+        what: str,
+        ours: np.ndarray,
+        theirs: np.ndarray,
+        bound: float,
+        blamed: str = "",
+        floor: float = 0.0,
     ) -> None:
         """Adds one tensor; `blamed` is the layer at fault if it is the first that differs."""
-        verdict, good = difference(ours, theirs, bound)
+        verdict, good = difference(ours, theirs, bound, floor)
         self.add(what, verdict, good, blamed)
 
     def compare_all(
@@ -196,7 +202,7 @@ def compare_recordings(
     _compare_taps(report, ours, theirs, forward)
     for name in ("logits", "loss"):
         report.compare(name, ours.values[name], theirs.values[name], forward)
-    _compare_gradients(report, ours, theirs, backward)
+    _compare_gradients(report, ours, theirs, backward, float(np.finfo(dtype).eps))
     if not config.causal:
         report.add("generation: causal=False, an encoder does not generate", "left out", True)
     elif theirs.texts is not None and ours.texts is not None:
@@ -236,8 +242,14 @@ def _compare_taps(report: Report, ours: Recording, theirs: Recording, bound: flo
     report.add(f"inputs and outputs of layers: {count} arrays", "compared", True)
 
 
-def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound: float) -> None:
-    """Backwards from the loss: first at every tap, then for every parameter."""
+def _compare_gradients(
+    report: Report, ours: Recording, theirs: Recording, bound: float, rounding: float
+) -> None:
+    """Backwards from the loss: first at every tap, then for every parameter.
+
+    A gradient that nearly vanishes, as under a saturated softmax, is a difference of terms that do
+    not: what it is off by may reach `rounding`, one unit in the last place, of the largest.
+    """
 
     def rows() -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
         for tap in reversed(_shared(ours, theirs, theirs.taps)):
@@ -247,11 +259,13 @@ def _compare_gradients(report: Report, ours: Recording, theirs: Recording, bound
                 yield key, tap.backward_blamed, gradient, _or_zero(theirs.values, key, gradient)
 
     report.compare_all("gradients at inputs and outputs of layers", rows(), bound)
-    for key in sorted(key for key in ours.values if key.startswith("gradient of ")):
+    keys = sorted(key for key in ours.values if key.startswith("gradient of "))
+    floor = rounding / bound * max((_norm(ours.values[key]) for key in keys), default=0.0)
+    for key in keys:
         blamed = key.removeprefix("gradient of ").rpartition(".")[0]
         gradient = ours.values[key]
         if key in theirs.values:
-            report.compare(key, gradient, theirs.values[key], bound, blamed)
+            report.compare(key, gradient, theirs.values[key], bound, blamed, floor)
         else:  # frozen: torch has none, so ours must be zero to the last bit
             moved = bool(np.any(gradient))
             report.add(key, "not zero" if moved else "none", not moved, blamed)

@@ -2,13 +2,14 @@
 
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from bytelm import recipes
 from bytelm.arguments import UsageError, expand_names, parse_call, parse_recipe
-from bytelm.config import BLTConfig, SGDConfig
+from bytelm.config import OPTIMIZER_CONFIGS, BLTConfig, SGDConfig
 from bytelm_jax.cli import main as cli
 from parity_tests.starts import with_changes
 
@@ -118,3 +119,37 @@ def test_an_empty_path_is_not_the_working_directory(line, capsys):
     assert cli.main([x.strip("'") for x in re.split(" ", line)]) == 2
     error = capsys.readouterr().err
     assert error == f"bytelm {line.split()[0]}: {EMPTY[line]}\n"
+
+
+@pytest.mark.parametrize("name", ["bytropix_tiny", "megabyte_tiny", "lfbyte_tiny", "entropy_tiny"])
+def test_help_has_a_sentence_for_every_option_and_folds_what_has_no_effect(
+    name, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    for optimizer in OPTIMIZER_CONFIGS if name == "megabyte_tiny" else ("adamw",):
+        with pytest.raises(SystemExit):
+            cli.main(["train", name, "--optimizer", optimizer, "--help"])
+        text = capsys.readouterr().out
+        boxes = text[text.index("╭") :].splitlines()
+        assert all(len(line) <= 80 for line in boxes)
+        said = [line.strip("│ ") for line in boxes if line.startswith("│")]
+        bare = [a for a, b in pairwise(said) if a[:2] == "--" and b[:1] == "("]
+        assert not bare and sum(line.startswith("--") for line in said) > 60
+    assert ("model.entropy options: no effect" in text) == (name == "bytropix_tiny")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("blt_tiny --patcher space --model.entropy.dim 96", "--model.entropy.dim: has no effect"),
+        (
+            "blt_tiny --patcher fixed --threshold 2",
+            "--model.threshold: has no effect with",
+        ),
+        ("megabyte_tiny --reset-room 2", "--model.reset-room: has no effect"),
+        ("lfbyte_tiny --adaptation full --rank 4", "with --model.adaptation=full; leave it out"),
+    ],
+)
+def test_a_field_of_the_model_without_an_effect_is_refused(line, says, capsys):
+    assert cli.main(["train", *line.split()]) == 2
+    assert says in capsys.readouterr().err

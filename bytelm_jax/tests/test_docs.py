@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -96,15 +98,14 @@ def test_every_command_of_the_guide_to_data(tmp_path, monkeypatch):
     assert {seen[(name,)] for name in ("library", "shards/*.jsonl", "@books.list")} == {2 * size}
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
-def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys):
-    """All of each command, with a smaller model and two steps."""
+@pytest.fixture
+def small_megabyte(monkeypatch):
+    """`megabyte_tiny` is smaller still, and takes two steps."""
     small = recipes.megabyte_tiny()
     sizes = {"global_dim": 8, "local_dim": 8, "global_layers": 1, "local_layers": 1}
     small = replace(
         small,
-        model=replace(small.model, max_length=16, global_heads=1, local_heads=1, **sizes),
+        model=replace(small.model, max_length=1024, global_heads=1, local_heads=1, **sizes),
         data=replace(small.data, sequence_length=16),
         train=replace(small.train, steps=2, batch_size=2, devices=1),
     )
@@ -113,20 +114,80 @@ def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys
         return small
 
     monkeypatch.setattr(recipes, "megabyte_tiny", megabyte_tiny)
+
+
+@pytest.fixture
+def small_latent(monkeypatch):
+    """`entropy_tiny` and `blt_tiny` are smaller still."""
+    sizes = {"dim": 8, "layers": 1, "heads": 1, "hidden_dim": 8}
+    entropy = recipes.entropy_tiny()
+    model = replace(entropy.model, **sizes)
+    data = replace(entropy.data, sequence_length=32)
+    entropy = replace(entropy, model=model, data=data, train=replace(entropy.train, devices=1))
+    blt = recipes.blt_tiny()
+    model = replace(blt.model, entropy=entropy.model, global_layers=1, decoder_layers=1)
+    blt = replace(blt, model=model, data=data, train=replace(blt.train, devices=1))
+
+    def entropy_tiny() -> Recipe:
+        return entropy
+
+    def blt_tiny() -> Recipe:
+        return blt
+
+    for small in (entropy_tiny, blt_tiny):
+        monkeypatch.setattr(recipes, small.__name__, small)
+
+
+def run_line(line: str) -> int:
+    """Runs a line of a guide; its exit code. Our own commands run in this process."""
+    words = shlex.split(line)
+    if words[:3] == ["python", "-m", "bytelm_torch.train"]:
+        return bytelm_torch.train.main(words[3:])
+    if words[0] == "bytelm":
+        return cli.main(words[1:])
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(DOCS.parent)}
+    return subprocess.run(line, shell=True, env=environment, timeout=300).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft 0.21
+def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys, small_megabyte):
+    """All of each command, with a smaller model and two steps."""
     monkeypatch.chdir(tmp_path)
     for name, text in {"english": "some words of a text ", "greek": "λόγοι ενός κειμένου "}.items():
         (tmp_path / f"{name}.txt").write_text(text * 99, "utf-8")
     for line in blocks("fine-tuning.md", "bash").splitlines():
-        words = shlex.split(line)
-        if words[:3] == ["python", "-m", "bytelm_torch.train"]:
-            code = bytelm_torch.train.main(words[3:])
-        else:
-            assert words[0] == "bytelm", line
-            code = cli.main(words[1:])
-        assert code == 0, (line, capsys.readouterr().err)
+        assert run_line(line) == 0, (line, capsys.readouterr().err)
     names: dict[str, Any] = {}
     exec(blocks("fine-tuning.md", "python"), names)
     with torch.inference_mode():
         ids = torch.tensor([[97, 98, 99]])
         merged = names["hf"].from_native(bytelm_torch.from_pretrained("exports/lora"))
         torch.testing.assert_close(names["model"](ids).logits, merged.eval()(ids).logits)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_tutorial_about_patches(tmp_path, monkeypatch, capsys, small_latent):
+    """With smaller models, as a reader does."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bytelm_jax", "docs"):
+        (tmp_path / name).symlink_to(DOCS.parent / name)
+    for line in blocks("tutorial-blt.md", "bash").splitlines():
+        assert run_line(line) == 0, (line, capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_every_command_of_the_tutorials(tmp_path, monkeypatch, capsys, small_megabyte):
+    """One after the other, as a reader does, with a smaller model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LICENSE", "examples", "bytelm"):
+        (tmp_path / name).symlink_to(DOCS.parent / name)
+    for page in ("tutorial-train.md", "tutorial-convert.md"):
+        for line in blocks(page, "bash").splitlines():
+            refused = line.endswith("exports/damaged") and line.startswith("bytelm")
+            assert run_line(line) == (2 if refused else 0), (line, capsys.readouterr().err)
+    assert "differ from those that were written (SHA-256)" in capsys.readouterr().err
+    exec(blocks("tutorial-convert.md", "python"), {})
+    _, jax_text, _, torch_text = capsys.readouterr().out.splitlines()
+    assert jax_text == torch_text

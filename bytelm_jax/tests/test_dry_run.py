@@ -86,7 +86,7 @@ def test_memory_of_132_million_parameters_is_what_was_measured():
     recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
     mesh = meshes.make_mesh(1)
     memory = dry_run.estimate_memory(recipe, mesh, dry_run.abstract_state(recipe, mesh))
-    measured = 7.43 * 2**30  # the README's, 32 rows of 2,048 bytes
+    measured = 7.43 * 2**30  # docs/pods.md, 32 rows of 2,048 bytes
     assert abs(memory.peak - measured) / measured < tolerances.PEAK_MEMORY
     assert memory.parameters == 4 * recipe.model.parameter_count()
 

@@ -27,13 +27,14 @@ from bytelm.run_data import RunData, first_lines, open_windows
 from bytelm.runs import (
     Outcome,
     RunLock,
-    export_notes,
     keep_rules,
     not_saved,
     open_run,
     prepare_run_dir,
+    require_ahead,
     require_lock,
     require_same_data,
+    start_notes,
     what_a_run_is,
 )
 from bytelm.schedules import jumps, too_long
@@ -166,8 +167,7 @@ def _train(
         found |= {"run_dir": lock.name, "data": identity, "mesh": meshes.describe(mesh)}
         found["rows"] = order_digest(windows, recipe.data.shuffle_seed, recipe.data.order)
     run, vocab = recipe.train, recipe.model.vocab
-    part = meshes.process_slice(mesh)
-    first = processes.is_first()
+    part, first = meshes.process_slice(mesh), processes.is_first()
 
     # ---- model and step ----
     prepare_run_dir(run_dir, recipe)
@@ -184,6 +184,7 @@ def _train(
     if not resumed:
         recipe, begun = starting.load_branch(recipe, template)
     start = begun.step if begun else 0
+    require_ahead(recipe, start, lock.name)
     if resumed:
         require_same_data(resumed.metadata["data"], identity, lock.name)
     piece = recipe.data.length_at(start)
@@ -207,7 +208,7 @@ def _train(
     batches = training_batches(windows, run.batch_size, *order)
     step, piece = start, 0
     notes = jumps(run_dir, recipe, start) + too_long(recipe) + [ANEW] * anew
-    notes += [] if start else export_notes(recipe.model)
+    notes += [] if start else start_notes(recipe)
     check_folder(lock)  # compiling has taken its time
     with ExitStack() as stack:
         manager = stack.enter_context(checkpoints_of(lock, run))

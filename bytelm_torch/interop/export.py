@@ -170,7 +170,8 @@ def save_pretrained(
     tensors = {name: _in_memory(value) for name, value in state.items()}
     if lora is not None:
         names = [torch_name(name) for name in lora.leaves]
-        write_adapter(Path(path), lora, {name: tensors.pop(name) for name in names}, _raw)
+        adapter = {name: tensors.pop(name) for name in names}
+        write_adapter(Path(path), lora, adapter, _raw)
     write = partial(_write, tensors, config_sum)
     export.replace_export(Path(path), write, export.config_text(describe(model, extra)))
 

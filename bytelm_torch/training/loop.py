@@ -28,11 +28,12 @@ from bytelm.run_data import first_lines, open_windows
 from bytelm.runs import (
     Outcome,
     RunLock,
-    export_notes,
     keep_rules,
     not_saved,
     prepare_run_dir,
+    require_ahead,
     require_lock,
+    start_notes,
     what_a_run_is,
 )
 from bytelm.schedules import jumps, learning_rate_schedule, too_long
@@ -120,6 +121,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     average, resumes = Average(model, run.average_decay), bool(checkpoint.saved_steps(run_dir))
     restored = starting.restore(recipe, run_dir, identity, model, optimizer, average)
     recipe, start, notes = restored
+    require_ahead(recipe, start, run_dir)
 
     # ---- step ----
     parts = (model, optimizer, run, vocab.pad_id, group, found_data.names)
@@ -129,7 +131,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     order = (recipe.data.shuffle_seed, start, group.rank, group.size, recipe.data.order)
     batches = training_batches(windows, run.batch_size, *order)
     notes = [*jumps(run_dir, recipe, start), *too_long(recipe), *notes]
-    notes += [] if start else export_notes(recipe.model)
+    notes += [] if start else start_notes(recipe)
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
     reporter = StepReporter(recipe, start, group, log, display)

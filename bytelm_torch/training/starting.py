@@ -43,8 +43,8 @@ def check_start(recipe: Recipe) -> None:
 
 def parts_of(recipe: Recipe) -> tuple[LoRA | None, Trainable]:
     """The adapters of the model, if any, and which of all parameters train."""
-    lora = lora_of(recipe, parameter_paths(build_abstract(recipe.model)).values())
-    return lora, trainable(recipe, _names(recipe))
+    lora, names = _lora_and_names(recipe)
+    return lora, trainable(recipe, names)
 
 
 def open_model(
@@ -122,10 +122,15 @@ def _step_of(run_dir: Path, which: str) -> int:
     return int(export.name)
 
 
+def _lora_and_names(recipe: Recipe) -> tuple[LoRA | None, list[str]]:
+    model = build_abstract(recipe.model)
+    paths, shapes = parameter_paths(model), dict(model.named_parameters())
+    lora = lora_of(recipe, {path: shapes[name] for name, path in paths.items()})
+    return lora, [*paths.values(), *(lora.leaves if lora else [])]
+
+
 def _names(recipe: Recipe) -> list[str]:
-    names = [*parameter_paths(build_abstract(recipe.model)).values()]
-    lora = lora_of(recipe, names)
-    return [*names, *(lora.leaves if lora else [])]
+    return _lora_and_names(recipe)[1]
 
 
 def _origin(named: str, step: int | None, state: dict[str, torch.Tensor]) -> str:

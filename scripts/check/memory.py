@@ -4,7 +4,7 @@
 
 A row is one of `scripts/bench/bench_train.py` and, after `=`, its measured `peak_gib`. Prints one
 JSON object per row; nothing is compiled, so each takes seconds on a CPU, which simulates eight
-devices. The default rows are those of the README.
+devices. The default rows are those of docs/pods.md.
 """
 
 import json
