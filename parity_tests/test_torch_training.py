@@ -288,6 +288,7 @@ def test_autocast_computes_in_bfloat16_and_keeps_float32_parameters():
 REFUSED = {
     "train.devices": 3,
     "train.fsdp": 2,
+    "train.tensor": 2,
     "train.parallel": "shard_map",
     "train.entropy_from": "runs/entropy",
 }

@@ -32,6 +32,7 @@ from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
+from bytelm_jax.training.topology import Feeding
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
 from bytelm_torch.optimizers.build import clip_by_global_norm, set_rate
 from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_q_learning_metrics
@@ -188,6 +189,20 @@ def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_de
     for name, value in state.params.items():
         error = relative_error(np.asarray(other.params[name]), np.asarray(value))
         assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
+
+
+@pytest.mark.parametrize("form", ["jit", "shard_map"])
+def test_rows_keep_their_dropout_wherever_the_wires_want_them(form, one_device, monkeypatch):
+    """As over processes whose devices alternate, but in one process, which feeds them in order."""
+    expected, _ = one_device
+    blocks = (0, 4, 1, 5, 2, 6, 3, 7)
+    monkeypatch.setattr(meshes, "_feeding", lambda mesh: Feeding(1, {0: 0}, blocks))
+    placed = FIVE.reshape(5, 8, 2, 11)[:, blocks].reshape(FIVE.shape)
+    train = TrainConfig(steps=5, batch_size=16, devices=8, parallel=form)
+    reports, _ = run_jax(SMALL, PLAIN, train, placed)
+    for ours, theirs in zip(reports, expected, strict=True):
+        error = abs(ours["loss"] - theirs["loss"]) / theirs["loss"]
+        assert error <= tolerances.DEVICES_AFTER_5_STEPS, (ours, theirs)
 
 
 @pytest.mark.slow

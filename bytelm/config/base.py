@@ -140,6 +140,8 @@ class ArchitectureConfig:
     """Name prefixes of the parameters that training does not change."""
     has_patching_contract: ClassVar[bool] = False
     """Whether a run records the patch lengths of the data it was trained on."""
+    cut_stacks: ClassVar[tuple[str, ...]] = ()
+    """Prefixes of `heads`, `kv_heads` and `hidden_dim` of the stacks that `train.tensor` cuts."""
     patcher_prefix: ClassVar[str] = ""
     """Prefix of its parameters' names in the model that `patcher_config` describes."""
     transformers_type: ClassVar[str | None] = None
@@ -189,6 +191,16 @@ class ArchitectureConfig:
     def frozen_flops_per_byte(self, length: int) -> float:
         """Forward operations per byte that no backward pass follows."""
         return 0.0
+
+    @property
+    def tensor_sizes(self) -> dict[str, int] | None:
+        """What `train.tensor` must divide, by field; None for layers that it does not cut."""
+        sizes: dict[str, int] = {}
+        for stack in self.cut_stacks:
+            heads = sizes[f"{stack}heads"] = getattr(self, f"{stack}heads")
+            sizes[f"{stack}kv_heads"] = getattr(self, f"{stack}kv_heads") or heads
+            sizes[f"{stack}hidden_dim"] = getattr(self, f"{stack}hidden_dim")
+        return sizes or None
 
     @property
     def ineffective(self) -> dict[str, str]:

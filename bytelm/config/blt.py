@@ -56,6 +56,7 @@ class EntropyConfig(ArchitectureConfig):
     """A plain causal byte transformer; in BLT its entropies set the patch boundaries."""
 
     architecture: ClassVar[str] = "entropy"
+    cut_stacks: ClassVar[tuple[str, ...]] = ("",)
     patcher_prefix: ClassVar[str] = "patcher."
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     dim: int = 768
@@ -128,6 +129,7 @@ class BLTConfig(ArchitectureConfig):
     """
 
     architecture: ClassVar[str] = "blt"
+    cut_stacks: ClassVar[tuple[str, ...]] = ("encoder_", "decoder_", "global_")
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
     has_patching_contract = has_tied_gradients = True
     transformers_type: ClassVar[str | None] = "blt"

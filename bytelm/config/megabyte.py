@@ -104,6 +104,13 @@ class MegabyteConfig(ArchitectureConfig):
         """Bytes per row when the twins are compared: an odd number, just over four patches."""
         return 4 * self.patch_size + 3
 
+    @property
+    def tensor_sizes(self) -> dict[str, int] | None:
+        """Heads, which share one key and value head, and hidden features of each stack."""
+        sizes = {"global_heads": self.global_heads, "4 * global width": 4 * self.global_width}
+        local = {"local_heads": self.local_heads, "4 * local_dim": 4 * self.local_dim}
+        return sizes | local if self.local_layers else sizes
+
     def patch_rule(self, threshold: float | None = None) -> str:
         """The patching rule, in a few words."""
         return "of fixed length"

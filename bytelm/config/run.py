@@ -156,6 +156,8 @@ class TrainConfig:
     """Number of devices; 0 means all there are."""
     fsdp: int = 1
     """Devices that share one copy of parameters and optimizer state."""
+    tensor: int = 1
+    """Devices that compute each layer together, for what one device cannot hold."""
     parallel: Literal["jit", "shard_map"] = "jit"
     """How the step is spread over devices; both forms compute the same."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -208,7 +210,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require_numbers(self)
         require_positive(self, "steps", "batch_size", "accumulation_steps", "log_every")
-        require_positive(self, "keep_last", "eval_windows", "fsdp", "max_bad_steps")
+        require_positive(self, "keep_last", "eval_windows", "fsdp", "tensor", "max_bad_steps")
         counts = (
             "devices",
             "eval_every",
@@ -221,6 +223,7 @@ class TrainConfig:
         require(all(self.freeze), f"freeze={self.freeze}: an empty pattern matches nothing")
         parse_scales(self.learning_rate_scale)
         self._require_adapters()
+        self._require_tensor()
         require_fraction(self, "average_decay")
         only = not (self.init_from and self.branch_from)
         require(only, "init_from, branch_from: both say what a run begins from; give one of them")
@@ -231,6 +234,13 @@ class TrainConfig:
             f"batch_size={self.batch_size}: must be a multiple of "
             f"accumulation_steps={self.accumulation_steps}",
         )
+
+    def _require_tensor(self) -> None:
+        cut = f"tensor={self.tensor}"
+        known = self.tensor == 1 or self.parallel == "jit"
+        require(known, f"{cut}: parallel={self.parallel} cuts no layers; use parallel=jit")
+        plain = self.tensor == 1 or not self.lora_rank
+        require(plain, f"{cut}: lora_rank={self.lora_rank} adds adapters, which are not cut; use 1")
 
     def _require_adapters(self) -> None:
         require_non_negative(self, "lora_rank")
@@ -263,6 +273,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _require_few_layers(self.model, "model")
+        if self.train.tensor > 1:
+            _require_cut(self.model, self.train.tensor)
+
+
+def _require_cut(model: ModelConfig, tensor: int) -> None:
+    sizes = model.tensor_sizes
+    if sizes is None:
+        require(False, f"train.tensor={tensor}: layers of {model.architecture} are not cut; use 1")
+        return
+    for name, size in sizes.items():
+        require(size % tensor == 0, f"train.tensor={tensor}: must divide model.{name}={size}")
 
 
 def _require_few_layers(config: Any, where: str) -> None:

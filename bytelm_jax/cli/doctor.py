@@ -17,6 +17,7 @@ def doctor_command(
     valid: tuple[str, ...] = (),
     devices: int = 0,
     fsdp: int = 1,
+    tensor: int = 1,
     distributed: bool = False,
     coordinator: str = "",
     num_processes: int = 0,
@@ -42,6 +43,7 @@ def doctor_command(
         valid: the same of validation sets.
         devices: how many to use; 0 means all.
         fsdp: as for `bytelm train`; must divide the number of devices.
+        tensor: as for `bytelm train`; must divide the number of devices, and heads.
         distributed: join the processes of a SLURM or MPI job or a TPU pod.
         coordinator: HOST:PORT of process 0, outside such jobs.
         num_processes: number of processes, with --coordinator.
@@ -54,7 +56,8 @@ def doctor_command(
         raw: take the bytes of files as they are, whatever their form.
         cache_dir: where compressed files and records are kept in prepared form.
     """
-    for name, value, least in (("devices", devices, 0), ("fsdp", fsdp, 1), ("limit", limit, 1)):
+    counts = (("devices", devices, 0), ("fsdp", fsdp, 1), ("tensor", tensor, 1))
+    for name, value, least in (*counts, ("limit", limit, 1)):
         if value < least:
             raise UsageError(f"--{name} {value}: must be at least {least}")
     if (num_processes or process_id is not None) and not coordinator:
@@ -62,7 +65,7 @@ def doctor_command(
     fields = text_field, prompt_field, completion_field, chat_field
     reading = _reading(data, valid, fields, raw, cache_dir)
     joining = Joining(distributed or bool(coordinator), coordinator, num_processes, process_id)
-    return _doctor(run_dir, devices, fsdp, reading, limit, joining)
+    return _doctor(run_dir, (devices, fsdp, tensor), reading, limit, joining)
 
 
 def _reading(
@@ -79,7 +82,7 @@ def _reading(
 
 
 def _doctor(
-    run_dir: Path, devices: int, fsdp: int, reading: DataConfig, limit: float, joining: Joining
+    run_dir: Path, sizes: tuple[int, int, int], reading: DataConfig, limit: float, joining: Joining
 ) -> int:
     """Checks and prints; the exit code."""
     from bytelm_jax.tools import doctor
@@ -93,7 +96,7 @@ def _doctor(
     if not all(finding.ok for finding in findings):
         return 1  # checks of one process would say nothing about the run
     well = True
-    for finding in doctor.examine(run_dir, devices, fsdp, reading, limit):
+    for finding in doctor.examine(run_dir, sizes, reading, limit):
         doctor.report(finding)
         well = well and finding.ok
     return 0 if processes.all_agree(well) else 1

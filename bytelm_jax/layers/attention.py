@@ -116,7 +116,7 @@ class MultiQueryAttention(nnx.Module):
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         q, both = normalized_linears(self.norm, x, self.to_q, self.to_kv)
         k, v = jnp.split(both, 2, axis=-1)
-        return q.reshape(*x.shape[:-1], self.heads, self.head_dim), k, v
+        return q.reshape(*x.shape[:-1], -1, self.head_dim), k, v
 
     def _attend(
         self,
@@ -126,11 +126,11 @@ class MultiQueryAttention(nnx.Module):
         mask: Array | np.ndarray,
         segment_positions: Array | None = None,
     ) -> Array:
-        bias = alibi_bias(self.heads, k.shape[-2]) if self.alibi else None
+        bias = alibi_bias(q.shape[-2], k.shape[-2]) if self.alibi else None
         if bias is not None and segment_positions is not None:
             bias = jnp.moveaxis(jnp.asarray(bias)[:, segment_positions], 0, -2)
         return self._back(multi_query_attention(q, k, v, mask, bias))
 
     def _back(self, out: Array) -> Array:
         """[..., T, H, K] → [..., T, D]."""
-        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], self.heads * self.head_dim))
+        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], -1))

@@ -15,12 +15,51 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
+from bytelm_jax.kernels.partitioned import by_heads
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.segments import segment_max, take_segments
+
+
+def _pool(
+    patch_of: Int[Array, "B T"],
+    q: Float[Array, "B N M H K"],
+    keys: Float[Array, "B T G K"],
+    values: Float[Array, "B T G K"],
+) -> Float[Array, "B N M H K"]:
+    """Attention of each patch's queries to its own bytes."""
+    count, groups, width = q.shape[1], *keys.shape[2:]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    near = take_segments(q.reshape(*q.shape[:2], -1), patch_of)
+    near = near.reshape(*keys.shape[:2], q.shape[2], groups, -1, width)
+    scores = jnp.einsum("btmgrk,btgk->btmgr", near, keys, preferred_element_type=wide)
+    scores = scores * width**-0.5
+    flat = scores.reshape(*keys.shape[:2], -1)
+    most = segment_max(jax.lax.stop_gradient(flat), patch_of, count)
+    inside = (patch_of < count)[..., None]
+    # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
+    shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
+    weights = jnp.exp(shifted)
+    total = segment_sum(weights, patch_of, count)
+    share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
+    mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count)
+    mixed = mixed.reshape(*total.shape, width)
+    mixed = mixed / jnp.where(total == 0, 1, total)[..., None]  # 0 / 0 in a patch of no bytes
+    return mixed.reshape(q.shape).astype(q.dtype)
+
+
+def _vectors_of(
+    read_of: Int[Array, "B T"],
+    keys: Float[Array, "B N M G K"],
+    values: Float[Array, "B N M G K"],
+) -> Float[Array, "B T 2 M G K"]:
+    """Keys and values of the patch that each byte reads."""
+    # One gather for both: its backward pass, a segment sum, is the expensive part.
+    both = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (keys, values)], axis=-1)
+    return take_segments(both, read_of).reshape(*read_of.shape, 2, *keys.shape[2:])
 
 
 class CrossAttention(nnx.Module):
@@ -55,26 +94,9 @@ class CrossAttention(nnx.Module):
         `patch_of` is N or more for a byte without a patch. Also gives keys and values, [B, T, G,
         K].
         """
-        count, cache = queries.shape[1], self.keys_values(states)
-        keys, values = cache
-        wide = jnp.promote_types(states.dtype, jnp.float32)
+        cache = self.keys_values(states)
         q = self._queries(queries)
-        near = take_segments(q.reshape(*q.shape[:2], -1), patch_of)
-        near = near.reshape(*keys.shape[:2], q.shape[2], self.kv_heads, -1, self.head_dim)
-        scores = jnp.einsum("btmgrk,btgk->btmgr", near, keys, preferred_element_type=wide)
-        scores = scores * self.head_dim**-0.5
-        flat = scores.reshape(*keys.shape[:2], -1)
-        most = segment_max(jax.lax.stop_gradient(flat), patch_of, count)
-        inside = (patch_of < count)[..., None]
-        # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
-        shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
-        weights = jnp.exp(shifted)
-        total = segment_sum(weights, patch_of, count)
-        share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
-        mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count)
-        mixed = mixed.reshape(*total.shape, self.head_dim)
-        mixed = mixed / jnp.where(total == 0, 1, total)[..., None]  # 0 / 0 in a patch of no bytes
-        return self._add(queries, mixed.reshape(q.shape).astype(q.dtype)), cache
+        return self._add(queries, by_heads(_pool, patch_of, q, *cache)), cache
 
     def pool_one(
         self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]
@@ -94,10 +116,7 @@ class CrossAttention(nnx.Module):
         Also gives the patches' keys and values, [B, N, M, G, K].
         """
         cache = self.keys_values(memory)
-        batch, count = memory.shape[:2]
-        # One gather for both: its backward pass, a segment sum, is the expensive part.
-        both = jnp.concatenate([part.reshape(batch, count, -1) for part in cache], axis=-1)
-        near = take_segments(both, read_of).reshape(*x.shape[:2], 2, *cache.keys.shape[2:])
+        near = by_heads(_vectors_of, read_of, *cache)
         q = self._queries(x)[:, :, None]
         mask = jnp.ones((1, memory.shape[2]), bool)
         mixed = grouped_attention(q, near[:, :, 0], near[:, :, 1], mask)[:, :, 0]
@@ -111,12 +130,12 @@ class CrossAttention(nnx.Module):
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""
         keys, values = normalized_linears(self.k_norm, states, self.to_k, self.to_v)
-        shape = (*states.shape[:-1], self.kv_heads, self.head_dim)
+        shape = (*states.shape[:-1], -1, self.head_dim)
         return KeyValueCache(keys.reshape(shape), values.reshape(shape))
 
     def _queries(self, x: Array) -> Array:
         (queries,) = normalized_linears(self.q_norm, x, self.to_q)
-        return queries.reshape(*x.shape[:-1], self.heads, self.head_dim)
+        return queries.reshape(*x.shape[:-1], -1, self.head_dim)
 
     def _add(self, x: Array, mixed: Array) -> Array:
-        return x + (x + self.to_out(mixed.reshape(x.shape)))
+        return x + (x + self.to_out(mixed.reshape(*x.shape[:-1], -1)))

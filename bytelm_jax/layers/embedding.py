@@ -8,6 +8,7 @@ from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax.kernels.lookup import look_up, vary_like
+from bytelm_jax.kernels.partitioned import by_rows
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.layers.initializers import normal
 
@@ -15,7 +16,7 @@ from bytelm_jax.layers.initializers import normal
 def embed(table: Float[Array, "V D"], ids: Integer[Array, "*batch"]) -> Float[Array, "*batch D"]:
     """Rows of a table for ids of any integer dtype; NaN for an id outside it."""
     ids = as_ids(ids)
-    return look_up(vary_like(table, ids), ids)
+    return by_rows(look_up, vary_like(table, ids), ids, jnp.nan)
 
 
 class ByteEmbedding(nnx.Module):

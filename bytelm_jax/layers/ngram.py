@@ -15,6 +15,7 @@ from bytelm.config import BLTConfig
 from bytelm.config.blt import HASH_PRIMES
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.partitioned import by_rows
 from bytelm_jax.layers.initializers import fan_in_normal
 
 _LIMB = 32
@@ -112,4 +113,5 @@ class NgramEmbedding(nnx.Module):
     def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
         """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
         table = vary_like(self.embedding[...], rows)
-        return (_low_precision_lookup if is_low_precision(table) else _lookup)(table, rows)
+        find = _low_precision_lookup if is_low_precision(table) else _lookup
+        return by_rows(find, table, rows, 0.0)

@@ -175,6 +175,7 @@ def test_each_fault_is_a_line_and_the_other_checks_are_made(tmp_path, monkeypatc
     ("options", "expected"),
     [
         (["--fsdp", "0"], "--fsdp 0: must be at least 1"),
+        (["--tensor", "0"], "--tensor 0: must be at least 1"),
         (["--devices", "many"], "devices"),
         (["--num-processes", "2"], "need --coordinator"),
         (["--coordinator", "here"], "--coordinator here: must be HOST:PORT"),

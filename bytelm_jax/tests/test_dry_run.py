@@ -22,6 +22,7 @@ from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import saved_for_backward, total
 from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training.tensor import tensor_axis
 
 SMALL = [
     "--patch-size", "2", "--global-dim", "16", "--local-dim", "32", "--max-length", "16",
@@ -117,6 +118,33 @@ def test_state_is_cut_by_fsdp():
     assert memory.copies == 4 * MODEL.parameter_count()  # whole while products read them
     assert memory.optimizer_state - 2 * 4 * part in range(0, 17)  # and what counts steps
     assert memory.peak >= memory.parameters + memory.optimizer_state + memory.activations
+
+
+def test_a_device_holds_its_part_of_layers_that_are_cut():
+    """Per row, half of the heads and of the hidden features, and half of their parameters."""
+    data, train = DataConfig(sequence_length=64), TrainConfig(batch_size=8, compute_dtype="float32")
+    model = replace(recipes.get("megabyte_tiny").model, patch_size=4, global_dim=48, local_dim=80)
+    recipe = Recipe(name="x", model=model, data=data, train=train)
+    found = {}
+    for tensor in (1, 2):
+        run = replace(recipe, train=replace(train, tensor=tensor))
+        mesh = meshes.make_mesh(4 * tensor, 1, tensor)
+        state = dry_run.abstract_state(run, mesh)
+        working = meshes.layer_shapes(mesh, state.params)
+        arrays = dry_run.residuals(run, mesh, working, "H100")
+        found[tensor] = dry_run.estimate_memory(run, mesh, state), {x.shape[-1] for x in arrays}
+    whole, part = found[1][0], found[2][0]
+    hidden, half = 4 * 192, 2 * 192  # of the global stack; no other axis is as long
+    assert hidden in found[1][1] and half not in found[1][1]
+    assert half in found[2][1] and hidden not in found[2][1]
+    assert part.activations < whole.activations and part.logits == whole.logits
+    assert part.copies == whole.copies == 0
+    rest = sum(  # norms, biases and what lies between the stacks stay whole
+        leaf.size for name, leaf in state.params.items()
+        if tensor_axis(name, leaf.shape, 2) is None
+    )  # fmt: skip
+    count = model.parameter_count()
+    assert part.parameters == part.gradients == 4 * (rest + (count - rest) // 2) < whole.parameters
 
 
 HLO = """HloModule jit_step

@@ -14,8 +14,11 @@ import jax
 import pytest
 
 from bytelm import recipes
+from bytelm.run_data import open_windows
 from bytelm_jax.training import processes
+from bytelm_jax.training.batches import order_digest
 from bytelm_jax.training.loop import train
+from bytelm_jax.training.mesh import describe, make_mesh
 from bytelm_jax.training.processes import HUNG, StopSignal, Watchdog
 
 
@@ -77,7 +80,12 @@ def test_what_a_run_is_is_compared_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(ValueError, match=r"^compared$"):
         train(recipe, tmp_path / "run")
     assert found["optimizer.learning_rate"] == 3e-3 and found["train.seed"] == 0
-    assert {"code", "jax", "data", "mesh", "run_dir", "train.batch_size"} < found.keys()
+    assert {"code", "jax", "flax", "bytelm", "run_dir", "train.batch_size"} < found.keys()
+    windows = open_windows(recipe).windows
+    assert found["data"] == open_windows(recipe).identity
+    assert found["mesh"] == describe(make_mesh(8)) != describe(make_mesh(8, 2))
+    orders = [order_digest(windows, seed, "exact") for seed in (recipe.data.shuffle_seed, 1)]
+    assert found["rows"] == orders[0] != orders[1]
     assert not (tmp_path / "run").exists()
     known = found["code"]
     with monkeypatch.context() as patch:  # other code

@@ -60,6 +60,7 @@ class Estimate(NamedTuple):
 
     devices: int
     fsdp: int
+    tensor: int
     form: str
     compute_dtype: str
     rows: int
@@ -104,7 +105,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
         run = replace(run, compute_dtype="bfloat16")
     recipe = replace(recipe, train=run)
     require_devices(run.devices)
-    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
@@ -116,6 +117,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
     return Estimate(
         devices=mesh.size,
         fsdp=run.fsdp,
+        tensor=run.tensor,
         form=run.parallel,
         compute_dtype=run.compute_dtype,
         rows=_rows(recipe, mesh),
@@ -166,7 +168,9 @@ def estimate_memory(
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part((state.opt_state, state.average))
     dtype = steps.compute_dtype(run)
-    working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
+    # The layers of one device: what it holds and computes follows from the shapes of its parts.
+    layers = meshes.layer_shapes(mesh, state.params)
+    working = jax.eval_shape(lambda params: cast_params(params, dtype), layers)
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
         _whole(leaf)
@@ -205,7 +209,7 @@ def require_memory(recipe: Recipe) -> None:
     if limit is None:
         require_host_memory(recipe)
         return
-    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     meshes.check_batch(mesh, run)
     needed = estimate_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
     if can_fit(needed.peak, limit):
@@ -244,7 +248,8 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
 
 
 def _rows(recipe: Recipe, mesh: Mesh) -> int:
-    return recipe.train.batch_size // (mesh.size * recipe.train.accumulation_steps)
+    places = meshes.row_places(mesh)
+    return recipe.train.batch_size // (places * recipe.train.accumulation_steps)
 
 
 def _logit_width(recipe: Recipe) -> int:
@@ -272,8 +277,8 @@ def describe(name: str, estimate: Estimate) -> str:
     gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in estimate.memory._asdict().items()}
     machine = estimate.machine
     lines = [
-        f"{name} on {estimate.devices} devices, data {estimate.devices // estimate.fsdp} x fsdp "
-        f"{estimate.fsdp}, {estimate.form}, {estimate.compute_dtype}: "
+        f"{name} on {estimate.devices} devices, {_shape(estimate)}, {estimate.form}, "
+        f"{estimate.compute_dtype}: "
         f"{estimate.bytes_per_step:,} bytes per step, {estimate.rows} rows at a time on each "
         "device",
         *_about_frozen(estimate),
@@ -300,6 +305,12 @@ def describe(name: str, estimate: Estimate) -> str:
         "nothing overlaps"
     )
     return "\n".join(lines)
+
+
+def _shape(estimate: Estimate) -> str:
+    groups = estimate.devices // (estimate.fsdp * estimate.tensor)
+    tensor = f" x tensor {estimate.tensor}" if estimate.tensor > 1 else ""
+    return f"data {groups} x fsdp {estimate.fsdp}{tensor}"
 
 
 def _about_frozen(estimate: Estimate) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
 from bytelm.config import require
@@ -13,6 +14,9 @@ _READ_THREADS = 4
 
 
 _READY_BATCHES = 8
+
+
+_COMPARED_ROWS = 16
 
 
 def training_batches(
@@ -48,3 +52,12 @@ def training_batches(
     options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READY_BATCHES)
     read = local_parts.to_iter_dataset(options)
     return (Batch(**each) if isinstance(each, dict) else Batch(each) for each in read)
+
+
+def order_digest(windows: Windows | Mixture, shuffle_seed: int, order: str) -> str:
+    """A digest of the first rows that a run trains on, in their order: of their ids and sources."""
+    rows, digest = TrainingRows(windows, shuffle_seed, order), hashlib.sha256()
+    for index in range(_COMPARED_ROWS if len(windows) else 0):
+        for name, field in sorted(rows[index].items()):
+            digest.update(name.encode() + field.tobytes())
+    return digest.hexdigest()[:12]

@@ -108,7 +108,8 @@ def _byte_nats(
 ) -> tuple[Array, Array]:
     ids = as_ids(ids)
     cast = params if dtype is None else cast_params(params, dtype)
-    logits = bind(meshes.gather(mesh, cast))(ids)
+    with meshes.layers_on(mesh):
+        logits = bind(meshes.gather(mesh, cast))(ids)
     counted = counted_ids(ids, pad_id, mask)
     counted = counted if end_id is None else counted & (ids != end_id)
     return jnp.where(counted, token_nats(logits, ids), 0.0), counted

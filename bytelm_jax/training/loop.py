@@ -49,7 +49,7 @@ from bytelm_jax.training import (
     patch_calibration as patch_contract,
 )
 from bytelm_jax.training import step as steps
-from bytelm_jax.training.batches import training_batches
+from bytelm_jax.training.batches import order_digest, training_batches
 from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.remote import remote_of, require_one_process
@@ -152,13 +152,12 @@ def _train(
         check_trackers(recipe.train.track)
         recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
         recipe = patch_contract.adopt(recipe, run_dir)
-        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp, recipe.train.tensor)
         meshes.check_batch(mesh, recipe.train)
         bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)
         parts = trainable(recipe, jax.eval_shape(init_params))
-        found_data = open_windows(recipe)
-        windows, validation, identity = found_data
+        windows, validation, identity = found_data = open_windows(recipe)
         require_validation(recipe, bool(validation))
         fresh, trained = not lock.steps(), {}
         if fresh:
@@ -166,6 +165,7 @@ def _train(
         found |= processes.installation() | what_a_run_is(recipe)
         require_one_process(lock)
         found |= {"run_dir": lock.name, "data": identity, "mesh": meshes.describe(mesh)}
+        found["rows"] = order_digest(windows, recipe.data.shuffle_seed, recipe.data.order)
     run, vocab = recipe.train, recipe.model.vocab
     part, first = meshes.process_slice(mesh), processes.is_first()
 

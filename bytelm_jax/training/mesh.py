@@ -5,16 +5,24 @@ parameters and optimizer state are partitioned over the `fsdp` devices of a grou
 across groups (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid sharding").
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array
 
 from bytelm.config import TrainConfig
+from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.partitioned import partitioned
 from bytelm_jax.models import Params
+from bytelm_jax.training import topology
+from bytelm_jax.training.tensor import tensor_axis
 
 DATA = "data"
 """The mesh axis along which parameters are replicated."""
@@ -28,6 +36,10 @@ ROWS = (DATA, FSDP)
 """The rows of a batch are spread along both."""
 
 
+TENSOR = "tensor"
+"""The mesh axis along which the layers of one copy are cut; absent where they are whole."""
+
+
 _MIN_SHARDED_SIZE = 1024
 """Parameters with fewer elements, mostly norms and biases, are not worth a collective each."""
 
@@ -36,28 +48,44 @@ _MIN_SCATTERED_SIZE = 1 << 20
 """Gradients with fewer elements may be transferred whole."""
 
 
-def make_mesh(devices: int = 0, fsdp: int = 1) -> Mesh:
-    """A mesh over the first `devices` devices (0: all, of all processes), in groups of `fsdp`."""
-    known, processes = jax.devices(), jax.process_count()
-    if devices > len(known):
-        raise ValueError(f"devices={devices}: there are {len(known)}; ask for at most that")
-    if processes > 1 and devices not in (0, len(known)):
+def make_mesh(
+    count: int = 0, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over `count` devices (0: all, of all processes), in groups of `fsdp` x `tensor`.
+
+    A function of what the devices say about themselves, hence the same in every process:
+    `topology.arrange` says how they are placed. `devices` are those to choose from, by default all
+    that JAX has. Raises `ValueError` for numbers that do not fit together.
+    """
+    known = jax.devices() if devices is None else list(devices)
+    processes = len({device.process_index for device in known})
+    if count > len(known):
+        raise ValueError(f"devices={count}: there are {len(known)}; ask for at most that")
+    if processes > 1 and count not in (0, len(known)):
         raise ValueError(
-            f"devices={devices}: {processes} processes use all their {len(known)}; leave it out"
+            f"devices={count}: {processes} processes use all their {len(known)}; leave it out"
         )
-    count = devices or len(known)
-    if count % fsdp:
-        raise ValueError(f"fsdp={fsdp}: must divide the number of devices, {count}")
-    shape, kinds = (count // fsdp, fsdp), (AxisType.Auto,) * len(ROWS)
-    mesh = jax.make_mesh(shape, ROWS, axis_types=kinds, devices=known[:count])
-    if _process_rows(mesh) is None:  # an order that would suit the links better, but not our files
-        mesh = Mesh(np.asarray(known[:count]).reshape(shape), ROWS, axis_types=kinds)
-    return mesh
+    count = count or len(known)
+    if count % tensor:
+        raise ValueError(f"tensor={tensor}: must divide the number of devices, {count}")
+    if count % (fsdp * tensor):
+        what = f", {count}" if tensor == 1 else f" over tensor, {count // tensor}"
+        raise ValueError(f"fsdp={fsdp}: must divide the number of devices{what}")
+    placed = topology.arrange(known[:count], (count // (fsdp * tensor), fsdp, tensor))
+    topology.feeding(placed)  # refused before anything depends on it
+    if tensor == 1:  # the axis exists where it is asked for: other programs stay as they are
+        return Mesh(placed[:, :, 0], ROWS, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(placed, (*ROWS, TENSOR), axis_types=(AxisType.Auto,) * 3)
 
 
-def describe(mesh: Mesh) -> list[list[int]]:
-    """The sizes of the axes, and the devices in order: equal where two processes' meshes are."""
-    return [list(mesh.devices.shape), [device.id for device in mesh.devices.flat]]
+def describe(mesh: Mesh) -> list[Any]:
+    """The sizes of the axes, the devices in order, and who feeds which rows to them.
+
+    JSON values, equal where two processes' meshes are.
+    """
+    ids = [device.id for device in mesh.devices.flat]
+    feeding = _feeding(mesh)
+    return [list(mesh.shape.items()), ids, sorted(feeding.part_of.items()), feeding.blocks]
 
 
 def in_words(mesh: Mesh) -> str:
@@ -67,20 +95,32 @@ def in_words(mesh: Mesh) -> str:
     return f"1 {kind} device" if mesh.size == 1 else f"{mesh.size} {kind} devices ({shape})"
 
 
-def _process_rows(mesh: Mesh) -> int | None:
-    """Which of the processes' equal, contiguous parts of every batch is this one's, if any."""
-    slices = batch_sharding(mesh).addressable_devices_indices_map((mesh.size,)).values()
-    rows = sorted(index[0].indices(mesh.size)[0] for index in slices if index)
-    contiguous = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows)))
-    even = contiguous and mesh.size % len(rows) == 0 and rows[0] % len(rows) == 0
-    return rows[0] // len(rows) if even else None
+@functools.lru_cache(maxsize=64)
+def _feeding(mesh: Mesh) -> topology.Feeding:
+    return topology.feeding(mesh.devices.reshape(*mesh.devices.shape[:2], -1))
 
 
-def process_slice(mesh: Mesh) -> tuple[int, int]:
-    """(i, n): this process feeds the i-th of the n equal parts of each batch."""
-    index = _process_rows(mesh)
-    assert index is not None  # guaranteed by `make_mesh`
-    return index, mesh.size // len(mesh.local_devices)
+def process_slice(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(i, n): a process, by default this one, feeds the i-th of the n equal parts of each batch."""
+    feeding = _feeding(mesh)
+    return feeding.part_of[jax.process_index() if process is None else process], feeding.parts
+
+
+def row_shifts(mesh: Mesh, rows: int) -> np.ndarray | None:
+    """How far each row of a batch of `rows` stands from its number: int32, one per position.
+
+    A position along `ROWS` holds an equal block of rows of the array from `put_batch`. None if all
+    stand where their number says. Otherwise the wires ask for another order of devices than that
+    in which processes read, and the rows of the array follow the devices.
+    """
+    blocks = np.asarray(_feeding(mesh).blocks, np.int32)
+    shifts = (blocks - np.arange(len(blocks), dtype=np.int32)) * (rows // len(blocks))
+    return shifts if shifts.any() else None
+
+
+def row_places(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are cut: devices that share layers share rows."""
+    return mesh.size // tensor_parts(mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -94,7 +134,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
-    """The axis along which an array of the state is partitioned: its longest divisible one."""
+    """The axis along which `fsdp` cuts an array of the state: its longest divisible one."""
     parts = mesh.shape[FSDP]
     axes = [axis for axis, size in enumerate(shape) if size % parts == 0]
     if parts == 1 or not axes or math.prod(shape) < _MIN_SHARDED_SIZE:
@@ -102,14 +142,66 @@ def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
     return max(axes, key=lambda axis: shape[axis])
 
 
-def partition(mesh: Mesh, shape: tuple[int, ...]) -> jax.P:
-    axis = partition_axis(mesh, shape)
-    return jax.P() if axis is None else jax.P(*(None,) * axis, FSDP)
+def tensor_parts(mesh: Mesh) -> int:
+    """Into how many parts layers are cut."""
+    return mesh.shape.get(TENSOR, 1)
+
+
+def partition(mesh: Mesh, shape: tuple[int, ...], name: str = "") -> jax.P:
+    """How an array of the state lies on the mesh; `name` is that of its parameter, if it has one.
+
+    Layers are cut as `tensor.CUTS` says of the parameter, and the parts by `fsdp`.
+    """
+    layer = _layer_partition(mesh, shape, name)
+    cut = [axis for axis, by in enumerate(layer) if by == TENSOR]
+    each = [size // tensor_parts(mesh) if axis in cut else size for axis, size in enumerate(shape)]
+    axis = partition_axis(mesh, tuple(each))
+    if axis is None:
+        return layer
+    entries = [*layer, *(None,) * (axis + 1 - len(layer))]
+    # Of an axis cut by both, gathering over `fsdp` must give the device's own part of the layer.
+    entries[axis] = (TENSOR, FSDP) if axis in cut else FSDP
+    return jax.P(*entries)
+
+
+def _layer_partition(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.P:
+    """How a parameter lies on the mesh while it is computed with: cut by `TENSOR` alone."""
+    parts = tensor_parts(mesh)
+    axis = tensor_axis(name, shape, parts) if parts > 1 and name else None
+    return jax.P() if axis is None else jax.P(*(None,) * axis, TENSOR)
+
+
+def _shardings(mesh: Mesh, tree: Any, partition: Callable[[Mesh, Any, str], jax.P]) -> Any:
+    """The sharding of each leaf of parameters or of a state that holds arrays for each of them."""
+
+    def of(path: Any, leaf: Any) -> NamedSharding:
+        keys = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        name = keys[-1] if keys and isinstance(keys[-1], str) and "." in keys[-1] else ""
+        return NamedSharding(mesh, partition(mesh, leaf.shape, name if leaf.ndim else ""))
+
+    return jax.tree.map_with_path(of, tree)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The shardings of parameters and optimizer state, determined by each leaf's shape."""
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, partition(mesh, leaf.shape)), tree)
+    """The shardings of parameters and optimizer state, whose arrays are cut like their parameter.
+
+    They follow from each leaf's shape and from the parameter's name, by which it is found.
+    """
+    return _shardings(mesh, tree, partition)
+
+
+def layer_shardings(mesh: Mesh, params: Any) -> Any:
+    """The shardings of parameters while layers are computed: whole, or cut over `TENSOR` alone."""
+    return _shardings(mesh, params, _layer_partition)
+
+
+def layer_shapes(mesh: Mesh, params: Any) -> Any:
+    """Shapes and dtypes of the parts of `params` that one device computes with."""
+    return jax.tree.map(
+        lambda leaf, lies: jax.ShapeDtypeStruct(lies.shard_shape(leaf.shape), leaf.dtype),
+        params,
+        layer_shardings(mesh, params),
+    )
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
@@ -123,7 +215,7 @@ def fetch(mesh: Mesh, tree: Any) -> Any:
 
 
 def gather(mesh: Mesh, params: Any) -> Any:
-    """A tree of parameters gathered on every device, inside a jitted function.
+    """A tree of parameters gathered over `fsdp` on every device, inside a jitted function.
 
     Gradients come back partitioned.
     """
@@ -137,16 +229,17 @@ def gather(mesh: Mesh, params: Any) -> Any:
     def whole(tree: Any) -> Any:
         # Partitioned once more first: otherwise the compiler may move the gathering before the
         # preceding cast, and twice the bytes would be transferred.
-        return constrain(constrain(tree, state_shardings(mesh, tree)), replicated(mesh))
+        return constrain(constrain(tree, state_shardings(mesh, tree)), layer_shardings(mesh, tree))
 
     def cut(gradients: Any) -> Any:
         # The gradient of a constraint is the same constraint: whole gradients on every device, of
         # which each needs only its own part. Small ones are summed whole all the same: otherwise
         # the compiler would rather gather everything that an embedding's product reads.
-        parts = state_shardings(mesh, gradients)
+        parts, layers = state_shardings(mesh, gradients), layer_shardings(mesh, gradients)
         first = jax.tree.map(
-            lambda leaf, part: replicated(mesh) if leaf.size < _MIN_SCATTERED_SIZE else part,
+            lambda leaf, layer, part: layer if leaf.size < _MIN_SCATTERED_SIZE else part,
             gradients,
+            layers,
             parts,
         )
         return constrain(constrain(gradients, first), parts)
@@ -155,17 +248,68 @@ def gather(mesh: Mesh, params: Any) -> Any:
     return whole(params)
 
 
+class _Cut:
+    """The `Partition` of a mesh with a `TENSOR` axis. Rows lead all arrays but tables.
+
+    The rows' axes are explicit as well: left to the compiler, the gradient of a look-up gathers the
+    updates of all rows on every device.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh, self._parts = mesh, tensor_parts(mesh)
+
+    def by_rows(
+        self, find: Callable[[Array, Array], Array], table: Array, ids: Array, fill: float
+    ) -> Array:
+        rows = table.shape[0]
+        if rows % self._parts:
+            return find(table, ids)
+        ids = jnp.where(ids < 0, ids + rows, ids)  # counted from the end, as by an index
+
+        def masked(part: Array, ids: Array) -> Array:
+            local = ids - jax.lax.axis_index(TENSOR) * len(part)
+            here, part = (local >= 0) & (local < len(part)), vary_like(part, local)
+            if not fill:  # a row outside a table adds nothing
+                return jax.lax.psum(find(part, jnp.where(here, local, len(part))), TENSOR)
+            found = find(part, jnp.where(here, local, 0))
+            return jax.lax.psum(jnp.where(here[..., None], found, 0), TENSOR)
+
+        found = self._map(masked, (jax.P(TENSOR), jax.P(ROWS)), jax.P(ROWS))(table, ids)
+        inside = ((ids >= 0) & (ids < rows))[..., None]
+        return jnp.where(inside, found, fill) if fill else found
+
+    def by_heads(self, attend: Callable[..., Array], index: Array, *arrays: Array) -> Array:
+        def by_head(rank: int) -> jax.P:
+            return jax.P(ROWS, *(None,) * (rank - 3), TENSOR)
+
+        cut = tuple(by_head(array.ndim) for array in arrays)
+        result = by_head(jax.eval_shape(attend, index, *arrays).ndim)
+        return self._map(attend, (jax.P(ROWS), *cut), result)(index, *arrays)
+
+    def _map(self, function: Callable[..., Array], inputs: Any, result: jax.P) -> Any:
+        return jax.shard_map(function, mesh=self._mesh, in_specs=inputs, out_specs=result)
+
+
+def layers_on(mesh: Mesh) -> AbstractContextManager[None]:
+    """Within this context layers are traced as they are cut over `mesh`."""
+    return partitioned(_Cut(mesh) if tensor_parts(mesh) > 1 else None)
+
+
 def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:
     """This process's rows of the global batch, or a value of each → the global array."""
-    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows)
+    shape = (len(rows) * _feeding(mesh).parts, *rows.shape[1:])
+    # Blocks of `rows` go to this process's positions in increasing order, gaps or not.
+    return jax.make_array_from_process_local_data(batch_sharding(mesh), rows, shape)
 
 
 def check_batch(mesh: Mesh, train: TrainConfig) -> None:
     """Raises `ValueError` unless the batch divides evenly over devices and micro-batches."""
-    parts = mesh.size * train.accumulation_steps
+    places = row_places(mesh)
+    parts = places * train.accumulation_steps
     if train.batch_size % parts:
+        many = f"{places} devices" if places == mesh.size else f"{places} groups of tensor devices"
         raise ValueError(
-            f"batch_size={train.batch_size}: must be a multiple of {parts} ({mesh.size} devices "
+            f"batch_size={train.batch_size}: must be a multiple of {parts} ({many} "
             f"x {train.accumulation_steps} accumulation_steps); or ask for fewer devices"
         )
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -44,6 +45,9 @@ _EXCHANGED = 2**16
 
 _ERROR = "error"
 """The entry that stands for all others where a process has failed."""
+
+_COMPUTING = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+"""Packages of which all processes of a run must have the same version."""
 
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """Variables in which launchers that JAX knows give the number of processes they started."""
@@ -176,8 +180,9 @@ def installation() -> dict[str, str]:
     digest, root = hashlib.sha256(), Path(__file__).parents[2]
     for path in sorted(p for name in ("bytelm", "bytelm_jax") for p in (root / name).rglob("*.py")):
         digest.update(path.read_bytes())
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    return {**versions, "bytelm": bytelm.__version__, "code": digest.hexdigest()[:12]}
+    versions = {"python": platform.python_version(), "bytelm": bytelm.__version__}
+    versions |= {name: version(name) for name in _COMPUTING}
+    return {**versions, "code": digest.hexdigest()[:12]}
 
 
 def _exchange(found: dict[str, str]) -> list[dict[str, str]]:

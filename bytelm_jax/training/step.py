@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -28,9 +29,11 @@ from bytelm_jax.training.mesh import (
     check_batch,
     gather,
     gather_parts,
+    layers_on,
     partition,
     partition_axis,
     replicated,
+    row_shifts,
     state_shardings,
 )
 
@@ -246,8 +249,11 @@ class _Form(NamedTuple):
     gather: Callable[[Params], Params]
     """Parameters gathered on every device; their gradients come back partitioned."""
     first_row: Any
-    """The index, in the global batch, of the first row that this program sees."""
+    """The number, in the global batch, of the first row that this program sees; or one for each
+    row, by how much its number exceeds its place among those that the program sees."""
     total_rows: int
+    layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """The context in which layers are traced."""
 
 
 def _make_gradients(
@@ -265,18 +271,26 @@ def _make_gradients(
     find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed), names)
 
     def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
-        form = _Form(lambda x: x, partial(gather, mesh), 0, batch.ids.shape[0])
+        rows = batch.ids.shape[0]
+        shifts = row_shifts(mesh, rows)
+        first_row = 0 if shifts is None else np.repeat(shifts, rows // len(shifts))
+        layers = partial(layers_on, mesh)
+        form = _Form(lambda x: x, partial(gather, mesh), first_row, rows, layers)
         return find(form, step, moving, fixed, batch)
 
     def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
         axes = {name: partition_axis(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
 
         def on_device(step: Array, moving: Params, fixed: Params, batch: _Rows):
-            rows = batch.ids.shape[0]
+            rows, position = batch.ids.shape[0], jax.lax.axis_index(ROWS)
+            shifts = row_shifts(mesh, rows * mesh.size)
+            first_row = position * rows
+            if shifts is not None:
+                first_row += jnp.asarray(shifts)[position]
             form = _Form(
                 lambda x: jax.lax.psum(x, ROWS),
                 lambda params: gather_parts(params, axes),
-                jax.lax.axis_index(ROWS) * rows,
+                first_row,
                 rows * mesh.size,
             )
             return find(form, step, moving, fixed, batch)
@@ -312,7 +326,8 @@ def _gradients(
     def mean_loss(params: Params, batch: _Rows, keys: Array):
         # Cast before the transfer: half the bytes.
         whole = form.gather(cast_params(params | fixed, dtype))
-        output = bind(whole).outputs(batch.ids, keys, train.remat)
+        with form.layers():
+            output = bind(whole).outputs(batch.ids, keys, train.remat)
         by_source = None
         if batch.sources is not None:
             each = row_nats(output.logits, batch.ids, pad_id, batch.counted)

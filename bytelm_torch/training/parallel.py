@@ -75,6 +75,11 @@ def check_batch(group: Group, train: TrainConfig) -> None:
         raise ValueError(
             f"fsdp={train.fsdp}: every process of this package holds a whole copy; set it to 1"
         )
+    if train.tensor != 1:
+        raise ValueError(
+            f"tensor={train.tensor}: every process of this package computes whole layers; set it "
+            "to 1"
+        )
     if train.parallel != "jit":
         raise ValueError(
             f"parallel={train.parallel}: chooses how JAX divides a step, which this package does "

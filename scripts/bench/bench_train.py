@@ -112,7 +112,7 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     recipe = read_row(row)
     recipe = replace(recipe, train=replace(recipe.train, remat=remat))
     run, start = recipe.train, time.perf_counter()
-    mesh = meshes.make_mesh(run.devices, run.fsdp)
+    mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     bind, init = define_model(recipe.model)
     parts = trainable(recipe, abstract_params(recipe.model))
     optimizer = build_optimizer(recipe.optimizer, run.steps, parts=parts)

@@ -34,7 +34,7 @@ def main(rows: list[str]) -> None:
     for text in rows or MEASURED.split():
         row, _, measured = text.partition("=")
         recipe = read_row(row)
-        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp, recipe.train.tensor)
         recipe = replace(recipe, train=replace(recipe.train, compute_dtype="bfloat16"))
         memory = estimate_memory(recipe, mesh, abstract_state(recipe, mesh))
         report = {"row": row} | {k: round(v / 2**30, 2) for k, v in memory._asdict().items()}

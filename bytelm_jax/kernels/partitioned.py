@@ -1,0 +1,74 @@
+"""Parts of layers that the compiler would not divide well between devices that share them.
+
+Where the layers of one copy are cut over several devices (`--tensor`), the compiler finds most of
+the work of each by itself from where the parameters lie. Two parts it would compute on arrays that
+it gathers first; a partition, which `training/mesh.py` makes, has them computed where they lie.
+Everywhere else they are the plain functions: on one device nothing is added to a program.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int, Integer
+
+
+@runtime_checkable
+class Partition(Protocol):
+    """How the two are computed over devices that share layers."""
+
+    def by_rows(
+        self, find: Callable[[Array, Array], Array], table: Array, ids: Array, fill: float
+    ) -> Array:
+        """`find(table, ids)`, with the table cut by rows."""
+        ...
+
+    def by_heads(self, attend: Callable[..., Array], index: Array, *arrays: Array) -> Array:
+        """`attend(index, *arrays)`, with each of the arrays and the result cut by heads."""
+        ...
+
+
+_partition: ContextVar[Partition | None] = ContextVar("_partition", default=None)
+
+
+@contextmanager
+def partitioned(partition: Partition | None) -> Iterator[None]:
+    """Within this context layers are traced for `partition`."""
+    before = _partition.set(partition)
+    try:
+        yield
+    finally:
+        _partition.reset(before)
+
+
+def by_rows(
+    find: Callable[[Array, Array], Array],
+    table: Float[Array, "V D"],
+    ids: Integer[Array, "*batch"],
+    fill: float,
+) -> Float[Array, "..."]:
+    """`find(table, ids)`, a sum of rows of the table or one of them, on the last axis.
+
+    An id that a device's part of the table does not hold adds nothing, so that one sum over the
+    devices, of results and not of rows, makes the whole. `fill` is what `find` gives for an id
+    outside the table.
+    """
+    partition = _partition.get()
+    return find(table, ids) if partition is None else partition.by_rows(find, table, ids, fill)
+
+
+def by_heads(
+    attend: Callable[..., Array],
+    index: Int[Array, "B T"],
+    *arrays: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """`attend(index, *arrays)`, which computes each head, of the axis before the last, alone.
+
+    The arrays are [B, …, H, K]; `index` is the same for all heads. Flattening patches' vectors with
+    their heads, as reading by segments does, would otherwise gather the heads of all devices.
+    """
+    partition = _partition.get()
+    if partition is None:
+        return attend(index, *arrays)
+    return partition.by_heads(attend, index, *arrays)
