@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.backend import backend, is_pretended
+from bytelm_jax.kernels.backend import backend, is_pretended, target
 from bytelm_jax.kernels.dtypes import is_low_precision
 
 
@@ -20,7 +20,7 @@ def has_fused_attention() -> bool:
     """
     if backend() != "gpu" or is_pretended():
         return backend() == "gpu"
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    capability = getattr(target(), "compute_capability", "")
     major, point, _ = capability.partition(".")  # "9.0", or AMD's "gfx942"
     return bool(point) and int(major) >= 8
 

@@ -14,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bytelm.chips import find_chip
 from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.memory import require_host_memory
-from bytelm.metrics import PEAK_FLOPS
 from bytelm.trainable import trainable
 from bytelm_jax.kernels.backend import (
     has_preallocation,
-    platform_of,
     pretend_platform,
     simulate_devices,
 )
@@ -109,7 +108,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
     seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
-    seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
+    seconds /= mesh.size * find_chip(machine.chip).peak * machine.mfu
     sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
     collectives = read_collectives(compile_step(recipe, mesh, state), mesh.size)
@@ -122,7 +121,7 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
         bytes_per_step=count,
         trained=sum(sizes.values()) - frozen,
         frozen=frozen,
-        memory=estimate_memory(recipe, mesh, state, machine.chip),
+        memory=estimate_memory(recipe, mesh, state, find_chip(machine.chip).platform),
         collectives=collectives,
         machine=machine,
         compute_seconds=seconds,
@@ -144,7 +143,7 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     run, parts = recipe.train, trainable(recipe, state.params)
     # A CPU's compiler widens bfloat16, including in collectives, but not float16, which has as many
     # bytes.
-    dtype = steps.compute_dtype(run)
+    dtype = steps.compute_dtype(run, mesh)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
     bind, _ = define_model(recipe.model, adapters_of(recipe))
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
@@ -158,14 +157,14 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
 
 
 def estimate_memory(
-    recipe: Recipe, mesh: Mesh, state: steps.TrainState, chip: str = "H100"
+    recipe: Recipe, mesh: Mesh, state: steps.TrainState, platform: str = "gpu"
 ) -> Memory:
     """The bytes of a step on each device, by kind, and the peak."""
     run = recipe.train
     moving = without(state.params, trainable(recipe, state.params).frozen)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part((state.opt_state, state.average))
-    dtype = steps.compute_dtype(run)
+    dtype = steps.compute_dtype(run, mesh)
     working = jax.eval_shape(lambda params: cast_params(params, dtype), state.params)
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
@@ -173,7 +172,7 @@ def estimate_memory(
         for name, leaf in working.items()
         if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
     )
-    saved = residuals(recipe, mesh, working, chip)
+    saved = residuals(recipe, mesh, working, platform)
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
     about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in saved if x not in about_logits]
@@ -225,8 +224,11 @@ def require_memory(recipe: Recipe) -> None:
     )
 
 
-def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
-    """The arrays that one device with such a chip keeps for the backward pass of a micro-batch."""
+def residuals(recipe: Recipe, mesh: Mesh, working: Any, platform: str) -> list[Held]:
+    """The arrays that one device keeps for the backward pass of a micro-batch.
+
+    `platform` is the device's, "gpu" or "tpu".
+    """
     bind, _ = define_model(recipe.model, adapters_of(recipe))
     rows, pad_id = _rows(recipe, mesh), recipe.model.vocab.pad_id
     moving = without(working, trainable(recipe, working).frozen)
@@ -239,7 +241,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
         total, _ = cross_entropy(output.logits, ids, pad_id)
         return total + output.extra_loss.sum()
 
-    with pretend_platform(platform_of(chip)):
+    with pretend_platform(platform):
         return saved_for_backward(nats, moving, fixed, ids, keys)
 
 

@@ -15,6 +15,7 @@ from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
+from bytelm_jax.kernels.backend import compiling_for
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import cast_params
 from bytelm_jax.training import mesh as meshes
@@ -69,7 +70,8 @@ def make_row_nats(
     ) -> tuple[Array, Array]:
         ids = as_ids(ids)
         cast = params if dtype is None else cast_params(params, dtype)
-        logits = bind(meshes.gather(mesh, cast))(ids)
+        with compiling_for(mesh.devices.flat[0]):
+            logits = bind(meshes.gather(mesh, cast))(ids)
         counted = counted_ids(ids, pad_id, mask)
         counted = counted if end_id is None else counted & (ids != end_id)
         nats = jnp.where(counted, token_nats(logits, ids), 0.0).sum(axis=1)
