@@ -97,11 +97,6 @@ def as_options(argv: Sequence[str]) -> list[str]:
     return written
 
 
-def with_changes(recipe: Recipe, changes: Sequence[str]) -> Recipe:
-    """The recipe with fields set as on a command line; raises `UsageError` for what it lacks."""
-    return parse_recipe(recipe, as_options(changes), "changes", "")
-
-
 def choose_optimizer(recipe: Recipe, argv: Sequence[str]) -> tuple[Recipe, list[str]]:
     """The recipe with the optimizer that `--optimizer NAME` names, and the remaining arguments.
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -116,6 +116,19 @@ class Outcome(NamedTuple):
 
 class DivergedError(RuntimeError):
     """Loss or weights are not finite; the message names the step and the last good checkpoint."""
+
+
+def diverged(recipe: Recipe, step: int, why: str, saved: int) -> DivergedError:
+    """The error of a run that ends at `step`, and whose last checkpoint is that of step `saved`."""
+    kept = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint was saved"
+    rate = recipe.optimizer.learning_rate
+    return DivergedError(f"step {step}: {why}; {kept}; lower optimizer.learning_rate={rate}")
+
+
+def never_finite(values: Mapping[str, float], times: int) -> str:
+    """Why a run ends whose last `times` steps were skipped; `values` are those of the last one."""
+    loss, norm = values["loss"], values["grad_norm"]
+    return f"the loss is {loss} and the gradient norm {norm}, at {times} steps in a row"
 
 
 def not_saved(skipped: int) -> str:

@@ -7,17 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from bytelm.config import ByteVocab, ModelConfig, PatchingContract, Recipe, require, to_dict
 from bytelm.remote.copies import NO_ARRAYS, local_copy
-from bytelm.runs import is_run, load_recipe, saved_recipe
+from bytelm.runs import find_export, is_run, load_recipe, saved_recipe
 from bytelm.trainable import trainable
 
 ReadConfig = Callable[[Path], tuple[ModelConfig, PatchingContract | None]]
 """What an export, or weights of another project, say about their model, read without weights."""
+
+Package = Literal["JAX", "PyTorch"]
+"""Which of the two trains a run, and alone goes on with it."""
+
+_COMMANDS: dict[Package, str] = {"JAX": "bytelm train", "PyTorch": "python -m bytelm_torch.train"}
 
 
 def split_source(named: str) -> tuple[Path, str]:
@@ -75,7 +80,10 @@ def with_source(recipe: Recipe, named: str, run_dir: Path | None, read: ReadConf
     return replace(recipe, model=model, patching=patching, train=train)
 
 
-ANEW = "the optimizer's state begins anew: it is another one, or other parameters train"
+ANEW = (
+    "the optimizer's state begins anew: it is another one, or other parameters train, or they "
+    "train at other rates"
+)
 """What a branch says that does not go on with the state of the optimizer that it found."""
 
 
@@ -95,7 +103,48 @@ def branch_recipe(named: str, run_dir: Path) -> Recipe:
     return replace(recipe, train=replace(recipe.train, **begins), origin="")
 
 
-def require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
+@contextmanager
+def opened_run(named: str, package: Package, arrays: bool) -> Iterator[tuple[Path, str, Recipe]]:
+    """A run folder of `package`, on this machine, the checkpoint that `named` names, its recipe.
+
+    `arrays` says whether that checkpoint is read, or only what describes it.
+    """
+    with opened_source(named, arrays, arrays) as (path, which):
+        require(is_run(path), f"{named}: is no run folder; check the spelling")
+        trainer = _trainer(path, which)
+        hint = f"{trainer} trained it; go on with `{_COMMANDS[trainer]}`"
+        require(trainer == package, f"{named}: {hint}")
+        yield path, which, load_recipe(path)
+
+
+def check_run(
+    recipe: Recipe,
+    package: Package,
+    step_of: Callable[[Path, str], int],
+    names: Callable[[], Iterable[str]],
+) -> None:
+    """Raises `ValueError` unless the run that `recipe` goes on from has what it takes from there.
+
+    That is all of it for `train.branch_from`, and the optimizer's state for `train.init_optimizer`.
+    Reads no arrays. `step_of` gives the step of a checkpoint of a folder of `package`, and `names`
+    those of the parameters, which takes seconds, so it is called only if they are needed.
+    """
+    run = recipe.train
+    if run.branch_from:
+        with opened_run(run.branch_from, package, arrays=False) as (path, which, source):
+            _require_branch(recipe, source, step_of(path, which))
+    if run.init_optimizer:
+        with opened_source(run.init_from, weights=False) as (path, which):
+            ours = is_run(path) and _trainer(path, which) == package
+            source = load_recipe(path) if ours else None
+        _require_optimizer(recipe, source, names())
+
+
+def _trainer(run_dir: Path, checkpoint: str) -> Package:
+    return "JAX" if find_export(run_dir, checkpoint) is None else "PyTorch"
+
+
+def _require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
     """Raises `ValueError` if `recipe` cannot go on from step `step` of the run `source`."""
     named, run = f"train.branch_from={recipe.train.branch_from}", recipe.train
     before, after = to_dict(source.model), to_dict(recipe.model)
@@ -118,14 +167,15 @@ def require_branch(recipe: Recipe, source: Recipe, step: int) -> None:
 def keeps_optimizer(recipe: Recipe, source: Recipe, names: Iterable[str]) -> bool:
     """Whether an optimizer of `recipe` takes the state that the run `source` left.
 
-    That is so for the same class over the same parameters; `names` are those of the model.
+    That is so for the same class over the same parameters at the same scales of the rate, which
+    PyTorch keeps in groups; `names` are those of the model.
     """
     names = list(names)
     same = recipe.optimizer.name == source.optimizer.name
-    return same and trainable(recipe, names).frozen == trainable(source, names).frozen
+    return same and trainable(recipe, names) == trainable(source, names)
 
 
-def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str]) -> None:
+def _require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str]) -> None:
     """Raises `ValueError` if `train.init_from`, the run `source`, has no state for the optimizer.
 
     None is a source that is no run folder of the package that asks.
@@ -138,7 +188,9 @@ def require_optimizer(recipe: Recipe, source: Recipe | None, names: Iterable[str
     plain = not (recipe.train.lora_rank or source.train.lora_rank)
     require(plain, f"{named}: adapters begin anew, and so does their optimizer; leave it out")
     kept = keeps_optimizer(recipe, source, names)
-    require(kept, f"{named} trained other parameters than train.freeze leaves; leave it out")
+    why = "trained other parameters, or at other rates, than train.freeze and "
+    why += "train.learning_rate_scale say"
+    require(kept, f"{named} {why}; leave it out")
 
 
 def keep_source(recipe: Recipe, run_dir: Path) -> Recipe:
@@ -192,9 +244,10 @@ def export_step(path: Path, exported: Path | None) -> int | None:
 
 
 def origin_of(named: str, step: int | None, arrays: Iterable[tuple[str, Any]]) -> str:
-    """What `Recipe.origin` says of float32 weights: their name, step and SHA-256.
+    """What `Recipe.origin` says of weights: their name, step and SHA-256.
 
-    `arrays` are those of the PyTorch twin, by name and in the order of names.
+    `arrays` are those of the PyTorch twin in float32, by name and in the order of names, which
+    gives both packages one origin; or what else tells these weights from others.
     """
     digest = hashlib.sha256()
     for name, array in arrays:

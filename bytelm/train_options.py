@@ -21,6 +21,9 @@ from bytelm.storage.stores import tidy
 RUN_DIR = ("run_dir", "save_path")
 """The names of the option for the run folder."""
 
+BRANCH = ("branch_from", "train.branch_from")
+"""The names of the option for the run of a branch."""
+
 HELP = (
     "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields as in",
     'a run\'s config.json, or what differs from {"base": "megabyte_132m"}.',
@@ -57,9 +60,10 @@ def take_recipe(argv: Sequence[str]) -> tuple[str, list[str]]:
 
     It names none where a branch has the recipe of its run.
     """
-    branches = any(a.replace("_", "-").startswith("--branch-from") for a in as_options(argv))
-    if branches and argv[0].startswith("-"):
-        return "", as_options(argv)
+    options = as_options(argv)
+    branch, _ = take_option(options, *BRANCH)
+    if branch and options[0].startswith("-"):
+        return "", options
     if not argv[0] or argv[0].startswith("-"):
         raise UsageError(
             f"{argv[0] or 'RECIPE'}: name the recipe first: {', '.join(recipes.names())}"
@@ -75,7 +79,7 @@ def read_options(
     Raises `ValueError` for what does not exist or does not fit.
     """
     place, argv = take_option(argv, *RUN_DIR)
-    branch, argv = take_option(argv, "branch_from", "train.branch_from")
+    branch, argv = take_option(argv, *BRANCH)
     recipe = _branch(named, branch, place) if branch else find_recipe(named)
     run_dir = Path(place or Path("runs") / recipe.name)
     source, argv = take_option(argv, "init_from", "train.init_from")

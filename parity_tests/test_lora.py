@@ -32,8 +32,10 @@ from bytelm_jax.training import step as steps
 from bytelm_torch.interop import export as torch_export
 from bytelm_torch.layers import lora as torch_lora
 from bytelm_torch.models import adapt, build_model
+from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint as torch_checkpoint
 from bytelm_torch.training import loop as torch_loop
+from bytelm_torch.training.average import Average
 from parity_tests import tolerances
 from parity_tests.test_training import OPTIMIZERS, ragged_batches, run_jax, run_torch
 from parity_tests.tiny_models import CONFIGS
@@ -106,18 +108,27 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     recipe = Recipe(name="x", model=config, train=TrainConfig(lora_rank=3, lora_alpha=6.0))
     parts = trainable(recipe, params)
     assert parts.frozen == params.keys() - set(lora.leaves)
-    train = TrainConfig(steps=200, batch_size=4, devices=1)
+    train = TrainConfig(steps=200, batch_size=4, devices=1, average_decay=0.99)
     batches = ragged_batches(config, 200, 4, 11)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params, parts, lora)
-    run_torch(twin, optimizer, batches, parts)
+    build_optimizer(optimizer, twin, parts=parts)  # freezes what does not train
+    average = Average(twin, train.average_decay)
+    run_torch(twin, optimizer, batches, parts, average.update)
     ours, before = to_torch(state.params), to_torch(params)
     trained = {torch_name(name) for name in lora.leaves}
     worst = 0.0
     for key, theirs in twin.state_dict().items():
         assert (ours[key].tobytes() != before[key].tobytes()) == (key in trained), key
         worst = max(worst, relative_error(ours[key], theirs.numpy()))
+    assert state.average
+    averages = to_torch(state.average)
+    assert averages.keys() == trained
+    with average.in_model():
+        for key in trained:
+            assert relative_error(averages[key], ours[key]) > 1e-3
+            worst = max(worst, relative_error(averages[key], twin.state_dict()[key].numpy()))
     assert worst <= tolerances.AFTER_200_STEPS
     assert reports[-1]["loss"] < reports[0]["loss"]
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))

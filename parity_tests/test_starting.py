@@ -10,7 +10,6 @@ import torch
 import bytelm_torch
 import bytelm_torch.hf
 from bytelm import recipes
-from bytelm.arguments import with_changes
 from bytelm.config import AdamWConfig, DataConfig, Recipe, TrainConfig
 from bytelm.metrics import read_metrics
 from bytelm.remote.copies import COMMITTED
@@ -24,6 +23,7 @@ from bytelm_torch.training import loop as torch_loop
 from bytelm_torch.training import parallel
 from bytelm_torch.training import starting as torch_starting
 from parity_tests import servers
+from parity_tests.starts import with_changes
 from parity_tests.tiny_models import CONFIGS
 
 MODEL = CONFIGS["megabyte"]

@@ -20,7 +20,6 @@ import torch
 
 import bytelm_torch
 from bytelm import data, recipes
-from bytelm.arguments import with_changes
 from bytelm.config import (
     AdamWConfig,
     BLTConfig,
@@ -50,6 +49,7 @@ from bytelm_torch.training.batches import training_batches as torch_batches
 from bytelm_torch.training.checkpoint import saved_steps
 from bytelm_torch.training.starting import start_model
 from parity_tests import tolerances
+from parity_tests.starts import with_changes
 from parity_tests.tiny_models import CONFIGS
 
 ROOT = Path(__file__).parents[1]

@@ -50,6 +50,9 @@ def run_jax(config, optimizer, train, batches, params=None, parts=EVERYTHING, lo
     transformation = build_optimizer(optimizer, train.steps, parts=parts)
     start = (lambda: init(train.seed)) if params is None else (lambda: params)
     state = steps.init_state(mesh, transformation, start)
+    if train.average_decay:
+        state = state._replace(average=dict.fromkeys(state.params.keys() - parts.frozen))
+        state = state.begin_with(state.params)
     step = steps.make_train_step(bind, transformation, train, config.vocab.pad_id, mesh, parts)
     reports = []
     for ids in batches:
@@ -126,7 +129,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
         assert len(set(actions)) > 10
 
 
-def run_torch(twin, optimizer, batches, parts=EVERYTHING):
+def run_torch(twin, optimizer, batches, parts=EVERYTHING, after_step=lambda: None):
     """Trains the twin in place; what the optimizer reported at every step."""
     stepper = build_torch_optimizer(optimizer, twin, parts=parts)
     schedule = learning_rate_schedule(optimizer, len(batches))
@@ -144,6 +147,7 @@ def run_torch(twin, optimizer, batches, parts=EVERYTHING):
         else:
             clip_by_global_norm(twin.parameters(), optimizer.max_grad_norm)
             stepper.step()
+        after_step()
     return agent_reports
 
 

@@ -26,8 +26,6 @@ _LONGEST = 1 << 30
 _CHUNK = 1 << 20  # bytes, or characters
 _ROWS = 512  # of a Parquet file at once
 _SEPARATORS = re.compile(r"[\s,]*")
-_HINT = "name another with {option}, or take the bytes with --raw"
-_TEXT_HINT = _HINT.format(option="--text-field")
 _MESSAGE_HINT = "a message needs 'role' and 'content'"
 
 
@@ -54,6 +52,12 @@ class Fields(NamedTuple):
         if self.chat:
             return [self.chat]
         return [self.prompt, self.completion] if self.prompt else [self.text]
+
+    def hint(self, field: str) -> str:
+        """What to do where a record has no `field`, one of `names`, or no text in it."""
+        options = {self.prompt: "prompt", self.completion: "completion", self.chat: "chat"}
+        option = f"--{options.get(field, 'text')}-field"
+        return f"name another with {option}, or take the bytes with --raw"
 
 
 def optional(name: str, path: str) -> Any:
@@ -161,20 +165,19 @@ def _broken(where: str, error: Exception, start: int = 0) -> str:
 def _document(record: Any, fields: Fields, where: str) -> Iterator[bytes | None]:
     """The pieces of a record's document and then None; nothing of an empty one."""
     if fields.chat:
-        pieces = _chat(record, fields.chat, where)
-    elif fields.prompt:
-        prompt = _text(record, fields.prompt, where, _HINT.format(option="--prompt-field"))
-        hint = _HINT.format(option="--completion-field")
-        pieces = [Unscored(prompt), _text(record, fields.completion, where, hint)]
+        pieces = _chat(record, fields, where)
     else:
-        pieces = [_text(record, fields.text, where)]
+        pieces = [_text(record, name, where, fields.hint(name)) for name in fields.names()]
+        if fields.prompt:
+            pieces[0] = Unscored(pieces[0])
     if any(pieces):
         yield from filter(None, pieces)
         yield None
 
 
-def _chat(record: Any, field: str, where: str) -> list[bytes]:
-    messages = _value(record, field, where, _HINT.format(option="--chat-field"))
+def _chat(record: Any, fields: Fields, where: str) -> list[bytes]:
+    field = fields.chat
+    messages = _value(record, field, where, fields.hint(field))
     known = messages is None or isinstance(messages, list)
     kind = type(messages).__name__
     require(known, f"{where}: its field {field!r} is no list of messages ({kind})")
@@ -188,7 +191,7 @@ def _chat(record: Any, field: str, where: str) -> list[bytes]:
     return pieces
 
 
-def _value(record: Any, field: str, where: str, hint: str = _TEXT_HINT) -> Any:
+def _value(record: Any, field: str, where: str, hint: str) -> Any:
     is_object = isinstance(record, dict)
     require(is_object, f"{where}: is no object with a field {field!r}; take the bytes with --raw")
     if field not in record:
@@ -197,7 +200,7 @@ def _value(record: Any, field: str, where: str, hint: str = _TEXT_HINT) -> Any:
     return record[field]
 
 
-def _text(record: Any, field: str, where: str, hint: str = _TEXT_HINT) -> bytes:
+def _text(record: Any, field: str, where: str, hint: str) -> bytes:
     value = _value(record, field, where, hint)
     if value is None:
         return b""
@@ -221,13 +224,8 @@ def arrow_columns(file: Any, kind: str, path: str, fields: Fields) -> Iterator[b
         if schema.get_field_index(field) < 0:
             columns = ", ".join(f"{each.name} {each.type}" for each in schema) or "none"
             known = one_line(columns, 200)
-            options = {
-                fields.prompt: "prompt",
-                fields.completion: "completion",
-                fields.chat: "chat",
-            }
-            hint = _HINT.format(option=f"--{options.get(field, 'text')}-field")
-            raise ValueError(f"{path}: has no column {field!r} (its columns: {known}); {hint}")
+            says = f"has no column {field!r} (its columns: {known}); {fields.hint(field)}"
+            raise ValueError(f"{path}: {says}")
     if fields.masked:
         yield from _arrow_records(batches, path, fields)
         return
@@ -236,7 +234,8 @@ def arrow_columns(file: Any, kind: str, path: str, fields: Fields) -> Iterator[b
     dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
     texts = (pa.string(), pa.large_string(), pa.string_view())
     known = dtype in (*texts, pa.binary(), pa.large_binary())
-    require(known, f"{path}: its column {field!r} holds {dtype}, no text; {_TEXT_HINT}")
+    says = f"its column {field!r} holds {dtype}, no text; {fields.hint(field)}"
+    require(known, f"{path}: {says}")
     row = 0
     for batch in batches:
         column = batch.column(field)
@@ -312,7 +311,7 @@ def tar_samples(stream: Any, path: str, fields: Fields) -> Iterator[bytes | None
                     continue
                 stem, _, extension = name.partition(".")
                 if members and posixpath.join(folder, stem) != key:
-                    yield from _sample(members, field, f"{path}, sample {key}")
+                    yield from _sample(members, fields, f"{path}, sample {key}")
                     members = {}
                 key = posixpath.join(folder, stem)
                 where = f"{path}, member {info.name}"
@@ -327,15 +326,16 @@ def tar_samples(stream: Any, path: str, fields: Fields) -> Iterator[bytes | None
         message = f"{path}: is damaged or cut short ({why}); fetch or write it again"
         raise ValueError(message) from None
     if members:
-        yield from _sample(members, field, f"{path}, sample {key}")
+        yield from _sample(members, fields, f"{path}, sample {key}")
 
 
-def _sample(members: dict[str, bytes], field: str, where: str) -> Iterator[bytes | None]:
+def _sample(members: dict[str, bytes], fields: Fields, where: str) -> Iterator[bytes | None]:
+    field, hint = fields.text, fields.hint(fields.text)
     known = {field, "txt", "json"} & members.keys()
     found = one_line(", ".join(f".{extension}" for extension in members), 200)
     require(
         bool(known),
-        f"{where}: has no member .{field}, .txt or .json (it has {found}); {_TEXT_HINT}",
+        f"{where}: has no member .{field}, .txt or .json (it has {found}); {hint}",
     )
     text = members.get(field, members.get("txt"))
     if text is None:
@@ -343,7 +343,7 @@ def _sample(members: dict[str, bytes], field: str, where: str) -> Iterator[bytes
             record = json.loads(members["json"].decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise ValueError(_broken(f"{where}.json", error)) from None
-        text = _text(record, field, f"{where}.json")
+        text = _text(record, field, f"{where}.json", hint)
     if text:
         yield text
         yield None

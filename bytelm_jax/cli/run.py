@@ -14,13 +14,12 @@ import jax
 from bytelm.config import Recipe
 from bytelm.config.base import LARGEST_INTEGER
 from bytelm.run_data import open_windows
-from bytelm.runs import keep_rules
+from bytelm.runs import DivergedError, keep_rules
 from bytelm.storage.stores import called
 from bytelm_jax.cli.train import DryRun, Joining
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
 from bytelm_jax.training.loop import train
-from bytelm_jax.training.reporter import DivergedError
 
 
 def run(

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bytelm.arguments import UsageError, as_options, join_lists, take_option
+from bytelm.arguments import UsageError, join_lists, take_option
 from bytelm.train_options import read_options, take_recipe
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _recipe_at(named: str, point: dict[str, str], fixed: list[str]) -> "Recipe":
     """The recipe at a point; raises `ValueError` for fields and values that do not fit."""
     from bytelm_jax.training.starting import read_config
 
-    argv = [*fixed, *as_options([f"--{name}={value}" for name, value in point.items()])]
+    argv = [*fixed, *(f"--{name}={value}" for name, value in point.items())]
     return read_options(named, argv, read_config, "bytelm sweep", _HELP).recipe
 
 

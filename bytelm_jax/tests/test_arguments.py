@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from bytelm import recipes
-from bytelm.arguments import UsageError, expand_names, parse_call, parse_recipe, with_changes
+from bytelm.arguments import UsageError, expand_names, parse_call, parse_recipe
 from bytelm.config import BLTConfig, SGDConfig
 from bytelm_jax.cli import main as cli
+from parity_tests.starts import with_changes
 
 
 def test_the_optimizer_decides_which_fields_there_are():

@@ -18,10 +18,10 @@ from bytelm.config import (
     TrainConfig,
 )
 from bytelm.metrics import WALL_CLOCK, read_metrics
+from bytelm.runs import DivergedError
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loop import train
-from bytelm_jax.training.reporter import DivergedError
 
 MODEL = MegabyteConfig(
     patch_size=4,

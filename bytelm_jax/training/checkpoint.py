@@ -42,8 +42,8 @@ from bytelm_jax.training.fingerprints import (
 from bytelm_jax.training.manager import Manager, silence_orbax
 from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
 
-_PLAIN, _ADAPTED = 1, 2
-"""The `version` of a checkpoint, and of one that holds the leaves of adapters as well."""
+_PLAIN, _MORE = 1, 2
+"""The `version` of a checkpoint, and of one that holds adapters or an average of the weights."""
 
 _MOST_TRIED = 64
 """Number of checkpoints that a run tries, newest first, to find an undamaged one."""
@@ -125,7 +125,7 @@ def save(
     marks = examine(arrays)
     check_finite(arrays, marks)
     metadata = {
-        **({"version": _ADAPTED} if recipe.train.lora_rank else {}),
+        **({"version": _MORE} if recipe.train.lora_rank or average is not None else {}),
         "step": step,
         "recipe": to_dict(recipe),
         "data": data,
@@ -163,7 +163,7 @@ class Recovered(NamedTuple):
     """The state from which a run continues; what was not asked for is None."""
 
     step: int
-    params: Params
+    params: Any
     opt_state: Any
     average: Any
     metadata: dict[str, Any]
@@ -172,11 +172,11 @@ class Recovered(NamedTuple):
 def restore(
     manager: ocp.CheckpointManager,
     step: int,
-    params: Any,
+    params: Any | None,
     opt_state: Any | None = None,
     average: Any | None = None,
 ) -> Recovered:
-    """Arrays shaped and sharded like the abstract ones, and the metadata.
+    """Arrays shaped and sharded like the abstract ones, and the metadata; reads no others.
 
     Raises `DamagedError` if the checkpoint is damaged, holds other arrays or some that are not
     finite.
@@ -271,8 +271,8 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> 
     arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
     with _readable(manager, step):
         restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        rest = restored.get("optimizer"), restored.get("average")
-        return Recovered(step, restored["params"], *rest, metadata)
+        params, opt_state = restored.get("params"), restored.get("optimizer")
+        return Recovered(step, params, opt_state, restored.get("average"), metadata)
 
 
 def _check_arrays(recovered: Recovered) -> None:
@@ -334,7 +334,7 @@ def _check_metadata(metadata: Any, step: int) -> None:
     kinds["fingerprints"] = dict
     require(isinstance(metadata, dict), "the metadata are no object")
     version = metadata.get("version", _PLAIN)
-    require(version in (_PLAIN, _ADAPTED), f"version={version!r}: update bytelm, which wrote it")
+    require(version in (_PLAIN, _MORE), f"version={version!r}: update bytelm, which wrote it")
     for name, kind in kinds.items():
         require(isinstance(metadata.get(name), kind), f"metadata: {name} is missing or damaged")
     good = metadata["step"] == step and isinstance(metadata["recipe"].get("model"), dict)

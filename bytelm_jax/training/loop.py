@@ -196,8 +196,8 @@ def _train(
     with ahead if start < run.steps else nullcontext():
         if not resumed and not fresh:  # no checkpoint could be read
             recipe, trained = starting.load_start(recipe)
-        make = partial(steps.make_init, optimizer, init_params, template)
-        state = starting.make_state(recipe, make, template, mesh, begun, trained)
+        compile_init = partial(steps.compile_init, optimizer, init_params, template)
+        state = starting.make_state(recipe, compile_init, template, mesh, begun, trained)
         anew = begun is not None and begun.opt_state is None
         del trained, begun  # whole copies of the weights, and the run is long
         if recipe.model.has_patching_contract:

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from bytelm import runs
 from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
 from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step, validation_line
 from bytelm.progress import GuessWarning
-from bytelm.runs import DivergedError
 from bytelm_jax.optimizers.build import learning_rate_schedule
 from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training.display import Display
@@ -73,14 +73,10 @@ class StepReporter:
         self._log.write({"step": step, **record})
         self._display.say(validation_line(step, record))
 
-    def diverged(self, step: int, why: str) -> DivergedError:
+    def diverged(self, step: int, why: str) -> runs.DivergedError:
         """The error to raise at `step`; waits until the checkpoint that it names is on disk."""
         checkpoint.finish(self._manager)
-        saved = f"the checkpoint of step {self.saved} is kept"
-        return DivergedError(
-            f"step {step}: {why}; {saved if self.saved else 'no checkpoint was saved'}; lower "
-            f"optimizer.learning_rate={self._recipe.optimizer.learning_rate}"
-        )
+        return runs.diverged(self._recipe, step, why, self.saved)
 
     @contextmanager
     def stopping_on_non_finite(self, step: int) -> Iterator[None]:
@@ -94,11 +90,7 @@ class StepReporter:
         self.bad_in_a_row += 1
         self._skipped += 1
         if self.bad_in_a_row >= self._recipe.train.max_bad_steps:
-            raise self.diverged(
-                step,
-                f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
-                f"{self.bad_in_a_row} steps in a row",
-            )
+            raise self.diverged(step, runs.never_finite(values, self.bad_in_a_row))
         line, record = skipped_step(step, self._skipped, values)
         self._display.say(line)
         self._log.write(record)

@@ -91,13 +91,6 @@ def averaged(train: TrainConfig, parts: Trainable) -> Trainable | None:
     return parts if train.average_decay else None
 
 
-def make_init(
-    optimizer: optax.GradientTransformation, init: Callable, template: TrainState
-) -> TrainState:
-    """The state of `init_state`; `template` is the result of `abstract_init`."""
-    return compile_init(optimizer, init, template)()
-
-
 def compile_init(
     optimizer: optax.GradientTransformation, init: Callable, template: TrainState
 ) -> Callable[[], TrainState]:

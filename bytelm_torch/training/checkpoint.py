@@ -142,14 +142,19 @@ def _load_trained(folder: Path, model: nn.Module, trained: Any) -> None:
             raise ValueError(f"{why}; delete that folder") from None
 
 
-def restore_optimizer(
-    run_dir: Path, step: int, optimizer: torch.optim.Optimizer, anew: bool = False
+def adopt_optimizer(
+    run_dir: Path,
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    saved: dict[str, Any],
+    anew: bool = False,
 ) -> None:
-    """Loads the state of the optimizer of checkpoint `step`, whose settings `optimizer` leaves.
+    """Loads the state `saved` of the optimizer of checkpoint `step`, but for its settings.
 
-    `anew` lets an agent count from the first step. Raises `ValueError` as `restore` does.
+    `saved`, which is changed, is the "optimizer" of `read_training`. `anew` lets an agent count
+    from the first step. Raises `ValueError` as `restore` does.
     """
-    saved, ours = read_training(run_dir, step, checksums=True)["optimizer"], optimizer.state_dict()
+    ours = optimizer.state_dict()
     groups = zip(ours["param_groups"], saved.get("param_groups", []), strict=False)
     saved["param_groups"] = [{**mine, "params": theirs["params"]} for mine, theirs in groups]
     if "q_learning" in saved:

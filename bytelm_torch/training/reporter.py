@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bytelm import runs
 from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step
 from bytelm.progress import GuessWarning, ProgressLines
-from bytelm.runs import DivergedError
 from bytelm.schedules import learning_rate_schedule
 from bytelm_torch.interop.finite import first_non_finite
 from bytelm_torch.training.parallel import Group
@@ -63,14 +63,9 @@ class StepReporter:
         cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
         self._rates.restart(cost if sequence_length else None)
 
-    def diverged(self, step: int, why: str) -> DivergedError:
+    def diverged(self, step: int, why: str) -> runs.DivergedError:
         """The error to raise at `step`."""
-        saved = f"the checkpoint of step {self.saved} is kept"
-        rate = self._recipe.optimizer.learning_rate
-        return DivergedError(
-            f"step {step}: {why}; {saved if self.saved else 'no checkpoint was saved'}; lower "
-            f"optimizer.learning_rate={rate}"
-        )
+        return runs.diverged(self._recipe, step, why, self.saved)
 
     def stop_on_non_finite(self, step: int, **trees: Any) -> None:
         """Ends the run, in all processes alike: no later step would repair the weights."""
@@ -82,8 +77,7 @@ class StepReporter:
         self.bad += 1
         self._skipped += 1
         if self.bad >= self._recipe.train.max_bad_steps:
-            why = f"the loss is {values['loss']} and the gradient norm {values['grad_norm']}, at "
-            raise self.diverged(step, f"{why}{self.bad} steps in a row")
+            raise self.diverged(step, runs.never_finite(values, self.bad))
         line, record = skipped_step(step, self._skipped, values)
         self._display.say(line)
         self._log.write(record)

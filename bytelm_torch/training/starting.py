@@ -1,8 +1,7 @@
 """The weights, the optimizer and the step from which a run starts."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,16 @@ from torch import nn
 from bytelm.config import ModelConfig, PatchingContract, Recipe, require
 from bytelm.export import patching_of, read_description
 from bytelm.lora import LoRA, lora_of
-from bytelm.runs import find_export, is_run, load_recipe, require_same_data
+from bytelm.runs import find_export, require_same_data
 from bytelm.starting import (
     ANEW,
+    check_run,
     export_step,
     keeps_optimizer,
+    opened_run,
     opened_source,
     origin_of,
-    require_branch,
     require_fit,
-    require_optimizer,
 )
 from bytelm.trainable import Trainable, trainable
 from bytelm_torch.interop.export import from_pretrained
@@ -39,14 +38,7 @@ def read_config(path: Path) -> tuple[ModelConfig, PatchingContract | None]:
 
 def check_start(recipe: Recipe) -> None:
     """Raises `ValueError` unless what the recipe begins from is there and fits; reads no arrays."""
-    if recipe.train.branch_from:
-        with _opened_run(recipe.train.branch_from) as (_, step, source):
-            require_branch(recipe, source, step)
-    if recipe.train.init_optimizer:
-        with opened_source(recipe.train.init_from, weights=False) as (path, which):
-            ours = is_run(path) and find_export(path, which) is not None
-            source = load_recipe(path) if ours else None
-        require_optimizer(recipe, source, _names(recipe))
+    check_run(recipe, "PyTorch", _step_of, partial(_names, recipe))
 
 
 def parts_of(recipe: Recipe) -> tuple[LoRA | None, Trainable]:
@@ -104,29 +96,30 @@ def restore(
         require_same_data(restored["data"], identity, run_dir)
         return recipe, start, []
     if recipe.train.init_optimizer:
-        with _opened_run(recipe.train.init_from, True) as (path, step, _):
-            checkpoint.restore_optimizer(path, step, optimizer, anew=True)
+        with opened_run(recipe.train.init_from, "PyTorch", arrays=True) as (path, which, _):
+            step = _step_of(path, which)
+            saved = checkpoint.read_training(path, step, checksums=True)["optimizer"]
+            checkpoint.adopt_optimizer(path, step, optimizer, saved, anew=True)
     named = recipe.train.branch_from
     if not named:
         return recipe, 0, []
-    with _opened_run(named, True) as (path, start, source):
+    with opened_run(named, "PyTorch", arrays=True) as (path, which, source):
+        start = _step_of(path, which)
         kept = keeps_optimizer(recipe, source, _names(recipe))
-        checkpoint.restore(path, start, model, None, average)
+        saved = checkpoint.restore(path, start, model, None, average)["optimizer"]
         if kept:
-            checkpoint.restore_optimizer(path, start, optimizer)
+            checkpoint.adopt_optimizer(path, start, optimizer, saved)
+        else:
+            average.begin()  # as the JAX package does: other parameters may be averaged
     origin = _origin(named, start, model.state_dict())
     return replace(recipe, origin=origin), start, [] if kept else [ANEW]
 
 
-@contextmanager
-def _opened_run(named: str, arrays: bool = False) -> Iterator[tuple[Path, int, Recipe]]:
-    """A run folder of this package, the step that `named` names, and its recipe."""
-    with opened_source(named, arrays, arrays) as (path, which):
-        require(is_run(path), f"{named}: is no run folder; check the spelling")
-        export = find_export(path, which)
-        if export is None:
-            raise ValueError(f"{named}: JAX trained it; go on with `bytelm train`")
-        yield path, int(export.name), load_recipe(path)
+def _step_of(run_dir: Path, which: str) -> int:
+    """The step of a checkpoint of a run folder of this package."""
+    export = find_export(run_dir, which)
+    assert export is not None
+    return int(export.name)
 
 
 def _names(recipe: Recipe) -> list[str]:

@@ -13,7 +13,6 @@ and the bytes of optimizer state, over the seeds. Finished runs in OUT are read,
 import argparse
 import json
 import math
-import os
 import resource
 import statistics
 import subprocess
@@ -44,9 +43,7 @@ def train(run: Path, recipe: str, options: list[str]) -> dict[str, Any]:
         return json.loads(done.read_text("utf-8"))
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     command = [sys.executable, "-m", "bytelm_jax.cli", "train", recipe, "--run-dir", str(run)]
-    subprocess.run(
-        [*command, *options], check=True, stderr=subprocess.DEVNULL, env=dict(os.environ)
-    )
+    subprocess.run([*command, *options], check=True, stderr=subprocess.DEVNULL)
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     records = read_metrics(run / "metrics.jsonl")
     bits = [record[METRIC] for record in records if METRIC in record][-1]
