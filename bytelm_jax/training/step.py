@@ -19,6 +19,7 @@ from jaxtyping import Array
 from bytelm.config import TrainConfig
 from bytelm.trainable import EVERYTHING, Trainable
 from bytelm_jax.kernels.backend import compiling_for
+from bytelm_jax.kernels.rows import split_rows
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optimizers.build import global_norm, optimizer_metrics, without
@@ -278,7 +279,8 @@ def _make_gradients(
 
     def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
         form = _Form(lambda x: x, partial(gather, mesh), 0, batch.ids.shape[0])
-        return find(form, step, moving, fixed, batch)
+        with split_rows(mesh, ROWS):
+            return find(form, step, moving, fixed, batch)
 
     def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
         axes = {name: partition_axis(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
