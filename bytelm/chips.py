@@ -18,7 +18,7 @@ class Chip(NamedTuple):
     """What the name that a device of this kind reports contains."""
     peak: float
     """Dense bfloat16 operations per second."""
-    memory: float
+    memory: int
     """Bytes of its own memory."""
 
 

@@ -91,8 +91,10 @@ def _kernel(window: int, interpret: bool, heads: int, length: int) -> Any:
 
     shape, block = (length, length), next(n for n in _BLOCKS if length % n == 0)
     one = masks.LocalMask(shape, (window - 1, 0), 0) if window else masks.CausalMask(shape)
-    names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
-    sizes = kernels.BlockSizes(**{f"block_{name}": block for name in names.split()})
+    sizes = kernels.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block,
+        block_kv_dq=block,
+    )  # fmt: skip
     attend = kernels.make_splash_mha(
         masks.MultiHeadMask([one] * heads),
         block_sizes=sizes,
