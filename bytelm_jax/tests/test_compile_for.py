@@ -125,6 +125,8 @@ def test_the_work_of_attention_kernels_is_that_of_their_blocks():
     causal = 2 * 2 * 16 * (1 + 2 + 3 + 4) * 512**2 * (64 + 64)
     window = 2 * 2 * 16 * (1 + 2 + 2 + 2) * 512**2 * (2 * 72 + 2 * 64)
     assert kernel_flops(HLO) == causal + window
+    one_row = HLO.replace("bf16[2,", "bf16[").replace("]{3,2,1,0}", "]{2,1,0}")
+    assert kernel_flops(one_row) == (causal + window) / 2
 
 
 def test_padding_is_what_whole_tiles_add_to_what_is_written():

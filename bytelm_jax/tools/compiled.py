@@ -5,6 +5,7 @@ and the bytes that the layouts of its arrays add.
 """
 
 import importlib.util
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -123,11 +124,12 @@ def kernel_flops(text: str) -> float:
                 continue
             shapes = [tuple(map(int, x.split(","))) for x in _SHAPE.findall(match[2]) if x]
             blocks, seen = max(shapes[0]), min(shapes[0][1:])
-            (batch, heads, length, wide), width = shapes[2], shapes[4][-1]
+            *rows, length, wide = shapes[2]  # [B, H, T, K]; a batch of one row has no axis
+            width = shapes[4][-1]
             computed = sum(min(i + 1, seen) for i in range(blocks))
             over_keys, over_values = _PRODUCTS[match[1]]
             area = computed * (length // blocks) ** 2
-            total += times[name] * 2.0 * batch * heads * area * (
+            total += times[name] * 2.0 * math.prod(rows) * area * (
                 over_keys * wide + over_values * width
             )  # fmt: skip
     return total
