@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bytelm.chips import peak_flops
 from bytelm.files import errors_about, one_line, replace_file, require_plain_file
 from bytelm.tracking import Tracker
 
@@ -20,10 +21,6 @@ METRIC = "validation_bits_per_byte"
 
 WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
 """Fields that differ between two runs of the same training."""
-
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU v4": 275e12}
-"""Dense bfloat16 operations per second by the vendors' data sheets, by part of the device's name.
-"""
 
 
 def bits_per_byte(nats: float, count: int) -> float:
@@ -94,11 +91,6 @@ def score(metrics: Mapping[str, Any] | None) -> float | None:
     """The score by which "best" compares; None without an evaluation or if it is not finite."""
     value = (metrics or {}).get(METRIC)
     return value if value is not None and math.isfinite(value) else None
-
-
-def peak_flops(device: str) -> float | None:
-    """Peak operations per second of a device by its name; None if it is not in the table."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device), None)
 
 
 class MetricsLog:

@@ -20,7 +20,7 @@ from bytelm_torch.training.starting import read_config
 __all__ = ["main", "train"]
 
 _PROG = "python -m bytelm_torch.train"
-_USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]"
+_USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [FIELDS]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,5 @@
 """`bytelm train` after its command line is parsed: processes, training, endings, dry runs."""
 
-import json
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from bytelm.run_data import open_windows
 from bytelm.runs import DivergedError, keep_rules
 from bytelm.storage.stores import called
 from bytelm_jax.cli.train import DryRun, Joining
+from bytelm_jax.tools import compile_process
 from bytelm_jax.tools import dry_run as estimates
 from bytelm_jax.training import processes
 from bytelm_jax.training.loop import train
@@ -69,11 +69,10 @@ def join_processes(joining: Joining, command: str) -> None:
 
 def dry_run(recipe: Recipe, asked: DryRun) -> int:
     """Prints the memory and time that a run would take, reading and writing nothing."""
-    estimate = estimates.dry_run(recipe, asked.machine)
-    if asked.as_json:
-        print(json.dumps(estimates.as_json(recipe.name, estimate), allow_nan=False))
-    else:
-        print(estimates.describe(recipe.name, estimate))
+    job = compile_process.Job(recipe, asked.machine, asked.target, asked.fit, asked.as_json)
+    if estimates.can_compile(asked.target):
+        return compile_process.in_its_own_process(job)
+    print(compile_process.answer(job))
     return 0
 
 

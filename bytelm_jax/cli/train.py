@@ -11,6 +11,7 @@ from bytelm.config import ModelConfig, PatchingContract, require_document_ends, 
 from bytelm.config.lfbyte import require_prediction
 from bytelm.train_options import HELP, RECIPES, read_options, take_recipe
 from bytelm_jax.tools.machine import Machine
+from bytelm_jax.tools.targets import Target, read_target
 
 
 def train_command(argv: list[str]) -> int:
@@ -78,17 +79,19 @@ def _number_of_epochs(text: str) -> float:
 def _train_help() -> str:
     return "\n".join(
         [
-            "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [overrides]",
+            "usage: bytelm train RECIPE [--data PATH …] [--run-dir DIR] [--steps N] [FIELDS]",
             "",
             *HELP,
             "  --epochs N for the --steps that show each window N times",
             "  --run-dir gs://BUCKET/NAME or s3://BUCKET/NAME for a run on an object store",
             "  --no-lock to train although nothing can keep a second run out of the folder",
-            "  --distributed for one run over all processes of a SLURM or MPI job or a TPU pod",
+            "  --distributed for one run over all processes of a SLURM or MPI job or a pod",
             "  --coordinator HOST:PORT --num-processes N --process-id I for one run elsewhere",
-            "  --dry-run --devices N to compile the step for N simulated devices and print memory,",
-            "    collectives and their share of a step, reading and writing nothing; and with it",
-            "    --json, --chip H100 --mfu 0.4 --link-gbytes 50 (GB/s per device)",
+            "  --dry-run --devices N to compile the step for N simulated devices and print",
+            "    memory, collectives and their share of a step; nothing is read or written.",
+            "    With it --json, --chip H100 --mfu 0.4 --link-gbytes 50 (GB/s per device);",
+            "    --compile-for v5e:16x16 (or v4, v5p, v6e, v7, h100:8) for the figures of a",
+            "    TPU's own compiler (pip install 'bytelm[aot]'); --fit for the largest batch",
             "",
             "Example: bytelm train megabyte_tiny --steps 20 --run-dir runs/first",
             "",
@@ -128,15 +131,24 @@ class DryRun(NamedTuple):
 
     machine: Machine
     as_json: bool
+    target: Target | None = None
+    """The devices of `--compile-for`."""
+    fit: bool = False
+    """Whether to look for the largest batch."""
 
 
 def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
     """The command line's description of a dry run, and the remaining arguments."""
     wanted, argv = take_flag(argv, "dry-run")
     as_json, argv = take_flag(argv, "json")
+    fit, argv = take_flag(argv, "fit")
     chip, argv = take_option(argv, "chip")
+    asked, argv = take_option(argv, "compile_for")
+    target = None if asked is None else read_target(asked)
+    if target and chip:
+        raise UsageError("--chip: --compile-for names it; leave it out")
     machine = Machine()
-    machine = machine._replace(chip=chip or machine.chip)
+    machine = machine._replace(chip=target.chip.name if target else chip or machine.chip)
     numbers: dict[str, float] = {}
     for name in ("mfu", "link_gbytes"):
         text, argv = take_option(argv, name)
@@ -144,10 +156,12 @@ def take_dry_run(argv: list[str]) -> tuple[DryRun | None, list[str]]:
             numbers |= {name: float(text)} if text else {}
         except ValueError:
             raise UsageError(f"--{name.replace('_', '-')} {text}: must be a number") from None
-    if not wanted and (as_json or chip or numbers):
-        raise UsageError("--json, --chip, --mfu, --link-gbytes: need --dry-run")
+    if not wanted and (as_json or chip or numbers or target or fit):
+        raise UsageError(
+            "--json, --chip, --mfu, --link-gbytes, --compile-for, --fit: need --dry-run"
+        )
     if not wanted:
         return None, argv
     machine = machine._replace(**numbers)
     machine.check()
-    return DryRun(machine, as_json), argv
+    return DryRun(machine, as_json, target, fit), argv

@@ -1,4 +1,4 @@
-"""Causal attention that never stores its scores, by cuDNN on NVIDIA GPUs.
+"""Causal attention that never stores its scores: by cuDNN on NVIDIA GPUs, by Pallas on TPUs.
 
 Axes: B batch, T positions, H heads in G groups, K head width, J head width of queries and keys.
 """
@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.backend import backend, is_pretended
+from bytelm_jax.kernels.backend import backend, is_pretended, target
 from bytelm_jax.kernels.dtypes import is_low_precision
+from bytelm_jax.kernels.partitioned import is_partitioned
+from bytelm_jax.kernels.splash_attention import SHORTEST, splash_attention
 
 
 def has_fused_attention() -> bool:
@@ -20,7 +22,7 @@ def has_fused_attention() -> bool:
     """
     if backend() != "gpu" or is_pretended():
         return backend() == "gpu"
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    capability = getattr(target(), "compute_capability", "")
     major, point, _ = capability.partition(".")  # "9.0", or AMD's "gfx942"
     return bool(point) and int(major) >= 8
 
@@ -29,7 +31,7 @@ def has_fused_attention() -> bool:
 def traced_attention(
     q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"]
 ) -> Float[Array, "B T H K"]:
-    """Stands in for cuDNN's attention in a trace: its shapes and the residuals of its gradient."""
+    """Stands in for fused attention in a trace: its shapes and the residuals of its gradient."""
     return _traced_forward(q, k, v)[0]
 
 
@@ -68,12 +70,19 @@ def fused_or_plain(
 def fused_attention(
     q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
 ) -> Float[Array, "B T H K"] | None:
-    """Causal attention by cuDNN, which never stores the scores; None if it is not available.
+    """Causal attention that never stores the scores; None if it is not available.
 
-    It is available for 16-bit dtypes on an NVIDIA GPU. Each position sees itself and the `window` −
-    1 positions before it, or with `window=0` everything before it; scale K^-0.5.
+    It is available for 16-bit dtypes on an NVIDIA GPU, for heads whose width is a multiple of 8 and
+    at most 128, from 64 positions on; and on a TPU from 256 positions on. Each
+    position sees itself and the `window` − 1 positions before it, or with `window=0` everything
+    before it; scale K^-0.5.
     """
     width, length = q.shape[-1], q.shape[1]
+    if backend() == "tpu":
+        # The kernel is not divided by heads, as layers that devices share need it.
+        if length < SHORTEST or not is_low_precision(q) or is_partitioned():
+            return None
+        return traced_attention(q, k, v) if is_pretended() else splash_attention(q, k, v, window)
     fits = is_low_precision(q) and width == v.shape[-1] and width % 8 == 0 and width <= 128
     if length < 64 or not fits or not has_fused_attention():
         return None

@@ -10,10 +10,13 @@ positions add their sums to the block that follows, until a block is longer than
 or TPU multiplies matrices so fast that filters of a few chunks take a single product instead.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.rows import on_each_device
 
 _DIRECT_CHUNKS = 8
 """Chunks that `direct_convolution` may reach back; it holds that many copies of the inputs."""
@@ -27,9 +30,14 @@ def long_convolution(
     `chunk` shifts work between the triangular product (2 · chunk operations per value) and the
     transforms, and changes the result by rounding only.
     """
-    length = x.shape[1]
-    if length == 0:
+    if x.shape[1] == 0:
         return x
+    # No compiler divides a Fourier transform over devices: each would transform all rows.
+    return on_each_device(partial(_convolution, chunk), taps, x)
+
+
+def _convolution(chunk: int, taps: Array, x: Array) -> Array:
+    length = x.shape[1]
     rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
     size = min(chunk, length)
     short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size

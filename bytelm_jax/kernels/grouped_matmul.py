@@ -1,6 +1,7 @@
 """Products in which every row has the matrix of its group: x[m] @ kernels[group[m]].
 
-Rows are sorted by group. A TPU and a CPU multiply the runs with `jax.lax.ragged_dot`; on a GPU that
+Rows are sorted by group. A CPU multiplies the runs with `jax.lax.ragged_dot`, and so does a TPU in
+wider dtypes than 16 bits; in those it has a kernel (`megablox`). On a GPU `ragged_dot`
 lowers to a product of every row with every matrix, masked afterwards, so there each run is padded
 to whole blocks of one group, and the blocks are one batched product. No row is ever dropped, and a
 row's result depends on that row and its matrix alone.
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import look_up, vary_like
+from bytelm_jax.kernels.megablox import SMALLEST_TILE, tiled_matmul
 
 _LARGEST_BLOCK = 512
 
@@ -114,7 +116,8 @@ def grouped_matmul(
 ) -> Float[Array, "S O"]:
     """Each slot times the matrix of its group; empty slots hold arbitrary values."""
     if not groups.block:
-        return jax.lax.ragged_dot(x, kernels, groups.sizes)
+        tiled = backend() == "tpu" and is_low_precision(x) and len(x) % SMALLEST_TILE == 0
+        return (tiled_matmul if tiled else jax.lax.ragged_dot)(x, kernels, groups.sizes)
     blocks = x.shape[0] // groups.block
     flat = vary_like(kernels.reshape(kernels.shape[0], -1), groups.group)
     of_block = look_up(flat, groups.group[:: groups.block]).reshape(blocks, *kernels.shape[1:])

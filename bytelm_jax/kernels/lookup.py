@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Integer, Shaped
 
 from bytelm_jax.kernels.dtypes import is_low_precision
 
@@ -58,7 +58,7 @@ def _lookup_backward(rows: int, ids: Array, gradient: Array) -> tuple[Array, Non
 _low_precision_lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def vary_like(table: Float[Array, "..."], data: Array) -> Float[Array, "..."]:
+def vary_like(table: Shaped[Array, "..."], data: Array) -> Shaped[Array, "..."]:
     """`table`, varying over the devices over which `data` vary; unchanged outside `shard_map`.
 
     Inside `shard_map` the data vary over devices and the table does not; the cast makes the

@@ -32,6 +32,11 @@ class Partition(Protocol):
 _partition: ContextVar[Partition | None] = ContextVar("_partition", default=None)
 
 
+def is_partitioned() -> bool:
+    """Whether layers are traced for several devices that share them."""
+    return _partition.get() is not None
+
+
 @contextmanager
 def partitioned(partition: Partition | None) -> Iterator[None]:
     """Within this context layers are traced for `partition`."""

@@ -21,6 +21,7 @@ from bytelm_jax.kernels.grouped_matmul import (
     mix,
     spread,
 )
+from bytelm_jax.kernels.rows import on_each_device
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
@@ -96,22 +97,12 @@ class AdaptiveExperts(nnx.Module):
         chosen: Int[Array, "N k"],
         gates: Float[Array, "N k"],
     ) -> Float[Array, "N D"]:
-        """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only."""
-        weights, count = self._weights(), self.base.kernels.shape[0]
-        expert = chosen.reshape(-1)
-        groups = make_groups(expert, count)
+        """Σ_j gates_j · expert_{chosen_j}(x), each expert on its own positions only.
 
-        def product(values: Array, kernels: Array) -> Array:
-            return grouped_matmul(values, kernels, groups)
-
-        inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
-        if weights.down is not None and weights.up is not None:
-            scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
-            narrow = scale * product(inputs, weights.down)
-            outputs = product(inputs, weights.base) + product(narrow, weights.up)
-        else:
-            outputs = full_adaptation(weights, inputs, contexts, product)
-        return mix(outputs, weights.bias, gates, chosen, groups)
+        Positions are sorted on the device that they stand on: nothing is transferred, and a
+        device's work does not grow with the number of devices.
+        """
+        return on_each_device(_dispatch, self._weights(), x, a, chosen, gates)
 
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt
@@ -124,6 +115,25 @@ class AdaptiveExperts(nnx.Module):
             self.down.kernels[...] if self.rank else None,
             self.up.kernels[...] if self.rank else None,
         )
+
+
+def _dispatch(
+    weights: AdaptiveWeights, x: Array, a: Array, chosen: Array, gates: Array
+) -> Float[Array, "N D"]:
+    """The result of `AdaptiveExperts.sparse` for the positions of one device."""
+    groups = make_groups(chosen.reshape(-1), weights.base.shape[0])
+
+    def product(values: Array, kernels: Array) -> Array:
+        return grouped_matmul(values, kernels, groups)
+
+    inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
+    if weights.down is not None and weights.up is not None:
+        scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
+        narrow = scale * product(inputs, weights.down)
+        outputs = product(inputs, weights.base) + product(narrow, weights.up)
+    else:
+        outputs = full_adaptation(weights, inputs, contexts, product)
+    return mix(outputs, weights.bias, gates, chosen, groups)
 
 
 class MixtureOfExperts(nnx.Module):

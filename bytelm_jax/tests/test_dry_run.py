@@ -97,8 +97,8 @@ def test_scores_are_kept_where_attention_is_written_out():
     mesh = meshes.make_mesh(1)
     state = dry_run.abstract_state(recipe, mesh)
     working = jax.eval_shape(lambda params: cast_params(params, jnp.bfloat16), state.params)
-    for chip, written_out in (("H100", False), ("TPU v4", True)):  # cuDNN keeps none
-        arrays = dry_run.residuals(recipe, mesh, working, chip)
+    for platform, written_out in (("gpu", False), ("tpu", True)):  # cuDNN keeps none
+        arrays = dry_run.residuals(recipe, mesh, working, platform)
         scores = [x for x in arrays if x.shape[-3::2] == (64, 64)]  # queries, keys
         assert (total(scores) > 0) == written_out
 

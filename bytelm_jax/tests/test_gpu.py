@@ -3,6 +3,7 @@
 A GPU's compiler is not there, so what it refuses is found by `scripts/check/gpu` alone.
 """
 
+import contextlib
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -35,7 +36,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
     monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    hopper = SimpleNamespace(compute_capability="9.0")
+    # The mesh is one of CPUs: what it is asked for is answered as a mesh of GPUs would.
+    monkeypatch.setattr(steps, "compiling_for", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(steps, "platform_of", lambda mesh: "gpu")
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(jax, "local_devices", lambda: [hopper])
 
 
@@ -130,7 +134,9 @@ def test_fused_attention_at_odd_lengths_is_the_written_out_one(length, window, g
     ],
 )
 def test_which_machines_have_fused_attention(platform, capability, expected, monkeypatch):
-    device = SimpleNamespace(**({"compute_capability": capability} if capability else {}))
+    device = SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert has_fused_attention() == expected

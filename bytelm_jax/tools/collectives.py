@@ -39,8 +39,8 @@ class Collective:
 
 def read_collectives(text: str, devices: int) -> list[Collective]:
     """The collectives of a program for `devices` devices, `compiled.as_text()`, largest first."""
-    bodies, entry = _computations(text)
-    times = _times(bodies, entry)
+    bodies, entry = computations(text)
+    times = run_counts(bodies, entry)
     count, size = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
@@ -53,7 +53,7 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
     return sorted(collectives, key=lambda each: -each.bytes)
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
     """The lines of each computation, and the name of the entry computation."""
     bodies: dict[str, list[str]] = {}
     entry = name = ""
@@ -68,7 +68,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return bodies, entry
 
 
-def _times(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
+def run_counts(bodies: dict[str, list[str]], entry: str) -> Counter[str]:
     """How often each computation runs; a loop of unknown length counts as one iteration."""
     times = Counter({entry: 1})
     for name in reversed(_in_order(bodies, entry)):

@@ -1,12 +1,14 @@
-"""`bytelm train --dry-run`: a run on any number of devices, estimated on one CPU.
+"""`bytelm train --dry-run`: a run on any number of devices, estimated or compiled on one CPU.
 
 The sharded step is compiled for simulated devices, which shows its collectives. Memory is estimated
 for the accelerator, not the CPU: parameters, gradients and optimizer state by their shapes and
 shardings, activations by what the backward pass needs (`memory.py`) when the model is traced for
-that accelerator. Nothing is computed, read or written.
+that accelerator. With a target (`--compile-for`) a TPU's own compiler takes the simulated devices'
+place, and its figures stand beside the estimate. Nothing is computed, read or written.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
@@ -14,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bytelm.chips import find_chip
 from bytelm.config import Recipe, training_flops_per_byte
 from bytelm.memory import require_host_memory
-from bytelm.metrics import PEAK_FLOPS
 from bytelm.trainable import trainable
 from bytelm_jax.kernels.backend import (
     has_preallocation,
-    platform_of,
     pretend_platform,
     simulate_devices,
 )
@@ -28,8 +29,16 @@ from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.models import adapters_of, cast_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
+from bytelm_jax.tools.compiled import (
+    COMPILED_PLATFORMS,
+    Compiled,
+    compile_lowered,
+    has_libtpu,
+    topology_mesh,
+)
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import Held, device_limit, saved_for_backward, total
+from bytelm_jax.tools.targets import Target
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.loss import cross_entropy
@@ -75,6 +84,12 @@ class Estimate(NamedTuple):
     machine: Machine
     compute_seconds: float
     collective_seconds: float
+    flops: float
+    """Operations of a step on each device by the model's own count, without recomputation."""
+    target: str = ""
+    """What was asked for by `--compile-for`."""
+    compiled: Compiled | None = None
+    """The figures of the target's compiler, if it was asked."""
 
     @property
     def collective_share(self) -> float:
@@ -93,27 +108,33 @@ def require_devices(count: int) -> None:
         )
 
 
-def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
+def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> Estimate:
     """Compiles the step of `recipe` for its `train.devices` and estimates memory and time.
 
-    `compute_dtype="auto"` is bfloat16, as on an accelerator. Raises `ValueError` for settings that
-    do not fit together.
+    With a `target` it is compiled for that, if its compiler is installed: in a process that has the
+    environment `compiled.ENVIRONMENT`. `compute_dtype="auto"` is bfloat16, as on an accelerator.
+    Raises `ValueError` for settings that do not fit together, and for a step that its compiler says
+    does not fit the device's memory.
     """
-    machine.check()
+    recipe, mesh = _prepare(recipe, machine, target)
     run = recipe.train
-    if run.compute_dtype == "auto":
-        run = replace(run, compute_dtype="bfloat16")
-    recipe = replace(recipe, train=run)
-    require_devices(run.devices)
-    mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
-    seconds = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count
-    seconds /= mesh.size * PEAK_FLOPS[machine.chip] * machine.mfu
+    flops = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count / mesh.size
     sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
-    collectives = read_collectives(compile_step(recipe, mesh, state), mesh.size)
+    compiled = None
+    if can_compile(target):
+        compiled = compile_lowered(lower_step(recipe, mesh, state), mesh.size)
+        if compiled is None:
+            raise ValueError(
+                f"batch_size={run.batch_size}: a step does not fit the memory of a "
+                f"{machine.chip}, as its compiler says; lower it, add --remat or --fsdp, or --fit"
+            )
+        collectives = compiled.collectives
+    else:
+        collectives = read_collectives(compile_step(recipe, mesh, state), mesh.size)
     return Estimate(
         devices=mesh.size,
         fsdp=run.fsdp,
@@ -124,12 +145,96 @@ def dry_run(recipe: Recipe, machine: Machine) -> Estimate:
         bytes_per_step=count,
         trained=sum(sizes.values()) - frozen,
         frozen=frozen,
-        memory=estimate_memory(recipe, mesh, state, machine.chip),
+        memory=estimate_memory(recipe, mesh, state, find_chip(machine.chip).platform),
         collectives=collectives,
         machine=machine,
-        compute_seconds=seconds,
+        compute_seconds=flops / (find_chip(machine.chip).peak * machine.mfu),
         collective_seconds=sum(each.seconds(1e9 * machine.link_gbytes) for each in collectives),
+        flops=flops,
+        target=target.name if target else "",
+        compiled=compiled,
     )
+
+
+def can_compile(target: Target | None) -> bool:
+    """Whether the target's own compiler is here; otherwise a dry run is an estimate."""
+    return target is not None and target.chip.platform in COMPILED_PLATFORMS and has_libtpu()
+
+
+def _prepare(recipe: Recipe, machine: Machine, target: Target | None) -> tuple[Recipe, Mesh]:
+    """The recipe with its devices and dtype, and their mesh."""
+    machine.check()
+    run = recipe.train
+    if run.compute_dtype == "auto":
+        run = replace(run, compute_dtype="bfloat16")
+    if target is not None:
+        if run.devices not in (0, target.devices):
+            raise ValueError(
+                f"devices={run.devices}: {target.name} has {target.devices}; leave it out"
+            )
+        run = replace(run, devices=target.devices)
+        if run.devices % run.fsdp:
+            raise ValueError(f"fsdp={run.fsdp}: must divide the number of devices, {run.devices}")
+    recipe = replace(recipe, train=run)
+    if target is not None and can_compile(target):
+        return recipe, topology_mesh(target, run.fsdp, run.tensor)
+    require_devices(run.devices)
+    return recipe, meshes.make_mesh(run.devices, run.fsdp, run.tensor)
+
+
+def largest_batch(
+    recipe: Recipe, machine: Machine, target: Target | None = None
+) -> tuple[Recipe, int]:
+    """The recipe with the largest batch whose step fits the chip's memory, and that step's bytes.
+
+    Batches are multiples of the devices and of `accumulation_steps`, and the largest is found as
+    `largest_fitting` says. The bytes are the compiler's,
+    or the estimate's, as in `dry_run`. Raises `ValueError` if no batch fits.
+    """
+    recipe, mesh = _prepare(recipe, machine, target)
+    places = meshes.row_places(mesh)
+    chip, unit = find_chip(machine.chip), places * recipe.train.accumulation_steps
+    state = abstract_state(recipe, mesh)
+
+    def sized(rows: int) -> Recipe:
+        return replace(recipe, train=replace(recipe.train, batch_size=rows * unit))
+
+    def peak(rows: int) -> int | None:
+        if not can_compile(target):
+            needed = estimate_memory(sized(rows), mesh, state, chip.platform).peak
+        else:
+            compiled = compile_lowered(lower_step(sized(rows), mesh, state), mesh.size)
+            needed = math.inf if compiled is None else compiled.peak
+        return int(needed) if needed <= chip.memory else None
+
+    start = max(1, recipe.train.batch_size // unit)
+    rows, needed = largest_fitting(peak, start, chip.memory)
+    if not rows:
+        raise ValueError(
+            f"model: a step of one row on each device does not fit the memory of a {machine.chip}; "
+            "take larger devices, a larger fsdp, or add --remat"
+        )
+    return sized(rows), needed
+
+
+def largest_fitting(peak: Callable[[int], int | None], start: int, limit: int) -> tuple[int, int]:
+    """(the largest number n >= 1 that fits `limit`, its bytes), (0, 0) if 1 does not.
+
+    `peak(n)` is the bytes of n, or None if n does not fit; they grow with n. As n takes minutes to
+    compile, it is not asked of every number: from `start` on in proportion to what is left, then by
+    bisection, and above 32 a thirty-second part more may fit.
+    """
+    low, needed, high, now = 0, 0, 0, start
+    while not high or high - low > 1 + low // 32:
+        found = peak(now)
+        if found is None:
+            high = now
+        else:
+            low, needed = now, found
+        # Part of the bytes does not grow: what is in proportion to n is seldom too much.
+        more = max(low + 1 + low // 32, int(low * limit / max(needed, 1)))
+        now = (low + high) // 2 if high else more
+    return low, needed
 
 
 def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
@@ -142,12 +247,19 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
-    """The text of the compiled step."""
-    run, parts = recipe.train, trainable(recipe, state.params)
+    """The text of the step compiled for simulated devices."""
     # A CPU's compiler widens bfloat16, including in collectives, but not float16, which has as many
     # bytes.
-    dtype = steps.compute_dtype(run)
+    dtype = steps.compute_dtype(recipe.train, mesh)
     dtype = jnp.dtype(jnp.float16) if dtype == jnp.bfloat16 else dtype
+    return lower_step(recipe, mesh, state, dtype).compile(compiler_options=_QUICKLY).as_text()
+
+
+def lower_step(
+    recipe: Recipe, mesh: Mesh, state: steps.TrainState, dtype: jnp.dtype | None = None
+) -> Any:
+    """The lowered step, for the devices of `mesh`; products in `dtype`, by default the recipe's."""
+    run, parts = recipe.train, trainable(recipe, state.params)
     bind, _ = define_model(recipe.model, adapters_of(recipe))
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
     step = steps.make_train_step(
@@ -155,19 +267,18 @@ def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
     )
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=meshes.batch_sharding(mesh))
-    lowered = step.lower(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
-    return lowered.compile(compiler_options=_QUICKLY).as_text()
+    return step.lower(state, ids)  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def estimate_memory(
-    recipe: Recipe, mesh: Mesh, state: steps.TrainState, chip: str = "H100"
+    recipe: Recipe, mesh: Mesh, state: steps.TrainState, platform: str = "gpu"
 ) -> Memory:
     """The bytes of a step on each device, by kind, and the peak."""
     run = recipe.train
     moving = without(state.params, trainable(recipe, state.params).frozen)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part((state.opt_state, state.average))
-    dtype = steps.compute_dtype(run)
+    dtype = steps.compute_dtype(run, mesh)
     # The layers of one device: what it holds and computes follows from the shapes of its parts.
     layers = meshes.layer_shapes(mesh, state.params)
     working = jax.eval_shape(lambda params: cast_params(params, dtype), layers)
@@ -177,7 +288,7 @@ def estimate_memory(
         for name, leaf in working.items()
         if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
     )
-    saved = residuals(recipe, mesh, working, chip)
+    saved = residuals(recipe, mesh, working, platform)
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
     about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in saved if x not in about_logits]
@@ -229,8 +340,11 @@ def require_memory(recipe: Recipe) -> None:
     )
 
 
-def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]:
-    """The arrays that one device with such a chip keeps for the backward pass of a micro-batch."""
+def residuals(recipe: Recipe, mesh: Mesh, working: Any, platform: str) -> list[Held]:
+    """The arrays that one device keeps for the backward pass of a micro-batch.
+
+    `platform` is the device's, "gpu" or "tpu".
+    """
     bind, _ = define_model(recipe.model, adapters_of(recipe))
     rows, pad_id = _rows(recipe, mesh), recipe.model.vocab.pad_id
     moving = without(working, trainable(recipe, working).frozen)
@@ -243,7 +357,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, chip: str) -> list[Held]
         total, _ = cross_entropy(output.logits, ids, pad_id)
         return total + output.extra_loss.sum()
 
-    with pretend_platform(platform_of(chip)):
+    with pretend_platform(platform):
         return saved_for_backward(nats, moving, fixed, ids, keys)
 
 
@@ -291,6 +405,7 @@ def describe(name: str, estimate: Estimate) -> str:
         f"  logits           {gib['logits']}   including the loss's copies and their gradient",
         f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
         f"  at once          {gib['peak']}   at most",
+        *_about_compiled(estimate),
         "collectives of a step",
     ]
     for each in estimate.collectives:
@@ -313,6 +428,29 @@ def _shape(estimate: Estimate) -> str:
     return f"data {groups} x fsdp {estimate.fsdp}{tensor}"
 
 
+def _about_compiled(estimate: Estimate) -> list[str]:
+    """What the target's compiler says, or that it was not asked."""
+    compiled, chip = estimate.compiled, find_chip(estimate.machine.chip)
+    if not estimate.target:
+        return []
+    if compiled is None:
+        why = "install libtpu (pip install 'bytelm[aot]') for the compiler's own figures"
+        why = why if chip.platform in COMPILED_PLATFORMS else "a GPU's compiler is not asked"
+        return [f"an estimate for {estimate.target}, of {estimate.devices} simulated CPUs: {why}"]
+    peak, kernels = compiled.peak / 2**30, compiled.kernel_flops / 1e9
+    return [
+        f"compiled for {estimate.target}",
+        f"  needs            {peak:9.3f} GiB of {chip.memory / 2**30:g}: "
+        f"{compiled.arguments / 2**30:.3f} of state, {compiled.temporaries / 2**30:.3f} of "
+        f"temporaries, {compiled.program / 2**30:.3f} of program",
+        f"  work             {compiled.flops / 1e9:9,.1f} GFLOP, {kernels:,.1f} of them in "
+        f"attention kernels: {compiled.flops / estimate.flops:.2f} x the model's own "
+        f"{estimate.flops / 1e9:,.1f}",
+        f"  padding          {100 * compiled.padding / max(compiled.written, 1):9.1f} % of the "
+        f"{compiled.written / 1e9:,.2f} GB that are written, added by layouts",
+    ]
+
+
 def _about_frozen(estimate: Estimate) -> list[str]:
     """What is frozen, and what the rest takes on each device, if anything is."""
     if not estimate.frozen:
@@ -329,6 +467,9 @@ def as_json(name: str, estimate: Estimate) -> dict[str, Any]:
     """The estimate as one object; memory in bytes, times in seconds."""
     fields = estimate._asdict() | {"memory": estimate.memory._asdict()}
     fields |= {"machine": estimate.machine._asdict()}
+    if estimate.compiled is not None:
+        whole = estimate.compiled._asdict() | {"peak": estimate.compiled.peak}
+        fields["compiled"] = {k: v for k, v in whole.items() if k != "collectives"}
     speed = 1e9 * estimate.machine.link_gbytes
     fields["collectives"] = [
         asdict(each) | {"seconds": each.seconds(speed)} for each in estimate.collectives

@@ -16,6 +16,7 @@ from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
+from bytelm_jax.kernels.backend import compiling_for
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import cast_params
 from bytelm_jax.training import mesh as meshes
@@ -108,7 +109,7 @@ def _byte_nats(
 ) -> tuple[Array, Array]:
     ids = as_ids(ids)
     cast = params if dtype is None else cast_params(params, dtype)
-    with meshes.layers_on(mesh):
+    with compiling_for(mesh.devices.flat[0]), meshes.layers_on(mesh):
         logits = bind(meshes.gather(mesh, cast))(ids)
     counted = counted_ids(ids, pad_id, mask)
     counted = counted if end_id is None else counted & (ids != end_id)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bytelm.chips import unknown_peak
 from bytelm.config import (
     Recipe,
     TrainConfig,
@@ -108,8 +109,9 @@ def what_it_is(
     """The first lines of a run; `params` may be abstract."""
     sizes = {name: leaf.size for name, leaf in params.items()}
     frozen = sum(sizes[name] for name in parts.frozen)
-    machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(recipe.train)}"
-    return first_lines(recipe, data, sum(sizes.values()), machine, frozen)
+    machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(recipe.train, mesh)}"
+    lines = first_lines(recipe, data, sum(sizes.values()), machine, frozen)
+    return lines + unknown_peak(mesh.devices.flat[0].device_kind)
 
 
 @contextmanager
@@ -201,7 +203,7 @@ def _train(
         del trained, begun  # whole copies of the weights, and the run is long
         if recipe.model.has_patching_contract:
             recipe = agree_on_patches(recipe, state, mesh, windows, bool(start))
-    row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run))
+    row_nats = make_row_nats(bind, vocab.pad_id, mesh, steps.compute_dtype(run, mesh))
 
     # ---- what is open for the length of the run ----
     order = (recipe.data.shuffle_seed, start, *part, recipe.data.order)

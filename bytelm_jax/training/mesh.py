@@ -7,8 +7,8 @@ across groups (Rajbhandari et al. 2020, stage 3; Zhao et al. 2023, "hybrid shard
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array
 from bytelm.config import TrainConfig
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.partitioned import partitioned
+from bytelm_jax.kernels.rows import split_rows
 from bytelm_jax.models import Params
 from bytelm_jax.training import topology
 from bytelm_jax.training.tensor import tensor_axis
@@ -290,9 +291,14 @@ class _Cut:
         return jax.shard_map(function, mesh=self._mesh, in_specs=inputs, out_specs=result)
 
 
-def layers_on(mesh: Mesh) -> AbstractContextManager[None]:
-    """Within this context layers are traced as they are cut over `mesh`."""
-    return partitioned(_Cut(mesh) if tensor_parts(mesh) > 1 else None)
+@contextmanager
+def layers_on(mesh: Mesh) -> Iterator[None]:
+    """Within this context layers are traced as they, and the rows of a batch, are cut over `mesh`.
+
+    It is meant for `jit`; inside `shard_map` a device sees its own rows anyway.
+    """
+    with partitioned(_Cut(mesh) if tensor_parts(mesh) > 1 else None), split_rows(mesh, ROWS):
+        yield
 
 
 def put_batch(mesh: Mesh, rows: np.ndarray) -> Array:

@@ -19,6 +19,7 @@ from jaxtyping import Array
 
 from bytelm.config import TrainConfig
 from bytelm.trainable import EVERYTHING, Trainable
+from bytelm_jax.kernels.backend import compiling_for
 from bytelm_jax.layers.ids import as_ids
 from bytelm_jax.models import Params, cast_params
 from bytelm_jax.optimizers.build import global_norm, optimizer_metrics, without
@@ -66,11 +67,20 @@ class TrainState(NamedTuple):
         return self._replace(params=params, average=average)
 
 
-def compute_dtype(train: TrainConfig) -> jnp.dtype:
-    """The dtype of products: as configured, or what suits this machine."""
+def platform_of(mesh: Mesh) -> str:
+    """The platform that programs over `mesh` are compiled for: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def compute_dtype(train: TrainConfig, mesh: Mesh | None = None) -> jnp.dtype:
+    """The dtype of products: as configured, or what suits the devices of `mesh`.
+
+    Without a mesh: what suits this machine's devices.
+    """
     name = train.compute_dtype
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        platform = jax.default_backend() if mesh is None else platform_of(mesh)
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -92,8 +102,9 @@ def compile_init(
     `template` is the result of `abstract_init`.
     """
     # It runs once: on a CPU, compiling it with all optimisations would take longer than it saves.
-    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     shardings = jax.tree.map(lambda x: x.sharding, template)
+    on_cpu = all(each.platform == "cpu" for each in template.step.sharding.device_set)
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
     make = _initialiser(optimizer, init, template.average)
     return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
 
@@ -145,7 +156,7 @@ def compiling(
     `masked` that ids come with which are counted. A GPU measures kernels while it compiles, and
     nothing else may run meanwhile.
     """
-    if jax.default_backend() != "cpu":
+    if platform_of(mesh) != "cpu":
         yield
         return
     like = partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
@@ -186,10 +197,11 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """The compiled step `(state, ids) -> (state, metrics)`; `state` is donated.
 
-    `ids` are integers [B, T]. `dtype` is that of products, by default `compute_dtype(train)`. With
-    `names` of sources the step takes a keyword `sources`, int32 [B], the index of each row's name,
-    and metrics have a `loss/NAME` for each; NaN for one that has no rows. A keyword `counted`, bool
-    [B, T], leaves ids out of the loss that the model nevertheless reads.
+    `ids` are integers [B, T]. `dtype` is that of products, by default
+    `compute_dtype(train, mesh)`. With `names` of sources the step takes a keyword `sources`, int32
+    [B], the index of each row's name, and metrics have a `loss/NAME` for each; NaN for one that has
+    no rows. A keyword `counted`, bool [B, T], leaves ids out of the loss that the model
+    nevertheless reads.
 
     Metrics: `loss` (nats, mean over all counted ids of the global batch), `grad_norm`, the model's
     metrics, averaged over rows, and the optimizer's. Gradients of micro-batches are added before
@@ -199,7 +211,7 @@ def make_train_step(
     bit for bit; `optimizer` was built for the same `parts`.
     """
     check_batch(mesh, train)
-    dtype = compute_dtype(train) if dtype is None else dtype
+    dtype = compute_dtype(train, mesh) if dtype is None else dtype
     find = _make_gradients(bind, train, pad_id, mesh, dtype, names)
 
     def step(
@@ -207,9 +219,10 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, parts.frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        (loss, report), gradients = find(
-            state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)
-        )
+        with compiling_for(mesh.devices.flat[0]):
+            (loss, report), gradients = find(
+                state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)
+            )
         norm = global_norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
         params = jax.tree.map(jnp.add, moving, updates) | fixed
@@ -229,8 +242,7 @@ def make_train_step(
 
     # Products that share an input must not be merged: each step would first copy their kernels
     # together, which takes 3 % of a step of `blt_767m` on an H100.
-    on_gpu = jax.default_backend() == "gpu"
-    options = {"xla_gpu_dot_merger_threshold_mb": 0} if on_gpu else None
+    options = {"xla_gpu_dot_merger_threshold_mb": 0} if platform_of(mesh) == "gpu" else None
     return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from bytelm.chips import unknown_peak
 from bytelm.config import (
     Recipe,
     require,
@@ -171,7 +172,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
         frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
         devices = f"{group.size} {reporter.device} device{'s' * (group.size > 1)}"
         machine = f"{devices}, {parallel.compute_dtype(run, group.device)}"
-        lines = first_lines(recipe, found_data, parameters, machine, frozen) + notes
+        lines = first_lines(recipe, found_data, parameters, machine, frozen)
+        lines += [*notes, *unknown_peak(reporter.device)]
         how = "resuming" if resumes else "training"
         for line in (f"{how} {recipe.name} in {run_dir}, step {start}", *lines):
             display.say(line)

@@ -27,9 +27,9 @@ import jax
 from equal_time import Trainer, add_options, machine, read_row, side_by_side
 
 from bytelm import data
+from bytelm.chips import peak_flops
 from bytelm.config import BLTConfig, training_flops_per_byte
 from bytelm.files import read_json_lines
-from bytelm.metrics import peak_flops
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
 from bytelm_jax.training import step as steps

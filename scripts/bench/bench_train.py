@@ -35,8 +35,8 @@ import jax
 import numpy as np
 
 from bytelm import recipes
+from bytelm.chips import peak_flops
 from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
-from bytelm.metrics import peak_flops
 from bytelm.trainable import trainable
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer

@@ -1,0 +1,52 @@
+"""Work on rows that each device does on its own rows, with nothing to transfer.
+
+Under `jit` the compiler divides a program over devices, and does so for products and sums. What
+sorts or indexes along the rows (routing) it computes on every device for all of them, and kernels
+that are no XLA operations (Pallas) it refuses to divide. Whoever knows that the rows of a batch
+stand on several devices says so (`split_rows`), and such work is then cut explicitly.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+_split: ContextVar[tuple[Mesh, tuple[str, ...]] | None] = ContextVar("split", default=None)
+
+
+@contextlib.contextmanager
+def split_rows(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[None]:
+    """Within this context, the rows of what is traced under `jit` stand along `axes` of `mesh`."""
+    before = _split.set((mesh, axes))
+    try:
+        yield
+    finally:
+        _split.reset(before)
+
+
+def on_each_device(function: Callable[..., Any], shared: Any, *rows: Any) -> Any:
+    """`function(shared, *rows)`, in which each device sees its own rows alone.
+
+    The first axis of every array of `rows` and of the result are rows, of which those of a device
+    are together; `shared` is whole on every device, and its gradient is summed over them.
+    `function` must treat each row alike, whatever the others are. Where no rows are split, or not
+    evenly, it is called as it is.
+    """
+    split = _split.get()
+    mesh, axes = split if split else (None, ())
+    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+    if parts == 1 or any(len(x) % parts for x in jax.tree.leaves(rows)):
+        return function(shared, *rows)
+    along = jax.P(axes)
+    # What the function does is on one device: nothing in it is cut again.
+    token = _split.set(None)
+    try:
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=(jax.P(), *(along,) * len(rows)), out_specs=along
+        )(shared, *rows)
+    finally:
+        _split.reset(token)

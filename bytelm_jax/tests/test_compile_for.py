@@ -1,0 +1,145 @@
+"""`--dry-run --compile-for` and `--fit`; what needs a TPU's compiler runs where libtpu is."""
+
+import json
+
+import pytest
+
+from bytelm import recipes
+from bytelm.chips import find_chip
+from bytelm_jax.cli import main as cli
+from bytelm_jax.tools import dry_run
+from bytelm_jax.tools.compiled import kernel_flops, padded_bytes
+from bytelm_jax.tools.targets import TOPOLOGIES, read_target
+
+RUN = ["train", "megabyte_tiny", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    ("text", "chip", "devices"),
+    [("v5e:16x16", "v5e", 256), ("v4:2x2x1", "v4", 4), ("v7:2x2x1", "v7", 8), ("h100:8", "H100", 8),
+     ("tpu7x:2x2x1", "v7", 8), ("H200:3", "H200", 3)],
+)  # fmt: skip
+def test_a_target_is_read(text, chip, devices):
+    target = read_target(text)
+    assert (target.chip.name, target.devices) == (chip, devices)
+    assert read_target(target.name) == target
+
+
+@pytest.mark.parametrize("text", ["v5e:3x3", "v5e", "v5p:16x16", "h100:0", "h100:x", "l40s:8"])
+def test_an_unknown_target_lists_the_known_ones(text, capsys):
+    assert cli.main([*RUN, "--compile-for", text]) == 2
+    error = capsys.readouterr().err
+    assert f"compile_for={text}: unknown; choose one of v5e:2x2|" in error and "h100:8" in error
+    assert error.count("\n") == 1 and all(name in error for name in TOPOLOGIES)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--compile-for", "h100:8", "--chip", "H100"], "--chip: --compile-for names it"),
+        (["--compile-for", "h100:8", "--devices", "4"], "devices=4: H100 has"),
+        (["--compile-for", "h100:8", "--fsdp", "3"], "fsdp=3: must divide"),
+    ],
+)
+def test_bad_input_is_one_line(options, expected, capsys):
+    assert cli.main([*RUN, *options]) == 2
+    error = capsys.readouterr().err
+    assert expected.replace("H100 has", "h100:8 has 8") in error and error.count("\n") == 1
+
+
+def test_its_options_need_a_dry_run(capsys):
+    for options in (["--fit"], ["--compile-for", "v5e:2x2"]):
+        assert cli.main(["train", "megabyte_tiny", *options]) == 2
+        assert "need --dry-run" in capsys.readouterr().err
+
+
+def test_without_the_compiler_it_is_an_estimate_that_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(dry_run, "has_libtpu", lambda: False)
+    monkeypatch.setattr(dry_run, "compile_step", lambda *_: "")
+    for target, why in (("v5e:2x4", "install libtpu"), ("h100:8", "GPU's compiler is not asked")):
+        assert cli.main([*RUN, "--compile-for", target, "--batch-size", "8"]) == 0
+        out = capsys.readouterr().out
+        assert f"an estimate for {target}, of 8 simulated CPUs" in out and why in out
+        assert "compiled for" not in out
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 5, 8, 31])
+@pytest.mark.parametrize("start", [1, 3, 8])
+def test_the_largest_that_fits_is_found_from_wherever_it_begins(most, start):
+    asked = []
+
+    def peak(number):
+        asked.append(number)
+        return 10 * number if number <= most else None
+
+    assert dry_run.largest_fitting(peak, start, 10 * most + 9) == (most, 10 * most)
+    assert len(asked) == len(set(asked)) <= 6
+
+
+def test_a_large_number_is_found_to_a_thirty_second_part_in_few_steps():
+    asked = []
+
+    def peak(number):  # a part does not grow
+        asked.append(number)
+        return 500 + number if number <= 9500 else None
+
+    found, needed = dry_run.largest_fitting(peak, 3, 10_000)
+    assert 9500 * 31 / 32 - 1 <= found <= 9500 and needed == 500 + found and len(asked) <= 12
+
+
+def test_fit_names_the_largest_batch_that_fits(monkeypatch, capsys):
+    """A stand-in for the estimate, of a megabyte a row: 100 of them fit, in multiples of 8."""
+    small = find_chip("H100")._replace(memory=100 * 2**20)
+
+    def estimate(recipe, *_):
+        return dry_run.Memory(0, 0, 0, 0, 0, 0, recipe.train.batch_size * 2**20)
+
+    monkeypatch.setattr(dry_run, "compile_step", lambda *_: "")
+    monkeypatch.setattr(dry_run, "find_chip", lambda name: small)
+    monkeypatch.setattr(dry_run, "estimate_memory", estimate)
+    assert cli.main([*RUN, "--devices", "8", "--fit", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["batch_size"] == 96
+    assert cli.main([*RUN, "--devices", "8", "--fit"]) == 0
+    assert "the largest batch that fits: --batch-size 96, 0.094 GiB" in capsys.readouterr().out
+    monkeypatch.setattr(dry_run, "find_chip", lambda name: small._replace(memory=2**20))
+    assert cli.main([*RUN, "--devices", "8", "--fit"]) == 2
+    assert "one row on each device does not fit the memory of a H100" in capsys.readouterr().err
+
+
+HLO = """
+%fused (p: f32[8]) -> f32[8] {
+  %x.1 = f32[8,1000000]{1,0:T(8,128)} add(%p, %p)
+}
+
+ENTRY %main (a: f32[4,100]) -> f32[4,100] {
+  %a = f32[4,100]{1,0:T(8,128)} parameter(0)
+  %b.1 = bf16[4,100]{1,0:T(8,128)(2,1)} convert(%a)
+  %c.1 = f32[100,4]{0,1:T(8,128)} fusion(%a), kind=kLoop, calls=%fused
+  %splash_mha_fwd_residuals.1 = (bf16[2,16,2048,64]{3,2,1,0}) custom-call(%c), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,4,4]{2,1,0}, s8[1,4,4]{2,1,0}, bf16[2,16,2048,64]{3,2,1,0}, bf16[2,1,2048,64]{3,2,1,0}, bf16[2,1,2048,64]{3,2,1,0}, s32[2048,128]{1,0}}, frontend_attributes={}
+  %splash_mha_dkv_no_residuals.1 = (bf16[2]{0}) custom-call(%c), custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,2,4]{2,1,0}, s8[1,2,4]{2,1,0}, bf16[2,16,2048,72]{3,2,1,0}, bf16[2,1,2048,72]{3,2,1,0}, bf16[2,1,2048,64]{3,2,1,0}, s32[8,2048]{1,0}}, frontend_attributes={}
+}
+"""  # noqa: E501
+
+
+def test_the_work_of_attention_kernels_is_that_of_their_blocks():
+    causal = 2 * 2 * 16 * (1 + 2 + 3 + 4) * 512**2 * (64 + 64)
+    window = 2 * 2 * 16 * (1 + 2 + 2 + 2) * 512**2 * (2 * 72 + 2 * 64)
+    assert kernel_flops(HLO) == causal + window
+    one_row = HLO.replace("bf16[2,", "bf16[").replace("]{3,2,1,0}", "]{2,1,0}")
+    assert kernel_flops(one_row) == (causal + window) / 2
+
+
+def test_padding_is_what_whole_tiles_add_to_what_is_written():
+    plain = 400 * 2 + 400 * 4 + 2 * 16 * 2048 * 64 * 2 + 2 * 2
+    padding = (8 * 128 - 400) * 2 + (8 * 128 - 400) * 4
+    assert padded_bytes(HLO) == (plain, padding)
+
+
+def test_a_tiny_recipe_by_the_compiler(monkeypatch, capfd):
+    pytest.importorskip("libtpu")
+    assert cli.main([*RUN, "--compile-for", "v5e:2x2", "--batch-size", "4", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    compiled = found["compiled"]
+    assert 0 < compiled["peak"] < 2**30 and compiled["flops"] > found["flops"]
+    assert {each["kind"] for each in found["collectives"]} == {"all-reduce"}
+    assert recipes.get("megabyte_tiny").name == found["recipe"]

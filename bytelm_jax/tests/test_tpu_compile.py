@@ -1,0 +1,45 @@
+"""One layer of each architecture, compiled for 256 TPU chips by the TPU's own compiler.
+
+Slow, and skipped without libtpu. libtpu is no part of the extra `test`: its wheel has 203 MB, 693
+unpacked, and every job of CI would fetch it for this one test, whose processor time (about a minute
+on an idle core) is above what a default test may take. The job that runs the slow tests installs
+the extra `aot` beside `test`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bytelm_jax.tools.compiled import ENVIRONMENT
+
+PROGRAM = """
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("tpu_compile", "scripts/check/tpu_compile.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+depth = dict.fromkeys(script.stacks(script.recipes.get(sys.argv[1]).model), 1)
+print(json.dumps(script.one_depth(sys.argv[1], sys.argv[2], 1, 1, "v5e:16x16", -1.0, depth)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "form"),
+    [("megabyte_132m", "jit"), ("transformer_132m", "shard_map"), ("lfbyte_130m", "jit"),
+     ("blt_132m", "jit"), ("entropy_100m", "shard_map")],
+)  # fmt: skip
+def test_a_layer_compiles_for_a_pod_and_does_no_more_than_the_models_work(recipe, form):
+    pytest.importorskip("libtpu")
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, recipe, form],
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=580,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert found["arguments"] + found["temporaries"] < 16 * 2**30
+    # LFByte did 3.7 to 11.9 times its own work before its rows were routed within each device.
+    assert 0.5 < found["flops"] / found["model_flops"] < 2
+    assert found["all-reduce"] > 0 and not found["all-to-all"]
