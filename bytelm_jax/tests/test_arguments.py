@@ -97,7 +97,7 @@ EMPTY = {
     "eval run --data": "--data: needs a value",
     "eval run --data ''": "--data: needs a value, not an empty one",
     "eval run --data a ''": "--data: needs a value, not an empty one",
-    "eval '' --data a": "RUN: is empty",
+    "eval '' --data a": "RUNS: is empty",
     "calibrate run --data a --check": "--check: needs a value",
     "calibrate run --data a --check=": "--check: needs a value, not an empty one",
     "export run --out ''": "--out: is empty",

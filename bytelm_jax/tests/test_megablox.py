@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm import tolerances
 from bytelm_jax.kernels import grouped_matmul
 from bytelm_jax.kernels.backend import compiling_for
 from bytelm_jax.kernels.megablox import tile_rows, tiled_matmul
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
-from bytelm import tolerances
 
 
 class _Device(NamedTuple):

@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
+from bytelm import tolerances
 from bytelm.config import DataConfig, LFByteConfig, Recipe, TrainConfig
 from bytelm_jax.kernels.rows import on_each_device, split_rows
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
-from bytelm import tolerances
 
 MODEL = LFByteConfig(
     embed_dim=16, num_layers=1, num_experts=8, top_k=2, adapt_dim=16, rank=2,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bytelm import tolerances
 from bytelm_jax.kernels import attention
 from bytelm_jax.kernels.backend import compiling_for
 from bytelm_jax.kernels.rows import split_rows
@@ -15,7 +16,6 @@ from bytelm_jax.kernels.splash_attention import splash_attention
 from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
-from bytelm import tolerances
 
 
 class _Device(NamedTuple):
