@@ -18,7 +18,8 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "train_options", "arguments", "sweeps", "recipe_files", "recipes", "schedules", "starting",
+    "model_card", "shards", "folders", "modeling", "bundle", "bundle_names", "train_options",
+    "arguments", "sweeps", "recipe_files", "recipes", "schedules", "starting",
     "run_data", "runs", "remote", "data", "lora", "trainable", "export", "inspection", "patience",
     "metrics", "tracking",
     "sampling", "storage", "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules",

@@ -29,7 +29,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bytelm.config import MODEL_CONFIGS, MegabyteConfig, ModelConfig, require, to_dict
+from bytelm.config import MODEL_CONFIGS, ModelConfig, require, to_dict
 from bytelm.export import (
     FORMAT_VERSION,
     LIBRARY,
@@ -82,7 +82,7 @@ class ByteLMConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "bytelm"
-    native: ClassVar[Any] = MegabyteConfig
+    native: ClassVar[Any] = MODEL_CONFIGS[0]
     bytelm: dict[str, Any] | None = None
 
     def __post_init__(self, **fields: Any) -> None:
@@ -92,12 +92,14 @@ class ByteLMConfig(PreTrainedConfig):
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
         self.bytelm = export.describe(config, extra)
-        fields.pop("max_position_embeddings", None)  # the model says it, not a file
+        for name in ("max_position_embeddings", "num_hidden_layers"):
+            fields.pop(name, None)  # the model says it, not a file
         super().__post_init__(**fields)
         vocab = config.vocab
         self.vocab_size, self.tie_word_embeddings = vocab.size, False
         self.pad_token_id, self.bos_token_id = vocab.pad_id, vocab.bos_id
         self.eos_token_id = vocab.eos_id
+        self.num_hidden_layers = config.layer_count  # a cache that `generate` makes asks for it
         if config.longest_input is not None:  # else no attribute: programs ask whether there is one
             self.max_position_embeddings = config.longest_input - 1  # `forward` appends an id
 
