@@ -67,7 +67,9 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPE_CODES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 """The dtypes that a parameter may have: name → code in a safetensors file."""
 
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+"""Bytes of an element of each of them."""
+
 _TENSOR_SUM, _CONFIG_SUM = "sha256", "sha256_config"
 
 
@@ -360,7 +362,7 @@ def write_safetensors(
     and gives the file mode 0600 whatever the umask. Here each tensor is read twice, for its sum and
     for its data, and only one at a time is in memory.
     """
-    ordered = sorted(tensors, key=lambda name: (-_BYTES[tensors[name].dtype], name))
+    ordered = sorted(tensors, key=lambda name: (-DTYPE_BYTES[tensors[name].dtype], name))
     sums = {
         name: _sum_of_tensor(
             name, tensors[name].shape, tensors[name].dtype, raw(tensors[name].read())
@@ -372,7 +374,7 @@ def write_safetensors(
     offset = 0
     for name in ordered:
         tensor = tensors[name]
-        end = offset + math.prod(tensor.shape) * _BYTES[tensor.dtype]
+        end = offset + math.prod(tensor.shape) * DTYPE_BYTES[tensor.dtype]
         header[name] = {
             "dtype": DTYPE_CODES[tensor.dtype],
             "shape": tensor.shape,

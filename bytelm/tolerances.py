@@ -48,3 +48,9 @@ BF16_LOSS = 1e-2
 
 PEAK_MEMORY = 0.2
 """A dry run's estimate of the peak memory of one H100, relative to the measured peak."""
+
+STANDALONE_LOGITS = 1e-6
+"""Logits of the code that is exported beside a model, and of the model, in float32."""
+
+STANDALONE_LOGITS = 1e-6
+"""Logits of the code that is exported beside a model, and of the model, in float32."""

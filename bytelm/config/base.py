@@ -167,6 +167,13 @@ class ArchitectureConfig:
         return f"architecture={self.architecture!r}: transformers has no such model"
 
     @property
+    def layer_count(self) -> int:
+        """Layers of all stacks, which are the fields whose names end with `layers`."""
+        config: Any = self
+        names = [f.name for f in fields(config) if f.name.endswith("layers")]
+        return sum(getattr(self, name) for name in names)
+
+    @property
     def longest_input(self) -> int | None:
         """The longest row in bytes; None if there is no limit."""
         return None

@@ -13,7 +13,6 @@ from bytelm.config.base import (
     LARGEST_FLOAT,
     require,
 )
-from bytelm.config.blt import BLTConfig
 from bytelm.config.models import MODEL_CONFIGS
 from bytelm.config.optimizer import (
     DEFAULT_OPTIMIZER,
@@ -39,7 +38,7 @@ _ALWAYS_WRITTEN = {DataConfig: {"paths", "sequence_length", "split_seed", "shuff
 """Fields without which a file was written by a person, who leaves out what has its default."""
 
 
-_PATCHER_VERSION = 2
+_VERSIONED, _PATCHER_VERSION = "blt", 2
 """Written with every BLT. Files without it have version 1, whose `space` is the patcher `word`."""
 
 
@@ -52,9 +51,9 @@ def to_dict(config: Any) -> Any:
     """JSON-ready form of a config; one of a tagged union begins with its tag."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        if isinstance(config, BLTConfig):
-            fields["patcher_version"] = _PATCHER_VERSION
         tag = _TAGS.get(type(config))
+        if tag and getattr(config, tag) == _VERSIONED:
+            fields["patcher_version"] = _PATCHER_VERSION
         return {tag: getattr(config, tag), **fields} if tag else fields
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
@@ -96,7 +95,7 @@ def model_from_dict(value: Any, where: str = "model") -> Any:
         isinstance(tag, str) and tag in known,
         f"{where}.architecture={tag!r}: choose one of {', '.join(known)}",
     )
-    if known[tag] is BLTConfig:
+    if tag == _VERSIONED:
         version = fields.pop("patcher_version", 1)
         newest = f"choose 1 or {_PATCHER_VERSION}, or install a newer bytelm"
         require(version in (1, 2), f"{where}.patcher_version={version!r}: {newest}")

@@ -6,8 +6,9 @@ JAX.
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe, to_dict
@@ -21,9 +22,12 @@ def export_command(
     /,
     out: Path,
     checkpoint: str = "latest",
-    format: Literal["bytelm", "hf-blt"] = "bytelm",
+    format: Literal["bytelm", "hf", "hf-blt"] = "bytelm",
     average: bool = True,
     adapter: bool = False,
+    max_shard_size: str = "",
+    license: str = "",
+    check: bool = False,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -32,9 +36,11 @@ def export_command(
 ) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
 
-    With --format hf-blt, writes them for `BltForCausalLM.from_pretrained(OUT)` of transformers.
-    Adapters are merged into the weights; --adapter writes them alone, for peft's
-    `PeftModel.from_pretrained(MODEL, OUT)`, MODEL as of `bytelm_torch.hf.from_native`.
+    With --format hf, writes a folder that transformers loads where bytelm is not installed, by
+    `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`. With --format hf-blt,
+    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. Adapters are merged into
+    the weights; --adapter writes them alone, for peft's `PeftModel.from_pretrained(MODEL, OUT)`,
+    MODEL as of `bytelm_torch.hf.from_native`.
 
     Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
 
@@ -42,40 +48,98 @@ def export_command(
         run: the run folder.
         out: the folder to write.
         checkpoint: latest, best or a step.
-        format: bytelm, or hf-blt for a Byte Latent Transformer in transformers' own layout.
+        format: bytelm, hf (with the model's code), or hf-blt for transformers' own BLT layout.
         average: of a run with train.average_decay, write the average of its weights.
         adapter: write the low-rank adapter alone, as peft does.
+        max_shard_size: with --format hf, most bytes of a file of weights; by default 50GB.
+        license: with --format hf, the licence in the model card, as mit; by default unknown.
+        check: with --format hf, compare what transformers loads with JAX, for the model card.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
         bos_id: the id of the beginning of a sequence.
         eos_id: the id of the end of a sequence.
     """
-    from bytelm_jax.interop import convert, hf_blt
-    from bytelm_jax.interop.vocab import remap_vocab
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    asked = {"size": vocab_size, "offset": vocab_offset}
-    asked |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
-    asked = {name: value for name, value in asked.items() if value != -1}
+    ids = {"size": vocab_size, "offset": vocab_offset}
+    ids |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
+    asked = {name: value for name, value in ids.items() if value != -1}
+    _refuse(format, adapter, asked, max_shard_size=max_shard_size, license=license, check=check)
     if adapter:
-        what = "--adapter: an adapter has its model's ids and layout"
-        if asked or format != "bytelm":
-            raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
         return _export_adapter(run, out, checkpoint, average)
-    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
-    vocab = replace(recipe.model.vocab, **asked)
-    model, params = remap_vocab(recipe.model, params, vocab)
-    recipe = replace(recipe, model=model)
+    if format == "hf":
+        return _export_hf(run, out, checkpoint, average, asked, max_shard_size, license, check)
+    from bytelm_jax.interop import convert, hf_blt
+
+    recipe, params, step, extra = _load(run, checkpoint, average, asked)
     if format == "hf-blt":
         hf_blt.export_hf_blt(recipe.model, params, out)
     else:
-        extra = {"recipe": recipe.name, "step": step}
-        if recipe.patching:
-            extra["patching"] = to_dict(recipe.patching)
         convert.export_model(recipe.model, params, out, extra)
     print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
     return 0
+
+
+def _refuse(format: str, adapter: bool, asked: dict[str, int], **only_hf: Any) -> None:
+    """Raises `UsageError` for options that have no effect beside the others."""
+    for name in (name for name, value in only_hf.items() if value and format != "hf"):
+        raise UsageError(f"--{name.replace('_', '-')}: needs --format hf; leave it out or add that")
+    if adapter and (asked or format != "bytelm"):
+        what = "--adapter: an adapter has its model's ids and layout"
+        raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
+
+
+def _load(
+    run: Path, checkpoint: str, average: bool, asked: dict[str, int]
+) -> tuple[Recipe, Any, int, dict[str, Any]]:
+    """Recipe and parameters with the ids that were asked for, the step, and what a file records."""
+    from bytelm_jax.interop.vocab import remap_vocab
+    from bytelm_jax.training import checkpoint as checkpoints
+
+    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
+    vocab = replace(recipe.model.vocab, **asked)
+    model, params = remap_vocab(recipe.model, params, vocab)
+    extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
+    if recipe.patching:
+        extra["patching"] = to_dict(recipe.patching)
+    return replace(recipe, model=model), params, step, extra
+
+
+def _export_hf(
+    run: Path,
+    out: Path,
+    checkpoint: str,
+    average: bool,
+    asked: dict[str, int],
+    max_shard_size: str,
+    license: str,
+    check: bool,
+) -> int:
+    from bytelm.model_card import check_licence, model_card
+    from bytelm.shards import parse_size
+    from bytelm_jax.interop import hf_folder
+    from bytelm_jax.parity import standalone
+
+    shard_bytes = parse_size(max_shard_size or "50GB")
+    check_licence(license)
+    hf_folder.check_out(out)
+    if check:
+        standalone.require_installed()
+    recipe, params, step, extra = _load(run, checkpoint, average, asked)
+    card = partial(model_card, recipe, step, license or "unknown", _records(run))
+    compare = partial(standalone.check_folder, recipe.model, params) if check else None
+    files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
+    print(f"wrote {', '.join(files)} in {out} (step {step})")
+    return 0
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, if it has any: an imported one has none."""
+    from bytelm.metrics import read_metrics
+    from bytelm.remote.copies import NO_ARRAYS
+
+    with local_copy(run, NO_ARRAYS) as folder:
+        file = folder / "metrics.jsonl"
+        return read_metrics(file) if file.is_file() else []
 
 
 def _export_adapter(run: Path, out: Path, checkpoint: str, average: bool) -> int:

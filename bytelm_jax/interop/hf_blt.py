@@ -19,7 +19,12 @@ from jaxtyping import Array
 from bytelm import export
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
 from bytelm_jax.interop import convert
-from bytelm_jax.interop.hf_tokenizer import tokenizer_files
+from bytelm_jax.interop.hf_tokenizer import (
+    BLT_SPECIALS,
+    special_ids,
+    suppressed_ids,
+    tokenizer_files,
+)
 from bytelm_jax.models import Params, abstract_params
 
 # Fields that a transformers of any version omits from config.json when they equal the default.
@@ -287,7 +292,7 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
         "encoder_hash_byte_group_nb_functions": c.ngram_functions,
         "tie_word_embeddings": False,
         "use_cache": False,  # with its cache, transformers' generate fails on these models
-        **_special_ids(vocab),
+        **special_ids(vocab),
         **rope,
         "encoder_config": local | encoder | rope | {"cross_attn_all_layers": False},
         "decoder_config": local | decoder | rope | {"cross_attn_all_layers": True},
@@ -299,15 +304,9 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
     }
 
 
-def _special_ids(vocab: ByteVocab) -> dict[str, int]:
-    return {f"{name}_token_id": getattr(vocab, f"{name}_id") for name in ("bos", "eos", "pad")}
-
-
 def generation_config_of(vocab: ByteVocab) -> dict[str, Any]:
     """The `generation_config.json` of transformers: no cache, and bytes or the end alone."""
-    bytes_or_end = {*range(vocab.offset, vocab.offset + 256), vocab.eos_id}
-    silent = [i for i in range(vocab.size) if i not in bytes_or_end]
-    return {"use_cache": False, "suppress_tokens": silent, **_special_ids(vocab)}
+    return {"use_cache": False, "suppress_tokens": suppressed_ids(vocab), **special_ids(vocab)}
 
 
 def _stack(layers: int, heads: int, kv_heads: int, hidden: int) -> dict[str, Any]:
@@ -383,6 +382,6 @@ def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     fields = blt_config_to_hf(config, dtype)
     write = partial(convert.write_params, renamed, export.sum_of_json(fields))
     beside = {"generation_config.json": generation_config_of(config.vocab)}
-    beside |= tokenizer_files(config.vocab)
+    beside |= tokenizer_files(config.vocab, BLT_SPECIALS, bos_first=True)
     texts = {name: export.config_text(content) for name, content in beside.items()}
     export.replace_export(Path(out), write, export.config_text(fields), texts)

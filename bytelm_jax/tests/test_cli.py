@@ -232,6 +232,33 @@ def test_export_import_there_and_back(run, export, tmp_path, text, capsys):
     assert "not an empty folder" in refused(capsys, "import", export, "--out", again)
 
 
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--license", "mit"], "--license: needs --format hf"),
+        (["--format", "hf", "--max-shard-size", "5XB"], "max_shard_size=5XB: give a size"),
+        (["--format", "hf", "--license", "a b"], "license='a b': give an identifier"),
+    ],
+)
+def test_options_of_a_folder_for_transformers_are_refused(options, why, run, tmp_path, capsys):
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "out"), *options]) == 2
+    assert why in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_for_transformers_has_a_model_card(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    argv = ["export", str(run), "--out", str(out), "--format", "hf", "--license", "mit"]
+    assert cli.main(argv) == 0 and cli.main(argv) == 0  # in place of the first
+    assert os.listdir(tmp_path) == ["out"]
+    card = (out / "README.md").read_text("utf-8")
+    record = [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    bits = [each["validation_bits_per_byte"] for each in record if "validation_loss" in each][-1]
+    for part in ("license: mit\n", "`words.txt`", f"{bits:.4f} on", "Not checked when"):
+        assert part in card
+    assert str(run.parent.parent) not in card  # no place on this machine
+    assert bytelm_torch.from_pretrained(out).config == load_run(run)[0].model
+
+
 def test_parity_passes_and_names_the_first_difference(run, export, tmp_path, text, capsys):
     argv = ["--data", str(text), "--length", "11"]
     records = tmp_path / "records.jsonl"  # of which the loss is that of the completions

@@ -14,6 +14,7 @@ appends an id that no logit sees and returns ours from position 1 on. B rows, T 
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, no_type_check
 
 import torch
@@ -29,7 +30,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bytelm.config import MODEL_CONFIGS, MegabyteConfig, ModelConfig, require, to_dict
+from bytelm.config import MODEL_CONFIGS, ModelConfig, require, to_dict
 from bytelm.export import (
     FORMAT_VERSION,
     LIBRARY,
@@ -40,7 +41,7 @@ from bytelm.export import (
 )
 from bytelm_torch.interop import export
 from bytelm_torch.interop.finite import first_non_finite
-from bytelm_torch.interop.transformers_cache import ByteCache
+from bytelm_torch.interop.transformers_cache import ByteCache, given_cache
 from bytelm_torch.interop.transformers_inputs import (
     check_labels,
     check_positions,
@@ -65,6 +66,10 @@ __all__ = [
 _IGNORED = -100
 """The label that transformers leaves out of the loss."""
 
+_OUTPUTS = {field.name for field in fields(CausalLMOutputWithPast)}
+_CACHE = "cache" if "cache" in _OUTPUTS else "past_key_values"
+"""What transformers calls a cache: `past_key_values` before release 5.24."""
+
 _PREFIX = "model."
 """What the wrapper's tensors are called beyond their names in an export."""
 
@@ -82,7 +87,7 @@ class ByteLMConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "bytelm"
-    native: ClassVar[Any] = MegabyteConfig
+    native: ClassVar[Any] = MODEL_CONFIGS[0]
     bytelm: dict[str, Any] | None = None
 
     def __post_init__(self, **fields: Any) -> None:
@@ -92,12 +97,14 @@ class ByteLMConfig(PreTrainedConfig):
         why = f"must be {kind.architecture!r} in a {type(self).__name__}"
         require(isinstance(config, kind), f"bytelm.architecture={config.architecture!r}: {why}")
         self.bytelm = export.describe(config, extra)
-        fields.pop("max_position_embeddings", None)  # the model says it, not a file
+        for name in ("max_position_embeddings", "num_hidden_layers"):
+            fields.pop(name, None)  # the model says it, not a file
         super().__post_init__(**fields)
         vocab = config.vocab
         self.vocab_size, self.tie_word_embeddings = vocab.size, False
         self.pad_token_id, self.bos_token_id = vocab.pad_id, vocab.bos_id
         self.eos_token_id = vocab.eos_id
+        self.num_hidden_layers = config.layer_count  # a cache that `generate` makes asks for it
         if config.longest_input is not None:  # else no attribute: programs ask whether there is one
             self.max_position_embeddings = config.longest_input - 1  # `forward` appends an id
 
@@ -162,13 +169,15 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        cache: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, T, V], those behind each id.
 
         `attention_mask` is 0 where an id is none of its row's, wherever that is: at its logits
         stands what follows the ids before it. `past_key_values` is a cache that an earlier call
-        gave; the mask spans its ids, too, and may leave out others of them than before.
+        gave; the mask spans its ids, too, and may leave out others of them than before. From
+        release 5.24 on transformers calls it `cache`; either name is taken.
         `use_cache=True` without a past gives one, and the logits of the next id alone, [B, 1, V].
         `position_ids` must be those of one text a row. A row as long as the model allows has NaN
         in the place of its last logits, and is taken with `labels` alone.
@@ -177,18 +186,16 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         combination that cannot be honoured.
         """
         refuse(others)
-        ids, past = checked_ids(input_ids, self.model.config.vocab), past_key_values
-        require(
-            past is None or isinstance(past, ByteCache),
-            f"past_key_values={type(past).__name__}: give the cache of an earlier call",
-        )
+        past = given_cache(past_key_values, cache)
+        ids = checked_ids(input_ids, self.model.config.vocab)
         seen = 0 if past is None else past.get_seq_length()
         real = checked_mask(attention_mask, (len(ids), seen + ids.shape[1]))
         if past is not None or use_cache:
             require(labels is None, "labels: a loss has no cache; leave out use_cache and the past")
             past = ByteCache(self.model, len(ids), self._limit()) if past is None else past
             logits = past.extend(ids, real, position_ids)
-            output = CausalLMOutputWithPast(logits=logits, past_key_values=past)  # pyright: ignore
+            named: dict[str, Any] = {_CACHE: past}
+            output = CausalLMOutputWithPast(logits=logits, **named)
         else:
             check_labels(labels, (len(ids), ids.shape[1]))
             output = self._uncached(ids, real, position_ids, labels, num_items_in_batch)

@@ -164,6 +164,16 @@ class ByteCache:
         return torch.stack(kept, dim=1)[rows, places], state
 
 
+def given_cache(past_key_values: Any, cache: Any) -> ByteCache | None:
+    """The cache that a call gives by one of its two names; raises `ValueError` for another kind."""
+    require(past_key_values is None or cache is None, "cache, past_key_values: give one of them")
+    name = "past_key_values" if cache is None else "cache"
+    past = past_key_values if cache is None else cache
+    if past is not None and not isinstance(past, ByteCache):
+        raise ValueError(f"{name}={type(past).__name__}: give the cache of an earlier call")
+    return past
+
+
 def _each_tensor(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same tree of tuples with `change` applied to every tensor that has rows."""
     if isinstance(tree, Tensor):
