@@ -44,7 +44,7 @@ def test_both_packages_freeze_and_scale_alike(name, x64):
     batches = ragged_batches(config, 12, 4, 11)
     train = TrainConfig(steps=12, batch_size=4, devices=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
+        patch.setattr(steps, "compute_dtype", lambda *_: jnp.dtype("float64"))
         _, state = run_jax(config, optimizer, train, batches, params, parts)
     run_torch(twin, optimizer, batches, parts)
     ours, before = to_torch(state.params), to_torch(params)

@@ -111,7 +111,7 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     train = TrainConfig(steps=200, batch_size=4, devices=1, average_decay=0.99)
     batches = ragged_batches(config, 200, 4, 11)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
+        patch.setattr(steps, "compute_dtype", lambda *_: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params, parts, lora)
     build_optimizer(optimizer, twin, parts=parts)  # freezes what does not train
     average = Average(twin, train.average_decay)

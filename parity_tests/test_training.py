@@ -107,7 +107,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
     batches = ragged_batches(config, count, 4, 11)
     # float64 all the way: cast_params would make the products float32.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
+        patch.setattr(steps, "compute_dtype", lambda *_: jnp.dtype("float64"))
         reports, state = run_jax(config, optimizer, train, batches, params)
     try:
         agent_reports = run_torch(twin, optimizer, batches)
@@ -234,7 +234,7 @@ def test_muon_of_kernels_in_parts_is_muon_of_whole_kernels(change, x64):
     for layout in layouts:
         train = TrainConfig(steps=2, batch_size=4, **layout)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(steps, "compute_dtype", lambda train: jnp.dtype("float64"))
+            patch.setattr(steps, "compute_dtype", lambda *_: jnp.dtype("float64"))
             params = random_params(SMALL, "float64")
             ends.append(run_jax(SMALL, muon, train, FIVE[:2, :4], params)[1])
     for name, value in ends[0].params.items():

@@ -116,7 +116,8 @@ class MultiQueryAttention(nnx.Module):
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         q, both = normalized_linears(self.norm, x, self.to_q, self.to_kv)
         k, v = jnp.split(both, 2, axis=-1)
-        return q.reshape(*x.shape[:-1], -1, self.head_dim), k, v
+        heads = q.shape[-1] // self.head_dim  # those of this device; x may hold nothing
+        return q.reshape(*x.shape[:-1], heads, self.head_dim), k, v
 
     def _attend(
         self,
@@ -133,4 +134,6 @@ class MultiQueryAttention(nnx.Module):
 
     def _back(self, out: Array) -> Array:
         """[..., T, H, K] → [..., T, D]."""
-        return linear_of_rows(self.to_out, out.reshape(*out.shape[:-2], -1))
+        return linear_of_rows(
+            self.to_out, out.reshape(*out.shape[:-2], out.shape[-2] * out.shape[-1])
+        )

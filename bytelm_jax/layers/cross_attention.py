@@ -135,7 +135,9 @@ class CrossAttention(nnx.Module):
 
     def _queries(self, x: Array) -> Array:
         (queries,) = normalized_linears(self.q_norm, x, self.to_q)
-        return queries.reshape(*x.shape[:-1], -1, self.head_dim)
+        return queries.reshape(*x.shape[:-1], queries.shape[-1] // self.head_dim, self.head_dim)
 
     def _add(self, x: Array, mixed: Array) -> Array:
-        return x + (x + self.to_out(mixed.reshape(*x.shape[:-1], -1)))
+        return x + (
+            x + self.to_out(mixed.reshape(*x.shape[:-1], mixed.shape[-2] * mixed.shape[-1]))
+        )
