@@ -1,5 +1,6 @@
 """Strict numerics for every test: set before JAX makes its first array."""
 
+import gc
 import os
 import platform
 from importlib.metadata import version
@@ -42,6 +43,9 @@ install_import_hook(CHECKED, f"{shapes.__name__}.checked")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# Traces are millions of small objects that live on: looking through them as often as Python usually
+# does takes a twentieth of the time.
+gc.set_threshold(200_000, 20, 50)
 
 
 def processor() -> str:

@@ -85,7 +85,7 @@ def step_of(config, ids, **layout):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("in_action", "entropy"))) for n in MODELS],
+    [pytest.param(n, marks=[] if n in ("paper", "blt") else [pytest.mark.slow]) for n in MODELS],
 )
 def test_eight_devices_that_share_layers_compute_as_one(name, x64):
     """Loss and the gradient of every leaf, over 2 groups of 2 (fsdp) x 2 (tensor)."""
