@@ -47,8 +47,11 @@ def read_json_lines(file: Path) -> list[Any]:
 
 def require_plain_file(file: Path) -> None:
     """Raises `OSError` for a pipe, a device or a folder: reading a pipe would wait forever."""
-    if not stat.S_ISREG(file.stat().st_mode):
-        raise OSError(0, "not a plain file")
+    mode = file.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(0, "is a folder, not a file", str(file))
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "not a plain file", str(file))
 
 
 @contextmanager

@@ -164,7 +164,9 @@ def read_recipe_json(file: Path) -> Any:
     try:
         return read_json(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON ({error}); restore it from a backup") from None
+        ours = file.name == CONFIG_FILE
+        hint = "restore it from a backup" if ours else "give a run folder, or JSON with a recipe"
+        raise ValueError(f"not JSON ({error}); {hint}") from None
 
 
 def refuse_export(stored: Any, file: Path) -> None:

@@ -4,13 +4,16 @@ Help and mistakes are answered without JAX, whose import takes seconds: this mod
 standard library alone, and the commands import what they run only after parsing their arguments.
 """
 
+import contextlib
 import importlib
 import inspect
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 
 COMMANDS = {
@@ -59,7 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bytelm: {_unknown(name)}", file=sys.stderr)
         return 2
     try:
-        return _command(name)(arguments[1:])
+        with _ended_by_sigterm():
+            return _command(name)(arguments[1:])
+    except KeyboardInterrupt:  # `train` has handlers of its own, which save first
+        print(f"bytelm {name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -75,6 +82,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"bytelm {name}: out of memory: {_one_line(error)[:200]}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within this context SIGTERM ends the process as an error would: unfinished files go."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

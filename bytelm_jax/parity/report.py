@@ -169,7 +169,12 @@ def _compare(
 ) -> Report:
     import bytelm_torch
 
+    require(path.exists(), f"{path}: does not exist; check the spelling")
+    require(path.is_dir(), f"{path}: is a file; give a run folder or an export")
     exported = export.holds_weights(path)
+    chosen = not exported or which == "latest"
+    require(chosen, f"checkpoint={which}: {path} is not a run folder; leave it out")
+    require(rows >= 1, f"rows={rows}: must be at least 1")
     config = export.read_description(path).config if exported else runs.load_recipe(path).model
     length = length or _default_length(config)
     limit = config.longest_input

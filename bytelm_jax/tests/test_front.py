@@ -1,10 +1,12 @@
 """What is answered before JAX has started: help, mistakes, the version, the package's names."""
 
 import ast
+import importlib
 import importlib.metadata
 import inspect
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +15,10 @@ import pytest
 
 import bytelm
 import bytelm_jax
+from bytelm.files import replacing
 from bytelm_jax.cli.main import COMMANDS
 
+front = importlib.import_module("bytelm_jax.cli.main")
 HEAVY = ("jax", "flax", "optax", "orbax", "grain", "scipy", "torch", "matplotlib")
 
 PROGRAM = f"""
@@ -145,3 +149,24 @@ def test_the_package_offers_what_editors_see():
         assert name in dir(bytelm_jax)
     with pytest.raises(AttributeError, match="no attribute 'build_modle'"):
         bytelm_jax.build_modle  # noqa: B018
+
+
+def test_a_command_that_is_stopped_says_so_in_one_line(monkeypatch, capsys, tmp_path):
+    """And takes its unfinished files with it, by Ctrl-C as by SIGTERM."""
+
+    def stopped_by(number):
+        def command(argv):
+            with replacing(tmp_path / "out"):
+                signal.raise_signal(number)
+            return 0
+
+        return lambda name: command
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(front, "_command", stopped_by(signal.SIGINT))
+    assert front.main(["eval"]) == 130
+    assert capsys.readouterr().err == "bytelm eval: interrupted\n"
+    monkeypatch.setattr(front, "_command", stopped_by(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        front.main(["compress"])
+    assert not any(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
