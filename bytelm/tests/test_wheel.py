@@ -161,7 +161,8 @@ def test_the_wheel_in_two_empty_environments(wheel, tmp_path):
     assert run(plain / "bytelm", "--version").startswith("bytelm ")
     trained = json.loads(run(plain / "python", "-I", "-c", WITH_JAX, export))
 
-    found = re.search(r"^pip install ([\w ]+)\n(pip install --no-deps bytelm)$", README, re.M)
+    two_lines = r"^pip install ([\w ]+)\n(pip install --no-deps dist/bytelm-\*\.whl)$"
+    found = re.search(two_lines, README, re.M)
     assert found
     handful, alone = found.groups()
     bare = make_environment(tmp_path / "bare", handful.split())

@@ -126,6 +126,7 @@ def test_help_has_a_sentence_for_every_option_and_folds_what_has_no_effect(
     name, monkeypatch, capsys
 ):
     monkeypatch.setenv("COLUMNS", "80")
+    text = ""
     for optimizer in OPTIMIZER_CONFIGS if name == "megabyte_tiny" else ("adamw",):
         with pytest.raises(SystemExit):
             cli.main(["train", name, "--optimizer", optimizer, "--help"])
