@@ -117,6 +117,14 @@ def errors_about(path: Path, hint: str) -> Iterator[None]:
         raise FileError(f"{path}: {one_line(error)}") from None
 
 
+def error_line(error: BaseException) -> str:
+    """An error of a command as one line: of one of the system, the file and the reason."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return one_line(f"{where}{error.strerror}", limit=10_000)
+    return one_line(error, limit=10_000)
+
+
 def one_line(error: object, limit: int = 300) -> str:
     """The text of an error as one line of at most `limit` characters.
 

@@ -62,9 +62,9 @@ def replace_folder(
                 os.replace(old, out)
             raise
         sync_folder(out.parent)  # the renames themselves must survive a power cut
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         why = f"cannot be written ({error.strerror or one_line(error)})"
         raise ValueError(f"{out}: {why}; choose another place or free space") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)

@@ -317,8 +317,11 @@ def open_run(
 
 
 def start_notes(recipe: Recipe) -> list[str]:
-    """What to say before a run begins: of a model that transformers knows but cannot express, and
-    of adapters over weights that have learned nothing."""
+    """What to say before a run begins.
+
+    That is of a model that transformers knows but cannot express, and of adapters over weights that
+    have learned nothing.
+    """
     known, problem = recipe.model.transformers_type, recipe.model.transformers_problem
     run, notes = recipe.train, list[str]()
     if known is not None and problem is not None:

@@ -5,13 +5,15 @@ python -m bytelm_torch.compress README.md --model exports/megabyte_tiny
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from bytelm.arguments import parse_call
 from bytelm.compression import codec
-from bytelm.compression.options import default_out, default_window
-from bytelm.files import one_line
+from bytelm.compression.options import run_compress
+from bytelm.config import ModelConfig
+from bytelm.files import error_line
 
 __all__ = ["main"]
 
@@ -28,12 +30,9 @@ def run_command(command: Callable[..., int], name: str, argv: Sequence[str] | No
     try:
         argv = sys.argv[1:] if argv is None else argv
         return parse_call(command, argv, f"python -m bytelm_torch.{name}")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{name}: {one_line(f'{where}{error.strerror or error}', 10_000)}", file=sys.stderr)
-    except ValueError as error:
-        print(f"{name}: {one_line(error, limit=10_000)}", file=sys.stderr)
-    return 2
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error_line(error)}", file=sys.stderr)
+        return 2
 
 
 def _compress(
@@ -64,18 +63,16 @@ def _compress(
         streams: windows that are coded side by side; a GPU takes hundreds.
         device: where the model runs.
     """
-    codec.check_request(streams, window)
-    out = default_out(file, out)
-    codec.check_paths(file, out)
+    return run_compress(file, out, window, streams, partial(open_model, model, checkpoint, device))
 
+
+def open_model(path: Path, checkpoint: str, device: Device) -> tuple[ModelConfig, int, codec.Place]:
+    """As `run_compress` asks for it; an export does not say how long the training windows were."""
     from bytelm_torch.inference.compression import compression_place
     from bytelm_torch.interop.export import from_pretrained
 
-    loaded = from_pretrained(model, device=device, checkpoint=checkpoint)
-    window = window or default_window(loaded.config, 0)
-    summary = codec.compress_file(file, out, compression_place(loaded), window, streams)
-    print(f"wrote {out}: {summary.line}")
-    return 0
+    model = from_pretrained(path, device=device, checkpoint=checkpoint)
+    return model.config, 0, compression_place(model)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bytelm.compression import codec
-from bytelm.compression.options import default_out
-from bytelm_torch.compress import Device, run_command
+from bytelm.compression.options import run_decompress
+from bytelm_torch.compress import Device, open_model, run_command
 
 __all__ = ["main"]
 
@@ -41,31 +41,20 @@ def _decompress(
         checkpoint: of a run folder: latest, best or a step.
         device: where the model runs: where it ran before.
     """
-    header = codec.inspect_file(file)
-    out = default_out(file, out, is_compressed=True)
-    codec.check_paths(file, out)
-    place = codec.NO_MODEL
-    if header.is_coded:
-        place = _place(header, file, model, checkpoint, device)
-    summary = codec.decompress_file(file, out, place)
-    print(f"wrote {out}: {summary.line}")
-    return 0
 
+    def open_place(header: codec.Header) -> codec.Place:
+        import torch
 
-def _place(
-    header: codec.Header, file: Path, model: Path, checkpoint: str, device: Device
-) -> codec.Place:
-    import torch
+        from bytelm_torch.inference.compression import describe_machine
 
-    from bytelm_torch.inference.compression import compression_place, describe_machine
-    from bytelm_torch.interop.export import from_pretrained
+        threads = header.machine.get("threads", "")
+        if threads.isdigit() and 1 <= int(threads) <= 1024:
+            torch.set_num_threads(int(threads))  # the one thing that can be made equal here
+        if device != "cuda" or torch.cuda.is_available():
+            codec.check_machine(header, describe_machine(torch.device(device)), file)
+        return open_model(model, checkpoint, device)[2]
 
-    threads = header.machine.get("threads", "")
-    if threads.isdigit() and 1 <= int(threads) <= 1024:
-        torch.set_num_threads(int(threads))  # the one thing that can be made equal here
-    if device != "cuda" or torch.cuda.is_available():
-        codec.check_machine(header, describe_machine(torch.device(device)), file)
-    return compression_place(from_pretrained(model, device=device, checkpoint=checkpoint))
+    return run_decompress(file, out, open_place)
 
 
 if __name__ == "__main__":

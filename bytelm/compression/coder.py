@@ -16,6 +16,9 @@ from collections.abc import Callable
 import numpy as np
 
 WORD_BYTES = 2
+ONE = 2.0**30
+"""The count of probability 1: float32 has no finer steps near it, and 256 of them fit 32 bits."""
+
 _WORD = np.uint64(16)
 _LEAST = np.uint64(1 << 48)  # a smaller width is multiplied by 2^16, and a word is written
 _LAST_WORD = np.uint64(48)

@@ -1,10 +1,11 @@
 """`bytelm compress` and `decompress`; signatures and docstrings are their help."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from bytelm.compression import codec
-from bytelm.compression.options import default_out, default_window
+from bytelm.compression.options import run_compress, run_decompress
+from bytelm.config import ModelConfig
 
 
 def compress_command(
@@ -33,17 +34,7 @@ def compress_command(
             the longest input if that is less, for an export.
         streams: windows that are coded side by side; a GPU takes hundreds.
     """
-    codec.check_request(streams, window)
-    out = default_out(file, out)
-    codec.check_paths(file, out)
-    loaded, trained = _load(model, checkpoint)
-
-    from bytelm_jax.inference.compression import compression_place
-
-    window = window or default_window(loaded.config, trained)
-    summary = codec.compress_file(file, out, compression_place(loaded), window, streams)
-    print(f"wrote {out}: {summary.line}")
-    return 0
+    return run_compress(file, out, window, streams, partial(_open, model, checkpoint))
 
 
 def decompress_command(
@@ -62,33 +53,29 @@ def decompress_command(
         out: the file to write; by default FILE without .blm, which must not exist yet.
         checkpoint: of a run folder: latest, best or a step.
     """
-    header = codec.inspect_file(file)
-    out = default_out(file, out, is_compressed=True)
-    codec.check_paths(file, out)
-    place = codec.NO_MODEL
-    if header.is_coded:
+
+    def open_place(header: codec.Header) -> codec.Place:
         from bytelm_jax.kernels.reproducible import describe_machine
 
         codec.check_machine(header, describe_machine(), file)
+        return _open(model, checkpoint)[2]
 
-        from bytelm_jax.inference.compression import compression_place
-
-        place = compression_place(_load(model, checkpoint)[0])
-    summary = codec.decompress_file(file, out, place)
-    print(f"wrote {out}: {summary.line}")
-    return 0
+    return run_decompress(file, out, open_place)
 
 
-def _load(path: Path, checkpoint: str) -> tuple[Any, int]:
-    """The model, and the bytes of its training windows, 0 if they are not known."""
+def _open(path: Path, checkpoint: str) -> tuple[ModelConfig, int, codec.Place]:
+    """As `run_compress` asks for it."""
     from bytelm.export import holds_weights
     from bytelm.remote.copies import local_copy
+    from bytelm_jax.inference.compression import compression_place
     from bytelm_jax.training.pretrained import from_pretrained, model_of
 
     with local_copy(path, checkpoint) as folder:
         if holds_weights(folder):
-            return from_pretrained(folder, checkpoint=checkpoint), 0
-        from bytelm_jax.training import checkpoint as checkpoints
+            model, trained = from_pretrained(folder, checkpoint=checkpoint), 0
+        else:
+            from bytelm_jax.training import checkpoint as checkpoints
 
-        recipe, params, _ = checkpoints.load_run(folder, checkpoint)
-        return model_of(recipe, params), recipe.data.sequence_length
+            recipe, params, _ = checkpoints.load_run(folder, checkpoint)
+            model, trained = model_of(recipe, params), recipe.data.sequence_length
+    return model.config, trained, compression_place(model)

@@ -179,9 +179,10 @@ def _evaluate(
         total, count = [], 0
         seen = evaluation.evaluated_batches(byte_nats, wide, batches, mesh)
         for batch, (nats, counted) in enumerate(seen):
-            for row in range(min(rows, len(windows) - batch * rows)):
-                if add is not None:
-                    add(batch * rows + row, nats[row], counted[row])
+            if add is not None:
+                first = batch * rows
+                for number in range(first, min(first + rows, len(windows))):
+                    add(number, nats[number - first], counted[number - first])
             total.append(float(nats.sum(dtype="float64")))  # float32 would round each row's sum
             count += int(counted.sum())
         return Evaluation(math.fsum(total), count)

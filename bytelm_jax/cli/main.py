@@ -128,9 +128,6 @@ def _overview() -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    from bytelm.files import one_line
+    from bytelm.files import error_line
 
-    if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return one_line(f"{where}{error.strerror}", limit=10_000)
-    return one_line(error, limit=10_000)
+    return error_line(error)

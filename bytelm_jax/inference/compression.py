@@ -18,14 +18,12 @@ import numpy as np
 from jaxtyping import Array, Float, UInt32
 
 from bytelm.compression.codec import Place, check_model
+from bytelm.compression.coder import ONE
 from bytelm.compression.container import DIGEST_BYTES
 from bytelm.config import ByteVocab, to_dict
 from bytelm.export import sum_of_json
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.kernels.reproducible import describe_machine, pinned_options
-
-_ONE = 2.0**30
-"""The count of probability 1: float32 has no finer steps near it, and 256 of them fit 32 bits."""
 
 
 def compression_place(model: Any) -> Place:
@@ -122,6 +120,6 @@ def _counts(logits: Float[Array, "S V"], vocab: ByteVocab) -> UInt32[Array, "S 2
     """Cumulative integer frequencies of the 256 bytes, each at least 1; zeros if not finite."""
     shares = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     shares = shares[:, vocab.offset : vocab.offset + 256]
-    counts = jnp.floor(shares * np.float32(_ONE)).astype(jnp.uint32) + np.uint32(1)
+    counts = jnp.floor(shares * np.float32(ONE)).astype(jnp.uint32) + np.uint32(1)
     finite = jnp.isfinite(shares).all(axis=-1, keepdims=True)
     return jnp.where(finite, jnp.cumsum(counts, axis=-1, dtype=jnp.uint32), np.uint32(0))

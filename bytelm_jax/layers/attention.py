@@ -33,6 +33,16 @@ class Scope(NamedTuple):
     """The position of each key within its segment, from 0."""
 
 
+def split_heads(x: Float[Array, "*batch D"], width: int) -> Float[Array, "*batch H K"]:
+    """The last axis as heads of that width: as many as this device has, even if x holds nothing."""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // width, width)
+
+
+def join_heads(x: Float[Array, "*batch H K"]) -> Float[Array, "*batch D"]:
+    """Undoes `split_heads`."""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])
+
+
 def multi_query_attention(
     q: Float[Array, "*batch T H K"],
     k: Float[Array, "*batch S K"],
@@ -116,8 +126,7 @@ class MultiQueryAttention(nnx.Module):
     def _project(self, x: Array) -> tuple[Array, Array, Array]:
         q, both = normalized_linears(self.norm, x, self.to_q, self.to_kv)
         k, v = jnp.split(both, 2, axis=-1)
-        heads = q.shape[-1] // self.head_dim  # those of this device; x may hold nothing
-        return q.reshape(*x.shape[:-1], heads, self.head_dim), k, v
+        return split_heads(q, self.head_dim), k, v
 
     def _attend(
         self,
@@ -134,6 +143,4 @@ class MultiQueryAttention(nnx.Module):
 
     def _back(self, out: Array) -> Array:
         """[..., T, H, K] → [..., T, D]."""
-        return linear_of_rows(
-            self.to_out, out.reshape(*out.shape[:-2], out.shape[-2] * out.shape[-1])
-        )
+        return linear_of_rows(self.to_out, join_heads(out))

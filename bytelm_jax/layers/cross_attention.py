@@ -17,7 +17,7 @@ from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
 from bytelm_jax.kernels.segment_sum import segment_sum
-from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
@@ -130,14 +130,11 @@ class CrossAttention(nnx.Module):
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""
         keys, values = normalized_linears(self.k_norm, states, self.to_k, self.to_v)
-        shape = (*states.shape[:-1], -1, self.head_dim)
-        return KeyValueCache(keys.reshape(shape), values.reshape(shape))
+        return KeyValueCache(*(split_heads(part, self.head_dim) for part in (keys, values)))
 
     def _queries(self, x: Array) -> Array:
         (queries,) = normalized_linears(self.q_norm, x, self.to_q)
-        return queries.reshape(*x.shape[:-1], queries.shape[-1] // self.head_dim, self.head_dim)
+        return split_heads(queries, self.head_dim)
 
     def _add(self, x: Array, mixed: Array) -> Array:
-        return x + (
-            x + self.to_out(mixed.reshape(*x.shape[:-1], mixed.shape[-2] * mixed.shape[-1]))
-        )
+        return x + (x + self.to_out(join_heads(mixed)))

@@ -14,7 +14,7 @@ from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
-from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
@@ -221,8 +221,7 @@ class GroupedAttention(nnx.Module):
         self, x: Array, rope: Rotation | None, patch_entropy: Array | None = None
     ) -> tuple[Array, Array, Array]:
         projected = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
-        lead, width = x.shape[:-1], self.head_dim
-        q, k, v = (part.reshape(*lead, part.shape[-1] // width, width) for part in projected)
+        q, k, v = (split_heads(part, self.head_dim) for part in projected)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if patch_entropy is not None:
@@ -230,4 +229,4 @@ class GroupedAttention(nnx.Module):
         return q, k, v
 
     def _out(self, x: Array) -> Array:
-        return self.to_out(x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1]))
+        return self.to_out(join_heads(x))

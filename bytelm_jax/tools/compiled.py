@@ -66,17 +66,25 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def topology_mesh(target: Target, fsdp: int, tensor: int = 1) -> Mesh:
-    """A mesh over the devices of a slice that this machine does not have."""
+def slice_devices(chip: str, shape: str, slices: int = 1) -> list[Any]:
+    """The devices of slices that this machine does not have: `chip` as in `TOPOLOGIES`, 4x4, say.
+
+    This process needs libtpu and its `ENVIRONMENT`.
+    """
     from jax.experimental import topologies
 
-    name = {"v7": "tpu7x"}.get(target.chip.name, target.chip.name)
+    name = {"v7": "tpu7x"}.get(chip, chip)
     # The two cores of a v4 chip work as one device.
-    more = {"chip_config_name": "megacore"} if target.chip.name == "v4" else {}
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{name}:{target.shape}", **more
-    )
-    return meshes.make_mesh(0, fsdp, tensor, devices=found.devices)
+    more: dict[str, Any] = {"chip_config_name": "megacore"} if chip == "v4" else {}
+    more |= {"num_slices": slices} if slices > 1 else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **more)
+    return list(found.devices)
+
+
+def topology_mesh(target: Target, fsdp: int, tensor: int = 1) -> Mesh:
+    """A mesh over the devices of a slice that this machine does not have."""
+    devices = slice_devices(target.chip.name, target.shape)
+    return meshes.make_mesh(0, fsdp, tensor, devices=devices)
 
 
 def compile_lowered(lowered: Any, devices: int, options: Any = None) -> Compiled | None:

@@ -173,8 +173,6 @@ def _prepare(recipe: Recipe, machine: Machine, target: Target | None) -> tuple[R
                 f"devices={run.devices}: {target.name} has {target.devices}; leave it out"
             )
         run = replace(run, devices=target.devices)
-        if run.devices % run.fsdp:
-            raise ValueError(f"fsdp={run.fsdp}: must divide the number of devices, {run.devices}")
     recipe = replace(recipe, train=run)
     if target is not None and can_compile(target):
         return recipe, topology_mesh(target, run.fsdp, run.tensor)

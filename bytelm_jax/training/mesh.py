@@ -73,10 +73,12 @@ def make_mesh(
         what = f", {count}" if tensor == 1 else f" over tensor, {count // tensor}"
         raise ValueError(f"fsdp={fsdp}: must divide the number of devices{what}")
     placed = topology.arrange(known[:count], (count // (fsdp * tensor), fsdp, tensor))
-    topology.feeding(placed)  # refused before anything depends on it
+    axes = (*ROWS, TENSOR)
     if tensor == 1:  # the axis exists where it is asked for: other programs stay as they are
-        return Mesh(placed[:, :, 0], ROWS, axis_types=(AxisType.Auto,) * 2)
-    return Mesh(placed, (*ROWS, TENSOR), axis_types=(AxisType.Auto,) * 3)
+        placed, axes = placed[:, :, 0], ROWS
+    mesh = Mesh(placed, axes, axis_types=(AxisType.Auto,) * len(axes))
+    _feeding(mesh)  # refused before anything depends on it
+    return mesh
 
 
 def describe(mesh: Mesh) -> list[Any]:

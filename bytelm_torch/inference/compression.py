@@ -15,14 +15,12 @@ from torch import Tensor
 
 import bytelm
 from bytelm.compression.codec import Place, check_model
+from bytelm.compression.coder import ONE
 from bytelm.compression.container import DIGEST_BYTES, short
 from bytelm.compression.machine import instruction_set
 from bytelm.config import ByteVocab, to_dict
 from bytelm.export import sum_of_json
 from bytelm_torch.models.interface import inference
-
-_ONE = 2.0**30
-"""The count of probability 1: float32 has no finer steps near it, and 256 of them fit 32 bits."""
 
 
 def compression_place(model: Any) -> Place:
@@ -98,5 +96,5 @@ def _counts(logits: Float[Tensor, "S V"], vocab: ByteVocab) -> Int[Tensor, "S 25
     """Cumulative integer frequencies of the 256 bytes, each at least 1; zeros if not finite."""
     shares = logits.float().softmax(dim=-1)[:, vocab.offset : vocab.offset + 256]
     finite = shares.isfinite().all(dim=-1, keepdim=True)
-    counts = (shares.nan_to_num() * _ONE).floor().long() + 1
+    counts = (shares.nan_to_num() * ONE).floor().long() + 1
     return torch.where(finite, counts.cumsum(dim=-1), 0)

@@ -23,20 +23,12 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.experimental import topologies
 
-from bytelm_jax.tests.topologies import TOPOLOGIES, V4, V7
+from bytelm_jax.tests.topologies import TOPOLOGIES
+from bytelm_jax.tools.compiled import ENVIRONMENT, slice_devices
 from bytelm_jax.training import mesh as meshes
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBTPU = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else it asks the cloud's metadata server first
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-"""What libtpu needs to know where there is no TPU."""
-
 SIZES = [(fsdp, tensor) for tensor in (1, 2) for fsdp in (1, 2, 4, 8, 16)]
 ROWS = 3
 """Rows on each device."""
@@ -44,12 +36,8 @@ ROWS = 3
 
 def devices_of(name: str) -> list[Any]:
     """The devices of a topology of the table, as libtpu describes them."""
-    kind, slices = TOPOLOGIES[name].kind, TOPOLOGIES[name].slices
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == V4 else {}
-    options |= {"num_slices": slices} if slices > 1 else {}
-    libtpu = name.split()[0].replace("v7:", "tpu7x:") if kind == V7 else name.split()[0]
-    found = topologies.get_topology_desc(platform="tpu", topology_name=libtpu, **options)
-    return list(found.devices)
+    chip, _, shape = name.split()[0].partition(":")
+    return slice_devices(chip, shape, TOPOLOGIES[name].slices)
 
 
 def same_as_table(name: str, devices: list[Any]) -> bool:
@@ -139,7 +127,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one object per topology")
     jax.config.update("jax_platforms", "cpu")
-    os.environ.update(LIBTPU)
+    os.environ.update(ENVIRONMENT)
     as_json, asked = parser.parse_args().json, sorted({*SIZES, *documented()})
     total = wrong = 0
     for name in TOPOLOGIES:
