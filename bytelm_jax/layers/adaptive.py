@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.kernels.gelu import gelu
-from bytelm_jax.kernels.running_mean import prefix_counts, prefix_mean
+from bytelm_jax.kernels.running_mean import prefix_mean
+from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.layers.norm import LayerNorm
@@ -139,33 +140,28 @@ def running_mean(
 def extend_running_mean(
     x: Float[Array, "B T D"],
     sums: Float[Array, "B S D"],
-    index: int | Int[Array, ""],
+    index: Int[Array, " B"],
     segment_positions: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-    """Cached version of `running_mean` for T positions from `index` on; also gives the new `sums`.
+    """Cached version of `running_mean` for T positions of each row, from `index` on.
 
-    `segment_positions` as in `running_mean`, for one position, or for T positions from 0 on.
-    `sums[:, t]` holds the sum over the first t positions, restricted to the segment of the last of
-    them, in at least float32; S is the capacity in positions plus 1. Since sums are stored by
-    position, entries past `index` may hold anything.
+    Also gives the new `sums`. `segment_positions` as in `running_mean`. `sums[:, t]` holds the sum
+    over the first t positions, restricted to the segment of the last of them, in at least float32;
+    S is the capacity in positions plus 1. Since sums are stored by position, entries past `index`
+    may hold anything.
     """
-    before = jax.lax.dynamic_slice_in_dim(sums, index, 1, axis=1)
+    before, wide = read_at(sums, index, 1), x.astype(sums.dtype)
     if segment_positions is None:
-        more = before + jnp.cumsum(x.astype(sums.dtype), axis=1)
-    elif x.shape[1] == 1:
-        more = jnp.where((segment_positions > 0)[..., None], before, 0) + x.astype(sums.dtype)
+        segment_positions = positions_from(index, x.shape[1])
+        more = before + jnp.cumsum(wide, axis=1)
     else:
-        more = segmented_sums(x.astype(sums.dtype), segment_positions)
-    sums = jax.lax.dynamic_update_slice_in_dim(sums, more, index + 1, axis=1)
+        reaches = segment_positions > jnp.arange(x.shape[1])[None, :]
+        more = segmented_sums(wide, segment_positions) + jnp.where(reaches[..., None], before, 0)
+    sums = write_at(sums, more, index + 1)
     # Read back what was written: using `more` would let the compiler read `before` again after the
     # write, for which it would copy the whole buffer in every step.
-    written = jax.lax.dynamic_slice_in_dim(sums, index + 1, x.shape[1], axis=1)
-    counts = prefix_counts(index, x.shape[1], sums.dtype)
-    counts = (
-        counts
-        if segment_positions is None
-        else (segment_positions + 1).astype(sums.dtype)[..., None]
-    )
+    written = take_at(sums, 1 + positions_from(index, x.shape[1]))
+    counts = (segment_positions + 1).astype(sums.dtype)[..., None]
     return (written / counts).astype(x.dtype), sums
 
 
@@ -206,12 +202,12 @@ class TokenMixing(nnx.Module):
         x: Float[Array, "B T D"],
         a: Float[Array, "B T A"],
         past: Float[Array, "B S D"] | None,
-        index: int | Int[Array, ""],
+        index: Int[Array, " B"] | None,
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
-        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
+        """Cached version of `__call__`: T positions of each row, from `index` on.
 
-        Also gives the new past.
+        None means all from 0 on. Also gives the new past.
         """
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
+from bytelm_jax.layers.caches import Index, write_at
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -102,21 +103,21 @@ class MultiQueryAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: KeyValueCache,
-        index: int | Int[Array, ""],
+        index: Index | Int[Array, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Cached version of `__call__`: T positions from `index` on attend to `cache`.
 
-        Also gives `cache` with their keys and values written.
+        Also gives `cache` with their keys and values written. With a `scope` the positions may be
+        any, [B, T].
         """
         q, k, v = self._project(x)
-        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
+        cache = write_at(cache, KeyValueCache(k, v), index)
         if scope is not None:
-            return self._attend(q, keys, values, *scope), KeyValueCache(keys, values)
-        position = index + jnp.arange(x.shape[1])[:, None]
-        mask = jnp.arange(keys.shape[1])[None, :] <= position
-        return self._attend(q, keys, values, mask), KeyValueCache(keys, values)
+            return self._attend(q, *cache, *scope), cache
+        position = jnp.asarray(index)[..., None, None] + jnp.arange(x.shape[1])[:, None]
+        mask = jnp.arange(cache.keys.shape[1])[None, :] <= position
+        return self._attend(q, *cache, mask), cache
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
         """An empty cache for `length` positions."""

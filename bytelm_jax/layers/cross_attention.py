@@ -83,25 +83,23 @@ class CrossAttention(nnx.Module):
         self.to_v = linear(grouped)
         self.to_out = linear(dim)
 
-    def pool(
+    def pool_cached(
         self,
         queries: Float[Array, "B N M D"],
-        states: Float[Array, "B T D"],
+        cache: KeyValueCache,
         patch_of: Int[Array, "B T"],
-    ) -> tuple[Float[Array, "B N M D"], KeyValueCache]:
+    ) -> Float[Array, "B N M D"]:
         """The M queries of each patch attend to exactly the bytes of that patch.
 
-        `patch_of` is N or more for a byte without a patch. Also gives keys and values, [B, T, G,
-        K].
+        `cache` holds the bytes' keys and values; `patch_of` is N or more for a byte without a
+        patch.
         """
-        cache = self.keys_values(states)
-        q = self._queries(queries)
-        return self._add(queries, by_heads(_pool, patch_of, q, *cache)), cache
+        return self._add(queries, by_heads(_pool, patch_of, self._queries(queries), *cache))
 
     def pool_one(
         self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]
     ) -> Float[Array, "B M D"]:
-        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
+        """Version of `pool_cached` for one patch per row; `mask` marks its cached bytes."""
         mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
         return self._add(queries, mixed)
 
@@ -122,10 +120,13 @@ class CrossAttention(nnx.Module):
         mixed = grouped_attention(q, near[:, :, 0], near[:, :, 1], mask)[:, :, 0]
         return self._add(x, mixed), cache
 
-    def read_one(self, x: Float[Array, "B 1 D"], cache: KeyValueCache) -> Float[Array, "B 1 D"]:
-        """Version of `read` for one byte per row; its patch has keys and values [B, M, G, K]."""
-        mask = jnp.ones((1, 1, cache.keys.shape[1]), bool)
-        return self._add(x, attend_once(self._queries(x), *cache, mask, grouped_attention))
+    def read_each(self, x: Float[Array, "B T D"], cache: KeyValueCache) -> Float[Array, "B T D"]:
+        """Version of `read` given the keys and values of each byte's patch, [B, T, M, G, K]."""
+        q, mask = self._queries(x), jnp.ones((1, 1, cache.keys.shape[2]), bool)
+        if x.shape[1] == 1:
+            k, v = (part[:, 0] for part in cache)
+            return self._add(x, attend_once(q, k, v, mask, grouped_attention))
+        return self._add(x, grouped_attention(q[:, :, None], *cache, mask)[:, :, 0])
 
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""

@@ -15,6 +15,7 @@ from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
+from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
@@ -115,6 +116,13 @@ def _chunk_before(x: Array) -> Array:
     return jnp.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0), (0, 0)))[:, :-1]
 
 
+def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    """`grouped_attention`, by fewer kernels where there is one query a row."""
+    if q.shape[1] == 1:
+        return attend_once(q, k, v, mask, grouped_attention)
+    return grouped_attention(q, k, v, mask)
+
+
 class GroupedAttention(nnx.Module):
     """RMSNorm → causal attention → Linear, all linear layers without bias; K = D / heads.
 
@@ -163,53 +171,60 @@ class GroupedAttention(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
-        rope: Rotation | None,
-        cache: KeyValueCache,
-        index: Int[Array, ""],
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for one position `index` of all rows.
-
-        Also gives `cache` with the new key and value written.
-        """
-        q, k, v = self._project(x, rope)
-        keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k, index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(cache.values, v, index, axis=1)
-        seen = min(self.window or keys.shape[1], keys.shape[1])
-        first = jnp.maximum(index + 1 - seen, 0)
-        near_keys = jax.lax.dynamic_slice_in_dim(keys, first, seen, axis=1)
-        near_values = jax.lax.dynamic_slice_in_dim(values, first, seen, axis=1)
-        slots = first + jnp.arange(seen)
-        mask = (slots <= index)[None, None, :]
-        if segment_starts is not None:
-            mask = mask & (slots[None, None, :] >= segment_starts[:, None, None])
-        mixed = attend_once(q, near_keys, near_values, mask, grouped_attention)
-        return self._out(mixed), KeyValueCache(keys, values)
-
-    def extend_rows(
-        self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
-        patch_entropy: Float[Array, "B 1"] | None = None,
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for a different position in each row, without a window.
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Cached version of `__call__` for T positions of each row, from `index` on.
 
-        Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
-        which rows they are written.
+        Also gives `cache` with the new keys and values written.
+        """
+        q, k, v = self._project(x, rope)
+        cache = write_at(cache, KeyValueCache(k, v), index)
+        count, size = x.shape[1], cache.keys.shape[1]
+        seen = min(self.window + count - 1 if self.window else size, size)
+        first, near = jnp.zeros_like(index), cache
+        if seen < size:
+            first = jnp.clip(index + count - seen, 0, size - seen)
+            near = read_at(cache, first, seen)
+        slots = positions_from(first, seen)[:, None, :]
+        positions = positions_from(index, count)[:, :, None]
+        mask = slots <= positions
+        if self.window:
+            mask = mask & (slots > positions - self.window)
+        if segment_starts is not None:
+            mask = mask & (slots >= segment_starts[:, :, None])
+        return self._out(_attend(q, *near, mask)), cache
+
+    def extend_rows(
+        self,
+        x: Float[Array, "B T D"],
+        rope: Rotation | None,
+        cache: KeyValueCache,
+        index: Int[Array, " B"],
+        patch_entropy: Float[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Version of `extend`, without a window, that leaves the cache as it is.
+
+        Gives the new keys and values [B, T, G, K]: the caller decides which of them are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
-        at_index = (slots == index[:, None])[:, :, None, None]
-        keys, values = jnp.where(at_index, k, cache.keys), jnp.where(at_index, v, cache.values)
-        mask = (slots <= index[:, None])[:, None, :]
+        number = slots - index[:, None]  # of the new entry that belongs there, if one does
+        is_new = ((number >= 0) & (number < x.shape[1]))[:, :, None, None]
+        number = jnp.clip(number, 0, x.shape[1] - 1)
+
+        def insert(new: Array, old: Array) -> Array:
+            return jnp.where(is_new, new if x.shape[1] == 1 else take_at(new, number), old)
+
+        mask = slots[:, None, :] <= positions_from(index, x.shape[1])[:, :, None]
         if segment_starts is not None:
-            mask = mask & (slots >= segment_starts[:, None])[:, None, :]
-        mixed = attend_once(q, keys, values, mask, grouped_attention)
-        return self._out(mixed), KeyValueCache(k[:, 0], v[:, 0])
+            mask = mask & (slots[:, None, :] >= segment_starts[:, :, None])
+        mixed = _attend(q, insert(k, cache.keys), insert(v, cache.values), mask)
+        return self._out(mixed), KeyValueCache(k, v)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
         """An empty cache for `length` positions."""

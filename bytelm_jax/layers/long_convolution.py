@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.kernels.convolution import long_convolution
+from bytelm_jax.layers.caches import read_at, write_at
 from bytelm_jax.layers.initializers import normal
 
 _TAPS = 16
@@ -71,28 +72,30 @@ class LongConvolution(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         past: Float[Array, "B S D"],
-        index: int | Int[Array, ""],
+        index: Int[Array, " B"] | None,
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"]]:
-        """Cached version of `__call__`: one position at `index`, or T positions from 0 on.
+        """Cached version of `__call__`: T positions of each row, from `index` on.
 
-        Also gives the new past. One position is the plain sum over the filter's length, whatever
-        the context.
+        None means all from 0 on. Also gives the new past. From an index on, each position is the
+        plain sum over the filter's length, whatever the context.
         """
-        reach = self._reach(past)
-        past = jax.lax.dynamic_update_slice_in_dim(past, x, index + reach - 1, axis=1)
-        if x.shape[1] != 1:
-            return self(x, segment_positions), past
-        window = jax.lax.dynamic_slice_in_dim(past, index, reach, axis=1)
+        reach, count = self._reach(past), x.shape[1]
+        if index is None:
+            return self(x, segment_positions), write_at(past, x, reach - 1)
+        past = write_at(past, x, index + reach - 1)
+        # A position and `reach` − 1 before it, each with the others': [B, T, R, D].
+        near = read_at(past, index, reach + count - 1)
+        windows = jnp.stack([near[:, t : t + reach] for t in range(count)], axis=1)
         if segment_positions is not None:
-            inside = segment_positions >= jnp.arange(reach - 1, -1, -1)[None, :]
-            window = jnp.where(inside[..., None], window, 0)
+            inside = segment_positions[..., None] >= jnp.arange(reach - 1, -1, -1)[None, None, :]
+            windows = jnp.where(inside[..., None], windows, 0)
         # A product of matrices: a sum of products would be fused with the write above, and the
         # compiler would copy the whole buffer in every step to read it before and after.
         wide = jnp.promote_types(x.dtype, jnp.float32)
         newest_last = self.taps[...][:reach][::-1].astype(x.dtype)
-        mixed = jnp.einsum("brd,rd->bd", window, newest_last, preferred_element_type=wide)
-        return mixed[:, None].astype(x.dtype), past
+        mixed = jnp.einsum("btrd,rd->btd", windows, newest_last, preferred_element_type=wide)
+        return mixed.astype(x.dtype), past
 
     def empty_past(self, batch: int, length: int, dtype: jnp.dtype) -> Float[Array, "B S D"]:
         """An empty cache for the inputs of `length` positions, preceded by zeros."""

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from bytelm.config import ByteVocab
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.layers.attention import Scope
+from bytelm_jax.layers.caches import positions_from, take_at
 from bytelm_jax.layers.ids import as_ids
 
 
@@ -42,6 +43,24 @@ def find_segment_starts(
     next_start = jnp.where(ends_segment(ids, vocab, reset_on), 1 + jnp.arange(length)[None, :], 0)
     segment_starts = jnp.pad(next_start, ((0, 0), (1, 0)))[:, :length].astype(jnp.int32)
     return jax.lax.cummax(segment_starts, axis=1)
+
+
+def extend_segment_starts(
+    before: Integer[Array | np.ndarray, "B T"],
+    index: Int[Array, " B"],
+    segment_starts: Int[Array, "B S"],
+    vocab: ByteVocab,
+    reset_on: str,
+) -> Int[Array, "B T"]:
+    """Cached version of `find_segment_starts` for T positions of each row, from `index` on.
+
+    `before` holds the id before each position, `segment_starts` those of the positions before.
+    """
+    positions = positions_from(index, before.shape[1])
+    starts = (positions == 0) | ends_segment(before, vocab, reset_on)
+    last = take_at(segment_starts, jnp.maximum(index - 1, 0)[:, None])
+    found = jax.lax.cummax(jnp.where(starts, positions, 0), axis=1)
+    return jnp.maximum(found, jnp.where(index > 0, last[:, 0], 0)[:, None])
 
 
 def position_in_segment(segment_starts: Int[Array, "B T"]) -> Int[Array, "B T"]:

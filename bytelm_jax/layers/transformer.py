@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from bytelm_jax.layers.attention import KeyValueCache
+from bytelm_jax.layers.caches import positions_from
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.feedforward import GatedFeedForward
 from bytelm_jax.layers.grouped_attention import GroupedAttention
@@ -56,30 +57,30 @@ class TransformerLayer(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
-        index: Int[Array, ""],
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for the position `index`; also gives the new cache."""
+        index: Int[Array, " B"],
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Cached version of `__call__` for T positions of each row, from `index` on.
+
+        Also gives the new cache.
+        """
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
 
     def extend_rows(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Array, " B"],
-        patch_entropy: Float[Array, "B 1"] | None = None,
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], KeyValueCache]:
-        """Cached version of `__call__` for a different position in each row.
-
-        Also gives the new key and value [B, G, K].
-        """
+        patch_entropy: Float[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
+        """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
         attended, new = self.attention.extend_rows(
             x, rope, cache, index, patch_entropy, segment_starts
         )
@@ -133,13 +134,17 @@ class Transformer(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         caches: Caches,
-        index: Int[Array, ""],
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Cached version of `__call__` for the position `index`; also gives the new caches."""
-        rope, written = self.rope(position_in(index, segment_starts), x.dtype), []
+        index: Int[Array, " B"],
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Cached version of `__call__` for T positions of each row, from `index` on.
+
+        Also gives the new caches.
+        """
+        positions, written = positions_at(index, x.shape[1], segment_starts), []
+        rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)
             written.append(cache)
@@ -147,18 +152,15 @@ class Transformer(nnx.Module):
 
     def extend_rows(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         caches: Caches,
         index: Int[Array, " B"],
-        patch_entropy: Float[Array, "B 1"] | None = None,
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Cached version of `__call__` for a different position in each row.
-
-        Also gives the new keys and values [B, G, K].
-        """
-        inside = index if segment_starts is None else index - segment_starts
-        rope, new_caches = self.rope(inside[:, None], x.dtype), []
+        patch_entropy: Float[Array, "B T"] | None = None,
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
+        positions, new_caches = positions_at(index, x.shape[1], segment_starts), []
+        rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)
             new_caches.append(new)
@@ -179,8 +181,9 @@ def positions_in(length: int, segment_starts: Int[Array, "B T"] | None) -> Int[A
     return positions if segment_starts is None else positions - segment_starts
 
 
-def position_in(
-    index: Int[Array, ""], segment_starts: Int[Array, " B"] | None
-) -> Int[Array, "#B 1"]:
-    """Version of `positions_in` for the position `index` alone."""
-    return index[None, None] if segment_starts is None else (index - segment_starts)[:, None]
+def positions_at(
+    index: Int[Array, " B"], count: int, segment_starts: Int[Array, "B T"] | None
+) -> Int[Array, "B {count}"]:
+    """Version of `positions_in` for the positions of each row from `index` on."""
+    positions = positions_from(index, count)
+    return positions if segment_starts is None else positions - segment_starts

@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_jax.kernels.segment_sum import segment_sum
+from bytelm_jax.layers.caches import Index
 from bytelm_jax.layers.dropout import fold_rows
 from bytelm_jax.layers.embedding import sinusoids
 from bytelm_jax.layers.ids import check_ids
@@ -37,7 +38,7 @@ from bytelm_jax.models import blt_decoding, patching
 from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput
+from bytelm_jax.models.interface import ByteModel, ModelOutput
 
 
 class BLT(ByteModel, nnx.Module):
@@ -162,7 +163,7 @@ class BLT(ByteModel, nnx.Module):
 
     # Cached decoding: `models.blt_decoding`.
 
-    def init_cache(self, batch: int, length: int) -> BLTCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""
         return blt_decoding.init_cache(self, batch, length)
 
@@ -173,18 +174,20 @@ class BLT(ByteModel, nnx.Module):
         """
         return blt_decoding.prefill(self, ids, cache)
 
-    def decode_round(
-        self,
-        cache: BLTCache,
-        previous: Integer[Array | np.ndarray, "B 1"],
-        index: int | Int[Array, ""],
-        choose: Choose,
-    ) -> tuple[BLTCache, Int[Array, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (ignored at first).
+    def extend(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Array, "B T V"], BLTCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `choose(logits [B, V], 0)` gives its ids [B].
+        `before` holds the byte before each (ignored before the first).
         """
-        return blt_decoding.decode_round(self, cache, previous, index, choose)
+        return blt_decoding.extend(self, before, cache, index)
+
+    def draft(
+        self, before: Integer[Array | np.ndarray, "B 1"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Array, "B 1 V"], BLTCache]:
+        """As `extend` for one byte, by the local stacks alone: cheap, and a guess."""
+        return blt_decoding.draft(self, before, cache, index)
 
     def histograms(
         self,

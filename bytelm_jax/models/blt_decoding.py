@@ -15,21 +15,30 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
+from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
-from bytelm_jax.layers.ids import as_ids
+from bytelm_jax.layers.caches import (
+    Index,
+    in_each_row,
+    positions_from,
+    read_at,
+    take_at,
+    write_at,
+)
 from bytelm_jax.layers.ngram import ngram_rows
-from bytelm_jax.layers.transformer import Caches, position_in
+from bytelm_jax.layers.segments import segment_max
+from bytelm_jax.layers.transformer import Caches, positions_at
 from bytelm_jax.models import patching
 from bytelm_jax.models.entropy import (
     empty_segment_starts,
     entropy,
+    extend_shifted,
     segment_starts_of,
     shift_right,
     write_prefix,
-    write_segment_start,
     write_segment_starts,
 )
-from bytelm_jax.models.interface import Choose, pack, unpack, write_at
+from bytelm_jax.models.interface import pack, unpack
 
 if TYPE_CHECKING:
     from bytelm_jax.models.blt import BLT
@@ -129,53 +138,89 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
     )
 
 
-def decode_round(
+def extend(
+    model: "BLT", before: Integer[Array | np.ndarray, "B T"], cache: BLTCache, index: Index
+) -> tuple[Float[Array, "B T V"], BLTCache]:
+    """Runs the local stacks on T bytes of each row, the global transformer where patches end."""
+    index = in_each_row(index, before.shape[0])
+    byte, buffer, starts = extend_shifted(before, index, cache.segment_starts, model.config)
+    cache, recent = _remember(
+        model.config, cache._replace(segment_starts=buffer), byte, index, starts
+    )
+    cache, ends, numbers, first = _mark(model, cache, byte, recent, index, starts)
+
+    x = _embed_recent(model, byte, recent, index, starts)
+    x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, starts)
+    new = model.encoder.cross_attention.keys_values(x)
+    states, pooled = write_at((cache.states, cache.pooled), (x, new), index)
+    cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
+    cache = _finish_patches(model, cache, _Ending(x, new, byte, ends, numbers, first, index))
+    newest = jnp.where(ends, numbers, numbers - 1)
+    x, decoder = _decode(model, cache, x, newest, first, index, starts)
+    return model.to_logits(x), cache._replace(decoder=decoder)
+
+
+def draft(
+    model: "BLT", before: Integer[Array | np.ndarray, "B 1"], cache: BLTCache, index: Index
+) -> tuple[Float[Array, "B 1 V"], BLTCache]:
+    """As `extend` for one byte, but as if no patch ended after the last that `extend` has read.
+
+    The local stacks alone, which go on past the end of their patch: a guess at what follows.
+    """
+    index = in_each_row(index, before.shape[0])
+    byte, buffer, starts = extend_shifted(before, index, cache.segment_starts, model.config)
+    cache, recent = _remember(
+        model.config, cache._replace(segment_starts=buffer), byte, index, starts
+    )
+    number = take_at(cache.patches, index[:, None])
+    cache = cache._replace(patches=write_at(cache.patches, number, index + 1))
+    x = _embed_recent(model, byte, recent, index, starts)
+    x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, starts)
+    first = None if starts is None else take_at(cache.patches, starts)
+    x, decoder = _decode(model, cache, x, number - 1, first, index, starts)
+    return model.to_logits(x), cache._replace(encoder=encoder, decoder=decoder)
+
+
+def _decode(
     model: "BLT",
     cache: BLTCache,
-    previous: Integer[Array | np.ndarray, "B 1"],
-    index: int | Int[Array, ""],
-    choose: Choose,
-) -> tuple[BLTCache, Int[Array, "B 1"]]:
-    """Runs the local stacks on one byte, and the global transformer if a patch ends with it."""
-    index = jnp.asarray(index)
-    byte, segment_starts, segment_start = write_segment_start(
-        previous, index, cache.segment_starts, model.config
-    )
-    cache = cache._replace(segment_starts=segment_starts)
-    cache, recent = _remember(model.config, cache, byte, index, segment_start)
-    cache, ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
-
-    x = _embed_recent(model, byte, recent, index, segment_start)
-    x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, segment_start)
-    new = model.encoder.cross_attention.keys_values(x)
-    states, pooled = (
-        write_at(buffer, values, index)
-        for buffer, values in ((cache.states, x), (cache.pooled, new))
-    )
-    cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
-    cache = _finish_patches(model, cache, ends, number, first, index)
-    memory = _newest(model.config, cache, jnp.where(ends, number, number - 1), first)
-    x, decoder = model.decoder.extend(x, memory, cache.decoder, index, segment_start)
-    chosen = as_ids(choose(model.to_logits(x)[:, 0], 0))
-    return cache._replace(decoder=decoder), chosen[:, None]
+    x: Array,
+    newest: Array,
+    first: Array | None,
+    index: Array,
+    segment_starts: Array | None,
+) -> tuple[Array, Caches]:
+    """The decoder on byte states, each of which reads the patch numbered `newest`."""
+    if first is not None:
+        # A row in a segment that starts past the budget reads past the end, and so zeros.
+        capacity = cache.memory.shape[1]
+        newest = jnp.where(first < capacity, newest, capacity)
+    read = take_at(cache.memory, newest)
+    memory = unpack(read, _empty_memory(model.config, (1, 1), read.dtype))
+    return model.decoder.extend(x, memory, cache.decoder, index, segment_starts)
 
 
 def _remember(
-    config: BLTConfig, cache: BLTCache, byte: Array, index: Array, segment_start: Array | None
+    config: BLTConfig,
+    cache: BLTCache,
+    byte: Array,
+    index: Array,
+    segment_starts: Array | None,
 ) -> tuple[BLTCache, Array]:
-    """The cache with s_index written, and the ids of its segment that end there."""
-    span = patch_rules.look_back(config)
+    """The cache with the T bytes of s written, and the ids [B, T, N] that end at each of them."""
+    span, count = patch_rules.look_back(config), byte.shape[1]
     ids = write_at(cache.ids, byte.astype(jnp.int32), index + span - 1)
-    recent = jax.lax.dynamic_slice_in_dim(ids, index, span, axis=1)
-    if segment_start is not None:
-        in_segment = index + jnp.arange(1 - span, 1)[None, :] >= segment_start[:, None]
-        recent = jnp.where(in_segment, recent, patch_rules.NO_BYTE)
+    near = read_at(ids, index, span + count - 1)
+    recent = jnp.stack([near[:, t : t + span] for t in range(count)], axis=1)
+    if segment_starts is not None:
+        behind = positions_from(index, count)[..., None] + jnp.arange(1 - span, 1)[None, None]
+        recent = jnp.where(behind >= segment_starts[..., None], recent, patch_rules.NO_BYTE)
     histograms = cache.histograms
     if config.reads_histograms:
-        values = patching.to_bytes(recent[:, -patch_rules.WINDOWS[-1] :], config.vocab)
+        values = patching.to_bytes(recent[..., -patch_rules.WINDOWS[-1] :], config.vocab)
         entropies = patching.histogram_entropy(values)
-        entropies = jnp.where(byte[:, 0] == config.vocab.pad_id, 0, entropies)
-        histograms = write_at(histograms, entropies[:, None], index)
+        entropies = jnp.where(byte == config.vocab.pad_id, 0, entropies)
+        histograms = write_at(histograms, entropies, index)
     return cache._replace(ids=ids, histograms=histograms), recent
 
 
@@ -185,79 +230,128 @@ def _mark(
     byte: Array,
     recent: Array,
     index: Array,
-    segment_start: Array | None,
+    segment_starts: Array | None,
 ) -> tuple[BLTCache, Array, Array, Array | None]:
-    """The cache with the patch of the next byte; whether a patch ends here; its number.
+    """The cache with the patch of each next byte; whether a patch ends at each of T; its number.
 
-    Also gives the number of the segment's first patch, if the model resets.
+    Also gives the number of the first patch of each one's segment, if the model resets.
     """
-    c, capacity = model.config, cache.memory.shape[1]
-    patcher, entropies, summed = cache.patcher, None, None
+    c, capacity, count = model.config, cache.memory.shape[1], byte.shape[1]
+    patcher, entropies = cache.patcher, None
     if c.patcher == "entropy":
-        logits, patcher = model.patcher.extend(byte, patcher, index, segment_start)
+        logits, patcher = model.patcher.predict_next(byte, patcher, index, segment_starts)
         entropies = entropy(logits)
-    number = jax.lax.dynamic_index_in_dim(cache.patches, index, axis=1, keepdims=False)
-    position, first = jnp.full(number.shape, index), None
-    if segment_start is not None:
-        # A segment starts with a patch, whatever the patcher decided before it.
-        before = jnp.take(cache.patches, jnp.maximum(index - 1, 0), axis=1)
-        is_segment_start = jnp.minimum(before + 1, capacity)
-        number = jnp.where((segment_start == index) & (index > 0), is_segment_start, number)
-        cache = cache._replace(patches=write_at(cache.patches, number[:, None], index))
-        first = jnp.take_along_axis(cache.patches, segment_start[:, None], axis=1)[:, 0]
-        position = position - segment_start
+    positions = positions_from(index, count)
+    inside = positions if segment_starts is None else positions - segment_starts
+    values = patching.to_bytes(recent[..., -patch_rules.CONTEXT :], c.vocab)
+    number = take_at(cache.patches, index[:, None])[:, 0]
+    before = take_at(cache.patches, jnp.maximum(index - 1, 0)[:, None])[:, 0]
+    summed = None
     if c.patcher == "histogram":
-        mask = _in_patch(cache, number, index)
-        summed = jnp.where(mask, cache.histograms, 0).sum(axis=1)
-    values = patching.to_bytes(recent[:, -patch_rules.CONTEXT :], c.vocab)
-    starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
-    patches = write_at(cache.patches, (number + ends)[:, None], index + 1)
-    return cache._replace(patcher=patcher, patches=patches), ends, number, first
+        summed = jnp.where(_in_patch(cache, number, index - 1), cache.histograms, 0).sum(axis=1)
+        # What the patch has before the first of the T bytes, if that byte starts no segment.
+        new = take_at(cache.histograms, positions)
+    numbers, ends = [], []
+    for t in range(count):
+        if segment_starts is not None:
+            # A segment starts with a patch, whatever the patcher decided before it.
+            starts = (inside[:, t] == 0) & (positions[:, t] > 0)
+            next_one = jnp.minimum(before + 1, capacity)
+            if summed is not None:
+                summed = jnp.where(starts & (number == before), 0, summed)
+            number = jnp.where(starts, next_one, number)
+        entropy_t = None if entropies is None else entropies[:, t]
+        if summed is not None:
+            summed = summed + new[:, t]
+        after = patching.boundary_after(c, values[:, t], inside[:, t], entropy_t, summed)
+        after = (after | (inside[:, t] == 0)) & (byte[:, t] != c.vocab.pad_id)
+        ended = after & (number < capacity)
+        numbers.append(number)
+        ends.append(ended)
+        before, number = number, number + ended
+        if summed is not None:
+            summed = jnp.where(ended, 0, summed)
+    all_numbers = jnp.stack([*numbers, number], axis=1)
+    cache = cache._replace(patcher=patcher, patches=write_at(cache.patches, all_numbers, index))
+    first = None if segment_starts is None else take_at(cache.patches, segment_starts)
+    return cache, jnp.stack(ends, axis=1), all_numbers[:, :-1], first
 
 
-def _finish_patches(
-    model: "BLT", cache: BLTCache, ends: Array, number: Array, first: Array | None, index: Array
-) -> BLTCache:
-    """Runs the patches that end here, if any, through the global transformer."""
-    mask = _in_patch(cache, number, index)
-    batch, capacity = cache.memory.shape[:2]
+class _Ending(NamedTuple):
+    """T new bytes of each row, whose patches may end among them."""
+
+    states: Array
+    """[B, T, D], and their keys and values for pooling."""
+    pooled: KeyValueCache
+    byte: Array
+    ends: Array
+    """Whether a patch ends at each byte [B, T], the number of its patch and its segment's first."""
+    numbers: Array
+    first: Array | None
+    index: Array
+
+
+def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
+    """Runs the patches that end here, if any, through the global transformer.
+
+    T bytes end at most T patches, numbered from that of the first byte on. Those that end later
+    than the first began among these bytes, so only the first reads the cache.
+    """
+    batch, count = new.ends.shape
+    capacity, number = cache.memory.shape[1], new.numbers[:, 0]
+    slots = positions_from(number, count)
+    is_slot = new.numbers[:, None, :] == slots[:, :, None]
+    ended = (is_slot & new.ends[:, None, :]).any(axis=2)
+    first = None
+    if new.first is not None:
+        first = jnp.where(is_slot, new.first[:, None, :], 0).max(axis=2)
 
     def run() -> tuple[Array, Array]:
-        patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
-        patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
-        template = model.global_transformer.empty_caches(batch, capacity, patch.dtype)
+        patches = _pool(model, cache, new)
+        template = model.global_transformer.empty_caches(batch, capacity, patches.dtype)
         layers = unpack(cache.global_layers, template)
-        patch, new_layers = model.global_transformer.extend_rows(
-            patch, layers, number, patch_entropy, first
+        patch_entropy = _patch_entropy_of(model.config, cache, new, patches.dtype)
+        patches, new_layers = model.global_transformer.extend_rows(
+            model.widen(patches), layers, number, patch_entropy, first
         )
-        vectors = model.decoder.split(patch)[:, 0]
+        vectors = model.decoder.split(patches)
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)
-        return pack(new_layers, 1), pack(read, 1)
+        return pack(new_layers, 2), pack(read, 2)
 
     def skip() -> tuple[Array, Array]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
-    some = ends.any()
+    some = ended.any()
     layers, memory = jax.lax.cond(some, run, skip)
-    rows, slot = jnp.arange(batch), jnp.where(ends, number, capacity)
-    # A slot past the end is dropped: rows whose patch continues write nothing.
+    # A slot past the end is dropped: a patch that goes on writes nothing.
+    at = jnp.where(ended, slots, capacity)
     return cache._replace(
-        global_layers=cache.global_layers.at[rows, slot].set(layers, mode="drop"),
-        memory=cache.memory.at[rows, slot].set(memory, mode="drop"),
+        global_layers=write_at(cache.global_layers, layers, at),
+        memory=write_at(cache.memory, memory, at),
         global_calls=cache.global_calls + some,
     )
 
 
-def _newest(config: BLTConfig, cache: BLTCache, newest: Array, first: Array | None) -> Caches:
-    """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
-    if first is not None:
-        # A row in a segment that starts past the budget reads past the end, and so zeros.
-        capacity = cache.memory.shape[1]
-        newest = jnp.where(first < capacity, newest, capacity)
-    rows = jnp.arange(newest.shape[0])
-    read = cache.memory.at[rows, newest].get(mode="fill", fill_value=0)
-    return unpack(read, _empty_memory(config, (1,), read.dtype))
+def _pool(model: "BLT", cache: BLTCache, new: _Ending) -> Float[Array, "B T W"]:
+    """The patches from that of the first byte on, the first of all its bytes in the cache."""
+    first, count = _first_patch(cache, new), new.ends.shape[1]
+    patches = model.encoder.pool_one(cache.states, cache.pooled, first)
+    if count == 1:
+        return patches
+    queries = segment_max(new.states, _later_patch(new), count - 1)
+    later = model.encoder.pool_cached(queries, new.pooled, _later_patch(new))
+    return jnp.concatenate([patches, later], axis=1)
+
+
+def _first_patch(cache: BLTCache, new: _Ending) -> Bool[Array, "B L"]:
+    """The positions of the patch of the first of the new bytes, up to the last of these."""
+    return _in_patch(cache, new.numbers[:, 0], new.index + new.ends.shape[1] - 1)
+
+
+def _later_patch(new: _Ending) -> Int[Array, "B T"]:
+    """The patch of each new byte, counted from the second; T for those of the first."""
+    later = new.numbers - new.numbers[:, :1] - 1
+    return jnp.where(later >= 0, later, later.shape[1])
 
 
 def _empty_memory(config: BLTConfig, lead: tuple[int, ...], dtype: jnp.dtype) -> Caches:
@@ -271,31 +365,40 @@ def _empty_memory(config: BLTConfig, lead: tuple[int, ...], dtype: jnp.dtype) ->
 def _in_patch(cache: BLTCache, number: Array, index: Array) -> Bool[Array, "B L"]:
     """The positions up to `index` that belong to the patch `number` of each row."""
     positions = jnp.arange(cache.states.shape[1])[None, :]
-    return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+    return (cache.patches[:, :-1] == number[:, None]) & (positions <= index[:, None])
 
 
 def _patch_entropy_of(
-    config: BLTConfig, cache: BLTCache, mask: Array, dtype: jnp.dtype
-) -> Float[Array, "B 1"] | None:
-    """`BLT.patch_entropy` for one patch per row; `mask` selects its bytes from the cached ones."""
+    config: BLTConfig, cache: BLTCache, new: _Ending, dtype: jnp.dtype
+) -> Float[Array, "B T"] | None:
+    """`BLT.patch_entropy` of the patches of `_pool`."""
     if not config.entropy_attention:
         return None
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide, count = jnp.promote_types(dtype, jnp.float32), new.ends.shape[1]
     ids = cache.ids[:, patch_rules.look_back(config) - 1 :]
+    mask = _first_patch(cache, new)
     real = mask & (patching.to_bytes(ids, config.vocab) >= 0)
-    total = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
-    count = jnp.maximum(real.sum(axis=1, keepdims=True), 1).astype(wide)
-    return total / (patch_rules.MOST * count)
+    bits = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
+    counted = real.sum(axis=1, keepdims=True).astype(wide)
+    if count > 1:
+        histograms = take_at(cache.histograms, positions_from(new.index, count)).astype(wide)
+        is_byte = (patching.to_bytes(new.byte, config.vocab) >= 0).astype(wide)
+        both = jnp.stack([histograms, is_byte], axis=-1)
+        later = segment_sum(both, _later_patch(new), count - 1)
+        bits = jnp.concatenate([bits, later[..., 0]], axis=1)
+        counted = jnp.concatenate([counted, later[..., 1]], axis=1)
+    return bits / (patch_rules.MOST * jnp.maximum(counted, 1))
 
 
 def _embed_recent(
-    model: "BLT", byte: Array, recent: Array, index: Array, segment_start: Array | None
+    model: "BLT", byte: Array, recent: Array, index: Array, segment_starts: Array | None
 ) -> Array:
-    """`BLT.embed` for one position, given the ids that end there, −1 before the first."""
-    x, c, position = model.encoder.embed(byte), model.config, position_in(index, segment_start)
+    """`BLT.embed` for T positions, given the ids that end at each, −1 before the first."""
+    x, c = model.encoder.embed(byte), model.config
+    position = positions_at(index, byte.shape[1], segment_starts)
     if not c.ngram_tables:
         return model.add_positions(x, position)
-    grams = jnp.maximum(recent, 0)[:, None, -max(c.ngram_sizes) :]
+    grams = jnp.maximum(recent, 0)[..., -max(c.ngram_sizes) :]
     inside = (byte != c.vocab.pad_id)[..., None]
     rows = jnp.where(inside, ngram_rows(grams, c), c.ngram_tables * c.ngram_rows)
     # Without the barrier a GPU recomputes the hashes for each element of the embedding.

@@ -18,7 +18,7 @@ from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.ngram import NgramEmbedding
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.segments import segment_max
-from bytelm_jax.layers.transformer import Caches, Transformer, position_in, positions_in
+from bytelm_jax.layers.transformer import Caches, Transformer, positions_at, positions_in
 
 
 class Encoder(nnx.Module):
@@ -44,11 +44,8 @@ class Encoder(nnx.Module):
         self, states: Float[Array, "B T D"], patch_of: Int[Array, "B T"], count: int
     ) -> tuple[Float[Array, "B {count} W"], KeyValueCache]:
         """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
-        top = segment_max(states, patch_of, count)
-        pooled, cache = self.cross_attention.pool(
-            self._split(self.to_queries(top)), states, patch_of
-        )
-        return pooled.reshape(*top.shape[:2], -1), cache
+        cache = self.cross_attention.keys_values(states)
+        return self.pool_cached(segment_max(states, patch_of, count), cache, patch_of), cache
 
     def pool_one(
         self, states: Float[Array, "B L D"], cache: KeyValueCache, mask: Bool[Array, "B L"]
@@ -58,6 +55,15 @@ class Encoder(nnx.Module):
         queries = self._split(self.to_queries(top))[:, 0]
         pooled = self.cross_attention.pool_one(queries, cache, mask)
         return pooled.reshape(top.shape[0], 1, -1)
+
+    def pool_cached(
+        self, top: Float[Array, "B N D"], cache: KeyValueCache, patch_of: Int[Array, "B T"]
+    ) -> Float[Array, "B N W"]:
+        """Version of `pool` given the maxima of the patches and the bytes' keys and values."""
+        pooled = self.cross_attention.pool_cached(
+            self._split(self.to_queries(top)), cache, patch_of
+        )
+        return pooled.reshape(*top.shape[:2], -1)
 
     def _split(self, x: Array) -> Array:
         return x.reshape(*x.shape[:-1], self.queries, -1)
@@ -110,16 +116,20 @@ class Decoder(nnx.Module):
 
     def extend(
         self,
-        x: Float[Array, "B 1 D"],
+        x: Float[Array, "B T D"],
         memory: Caches,
         caches: Caches,
-        index: Int[Array, ""],
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B 1 D"], Caches]:
-        """Cached version of `__call__` at `index`; `memory` is one patch per row, [B, M, G, K]."""
-        rope, written = self.transformer.rope(position_in(index, segment_starts), x.dtype), []
+        index: Int[Array, " B"],
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Caches]:
+        """Cached version of `__call__` for T positions of each row, from `index` on.
+
+        `memory` is the patch that each of them reads, [B, T, M, G, K].
+        """
+        positions, written = positions_at(index, x.shape[1], segment_starts), []
+        rope = self.transformer.rope(positions, x.dtype)
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, segment_starts)
+            x, cache = layer.extend(cross.read_each(x, vectors), rope, cache, index, segment_starts)
             written.append(cache)
         return self.norm(x), tuple(written)
 

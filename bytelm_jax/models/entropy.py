@@ -14,15 +14,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import EntropyConfig, ModelConfig
+from bytelm_jax.layers.caches import Index, in_each_row, positions_from, write_at
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import RMSNorm
-from bytelm_jax.layers.resets import ends_segment, find_segment_starts
+from bytelm_jax.layers.resets import extend_segment_starts, find_segment_starts
 from bytelm_jax.layers.transformer import Caches, Transformer
 from bytelm_jax.models import patching
-from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput, write_at
+from bytelm_jax.models.interface import ByteModel, ModelOutput
 
 
 class EntropyCache(NamedTuple):
@@ -111,7 +112,7 @@ class EntropyModel(ByteModel, nnx.Module):
 
     # Cached decoding: one round is one byte.
 
-    def init_cache(self, batch: int, length: int) -> EntropyCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
         dtype = self.to_logits.kernel[...].dtype
         layers = self.transformer.empty_caches(batch, length, dtype)
@@ -130,34 +131,33 @@ class EntropyModel(ByteModel, nnx.Module):
             write_segment_starts(cache.segment_starts, segment_starts),
         )
 
-    def decode_round(
-        self,
-        cache: EntropyCache,
-        previous: Integer[Array | np.ndarray, "B 1"],
-        index: int | Int[Array, ""],
-        choose: Choose,
-    ) -> tuple[EntropyCache, Int[Array, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (ignored at first)."""
-        index = jnp.asarray(index)
-        byte, segment_starts, segment_start = write_segment_start(
-            previous, index, cache.segment_starts, self.config
-        )
-        logits, layers = self.extend(byte, cache.layers, index, segment_start)
-        return EntropyCache(layers, segment_starts), as_ids(choose(logits, 0))[:, None]
-
     def extend(
         self,
-        shifted: Int[Array, "B 1"],
-        caches: Caches,
-        index: Int[Array, ""],
-        segment_starts: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B V"], Caches]:
-        """Cached version of `predict`: logits of the byte after position `index` of s.
+        before: Integer[Array | np.ndarray, "B T"],
+        cache: EntropyCache,
+        index: Index,
+    ) -> tuple[Float[Array, "B T V"], EntropyCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `segment_start` is the start of each row's segment.
+        `before` holds the byte before each (ignored before the first).
         """
+        index = in_each_row(index, before.shape[0])
+        shifted, written, segment_starts = extend_shifted(
+            before, index, cache.segment_starts, self.config
+        )
+        logits, layers = self.predict_next(shifted, cache.layers, index, segment_starts)
+        return logits, EntropyCache(layers, written)
+
+    def predict_next(
+        self,
+        shifted: Int[Array, "B T"],
+        caches: Caches,
+        index: Int[Array, " B"],
+        segment_starts: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], Caches]:
+        """Cached version of `predict` for T positions of each row of s, from `index` on."""
         x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
-        return self.to_logits(self.norm(x))[:, 0], caches
+        return self.to_logits(self.norm(x)), caches
 
 
 def entropy(logits: Float[Array, "*batch V"]) -> Float[Array, "*batch"]:
@@ -204,28 +204,23 @@ def write_segment_starts(
     )
 
 
-def write_segment_start(
-    previous: Integer[Array | np.ndarray, "B 1"],
-    index: Int[Array, ""],
-    segment_starts: Int[Array, "B M"],
+def extend_shifted(
+    before: Integer[Array | np.ndarray, "B T"],
+    index: Int[Array, " B"],
+    buffer: Int[Array, "B M"],
     config: ModelConfig,
-) -> tuple[Int[Array, "B 1"], Int[Array, "B M"], Int[Array, " B"] | None]:
-    """Begins round `index`: the byte to feed, the updated `segment_starts`, the segment start.
+) -> tuple[Int[Array, "B T"], Int[Array, "B M"], Int[Array, "B T"] | None]:
+    """Cached version of `shift_right` for T positions of each row, from `index` on.
 
-    The byte to feed, s_index, is `previous`, or BOS in the first round and where a segment
-    starts. The segment start is None if the model does not reset.
+    Also gives the updated buffer of segment starts and those of the T positions, None if the model
+    does not reset.
     """
-    previous = as_ids(previous)
-    bos = jnp.asarray(config.vocab.bos_id, previous.dtype)
+    before, positions = as_ids(before), positions_from(index, before.shape[1])
+    bos = jnp.asarray(config.vocab.bos_id, before.dtype)
     if config.reset_on == "none":
-        return jnp.where(index == 0, bos, previous), segment_starts, None
-    is_segment_start = (index == 0) | ends_segment(previous[:, 0], config.vocab, config.reset_on)
-    before = jnp.take(segment_starts, jnp.maximum(index - 1, 0), axis=1)
-    segment_start = jnp.where(is_segment_start, index.astype(segment_starts.dtype), before)
-    segment_starts = jax.lax.dynamic_update_slice_in_dim(
-        segment_starts, segment_start[:, None], index, axis=1
-    )
-    return jnp.where(is_segment_start[:, None], bos, previous), segment_starts, segment_start
+        return jnp.where(positions == 0, bos, before), buffer, None
+    starts = extend_segment_starts(before, index, buffer, config.vocab, config.reset_on)
+    return jnp.where(starts == positions, bos, before), write_at(buffer, starts, index), starts
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Shaped
 
 from bytelm.config import PatchingContract
+from bytelm_jax.layers.caches import Index, in_each_row, positions_from, take_at, write_at
 from bytelm_jax.layers.ids import as_ids
 
 Choose = Callable[[Array, int], Array]
@@ -47,14 +48,14 @@ class ByteModel:
     @property
     def has_cached_decoding(self) -> bool:
         """Whether the model decodes from a cache of its own."""
-        return type(self).decode_round is not ByteModel.decode_round
+        return type(self).extend is not ByteModel.extend
 
     @property
     def round_length(self) -> int:
         """Bytes that one call of `decode_round` appends."""
         return 1
 
-    def init_cache(self, batch: int, length: int) -> Any:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Any:
         """Room for the ids of sequences of up to `length` bytes."""
         return jnp.full((batch, 1 + length), self.config.vocab.pad_id, jnp.int32)
 
@@ -62,18 +63,29 @@ class ByteModel:
         """Writes a prompt, which may be padded: later rounds overwrite the padding."""
         return write_at(cache, jnp.asarray(ids, cache.dtype), 1)
 
+    def extend(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Array, "B T V"], Any]:
+        """Logits of T bytes of each row, which no id from there on changes, and the new cache."""
+        before = as_ids(before)
+        index = in_each_row(index, before.shape[0])
+        cache = write_at(cache, before.astype(cache.dtype), index)
+        model: Any = self
+        return take_at(model(cache[:, 1:]), positions_from(index, before.shape[1])), cache
+
     def decode_round(
         self,
         cache: Any,
         previous: Integer[Array | np.ndarray, "B P"],
-        index: Any,
+        index: Index,
         choose: Choose,
     ) -> tuple[Any, Int[Array, "B P"]]:
-        """Appends byte number `index`, whose logits no id from there on changes."""
-        cache = write_at(cache, jnp.asarray(previous, cache.dtype), index)
-        model: Any = self
-        logits = jax.lax.dynamic_index_in_dim(model(cache[:, 1:]), index, axis=1, keepdims=False)
-        return cache, as_ids(choose(logits, 0))[:, None]
+        """Appends byte number `index`, of all rows or of each; `previous` is the byte before it.
+
+        `choose(logits [B, V], 0)` gives its ids [B].
+        """
+        logits, cache = self.extend(previous, cache, index)
+        return cache, as_ids(choose(logits[:, 0], 0))[:, None]
 
     def start_round(
         self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any
@@ -112,8 +124,11 @@ class Decoder(Protocol):
         """Bytes that one call of `decode_round` appends."""
         ...
 
-    def init_cache(self, batch: int, length: int) -> Any:
-        """An empty cache for sequences of up to `length` bytes."""
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Any:
+        """An empty cache for sequences of up to `length` bytes.
+
+        Only one made `by_byte` serves `extend` where a round is several bytes.
+        """
         ...
 
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Any) -> Any:
@@ -128,10 +143,24 @@ class Decoder(Protocol):
         self,
         cache: Any,
         previous: Integer[Array | np.ndarray, "B P"],
-        index: Any,
+        index: Index,
         choose: Choose,
     ) -> tuple[Any, Int[Array, "B P"]]:
-        """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        """Appends round number `index`, of all rows or of each.
+
+        `previous` holds the round before it (pads at first).
+        """
+        ...
+
+    def extend(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Array, "B T V"], Any]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
+
+        `before` holds the byte before each of them (anything before the first). All that is
+        kept by position, so a caller may go back to an earlier index: what was written from there
+        on is overwritten before it is read.
+        """
         ...
 
     def start_round(
@@ -148,15 +177,6 @@ class Decoder(Protocol):
     ) -> tuple[Float[Array, "B V"], Any]:
         """The logits of a round's byte number i, after the byte `before`, and the round with it."""
         ...
-
-
-def write_at(buffers: Any, values: Any, index: int | Int[Array, ""]) -> Any:
-    """The arrays of a tree of caches with `values` written at position `index` of axis 1."""
-    return jax.tree.map(
-        lambda buffer, new: jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=1),
-        buffers,
-        values,
-    )
 
 
 def pack(caches: Any, lead: int) -> Shaped[Array, "*lead F"]:

@@ -28,6 +28,7 @@ from bytelm_jax.layers.adaptive import (
     extend_running_mean,
     running_mean,
 )
+from bytelm_jax.layers.caches import Index, in_each_row, positions_from, write_at
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_jax.layers.experts import MixtureOfExperts, Routing
@@ -36,12 +37,12 @@ from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.logits import LogitsLinear
 from bytelm_jax.layers.norm import LayerNorm
 from bytelm_jax.layers.resets import (
-    ends_segment,
+    extend_segment_starts,
     find_segment_starts,
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput, write_at
+from bytelm_jax.models.interface import ByteModel, ModelOutput
 
 
 class LayerCache(NamedTuple):
@@ -99,11 +100,12 @@ class LFByteLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: LayerCache,
-        index: int | Int[Array, ""],
+        index: Int[Array, " B"] | None,
         segment_positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Cached version of `__call__`: one position at `index`, or T positions from 0 on."""
-        context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
+        """Cached version of `__call__`: T positions of each row from `index` on; None: from 0."""
+        start = jnp.zeros((x.shape[0],), jnp.int32) if index is None else index
+        context, sums = extend_running_mean(x, cache.sums, start, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
         x, _ = self._at_each_position(self._join(x, mixed, None), a, None)
@@ -176,7 +178,7 @@ class LFByteTransformer(ByteModel, nnx.Module):
         segment_positions = None
         if c.reset_on != "none":
             segment_positions = position_in_segment(find_segment_starts(ids, c.vocab, c.reset_on))
-        x = self._embed(self._shift(ids) if c.causal else ids, 0, segment_positions)
+        x = self._embed(self._shift(ids) if c.causal else ids, None, segment_positions)
         routings = []
         for i, layer in enumerate(self.layers):
             run = jax.checkpoint(layer) if remat else layer
@@ -193,7 +195,7 @@ class LFByteTransformer(ByteModel, nnx.Module):
 
     # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
 
-    def init_cache(self, batch: int, length: int) -> LFByteCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> LFByteCache:
         """An empty cache for sequences of up to `length` bytes."""
         if not self.config.causal:
             raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
@@ -216,38 +218,31 @@ class LFByteTransformer(ByteModel, nnx.Module):
                 _with_segment_starts(cache, segment_starts, 0),
                 position_in_segment(segment_starts),
             )
-        _, cache = self._extend(self._shift(ids), cache, 0, segment_positions)
+        _, cache = self._extend(self._shift(ids), cache, None, segment_positions)
         return cache
 
-    def decode_round(
-        self,
-        cache: LFByteCache,
-        previous: Integer[Array | np.ndarray, "B P"],
-        index: int | Int[Array, ""],
-        choose: Choose,
-    ) -> tuple[LFByteCache, Int[Array, "B P"]]:
-        """Appends byte number `index`; `previous` is the byte before it (pad for the first).
+    def extend(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: LFByteCache, index: Index
+    ) -> tuple[Float[Array, "B T V"], LFByteCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `choose(logits [B, V], 0)` gives its ids [B].
+        `before` holds the byte before each (ignored before the first).
         """
-        previous, segment_positions = as_ids(previous), None
+        before, segment_positions = as_ids(before), None
+        index = in_each_row(index, before.shape[0])
+        positions = positions_from(index, before.shape[1])
+        before = jnp.where(positions == 0, self.config.vocab.pad_id, before)
         if cache.segment_starts is not None:
-            last = jax.lax.dynamic_slice_in_dim(
-                cache.segment_starts, jnp.maximum(index - 1, 0), 1, axis=1
+            segment_starts = extend_segment_starts(
+                before, index, cache.segment_starts, self.config.vocab, self.config.reset_on
             )
-            is_segment_start = (index == 0) | ends_segment(
-                previous, self.config.vocab, self.config.reset_on
-            )
-            segment_starts = jnp.where(is_segment_start, index, last)
-            cache, segment_positions = (
-                _with_segment_starts(cache, segment_starts, index),
-                index - segment_starts,
-            )
-        x, cache = self._extend(previous, cache, index, segment_positions)
-        return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
+            cache = _with_segment_starts(cache, segment_starts, index)
+            segment_positions = positions - segment_starts
+        x, cache = self._extend(before, cache, index, segment_positions)
+        return self._to_logits(x), cache
 
     def _extend(
-        self, ids: Array, cache: LFByteCache, index: int | Array, segment_positions: Array | None
+        self, ids: Array, cache: LFByteCache, index: Array | None, segment_positions: Array | None
     ) -> tuple[Array, LFByteCache]:
         x, written = self._embed(ids, index, segment_positions), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
@@ -260,16 +255,18 @@ class LFByteTransformer(ByteModel, nnx.Module):
         padded = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.config.vocab.pad_id)
         return padded[:, : ids.shape[1]]
 
-    def _embed(self, ids: Array, start: int | Array, segment_positions: Array | None) -> Array:
-        """Embeds preceding bytes, [B, T, D], with positions from `start` or within segments."""
+    def _embed(self, ids: Array, start: Array | None, segment_positions: Array | None) -> Array:
+        """Embeds preceding bytes, [B, T, D], with positions from `start` (0) or in segments."""
         if segment_positions is not None:
             embedded = self.embed(
                 pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
             )
             return embedded + sinusoids(segment_positions, self.config.embed_dim, embedded.dtype)
-        embedded = self.embed(ids)
-        positions = sinusoidal_positions(start, ids.shape[1], self.config.embed_dim, embedded.dtype)
-        return embedded + positions[None]
+        embedded, dim = self.embed(ids), self.config.embed_dim
+        if start is not None:
+            positions = positions_from(start, ids.shape[1])
+            return embedded + sinusoids(positions, dim, embedded.dtype)
+        return embedded + sinusoidal_positions(0, ids.shape[1], dim, embedded.dtype)[None]
 
     def _to_logits(self, x: Array) -> Array:
         """[B, T, D] → [B, T, V]; the columns that only pad the product are cut off."""
@@ -277,9 +274,7 @@ class LFByteTransformer(ByteModel, nnx.Module):
         return self.to_logits(x)[..., : self.config.vocab.size]
 
 
-def _with_segment_starts(
-    cache: LFByteCache, segment_starts: Array, index: int | Array
-) -> LFByteCache:
+def _with_segment_starts(cache: LFByteCache, segment_starts: Array, index: Index) -> LFByteCache:
     assert cache.segment_starts is not None
     segment_starts = segment_starts.astype(cache.segment_starts.dtype)
     return cache._replace(segment_starts=write_at(cache.segment_starts, segment_starts, index))

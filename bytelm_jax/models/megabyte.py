@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import MegabyteConfig
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
+from bytelm_jax.layers.caches import Index
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
@@ -38,7 +39,7 @@ from bytelm_jax.layers.resets import (
 )
 from bytelm_jax.models import megabyte_decoding
 from bytelm_jax.models.interface import ByteModel, Choose, ModelOutput
-from bytelm_jax.models.megabyte_decoding import MegabyteCache, ResetCache
+from bytelm_jax.models.megabyte_decoding import ByteCache, Cache
 
 
 class Block(nnx.Module):
@@ -71,7 +72,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         cache: KeyValueCache,
-        index: int | Int[Array, ""],
+        index: Index | Int[Array, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Cached version of `__call__`: T positions from `index` on attend to `cache`.
@@ -117,7 +118,7 @@ class Transformer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         caches: tuple[KeyValueCache, ...],
-        index: int | Int[Array, ""],
+        index: Index | Int[Array, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KeyValueCache, ...]]:
         """Cached version of `__call__`: T positions from `index` on attend to `caches`.
@@ -243,13 +244,11 @@ class Megabyte(ByteModel, nnx.Module):
         """Bytes that one call of `decode_round` appends."""
         return self.config.patch_size if self.config.reset_on == "none" else 1
 
-    def init_cache(self, batch: int, length: int) -> MegabyteCache | ResetCache:
-        """An empty cache for sequences of up to `length` bytes."""
-        return megabyte_decoding.init_cache(self, batch, length)
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Cache:
+        """An empty cache for sequences of up to `length` bytes; `by_byte` for `extend`."""
+        return megabyte_decoding.init_cache(self, batch, length, by_byte)
 
-    def prefill(
-        self, ids: Integer[Array | np.ndarray, "B T"], cache: MegabyteCache | ResetCache
-    ) -> MegabyteCache | ResetCache:
+    def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Cache) -> Cache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads them.
@@ -258,16 +257,28 @@ class Megabyte(ByteModel, nnx.Module):
 
     def decode_round(
         self,
-        cache: MegabyteCache | ResetCache,
+        cache: Cache,
         previous: Integer[Array | np.ndarray, "B P"],
-        index: int | Int[Array, ""],
+        index: Index,
         choose: Choose,
-    ) -> tuple[MegabyteCache | ResetCache, Int[Array, "B P"]]:
+    ) -> tuple[Cache, Int[Array, "B P"]]:
         """Appends round number `index`; `previous` is the round before it (pads for the first).
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
+        if isinstance(cache, ByteCache):
+            return super().decode_round(cache, previous, index, choose)
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
+
+    def extend(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: ByteCache, index: Index
+    ) -> tuple[Float[Array, "B T V"], ByteCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
+
+        `before` holds the byte before each (ignored before the first); the cache is one made
+        `by_byte`, or that of a model that resets.
+        """
+        return megabyte_decoding.extend(self, before, cache, index)
 
     def start_round(
         self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any

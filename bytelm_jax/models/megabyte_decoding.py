@@ -5,7 +5,7 @@ one byte, and the global transformer runs when a patch starts in some row. Axes:
 positions of a cache, P bytes per patch, D width, K head width, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
 from bytelm_jax.layers.attention import KeyValueCache, Scope
+from bytelm_jax.layers.caches import (
+    Index,
+    in_each_row,
+    positions_from,
+    read_at,
+    take_at,
+    write_at,
+)
 from bytelm_jax.layers.ids import as_ids
-from bytelm_jax.layers.resets import ends_segment, find_segment_starts, lay_out, scope_of
-from bytelm_jax.models.interface import Choose, write_at
+from bytelm_jax.layers.resets import extend_segment_starts, find_segment_starts, lay_out, scope_of
+from bytelm_jax.models.interface import Choose
 
 if TYPE_CHECKING:
     from bytelm_jax.models.megabyte import Megabyte
@@ -34,8 +42,8 @@ class Round(NamedTuple):
     local: tuple[KeyValueCache, ...]
 
 
-class ResetCache(NamedTuple):
-    """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
+class ByteCache(NamedTuple):
+    """The state of cached decoding byte by byte: with `reset_on`, or for drafts of any length.
 
     Everything is stored by position, so that later entries may hold anything. L positions, S = P −
     1 + L and I = P + L, including the padding in front.
@@ -50,18 +58,21 @@ class ResetCache(NamedTuple):
     ids: Int[Array, "B I"]
     """The ids, after P pads."""
     segment_starts: Int[Array, "B L"]
-    """Where the segment of each position starts."""
+    """Where the segment of each position starts; all 0 without `reset_on`."""
 
 
-def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` if the model resets within a row, otherwise a `MegabyteCache`."""
+Cache = MegabyteCache | ByteCache
+
+
+def init_cache(model: "Megabyte", batch: int, length: int, by_byte: bool) -> Cache:
+    """A `ByteCache` if the model resets within a row or if asked for, else a `MegabyteCache`."""
     model.check_length(length)
     patch, dtype = model.config.patch_size, model.to_logits.kernel[...].dtype
-    if model.config.reset_on == "none":
+    if model.config.reset_on == "none" and not by_byte:
         patches = -(-length // patch)
         return MegabyteCache(model.global_transformer.empty_caches(batch, patches, dtype))
     capacity = length + patch - 1
-    return ResetCache(
+    return ByteCache(
         model.global_transformer.empty_caches(batch, length, dtype),
         model.local_transformer.empty_caches(batch, capacity, dtype),
         jnp.zeros((batch, capacity, model.config.local_dim), dtype),
@@ -70,16 +81,14 @@ def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | Re
     )
 
 
-def prefill(
-    model: "Megabyte", ids: Integer[Array | np.ndarray, "B T"], cache: MegabyteCache | ResetCache
-) -> MegabyteCache | ResetCache:
+def prefill(model: "Megabyte", ids: Integer[Array | np.ndarray, "B T"], cache: Cache) -> Cache:
     """Runs the prompt's patches through the global transformer.
 
     The local transformer's results are kept only with resets: otherwise a round is a whole patch,
     in which the local transformer starts empty.
     """
     ids = as_ids(ids)
-    if isinstance(cache, ResetCache):
+    if isinstance(cache, ByteCache):
         return _prefill_segments(model, ids, cache)
     patches = ids.reshape(ids.shape[0], -1, model.config.patch_size)
     inputs = model.global_input(model.shift(patches, axis=1), 0)
@@ -89,15 +98,13 @@ def prefill(
 
 def decode_round(
     model: "Megabyte",
-    cache: MegabyteCache | ResetCache,
+    cache: MegabyteCache,
     previous: Integer[Array | np.ndarray, "B P"],
-    index: int | Int[Array, ""],
+    index: Index,
     choose: Choose,
-) -> tuple[MegabyteCache | ResetCache, Int[Array, "B P"]]:
+) -> tuple[MegabyteCache, Int[Array, "B P"]]:
     """Runs the global transformer once, on the previous round, then the local one byte by byte."""
     previous = as_ids(previous)
-    if isinstance(cache, ResetCache):
-        return _decode_byte(model, cache, previous, jnp.asarray(index), choose)
     cache, state, byte = start_round(model, cache, previous, index)
     chosen = []
     for i in range(previous.shape[1]):
@@ -108,11 +115,12 @@ def decode_round(
 
 
 def start_round(
-    model: "Megabyte", cache: MegabyteCache, previous: Int[Array, "B P"], index: int | Array
+    model: "Megabyte", cache: MegabyteCache, previous: Int[Array, "B P"], index: Index
 ) -> tuple[MegabyteCache, Round, Int[Array, " B"]]:
     """Runs the global transformer on the previous round; also gives the byte before the first."""
-    batch, patch = previous.shape
-    inputs = model.global_input(previous[:, None, :], index * patch)
+    (batch, patch), c = previous.shape, model.config
+    index = in_each_row(index, batch)
+    inputs = model.global_input_at(previous[:, None], index[:, None], c.patches(c.max_length))
     context, layers = model.global_transformer.extend(inputs, cache.layers, index)
     context = model.split(context)[:, 0]
     local = model.local_transformer.empty_caches(batch, patch, context.dtype)
@@ -131,11 +139,11 @@ def round_logits(
     return model.to_logits(hidden)[:, 0], Round(state.context, local)
 
 
-def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> ResetCache:
+def _prefill_segments(model: "Megabyte", ids: Array, cache: ByteCache) -> ByteCache:
     c, (batch, length) = model.config, ids.shape
     # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
     padded = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
-    most = padded.shape[1]
+    most = padded.shape[1] if c.reset_on != "none" else c.patches(padded.shape[1])
     layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
@@ -154,7 +162,7 @@ def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> Reset
     layers = jax.tree.map(lambda x: at_bytes(x, slots // c.patch_size), layers)
     local = jax.tree.map(lambda x: at_bytes(x, slots), local)
     segment_starts = find_segment_starts(ids, c.vocab, c.reset_on)
-    return ResetCache(
+    return ByteCache(
         write_at(cache.layers, layers, 0),
         write_at(cache.local, local, c.patch_size - 1),
         write_at(cache.shares, at_bytes(shares, layout.slots), 0),
@@ -163,74 +171,80 @@ def _prefill_segments(model: "Megabyte", ids: Array, cache: ResetCache) -> Reset
     )
 
 
-def _decode_byte(
-    model: "Megabyte", cache: ResetCache, previous: Array, index: Array, choose: Choose
-) -> tuple[ResetCache, Array]:
-    c, pad = model.config, model.config.vocab.pad_id
-    before = jax.lax.dynamic_index_in_dim(
-        cache.segment_starts, jnp.maximum(index - 1, 0), axis=1, keepdims=False
-    )
-    is_segment_start = (index == 0) | ends_segment(previous[:, 0], c.vocab, c.reset_on)
-    segment_start = jnp.where(is_segment_start, index.astype(before.dtype), before)
-    segment_position, offset = jnp.divmod(index - segment_start, c.patch_size)
+def extend(
+    model: "Megabyte", before: Integer[Array | np.ndarray, "B T"], cache: ByteCache, index: Index
+) -> tuple[Float[Array, "B T V"], ByteCache]:
+    """Runs the local transformer on T bytes of each row, the global one where patches start."""
+    c, pad, before = model.config, model.config.vocab.pad_id, as_ids(before)
+    index, count = in_each_row(index, before.shape[0]), before.shape[1]
+    starts = extend_segment_starts(before, index, cache.segment_starts, c.vocab, c.reset_on)
+    positions = positions_from(index, count)
+    segment_positions, offsets = jnp.divmod(positions - starts, c.patch_size)
     cache = cache._replace(
-        ids=write_at(cache.ids, previous.astype(jnp.int32), index + c.patch_size - 1),
-        segment_starts=write_at(cache.segment_starts, segment_start[:, None], index),
+        ids=write_at(cache.ids, before, index + c.patch_size - 1),
+        segment_starts=write_at(cache.segment_starts, starts, index),
     )
-    cache = _start_patches(model, cache, segment_start, segment_position, offset == 0, index)
+    cache = _start_patches(model, cache, starts, segment_positions, offsets == 0, positions)
 
-    share = jax.lax.dynamic_slice_in_dim(cache.shares, index, 1, axis=1)
-    first = is_segment_start if c.variant == "in_action" else offset == 0
-    hidden = model.local_input(jnp.where(first[:, None], pad, previous)) + share
-    near = _read_at(cache.local, index, c.patch_size)
-    inside = jnp.arange(c.patch_size)[None, :] - (c.patch_size - 1 - offset)[:, None]
-    scope = Scope((inside >= 0)[:, None, :], jnp.maximum(inside, 0))
-    hidden, near = model.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
+    is_first = starts == positions if c.variant == "in_action" else offsets == 0
+    hidden = model.local_input(jnp.where(is_first, pad, before)) + take_at(cache.shares, positions)
+    # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
+    near = read_at(cache.local, index, c.patch_size - 1 + count)
+    slots = positions_from(index - (c.patch_size - 1), c.patch_size - 1 + count)
+    patch_starts = positions - offsets
+    mask = (slots[:, None] >= patch_starts[..., None]) & (slots[:, None] <= positions[..., None])
+    earlier = slots[:, : c.patch_size - 1] - patch_starts[:, :1]
+    inside = jnp.concatenate([jnp.maximum(earlier, 0), offsets], axis=1)
+    hidden, near = model.local_transformer.extend(
+        hidden, near, c.patch_size - 1, Scope(mask, inside)
+    )
     newest = jax.tree.map(lambda x: x[:, c.patch_size - 1 :], near)
     local = write_at(cache.local, newest, index + c.patch_size - 1)
-    return cache._replace(local=local), as_ids(choose(model.to_logits(hidden)[:, 0], 0))[:, None]
+    return model.to_logits(hidden), cache._replace(local=local)
 
 
 def _start_patches(
     model: "Megabyte",
-    cache: ResetCache,
-    segment_start: Array,
-    segment_position: Array,
+    cache: ByteCache,
+    segment_starts: Array,
+    segment_positions: Array,
     starts: Array,
-    index: Array,
-) -> ResetCache:
-    """Runs the patches that start at `index`, in the rows `starts`, through the global stack.
-
-    The other rows write keys at positions where none of their patches starts, which are never read.
-    """
-    patch, pad = model.config.patch_size, model.config.vocab.pad_id
-    most = model.config.patches(model.config.max_length)
+    positions: Array,
+) -> ByteCache:
+    """Runs the patches that start at some of T positions, `starts`, through the global stack."""
+    c, (batch, count) = model.config, starts.shape
+    patch, length = c.patch_size, cache.segment_starts.shape[1]
+    # The positions of the starts come first, as many as there can be.
+    most = 1 + (count - 1) // patch if c.reset_on == "none" else count
+    order = jnp.argsort(~starts, axis=1, stable=True)[:, :most]
+    pick = lambda x: jnp.take_along_axis(x, order, axis=1)  # noqa: E731
+    real, at, start, number = map(pick, (starts, positions, segment_starts, segment_positions))
 
     def run() -> tuple[Array, tuple[KeyValueCache, ...]]:
-        recent = jax.lax.dynamic_slice_in_dim(cache.ids, index, patch, axis=1)
-        recent = jnp.where((segment_position == 0)[:, None], pad, recent)[:, None]
-        slots = jnp.arange(cache.segment_starts.shape[1])[None, :]
-        inside = slots - segment_start[:, None]
-        seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
-        scope = Scope(seen[:, None, :], jnp.maximum(inside, 0) // patch)
-        inputs = model.global_input_at(recent, segment_position[:, None], most)
-        context, layers = model.global_transformer.extend(inputs, cache.layers, index, scope)
-        return model.split(context)[:, 0], _read_at(layers, index, 1)
+        behind = at[..., None] + jnp.arange(patch)[None, None, :]  # the ids are P further on
+        recent = take_at(cache.ids, behind.reshape(batch, most * patch))
+        recent = recent.reshape(batch, most, patch)
+        recent = jnp.where((number == 0)[..., None], c.vocab.pad_id, recent)
+        slots = jnp.arange(length)[None, None, :]
+        inside = slots - start[..., None]
+        seen = (inside >= 0) & (inside % patch == 0) & (slots <= at[..., None])
+        # A slot's number within its segment, wherever it is seen.
+        number_of = (jnp.arange(length)[None, :] - cache.segment_starts) // patch
+        scope = Scope(seen, jnp.maximum(number_of, 0))
+        inputs = model.global_input_at(recent, number, c.patches(c.max_length))
+        written = jnp.where(real, at, length)
+        context, layers = model.global_transformer.extend(inputs, cache.layers, written, scope)
+        return model.split(context), jax.tree.map(lambda x: take_at(x, written), layers)
 
     def skip() -> tuple[Array, tuple[KeyValueCache, ...]]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
     shares, layers = jax.lax.cond(starts.any(), run, skip)
-    old_shares = jax.lax.dynamic_slice_in_dim(cache.shares, index, patch, axis=1)
-    shares = jnp.where(starts[:, None, None], shares, old_shares)
+    # What does not start a patch goes past the end, where it is dropped.
+    written = jnp.where(real, at, length + patch)
+    bytes_of = written[..., None] + jnp.arange(patch)[None, None, :]
+    flat = shares.reshape(batch, most * patch, -1)
     return cache._replace(
-        layers=write_at(cache.layers, layers, index),
-        shares=write_at(cache.shares, shares, index),
-    )
-
-
-def _read_at(buffers: Any, index: int | Array, count: int) -> Any:
-    """Positions `index` … `index + count − 1` of axis 1 of every array in a tree."""
-    return jax.tree.map(
-        lambda buffer: jax.lax.dynamic_slice_in_dim(buffer, index, count, axis=1), buffers
+        layers=write_at(cache.layers, layers, written),
+        shares=write_at(cache.shares, flat, bytes_of.reshape(batch, most * patch)),
     )
