@@ -35,7 +35,7 @@ _SLOTS = (1 << 8, 1 << 18)
 _LEAST_COUNT = 2  # a context that was seen once says little, and there are millions of them
 
 # Odd numbers below 2³¹: where there is no uint32, as in PyTorch, int64 holds every product.
-_HASH, _MIX, _CHECK = 0x01000193, 0x2C1B3C6D, 0x5BD1E995
+HASH, MIX, CHECK = 0x01000193, 0x2C1B3C6D, 0x5BD1E995
 
 
 class DraftTable(NamedTuple):
@@ -65,9 +65,9 @@ def _hash_and_check(columns: list[np.ndarray], order: int) -> tuple[np.ndarray, 
     """Those of the last `order` of 8 columns of bytes, which are of equal length."""
     h = np.zeros(len(columns[0]), np.uint32)
     for column in columns[: -order - 1 : -1]:
-        h = h * np.uint32(_HASH) + column + np.uint32(1)
-    x = (h ^ (h >> np.uint32(16))) * np.uint32(_MIX)
-    return x ^ (x >> np.uint32(15)), (h * np.uint32(_CHECK)) | np.uint32(1)
+        h = h * np.uint32(HASH) + column + np.uint32(1)
+    x = (h ^ (h >> np.uint32(16))) * np.uint32(MIX)
+    return x ^ (x >> np.uint32(15)), (h * np.uint32(CHECK)) | np.uint32(1)
 
 
 def look_up(
