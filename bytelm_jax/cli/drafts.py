@@ -2,10 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe, require
-from bytelm.storage.stores import is_remote, tidy
+from bytelm.storage.stores import is_remote, protocol_of, tidy
+
+if TYPE_CHECKING:
+    from bytelm.generation.draft_table import DraftTable
 
 _JUDGED_BYTES = 1 << 20
 """Bytes of the validation data that a table is judged by."""
@@ -32,7 +37,7 @@ def draft_table_command(
     Example: bytelm draft-table runs/megabyte_tiny
 
     Args:
-        run: the run folder, or with --data an export.
+        run: the run folder, or with --data an export on this machine.
         data: files and folders of any form to make it from, instead of the run's training data.
         megabytes: the most text to read, in units of 1,048,576 bytes, evenly spread over the data;
             each takes 60 MB of memory.
@@ -47,19 +52,20 @@ def draft_table_command(
     how = text_field, raw, cache_dir, prompt_field, completion_field, chat_field
     if not data and how != ("text", False, "", "", "", ""):
         raise UsageError("--data: name the files that the other options are about")
-    if is_remote(run):
-        raise UsageError(f"RUN: name a folder here; {tidy(run)} is an address")
+    if is_remote(run) and protocol_of(tidy(run)) not in ("gs", "s3"):
+        raise UsageError(f"{tidy(run)}: a table is written on disks, gs:// and s3://")
 
-    from bytelm.generation.draft_table import TABLE_FILE, build_table, bytes_per_round, save_table
+    from bytelm.generation.draft_table import TABLE_FILE, build_table, bytes_per_round
 
     chunks, held_out = _given(run, data, most, *how) if data else _own(run, most)
     table = build_table(chunks, most_bytes=most)
-    lines = [f"wrote {run / TABLE_FILE}: {int((table.keys > 0).sum()):,} contexts"]
+    name = f"{tidy(run) if is_remote(run) else run}/{TABLE_FILE}"
+    lines = [f"wrote {name}: {int((table.keys > 0).sum()):,} contexts"]
     text = b"".join(held_out)[:_JUDGED_BYTES]
     if len(text) > 100:
         rate = bytes_per_round(table, text)
         lines += [f"{rate:.2f} bytes a round on {len(text):,} bytes that the run holds out"]
-    save_table(run / TABLE_FILE, table)
+    _save(run, table)
     print("\n".join(lines))
     return 0
 
@@ -70,16 +76,32 @@ def _bytes_of(megabytes: float) -> int:
     return int(megabytes * 2**20)
 
 
+def _save(run: Path, table: "DraftTable") -> None:
+    """Writes the table into the folder of a run, here or at an address."""
+    from bytelm.generation.draft_table import TABLE_FILE, save_table
+    from bytelm.remote.folder import RemoteFolder
+
+    if not is_remote(run):
+        save_table(run / TABLE_FILE, table)
+        return
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / TABLE_FILE
+        save_table(file, table)
+        RemoteFolder(tidy(run)).write(TABLE_FILE, file.read_bytes())
+
+
 def _given(
     run: Path, data: tuple[Path, ...], most: int, text_field: str, raw: bool, *rest: str
 ) -> tuple[Iterator[bytes], Iterator[bytes]]:
     """The text of files, and nothing that is held out."""
     from bytelm.export import holds_weights
     from bytelm.run_data import spread_text
-    from bytelm.runs import is_run
+    from bytelm.runs import is_run, saved_recipe
     from bytelm_jax.cli.model import open_data
 
     found = is_run(run) or holds_weights(run)
+    if is_remote(run):
+        found = saved_recipe(run) is not None
     require(found, f"{run}: no model there; give a run folder or an export")
     cache_dir, *fields = rest
     return spread_text(open_data(data, text_field, raw, cache_dir, *fields), most), iter(())

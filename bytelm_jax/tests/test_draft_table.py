@@ -76,7 +76,7 @@ def test_what_is_refused_leaves_the_table_as_it_was(run, tmp_path, text, capsys)
         (tmp_path / "none",): "none: no config.json there",
         (tmp_path, "--data", text): "no model there; give a run folder or an export",
         (tmp_path / "export",): "is an export, which does not say",
-        ("gs://bucket/run",): "gs://bucket/run is an address",
+        ("hf://some/run",): "hf://some/run: a table is written on disks, gs:// and s3://",
     }.items():
         assert reason in refused(capsys, "draft-table", *argv), argv
     assert contents(tmp_path) == before
