@@ -32,6 +32,7 @@ LONGEST_MATCH, SHORTEST_MATCH = 16, 3
 
 _VERSION = 1
 _SLOTS = (1 << 8, 1 << 18)
+_BLOCK = 1 << 16  # texts that are looked up at once where there are many
 _LEAST_COUNT = 2  # a context that was seen once says little, and there are millions of them
 
 # Odd numbers below 2³¹: where there is no uint32, as in PyTorch, int64 holds every product.
@@ -84,6 +85,27 @@ def look_up(
     found, first = held.any(0), held.argmax(0)
     drafts = table.drafts[first, slots[first, np.arange(len(recent))]]
     return np.where(found[:, None], drafts, np.uint8(0)), found
+
+
+def bytes_per_round(table: DraftTable, text: bytes) -> float:
+    """Mean bytes that a round of speculation would write, if a model wrote `text`.
+
+    Each round writes the drafted bytes up to the first wrong one, and one more. Raises `ValueError`
+    for a text of fewer than 17 bytes.
+    """
+    require(len(text) > 2 * DRAFT_BYTES, f"text: {len(text)} bytes; give at least 17")
+    rows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), DRAFT_BYTES)
+    asked, right = rows[:-DRAFT_BYTES], rows[DRAFT_BYTES:]
+    accepted: list[int] = []
+    for start in range(0, len(asked), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        drafts, _ = look_up(table, asked[part])
+        accepted += np.cumprod(drafts == right[part], axis=1).sum(1).tolist()
+    place = rounds = 0
+    while place < len(accepted):
+        place += 1 + accepted[place]
+        rounds += 1
+    return place / rounds
 
 
 # ---- making a table -----------------------------------------------------------------------------
