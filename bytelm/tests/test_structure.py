@@ -23,7 +23,7 @@ SHARED_FLOORS = (
     "run_data", "breakdown", "perturb", "runs", "remote", "data", "lora", "trainable", "export",
     "inspection", "patience", "metrics", "tracking", "sampling", "compression", "storage",
     "progress", "memory", "tokenizer", "leaves", "positions", "patch_rules", "q_table",
-    "torch_files", "files", "config", "callable_module", "tolerances", "chips",
+    "torch_files", "generation", "files", "config", "callable_module", "tolerances", "chips",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
-from bytelm_jax.layers.caches import Index, write_at
+from bytelm_jax.layers.caches import Index, positions_from, write_at
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
 
@@ -49,11 +49,11 @@ def multi_query_attention(
     k: Float[Array, "*batch S K"],
     v: Float[Array, "*batch S K"],
     mask: Bool[Array | np.ndarray, "*rows T S"],
-    bias: Float[Array | np.ndarray, "*rows H S"] | None = None,
+    bias: Float[Array | np.ndarray, "*kinds H S"] | None = None,
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` may have a batch axis or not. Scores and softmax are in at least float32. A
+    `mask` and `bias` may each have a batch axis or not. Scores and softmax are in at least float32. A
     masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
     least one key.
     """
@@ -62,9 +62,10 @@ def multi_query_attention(
     # transposes.
     scores = jnp.einsum("...thk,...sk->...ths", q, k, preferred_element_type=wide)
     scores = scores * q.shape[-1] ** -0.5
-    lead = (1,) * (scores.ndim - 1 - mask.ndim) + mask.shape[:-2]
     if bias is not None:
+        lead = (1,) * (scores.ndim - 1 - bias.ndim) + bias.shape[:-2]
         scores = scores + jnp.asarray(bias).astype(wide).reshape(*lead, 1, *bias.shape[-2:])
+    lead = (1,) * (scores.ndim - 1 - mask.ndim) + mask.shape[:-2]
     visible = jnp.asarray(mask).reshape(*lead, mask.shape[-2], 1, mask.shape[-1])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("...ths,...sk->...thk", weights.astype(v.dtype), v)
@@ -115,8 +116,8 @@ class MultiQueryAttention(nnx.Module):
         cache = write_at(cache, KeyValueCache(k, v), index)
         if scope is not None:
             return self._attend(q, *cache, *scope), cache
-        position = jnp.asarray(index)[..., None, None] + jnp.arange(x.shape[1])[:, None]
-        mask = jnp.arange(cache.keys.shape[1])[None, :] <= position
+        positions = positions_from(jnp.asarray(index).reshape(-1), x.shape[1])
+        mask = jnp.arange(cache.keys.shape[1])[None, None, :] <= positions[:, :, None]
         return self._attend(q, *cache, mask), cache
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:

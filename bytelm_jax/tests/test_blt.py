@@ -256,7 +256,8 @@ def test_linear_cross_attention_is_the_dense_one(x64):
     used = (patch_of[:, :, None] == np.arange(4)[None, None]).any(axis=1)[:, :, None, None]
 
     def linear(params: Params, states: Any, queries: Any) -> Any:
-        pooled, _ = bind(params).pool(queries, states, patch_of)
+        cross = bind(params)
+        pooled = cross.pool_cached(queries, cross.keys_values(states), patch_of)
         read, _ = bind(params).read(states, queries, read_of)
         return jnp.where(used, pooled, 0), read
 

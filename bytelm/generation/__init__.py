@@ -1,0 +1,1 @@
+"""The parts of generation that need no framework: constraints, stop texts, drafts and results."""

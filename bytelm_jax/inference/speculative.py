@@ -1,0 +1,180 @@
+"""Drafts for speculative decoding: guesses at the bytes that follow, cheaper than the model itself.
+
+Leviathan et al. 2023 (arXiv 2211.17192) verify drafts by rejection sampling. Here every byte is
+drawn with a random number that belongs to its seed, row and position; the verification draws it
+with that number and accepts the draft if it is equal, so the text of a seed is the same with and
+without speculation. A draft that is sampled itself uses the same number, so that two models that
+mostly agree mostly draw the same byte.
+
+Axes: B rows, L bytes, P pads in front of the ids, K drafted bytes, N orders of a table.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from bytelm.config import require
+from bytelm.generation.draft_table import ORDERS, DraftTable
+from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
+from bytelm_jax.layers.caches import positions_from, read_at, take_at
+
+DRAFTED = 8
+"""Bytes that a round drafts."""
+_LONGEST_MATCH = 16
+_LEAST_MATCH = 3
+
+Propose = Callable[..., tuple[Array, Any, Any]]
+"""`propose(model, arguments, state, pads, pick, after) -> (drafts [B, K], cache, draft cache)`.
+
+`pick(logits, positions, constraints)` is what the sampler draws, `after(constraints, ids)` the
+constraint's next states. Equal for drafts that one compiled program can serve.
+"""
+
+
+class Drafter(NamedTuple):
+    """Where drafts come from: `key` is compiled into the program, `arguments` are given to it."""
+
+    key: Propose
+    arguments: Any
+    model: Any = None
+    structure: CompiledModelKey | None = None
+    params: Any = None
+
+
+def make_drafter(model: Any, speculate: Any) -> Drafter | None:
+    """What drafts for `model`: None or "none", "ngram", "self", a `DraftTable`, or a model.
+
+    Raises `ValueError` for a draft that this model cannot use.
+    """
+    if speculate is None or isinstance(speculate, str):
+        match speculate:
+            case None | "none":
+                return None
+            case "ngram":
+                return Drafter(_propose_ngram, ())
+            case "self":
+                name = type(model).__name__
+                require(
+                    hasattr(model, "draft"),
+                    f"speculate='self': {name} has no part that could draft alone; only a Byte "
+                    "Latent Transformer's local stacks do; give ngram, table or a smaller model",
+                )
+                return Drafter(_propose_self, ())
+        raise ValueError(
+            f"speculate={speculate!r}: give none, ngram, self, a draft table or a model"
+        )
+    require(
+        model.has_cached_decoding,
+        f"speculate: {type(model).__name__} decodes without a cache, which drafts cannot speed up",
+    )
+    if isinstance(speculate, DraftTable):
+        return Drafter(_propose_table, tuple(jnp.asarray(part) for part in speculate))
+    mine, theirs = model.config.vocab, speculate.config.vocab
+    require(
+        mine == theirs,
+        f"speculate: the drafting model's vocabulary {theirs} is not this model's, {mine}",
+    )
+    require(speculate.config.causal, "speculate: the drafting model is not causal")
+    structure, params = split_cached(speculate)
+    return Drafter(_propose_model(structure), params, speculate, structure, params)
+
+
+def _propose_ngram(
+    model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
+) -> tuple[Array, Any, Any]:
+    drafts = ngram_drafts(state.ids[:, pads:], state.index, DRAFTED)
+    return _as_bytes(drafts, model), state.cache, state.draft_cache
+
+
+def ngram_drafts(
+    text: Int[Array, "B L"], index: Int[Array, " B"], count: int
+) -> Int[Array, "B {count}"]:
+    """What followed the longest end of each row's first `index` bytes where it last appeared.
+
+    The end has 3 to 16 bytes; −1 where it appeared nowhere. A continuation that runs into the
+    text's end goes on with itself (`bytelm.generation.draft_table.ngram_draft`).
+    """
+    length = text.shape[1]
+    behind = jnp.pad(text, ((0, 0), (_LONGEST_MATCH, 0)), constant_values=-1)
+    newest = read_at(behind, index, _LONGEST_MATCH)
+    # same[b, j]: bytes before position j that equal those before the row's end, from the last on.
+    going, same = jnp.ones(text.shape, bool), jnp.zeros(text.shape, jnp.int32)
+    for k in range(_LONGEST_MATCH):
+        there = behind[:, _LONGEST_MATCH - 1 - k : _LONGEST_MATCH - 1 - k + length]
+        mine = newest[:, _LONGEST_MATCH - 1 - k][:, None]
+        going = going & (there == mine) & (mine >= 0)
+        same = same + going
+    positions = jnp.arange(length)[None, :]
+    same = jnp.where(positions < index[:, None], same, 0)
+    best = jnp.argmax(same * length + positions, axis=1)  # the longest, then the latest
+    found = jnp.take_along_axis(same, best[:, None], axis=1) >= _LEAST_MATCH
+    period = jnp.maximum(index - best, 1)[:, None]
+    drafts = take_at(text, best[:, None] + jnp.arange(count)[None, :] % period)
+    return jnp.where(found, drafts, -1)
+
+
+def _propose_table(
+    model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
+) -> tuple[Array, Any, Any]:
+    newest = read_at(state.ids[:, pads:], jnp.maximum(state.index - max(ORDERS), 0), max(ORDERS))
+    behind = positions_from(state.index - max(ORDERS), max(ORDERS))
+    shift = jnp.minimum(state.index - max(ORDERS), 0)  # shorter texts: what is there, at the end
+    at = jnp.clip(behind - jnp.maximum(state.index - max(ORDERS), 0)[:, None], 0, max(ORDERS) - 1)
+    del shift
+    newest = jnp.where(behind >= 0, jnp.take_along_axis(newest, at, axis=1), -1)
+    drafts = table_drafts(*arguments, newest - model.config.vocab.offset)
+    return _as_bytes(drafts + model.config.vocab.offset, model), state.cache, state.draft_cache
+
+
+def _propose_self(
+    model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
+) -> tuple[Array, Any, Any]:
+    drafts, cache = _chain(model.draft, state.cache, state, pads, pick, after, DRAFTED)
+    return drafts, cache, state.draft_cache
+
+
+@functools.lru_cache(maxsize=64)
+def _propose_model(structure: CompiledModelKey) -> Propose:
+    def propose(
+        model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
+    ) -> tuple[Array, Any, Any]:
+        drafting = structure.model(arguments)
+        # One byte more than is used: if all are accepted, the next round goes on behind the last.
+        drafts, cache = _chain(
+            drafting.extend, state.draft_cache, state, pads, pick, after, DRAFTED + 1
+        )
+        return drafts[:, :DRAFTED], state.cache, cache
+
+    return propose
+
+
+def _chain(
+    extend: Callable[..., tuple[Array, Any]],
+    cache: Any,
+    state: Any,
+    pads: int,
+    pick: Any,
+    after: Any,
+    count: int,
+) -> tuple[Array, Any]:
+    """`count` bytes, each drawn from what `extend` says after the one before; and its cache."""
+    last = take_at(state.ids, state.index[:, None] + pads - 1)
+
+    def step(carry: tuple[Any, Array, Array, Array], _: None) -> tuple[Any, Array]:
+        cache, before, index, constraint = carry
+        logits, cache = extend(before, cache, index)
+        chosen = pick(logits[:, 0], index, constraint)
+        return (cache, chosen[:, None], index + 1, after(constraint, chosen)), chosen
+
+    carry = (cache, last, state.index, state.constraint)
+    (cache, *_), drafts = jax.lax.scan(step, carry, None, length=count)
+    return _as_bytes(drafts.T, None), cache
+
+
+def _as_bytes(drafts: Array, model: Any) -> Array:
+    return drafts
