@@ -161,7 +161,7 @@ def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x
     cached = list(generated())
     with monkeypatch.context() as patch:
         for kind, base in ((EntropyModel, ByteModel), (TorchEntropyModel, TorchByteModel)):
-            for name in ("init_cache", "prefill", "decode_round"):
+            for name in ("init_cache", "prefill", "extend"):
                 patch.setattr(kind, name, vars(base)[name])
         assert list(generated()) == cached
         report = compare_twins(config, params, twin, random_ids(config, 2, 9), "float64")

@@ -31,7 +31,7 @@ from bytelm_torch.layers.adaptive import (
 )
 from bytelm_torch.layers.caches import Index, positions_from, write_at
 from bytelm_torch.layers.dropout import dropout
-from bytelm_torch.layers.embedding import ByteEmbedding, sinusoids
+from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.logits import LogitsLinear
@@ -243,8 +243,10 @@ class LFByteTransformer(ByteModel, nn.Module):
             )
             return embedded + sinusoids(segment_positions, self.config.embed_dim, embedded.dtype)
         embedded, dim = self.embed(ids), self.config.embed_dim
-        positions = positions_from(0 if start is None else start, ids.shape[1], ids.device)
-        return embedded + sinusoids(positions, dim, embedded.dtype)
+        if start is not None:
+            positions = positions_from(start, ids.shape[1], ids.device)
+            return embedded + sinusoids(positions, dim, embedded.dtype)
+        return embedded + sinusoidal_positions(0, ids.shape[1], dim, embedded.dtype, ids.device)
 
     def _to_logits(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, V]; the columns that only pad the product are cut off."""
