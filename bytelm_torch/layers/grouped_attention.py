@@ -161,7 +161,7 @@ class GroupedAttention(nn.Module):
             seen = stop - first
         else:
             first = (index + count - seen).clamp(0, size - seen)
-        near = read_at(cache, first, seen) if seen < size else cache
+        keys, values = read_at(cache, first, seen) if seen < size else cache
         slots = positions_from(first, seen, x.device)[:, None, :]
         # Those past the end see what the last one sees: nobody reads them, but they are finite.
         positions = positions_from(index, count, x.device)[:, :, None].clamp(max=size - 1)
@@ -170,7 +170,7 @@ class GroupedAttention(nn.Module):
             mask = mask & (slots > positions - self.window)
         if segment_starts is not None:
             mask = mask & (slots >= segment_starts[:, :, None].clamp(max=size - 1))
-        return self._out(grouped_attention(q, *near, mask)), cache
+        return self._out(grouped_attention(q, keys, values, mask)), cache
 
     def extend_rows(
         self,

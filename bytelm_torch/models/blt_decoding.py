@@ -275,7 +275,7 @@ class _Ending(NamedTuple):
     """Whether a patch ends at each byte [B, T], the number of its patch and its segment's first."""
     numbers: Tensor
     first: Tensor | None
-    index: Index
+    start: Index
 
 
 def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> None:
@@ -320,7 +320,7 @@ def _pool(model: "BLT", cache: BLTCache, new: _Ending) -> Float[Tensor, "B T W"]
 def _first_patch(cache: BLTCache, new: _Ending) -> Bool[Tensor, "B L"]:
     """The positions of the patch of the first of the new bytes, up to the last of these."""
     count = new.ends.shape[1]
-    last = positions_from(new.index, count, new.ends.device)[:, -1]
+    last = positions_from(new.start, count, new.ends.device)[:, -1]
     return _in_patch(cache, new.numbers[:, 0], last)
 
 
@@ -349,7 +349,7 @@ def _patch_entropy_of(
     bits = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
     counted = real.sum(dim=1, keepdim=True).to(wide)
     if count > 1:
-        histograms = read_at(cache.histograms, new.index, count).to(wide)
+        histograms = read_at(cache.histograms, new.start, count).to(wide)
         is_byte = (patching.to_bytes(new.byte, config.vocab) >= 0).to(wide)
         both = torch.stack([histograms, is_byte], dim=-1)
         later = segment_sum(both, _later_patch(new), count - 1)
