@@ -2,8 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from bytelm import data
 from bytelm.config import DataConfig, Recipe, require
@@ -102,6 +104,39 @@ def _identity(
     if sets:
         parts += [["valid", name, corpus.fingerprint()] for name, corpus in sets.items()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+# ---- its text -----------------------------------------------------------------------------------
+
+_PIECE = 1 << 16
+"""Bytes that are read at one place where not all of a corpus is."""
+
+
+def training_text(found: RunData, most_bytes: int) -> Iterator[bytes]:
+    """What a run trains on, in order, or `most_bytes` of it: by shares where sources are mixed."""
+    if isinstance(found.windows, Mixture):
+        for name, windows in found.windows.sources.items():
+            share = int(most_bytes * found.windows.shares[name])
+            yield from spread_text(windows.corpus, share)
+    else:
+        yield from spread_text(found.windows.corpus, most_bytes)
+
+
+def spread_text(corpus: Corpus, most_bytes: int) -> Iterator[bytes]:
+    """The text of a corpus, or `most_bytes` of it in pieces that are spread evenly over it."""
+    total = corpus.total_bytes
+    size = min(total, most_bytes)
+    pieces = -(-size // _PIECE)
+    stops = np.cumsum(corpus.lengths)
+    for piece in range(pieces):
+        place = piece * total // pieces
+        left = (piece + 1) * size // pieces - piece * size // pieces
+        document = int(np.searchsorted(stops, place, "right"))
+        while left:
+            start = place - int(stops[document] - corpus.lengths[document])
+            stop = min(start + left, int(corpus.lengths[document]))
+            yield corpus.read(document, start, stop).tobytes()
+            place, left, document = place + stop - start, left - (stop - start), document + 1
 
 
 # ---- the first lines ----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def commands_page() -> str:
 def command(name: str) -> Iterator[str]:
     """The section of one command."""
     module = importlib.import_module(f"bytelm_jax.cli.{cli._MODULES.get(name, 'model')}")
-    function = getattr(module, f"{name}_command")
+    function = getattr(module, f"{name.replace('-', '_')}_command")
     if "argv" in inspect.signature(function).parameters:
         yield from printed(lambda: cli.main([name, "--help"]))
         return

@@ -13,6 +13,7 @@ from bytelm.config import ByteVocab, EntropyConfig, MegabyteConfig
 from bytelm.config import ByteVocab as TorchVocab
 from bytelm.tolerances import LOGITS
 from bytelm_jax.inference import generate as generation
+from bytelm_jax.inference import rounds
 from bytelm_jax.inference import sampling as ours
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import define_model
@@ -151,8 +152,8 @@ def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x
 
     def generated():
         # A program is known by the model's class, whose methods change below.
-        generation._prefill.cache_clear()
-        generation._append_rounds.cache_clear()
+        rounds._prefill.cache_clear()
+        rounds.append_program.cache_clear()
         for module, one in ((generation, model), (torch_generation, twin)):
             yield module.generate(one, prompts, 11, stop_at_eos=False)
             yield module.generate(one, [b"", *prompts], 11, stop_at_eos=False)
@@ -165,8 +166,8 @@ def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x
                 patch.setattr(kind, name, vars(base)[name])
         assert list(generated()) == cached
         report = compare_twins(config, params, twin, random_ids(config, 2, 9), "float64")
-    generation._prefill.cache_clear()
-    generation._append_rounds.cache_clear()
+    rounds._prefill.cache_clear()
+    rounds.append_program.cache_clear()
     assert report.passed, report.text
     assert "ok   left out  cached decoding: the model has none" in report.lines
     assert not any("in cached decoding" in line for line in report.lines)

@@ -32,10 +32,11 @@ LONGEST_MATCH, SHORTEST_MATCH = 16, 3
 
 _VERSION = 1
 _SLOTS = (1 << 8, 1 << 18)
+_BLOCK = 1 << 16  # texts that are looked up at once where there are many
 _LEAST_COUNT = 2  # a context that was seen once says little, and there are millions of them
 
 # Odd numbers below 2³¹: where there is no uint32, as in PyTorch, int64 holds every product.
-_HASH, _MIX, _CHECK = 0x01000193, 0x2C1B3C6D, 0x5BD1E995
+HASH, MIX, CHECK = 0x01000193, 0x2C1B3C6D, 0x5BD1E995
 
 
 class DraftTable(NamedTuple):
@@ -65,9 +66,9 @@ def _hash_and_check(columns: list[np.ndarray], order: int) -> tuple[np.ndarray, 
     """Those of the last `order` of 8 columns of bytes, which are of equal length."""
     h = np.zeros(len(columns[0]), np.uint32)
     for column in columns[: -order - 1 : -1]:
-        h = h * np.uint32(_HASH) + column + np.uint32(1)
-    x = (h ^ (h >> np.uint32(16))) * np.uint32(_MIX)
-    return x ^ (x >> np.uint32(15)), (h * np.uint32(_CHECK)) | np.uint32(1)
+        h = h * np.uint32(HASH) + column + np.uint32(1)
+    x = (h ^ (h >> np.uint32(16))) * np.uint32(MIX)
+    return x ^ (x >> np.uint32(15)), (h * np.uint32(CHECK)) | np.uint32(1)
 
 
 def look_up(
@@ -84,6 +85,27 @@ def look_up(
     found, first = held.any(0), held.argmax(0)
     drafts = table.drafts[first, slots[first, np.arange(len(recent))]]
     return np.where(found[:, None], drafts, np.uint8(0)), found
+
+
+def bytes_per_round(table: DraftTable, text: bytes) -> float:
+    """Mean bytes that a round of speculation would write, if a model wrote `text`.
+
+    Each round writes the drafted bytes up to the first wrong one, and one more. Raises `ValueError`
+    for a text of fewer than 17 bytes.
+    """
+    require(len(text) > 2 * DRAFT_BYTES, f"text: {len(text)} bytes; give at least 17")
+    rows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(text, np.uint8), DRAFT_BYTES)
+    asked, right = rows[:-DRAFT_BYTES], rows[DRAFT_BYTES:]
+    accepted: list[int] = []
+    for start in range(0, len(asked), _BLOCK):
+        part = slice(start, start + _BLOCK)
+        drafts, _ = look_up(table, asked[part])
+        accepted += np.cumprod(drafts == right[part], axis=1).sum(1).tolist()
+    place = rounds = 0
+    while place < len(accepted):
+        place += 1 + accepted[place]
+        rounds += 1
+    return place / rounds
 
 
 # ---- making a table -----------------------------------------------------------------------------

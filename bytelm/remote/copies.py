@@ -11,6 +11,7 @@ from pathlib import Path
 from bytelm.config import require
 from bytelm.data.objects import Place, cached, linked
 from bytelm.files import replace_file
+from bytelm.generation.draft_table import TABLE_FILE
 from bytelm.metrics import score
 from bytelm.storage.fetch import StoredObject, list_objects
 from bytelm.storage.stores import is_remote, protocol_of, tidy
@@ -111,7 +112,7 @@ def _is_small(one: StoredObject, steps: Sequence[int]) -> bool:
     parts = one.name.split("/")
     if parts[0] != "checkpoints":
         return (
-            one.name == "config.json"
+            one.name in ("config.json", TABLE_FILE)
             or (parts[0] == "metrics" and len(parts) == 2)
             or (one.name == "metrics.jsonl")
         )

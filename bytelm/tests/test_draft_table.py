@@ -12,6 +12,7 @@ from bytelm.generation.draft_table import (
     ORDERS,
     DraftTable,
     build_table,
+    bytes_per_round,
     context_hash,
     load_table,
     look_up,
@@ -73,6 +74,20 @@ def test_a_worked_example():
     drafts, found = look_up(table, rows(b"xyabcdefgh", b"??gh", b"h", b"nothing"))
     assert [draft.tobytes() for draft in drafts] == [b"12345678", b"12345678", NONE, NONE]
     assert found.tolist() == [True, True, False, False]
+
+
+def test_bytes_a_round_are_those_of_a_model_that_writes_the_text():
+    text, table = words(5, 900), build_table([words(6, 300)])
+    place, rounds = 8, 0
+    while place < len(text) - 8:
+        (draft,), _ = look_up(table, rows(text[:place]))
+        right = [a == b for a, b in zip(draft.tolist(), text[place:], strict=False)]
+        place += 1 + [*right, False].index(False)
+        rounds += 1
+    assert bytes_per_round(table, text) == (place - 8) / rounds > 2
+    assert bytes_per_round(table, bytes(range(128, 200))) == 1
+    with pytest.raises(ValueError, match="16 bytes; give at least 17"):
+        bytes_per_round(table, bytes(16))
 
 
 def test_of_contexts_that_share_a_slot_the_most_frequent_has_it():

@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
     "generate": "stream text from a trained model",
+    "bench": "measure generation: bytes a second by batch, context and draft",
     "compress": "compress a file without loss, by a model",
     "decompress": "restore a compressed file",
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
@@ -30,6 +31,7 @@ COMMANDS = {
     "plot": "plot a run: PNG and one HTML file",
     "sweep": "train a recipe at the points of a grid, or at random ones",
     "prepare": "pack files into one byte file",
+    "draft-table": "make a table of frequent n-grams for speculation",
     "serve": "try a model on a page in the browser",
     "recipes": "list what `bytelm train` knows, with sizes",
     "doctor": "check devices, disk and data before a run",
@@ -39,7 +41,8 @@ _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
     "eval": "evaluation", "compress": "compression", "decompress": "compression",
-    "export": "exchange", "import": "exchange",
+    "export": "exchange", "import": "exchange", "draft-table": "drafts",
+    "generate": "generation", "bench": "generation",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
 
@@ -103,7 +106,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     commands = importlib.import_module(f"bytelm_jax.cli.{_MODULES.get(name, 'model')}")
-    function = getattr(commands, f"{name}_command")
+    function = getattr(commands, f"{name.replace('-', '_')}_command")
     if "argv" in inspect.signature(function).parameters:
         return function
     from bytelm.arguments import parse_call
@@ -122,7 +125,7 @@ def _overview() -> str:
         "usage: bytelm COMMAND …   (bytelm COMMAND --help shows its options)",
         "",
     ]
-    lines += [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+    lines += [f"  {name:11} {what}" for name, what in COMMANDS.items()]
     lines += ["", "bytelm --version prints the version."]
     return "\n".join(lines)
 

@@ -1,40 +1,44 @@
-"""Cached decoding: bytes in, bytes out, one compiled loop on the device.
+"""Generation: bytes in, bytes out, by cached decoding in one compiled loop (`inference.rounds`).
 
-Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary.
-
-A round appends P bytes to every row, so all rows share one position. Generation starts at the last
-whole round of the shortest prompt; a row still inside its prompt takes the prompt's bytes and drops
-the sampled ones. So a patch that a prompt leaves half full is replayed and is no special case.
-
-Batches, prompts and sequences are padded to powers of two, and parameters and the sampler's numbers
-are arguments of the compiled programs, so that a few programs serve every call.
+Axes: B rows, L bytes of the longest sequence, V vocabulary.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
+from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
+from bytelm.generation.completion import Completion
+from bytelm.generation.draft_table import DRAFT_BYTES
+from bytelm.generation.stops import StopScanner
 from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request, require_sampled
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
+from bytelm_jax.inference.rounds import (
+    Run,
+    Settings,
+    allowed_candidates,
+    begin,
+    padded,
+    padded_rows,
+    prompt_ids,
+)
 from bytelm_jax.inference.sampling import (
     SamplerNumbers,
     choose_ids,
     random_uniforms,
     split_settings,
 )
-from bytelm_jax.kernels.decoding import min_rows
+from bytelm_jax.inference.speculative import make_drafter
 from bytelm_jax.kernels.dtypes import array_bytes
 
-_LEAST_ROUNDS = 16  # the smallest bucket: short prompts and short answers share one program
-
 _DEFAULT = SamplerConfig()
+_STOP_CHUNK = 64  # bytes after which stop texts are looked for
 
 
 def generate(
@@ -44,25 +48,62 @@ def generate(
     sampler: SamplerConfig = _DEFAULT,
     seed: int = 0,
     stop_at_eos: bool = True,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
 ) -> list[bytes]:
     """Continues each prompt by up to `max_new_bytes`; returns the new bytes alone, in order.
 
     A row ends at end-of-sequence, which is not returned; `stop_at_eos=False` rules it out, so that
-    every row gets exactly `max_new_bytes`. The random numbers depend on `seed` (below 2^32), the
-    row's number and the position, never on the other rows. Prompts may be empty and differ in
-    length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
-    before anything runs when a row would outgrow the model's `max_length`.
+    every row gets exactly `max_new_bytes`. It also ends before the first of the texts `stop`. The
+    random numbers depend on `seed` (below 2^32), the row's number and the position, never on the
+    other rows. Prompts may be empty and differ in length.
+
+    With `valid_utf8` no byte is written from which the text could not become valid UTF-8, and the
+    text ends between characters; one that the prompt leaves unfinished is completed first.
+
+    `speculate` says what drafts bytes that the model then verifies several at a time: "ngram" (what
+    followed where the text's end last appeared), a `bytelm.generation.draft_table.DraftTable`,
+    "self" (a Byte Latent Transformer's local stacks), or a smaller model. The text is the same as
+    without, but where rounding decides between two bytes.
+
+    Raises `ValueError` before anything runs when a row would outgrow the model's `max_length`, and
+    for a draft that does not fit the model.
     """
-    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
+    request = (sampler, seed, stop_at_eos)
+    rest: dict[str, Any] = {"speculate": speculate, "valid_utf8": valid_utf8, "stop": stop}
+    return [row.text for row in complete(model, prompts, max_new_bytes, *request, **rest)]
+
+
+def complete(
+    model: Any,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    sampler: SamplerConfig = _DEFAULT,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
+    log_probs: bool = False,
+) -> list[Completion]:
+    """As `generate`, with why each text ended, and what speculation did.
+
+    With `log_probs` also the logarithm of each byte's probability under the model, whatever the
+    sampler made of it.
+    """
+    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, stop)
     if not prompts or max_new_bytes == 0:
-        return [b""] * len(prompts)
-    run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
-    state = run.advance(run.state, run.rounds)
-    ids = np.asarray(state.ids)[:, model.round_length :]
-    return [
-        _new_bytes(row[len(prompt) : len(prompt) + max_new_bytes], model.config.vocab)
-        for row, prompt in zip(ids, prompts, strict=False)  # rows past the prompts are padding
-    ]
+        empty = np.zeros(0, np.float32) if log_probs else None
+        return [Completion(b"", empty, "length", 0, 0, 0)] * len(prompts)
+    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, log_probs)
+    writing = _Writing(model, prompts, max_new_bytes, settings, seed, stop)
+    chunk = _STOP_CHUNK if stop else max_new_bytes + model.round_length
+    while not writing.done:
+        writing.advance(chunk)
+    return writing.completions()
 
 
 def stream(
@@ -73,30 +114,110 @@ def stream(
     seed: int = 0,
     stop_at_eos: bool = True,
     chunk_bytes: int = 64,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
 ) -> Iterator[bytes]:
     """As `generate` for one prompt, in pieces of about `chunk_bytes` as the device finishes them.
 
     The pieces add up to what `generate` returns; no piece is empty. One piece is one device call.
-    A piece may end inside a UTF-8 character.
+    A piece may end inside a UTF-8 character, and never holds a part of a stop text.
     """
-    check_request(model.config, [prompt], max_new_bytes, seed, functools.partial(_capacity, model))
+    automaton = _check(model, [prompt], max_new_bytes, seed, valid_utf8, stop)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
-    run = _begin(model, [prompt], max_new_bytes, sampler, seed, stop_at_eos)
-    return _pieces(model, run, len(prompt), len(prompt) + max_new_bytes, chunk_bytes)
+    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, False)
+    writing = _Writing(model, [prompt], max_new_bytes, settings, seed, stop)
+    whole_rounds = chunk_bytes // model.round_length * model.round_length
+    return _pieces(writing, max(1, whole_rounds))
 
 
-def _pieces(model: Any, run: "_Run", sent: int, end: int, chunk_bytes: int) -> Iterator[bytes]:
-    patch, state, stop, done = model.round_length, run.state, run.first, False
-    while not done:
-        stop = min(stop + max(1, chunk_bytes // patch), run.rounds)
-        state = run.advance(state, stop)
-        row, done = np.asarray(state.ids)[0, patch:], bool(state.done[0])
-        piece = _new_bytes(row[sent : min(stop * patch, end)], model.config.vocab)
-        sent += len(piece)
+def _pieces(writing: "_Writing", chunk_bytes: int) -> Iterator[bytes]:
+    while not writing.done:
+        (piece,) = writing.advance(chunk_bytes)
         if piece:
             yield piece
+
+
+class _Writing:
+    """The texts of a batch as they are written: what the device has, and what may be given out."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[bytes],
+        max_new_bytes: int,
+        settings: Settings,
+        seed: int,
+        stop: Sequence[bytes],
+    ) -> None:
+        uniforms = functools.partial(random_uniforms, settings.mode, seed)
+        self._run: Run = begin(model, prompts, max_new_bytes, settings, uniforms)
+        self._state, self._pads, self._vocab = (
+            self._run.state,
+            model.round_length,
+            model.config.vocab,
+        )
+        self._drafted = DRAFT_BYTES if settings.drafter else 0
+        self._starts = [len(prompt) for prompt in prompts]
+        self._read = list(self._starts)
+        self._ended = [False] * len(prompts)
+        self._scanners = [StopScanner(stop) for _ in prompts]
+        self._met = [False] * len(prompts)
+        self._texts = [b""] * len(prompts)
+
+    @property
+    def done(self) -> bool:
+        """Whether every text is complete."""
+        return all(self._ended)
+
+    def advance(self, count: int) -> list[bytes]:
+        """Writes about `count` bytes in each row; gives what of each text is new and certain."""
+        state = self._state
+        begun = np.asarray(state.index)
+        self._state = state = self._run.advance(state, begun + np.int32(count))
+        ids, index, done = (np.asarray(part) for part in (state.ids, state.index, state.done))
+        pieces = [self._piece(row, ids[row, self._pads :], index, done) for row in range(self.rows)]
+        if any(self._met):
+            met = np.zeros_like(done)
+            met[: self.rows] = self._met
+            self._state = state._replace(done=jax.numpy.asarray(done | met))
+        return pieces
+
+    @property
+    def rows(self) -> int:
+        """The texts, without the rows that only fill the batch."""
+        return len(self._starts)
+
+    def _piece(self, row: int, ids: np.ndarray, index: np.ndarray, done: np.ndarray) -> bytes:
+        if self._ended[row]:
+            return b""
+        end = min(int(index[row]), int(self._run.ends[row]))
+        fresh = _new_bytes(ids[self._read[row] : end], self._vocab)
+        self._read[row] = max(end, self._read[row])
+        piece, self._met[row] = self._scanners[row].feed(fresh)
+        if done[row] and not self._met[row]:
+            piece += self._scanners[row].finish()
+        self._ended[row] = bool(done[row]) or self._met[row]
+        self._texts[row] += piece
+        return piece
+
+    def completions(self) -> list[Completion]:
+        """The texts, once all of them are complete."""
+        state = self._state
+        ids, kept = np.asarray(state.ids)[:, self._pads :], np.asarray(state.log_probs)
+        rounds, accepted = np.asarray(state.rounds), np.asarray(state.accepted)
+        found = []
+        for row, (start, text) in enumerate(zip(self._starts, self._texts, strict=True)):
+            written = ids[row, start : self._run.ends[row]]
+            at_eos = len(text) < len(written) and written[len(text)] == self._vocab.eos_id
+            end = "stop" if self._met[row] else "eos" if at_eos else "length"
+            log_probs = kept[row, start : start + len(text)] if kept.shape[1] else None
+            counts = int(rounds[row]), int(rounds[row]) * self._drafted, int(accepted[row])
+            found.append(Completion(text, log_probs, end, *counts))
+        return found
 
 
 def generate_uncached(
@@ -106,29 +227,36 @@ def generate_uncached(
     sampler: SamplerConfig = _DEFAULT,
     seed: int = 0,
     stop_at_eos: bool = True,
+    *,
+    valid_utf8: bool = False,
 ) -> list[bytes]:
     """As `generate`, by a full forward pass for every byte: the reference, slow and plain.
 
     The pass runs over the sequence so far, padded to a bucket (at most twice the length, or
     16 rounds), and not over the whole length asked for.
     """
-    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
+    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, ())
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, lengths = model.config.vocab, np.array([len(prompt) for prompt in prompts])
-    first, last = int(lengths.min()), int(lengths.max()) + max_new_bytes
-    ids = _prompt_ids(prompts, vocab, (len(prompts), _padded(model, last)), 0)
+    first, ends = int(lengths.min()), lengths + max_new_bytes
+    ids = prompt_ids(prompts, vocab, (len(prompts), padded(model, int(ends.max()))), 0)
     structure, params = split_cached(model)
     mode, numbers = split_settings(sampler, stop_at_eos)
     uniforms = random_uniforms(mode, seed, *ids.shape)
-    full = _full_forward(structure, mode)
+    full, table = _full_forward(structure, mode), allowed_candidates(automaton, vocab)
+    states = np.array([start_state(automaton, prompt) for prompt in prompts])
     done = np.zeros(len(prompts), bool)
-    for position in range(first, last):
-        past = ids[:, : _padded(model, position + 1)]
-        chosen = np.asarray(full(params, numbers, uniforms, past, np.int32(position)))
+    for position in range(first, int(ends.max())):
+        past = ids[:, : padded(model, position + 1)]
+        allowed = table[np.clip(ends - position, 1, len(table)) - 1, states]
+        chosen = np.asarray(full(params, numbers, uniforms, past, np.int32(position), allowed))
         written = np.where(done, vocab.pad_id, chosen)
-        ids[:, position] = np.where(position < lengths, ids[:, position], written)
-        done |= (ids[:, position] == vocab.eos_id) | (position + 1 >= lengths + max_new_bytes)
+        is_new = position >= lengths
+        ids[:, position] = np.where(is_new, written, ids[:, position])
+        after = automaton.step[states, np.clip(ids[:, position] - vocab.offset, 0, 255)]
+        states = np.where(is_new, after, states)
+        done |= (ids[:, position] == vocab.eos_id) | (position + 1 >= ends)
         if done.all():
             break
     return [
@@ -137,167 +265,72 @@ def generate_uncached(
     ]
 
 
-class _Rows(NamedTuple):
-    """What the loop reads: random numbers [B, L], prompt length and end (with new bytes) a row."""
-
-    uniforms: Array | np.ndarray
-    lengths: np.ndarray
-    ends: np.ndarray
-
-
-class _State(NamedTuple):
-    """What the loop changes; the program takes it over (donation) and gives it back.
-
-    `ids` [B, P + L] starts with one round of pads, which is what the first round finds before it.
-    """
-
-    cache: Any
-    ids: Array
-    round: Array
-    done: Array
-
-
-class _Run(NamedTuple):
-    """`advance(state, stop)` appends rounds up to number `stop`, out of `first` … `rounds`."""
-
-    state: _State
-    advance: Callable[[_State, int], _State]
-    first: int
-    rounds: int
-
-
-def _begin(
+def _check(
     model: Any,
     prompts: Sequence[bytes],
     max_new_bytes: int,
-    sampler: SamplerConfig,
     seed: int,
+    valid_utf8_only: bool,
+    stop: Sequence[bytes],
+) -> Automaton:
+    """The constraint; raises `ValueError` for what cannot be generated."""
+    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
+    StopScanner(stop)
+    automaton = valid_utf8() if valid_utf8_only else free()
+    for prompt in prompts if max_new_bytes else ():
+        least = least_bytes(automaton, start_state(automaton, prompt))
+        require(
+            least <= max_new_bytes,
+            f"max_new_bytes={max_new_bytes}: the prompt ends inside a character that needs {least} "
+            "more bytes; give at least as many, or leave valid_utf8 off",
+        )
+    return automaton
+
+
+def _settings(
+    model: Any,
+    sampler: SamplerConfig,
     stop_at_eos: bool,
-) -> _Run:
-    """Prefills the rounds that every prompt fills, in one pass."""
-    patch, batch = model.round_length, max(min_rows(), _power_of_two(len(prompts)))
-    lengths = np.zeros(batch, np.int32)  # rows past the prompts end at 0: done from the start
-    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    ends = np.where(np.arange(batch) < len(prompts), lengths + np.int32(max_new_bytes), 0)
-    length = _padded(model, int(ends.max()))
-    ids = _prompt_ids(prompts, model.config.vocab, (batch, patch + length), patch)
-    first = min(map(len, prompts)) // patch
-    # What the padded prefill writes past round `first` is overwritten before it is read.
-    prefix = _padded(model, first * patch) if first else 0
-
-    structure, params = split_cached(model)
+    automaton: Automaton,
+    speculate: Any,
+    log_probs: bool,
+) -> Settings:
     mode, numbers = split_settings(sampler, stop_at_eos)
-    append = _append_rounds(structure, mode)
-    rows = _Rows(random_uniforms(mode, seed, batch, length), lengths, ends)
-    cache = _prefill(structure)(params, ids[:, patch:], prefix)
-    state = _State(cache, jnp.asarray(ids), jnp.int32(first), jnp.asarray(ends == 0))
-
-    def advance(state: _State, stop: int) -> _State:
-        return append(params, numbers, rows, np.int32(stop), state)
-
-    return _Run(state, advance, first, -(-int(ends.max()) // patch))
-
-
-@functools.lru_cache(maxsize=64)
-def _prefill(structure: CompiledModelKey) -> Callable[..., Any]:
-    @functools.partial(jax.jit, static_argnums=2)
-    def prefill(params: list[Array], ids: Array, prefix: int) -> Any:
-        model = structure.model(params)
-        cache = model.init_cache(*ids.shape)
-        return model.prefill(ids[:, :prefix], cache) if prefix else cache
-
-    return prefill
-
-
-@functools.lru_cache(maxsize=64)
-def _append_rounds(structure: CompiledModelKey, mode: str) -> Callable[..., _State]:
-    @functools.partial(jax.jit, donate_argnames="state")
-    def append(
-        params: list[Array], numbers: SamplerNumbers, rows: _Rows, stop: Array, state: _State
-    ) -> _State:
-        model = structure.model(params)
-
-        def unfinished(state: _State) -> Array:
-            return (state.round < stop) & ~state.done.all()
-
-        def body(state: _State) -> _State:
-            return _append_round(model, mode, numbers, rows, state)
-
-        return jax.lax.while_loop(unfinished, body, state)
-
-    return append
-
-
-def _append_round(
-    model: Any, mode: str, numbers: SamplerNumbers, rows: _Rows, state: _State
-) -> _State:
-    patch, vocab = model.round_length, model.config.vocab
-    start = state.round * patch
-    previous = jax.lax.dynamic_slice_in_dim(state.ids, start, patch, axis=1)
-    prompt = jax.lax.dynamic_slice_in_dim(state.ids, start + patch, patch, axis=1)
-    uniforms = jax.lax.dynamic_slice_in_dim(rows.uniforms, start, patch, axis=1)
-
-    def choose(logits: Array, i: int) -> Array:
-        chosen = choose_ids(logits, uniforms[:, i], mode, numbers, vocab)
-        return jnp.where(start + i < rows.lengths, prompt[:, i], chosen)
-
-    cache, chosen = model.decode_round(state.cache, previous, state.round, choose)
-    # What a row makes behind its end in its last round is cut off on the host.
-    kept = jnp.where(state.done[:, None], vocab.pad_id, chosen)
-    ids = jax.lax.dynamic_update_slice_in_dim(state.ids, kept, start + patch, axis=1)
-    ended = (chosen == vocab.eos_id).any(axis=1) | (start + patch >= rows.ends)
-    return _State(cache, ids, state.round + 1, state.done | ended)
+    return Settings(mode, numbers, automaton, make_drafter(model, speculate), log_probs)
 
 
 @functools.lru_cache(maxsize=64)
 def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array]:
     @jax.jit
     def step(
-        params: list[Array], numbers: SamplerNumbers, uniforms: Array, ids: Array, position: Array
+        params: list[Array],
+        numbers: SamplerNumbers,
+        uniforms: Array,
+        ids: Array,
+        position: Array,
+        allowed: Array,
     ) -> Array:
         model = structure.model(params)
         logits = jax.lax.dynamic_index_in_dim(model(ids), position, axis=1, keepdims=False)
         uniform = jax.lax.dynamic_index_in_dim(uniforms, position, axis=1, keepdims=False)
-        return choose_ids(logits, uniform, mode, numbers, model.config.vocab)
+        return choose_ids(logits, uniform, mode, numbers, model.config.vocab, allowed)
 
     return step
 
 
 def _capacity(model: Any, rows: int) -> int:
     """Positions, a power of two of rounds, for which caches and random numbers fit into memory."""
-    batch, stats = max(min_rows(), _power_of_two(rows)), jax.local_devices()[0].memory_stats()
+    batch, stats = padded_rows(rows), jax.local_devices()[0].memory_stats()
     memory = (stats or {}).get("bytes_limit") or host_memory()
 
     def size(length: int) -> int:
         leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch, length)))
         return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in leaves) + 8 * batch * length
 
-    length = model.round_length * _LEAST_ROUNDS
+    length = padded(model, 1)
     while 2 * length <= 2**30 and size(2 * length) <= memory:
         length *= 2
     return length
-
-
-def _padded(model: Any, length: int) -> int:
-    """`length` bytes as a power of two of rounds, but never past what the model can hold."""
-    patch, limit = model.round_length, model.config.longest_input
-    padded = patch * max(_LEAST_ROUNDS, _power_of_two(-(-length // patch)))
-    return padded if limit is None else min(padded, limit)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << max(0, least - 1).bit_length()
-
-
-def _prompt_ids(
-    prompts: Sequence[bytes], vocab: ByteVocab, shape: tuple[int, int], start: int
-) -> np.ndarray:
-    """int32 of `shape`: each prompt's ids from column `start` on, pads elsewhere."""
-    ids = np.full(shape, vocab.pad_id, np.int32)
-    for row, prompt in zip(ids, prompts, strict=False):
-        codes = np.frombuffer(prompt, np.uint8)
-        row[start : start + len(prompt)] = codes.astype(np.int32) + vocab.offset
-    return ids
 
 
 def _new_bytes(ids: np.ndarray, vocab: ByteVocab) -> bytes:

@@ -1,4 +1,4 @@
-"""Rounds of cached decoding: rows that each write bytes from a position of their own, on the device.
+"""Rounds of cached decoding: rows that each write bytes from a position of their own.
 
 Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary, C candidate ids, S
 states of a constraint, T bytes that one round verifies.
@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import ByteVocab
-from bytelm.generation.automaton import Automaton, free, start_state
+from bytelm.generation.automaton import Automaton, start_state
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import SamplerNumbers, candidate_columns, choose_ids
 from bytelm_jax.inference.speculative import Drafter, Propose
@@ -159,9 +159,7 @@ def append_program(
     """The loop over rounds, compiled once for a model, a kind of sampler and a kind of draft."""
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def append(
-        params: list[Array], drafting: Any, rows: Rows, stop: Array, state: State
-    ) -> State:
+    def append(params: list[Array], drafting: Any, rows: Rows, stop: Array, state: State) -> State:
         model = structure.model(params)
 
         def unfinished(state: State) -> Array:
@@ -178,7 +176,13 @@ def append_program(
 
 
 def _pick(
-    logits: Array, uniform: Array, state: Array, left: Array, mode: str, rows: Rows, vocab: ByteVocab
+    logits: Array,
+    uniform: Array,
+    state: Array,
+    left: Array,
+    mode: str,
+    rows: Rows,
+    vocab: ByteVocab,
 ) -> Array:
     """The ids [B] that follow, where `left` more bytes fit and the constraint is in `state`."""
     most = rows.allowed.shape[0]
@@ -214,7 +218,7 @@ def _append_round(model: Any, mode: str, rows: Rows, state: State) -> State:
             log_probs.append(_log_probs(logits, chosen))
         return chosen
 
-    cache, chosen = model.decode_round(state.cache, previous, start, choose)
+    cache, chosen = model.decode_round(state.cache, previous, start // patch, choose)
     # What a row makes behind its end in its last round is cut off on the host.
     kept = jnp.where(state.done[:, None], vocab.pad_id, chosen)
     ended = (chosen == vocab.eos_id).any(axis=1) | (start + patch >= rows.ends)
@@ -252,17 +256,16 @@ def _verify_round(
     drafts, cache, draft_cache = propose(model, drafting, state, patch, pick, after)
     last = take_at(state.ids, start[:, None] + patch - 1)
     logits, cache = model.extend(jnp.concatenate([last, drafts], axis=1), cache, start)
-    constraints, chosen = [state.constraint], []
-    for t in range(drafts.shape[1] + 1):
-        chosen.append(pick(logits[:, t], start + t, constraints[t]))
-        if t < drafts.shape[1]:
-            constraints.append(after(constraints[t], drafts[:, t]))
-    ids = jnp.stack(chosen, axis=1)
-    right = jnp.cumprod((ids[:, :-1] == drafts).astype(jnp.int32), axis=1).sum(axis=1)
+    states = [state.constraint]
+    for t in range(drafts.shape[1]):
+        states.append(after(states[t], drafts[:, t]))
+    constraints, positions = jnp.stack(states, axis=1), positions_from(start, len(states))
+    ids = jax.vmap(pick, in_axes=1, out_axes=1)(logits, positions, constraints)
+    right = jnp.cumprod(ids[:, :-1] == drafts, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
     count = jnp.where(state.done, 0, jnp.minimum(right + 1, rows.ends - start))
     newest = jnp.maximum(count - 1, 0)[:, None]
     last_id = jnp.take_along_axis(ids, newest, axis=1)[:, 0]
-    before = jnp.take_along_axis(jnp.stack(constraints, axis=1), newest, axis=1)[:, 0]
+    before = jnp.take_along_axis(constraints, newest, axis=1)[:, 0]
     ended = (last_id == vocab.eos_id) | (start + count >= rows.ends)
     # What was not accepted lies behind the row's end: it is overwritten, or cut off on the host.
     log_probs = state.log_probs
@@ -313,6 +316,3 @@ def prompt_ids(
         codes = np.frombuffer(prompt, np.uint8)
         row[start : start + len(prompt)] = codes.astype(np.int32) + vocab.offset
     return ids
-
-
-NO_CONSTRAINT = free()

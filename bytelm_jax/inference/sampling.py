@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bytelm.config import ByteVocab
+from bytelm.generation.automaton import END
 from bytelm.sampling import SamplerConfig
 
 _NO_LIMIT = 2**31 - 1
@@ -107,16 +108,31 @@ def next_ids(
     return choose_ids(logits, uniform, *split_settings(sampler, allow_eos), vocab)
 
 
-def choose_ids(
-    logits: Array, uniform: Array, mode: str, numbers: SamplerNumbers, vocab: ByteVocab
-) -> Array:
-    # The candidates: a slice of the vocabulary, with the other specials in it ruled out.
+def candidate_columns(vocab: ByteVocab) -> Int[np.ndarray, " C"]:
+    """What each id that may follow stands for: 0 to 255 a byte, 256 the end, −1 nothing.
+
+    The candidates are a slice of the vocabulary, with the other special ids in it ruled out.
+    """
     low = min(vocab.offset, vocab.eos_id)
-    high = max(vocab.offset + 256, vocab.eos_id + 1)
-    ids = np.arange(low, high)[None]
+    ids = np.arange(low, max(vocab.offset + 256, vocab.eos_id + 1))
     is_byte = (ids >= vocab.offset) & (ids < vocab.offset + 256)
-    allowed = is_byte | (ids == vocab.eos_id) & numbers.allow_eos
-    logits = jnp.where(allowed, jax.lax.slice_in_dim(logits, low, high, axis=-1), -jnp.inf)
+    return np.where(is_byte, ids - vocab.offset, np.where(ids == vocab.eos_id, END, -1))
+
+
+def choose_ids(
+    logits: Array,
+    uniform: Array,
+    mode: str,
+    numbers: SamplerNumbers,
+    vocab: ByteVocab,
+    allowed: Array | None = None,
+) -> Array:
+    """`next_ids` among the candidates `allowed` [B, C], all of them by default."""
+    low, columns = min(vocab.offset, vocab.eos_id), candidate_columns(vocab)[None]
+    open_to = (columns >= 0) & ((columns != END) | numbers.allow_eos)
+    allowed = open_to if allowed is None else open_to & allowed
+    logits = jax.lax.slice_in_dim(logits, low, low + columns.shape[1], axis=-1)
+    logits = jnp.where(allowed, logits, -jnp.inf)
     if mode == "greedy":
         chosen = logits.argmax(axis=-1)
     else:

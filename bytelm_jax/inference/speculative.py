@@ -6,7 +6,7 @@ with that number and accepts the draft if it is equal, so the text of a seed is 
 without speculation. A draft that is sampled itself uses the same number, so that two models that
 mostly agree mostly draw the same byte.
 
-Axes: B rows, L bytes, P pads in front of the ids, K drafted bytes, N orders of a table.
+Axes: B rows, L bytes, K drafted bytes, V vocabulary.
 """
 
 import functools
@@ -15,18 +15,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int
 
 from bytelm.config import require
-from bytelm.generation.draft_table import ORDERS, DraftTable
+from bytelm.generation.draft_table import (
+    CHECK,
+    DRAFT_BYTES,
+    HASH,
+    LONGEST_MATCH,
+    MIX,
+    ORDERS,
+    DraftTable,
+)
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
-from bytelm_jax.layers.caches import positions_from, read_at, take_at
+from bytelm_jax.layers.caches import read_at, take_at
 
-DRAFTED = 8
-"""Bytes that a round drafts."""
-_LONGEST_MATCH = 16
-_LEAST_MATCH = 3
+_REPEATED = 6
+"""Bytes of a repetition in the text itself that says more than the table does."""
 
 Propose = Callable[..., tuple[Array, Any, Any]]
 """`propose(model, arguments, state, pads, pick, after) -> (drafts [B, K], cache, draft cache)`.
@@ -87,54 +92,70 @@ def make_drafter(model: Any, speculate: Any) -> Drafter | None:
 def _propose_ngram(
     model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
 ) -> tuple[Array, Any, Any]:
-    drafts = ngram_drafts(state.ids[:, pads:], state.index, DRAFTED)
-    return _as_bytes(drafts, model), state.cache, state.draft_cache
+    drafts, _ = ngram_drafts(state.ids[:, pads:], state.index, DRAFT_BYTES)
+    return drafts, state.cache, state.draft_cache
 
 
 def ngram_drafts(
     text: Int[Array, "B L"], index: Int[Array, " B"], count: int
-) -> Int[Array, "B {count}"]:
-    """What followed the longest end of each row's first `index` bytes where it last appeared.
+) -> tuple[Int[Array, "B {count}"], Int[Array, " B"]]:
+    """What followed the longest end of each row's first `index` ids where it last appeared.
 
-    The end has 3 to 16 bytes; −1 where it appeared nowhere. A continuation that runs into the
-    text's end goes on with itself (`bytelm.generation.draft_table.ngram_draft`).
+    Also gives the length of that end, at most 16. A continuation that runs into the text's end goes
+    on with itself (`bytelm.generation.draft_table.ngram_draft`).
     """
     length = text.shape[1]
-    behind = jnp.pad(text, ((0, 0), (_LONGEST_MATCH, 0)), constant_values=-1)
-    newest = read_at(behind, index, _LONGEST_MATCH)
+    behind = jnp.pad(text, ((0, 0), (LONGEST_MATCH, 0)), constant_values=-1)
+    newest = read_at(behind, index, LONGEST_MATCH)
     # same[b, j]: bytes before position j that equal those before the row's end, from the last on.
     going, same = jnp.ones(text.shape, bool), jnp.zeros(text.shape, jnp.int32)
-    for k in range(_LONGEST_MATCH):
-        there = behind[:, _LONGEST_MATCH - 1 - k : _LONGEST_MATCH - 1 - k + length]
-        mine = newest[:, _LONGEST_MATCH - 1 - k][:, None]
+    for k in range(LONGEST_MATCH):
+        there = behind[:, LONGEST_MATCH - 1 - k : LONGEST_MATCH - 1 - k + length]
+        mine = newest[:, LONGEST_MATCH - 1 - k][:, None]
         going = going & (there == mine) & (mine >= 0)
         same = same + going
     positions = jnp.arange(length)[None, :]
     same = jnp.where(positions < index[:, None], same, 0)
     best = jnp.argmax(same * length + positions, axis=1)  # the longest, then the latest
-    found = jnp.take_along_axis(same, best[:, None], axis=1) >= _LEAST_MATCH
     period = jnp.maximum(index - best, 1)[:, None]
     drafts = take_at(text, best[:, None] + jnp.arange(count)[None, :] % period)
-    return jnp.where(found, drafts, -1)
+    return drafts, jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
 
 
 def _propose_table(
     model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
 ) -> tuple[Array, Any, Any]:
-    newest = read_at(state.ids[:, pads:], jnp.maximum(state.index - max(ORDERS), 0), max(ORDERS))
-    behind = positions_from(state.index - max(ORDERS), max(ORDERS))
-    shift = jnp.minimum(state.index - max(ORDERS), 0)  # shorter texts: what is there, at the end
-    at = jnp.clip(behind - jnp.maximum(state.index - max(ORDERS), 0)[:, None], 0, max(ORDERS) - 1)
-    del shift
-    newest = jnp.where(behind >= 0, jnp.take_along_axis(newest, at, axis=1), -1)
-    drafts = table_drafts(*arguments, newest - model.config.vocab.offset)
-    return _as_bytes(drafts + model.config.vocab.offset, model), state.cache, state.draft_cache
+    text, vocab = state.ids[:, pads:], model.config.vocab
+    # A text of fewer bytes than a table is asked with is filled with zeros in front.
+    behind = jnp.pad(text, ((0, 0), (DRAFT_BYTES, 0)), constant_values=vocab.offset)
+    recent = read_at(behind, state.index, DRAFT_BYTES) - vocab.offset
+    drafts = table_drafts(DraftTable(*arguments), jnp.clip(recent, 0, 255)) + vocab.offset
+    repeated, length = ngram_drafts(text, state.index, DRAFT_BYTES)
+    drafts = jnp.where((length >= _REPEATED)[:, None], repeated, drafts)
+    return drafts, state.cache, state.draft_cache
+
+
+def table_drafts(table: Any, recent: Int[Array, "B 8"]) -> Int[Array, "B 8"]:
+    """The drafts of a `DraftTable` on the device (`bytelm.generation.draft_table.look_up`)."""
+    columns = [recent[:, at].astype(jnp.uint32) for at in range(DRAFT_BYTES)]
+    held, drafts = [], []
+    for row, order in enumerate(ORDERS):
+        h = jnp.zeros_like(columns[0])
+        for column in columns[: -order - 1 : -1]:
+            h = h * jnp.uint32(HASH) + column + jnp.uint32(1)
+        x = (h ^ (h >> 16)) * jnp.uint32(MIX)
+        slot = ((x ^ (x >> 15)) & jnp.uint32(table.keys.shape[1] - 1)).astype(jnp.int32)
+        held.append(table.keys[row][slot] == ((h * jnp.uint32(CHECK)) | 1))
+        drafts.append(table.drafts[row][slot])
+    first = jnp.argmax(jnp.stack(held), axis=0)[None, :, None]
+    drafted = jnp.take_along_axis(jnp.stack(drafts), first, axis=0)[0]
+    return jnp.where(jnp.stack(held).any(axis=0)[:, None], drafted, 0).astype(jnp.int32)
 
 
 def _propose_self(
     model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
 ) -> tuple[Array, Any, Any]:
-    drafts, cache = _chain(model.draft, state.cache, state, pads, pick, after, DRAFTED)
+    drafts, cache = _chain(model.draft, state.cache, state, pads, pick, after, DRAFT_BYTES)
     return drafts, cache, state.draft_cache
 
 
@@ -146,9 +167,9 @@ def _propose_model(structure: CompiledModelKey) -> Propose:
         drafting = structure.model(arguments)
         # One byte more than is used: if all are accepted, the next round goes on behind the last.
         drafts, cache = _chain(
-            drafting.extend, state.draft_cache, state, pads, pick, after, DRAFTED + 1
+            drafting.extend, state.draft_cache, state, pads, pick, after, DRAFT_BYTES + 1
         )
-        return drafts[:, :DRAFTED], state.cache, cache
+        return drafts[:, :DRAFT_BYTES], state.cache, cache
 
     return propose
 
@@ -173,8 +194,4 @@ def _chain(
 
     carry = (cache, last, state.index, state.constraint)
     (cache, *_), drafts = jax.lax.scan(step, carry, None, length=count)
-    return _as_bytes(drafts.T, None), cache
-
-
-def _as_bytes(drafts: Array, model: Any) -> Array:
-    return drafts
+    return drafts.T, cache

@@ -53,8 +53,8 @@ def multi_query_attention(
 ) -> Float[Array, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` may each have a batch axis or not. Scores and softmax are in at least float32. A
-    masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
+    `mask` and `bias` may each have a batch axis or not. Scores and softmax are in at least float32.
+    A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
     least one key.
     """
     wide = jnp.promote_types(q.dtype, jnp.float32)

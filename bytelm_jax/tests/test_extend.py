@@ -21,7 +21,13 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-@pytest.mark.parametrize("name", MODELS)
+QUICK = ("blt", "bytropix, newline", "megabyte, newline", "in_action", "lfbyte, newline", "entropy")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in MODELS],
+)
 def test_blocks_give_the_logits_of_the_whole_text_whatever_was_guessed_before(name):
     config, ids = MODELS[name], texts(MODELS[name])
     with jax.enable_x64(True):

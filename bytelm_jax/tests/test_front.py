@@ -100,6 +100,8 @@ def test_a_wrong_command_line_does_not_wait_for_jax():
         ("generate", "run", "--top-p", "0"): "top_p=0.0: must be above 0",
         ("inspect", "text", "--model", "run", "--max-bytes", "0"): "must be at least 1",
         ("calibrate", "run", "--data", "x", "--windows", "-1"): "must be at least 0",
+        ("draft-table", "run", "--megabytes", "0"): "--megabytes 0.0: must be above 0",
+        ("draft-table", "run", "--data", "/nowhere"): "run: no model there",
         ("prepare", "/nowhere", "--out", "x"): "/nowhere: does not exist",
         ("doctor", "--fsdp", "0"): "--fsdp 0: must be at least 1",
     }

@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bytelm.generation.draft_table import load_table
 from bytelm.metrics import WALL_CLOCK
 from bytelm.remote.copies import local_copy
 from bytelm.runs import load_recipe, open_run
@@ -63,6 +65,11 @@ def test_a_run_at_an_address_is_that_run(protocol, local, folder, tmp_path, monk
         assert all((theirs[name] == ours[name]).all() for name in ours)
         assert main(["export", address, "--out", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out" / "model.safetensors").exists()
+        assert main(["draft-table", str(local)]) == main(["draft-table", address]) == 0
+        assert f"wrote {address}/draft_table.npz" in capsys.readouterr().out
+        with local_copy(address) as copy:
+            tables = [load_table(place / "draft_table.npz") for place in (copy, local)]
+        assert all(map(np.array_equal, *tables))
         with open_run(Path(address)) as lock:  # as `calibrate` writes what it found
             assert lock.take(lock.local)
             lock.save_recipe(replace(load_recipe(local), origin="calibrated"))
