@@ -143,7 +143,7 @@ class Transformer(nn.Module):
 
         Also gives the new caches.
         """
-        positions, written = positions_at(index, x.shape[1], segment_starts, x.device), []
+        positions, written = positions_at(index, x.shape[:2], segment_starts, x.device), []
         rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
         segment_starts: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Caches]:
         """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
-        positions, new_caches = positions_at(index, x.shape[1], segment_starts, x.device), []
+        positions, new_caches = positions_at(index, x.shape[:2], segment_starts, x.device), []
         rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)  # pyright: ignore[reportCallIssue]
@@ -184,8 +184,8 @@ def positions_in(
 
 
 def positions_at(
-    index: Index, count: int, segment_starts: Int[Tensor, "B T"] | None, device: torch.device
-) -> Int[Tensor, "#B {count}"]:
-    """Version of `positions_in` for the positions of each row from `index` on."""
-    positions = positions_from(index, count, device)
+    index: Index, shape: torch.Size, segment_starts: Int[Tensor, "B T"] | None, device: torch.device
+) -> Int[Tensor, "B T"]:
+    """Version of `positions_in` for T positions of each row from `index` on."""
+    positions = positions_from(index, shape[1], device).expand(shape)
     return positions if segment_starts is None else positions - segment_starts

@@ -363,7 +363,7 @@ def _embed_recent(
 ) -> Tensor:
     """`BLT.embed` for T positions, given the ids that end at each, −1 before the first."""
     x, c = model.encoder.embed(byte), model.config
-    position = positions_at(index, byte.shape[1], segment_starts, x.device)
+    position = positions_at(index, byte.shape, segment_starts, x.device)
     if not c.ngram_tables:
         return model.add_positions(x, position)
     grams = recent.clamp(min=0)[..., -max(c.ngram_sizes) :]

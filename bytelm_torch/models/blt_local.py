@@ -122,7 +122,7 @@ class Decoder(nn.Module):
 
         `memory` is the patch that each of them reads, [B, T, M, G, K].
         """
-        positions, written = positions_at(index, x.shape[1], segment_starts, x.device), []
+        positions, written = positions_at(index, x.shape[:2], segment_starts, x.device), []
         rope = self.transformer.rope(positions, x.dtype)
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
             x, cache = layer.extend(cross.read_each(x, vectors), rope, cache, index, segment_starts)
