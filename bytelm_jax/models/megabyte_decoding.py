@@ -247,7 +247,8 @@ def _start_patches(
         recent = recent.reshape(batch, most, patch)
         recent = jnp.where((number == 0)[..., None], c.vocab.pad_id, recent)
         slots = jnp.arange(length)[None, None, :]
-        inside = slots - start[..., None]
+        # Those past the end see its last slot: nobody reads them, but they are finite.
+        inside = slots - jnp.minimum(start, length - 1)[..., None]
         seen = (inside >= 0) & (inside % patch == 0) & (slots <= at[..., None])
         # A slot's number within its segment, wherever it is seen.
         number_of = (jnp.arange(length)[None, :] - cache.segment_starts) // patch

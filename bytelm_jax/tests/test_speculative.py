@@ -14,7 +14,8 @@ from bytelm.sampling import SamplerConfig
 from bytelm_jax.inference.generate import complete, generate, generate_uncached, stream
 from bytelm_jax.inference.speculative import ngram_drafts, table_drafts
 from bytelm_jax.models import define_model
-from bytelm_jax.tests.test_extend import MODELS, TEXT, random_params
+from bytelm_jax.tests.test_extend import random_params
+from parity_tests.blocks import MODELS, TEXT
 
 NEW = 13
 PROMPTS = [TEXT[:length] for length in (0, 5, 12)]
