@@ -25,7 +25,6 @@ from bytelm_torch.inference.sampling import candidate_columns, choose_ids
 from bytelm_torch.inference.speculative import Drafter, Propose
 from bytelm_torch.layers.caches import (
     Index,
-    in_each_row,
     positions_from,
     read_at,
     take_at,
@@ -157,11 +156,11 @@ def append(model: Any, rows: Rows, stop: Tensor, state: State, propose: Propose 
         # wherever that is, but never before it.
         at = {index for index, is_live, _ in columns if is_live}
         alike = len(at) == 1 and max(at) >= max(index for index, *_ in columns)
-        start = at.pop() if alike else state.index
+        places = _places(state, at.pop() if alike else None)
         if propose is None:
-            state = _append_round(model, rows, state, start)
+            state = _append_round(model, rows, state, *places)
         else:
-            state = _verify_round(model, rows, state, start, propose)
+            state = _verify_round(model, rows, state, *places, propose)
 
 
 def _pick(
@@ -185,15 +184,27 @@ def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return wide.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0].float()
 
 
-def _append_round(model: Any, rows: Rows, state: State, start: Index) -> State:
-    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
-    previous, prompt = read_at(state.ids, start, patch), read_at(state.ids, start + patch, patch)
-    uniforms, log_probs = read_at(rows.uniforms, start, patch), []
-    constraint, begun = state.constraint, in_each_row(start, batch, state.ids.device)
+def _places(state: State, index: int | None) -> tuple[Index, Index]:
+    """Where each row's next bytes go in the cache and among the ids: `index`, if it serves all.
+
+    Otherwise a row that is done writes nowhere, and reads pads at position 1, where no patch
+    starts, so that it never makes a model do more than the others need.
+    """
+    if index is not None:
+        return index, index
+    nowhere = state.ids.shape[1]
+    return state.index.masked_fill(state.done, 1), state.index.masked_fill(state.done, nowhere)
+
+
+def _append_round(model: Any, rows: Rows, state: State, at: Index, to: Index) -> State:
+    patch, vocab, start = model.round_length, model.config.vocab, state.index
+    previous, prompt = read_at(state.ids, at, patch), read_at(state.ids, at + patch, patch)
+    previous = previous.masked_fill(state.done[:, None], vocab.pad_id)
+    uniforms, constraint, log_probs = read_at(rows.uniforms, at, patch), state.constraint, []
 
     def choose(logits: Tensor, i: int) -> Tensor:
         nonlocal constraint
-        is_new, left = begun + i >= rows.lengths, rows.ends - begun - i
+        is_new, left = start + i >= rows.lengths, rows.ends - start - i
         numbers, states = uniforms[:, i : i + 1], constraint[:, None]
         chosen = _pick(logits[:, None], numbers, states, left[:, None], rows, vocab)[:, 0]
         chosen = chosen.where(is_new, prompt[:, i])
@@ -202,61 +213,63 @@ def _append_round(model: Any, rows: Rows, state: State, start: Index) -> State:
             log_probs.append(_log_probs(logits, chosen))
         return chosen
 
-    cache, chosen = model.decode_round(state.cache, previous, start // patch, choose)
     # What a row makes behind its end in its last round is cut off in the end.
-    kept = chosen.masked_fill(state.done[:, None], vocab.pad_id)
-    ended = (chosen == vocab.eos_id).any(dim=1) | (begun + patch >= rows.ends)
+    cache, chosen = model.decode_round(state.cache, previous, at // patch, choose)
+    ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
     if log_probs:
-        write_at(state.log_probs, torch.stack(log_probs, dim=1), start)
+        write_at(state.log_probs, torch.stack(log_probs, dim=1), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, kept, start + patch),
-        index=(begun + patch).where(~state.done, state.index),
+        ids=write_at(state.ids, chosen, to + patch),
+        index=start + patch * ~state.done,
         done=state.done | ended,
         constraint=constraint,
         rounds=state.rounds + ~state.done,
     )
 
 
-def _verify_round(model: Any, rows: Rows, state: State, start: Index, propose: Propose) -> State:
+def _verify_round(
+    model: Any, rows: Rows, state: State, at: Index, to: Index, propose: Propose
+) -> State:
     """Appends the drafted bytes that the sampler would have chosen too, and one more byte.
 
     The sampler draws every byte with the random number of its own position, as without a draft:
     a draft says only which logits are at hand, so the text is the same.
     """
-    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
-    begun = in_each_row(start, batch, state.ids.device)
+    patch, vocab, start = model.round_length, model.config.vocab, state.index
 
-    def pick(logits: Tensor, at: Tensor, constraints: Tensor) -> Tensor:
-        uniforms, left = take_at(rows.uniforms, at), rows.ends[:, None] - at
+    def pick(logits: Tensor, positions: Tensor, constraints: Tensor) -> Tensor:
+        uniforms, left = take_at(rows.uniforms, positions), rows.ends[:, None] - positions
         return _pick(logits, uniforms, constraints, left, rows, vocab)
 
     def after(constraint: Tensor, ids: Tensor) -> Tensor:
         return _after(constraint, ids, rows, vocab)
 
-    drafts = propose(model, state, start, patch, pick, after)
-    last = read_at(state.ids, start + patch - 1, 1)
-    logits, cache = model.extend(torch.cat([last, drafts], dim=1), state.cache, start)
+    drafts = propose(model, state, at, patch, pick, after)
+    last = read_at(state.ids, at + patch - 1, 1)
+    before = torch.cat([last, drafts], dim=1).masked_fill(state.done[:, None], vocab.pad_id)
+    logits, cache, reach = model.verify(before, state.cache, at)
     states = [state.constraint]
     for t in range(drafts.shape[1]):
         states.append(after(states[t], drafts[:, t]))
     constraints = torch.stack(states, dim=1)
-    ids = pick(logits, positions_from(start, len(states), last.device), constraints)
+    ids = pick(logits, positions_from(at, len(states), last.device), constraints)
     right = (ids[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
-    count = torch.minimum(right + 1, rows.ends - begun).masked_fill(state.done, 0)
+    count = torch.minimum(torch.minimum(right + 1, reach), rows.ends - start)
+    count = count.masked_fill(state.done, 0)
     newest = (count - 1).clamp(min=0)[:, None]
     last_id = ids.gather(1, newest)[:, 0]
-    before = constraints.gather(1, newest)[:, 0]
-    ended = (last_id == vocab.eos_id) | (begun + count >= rows.ends)
+    latest = constraints.gather(1, newest)[:, 0]
+    ended = (last_id == vocab.eos_id) | (start + count >= rows.ends)
     # What was not accepted lies behind the row's end: it is overwritten, or cut off in the end.
     if state.log_probs.shape[1]:
-        write_at(state.log_probs, _log_probs(logits, ids), start)
+        write_at(state.log_probs, _log_probs(logits, ids), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, ids, start + patch),
-        index=(begun + count).where(~state.done, state.index),
+        ids=write_at(state.ids, ids, to + patch),
+        index=start + count,
         done=state.done | ended,
-        constraint=after(before, last_id).where(~state.done, state.constraint),
+        constraint=after(latest, last_id).where(~state.done, state.constraint),
         rounds=state.rounds + ~state.done,
         accepted=state.accepted + (count - 1).clamp(min=0),
     )
