@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab
-from bytelm.generation.automaton import Automaton, start_state
+from bytelm.generation.automaton import END, Automaton, start_state
 from bytelm.sampling import SamplerConfig
 from bytelm_torch.inference.sampling import candidate_columns, choose_ids
 from bytelm_torch.inference.speculative import Drafter, Propose
@@ -40,9 +40,11 @@ class Rows(NamedTuple):
     lengths: Tensor
     ends: Tensor
     sampler: SamplerConfig
-    allow_eos: bool
     allowed: Tensor
-    """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`)."""
+    """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`).
+
+    bool[C] if nothing is constrained.
+    """
     step: Tensor
     """int64[S, 256]: the state after each byte."""
 
@@ -112,8 +114,7 @@ def begin(
         lengths.to(device),
         ends.to(device),
         settings.sampler,
-        settings.allow_eos,
-        torch.from_numpy(allowed_candidates(automaton, vocab)).to(device),
+        torch.from_numpy(allowed_candidates(automaton, vocab, settings.allow_eos)).to(device),
         torch.from_numpy(automaton.step.astype(np.int64)).to(device),
     )
     states = torch.tensor([start_state(automaton, prompt) for prompt in prompts], device=device)
@@ -167,15 +168,17 @@ def _pick(
     logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows, vocab: ByteVocab
 ) -> Tensor:
     """The ids [B, T] that follow, where `left` more bytes fit and the constraint is in `states`."""
-    most = rows.allowed.shape[0]
-    allowed = rows.allowed[left.clamp(1, most) - 1, states].flatten(0, 1)
-    logits, flat = logits.flatten(0, 1), uniforms.flatten()
-    chosen = choose_ids(logits, flat, rows.sampler, vocab, rows.allow_eos, allowed)
+    allowed = rows.allowed
+    if allowed.ndim == 3:
+        allowed = allowed[left.clamp(1, len(allowed)) - 1, states].flatten(0, 1)
+    chosen = choose_ids(logits.flatten(0, 1), uniforms.flatten(), rows.sampler, vocab, allowed)
     return chosen.reshape(uniforms.shape)
 
 
 def _after(state: Tensor, ids: Tensor, rows: Rows, vocab: ByteVocab) -> Tensor:
     """The constraint's states after these ids, which are bytes or end the row."""
+    if rows.allowed.ndim == 1:
+        return state
     return rows.step[state, (ids - vocab.offset).clamp(0, 255)]
 
 
@@ -275,10 +278,16 @@ def _verify_round(
     )
 
 
-def allowed_candidates(automaton: Automaton, vocab: ByteVocab) -> np.ndarray:
-    """`automaton.allowed` with a column for each candidate id of the sampler."""
+def allowed_candidates(automaton: Automaton, vocab: ByteVocab, allow_eos: bool) -> np.ndarray:
+    """`automaton.allowed` with a column for each candidate id of the sampler.
+
+    [C] if it allows everything.
+    """
     columns = candidate_columns(vocab)
-    return automaton.allowed[..., np.maximum(columns, 0)] & (columns >= 0)
+    open_to = (columns >= 0) & ((columns != END) | allow_eos)
+    if automaton.allowed.all():
+        return open_to
+    return automaton.allowed[..., np.maximum(columns, 0)] & open_to
 
 
 def prompt_ids(
