@@ -139,9 +139,16 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
 
 
 def extend(
-    model: "BLT", before: Integer[Array | np.ndarray, "B T"], cache: BLTCache, index: Index
-) -> tuple[Float[Array, "B T V"], BLTCache]:
-    """Runs the local stacks on T bytes of each row, the global transformer where patches end."""
+    model: "BLT",
+    before: Integer[Array | np.ndarray, "B T"],
+    cache: BLTCache,
+    index: Index,
+    within_patch: bool = False,
+) -> tuple[Float[Array, "B T V"], BLTCache, Int[Array, " B"]]:
+    """Runs the local stacks on T bytes of each row, the global transformer where patches end.
+
+    Also gives how many of the logits hold: all, or `within_patch` those before the next patch ends.
+    """
     index = in_each_row(index, before.shape[0])
     byte, buffer, starts = extend_shifted(before, index, cache.segment_starts, model.config)
     cache, recent = _remember(
@@ -154,10 +161,17 @@ def extend(
     new = model.encoder.cross_attention.keys_values(x)
     states, pooled = write_at((cache.states, cache.pooled), (x, new), index)
     cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
-    cache = _finish_patches(model, cache, _Ending(x, new, byte, ends, numbers, first, index))
+    ending, reach = _Ending(x, new, byte, ends, numbers, first, index), byte.shape[1]
+    if within_patch:
+        later = ends & (jnp.arange(reach) > 0)[None, :]
+        reach = jnp.where(later.any(axis=1), jnp.argmax(later, axis=1), reach)
+        ending = jax.tree.map(lambda part: part[:, :1], ending._replace(index=index[:, None]))
+        ending = ending._replace(index=index)
+    cache = _finish_patches(model, cache, ending)
     newest = jnp.where(ends, numbers, numbers - 1)
     x, decoder = _decode(model, cache, x, newest, first, index, starts)
-    return model.to_logits(x), cache._replace(decoder=decoder)
+    reach = jnp.broadcast_to(jnp.asarray(reach, jnp.int32), index.shape)
+    return model.to_logits(x), cache._replace(decoder=decoder), reach
 
 
 def draft(
