@@ -239,9 +239,10 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
     """Shapes, dtypes and shardings of the result of `steps.init_state`."""
     run = recipe.train
     _, init = define_model(recipe.model, adapters_of(recipe))
-    parts = trainable(recipe, jax.eval_shape(lambda: init(run.seed)))
+    params = jax.eval_shape(lambda: init(run.seed))
+    parts = trainable(recipe, params)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
-    return steps.abstract_init(mesh, optimizer, lambda: init(run.seed), steps.averaged(run, parts))
+    return steps.abstract_init(mesh, optimizer, params, steps.averaged(run, parts))
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:

@@ -114,10 +114,11 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     run, start = recipe.train, time.perf_counter()
     mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     bind, init = define_model(recipe.model)
-    parts = trainable(recipe, abstract_params(recipe.model))
+    params = abstract_params(recipe.model)
+    parts = trainable(recipe, params)
     optimizer = build_optimizer(recipe.optimizer, run.steps, parts=parts)
     step = steps.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, parts)
-    state = steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    state = steps.abstract_init(mesh, optimizer, params)
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))
     compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
