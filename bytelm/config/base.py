@@ -167,6 +167,11 @@ class ArchitectureConfig:
         return f"architecture={self.architecture!r}: transformers has no such model"
 
     @property
+    def uncompilable(self) -> str | None:
+        """Why no graph of fixed shapes holds the twin, naming the field; None if one does."""
+        return None
+
+    @property
     def layer_count(self) -> int:
         """Layers of all stacks, which are the fields whose names end with `layers`."""
         config: Any = self

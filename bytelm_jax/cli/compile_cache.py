@@ -59,14 +59,15 @@ def use(proc: Path = Path("/proc")) -> Path | None:
     described = describe_machine(proc)
     if described is None:
         return None
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bytelm" / "compiled"
     digest = hashlib.sha256(described.encode()).hexdigest()[:16]
-    folder = root / f"{platform.machine()}-jaxlib-{_version('jaxlib')}-{digest}"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = base / "bytelm" / "compiled"
+        folder = root / f"{platform.machine()}-jaxlib-{_version('jaxlib')}-{digest}"
         _create(root, folder)
         prune(root)
         _drop_unfinished(folder)
-    except OSError:
+    except (OSError, RuntimeError):  # the latter where the user has no home
         return None
     # Whatever cannot be read or written is compiled again, and nobody need know.
     for doing in ("reading", "writing"):
