@@ -158,8 +158,7 @@ def _train(
         meshes.check_batch(mesh, recipe.train)
         bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)
-        params = jax.eval_shape(init_params)
-        parts = trainable(recipe, params)
+        parts = trainable(recipe, params := jax.eval_shape(init_params))
         windows, validation, identity = found_data = open_windows(recipe)
         require_validation(recipe, bool(validation))
         fresh, trained = not lock.steps(), {}

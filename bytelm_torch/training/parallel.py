@@ -196,13 +196,7 @@ def make_train_step(
     """
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
-    whole: nn.Module = RowLoss(model, pad_id, train.remat, len(names))
-    if compiled:
-        require_compilable(model.config)
-        whole.compile(fullgraph=True, dynamic=False)
-    if group.size > 1:
-        devices = None if group.device.type == "cpu" else [group.device]
-        whole = DistributedDataParallel(whole, device_ids=devices)
+    whole = _over_processes(group, RowLoss(model, pad_id, train.remat, len(names)), compiled)
 
     def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
         with autocast(group.device, dtype):
@@ -237,6 +231,17 @@ def make_train_step(
         return report
 
     return step
+
+
+def _over_processes(group: Group, loss: RowLoss, compiled: bool) -> nn.Module:
+    """The loss whose gradients are averaged over processes; its graph is one process's own."""
+    if compiled:
+        require_compilable(loss.model.config)
+        loss.compile(fullgraph=True, dynamic=False)
+    if group.size == 1:
+        return loss
+    devices = None if group.device.type == "cpu" else [group.device]
+    return DistributedDataParallel(loss, device_ids=devices)
 
 
 def _counts(
