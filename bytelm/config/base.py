@@ -161,6 +161,10 @@ class ArchitectureConfig:
         """Forward operations per byte for rows of `length` bytes; multiply-add counts as two."""
         raise NotImplementedError(f"{type(self).__name__}.flops_per_byte")
 
+    def executed_flops_per_byte(self, length: int) -> float:
+        """As `flops_per_byte`, with what is computed for capacity that stays empty."""
+        return self.flops_per_byte(length)
+
     @property
     def transformers_problem(self) -> str | None:
         """Why transformers has no such model, naming the field; None if it has."""

@@ -9,7 +9,8 @@ FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype i
 accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
 step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
 warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
-half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step and the
+half) against the chip's data sheet; `executed_over_own` is what is executed for all patches that
+the budget has room for, over that. `--profile N` adds the N longest kernels of a step and the
 time in collectives, from another process, whose kernels are launched one by one: within CUDA
 graphs, which XLA calls command buffers, a profile of jax 0.11 shows no kernel.
 """
@@ -38,6 +39,7 @@ import numpy as np
 from bytelm import recipes
 from bytelm.chips import peak_flops
 from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
+from bytelm.config.models import executed_training_flops_per_byte
 from bytelm.trainable import trainable
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -178,12 +180,14 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
     step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
     flops = training_flops_per_byte(prepared.recipe.model, length)
+    executed = executed_training_flops_per_byte(prepared.recipe.model, length)
     return {
         "row": prepared.row,
         "ms": round(1e3 * times["seconds"], 2),
         "spread_ms": round(1e3 * times["spread"], 2),
         "megabytes_per_second": round(rate / 1e6, 4),
         "mfu": peak and round(flops * rate / peak / prepared.mesh.size, 4),
+        "executed_over_own": round(executed / flops, 3),
         "peak_gib": round(sizes["peak"] / 2**30, 2),
         "step_gib": round(sum(step) / 2**30, 2),
         "state_gib": round(sizes["state"] / 2**30, 4),
