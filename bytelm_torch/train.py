@@ -23,8 +23,7 @@ _PROG = "python -m bytelm_torch.train"
 _USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [FIELDS]"
 
 _MORE = (
-    "  --compile to have torch.compile make one graph of model and loss; the first step",
-    "    then takes minutes for a large model, and the others less time",
+    "  --compile to have torch.compile make one graph of model and loss, in the first step",
 )
 
 
