@@ -22,9 +22,7 @@ __all__ = ["main", "train"]
 _PROG = "python -m bytelm_torch.train"
 _USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [FIELDS]"
 
-_MORE = (
-    "  --compile to have torch.compile make one graph of model and loss, in the first step",
-)
+_MORE = ("  --compile to have torch.compile make one graph of model and loss, in the first step",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
