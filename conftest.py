@@ -26,6 +26,7 @@ os.environ["OMP_NUM_THREADS"] = os.environ.get("BYTELM_TEST_THREADS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or torch would take a GPU
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # commands would fill the user's cache folder
 
 import jax
 import pytest
@@ -80,6 +81,7 @@ def x64():
 def compiled_once(tmp_path_factory):
     """For files whose runs are of few programs, whose compilation would be most of the time."""
     options = {
+        "jax_enable_compilation_cache": True,
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,

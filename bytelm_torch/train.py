@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bytelm.arguments import take_option
+from bytelm.arguments import take_flag, take_option
 from bytelm.files import one_line
 from bytelm.runs import DivergedError
 from bytelm.storage.stores import require_local
@@ -22,21 +22,24 @@ __all__ = ["main", "train"]
 _PROG = "python -m bytelm_torch.train"
 _USAGE = f"usage: {_PROG} RECIPE [--data PATH …] [--run-dir DIR] [FIELDS]"
 
+_MORE = ("  --compile to have torch.compile make one graph of model and loss, in the first step",)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code. Bad input: 2 and one line on standard error."""
     argv = sys.argv[1:] if argv is None else argv
-    description = "\n".join([_USAGE, "", *HELP, "", RECIPES])
+    description = "\n".join([_USAGE, "", *HELP, *_MORE, "", RECIPES])
     if not argv or argv[0] in ("-h", "--help"):
         print(description)
         return 0 if argv else 2
     try:
         named, rest = take_recipe(argv)
+        compiled, rest = take_flag(rest, "compile")
         # Looked at for the run that it may hold, which is slow at an address.
         place, _ = take_option(rest, *RUN_DIR)
         require_local(Path(place or ""), "run_dir")
         recipe, run_dir, _ = read_options(named, rest, read_config, _PROG, description)
-        outcome = train(recipe, run_dir)
+        outcome = train(recipe, run_dir, compiled)
     except DivergedError as error:
         print(f"train: {error}", file=sys.stderr)
         return 1

@@ -51,7 +51,7 @@ RECIPE = Recipe(
 )
 
 
-def zeros(optimizer, init, template):
+def zeros(optimizer, init, template, given):
     """In the place of `steps.compile_init`, which would take most of the time here."""
     return lambda: jax.tree.map(
         lambda x: jax.device_put(jnp.zeros(x.shape, x.dtype), x.sharding), template

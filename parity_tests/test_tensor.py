@@ -58,7 +58,7 @@ def compile_step(config, train, dtype="float64", rows=8, length=24):
     mesh = meshes.make_mesh(train.devices, train.fsdp, train.tensor)
     bind, init = define_model(config)
     optimizer = build_optimizer(ONE_BY_ONE, train.steps)
-    state = steps.abstract_init(mesh, optimizer, lambda: init(0))
+    state = steps.abstract_init(mesh, optimizer, jax.eval_shape(lambda: init(0)))
     step: Any = steps.make_train_step(
         bind, optimizer, train, config.vocab.pad_id, mesh, dtype=jnp.dtype(dtype)
     )
@@ -178,7 +178,7 @@ def test_the_state_of_an_optimizer_is_cut_like_its_parameter(name):
     mesh = meshes.make_mesh(8, 2, 2)
     _, init = define_model(MODELS["bytropix"])
     optimizer = build_optimizer(OPTIMIZER_CONFIGS[name](), 10)
-    state = steps.abstract_init(mesh, optimizer, lambda: init(0))
+    state = steps.abstract_init(mesh, optimizer, jax.eval_shape(lambda: init(0)))
     params: Any = state.params
     cut = {name for name, leaf in params.items() if "tensor" in str(leaf.sharding.spec)}
     assert len(cut) < len(params)
@@ -202,7 +202,7 @@ def test_a_checkpoint_opens_on_another_tensor_size(sizes, tmp_path):
     optimizer = build_optimizer(OPTIMIZER_CONFIGS["adamw"](), 10)
     for tensor in sizes:
         mesh = meshes.make_mesh(8, 2, tensor)
-        states.append(steps.abstract_init(mesh, optimizer, lambda: init(0)))
+        states.append(steps.abstract_init(mesh, optimizer, jax.eval_shape(lambda: init(0))))
     made = steps.compile_init(optimizer, lambda: init(0), states[0])()
     moments = jax.tree.map(lambda x: x + 1, made.opt_state)
     run = tmp_path / "run"

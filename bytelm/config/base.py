@@ -161,10 +161,19 @@ class ArchitectureConfig:
         """Forward operations per byte for rows of `length` bytes; multiply-add counts as two."""
         raise NotImplementedError(f"{type(self).__name__}.flops_per_byte")
 
+    def executed_flops_per_byte(self, length: int) -> float:
+        """As `flops_per_byte`, with what is computed for capacity that stays empty."""
+        return self.flops_per_byte(length)
+
     @property
     def transformers_problem(self) -> str | None:
         """Why transformers has no such model, naming the field; None if it has."""
         return f"architecture={self.architecture!r}: transformers has no such model"
+
+    @property
+    def uncompilable(self) -> str | None:
+        """Why no graph of fixed shapes holds the twin, naming the field; None if one does."""
+        return None
 
     @property
     def layer_count(self) -> int:

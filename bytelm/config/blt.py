@@ -310,10 +310,7 @@ class BLTConfig(ArchitectureConfig):
         return count + local + local * self.vocab.size
 
     def flops_per_byte(self, length: int) -> float:
-        """Forward floating-point operations per byte at `length` bytes and this mean patch length.
-
-        Causal attention counts half.
-        """
+        """Forward operations per byte at this mean patch length; causal attention counts half."""
         local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
         keys, patches = _mean_keys(length, self.local_window), length / self.bytes_per_patch
         byte = self.encoder_layers * (self._encoder_layer() + 2 * local * keys)
@@ -328,6 +325,9 @@ class BLTConfig(ArchitectureConfig):
             patch += queries * local * wide
         work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
         return work + self.frozen_flops_per_byte(length)
+
+    def executed_flops_per_byte(self, length: int) -> float:
+        return replace(self, bytes_per_patch=length / self.budget(length)).flops_per_byte(length)
 
     def frozen_flops_per_byte(self, length: int) -> float:
         """The part of `flops_per_byte` that training only runs forward: the entropy model."""

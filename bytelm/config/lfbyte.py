@@ -127,6 +127,12 @@ class LFByteConfig(ArchitectureConfig):
         return 0 < self.top_k < self.num_experts
 
     @property
+    def uncompilable(self) -> str | None:
+        if not self.sparse:
+            return None
+        return f"top_k={self.top_k}: the number of positions that an expert gets varies; take 0"
+
+    @property
     def hidden_dim(self) -> int:
         """Hidden width of channel mixing; 0 if there is none."""
         return self.hidden_mult * self.embed_dim

@@ -32,3 +32,8 @@ def training_flops_per_byte(config: ModelConfig, length: int) -> float:
     A frozen entropy model only runs forward.
     """
     return 3 * config.flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)
+
+
+def executed_training_flops_per_byte(config: ModelConfig, length: int) -> float:
+    """As `training_flops_per_byte`, with what is computed for capacity that stays empty."""
+    return 3 * config.executed_flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)

@@ -287,3 +287,16 @@ def test_a_recipe_takes_the_rate_that_was_measured_for_it():
 def test_configs_are_frozen():
     with pytest.raises(FrozenInstanceError):
         MegabyteConfig().patch_size = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_executed_work_is_that_of_a_full_patch_budget():
+    model, length = recipes.get("blt_tiny").model, 256
+    assert isinstance(model, BLTConfig)
+    mean = length / model.bytes_per_patch
+    assert model.budget(length) > 1.5 * mean
+    more = model.executed_flops_per_byte(length) / model.flops_per_byte(length)
+    assert 1.2 < more < 1.3
+    full = replace(model, bytes_per_patch=length / model.budget(length))
+    assert model.executed_flops_per_byte(length) == full.flops_per_byte(length)
+    plain = recipes.get("megabyte_tiny").model
+    assert plain.executed_flops_per_byte(length) == plain.flops_per_byte(length)

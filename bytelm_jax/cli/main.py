@@ -46,6 +46,16 @@ _MODULES = {
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
 
+_COMPILING = {
+    "train", "eval", "generate", "compress", "decompress", "inspect", "parity", "calibrate",
+    "serve",
+}  # fmt: skip
+"""The commands that keep what they compile."""
+
+_COMPILES_ANEW = ("-h", "--help", "--dry-run", "--distributed", "--coordinator")
+"""Options with which they do not: a dry run examines its compiler, and the processes of one run
+would each find another part of their programs."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
@@ -66,6 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         with _ended_by_sigterm():
+            if _keeps_programs(name, arguments[1:]):
+                from bytelm_jax.cli import compile_cache
+
+                compile_cache.use()
             return _command(name)(arguments[1:])
     except KeyboardInterrupt:  # `train` has handlers of its own, which save first
         print(f"bytelm {name}: interrupted", file=sys.stderr)
@@ -102,6 +116,11 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _keeps_programs(name: str, argv: list[str]) -> bool:
+    """Whether a call keeps compiled programs for later ones, in the user's cache folder."""
+    return name in _COMPILING and not any(each.startswith(_COMPILES_ANEW) for each in argv)
 
 
 def _command(name: str) -> Callable[[list[str]], int]:

@@ -218,6 +218,9 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     assert collectives["all-reduce", 2].bytes == 3 * 2 * cut // 4
     text = dry_run.describe("x", estimate)
     assert "bfloat16" in text and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", text)
+    assert estimate.executed_flops == estimate.flops and "executed" not in text
+    fuller = estimate._replace(executed_flops=1.25 * estimate.flops)
+    assert "executed (1.25 x): the patch budget" in dry_run.describe("x", fuller)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def lower_step(recipe, devices=1, fsdp=1):
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     parts = trainable(replace(recipe, model=model), abstract_params(model))
     step = steps.make_train_step(bind, optimizer, run, model.vocab.pad_id, mesh, parts)
-    state = steps.abstract_init(mesh, optimizer, lambda: init(0))
+    state = steps.abstract_init(mesh, optimizer, jax.eval_shape(lambda: init(0)))
     shape = run.batch_size, recipe.data.sequence_length
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))
     traced = step.trace(state, ids)  # pyright: ignore[reportFunctionMemberAccess]

@@ -87,7 +87,8 @@ def check_training(arguments: list[str]) -> None:
     recipe = recipe_named("megabyte_tiny" if branch else rest.pop(0))
     for option in ("run_dir", "save_path", "epochs", "init_from", "train.init_from"):
         _, rest = take_option(rest, option)
-    _, rest = take_flag(rest, "no-lock")
+    for flag in ("no-lock", "compile"):
+        _, rest = take_flag(rest, flag)
     _, rest = take_processes(take_dry_run(rest)[1])
     expand_names(recipe, rest)
 

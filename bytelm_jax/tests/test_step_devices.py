@@ -50,7 +50,7 @@ def test_the_model_in_a_step_is_traced_for_the_devices_of_the_mesh(monkeypatch):
     mesh, run = meshes.make_mesh(2), TrainConfig(batch_size=2)
     optimizer = optax.with_extra_args_support(optax.sgd(1.0))
     step = steps.make_train_step(lambda params: Model(), optimizer, run, 0, mesh)
-    state = steps.abstract_init(mesh, optimizer, lambda: {"layer.w": jnp.zeros(2)})
+    state = steps.abstract_init(mesh, optimizer, {"layer.w": jax.ShapeDtypeStruct((2,), "float32")})
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     with pytest.raises(ZeroDivisionError):
         jax.eval_shape(step, state, jax.ShapeDtypeStruct((2, 4), jnp.int32))

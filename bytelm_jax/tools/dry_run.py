@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from bytelm.chips import find_chip
 from bytelm.config import Recipe, training_flops_per_byte
+from bytelm.config.models import executed_training_flops_per_byte
 from bytelm.memory import require_host_memory
 from bytelm.trainable import trainable
 from bytelm_jax.kernels.backend import (
@@ -86,6 +87,8 @@ class Estimate(NamedTuple):
     collective_seconds: float
     flops: float
     """Operations of a step on each device by the model's own count, without recomputation."""
+    executed_flops: float
+    """The same with what is computed for patches that a batch does not have."""
     target: str = ""
     """What was asked for by `--compile-for`."""
     compiled: Compiled | None = None
@@ -121,7 +124,10 @@ def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> E
     meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
-    flops = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count / mesh.size
+    flops, executed = (
+        work(recipe.model, recipe.data.sequence_length) * count / mesh.size
+        for work in (training_flops_per_byte, executed_training_flops_per_byte)
+    )
     sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
     compiled = None
@@ -151,6 +157,7 @@ def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> E
         compute_seconds=flops / (find_chip(machine.chip).peak * machine.mfu),
         collective_seconds=sum(each.seconds(1e9 * machine.link_gbytes) for each in collectives),
         flops=flops,
+        executed_flops=executed,
         target=target.name if target else "",
         compiled=compiled,
     )
@@ -239,9 +246,10 @@ def abstract_state(recipe: Recipe, mesh: Mesh) -> steps.TrainState:
     """Shapes, dtypes and shardings of the result of `steps.init_state`."""
     run = recipe.train
     _, init = define_model(recipe.model, adapters_of(recipe))
-    parts = trainable(recipe, jax.eval_shape(lambda: init(run.seed)))
+    params = jax.eval_shape(lambda: init(run.seed))
+    parts = trainable(recipe, params)
     optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, parts)
-    return steps.abstract_init(mesh, optimizer, lambda: init(run.seed), steps.averaged(run, parts))
+    return steps.abstract_init(mesh, optimizer, params, steps.averaged(run, parts))
 
 
 def compile_step(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> str:
@@ -404,6 +412,7 @@ def describe(name: str, estimate: Estimate) -> str:
         f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
         f"  at once          {gib['peak']}   at most",
         *_about_compiled(estimate),
+        *_about_work(estimate),
         "collectives of a step",
     ]
     for each in estimate.collectives:
@@ -446,6 +455,18 @@ def _about_compiled(estimate: Estimate) -> list[str]:
         f"{estimate.flops / 1e9:,.1f}",
         f"  padding          {100 * compiled.padding / max(compiled.written, 1):9.1f} % of the "
         f"{compiled.written / 1e9:,.2f} GB that are written, added by layouts",
+    ]
+
+
+def _about_work(estimate: Estimate) -> list[str]:
+    """The model's own work and what is executed, where these differ."""
+    ratio = estimate.executed_flops / estimate.flops
+    if ratio < 1.005:
+        return []
+    return [
+        f"work of a step on each device: {estimate.flops / 1e9:,.1f} GFLOP by the model's own "
+        f"count, {estimate.executed_flops / 1e9:,.1f} executed ({ratio:.2f} x): the patch budget "
+        "has room for more patches than the mean"
     ]
 
 

@@ -158,7 +158,7 @@ def _train(
         meshes.check_batch(mesh, recipe.train)
         bind, init = define_model(recipe.model, adapters_of(recipe))
         init_params = partial(init, recipe.train.seed)
-        parts = trainable(recipe, jax.eval_shape(init_params))
+        parts = trainable(recipe, params := jax.eval_shape(init_params))
         windows, validation, identity = found_data = open_windows(recipe)
         require_validation(recipe, bool(validation))
         fresh, trained = not lock.steps(), {}
@@ -178,7 +178,7 @@ def _train(
     step_function = steps.make_train_step(
         bind, optimizer, run, vocab.pad_id, mesh, parts, names=found_data.names
     )
-    template = steps.abstract_init(mesh, optimizer, init_params, steps.averaged(run, parts))
+    template = steps.abstract_init(mesh, optimizer, params, steps.averaged(run, parts))
 
     # ---- state, restored or born sharded ----
     arrays = (template.params, template.opt_state)

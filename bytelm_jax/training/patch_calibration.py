@@ -82,12 +82,11 @@ def _looker(config: BLTConfig) -> Callable[[Params, np.ndarray], tuple[Any, Any]
     def look(params: Params, ids: Any) -> tuple[Any, Any]:
         segment_starts = segment_starts_of(ids, config)
         shifted = shift_right(ids, config.vocab.bos_id, segment_starts)
-        never = jnp.full(shifted.shape, -jnp.inf)
-        scores = never
+        scores = never = jnp.full(shifted.shape, -jnp.inf)
+        free = forced = patching.patch_starts(config, shifted, never, segment_starts)[:, :-1]
         if bind is not None:
             scores = jnp.roll(entropy(bind(params).predict(shifted, segment_starts)), 1, axis=1)
-        free = patching.patch_starts(config, shifted, -never, segment_starts)[:, :-1]
-        forced = patching.patch_starts(config, shifted, never, segment_starts)[:, :-1]
+            free = patching.patch_starts(config, shifted, -never, segment_starts)[:, :-1]
         if segment_starts is not None:
             forced = forced | (segment_starts == jnp.arange(ids.shape[1])[None, :])
         scores = jnp.where(forced, jnp.inf, jnp.where(free, scores, -jnp.inf))

@@ -80,7 +80,7 @@ def load_branch(recipe: Recipe, template: TrainState) -> tuple[Recipe, Recovered
 
 def make_state(
     recipe: Recipe,
-    compile_init: Callable[[], Callable[[], TrainState]],
+    compile_init: Callable[[Params], Callable[[], TrainState]],
     template: TrainState,
     mesh: Mesh,
     begun: Recovered | None,
@@ -88,12 +88,11 @@ def make_state(
 ) -> TrainState:
     """The state at the first step: what is read back, `begun`, or a new one with `trained`.
 
-    `compile_init` compiles the function that creates a new one.
+    `compile_init` compiles the function that creates a new one from the parameters it gets, and
+    draws the others.
     """
     if begun is None:
-        state = compile_init()()
-        if trained:
-            state = state.begin_with(state.params | meshes.place(mesh, trained))
+        state = compile_init(meshes.place(mesh, trained))()
         if recipe.train.init_optimizer:
             with opened_run(recipe.train.init_from, "JAX", arrays=True) as (path, which, _):
                 read = _restore(path, which, None, template.opt_state)
@@ -102,7 +101,9 @@ def make_state(
     step = jax.device_put(begun.step, template.step.sharding).astype(template.step.dtype)
     state = TrainState(step, begun.params, begun.opt_state, begun.average)
     if begun.opt_state is None:
-        state = state._replace(opt_state=at_step(compile_init()().opt_state, begun.step))
+        state = state._replace(
+            opt_state=at_step(compile_init(begun.params)().opt_state, begun.step)
+        )
     if begun.average is None and template.average is not None:
         state = state._replace(average=template.average).begin_with(begun.params)
     return state

@@ -86,7 +86,7 @@ def compute_dtype(train: TrainConfig, mesh: Mesh | None = None) -> jnp.dtype:
 
 def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable) -> TrainState:
     """`init() -> params`, run once under jit so that every array is created with its sharding."""
-    return compile_init(optimizer, init, abstract_init(mesh, optimizer, init))()
+    return compile_init(optimizer, init, abstract_init(mesh, optimizer, jax.eval_shape(init)))()
 
 
 def averaged(train: TrainConfig, parts: Trainable) -> Trainable | None:
@@ -95,32 +95,42 @@ def averaged(train: TrainConfig, parts: Trainable) -> Trainable | None:
 
 
 def compile_init(
-    optimizer: optax.GradientTransformation, init: Callable, template: TrainState
+    optimizer: optax.GradientTransformation,
+    init: Callable,
+    template: TrainState,
+    given: Params | None = None,
 ) -> Callable[[], TrainState]:
     """The compiled function that creates the state of `init_state`.
 
-    `template` is the result of `abstract_init`.
+    `template` is the result of `abstract_init`. Parameters that are `given`, which are placed like
+    those of `template`, are not drawn.
     """
     # It runs once: on a CPU, compiling it with all optimisations would take longer than it saves.
     shardings = jax.tree.map(lambda x: x.sharding, template)
     on_cpu = all(each.platform == "cpu" for each in template.step.sharding.device_set)
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
-    make = _initialiser(optimizer, init, template.average)
-    return jax.jit(make, out_shardings=shardings, compiler_options=options).lower().compile()
+    given = given or {}
+
+    def make(given: Params) -> TrainState:
+        return _first_state(optimizer, template.average, init() | given)
+
+    jitted = jax.jit(make, out_shardings=shardings, compiler_options=options)
+    return partial(jitted.lower(given).compile(), given)
 
 
 def abstract_init(
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
-    init: Callable,
+    params: Any,
     average: Trainable | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the result of `init_state`.
 
-    `average` is the result of `averaged`.
+    `params` are abstract, as `jax.eval_shape(init)` gives them; `average` is the result of
+    `averaged`.
     """
-    kept = None if average is None else without(jax.eval_shape(init), average.frozen)
-    shapes = jax.eval_shape(_initialiser(optimizer, init, kept))
+    kept = None if average is None else without(params, average.frozen)
+    shapes = jax.eval_shape(lambda params: _first_state(optimizer, kept, params), params)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
@@ -128,17 +138,12 @@ def abstract_init(
     )
 
 
-def _initialiser(
-    optimizer: optax.GradientTransformation, init: Callable, average: Any
-) -> Callable[[], TrainState]:
+def _first_state(
+    optimizer: optax.GradientTransformation, average: Any, params: Params
+) -> TrainState:
     """`average`, if not None, has a key for each parameter of which an average is kept."""
-
-    def make() -> TrainState:
-        params = init()
-        state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
-        return state.begin_with(params)
-
-    return make
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    return state.begin_with(params)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ def from_pretrained(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     checkpoint: str | int = "latest",
+    compiled: bool = False,
 ) -> Any:
     """The model of an export or of a run folder of this package, in eval mode.
 
@@ -59,10 +60,11 @@ def from_pretrained(
     step.
 
     `dtype` is that of the parameters, the stored one by default; norms, which are computed in at
-    least float32, stay at least float32. `device` is the CPU by default. Leaves torch's random
+    least float32, stay at least float32. `device` is the CPU by default. `compiled` has
+    `torch.compile` make one graph of `model(ids)` when it is first called. Leaves torch's random
     generator alone. Raises `ValueError` when a file is missing or damaged, config.json holds a
     field or version that is not known, the tensors are not those of the configuration, or one holds
-    NaN or infinity.
+    NaN or infinity, and for a model that cannot be `compiled`.
     """
     require(
         dtype is None or dtype in _DTYPES,
@@ -76,6 +78,10 @@ def from_pretrained(
             f"{path}: a run folder of JAX, which JAX alone reads; `bytelm export {path} --out DIR` "
             "writes what PyTorch reads, then give DIR"
         )
+    if compiled:
+        problem = model.config.uncompilable
+        require(problem is None, f"compiled=True: {problem}")
+        model.compile(fullgraph=True)
     return model
 
 

@@ -6,6 +6,7 @@ Axes: B batch, T query positions, S key positions, H heads, K head width, D widt
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -29,22 +30,48 @@ class Scope(NamedTuple):
     """The position of each key within its segment, from 0."""
 
 
+def fused_attention(
+    q: Float[Tensor, "*batch T H J"],
+    k: Float[Tensor, "*batch S G J"],
+    v: Float[Tensor, "*batch S G K"],
+    mask: Bool[Tensor, "*rows #T S"] | None,
+) -> Float[Tensor, "*batch T H K"]:
+    """Softmax attention by the kernel that torch has for it; scale K^-0.5.
+
+    H/G heads in a row share a key and value head. Without a `mask` each position sees itself and
+    everything before it.
+    """
+    batch, heads = q.shape[:-3], q.shape[-2]
+    if mask is not None and mask.ndim > 2:
+        mask = mask.expand(*batch, *mask.shape[-2:]).reshape(-1, 1, *mask.shape[-2:])
+    out = F.scaled_dot_product_attention(
+        *(x.reshape(-1, *x.shape[-3:]).movedim(-2, -3) for x in (q, k, v)),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=v.shape[-1] ** -0.5,
+        enable_gqa=heads != k.shape[-2],
+    )
+    return out.movedim(-2, -3).reshape(*q.shape[:-1], v.shape[-1])
+
+
 def multi_query_attention(
     q: Float[Tensor, "*batch T H K"],
     k: Float[Tensor, "*batch S K"],
     v: Float[Tensor, "*batch S K"],
-    mask: Bool[Tensor, "*rows T S"],
+    mask: Bool[Tensor, "*rows T S"] | None,
     bias: Float[Tensor, "*kinds H S"] | None = None,
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` may each have a batch axis or not. Scores and softmax are in at least float32.
-    Every query must see at least one key.
+    `mask` and `bias` may each have a batch axis or not; no mask is a causal one, and takes no
+    `bias`. Scores and softmax are in at least float32. Every query must see at least one key.
     """
+    if bias is None:
+        return fused_attention(q, k[..., None, :], v[..., None, :], mask)
+    assert mask is not None
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("...thk,...sk->...hts", q, k).to(wide) * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias[..., :, None, :].to(wide)
+    scores = scores + bias[..., :, None, :].to(wide)
     weights = scores.masked_fill(~mask[..., None, :, :], -torch.inf).softmax(dim=-1)
     return torch.einsum("...hts,...sk->...thk", weights.to(v.dtype), v)
 
@@ -70,6 +97,8 @@ class MultiQueryAttention(nn.Module):
         q, k, v = self._project(x)
         if scope is not None:
             return self._attend(q, k, v, *scope)
+        if not self.alibi:
+            return self._attend(q, k, v, None)
         length = x.shape[-2]
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         return self._attend(q, k, v, mask)
@@ -109,7 +138,12 @@ class MultiQueryAttention(nn.Module):
         return q, k, v
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, segment_positions: Tensor | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        segment_positions: Tensor | None = None,
     ) -> Tensor:
         bias = None
         if self.alibi:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytelm.config.blt import GUIDE_FEATURES
-from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.attention import KeyValueCache, fused_attention
 from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
@@ -21,21 +21,16 @@ def grouped_attention(
     q: Float[Tensor, "*batch T H J"],
     k: Float[Tensor, "*batch S G J"],
     v: Float[Tensor, "*batch S G K"],
-    mask: Bool[Tensor, "*lead #T S"],
+    mask: Bool[Tensor, "*lead #T S"] | None,
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention; scale K^-0.5, scores and softmax in at least float32.
 
     Heads gR … gR + R − 1 use key head g. J is K unless `guide` has added features. The axes of
-    `mask` before S are those of q, or 1; leading ones may be missing. Every query must see at least
-    one key.
+    `mask` before S are those of q, or 1; leading ones may be missing; no mask is a causal one. A
+    masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
+    least one key.
     """
-    groups, wide = k.shape[-2], torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(-2, (groups, -1))
-    scores = torch.einsum("...tgrk,...sgk->...grts", grouped, k).to(wide) * v.shape[-1] ** -0.5
-    visible = mask[..., None, None, :, :]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(dim=-1).to(v.dtype)
-    mixed = torch.einsum("...grts,...sgk->...tgrk", weights, v)
-    return mixed.reshape(*q.shape[:-1], v.shape[-1])
+    return fused_attention(q, k, v, mask)
 
 
 def guide(
@@ -73,8 +68,9 @@ def causal_attention(
     """
     length, device = q.shape[1], q.device
     if window == 0 or length <= window:
-        mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        mask = None
         if segment_starts is not None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
             mask = mask & (torch.arange(length, device=device) >= segment_starts[:, :, None])
         return grouped_attention(q, k, v, mask)
     count = -(-length // window)

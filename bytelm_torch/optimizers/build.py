@@ -121,9 +121,23 @@ def build_optimizer(
 def _adamw(config: AdamWConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
     """Loshchilov & Hutter 2019."""
     del seed
-    betas = config.beta1, config.beta2
-    groups = leaves.groups(config)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+    return _fused_adamw(config, leaves)
+
+
+def _fused_adamw(config: AdamWConfig | QLearningAdamWConfig, leaves: Leaves) -> torch.optim.AdamW:
+    """torch's AdamW, in one kernel where torch has it for the parameters' device."""
+
+    def build(fused: bool) -> torch.optim.AdamW:
+        betas = config.beta1, config.beta2
+        groups = leaves.groups(config)  # which torch fills with what it is told here
+        return torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=fused
+        )
+
+    try:
+        return build(True)
+    except RuntimeError:  # says that fused=True does not support the device
+        return build(False)
 
 
 def _sgd(config: SGDConfig, leaves: Leaves, seed: int) -> torch.optim.Optimizer:
@@ -153,9 +167,7 @@ def _q_learning_sgd(config: QLearningSGDConfig, leaves: Leaves, seed: int) -> to
 def _q_learning_adamw(
     config: QLearningAdamWConfig, leaves: Leaves, seed: int
 ) -> torch.optim.Optimizer:
-    betas = config.beta1, config.beta2
-    groups = leaves.groups(config)
-    inner = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+    inner = _fused_adamw(config, leaves)
     return q_learning(inner, config.controller, seed, config.max_grad_norm)
 
 

@@ -54,8 +54,10 @@ _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
 
 
-def train(recipe: Recipe, run_dir: Path) -> Outcome:
+def train(recipe: Recipe, run_dir: Path, compiled: bool = False) -> Outcome:
     """Trains `recipe` in `run_dir`, continuing from its latest checkpoint if there is one.
+
+    `compiled` has `torch.compile` make one graph of model and loss.
 
     Raises `ValueError` for settings, data, weights or checkpoints that do not fit. Raises
     `DivergedError` if the loss was not finite at `max_bad_steps` steps in a row, each of which was
@@ -64,7 +66,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """
     require_local(run_dir, "run_dir")
     with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
-        return _train(recipe, run_dir, group, lock)
+        return _train(recipe, run_dir, group, lock, compiled)
 
 
 def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
@@ -94,7 +96,11 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     )
 
 
-def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) -> Outcome:
+def _train(
+    recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock, compiled: bool
+) -> Outcome:
+    if compiled:
+        parallel.require_compilable(recipe.model)
     recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
     _check(recipe, run_dir, group)
@@ -125,7 +131,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     require_ahead(recipe, start, run_dir)
 
     # ---- step ----
-    parts = (model, optimizer, run, vocab.pad_id, group, found_data.names)
+    parts = (model, optimizer, run, vocab.pad_id, group, found_data.names, compiled)
     step_function = parallel.make_train_step(*parts)
     row_nats = make_row_nats(model, vocab.pad_id, parallel.compute_dtype(run, group.device))
     schedule = learning_rate_schedule(recipe.optimizer, run.steps)

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Int, Integer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bytelm.config import TrainConfig
+from bytelm.config import ModelConfig, TrainConfig, require
 from bytelm.runs import require_same, short_json
 from bytelm_torch.layers.ids import as_ids
 from bytelm_torch.optimizers.build import clip_by_global_norm, global_norm, set_rate
@@ -111,6 +111,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> Any:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is torch.bfloat16)
 
 
+def require_compilable(config: ModelConfig) -> None:
+    """Raises `ValueError` for a model that `torch.compile` cannot hold in one graph."""
+    problem = config.uncompilable
+    require(problem is None, f"--compile: {problem}")
+
+
 def all_sum(group: Group, values: Tensor) -> Tensor:
     """The sum of `values` over all processes."""
     if group.size > 1:
@@ -174,6 +180,7 @@ def make_train_step(
     pad_id: int,
     group: Group,
     names: tuple[str, ...] = (),
+    compiled: bool = False,
 ) -> Callable[..., dict[str, Tensor]]:
     """`step(count, rows, learning_rate, max_grad_norm, stop) -> metrics`, after `count` steps.
 
@@ -183,15 +190,13 @@ def make_train_step(
     indices of names, and there is a `loss/NAME` for each, NaN without rows. `counted`, bool [B, T],
     leaves ids out of the loss that the model nevertheless reads. Gradients of
     micro-batches are added before they are used. A step whose loss or gradient norm is not finite
-    changes no parameter. Dropout depends on seed, step and process alone, so a resumed run draws
+    changes no parameter. `compiled` has `torch.compile` make one graph of model and loss, again for
+    each length of rows. Dropout depends on seed, step and process alone, so a resumed run draws
     the same.
     """
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
-    whole: nn.Module = RowLoss(model, pad_id, train.remat, len(names))
-    if group.size > 1:
-        devices = None if group.device.type == "cpu" else [group.device]
-        whole = DistributedDataParallel(whole, device_ids=devices)
+    whole = _over_processes(group, RowLoss(model, pad_id, train.remat, len(names)), compiled)
 
     def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
         with autocast(group.device, dtype):
@@ -226,6 +231,17 @@ def make_train_step(
         return report
 
     return step
+
+
+def _over_processes(group: Group, loss: RowLoss, compiled: bool) -> nn.Module:
+    """The loss whose gradients are averaged over processes; its graph is one process's own."""
+    if compiled:
+        require_compilable(loss.model.config)
+        loss.compile(fullgraph=True, dynamic=False)
+    if group.size == 1:
+        return loss
+    devices = None if group.device.type == "cpu" else [group.device]
+    return DistributedDataParallel(loss, device_ids=devices)
 
 
 def _counts(

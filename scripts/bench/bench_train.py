@@ -9,8 +9,10 @@ FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype i
 accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
 step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
 warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
-half) against the chip's data sheet. `--profile N` adds the N longest kernels of a step and the
-time in collectives.
+half) against the chip's data sheet; `executed_over_own` is what is executed for all patches that
+the budget has room for, over that. `--profile N` adds the N longest kernels of a step and the
+time in collectives, from another process, whose kernels are launched one by one: within CUDA
+graphs, which XLA calls command buffers, a profile of jax 0.11 shows no kernel.
 """
 
 import argparse
@@ -37,6 +39,7 @@ import numpy as np
 from bytelm import recipes
 from bytelm.chips import peak_flops
 from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
+from bytelm.config.models import executed_training_flops_per_byte
 from bytelm.trainable import trainable
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.optimizers.build import build_optimizer
@@ -47,6 +50,11 @@ from bytelm_jax.training import step as steps
 STEPS = 10
 
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+
+_ONE_BY_ONE = {
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip()
+}
+"""The environment in which kernels are launched one by one, and a profile shows each."""
 
 
 def read_row(row: str) -> Recipe:
@@ -114,10 +122,11 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     run, start = recipe.train, time.perf_counter()
     mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     bind, init = define_model(recipe.model)
-    parts = trainable(recipe, abstract_params(recipe.model))
+    params = abstract_params(recipe.model)
+    parts = trainable(recipe, params)
     optimizer = build_optimizer(recipe.optimizer, run.steps, parts=parts)
     step = steps.make_train_step(bind, optimizer, run, recipe.model.vocab.pad_id, mesh, parts)
-    state = steps.abstract_init(mesh, optimizer, lambda: init(run.seed))
+    state = steps.abstract_init(mesh, optimizer, params)
     shape = (run.batch_size, recipe.data.sequence_length)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=meshes.batch_sharding(mesh))
     compiled = step.lower(state, ids).compile()  # pyright: ignore[reportFunctionMemberAccess]
@@ -171,12 +180,14 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
     step = (planned.argument_size_in_bytes, planned.temp_size_in_bytes,
             planned.output_size_in_bytes, -planned.alias_size_in_bytes)  # fmt: skip
     flops = training_flops_per_byte(prepared.recipe.model, length)
+    executed = executed_training_flops_per_byte(prepared.recipe.model, length)
     return {
         "row": prepared.row,
         "ms": round(1e3 * times["seconds"], 2),
         "spread_ms": round(1e3 * times["spread"], 2),
         "megabytes_per_second": round(rate / 1e6, 4),
         "mfu": peak and round(flops * rate / peak / prepared.mesh.size, 4),
+        "executed_over_own": round(executed / flops, 3),
         "peak_gib": round(sizes["peak"] / 2**30, 2),
         "step_gib": round(sum(step) / 2**30, 2),
         "state_gib": round(sizes["state"] / 2**30, 4),
@@ -216,16 +227,19 @@ def measure_all(
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
-        def run(row: str, *more: str) -> dict[str, Any]:
+        def run(row: str, *more: str, launched: dict[str, str] | None = None) -> dict[str, Any]:
             call = [sys.executable, __file__, "--rows", row, *rest, *more]
-            done = subprocess.run(call, env=_ENVIRONMENT | cache, stdout=subprocess.PIPE, text=True)
+            environment = _ENVIRONMENT | cache | (launched or {})
+            done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True)
             return {"failed": True} if done.returncode else json.loads(done.stdout)
 
         def run_on_devices(row: str) -> dict[str, Any]:
+            result = run(row, "--lock", str(lock))
+            if not profile or "failed" in result:
+                return result
             with tempfile.TemporaryDirectory() as trace:
-                traced = ["--trace", trace] if profile else []
-                result = run(row, "--lock", str(lock), *traced)
-                if profile and "failed" not in result:
+                more = ("--lock", str(lock), "--trace", trace)
+                if "failed" not in run(row, *more, launched=_ONE_BY_ONE):
                     result["kernels"] = longest_kernels(Path(trace), STEPS, profile)
             return result
 
