@@ -47,6 +47,8 @@ class BLTCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
     patches: Int[Tensor, "B L+1"]
     """The patch of each position, known before its byte is, unless that byte starts a segment."""
+    ended: Int[Tensor, "B L"]
+    """1 where a patch ended: without what `patches` may hold of a segment that a guess began."""
     histograms: Int[Tensor, "B M"]
     """`patching.histogram_entropy` of each position, M = L if the model reads it, else 0."""
     patcher: Caches
@@ -81,6 +83,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
         ids=integers(batch, patch_rules.look_back(c) - 1 + length).fill_(patch_rules.NO_BYTE),
         segment_starts=empty_segment_starts(batch, length, c, weight.device),
         patches=integers(batch, length + 1),
+        ended=integers(batch, length),
         histograms=integers(batch, length if c.reads_histograms else 0),
         patcher=model.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
         encoder=local.empty_caches(batch, length, weight.dtype),
@@ -122,6 +125,7 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
     cache.ids[:, first : first + length] = shifted
     write_segment_starts(cache.segment_starts, segment_starts)
     cache.patches[:, : length + 1] = plan.numbers
+    cache.ended[:, :length] = plan.numbers.diff(dim=1)
     cache.histograms[:, : histograms.shape[1]] = histograms
     cache.states[:, :length] = states
     write_prefix((cache.pooled,), (pooled,))
@@ -231,8 +235,9 @@ def _mark(
     positions = positions_from(index, count, byte.device).expand(batch, -1)
     inside = positions if segment_starts is None else positions - segment_starts
     values = patching.to_bytes(recent[..., -patch_rules.CONTEXT :], c.vocab)
-    number = read_at(cache.patches, index, 1)[:, 0]
-    before = take_at(cache.patches, (positions[:, :1] - 1).clamp(min=0))[:, 0]
+    behind = (positions[:, :1] - 1).clamp(min=0)
+    before = take_at(cache.patches, behind)[:, 0]
+    number = before + take_at(cache.ended, behind)[:, 0].where(positions[:, 0] > 0, 0)
     if c.patcher == "histogram":
         in_patch = _in_patch(cache, number, positions[:, 0] - 1)
         # What the patch has before the first of the T bytes, if that byte starts no segment.
@@ -259,9 +264,10 @@ def _mark(
         if summed is not None:
             summed = summed.masked_fill(ended, 0)
     all_numbers = torch.stack([*numbers, number], dim=1)
-    write_at(cache.patches, all_numbers, index)
+    all_ends = torch.stack(ends, dim=1)
+    write_at((cache.patches, cache.ended), (all_numbers, all_ends), index)
     first = None if segment_starts is None else take_at(cache.patches, segment_starts)
-    return torch.stack(ends, dim=1), all_numbers[:, :-1], first
+    return all_ends, all_numbers[:, :-1], first
 
 
 class _Ending(NamedTuple):

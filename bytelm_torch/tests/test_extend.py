@@ -73,6 +73,17 @@ def test_a_draft_is_what_extend_gives_where_no_patch_ends(name):
     assert 0 < same < 3 * (LENGTH - PROMPT)
 
 
+@pytest.mark.parametrize("name", ["blt, newline", "bytropix, newline"])
+def test_a_segment_that_was_guessed_leaves_nothing_behind(name):
+    model, ids, expected, cache = started(name)
+    newline = torch.full((3, 1), model.config.vocab.offset + ord("\n"))
+    with torch.inference_mode():
+        for index in range(PROMPT, LENGTH):
+            before = torch.cat([ids[:, index - 1 : index], newline], dim=1)
+            logits, cache = model.extend(before, cache, index)
+            np.testing.assert_allclose(logits[:, 0].numpy(), expected[:, index], rtol=0, atol=1e-9)
+
+
 def test_what_lies_past_the_end_is_dropped_and_reads_as_zero():
     for index in (3, torch.tensor([3, 3]), torch.tensor([[3, 4, 5], [3, 4, 5]])):
         buffer = torch.arange(10).reshape(2, 5).clone()
