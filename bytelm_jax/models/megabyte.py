@@ -370,6 +370,14 @@ class Megabyte(ByteModel, nnx.Module):
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
+    def share(
+        self, context: Float[Array, "B T W"], offsets: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """Version of `split` for one byte of each context, number `offsets` of its patch."""
+        shape = (*context.shape[:-1], self.config.patch_size, self.config.global_dim)
+        parts = jnp.take_along_axis(context.reshape(shape), offsets[..., None, None], axis=2)
+        return self.global_to_local(parts[:, :, 0])
+
     def split(self, context: Float[Array, "B N W"]) -> Float[Array, "B N P D"]:
         """Each byte's share of its patch's context: W = P·D_G, D = D_L."""
         shape = (*context.shape[:-1], self.config.patch_size, self.config.global_dim)

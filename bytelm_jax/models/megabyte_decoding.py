@@ -53,8 +53,8 @@ class ByteCache(NamedTuple):
     """The global layers' keys and values, [B, L, K]; read where a patch starts."""
     local: tuple[KeyValueCache, ...]
     """The local layers' keys and values, [B, S, K], after P − 1 zeros."""
-    shares: Float[Array, "B S D"]
-    """Each byte's share of its patch's context, including the bytes of the unfinished patch."""
+    contexts: Float[Array, "B L W"]
+    """What the global transformer made of the patch that starts at a position, W = P·D_G."""
     ids: Int[Array, "B I"]
     """The ids, after P pads."""
     segment_starts: Int[Array, "B L"]
@@ -75,7 +75,7 @@ def init_cache(model: "Megabyte", batch: int, length: int, by_byte: bool) -> Cac
     return ByteCache(
         model.global_transformer.empty_caches(batch, length, dtype),
         model.local_transformer.empty_caches(batch, capacity, dtype),
-        jnp.zeros((batch, capacity, model.config.local_dim), dtype),
+        jnp.zeros((batch, length, model.config.global_width), dtype),
         jnp.full((batch, patch + length), model.config.vocab.pad_id, jnp.int32),
         jnp.zeros((batch, length), jnp.int32),
     )
@@ -141,16 +141,14 @@ def round_logits(
 
 def _prefill_segments(model: "Megabyte", ids: Array, cache: ByteCache) -> ByteCache:
     c, (batch, length) = model.config, ids.shape
-    # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
-    padded = jnp.pad(ids, ((0, 0), (0, c.patch_size - 1)), constant_values=c.vocab.pad_id)
-    most = padded.shape[1] if c.reset_on != "none" else c.patches(padded.shape[1])
-    layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
+    most = length if c.reset_on != "none" else c.patches(length)
+    layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
     empty = model.global_transformer.empty_caches(batch, most, dtype)
     context, layers = model.global_transformer.extend(inputs, empty, 0, scope_of(layout))
-    shares = model.split(context)
-    hidden = (model.local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
+    hidden = model.local_input(before) + model.split(context)
+    hidden = hidden.reshape(batch * most, c.patch_size, -1)
     empty = model.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
     _, local = model.local_transformer.extend(hidden, empty, 0)
 
@@ -158,14 +156,14 @@ def _prefill_segments(model: "Megabyte", ids: Array, cache: ByteCache) -> ByteCa
         flat = x.reshape(batch, -1, x.shape[-1])
         return jnp.take_along_axis(flat, slots[..., None], axis=1)
 
-    slots = layout.slots[:, :length]
-    layers = jax.tree.map(lambda x: at_bytes(x, slots // c.patch_size), layers)
+    slots = layout.slots
+    layers, contexts = jax.tree.map(lambda x: at_bytes(x, slots // c.patch_size), (layers, context))
     local = jax.tree.map(lambda x: at_bytes(x, slots), local)
     segment_starts = find_segment_starts(ids, c.vocab, c.reset_on)
     return ByteCache(
         write_at(cache.layers, layers, 0),
         write_at(cache.local, local, c.patch_size - 1),
-        write_at(cache.shares, at_bytes(shares, layout.slots), 0),
+        write_at(cache.contexts, contexts, 0),
         write_at(cache.ids, ids.astype(jnp.int32), c.patch_size),
         write_at(cache.segment_starts, segment_starts, 0),
     )
@@ -208,11 +206,12 @@ def extend(
         cache = _start_patches(model, cache, starts, segment_positions, patch_starts, positions)
 
     is_first = starts == positions if c.variant == "in_action" else offsets == 0
-    hidden = model.local_input(jnp.where(is_first, pad, before)) + take_at(cache.shares, positions)
+    first = positions - offsets
+    hidden = model.local_input(jnp.where(is_first, pad, before))
+    hidden = hidden + model.share(take_at(cache.contexts, first), offsets)
     # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
     near = read_at(cache.local, index, c.patch_size - 1 + count)
     slots = positions_from(index - (c.patch_size - 1), c.patch_size - 1 + count)
-    first = positions - offsets
     mask = (slots[:, None] >= first[..., None]) & (slots[:, None] <= positions[..., None])
     earlier = slots[:, : c.patch_size - 1] - first[:, :1]
     inside = jnp.concatenate([jnp.maximum(earlier, 0), offsets], axis=1)
@@ -256,17 +255,15 @@ def _start_patches(
         inputs = model.global_input_at(recent, number, c.patches(c.max_length))
         written = jnp.where(real, at, length)
         context, layers = model.global_transformer.extend(inputs, cache.layers, written, scope)
-        return model.split(context), jax.tree.map(lambda x: take_at(x, written), layers)
+        return context, jax.tree.map(lambda x: take_at(x, written), layers)
 
     def skip() -> tuple[Array, tuple[KeyValueCache, ...]]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
 
-    shares, layers = jax.lax.cond(starts.any(), run, skip)
+    contexts, layers = jax.lax.cond(starts.any(), run, skip)
     # What does not start a patch goes past the end, where it is dropped.
-    written = jnp.where(real, at, length + patch)
-    bytes_of = written[..., None] + jnp.arange(patch)[None, None, :]
-    flat = shares.reshape(batch, most * patch, -1)
+    written = jnp.where(real, at, length)
     return cache._replace(
         layers=write_at(cache.layers, layers, written),
-        shares=write_at(cache.shares, flat, bytes_of.reshape(batch, most * patch)),
+        contexts=write_at(cache.contexts, contexts, written),
     )

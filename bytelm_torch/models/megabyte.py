@@ -321,6 +321,13 @@ class Megabyte(ByteModel, nn.Module):
             return self.embed_to_local(self.embed(before))
         return self.local_embed(before)
 
+    def share(
+        self, context: Float[Tensor, "B T W"], offsets: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B T D"]:
+        """Version of `split` for one byte of each context, number `offsets` of its patch."""
+        parts = context.unflatten(-1, (self.config.patch_size, -1))
+        return self.global_to_local(parts.take_along_dim(offsets[..., None, None], dim=2)[:, :, 0])
+
     def split(self, context: Float[Tensor, "B N W"]) -> Float[Tensor, "B N P D"]:
         """Each byte's share of its patch's context: W = P·D_G, D = D_L."""
         return self.global_to_local(context.unflatten(-1, (self.config.patch_size, -1)))

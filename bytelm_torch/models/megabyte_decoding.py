@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
@@ -55,8 +54,8 @@ class ByteCache(NamedTuple):
     """The global layers' keys and values, [B, L, K]; read where a patch starts."""
     local: tuple[KeyValueCache, ...]
     """The local layers' keys and values, [B, S, K], after P − 1 zeros."""
-    shares: Float[Tensor, "B S D"]
-    """Each byte's share of its patch's context, including the bytes of the unfinished patch."""
+    contexts: Float[Tensor, "B L W"]
+    """What the global transformer made of the patch that starts at a position, W = P·D_G."""
     ids: Int[Tensor, "B I"]
     """The ids, after P pads."""
     segment_starts: Int[Tensor, "B L"]
@@ -78,7 +77,7 @@ def init_cache(model: "Megabyte", batch: int, length: int, by_byte: bool) -> Cac
     return ByteCache(
         model.global_transformer.empty_caches(batch, length, weight.dtype),
         model.local_transformer.empty_caches(batch, capacity, weight.dtype),
-        weight.new_zeros(batch, capacity, model.config.local_dim),
+        weight.new_zeros(batch, length, model.config.global_width),
         ids,
         torch.zeros(batch, length, dtype=torch.int64, device=weight.device),
     )
@@ -143,16 +142,14 @@ def round_logits(
 
 def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ByteCache) -> ByteCache:
     c, (batch, length) = model.config, ids.shape
-    # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
-    padded = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
-    most = padded.shape[1] if c.reset_on != "none" else c.patches(padded.shape[1])
-    layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
+    most = length if c.reset_on != "none" else c.patches(length)
+    layout = lay_out(ids, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
     empty = model.global_transformer.empty_caches(batch, most, dtype)
     context, layers = model.global_transformer.extend(inputs, empty, 0, scope_of(layout))
-    shares = model.split(context)
-    hidden = (model.local_input(before) + shares).reshape(batch * most, c.patch_size, -1)
+    hidden = model.local_input(before) + model.split(context)
+    hidden = hidden.reshape(batch * most, c.patch_size, -1)
     empty = model.local_transformer.empty_caches(batch * most, c.patch_size, dtype)
     _, local = model.local_transformer.extend(hidden, empty, 0)
 
@@ -160,11 +157,11 @@ def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ByteCache) -> ByteC
         flat = x.reshape(batch, -1, x.shape[-1])
         return flat.take_along_dim(slots[..., None], dim=1)
 
-    slots = layout.slots[:, :length]
+    slots = layout.slots
     layers = _each(layers, lambda x: at_bytes(x, slots // c.patch_size))
     write_at(cache.layers, layers, 0)
     write_at(cache.local, _each(local, lambda x: at_bytes(x, slots)), c.patch_size - 1)
-    write_at(cache.shares, at_bytes(shares, layout.slots), 0)
+    write_at(cache.contexts, at_bytes(context, slots // c.patch_size), 0)
     write_at(cache.ids, ids, c.patch_size)
     write_at(cache.segment_starts, find_segment_starts(ids, c.vocab, c.reset_on), 0)
     return cache
@@ -199,12 +196,12 @@ def extend(
     _start_patches(model, cache, *(column[:, those] for column in columns))
 
     is_first = starts == positions if c.variant == "in_action" else offsets == 0
+    first = positions - offsets
     hidden = model.local_input(before.masked_fill(is_first, pad))
-    hidden = hidden + read_at(cache.shares, index, count)
+    hidden = hidden + model.share(take_at(cache.contexts, first), offsets)
     # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
     near = read_at(cache.local, index, behind + count)
     slots = positions_from(index - behind, behind + count, before.device)
-    first = positions - offsets
     mask = (slots[:, None] >= first[..., None]) & (slots[:, None] <= positions[..., None])
     earlier = slots[:, :behind] - first[:, :1]
     inside = torch.cat([earlier.clamp(min=0), offsets], dim=1)
@@ -233,8 +230,7 @@ def _start_patches(
         x.gather(1, order) for x in (starts, positions, segment_starts, segment_positions)
     )
 
-    bytes_of = torch.arange(patch, device=device)
-    behind = at[..., None] + bytes_of  # the ids are P further on
+    behind = at[..., None] + torch.arange(patch, device=device)  # the ids are P further on
     recent = take_at(cache.ids, behind.reshape(batch, most * patch)).reshape(batch, most, patch)
     recent = recent.masked_fill((number == 0)[..., None], c.vocab.pad_id)
     slots = torch.arange(length, device=device)
@@ -247,9 +243,7 @@ def _start_patches(
     # What does not start a patch goes past the end, where it is dropped.
     scope, written = Scope(seen, number_of), at.where(real, length)
     context, _ = model.global_transformer.extend(inputs, cache.layers, written, scope)
-    shares = model.split(context).reshape(batch, most * patch, -1)
-    at_bytes = at.where(real, length + patch)[..., None] + bytes_of
-    write_at(cache.shares, shares, at_bytes.reshape(batch, most * patch))
+    write_at(cache.contexts, context, written)
 
 
 def _each(caches: tuple[KeyValueCache, ...], change: Callable[[Tensor], Tensor]) -> Any:
