@@ -54,7 +54,7 @@ def commands_page() -> str:
 def command(name: str) -> Iterator[str]:
     """The section of one command."""
     module = importlib.import_module(f"bytelm_jax.cli.{cli._MODULES.get(name, 'model')}")
-    function = getattr(module, f"{name}_command")
+    function = getattr(module, f"{name.replace('-', '_')}_command")
     if "argv" in inspect.signature(function).parameters:
         yield from printed(lambda: cli.main([name, "--help"]))
         return
@@ -83,6 +83,8 @@ def option(parameter: inspect.Parameter, meanings: dict[str, str]) -> str:
     choices = re.search(r"Literal\[(.*?)\]", kind)
     if parameter.kind is parameter.POSITIONAL_ONLY:
         names = f"`{parameter.name.upper()}`"
+    elif parameter.name == "passed_on":
+        names = "`-- …`"
     elif kind == "bool":
         names = f"`{flag}`, `--no-{flag[2:]}`"
     elif choices:

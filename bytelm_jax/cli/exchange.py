@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe, to_dict
@@ -28,6 +28,8 @@ def export_command(
     max_shard_size: str = "",
     license: str = "",
     check: bool = False,
+    push: str = "",
+    public: bool = False,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -54,6 +56,8 @@ def export_command(
         max_shard_size: with --format hf, most bytes of a file of weights; by default 50GB.
         license: with --format hf, the licence in the model card, as mit; by default unknown.
         check: with --format hf, compare what transformers loads with JAX, for the model card.
+        push: with --format hf, USER/NAME on the Hugging Face Hub, to which OUT is uploaded, too.
+        public: with --push, make a repository that is new there public, in place of private.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
@@ -63,11 +67,18 @@ def export_command(
     ids = {"size": vocab_size, "offset": vocab_offset}
     ids |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
     asked = {name: value for name, value in ids.items() if value != -1}
-    _refuse(format, adapter, asked, max_shard_size=max_shard_size, license=license, check=check)
+    folder = _Folder(max_shard_size, license, check, push, public)
+    _refuse(format, adapter, asked, folder)
     if adapter:
         return _export_adapter(run, out, checkpoint, average)
     if format == "hf":
-        return _export_hf(run, out, checkpoint, average, asked, max_shard_size, license, check)
+        return _export_hf(run, out, checkpoint, average, asked, folder)
+    return _export_weights(run, out, checkpoint, average, asked, format)
+
+
+def _export_weights(
+    run: Path, out: Path, checkpoint: str, average: bool, asked: dict[str, int], format: str
+) -> int:
     from bytelm_jax.interop import convert, hf_blt
 
     recipe, params, step, extra = _load(run, checkpoint, average, asked)
@@ -79,10 +90,24 @@ def export_command(
     return 0
 
 
-def _refuse(format: str, adapter: bool, asked: dict[str, int], **only_hf: Any) -> None:
+class _Folder(NamedTuple):
+    """The options of `export` that say what a folder for transformers holds and where it goes."""
+
+    max_shard_size: str
+    license: str
+    check: bool
+    push: str
+    public: bool
+
+
+def _refuse(format: str, adapter: bool, asked: dict[str, int], folder: _Folder) -> None:
     """Raises `UsageError` for options that have no effect beside the others."""
-    for name in (name for name, value in only_hf.items() if value and format != "hf"):
-        raise UsageError(f"--{name.replace('_', '-')}: needs --format hf; leave it out or add that")
+    for name, value in folder._asdict().items():
+        if value and format != "hf":
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option}: needs --format hf; leave it out or add that")
+    if folder.public and not folder.push:
+        raise UsageError("--public: says how --push makes a repository; leave it out or add that")
     if adapter and (asked or format != "bytelm"):
         what = "--adapter: an adapter has its model's ids and layout"
         raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
@@ -105,30 +130,28 @@ def _load(
 
 
 def _export_hf(
-    run: Path,
-    out: Path,
-    checkpoint: str,
-    average: bool,
-    asked: dict[str, int],
-    max_shard_size: str,
-    license: str,
-    check: bool,
+    run: Path, out: Path, checkpoint: str, average: bool, asked: dict[str, int], folder: _Folder
 ) -> int:
+    from bytelm import hub
     from bytelm.model_card import check_licence, model_card
     from bytelm.shards import parse_size
     from bytelm_jax.interop import hf_folder
     from bytelm_jax.parity import standalone
 
-    shard_bytes = parse_size(max_shard_size or "50GB")
-    check_licence(license)
+    shard_bytes = parse_size(folder.max_shard_size or "50GB")
+    check_licence(folder.license)
     hf_folder.check_out(out)
-    if check:
+    if folder.check:
         standalone.require_installed()
+    if folder.push:
+        hub.check_push(folder.push)
     recipe, params, step, extra = _load(run, checkpoint, average, asked)
-    card = partial(model_card, recipe, step, license or "unknown", _records(run))
-    compare = partial(standalone.check_folder, recipe.model, params) if check else None
+    card = partial(model_card, recipe, step, folder.license or "unknown", _records(run))
+    compare = partial(standalone.check_folder, recipe.model, params) if folder.check else None
     files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
     print(f"wrote {', '.join(files)} in {out} (step {step})")
+    if folder.push:
+        print(f"uploaded {out} to {hub.push_folder(out, folder.push, folder.public)}")
     return 0
 
 

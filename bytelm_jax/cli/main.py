@@ -19,6 +19,7 @@ from difflib import get_close_matches
 COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
+    "lm-eval": "score a model by lm-evaluation-harness",
     "generate": "stream text from a trained model",
     "compress": "compress a file without loss, by a model",
     "decompress": "restore a compressed file",
@@ -38,7 +39,8 @@ COMMANDS = {
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
-    "eval": "evaluation", "compress": "compression", "decompress": "compression",
+    "eval": "evaluation", "lm-eval": "evaluation",
+    "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
@@ -103,7 +105,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 def _command(name: str) -> Callable[[list[str]], int]:
     commands = importlib.import_module(f"bytelm_jax.cli.{_MODULES.get(name, 'model')}")
-    function = getattr(commands, f"{name}_command")
+    function = getattr(commands, f"{name.replace('-', '_')}_command")
     if "argv" in inspect.signature(function).parameters:
         return function
     from bytelm.arguments import parse_call

@@ -39,6 +39,7 @@ def test_every_command_has_help_with_an_example(capsys):
     )
     names = [name for module in modules for name in vars(module)]
     functions = {name.removesuffix("_command") for name in names if name.endswith("_command")}
+    functions = {name.replace("_", "-") for name in functions}
     assert functions == set(cli.COMMANDS)
 
 
