@@ -22,7 +22,7 @@ def export_command(
     /,
     out: Path,
     checkpoint: str = "latest",
-    format: Literal["bytelm", "hf", "hf-blt"] = "bytelm",
+    format: Literal["bytelm", "hf", "hf-blt", "stablehlo"] = "bytelm",
     average: bool = True,
     adapter: bool = False,
     max_shard_size: str = "",
@@ -30,6 +30,8 @@ def export_command(
     check: bool = False,
     push: str = "",
     public: bool = False,
+    length: int = 0,
+    batch: int = 0,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -40,7 +42,8 @@ def export_command(
 
     With --format hf, writes a folder that transformers loads where bytelm is not installed, by
     `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`. With --format hf-blt,
-    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. Adapters are merged into
+    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. With --format stablehlo,
+    OUT is a file with a program for `jax.export.deserialize`. Adapters are merged into
     the weights; --adapter writes them alone, for peft's `PeftModel.from_pretrained(MODEL, OUT)`,
     MODEL as of `bytelm_torch.hf.from_native`.
 
@@ -48,9 +51,9 @@ def export_command(
 
     Args:
         run: the run folder.
-        out: the folder to write.
+        out: the folder to write, with --format stablehlo the file.
         checkpoint: latest, best or a step.
-        format: bytelm, hf (with the model's code), or hf-blt for transformers' own BLT layout.
+        format: bytelm, hf (with the model's code), hf-blt (transformers' BLT), or stablehlo.
         average: of a run with train.average_decay, write the average of its weights.
         adapter: write the low-rank adapter alone, as peft does.
         max_shard_size: with --format hf, most bytes of a file of weights; by default 50GB.
@@ -58,6 +61,8 @@ def export_command(
         check: with --format hf, compare what transformers loads with JAX, for the model card.
         push: with --format hf, USER/NAME on the Hugging Face Hub, to which OUT is uploaded, too.
         public: with --push, make a repository that is new there public, in place of private.
+        length: with --format stablehlo, ids of a row; 0 is the training length.
+        batch: with --format stablehlo, the number of rows; 0 leaves it open.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
@@ -66,28 +71,34 @@ def export_command(
     """
     ids = {"size": vocab_size, "offset": vocab_offset}
     ids |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
-    asked = {name: value for name, value in ids.items() if value != -1}
+    source = _Source(run, checkpoint, average, {k: v for k, v in ids.items() if v != -1})
     folder = _Folder(max_shard_size, license, check, push, public)
-    _refuse(format, adapter, asked, folder)
-    if adapter:
-        return _export_adapter(run, out, checkpoint, average)
-    if format == "hf":
-        return _export_hf(run, out, checkpoint, average, asked, folder)
-    return _export_weights(run, out, checkpoint, average, asked, format)
+    _refuse(format, adapter, source.ids, folder, length=length, batch=batch)
+    if format == "stablehlo":
+        return _export_program(source, out, length, batch)
+    return _export(source, out, format, adapter, folder)
 
 
-def _export_weights(
-    run: Path, out: Path, checkpoint: str, average: bool, asked: dict[str, int], format: str
-) -> int:
-    from bytelm_jax.interop import convert, hf_blt
+class _Source(NamedTuple):
+    """The weights that are exported, and the ids that they get."""
 
-    recipe, params, step, extra = _load(run, checkpoint, average, asked)
-    if format == "hf-blt":
-        hf_blt.export_hf_blt(recipe.model, params, out)
-    else:
-        convert.export_model(recipe.model, params, out, extra)
-    print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
-    return 0
+    run: Path
+    checkpoint: str
+    average: bool
+    ids: dict[str, int]
+
+    def load(self) -> tuple[Recipe, Any, int, dict[str, Any]]:
+        """Recipe and parameters with these ids, the step, and what a file records."""
+        from bytelm_jax.interop.vocab import remap_vocab
+        from bytelm_jax.training import checkpoint as checkpoints
+
+        recipe, params, step = checkpoints.load_run(self.run, self.checkpoint, self.average)
+        vocab = replace(recipe.model.vocab, **self.ids)
+        model, params = remap_vocab(recipe.model, params, vocab)
+        extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        return replace(recipe, model=model), params, step, extra
 
 
 class _Folder(NamedTuple):
@@ -100,8 +111,29 @@ class _Folder(NamedTuple):
     public: bool
 
 
-def _refuse(format: str, adapter: bool, asked: dict[str, int], folder: _Folder) -> None:
+def _export(source: _Source, out: Path, format: str, adapter: bool, folder: _Folder) -> int:
+    if adapter:
+        return _export_adapter(source.run, out, source.checkpoint, source.average)
+    if format == "hf":
+        return _export_hf(source, out, folder)
+    from bytelm_jax.interop import convert, hf_blt
+
+    recipe, params, step, extra = source.load()
+    if format == "hf-blt":
+        hf_blt.export_hf_blt(recipe.model, params, out)
+    else:
+        convert.export_model(recipe.model, params, out, extra)
+    print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
+    return 0
+
+
+def _refuse(
+    format: str, adapter: bool, asked: dict[str, int], folder: _Folder, **sizes: int
+) -> None:
     """Raises `UsageError` for options that have no effect beside the others."""
+    for name, value in sizes.items():
+        if value and format != "stablehlo":
+            raise UsageError(f"--{name}: needs --format stablehlo; leave it out or add that")
     for name, value in folder._asdict().items():
         if value and format != "hf":
             option = f"--{name.replace('_', '-')}"
@@ -113,25 +145,7 @@ def _refuse(format: str, adapter: bool, asked: dict[str, int], folder: _Folder) 
         raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
 
 
-def _load(
-    run: Path, checkpoint: str, average: bool, asked: dict[str, int]
-) -> tuple[Recipe, Any, int, dict[str, Any]]:
-    """Recipe and parameters with the ids that were asked for, the step, and what a file records."""
-    from bytelm_jax.interop.vocab import remap_vocab
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
-    vocab = replace(recipe.model.vocab, **asked)
-    model, params = remap_vocab(recipe.model, params, vocab)
-    extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
-    if recipe.patching:
-        extra["patching"] = to_dict(recipe.patching)
-    return replace(recipe, model=model), params, step, extra
-
-
-def _export_hf(
-    run: Path, out: Path, checkpoint: str, average: bool, asked: dict[str, int], folder: _Folder
-) -> int:
+def _export_hf(source: _Source, out: Path, folder: _Folder) -> int:
     from bytelm import hub
     from bytelm.model_card import check_licence, model_card
     from bytelm.shards import parse_size
@@ -145,13 +159,23 @@ def _export_hf(
         standalone.require_installed()
     if folder.push:
         hub.check_push(folder.push)
-    recipe, params, step, extra = _load(run, checkpoint, average, asked)
-    card = partial(model_card, recipe, step, folder.license or "unknown", _records(run))
+    recipe, params, step, extra = source.load()
+    card = partial(model_card, recipe, step, folder.license or "unknown", _records(source.run))
     compare = partial(standalone.check_folder, recipe.model, params) if folder.check else None
     files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
     print(f"wrote {', '.join(files)} in {out} (step {step})")
     if folder.push:
         print(f"uploaded {out} to {hub.push_folder(out, folder.push, folder.public)}")
+    return 0
+
+
+def _export_program(source: _Source, out: Path, length: int, batch: int) -> int:
+    from bytelm_jax.interop.stablehlo import export_stablehlo
+
+    recipe, params, step, _ = source.load()
+    length = length or recipe.data.sequence_length
+    export_stablehlo(recipe.model, params, out, length, batch or None)
+    print(f"wrote {out}, for rows of {length} ids (step {step})")
     return 0
 
 
