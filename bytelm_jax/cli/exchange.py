@@ -56,10 +56,10 @@ def export_command(
         format: bytelm, hf (with the model's code), hf-blt (transformers' BLT), or stablehlo.
         average: of a run with train.average_decay, write the average of its weights.
         adapter: write the low-rank adapter alone, as peft does.
-        max_shard_size: with --format hf, most bytes of a file of weights; by default 50GB.
-        license: with --format hf, the licence in the model card, as mit; by default unknown.
+        max_shard_size: with --format hf or hf-blt, most bytes of a file of weights, as 5GB (50GB).
+        license: with --format hf or hf-blt, the licence in the model card; by default unknown.
         check: with --format hf, compare what transformers loads with JAX, for the model card.
-        push: with --format hf, USER/NAME on the Hugging Face Hub, to which OUT is uploaded, too.
+        push: with --format hf or hf-blt, USER/NAME on the Hugging Face Hub; OUT is uploaded there.
         public: with --push, make a repository that is new there public, in place of private.
         length: with --format stablehlo, ids of a row; 0 is the training length.
         batch: with --format stablehlo, the number of rows; 0 leaves it open.
@@ -114,15 +114,12 @@ class _Folder(NamedTuple):
 def _export(source: _Source, out: Path, format: str, adapter: bool, folder: _Folder) -> int:
     if adapter:
         return _export_adapter(source.run, out, source.checkpoint, source.average)
-    if format == "hf":
-        return _export_hf(source, out, folder)
-    from bytelm_jax.interop import convert, hf_blt
+    if format != "bytelm":
+        return _export_folder(source, out, format == "hf", folder)
+    from bytelm_jax.interop import convert
 
     recipe, params, step, extra = source.load()
-    if format == "hf-blt":
-        hf_blt.export_hf_blt(recipe.model, params, out)
-    else:
-        convert.export_model(recipe.model, params, out, extra)
+    convert.export_model(recipe.model, params, out, extra)
     print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
     return 0
 
@@ -135,9 +132,10 @@ def _refuse(
         if value and format != "stablehlo":
             raise UsageError(f"--{name}: needs --format stablehlo; leave it out or add that")
     for name, value in folder._asdict().items():
-        if value and format != "hf":
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(f"{option}: needs --format hf; leave it out or add that")
+        known = ("hf",) if name == "check" else ("hf", "hf-blt")
+        if value and format not in known:
+            option, formats = f"--{name.replace('_', '-')}", " or ".join(known)
+            raise UsageError(f"{option}: needs --format {formats}; leave it out or add that")
     if folder.public and not folder.push:
         raise UsageError("--public: says how --push makes a repository; leave it out or add that")
     if adapter and (asked or format != "bytelm"):
@@ -145,24 +143,29 @@ def _refuse(
         raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
 
 
-def _export_hf(source: _Source, out: Path, folder: _Folder) -> int:
+def _export_folder(source: _Source, out: Path, own_code: bool, folder: _Folder) -> int:
+    """For transformers: with the model's code (`own_code`), or in its own BLT layout."""
     from bytelm import hub
     from bytelm.model_card import check_licence, model_card
     from bytelm.shards import parse_size
-    from bytelm_jax.interop import hf_folder
+    from bytelm_jax.interop import hf_blt, hf_folder
     from bytelm_jax.parity import standalone
 
     shard_bytes = parse_size(folder.max_shard_size or "50GB")
     check_licence(folder.license)
-    hf_folder.check_out(out)
+    (hf_folder if own_code else hf_blt).check_out(out)
     if folder.check:
         standalone.require_installed()
     if folder.push:
         hub.check_push(folder.push)
     recipe, params, step, extra = source.load()
     card = partial(model_card, recipe, step, folder.license or "unknown", _records(source.run))
-    compare = partial(standalone.check_folder, recipe.model, params) if folder.check else None
-    files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
+    if own_code:
+        compare = partial(standalone.check_folder, recipe.model, params) if folder.check else None
+        files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
+    else:
+        text = card(own_code=False)
+        files = hf_blt.export_hf_blt(recipe.model, params, out, text, shard_bytes)
     print(f"wrote {', '.join(files)} in {out} (step {step})")
     if folder.push:
         print(f"uploaded {out} to {hub.push_folder(out, folder.push, folder.public)}")

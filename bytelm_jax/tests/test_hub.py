@@ -170,7 +170,7 @@ def test_an_export_is_uploaded_whole(run, stand_in, tmp_path, capsys):
     assert "--public: says how" in refused(
         capsys, "export", run, "--format", "hf", "--out", str(out), "--public"
     )
-    assert "--push: needs --format hf" in refused(
+    assert "--push: needs --format hf or hf-blt" in refused(
         capsys, "export", run, "--out", str(out), "--push", NAME
     )
 
