@@ -32,6 +32,9 @@ ALIASES = {
 }
 """Names that training scripts commonly use for our fields."""
 
+_PASSED_ON = "passed_on"
+"""The parameter of a command that gets another program's options."""
+
 _EVERYWHERE = ("reset_on",)
 """Bare names that set the field of that name in every part of a model at once."""
 
@@ -41,7 +44,13 @@ class UsageError(ValueError):
 
 
 def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> int:
-    """Calls `function` with arguments parsed according to its signature."""
+    """Calls `function` with arguments parsed according to its signature.
+
+    A parameter `passed_on` is no option: it gets what stands behind a lone `--`.
+    """
+    if _PASSED_ON in inspect.signature(function).parameters:
+        end = [*argv, "--"].index("--")
+        function, argv = _with_passed_on(function, argv[end + 1 :]), argv[:end]
     hints = typing.get_type_hints(function)
     hints = {name: hints[name] for name in inspect.signature(function).parameters}
     lists = [_option(name) for name, kind in hints.items() if typing.get_origin(kind) is tuple]
@@ -51,6 +60,21 @@ def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> 
 
     call = _parse(lambda: tyro.cli(_deferred(function), args=args, prog=prog))
     return call()
+
+
+def _with_passed_on(function: Callable[..., int], words: Sequence[str]) -> Callable[..., int]:
+    """`function` without its parameter `passed_on`, which is `words`."""
+
+    @functools.wraps(function)
+    def bound(*args: Any, **kwargs: Any) -> int:
+        return function(*args, **kwargs, **{_PASSED_ON: tuple(words)})
+
+    signature = inspect.signature(function)
+    kept = {name: each for name, each in signature.parameters.items() if name != _PASSED_ON}
+    hints = typing.get_type_hints(function)
+    bound.__annotations__ = {name: kind for name, kind in hints.items() if name != _PASSED_ON}
+    vars(bound)["__signature__"] = signature.replace(parameters=list(kept.values()))
+    return bound
 
 
 def parse_recipe(recipe: Recipe, argv: Sequence[str], prog: str, description: str) -> Recipe:

@@ -23,6 +23,21 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_spec
 and no text into a special id. `bytelm import DIR --out RUN` makes a run folder of it."""
 
 
+_LOAD_BLT = """```python
+from transformers import AutoTokenizer, BltForCausalLM
+
+model = BltForCausalLM.from_pretrained(DIR)
+tokenizer = AutoTokenizer.from_pretrained(DIR)
+inputs = tokenizer("Once upon", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0], skip_special_tokens=True))
+```
+
+`DIR` is this folder. It needs torch and transformers alone, whose own class this is. The tokenizer
+turns each byte of UTF-8 into one id, puts BOS before a text, and makes no text a special id.
+`bytelm import DIR --out RUN` makes a run folder of it."""
+
+_UNCHECKED_BLT = "Not checked when this folder was written."
+
 _UNCHECKED = (
     "Not checked when this folder was written. `bytelm parity DIR` compares its weights in JAX and "
     "in PyTorch, layer by layer."
@@ -35,15 +50,18 @@ def model_card(
     licence: str,
     records: Sequence[Mapping[str, Any]],
     parity: str = "",
+    own_code: bool = True,
 ) -> str:
     """The text of the card; `records` are those of the run's `metrics.jsonl`.
 
-    `parity` says what was compared, and with which result; empty if nothing was.
+    `parity` says what was compared, and with which result; empty if nothing was. `own_code` says
+    that the folder holds the model's code; otherwise it is of transformers' own BLT class.
 
     Data are named by the last part of their paths, or by a public address.
     """
     model, title = recipe.model, recipe.name
     longest = model.longest_input
+    unchecked = _UNCHECKED if own_code else _UNCHECKED_BLT
     limit = "any length" if longest is None else f"up to {longest - 1:,} bytes"
     lines = [
         *("---", f"license: {licence}", "library_name: transformers"),
@@ -52,10 +70,10 @@ def model_card(
         f"A byte-level language model of architecture `{model.architecture}` with "
         f"{model.parameter_count():,} parameters, for texts of {limit}. "
         "It has no tokenizer but the bytes themselves.",
-        *("", "## Use", "", _LOAD, "", "## Training", ""),
+        *("", "## Use", "", _LOAD if own_code else _LOAD_BLT, "", "## Training", ""),
         *_training(recipe, step),
         *("", "## Bits per byte", "", *_bits(step, records)),
-        *("", "## Parity", "", parity or _UNCHECKED, ""),
+        *("", "## Parity", "", parity or unchecked, ""),
     ]
     return "\n".join(lines)
 

@@ -23,6 +23,9 @@ _UNITS = {"": 1} | {
 }
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
+WEIGHT_PATTERNS = (MODEL_FILE, INDEX_FILE, "model-*-of-*.safetensors")
+"""What `is_weights_file` knows, as shells write it."""
+
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as 500MB, 5GB or 2GiB; raises `ValueError` for anything else."""

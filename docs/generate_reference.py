@@ -83,6 +83,8 @@ def option(parameter: inspect.Parameter, meanings: dict[str, str]) -> str:
     choices = re.search(r"Literal\[(.*?)\]", kind)
     if parameter.kind is parameter.POSITIONAL_ONLY:
         names = f"`{parameter.name.upper()}`"
+    elif parameter.name == "passed_on":
+        names = "`-- …`"
     elif kind == "bool":
         names = f"`{flag}`, `--no-{flag[2:]}`"
     elif choices:

@@ -252,7 +252,11 @@ def test_there_and_back_through_the_commands(dtype, tmp_path, capsys):
     source = save(model, tmp_path / "theirs", max_shard_size="20KB")
     assert cli.main(["import", str(source), "--out", str(tmp_path / "run")]) == 0
     export = ["export", str(tmp_path / "run"), "--out", str(tmp_path / "ours")]
-    assert cli.main([*export, "--format", "hf-blt"]) == 0
+    hf_blt = [*export, "--format", "hf-blt", "--max-shard-size", "20KB", "--license", "mit"]
+    assert cli.main(hf_blt) == 0
+    assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 3
+    card = (tmp_path / "ours" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit\n") and "BltForCausalLM.from_pretrained" in card
     assert ("float64 was rounded" in capsys.readouterr().err) is (dtype is torch.float64)
     back = transformers.BltForCausalLM.from_pretrained(tmp_path / "ours", dtype="auto")
     for key, tensor in model.state_dict().items():

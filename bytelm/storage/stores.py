@@ -29,7 +29,7 @@ _PASSING_NUMBERS = {
     errno.EIO, errno.EBUSY, errno.EAGAIN, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNRESET,
     errno.ECONNREFUSED, errno.ECONNABORTED, errno.ENETUNREACH, errno.EHOSTUNREACH,
 }  # fmt: skip
-_NETWORK = {"aiohttp", "requests", "urllib3", "http", "httpx", "ssl"}
+_NETWORK = {"aiohttp", "requests", "urllib3", "http", "httpx", "httpx2", "ssl"}
 _BOTOCORE = ("Connect", "Timeout", "HTTPClient", "Incomplete")
 
 

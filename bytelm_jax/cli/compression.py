@@ -65,17 +65,8 @@ def decompress_command(
 
 def _open(path: Path, checkpoint: str) -> tuple[ModelConfig, int, codec.Place]:
     """As `run_compress` asks for it."""
-    from bytelm.export import holds_weights
-    from bytelm.remote.copies import local_copy
     from bytelm_jax.inference.compression import compression_place
-    from bytelm_jax.training.pretrained import from_pretrained, model_of
+    from bytelm_jax.training.pretrained import open_trained
 
-    with local_copy(path, checkpoint) as folder:
-        if holds_weights(folder):
-            model, trained = from_pretrained(folder, checkpoint=checkpoint), 0
-        else:
-            from bytelm_jax.training import checkpoint as checkpoints
-
-            recipe, params, _ = checkpoints.load_run(folder, checkpoint)
-            model, trained = model_of(recipe, params), recipe.data.sequence_length
+    model, trained = open_trained(path, checkpoint)
     return model.config, trained, compression_place(model)

@@ -7,7 +7,7 @@ from json import dumps as dump_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bytelm import breakdown, perturb
+from bytelm import breakdown, harness, perturb
 from bytelm import data as corpora
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe, require
@@ -79,6 +79,37 @@ def eval_command(
     how = _How(checkpoint, batch_size, dtype, average, reset_on, stride, kind, robustness)
     _print(runs, _evaluate_runs(runs, corpus, how), by, json)
     return 0
+
+
+def lm_eval_command(
+    model: Path,
+    /,
+    checkpoint: str = "latest",
+    window: int = 0,
+    passed_on: tuple[str, ...] = (),
+) -> int:
+    """Scores a model by lm-evaluation-harness, with the harness's own options behind `--`.
+
+    Log-likelihoods are in nats of bytes of UTF-8, and `max_gen_toks` counts bytes. Arithmetic is in
+    the dtype of the parameters, on one device.
+
+    Example: bytelm lm-eval runs/megabyte_tiny -- --tasks wikitext --limit 10
+
+    Args:
+        model: a run folder or an export.
+        checkpoint: of a run folder: latest, best or a step.
+        window: bytes that the model sees at once; 0 takes the training length, and 512 bytes, or
+            the longest input if that is less, for an export.
+        passed_on: the options of the harness, as `lm_eval run --help` lists them.
+    """
+    harness.check_passed_on(passed_on)
+    harness.require_harness()
+    from bytelm_jax.tools.harness import harness_place
+    from bytelm_jax.training.pretrained import open_trained
+
+    opened, trained = open_trained(model, checkpoint)
+    window = harness.chosen_window(opened.config, window, trained)
+    return harness.run_harness(harness_place(opened), window, model, checkpoint, passed_on)
 
 
 class _How(NamedTuple):

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe, to_dict
@@ -22,12 +22,16 @@ def export_command(
     /,
     out: Path,
     checkpoint: str = "latest",
-    format: Literal["bytelm", "hf", "hf-blt"] = "bytelm",
+    format: Literal["bytelm", "hf", "hf-blt", "stablehlo"] = "bytelm",
     average: bool = True,
     adapter: bool = False,
     max_shard_size: str = "",
     license: str = "",
     check: bool = False,
+    push: str = "",
+    public: bool = False,
+    length: int = 0,
+    batch: int = 0,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -38,7 +42,8 @@ def export_command(
 
     With --format hf, writes a folder that transformers loads where bytelm is not installed, by
     `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`. With --format hf-blt,
-    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. Adapters are merged into
+    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. With --format stablehlo,
+    OUT is a file with a program for `jax.export.deserialize`. Adapters are merged into
     the weights; --adapter writes them alone, for peft's `PeftModel.from_pretrained(MODEL, OUT)`,
     MODEL as of `bytelm_torch.hf.from_native`.
 
@@ -46,14 +51,18 @@ def export_command(
 
     Args:
         run: the run folder.
-        out: the folder to write.
+        out: the folder to write, with --format stablehlo the file.
         checkpoint: latest, best or a step.
-        format: bytelm, hf (with the model's code), or hf-blt for transformers' own BLT layout.
+        format: bytelm, hf (with the model's code), hf-blt (transformers' BLT), or stablehlo.
         average: of a run with train.average_decay, write the average of its weights.
         adapter: write the low-rank adapter alone, as peft does.
-        max_shard_size: with --format hf, most bytes of a file of weights; by default 50GB.
-        license: with --format hf, the licence in the model card, as mit; by default unknown.
+        max_shard_size: with --format hf or hf-blt, most bytes of a file of weights, as 5GB (50GB).
+        license: with --format hf or hf-blt, the licence in the model card; by default unknown.
         check: with --format hf, compare what transformers loads with JAX, for the model card.
+        push: with --format hf or hf-blt, USER/NAME on the Hugging Face Hub; OUT is uploaded there.
+        public: with --push, make a repository that is new there public, in place of private.
+        length: with --format stablehlo, ids of a row; 0 is the training length.
+        batch: with --format stablehlo, the number of rows; 0 leaves it open.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
@@ -62,73 +71,114 @@ def export_command(
     """
     ids = {"size": vocab_size, "offset": vocab_offset}
     ids |= {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
-    asked = {name: value for name, value in ids.items() if value != -1}
-    _refuse(format, adapter, asked, max_shard_size=max_shard_size, license=license, check=check)
-    if adapter:
-        return _export_adapter(run, out, checkpoint, average)
-    if format == "hf":
-        return _export_hf(run, out, checkpoint, average, asked, max_shard_size, license, check)
-    from bytelm_jax.interop import convert, hf_blt
+    source = _Source(run, checkpoint, average, {k: v for k, v in ids.items() if v != -1})
+    folder = _Folder(max_shard_size, license, check, push, public)
+    _refuse(format, adapter, source.ids, folder, length=length, batch=batch)
+    if format == "stablehlo":
+        return _export_program(source, out, length, batch)
+    return _export(source, out, format, adapter, folder)
 
-    recipe, params, step, extra = _load(run, checkpoint, average, asked)
-    if format == "hf-blt":
-        hf_blt.export_hf_blt(recipe.model, params, out)
-    else:
-        convert.export_model(recipe.model, params, out, extra)
+
+class _Source(NamedTuple):
+    """The weights that are exported, and the ids that they get."""
+
+    run: Path
+    checkpoint: str
+    average: bool
+    ids: dict[str, int]
+
+    def load(self) -> tuple[Recipe, Any, int, dict[str, Any]]:
+        """Recipe and parameters with these ids, the step, and what a file records."""
+        from bytelm_jax.interop.vocab import remap_vocab
+        from bytelm_jax.training import checkpoint as checkpoints
+
+        recipe, params, step = checkpoints.load_run(self.run, self.checkpoint, self.average)
+        vocab = replace(recipe.model.vocab, **self.ids)
+        model, params = remap_vocab(recipe.model, params, vocab)
+        extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
+        if recipe.patching:
+            extra["patching"] = to_dict(recipe.patching)
+        return replace(recipe, model=model), params, step, extra
+
+
+class _Folder(NamedTuple):
+    """The options of `export` that say what a folder for transformers holds and where it goes."""
+
+    max_shard_size: str
+    license: str
+    check: bool
+    push: str
+    public: bool
+
+
+def _export(source: _Source, out: Path, format: str, adapter: bool, folder: _Folder) -> int:
+    if adapter:
+        return _export_adapter(source.run, out, source.checkpoint, source.average)
+    if format != "bytelm":
+        return _export_folder(source, out, format == "hf", folder)
+    from bytelm_jax.interop import convert
+
+    recipe, params, step, extra = source.load()
+    convert.export_model(recipe.model, params, out, extra)
     print(f"wrote {out}/model.safetensors and {out}/config.json (step {step})")
     return 0
 
 
-def _refuse(format: str, adapter: bool, asked: dict[str, int], **only_hf: Any) -> None:
+def _refuse(
+    format: str, adapter: bool, asked: dict[str, int], folder: _Folder, **sizes: int
+) -> None:
     """Raises `UsageError` for options that have no effect beside the others."""
-    for name in (name for name, value in only_hf.items() if value and format != "hf"):
-        raise UsageError(f"--{name.replace('_', '-')}: needs --format hf; leave it out or add that")
+    for name, value in sizes.items():
+        if value and format != "stablehlo":
+            raise UsageError(f"--{name}: needs --format stablehlo; leave it out or add that")
+    for name, value in folder._asdict().items():
+        known = ("hf",) if name == "check" else ("hf", "hf-blt")
+        if value and format not in known:
+            option, formats = f"--{name.replace('_', '-')}", " or ".join(known)
+            raise UsageError(f"{option}: needs --format {formats}; leave it out or add that")
+    if folder.public and not folder.push:
+        raise UsageError("--public: says how --push makes a repository; leave it out or add that")
     if adapter and (asked or format != "bytelm"):
         what = "--adapter: an adapter has its model's ids and layout"
         raise UsageError(f"{what}; leave out --format and the options of the vocabulary")
 
 
-def _load(
-    run: Path, checkpoint: str, average: bool, asked: dict[str, int]
-) -> tuple[Recipe, Any, int, dict[str, Any]]:
-    """Recipe and parameters with the ids that were asked for, the step, and what a file records."""
-    from bytelm_jax.interop.vocab import remap_vocab
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    recipe, params, step = checkpoints.load_run(run, checkpoint, average)
-    vocab = replace(recipe.model.vocab, **asked)
-    model, params = remap_vocab(recipe.model, params, vocab)
-    extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
-    if recipe.patching:
-        extra["patching"] = to_dict(recipe.patching)
-    return replace(recipe, model=model), params, step, extra
-
-
-def _export_hf(
-    run: Path,
-    out: Path,
-    checkpoint: str,
-    average: bool,
-    asked: dict[str, int],
-    max_shard_size: str,
-    license: str,
-    check: bool,
-) -> int:
+def _export_folder(source: _Source, out: Path, own_code: bool, folder: _Folder) -> int:
+    """For transformers: with the model's code (`own_code`), or in its own BLT layout."""
+    from bytelm import hub
     from bytelm.model_card import check_licence, model_card
     from bytelm.shards import parse_size
-    from bytelm_jax.interop import hf_folder
+    from bytelm_jax.interop import hf_blt, hf_folder
     from bytelm_jax.parity import standalone
 
-    shard_bytes = parse_size(max_shard_size or "50GB")
-    check_licence(license)
-    hf_folder.check_out(out)
-    if check:
+    shard_bytes = parse_size(folder.max_shard_size or "50GB")
+    check_licence(folder.license)
+    (hf_folder if own_code else hf_blt).check_out(out)
+    if folder.check:
         standalone.require_installed()
-    recipe, params, step, extra = _load(run, checkpoint, average, asked)
-    card = partial(model_card, recipe, step, license or "unknown", _records(run))
-    compare = partial(standalone.check_folder, recipe.model, params) if check else None
-    files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
+    if folder.push:
+        hub.check_push(folder.push)
+    recipe, params, step, extra = source.load()
+    card = partial(model_card, recipe, step, folder.license or "unknown", _records(source.run))
+    if own_code:
+        compare = partial(standalone.check_folder, recipe.model, params) if folder.check else None
+        files = hf_folder.export_hf(recipe.model, params, out, card, extra, shard_bytes, compare)
+    else:
+        text = card(own_code=False)
+        files = hf_blt.export_hf_blt(recipe.model, params, out, text, shard_bytes)
     print(f"wrote {', '.join(files)} in {out} (step {step})")
+    if folder.push:
+        print(f"uploaded {out} to {hub.push_folder(out, folder.push, folder.public)}")
+    return 0
+
+
+def _export_program(source: _Source, out: Path, length: int, batch: int) -> int:
+    from bytelm_jax.interop.stablehlo import export_stablehlo
+
+    recipe, params, step, _ = source.load()
+    length = length or recipe.data.sequence_length
+    export_stablehlo(recipe.model, params, out, length, batch or None)
+    print(f"wrote {out}, for rows of {length} ids (step {step})")
     return 0
 
 

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
+    "lm-eval": "score a model by lm-evaluation-harness",
     "generate": "stream text from a trained model",
     "bench": "measure generation: bytes a second by batch, context and draft",
     "compress": "compress a file without loss, by a model",
@@ -40,7 +41,8 @@ COMMANDS = {
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
     "inspect": "view", "plot": "view", "serve": "view",
-    "eval": "evaluation", "compress": "compression", "decompress": "compression",
+    "eval": "evaluation", "lm-eval": "evaluation",
+    "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange", "draft-table": "drafts",
     "generate": "generation", "bench": "generation",
 }  # fmt: skip

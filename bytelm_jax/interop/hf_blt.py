@@ -8,7 +8,6 @@ that only one of the two libraries has are refused with an error that names them
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from jaxtyping import Array
 
 from bytelm import export
 from bytelm.config import BLTConfig, ByteVocab, EntropyConfig, require
+from bytelm.folders import check_replaceable, replace_folder
+from bytelm.shards import is_weights_file, weight_writers
 from bytelm_jax.interop import convert
 from bytelm_jax.interop.hf_tokenizer import (
     BLT_SPECIALS,
@@ -364,12 +365,25 @@ def _placed(name: str, array: np.ndarray) -> Array:
     return jax.device_put(convert.swapped(name, array))  # nothing else refers to the buffer
 
 
-def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
-    """Writes a folder that `BltForCausalLM.from_pretrained` loads; creates it if necessary.
+def check_out(out: Path) -> None:
+    """Raises `ValueError` unless `export_hf_blt` may write `out`: before weights are read."""
+    check_replaceable(out, _may_replace)
 
-    `AutoTokenizer.from_pretrained` finds its tokenizer there, and `generate` its settings. All
-    files are written completely or none of them. Raises `ValueError` if `params` do not match
-    `config` or are not finite, if transformers cannot express it, or if `out` cannot be written.
+
+def export_hf_blt(
+    config: Any,
+    params: Params,
+    out: str | Path,
+    card: str = "",
+    max_shard_bytes: int = 50 * 1000**3,
+) -> list[str]:
+    """Writes a folder that `BltForCausalLM.from_pretrained` loads; the names of its files.
+
+    `AutoTokenizer.from_pretrained` finds its tokenizer there, and `generate` its settings; `card`
+    is the text of README.md, which is left out if it is empty. All files are written completely or
+    none of them, in place of an export that `out` holds. Raises `ValueError` if `params` do not
+    match `config` or are not finite, if transformers cannot express it, and if `out` holds other
+    files or cannot be written.
     """
     known = config.transformers_type
     require(known == "blt", f"format=hf-blt: the model is {config.architecture}, not blt")
@@ -380,8 +394,20 @@ def export_hf_blt(config: Any, params: Params, out: str | Path) -> None:
     }
     dtype = params["to_logits.kernel"].dtype.name
     fields = blt_config_to_hf(config, dtype)
-    write = partial(convert.write_params, renamed, export.sum_of_json(fields))
-    beside = {"generation_config.json": generation_config_of(config.vocab)}
-    beside |= tokenizer_files(config.vocab, BLT_SPECIALS, bos_first=True)
-    texts = {name: export.config_text(content) for name, content in beside.items()}
-    export.replace_export(Path(out), write, export.config_text(fields), texts)
+    jsons = {export.CONFIG_FILE: fields, _GENERATION: generation_config_of(config.vocab)}
+    jsons |= tokenizer_files(config.vocab, BLT_SPECIALS, bos_first=True)
+    texts = {name: export.config_text(content) for name, content in jsons.items()}
+    texts |= {_CARD: card.encode()} if card else {}
+    tensors, sums = convert.in_torch_layout(renamed), export.sum_of_json(fields)
+    files = weight_writers(tensors, convert.NUMPY.raw, sums, max_shard_bytes)
+    files |= {name: lambda sink, text=text: sink.write(text) for name, text in texts.items()}
+    replace_folder(Path(out), files, _may_replace)
+    return sorted(files)
+
+
+_GENERATION, _CARD = "generation_config.json", "README.md"
+_NAMES = (export.CONFIG_FILE, _GENERATION, _CARD, "tokenizer.json", "tokenizer_config.json")
+
+
+def _may_replace(name: str) -> bool:
+    return name in _NAMES or is_weights_file(name)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from bytelm.config import Recipe, require, to_dict
-from bytelm.export import patching_of
+from bytelm.export import holds_weights, patching_of
 from bytelm.leaves import is_norm
 from bytelm.remote.copies import local_copy
 from bytelm.runs import read_export
@@ -35,6 +35,20 @@ def from_pretrained(
         _check_dtype(dtype)
     with local_copy(path, checkpoint) as folder:
         return _from_folder(folder, dtype, checkpoint)
+
+
+def open_trained(path: Path, checkpoint: str) -> tuple[Model, int]:
+    """The model as `from_pretrained` opens it, and the bytes of its training windows.
+
+    They are 0 for an export, which does not say.
+    """
+    with local_copy(path, checkpoint) as folder:
+        if holds_weights(folder):
+            return from_pretrained(folder, checkpoint=checkpoint), 0
+        from bytelm_jax.training import checkpoint as checkpoints
+
+        recipe, params, _ = checkpoints.load_run(folder, checkpoint)
+        return model_of(recipe, params), recipe.data.sequence_length
 
 
 def _from_folder(folder: Path, dtype: DTypeLike | None, checkpoint: str | int) -> Model:
