@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a recipe; resumes by itself",
     "eval": "exact bits per byte over files",
     "generate": "stream text from a trained model",
+    "bench": "measure generation: bytes a second by batch, context and draft",
     "compress": "compress a file without loss, by a model",
     "decompress": "restore a compressed file",
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
@@ -41,6 +42,7 @@ _MODULES = {
     "inspect": "view", "plot": "view", "serve": "view",
     "eval": "evaluation", "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange", "draft-table": "drafts",
+    "generate": "generation", "bench": "generation",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
 

@@ -18,8 +18,6 @@ from bytelm.config import (
     require_document_ends,
 )
 from bytelm.config.blt import PatchingContract
-from bytelm.sampling import SamplerConfig
-from bytelm.tokenizer import StreamingDecoder
 
 if TYPE_CHECKING:
     pass
@@ -47,78 +45,6 @@ def with_resets(recipe: Recipe, reset_on: str) -> Recipe:
         recipe = replace(recipe, model=recipe.model.with_resets(reset_on))
     require_document_ends(recipe)
     return recipe
-
-
-def generate_command(
-    run: Path,
-    /,
-    prompt: str = "",
-    max_new_bytes: int = 256,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    sampler: Literal["greedy", "categorical", "entropy"] = "categorical",
-    seed: int = 0,
-    checkpoint: str = "latest",
-    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
-) -> int:
-    """Streams text that continues the prompt; never splits a UTF-8 character.
-
-    The output is UTF-8, whatever the locale. Bytes that are no character become U+FFFD.
-
-    Example: bytelm generate runs/megabyte_tiny --prompt "def " --max-new-bytes 64
-
-    Args:
-        run: the run folder.
-        prompt: what the text starts with; it is printed first; - reads it from standard input.
-        max_new_bytes: the most bytes to generate; the model may end earlier.
-        temperature: divides the logits; 0 is greedy.
-        top_k: keep only the k most likely bytes; 0 keeps all.
-        top_p: keep the most likely bytes that together reach this probability.
-        sampler: greedy, categorical, or by the entropy of each distribution.
-        seed: seed of the random choices.
-        checkpoint: latest, best or a step.
-        reset_on: where a new segment starts for the model; as in training, by default.
-    """
-    config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
-
-    from bytelm_jax.inference.generate import stream
-    from bytelm_jax.models import define_model
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    recipe, params, _ = checkpoints.load_run(run, checkpoint)
-    recipe = with_resets(recipe, reset_on)
-    bind, _ = define_model(recipe.model)
-    decoder = StreamingDecoder(recipe.model.vocab)
-    offset = recipe.model.vocab.offset
-    start = _standard_input() if prompt == "-" else prompt.encode("utf-8", "surrogateescape")
-    pieces = stream(bind(params), start, max_new_bytes, sampler=config, seed=seed)
-    _write(start)
-    for piece in pieces:
-        _write(decoder.push([byte + offset for byte in piece]).encode("utf-8"))
-    _write(decoder.finish().encode("utf-8") + b"\n")
-    return 0
-
-
-def _standard_input() -> bytes:
-    """All of standard input; where it is text alone, in UTF-8."""
-    source = sys.stdin
-    binary = getattr(source, "buffer", None)
-    return source.read().encode("utf-8", "surrogateescape") if binary is None else binary.read()
-
-
-def _write(text: bytes) -> None:
-    """Writes UTF-8 to standard output at once; where that is text alone, what it can encode."""
-    sink = sys.stdout
-    sink.flush()
-    binary = getattr(sink, "buffer", None)
-    if binary is not None:
-        binary.write(text)
-        binary.flush()
-        return
-    encoding = sink.encoding or "utf-8"
-    sink.write(text.decode("utf-8", "replace").encode(encoding, "replace").decode(encoding))
-    sink.flush()
 
 
 def calibrate_command(

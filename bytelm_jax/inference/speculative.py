@@ -25,11 +25,13 @@ from bytelm.generation.draft_table import (
     LONGEST_MATCH,
     MIX,
     ORDERS,
-    SHORTEST_MATCH,
     DraftTable,
 )
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.layers.caches import read_at, take_at
+
+_REPEATED = 6
+"""Bytes of a repetition in the text itself that says more than the table does."""
 
 Propose = Callable[..., tuple[Array, Any, Any]]
 """`propose(model, arguments, state, pads, pick, after) -> (drafts [B, K], cache, draft cache)`.
@@ -90,18 +92,17 @@ def make_drafter(model: Any, speculate: Any) -> Drafter | None:
 def _propose_ngram(
     model: Any, arguments: Any, state: Any, pads: int, pick: Any, after: Any
 ) -> tuple[Array, Any, Any]:
-    drafts = ngram_drafts(state.ids[:, pads:], state.index, DRAFT_BYTES)
-    drafts = jnp.where(drafts < 0, model.config.vocab.offset, drafts)  # to be refused like any
+    drafts, _ = ngram_drafts(state.ids[:, pads:], state.index, DRAFT_BYTES)
     return drafts, state.cache, state.draft_cache
 
 
 def ngram_drafts(
     text: Int[Array, "B L"], index: Int[Array, " B"], count: int
-) -> Int[Array, "B {count}"]:
-    """What followed the longest end of each row's first `index` bytes where it last appeared.
+) -> tuple[Int[Array, "B {count}"], Int[Array, " B"]]:
+    """What followed the longest end of each row's first `index` ids where it last appeared.
 
-    The end has 3 to 16 bytes; −1 where it appeared nowhere. A continuation that runs into the
-    text's end goes on with itself (`bytelm.generation.draft_table.ngram_draft`).
+    Also gives the length of that end, at most 16. A continuation that runs into the text's end goes
+    on with itself (`bytelm.generation.draft_table.ngram_draft`).
     """
     length = text.shape[1]
     behind = jnp.pad(text, ((0, 0), (LONGEST_MATCH, 0)), constant_values=-1)
@@ -116,10 +117,9 @@ def ngram_drafts(
     positions = jnp.arange(length)[None, :]
     same = jnp.where(positions < index[:, None], same, 0)
     best = jnp.argmax(same * length + positions, axis=1)  # the longest, then the latest
-    found = jnp.take_along_axis(same, best[:, None], axis=1) >= SHORTEST_MATCH
     period = jnp.maximum(index - best, 1)[:, None]
     drafts = take_at(text, best[:, None] + jnp.arange(count)[None, :] % period)
-    return jnp.where(found, drafts, -1)
+    return drafts, jnp.take_along_axis(same, best[:, None], axis=1)[:, 0]
 
 
 def _propose_table(
@@ -129,8 +129,10 @@ def _propose_table(
     # A text of fewer bytes than a table is asked with is filled with zeros in front.
     behind = jnp.pad(text, ((0, 0), (DRAFT_BYTES, 0)), constant_values=vocab.offset)
     recent = read_at(behind, state.index, DRAFT_BYTES) - vocab.offset
-    drafts = table_drafts(DraftTable(*arguments), jnp.clip(recent, 0, 255))
-    return drafts + vocab.offset, state.cache, state.draft_cache
+    drafts = table_drafts(DraftTable(*arguments), jnp.clip(recent, 0, 255)) + vocab.offset
+    repeated, length = ngram_drafts(text, state.index, DRAFT_BYTES)
+    drafts = jnp.where((length >= _REPEATED)[:, None], repeated, drafts)
+    return drafts, state.cache, state.draft_cache
 
 
 def table_drafts(table: Any, recent: Int[Array, "B 8"]) -> Int[Array, "B 8"]:

@@ -201,19 +201,19 @@ def test_generate_writes_where_the_locale_cannot(run, capsys, monkeypatch):
     assert cli.main(["--help"]) == 0  # its dots are no ASCII
 
 
-def test_a_prompt_of_one_hyphen_reads_standard_input(run, capsysbinary, monkeypatch):
+def test_a_prompt_file_of_one_hyphen_is_standard_input(run, capsysbinary, monkeypatch):
     options = ["--max-new-bytes", "10", "--seed", "3"]
     assert cli.main(["generate", str(run), "--prompt", "some é", *options]) == 0
     expected = capsysbinary.readouterr().out
     piped = io.TextIOWrapper(io.BytesIO("some é".encode()), encoding="ascii")
     monkeypatch.setattr(sys, "stdin", piped)
-    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 0
+    assert cli.main(["generate", str(run), "--prompt-file", "-", *options]) == 0
     assert capsysbinary.readouterr().out == expected
     monkeypatch.setattr(sys, "stdin", io.StringIO("some é"))
-    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 0
+    assert cli.main(["generate", str(run), "--prompt-file", "-", *options]) == 0
     assert capsysbinary.readouterr().out == expected
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"x" * 60)))
-    assert cli.main(["generate", str(run), "--prompt", "-", *options]) == 2
+    assert cli.main(["generate", str(run), "--prompt-file", "-", *options]) == 2
     refusal = capsysbinary.readouterr()
     assert refusal.out == b"" and b"prompts: 60 bytes and max_new_bytes=10 make 70" in refusal.err
 
