@@ -40,7 +40,8 @@ class Api:
         self._engine, self._name, self.limits, self._key = engine, name, limits, key
         self._created = int(time.time())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.metrics = Metrics(engine.slots, lambda: self.scheduler.counts)
+        counts = lambda: self.scheduler.counts  # noqa: E731
+        self.metrics = Metrics(engine.slots, counts, lambda: engine.device_bytes)
         self.scheduler = Scheduler(engine, queue, self._deliver)
         self._scorer = ThreadPoolExecutor(1, "bytelm scorer")
         self._events = _event_stream(self._responses.StreamingResponse)

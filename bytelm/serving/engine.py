@@ -85,6 +85,11 @@ class Engine(Protocol):
         """The most rounds of one advance."""
         ...
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that is in use on the device."""
+        ...
+
     def warm_up(self) -> None:
         """Compiles what `join` and `advance` need, so that no request waits for it."""
         ...

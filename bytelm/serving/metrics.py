@@ -8,13 +8,18 @@ from bytelm.serving.scheduler import Counts
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own; `counts` says how many texts there are.
+    """Counters of one server, in a registry of their own.
+
+    `counts` says how many texts there are, `device_bytes` what they take on the device.
 
     Raises `ValueError` if prometheus_client is not installed.
     """
 
-    def __init__(self, slots: int, counts: Callable[[], Counts]) -> None:
+    def __init__(
+        self, slots: int, counts: Callable[[], Counts], device_bytes: Callable[[], int]
+    ) -> None:
         p = self._library = import_for_api("prometheus_client")
+        p.disable_created_metrics()
         self._registry = p.CollectorRegistry()
         to = {"namespace": "bytelm", "registry": self._registry}
         self.requests = p.Counter("requests", "Requests by status", ["status"], **to)
@@ -27,6 +32,8 @@ class Metrics:
         waiting = p.Gauge("waiting_texts", "Texts that wait for a slot", **to)
         active.set_function(lambda: counts().active)
         waiting.set_function(lambda: counts().waiting)
+        in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
+        in_use.set_function(device_bytes)
         for status in ("200", "400", "429"):
             self.requests.labels(status)
         for end in ("stop", "length", "cancelled", "error"):

@@ -63,7 +63,7 @@ class Text:
         data, met = self._scanner.feed(new.data)
         if new.end is not None and not met:
             data += self._scanner.finish()
-        end: End | None = "stop" if met or new.end == "eos" else new.end  # type: ignore[assignment]
+        end: End | None = "stop" if met or new.end == "eos" else new.end
         return Piece(data, self._scores_of(new.scores, len(data)), end)
 
     def _scores_of(self, new: Scores | None, count: int) -> Scores | None:

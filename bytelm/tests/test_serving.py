@@ -7,15 +7,17 @@ import socket
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bytelm.config import ByteVocab
+from bytelm.sampling import SamplerConfig
 from bytelm.serving import server as serving
 from bytelm.serving.answers import Choice, merged
 from bytelm.serving.api import NO_CHAT, Api
-from bytelm.serving.engine import TOP, Scores, Written
+from bytelm.serving.engine import TOP, Scores, Settings, Written
 from bytelm.serving.requests import Limits
 from bytelm.serving.scheduler import Piece, QueueFull, Scheduler, Text
 from bytelm.serving.server import Guard, Server, own_names
@@ -32,7 +34,7 @@ class Echo:
     """Writes the prompt over and over, a byte an advance; `gate` holds it back."""
 
     config = SimpleNamespace(vocab=ByteVocab())
-    capacity, most_rounds = LIMITS.capacity, 4
+    capacity, most_rounds, device_bytes = LIMITS.capacity, 4, 0
 
     def __init__(self, slots: int = 2) -> None:
         self.slots, self.advances, self.joined, self.joined_after = slots, 0, [], []
@@ -95,7 +97,7 @@ def address(engine, request):
     return server.address.removeprefix("http://").rstrip("/")
 
 
-def ask(address, body, path="/v1/completions", method="POST", **headers):
+def ask(address, body, path="/v1/completions", method="POST", **headers) -> tuple[int, Any]:
     """Status and body of one request; `body` may be an object or bytes."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     connection = http.client.HTTPConnection(address, timeout=20)
@@ -111,7 +113,8 @@ def ask(address, body, path="/v1/completions", method="POST", **headers):
 
 def metric(address, name):
     _, text = ask(address, None, "/metrics", "GET")
-    return float(re.search(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)[1])
+    (value,) = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)
+    return float(value)
 
 
 def events(data):
@@ -309,7 +312,7 @@ def test_a_client_that_goes_frees_its_slot(address, engine, stream):
 def test_a_cancelled_text_is_gone_before_the_next_advance():
     engine, heard = Echo(1), []
     scheduler = Scheduler(engine, 1, heard.extend)
-    settings = SimpleNamespace(max_new_bytes=400, scores=False)
+    settings = Settings(max_new_bytes=400, sampler=SamplerConfig(), seed=0)
     first, second = (Text(i, b"ab", settings, (), lambda *_: None) for i in range(2))
     engine.gate.clear()
     scheduler.submit([first])

@@ -60,26 +60,27 @@ class _Device(NamedTuple):
 class _Host(NamedTuple):
     """What the host knows of every slot, numpy arrays [B]; a free slot is done."""
 
-    index: np.ndarray
+    position: np.ndarray
+    """Of the next byte."""
     lengths: np.ndarray
     ends: np.ndarray
     done: np.ndarray
     constraint: np.ndarray
     scored: np.ndarray
-    numbers: SamplerNumbers
-    """Arrays [B, 1]."""
+    numbers: Any
+    """`SamplerNumbers` of arrays [B, 1]."""
 
 
 class _Out(NamedTuple):
-    """What an advance reports: every row's new index, done and constraint [B], and its bytes."""
+    """What an advance reports: every row's new position, done and constraint [B], and its bytes."""
 
-    index: Array
+    position: Array
     done: Array
     constraint: Array
     rounds: Array
     """The rounds that were run."""
     ids: Array
-    """[B, W], from the index before the advance on."""
+    """[B, W], from the position before the advance on."""
     scores: Scores
     """[B, W] and [B, W, K]; zeros if nobody asked for them."""
 
@@ -111,7 +112,14 @@ class JaxSlots:
         self._device = self._empty()
         self._host = _free_slots(self._batch)
         self._read = [0] * self._batch
-        self._last: tuple[bytes, Any, Array] | None = None
+        self._last: tuple[bytes, Any, Any] | None = None
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory in use on the device; all arrays of this process if it does not say."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        used = stats.get("bytes_in_use")
+        return sum(array.nbytes for array in jax.live_arrays()) if used is None else used
 
     def warm_up(self) -> None:
         """Compiles everything but `score`."""
@@ -133,7 +141,7 @@ class JaxSlots:
         uniforms = random_row(np.uint32(settings.seed), np.int32(settings.sample), self._length)
         self._device = _join_program()(self._device, np.int32(slot), cache, ids, uniforms)
         host, size = self._host, len(prompt)
-        host.index[slot] = size // self._patch * self._patch
+        host.position[slot] = size // self._patch * self._patch
         host.lengths[slot], host.ends[slot] = size, size + settings.max_new_bytes
         host.done[slot], host.scored[slot] = False, settings.scores
         host.constraint[slot] = state_after(prompt, settings.valid_utf8)
@@ -156,7 +164,7 @@ class JaxSlots:
             self._params, self._device, given, self._tables, np.int32(rounds)
         )
         index, done, constraint, ids = (
-            np.array(part) for part in (out.index, out.done, out.constraint, out.ids)
+            np.array(part) for part in (out.position, out.done, out.constraint, out.ids)
         )
         busy = np.flatnonzero(~host.done)
         scores = None
@@ -164,14 +172,14 @@ class JaxSlots:
             scores = Scores(*(np.asarray(part) for part in out.scores))
         written = []
         for slot in busy.tolist():
-            start = self._read[slot] - int(host.index[slot])
-            end = min(int(index[slot]), int(host.ends[slot])) - int(host.index[slot])
+            start = self._read[slot] - int(host.position[slot])
+            end = min(int(index[slot]), int(host.ends[slot])) - int(host.position[slot])
             mine = None if scores is None or not host.scored[slot] else scores
             written.append(self._written(slot, ids[slot], start, end, bool(done[slot]), mine))
             self._read[slot] += max(0, end - start)
         failed = [each.slot for each in written if each.error]
         done[failed] = True
-        self._host = host._replace(index=index, done=done, constraint=constraint)
+        self._host = host._replace(position=index, done=done, constraint=constraint)
         return written, int(out.rounds)
 
     def score(self, text: bytes) -> Scores:
@@ -197,7 +205,7 @@ class JaxSlots:
             mine = Scores(*(part[slot, start : start + len(kept)] for part in scores))
         return Written(slot, (kept - vocab.offset).astype(np.uint8).tobytes(), mine, why)
 
-    def _prefilled(self, prompt: bytes) -> tuple[Any, np.ndarray]:
+    def _prefilled(self, prompt: bytes) -> tuple[Any, Any]:
         """One row's cache and ids, with the prompt."""
         if self._last is not None and self._last[0] == prompt:
             return self._last[1:]
@@ -222,9 +230,9 @@ def _free_slots(batch: int) -> _Host:
     zeros = lambda: np.zeros(batch, np.int32)  # noqa: E731
     numbers = [np.full((batch, 1), value) for value in numbers_of_a_row(SamplerConfig())]
     kinds = [np.bool_, np.float32, np.int32, *[np.float32] * 4]
-    column = SamplerNumbers(*(n.astype(kind) for n, kind in zip(numbers, kinds, strict=True)))
+    columns: Any = [n.astype(kind) for n, kind in zip(numbers, kinds, strict=True)]
     done, scored = np.ones(batch, bool), np.zeros(batch, bool)
-    return _Host(zeros(), zeros(), zeros(), done, zeros(), scored, column)
+    return _Host(zeros(), zeros(), zeros(), done, zeros(), scored, SamplerNumbers(*columns))
 
 
 @functools.lru_cache(maxsize=1)
@@ -250,14 +258,14 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(
-        params: list[Array], device: _Device, host: _Host, tables: tuple[Array, Array], rounds: Any
+        params: list[Array], device: _Device, host: _Host, tables: Any, rounds: Array
     ) -> tuple[_Device, _Out]:
         model = structure.model(params)
-        vocab, patch, batch = model.config.vocab, model.round_length, host.index.shape[0]
+        vocab, patch, batch = model.config.vocab, model.round_length, host.position.shape[0]
         width = most_rounds * patch
         rows = Rows(device.uniforms, host.lengths, host.ends, host.numbers, *tables)
         zeros, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), jnp.float32)
-        start = jnp.asarray(host.index)
+        start = jnp.asarray(host.position)
         done, constraint = jnp.asarray(host.done), jnp.asarray(host.constraint)
         begun = State(device.cache, device.ids, start, done, constraint, nothing, zeros, zeros, ())
         wanted = (host.scored & ~host.done).any()
