@@ -216,7 +216,7 @@ FAULTS: list[Fault] = [
      function(patching, "plan_patches", earlier)),
     ("pooled by the mean", "blt", "encoder.pool: segment_max",
      function(blt_local, "segment_max", lambda f: lambda x, *a: f(x / 2, *a))),
-    ("input added once", "blt", "encoder.cross_attention.pool",
+    ("input added once", "blt", "encoder.cross_attention.pool_cached",
      function(cross_attention.CrossAttention, "_add",
               lambda f: lambda self, x, mixed: f(self, x, mixed) - x)),
     ("spline knots", "blt", f"{ENCODER}.feedforward.spline: spline_activation",

@@ -203,6 +203,17 @@ def _log_probs(logits: Array, ids: Array) -> Array:
     return jnp.take_along_axis(logs, ids[..., None], axis=-1)[..., 0].astype(jnp.float32)
 
 
+def _places(state: State) -> tuple[Array, Array]:
+    """Where each row's next bytes go in the cache and among the ids; nowhere, if it is done.
+
+    A row that is done reads pads at position 1, where no patch starts, so that it never makes a
+    model do more than the others need.
+    """
+    return jnp.where(state.done, 1, state.index), jnp.where(
+        state.done, state.ids.shape[1], state.index
+    )
+
+
 def append_round(
     model: Any,
     mode: str,
@@ -215,7 +226,9 @@ def append_round(
     Of a prompt's bytes in its last, unfinished round, too.
     """
     patch, vocab, start = model.round_length, model.config.vocab, state.index
+    at, to = _places(state)
     previous, prompt = read_at(state.ids, start, patch), read_at(state.ids, start + patch, patch)
+    previous = jnp.where(state.done[:, None], vocab.pad_id, previous)
     uniforms = read_at(rows.uniforms, start, patch)
     constraint, log_probs = state.constraint, []
 
@@ -232,16 +245,15 @@ def append_round(
             observe(logits, chosen)
         return chosen
 
-    cache, chosen = model.decode_round(state.cache, previous, start // patch, choose)
     # What a row makes behind its end in its last round is cut off on the host.
-    kept = jnp.where(state.done[:, None], vocab.pad_id, chosen)
+    cache, chosen = model.decode_round(state.cache, previous, at // patch, choose)
     ended = (chosen == vocab.eos_id).any(axis=1) | (start + patch >= rows.ends)
     written = state.log_probs
     if log_probs:
-        written = write_at(written, jnp.stack(log_probs, axis=1), start)
+        written = write_at(written, jnp.stack(log_probs, axis=1), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, kept, start + patch),
+        ids=write_at(state.ids, chosen, to + patch),
         index=start + jnp.where(state.done, 0, patch),
         done=state.done | ended,
         constraint=constraint,
@@ -268,29 +280,32 @@ def _verify_round(
         return _after(constraint, ids, rows, vocab)
 
     drafts, cache, draft_cache = propose(model, drafting, state, patch, pick, after)
-    last = take_at(state.ids, start[:, None] + patch - 1)
-    logits, cache = model.extend(jnp.concatenate([last, drafts], axis=1), cache, start)
+    last, (at, to) = take_at(state.ids, start[:, None] + patch - 1), _places(state)
+    before = jnp.concatenate([last, drafts], axis=1)
+    before = jnp.where(state.done[:, None], vocab.pad_id, before)
+    logits, cache, reach = model.verify(before, cache, at)
     states = [state.constraint]
     for t in range(drafts.shape[1]):
         states.append(after(states[t], drafts[:, t]))
     constraints, positions = jnp.stack(states, axis=1), positions_from(start, len(states))
     ids = jax.vmap(pick, in_axes=1, out_axes=1)(logits, positions, constraints)
     right = jnp.cumprod(ids[:, :-1] == drafts, axis=1, dtype=jnp.int32).sum(axis=1, dtype=jnp.int32)
-    count = jnp.where(state.done, 0, jnp.minimum(right + 1, rows.ends - start))
+    count = jnp.minimum(jnp.minimum(right + 1, reach), rows.ends - start)
+    count = jnp.where(state.done, 0, count)
     newest = jnp.maximum(count - 1, 0)[:, None]
     last_id = jnp.take_along_axis(ids, newest, axis=1)[:, 0]
-    before = jnp.take_along_axis(constraints, newest, axis=1)[:, 0]
+    latest = jnp.take_along_axis(constraints, newest, axis=1)[:, 0]
     ended = (last_id == vocab.eos_id) | (start + count >= rows.ends)
     # What was not accepted lies behind the row's end: it is overwritten, or cut off on the host.
     log_probs = state.log_probs
     if log_probs.shape[1]:
-        log_probs = write_at(log_probs, _log_probs(logits, ids), start)
+        log_probs = write_at(log_probs, _log_probs(logits, ids), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, ids, start + patch),
+        ids=write_at(state.ids, ids, to + patch),
         index=start + count,
         done=state.done | ended,
-        constraint=jnp.where(state.done, state.constraint, after(before, last_id)),
+        constraint=jnp.where(state.done, state.constraint, after(latest, last_id)),
         log_probs=log_probs,
         rounds=state.rounds + ~state.done,
         accepted=state.accepted + jnp.maximum(count - 1, 0),

@@ -185,6 +185,7 @@ def _chain(
 ) -> tuple[Array, Any]:
     """`count` bytes, each drawn from what `extend` says after the one before; and its cache."""
     last = take_at(state.ids, state.index[:, None] + pads - 1)
+    index = jnp.where(state.done, 1, state.index)
 
     def step(carry: tuple[Any, Array, Array, Array], _: None) -> tuple[Any, Array]:
         cache, before, index, constraint = carry
@@ -192,6 +193,6 @@ def _chain(
         chosen = pick(logits[:, 0], index, constraint)
         return (cache, chosen[:, None], index + 1, after(constraint, chosen)), chosen
 
-    carry = (cache, last, state.index, state.constraint)
+    carry = (cache, last, index, state.constraint)
     (cache, *_), drafts = jax.lax.scan(step, carry, None, length=count)
     return drafts.T, cache

@@ -190,12 +190,13 @@ class GroupedAttention(nnx.Module):
             first = jnp.clip(index + count - seen, 0, size - seen)
             near = read_at(cache, first, seen)
         slots = positions_from(first, seen)[:, None, :]
-        positions = positions_from(index, count)[:, :, None]
+        # Those past the end see what the last one sees: nobody reads them, but they are finite.
+        positions = jnp.minimum(positions_from(index, count), size - 1)[:, :, None]
         mask = slots <= positions
         if self.window:
             mask = mask & (slots > positions - self.window)
         if segment_starts is not None:
-            mask = mask & (slots >= segment_starts[:, :, None])
+            mask = mask & (slots >= jnp.minimum(segment_starts, size - 1)[:, :, None])
         return self._out(_attend(q, *near, mask)), cache
 
     def extend_rows(

@@ -73,6 +73,14 @@ class ByteModel:
         model: Any = self
         return take_at(model(cache[:, 1:]), positions_from(index, before.shape[1])), cache
 
+    def verify(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Array, "B T V"], Any, Int[Array, " B"]]:
+        """`extend` for drafts; also gives how many of each row's logits hold, at least 1."""
+        model: Any = self
+        logits, cache = model.extend(before, cache, index)
+        return logits, cache, jnp.full(before.shape[0], before.shape[1], jnp.int32)
+
     def decode_round(
         self,
         cache: Any,
@@ -160,6 +168,15 @@ class Decoder(Protocol):
         `before` holds the byte before each of them (anything before the first). All that is
         kept by position, so a caller may go back to an earlier index: what was written from there
         on is overwritten before it is read.
+        """
+        ...
+
+    def verify(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Array, "B T V"], Any, Int[Array, " B"]]:
+        """`extend` for drafts; also gives how many of each row's logits hold, at least 1.
+
+        A model may stop where more bytes would cost more than they are worth.
         """
         ...
 

@@ -172,9 +172,16 @@ def _prefill_segments(model: "Megabyte", ids: Array, cache: ByteCache) -> ByteCa
 
 
 def extend(
-    model: "Megabyte", before: Integer[Array | np.ndarray, "B T"], cache: ByteCache, index: Index
-) -> tuple[Float[Array, "B T V"], ByteCache]:
-    """Runs the local transformer on T bytes of each row, the global one where patches start."""
+    model: "Megabyte",
+    before: Integer[Array | np.ndarray, "B T"],
+    cache: ByteCache,
+    index: Index,
+    within_patch: bool = False,
+) -> tuple[Float[Array, "B T V"], ByteCache, Int[Array, " B"]]:
+    """Runs the local transformer on T bytes of each row, the global one where patches start.
+
+    Also gives how many of the logits hold: all, or `within_patch` those before the next patch.
+    """
     c, pad, before = model.config, model.config.vocab.pad_id, as_ids(before)
     index, count = in_each_row(index, before.shape[0]), before.shape[1]
     starts = extend_segment_starts(before, index, cache.segment_starts, c.vocab, c.reset_on)
@@ -184,23 +191,37 @@ def extend(
         ids=write_at(cache.ids, before, index + c.patch_size - 1),
         segment_starts=write_at(cache.segment_starts, starts, index),
     )
-    cache = _start_patches(model, cache, starts, segment_positions, offsets == 0, positions)
+    patch_starts = offsets == 0
+    reach = jnp.full(before.shape[0], count, jnp.int32)
+    if within_patch:
+        later = patch_starts & (jnp.arange(count) > 0)[None, :]
+        reach = jnp.where(later.any(axis=1), jnp.argmax(later, axis=1), count).astype(jnp.int32)
+        cache = _start_patches(
+            model,
+            cache,
+            starts[:, :1],
+            segment_positions[:, :1],
+            patch_starts[:, :1],
+            positions[:, :1],
+        )
+    else:
+        cache = _start_patches(model, cache, starts, segment_positions, patch_starts, positions)
 
     is_first = starts == positions if c.variant == "in_action" else offsets == 0
     hidden = model.local_input(jnp.where(is_first, pad, before)) + take_at(cache.shares, positions)
     # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
     near = read_at(cache.local, index, c.patch_size - 1 + count)
     slots = positions_from(index - (c.patch_size - 1), c.patch_size - 1 + count)
-    patch_starts = positions - offsets
-    mask = (slots[:, None] >= patch_starts[..., None]) & (slots[:, None] <= positions[..., None])
-    earlier = slots[:, : c.patch_size - 1] - patch_starts[:, :1]
+    first = positions - offsets
+    mask = (slots[:, None] >= first[..., None]) & (slots[:, None] <= positions[..., None])
+    earlier = slots[:, : c.patch_size - 1] - first[:, :1]
     inside = jnp.concatenate([jnp.maximum(earlier, 0), offsets], axis=1)
     hidden, near = model.local_transformer.extend(
         hidden, near, c.patch_size - 1, Scope(mask, inside)
     )
     newest = jax.tree.map(lambda x: x[:, c.patch_size - 1 :], near)
     local = write_at(cache.local, newest, index + c.patch_size - 1)
-    return model.to_logits(hidden), cache._replace(local=local)
+    return model.to_logits(hidden), cache._replace(local=local), reach
 
 
 def _start_patches(
@@ -226,7 +247,8 @@ def _start_patches(
         recent = recent.reshape(batch, most, patch)
         recent = jnp.where((number == 0)[..., None], c.vocab.pad_id, recent)
         slots = jnp.arange(length)[None, None, :]
-        inside = slots - start[..., None]
+        # Those past the end see its last slot: nobody reads them, but they are finite.
+        inside = slots - jnp.minimum(start, length - 1)[..., None]
         seen = (inside >= 0) & (inside % patch == 0) & (slots <= at[..., None])
         # A slot's number within its segment, wherever it is seen.
         number_of = (jnp.arange(length)[None, :] - cache.segment_starts) // patch

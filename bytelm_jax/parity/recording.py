@@ -20,8 +20,8 @@ import jax
 import numpy as np
 
 METHODS = (
-    *("extend", "extend_rows", "pool_cached", "pool_one", "read", "read_each", "keys_values"),
-    *("predict", "predict_cached", "probabilities", "dense", "sparse"),
+    *("extend", "extend_rows", "pool", "pool_cached", "pool_one", "read", "read_each"),
+    *("keys_values", "predict", "predict_cached", "probabilities", "dense", "sparse"),
 )
 """Methods that are calls of a layer, besides `__call__` and torch's `forward`.
 

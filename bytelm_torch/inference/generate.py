@@ -1,27 +1,40 @@
-"""Cached decoding: bytes in, bytes out.
+"""Generation: bytes in, bytes out, by cached decoding (`inference.rounds`).
 
-The mirror of `bytelm_jax/inference/generate.py`, which tells how a batch of unequal prompts is
-decoded.
-Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary.
+The mirror of `bytelm_jax/inference/generate.py`. Axes: B rows, L bytes of the longest sequence, V
+vocabulary.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from bytelm.config import ByteVocab, require
+from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
+from bytelm.generation.completion import Completion
+from bytelm.generation.draft_table import DRAFT_BYTES
+from bytelm.generation.stops import StopScanner
 from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request, require_sampled
-from bytelm_torch.inference.sampling import next_ids, random_uniforms
+from bytelm_torch.inference.rounds import (
+    Run,
+    Settings,
+    allowed_candidates,
+    begin,
+    device_of,
+    prompt_ids,
+)
+from bytelm_torch.inference.sampling import choose_ids, random_uniforms
+from bytelm_torch.inference.speculative import make_drafter
 from bytelm_torch.models.interface import inference
 
 _DEFAULT = SamplerConfig()
+_STOP_CHUNK = 64  # bytes after which stop texts are looked for
 
 
 def generate(
@@ -31,25 +44,62 @@ def generate(
     sampler: SamplerConfig = _DEFAULT,
     seed: int = 0,
     stop_at_eos: bool = True,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
 ) -> list[bytes]:
     """Continues each prompt by up to `max_new_bytes`; returns the new bytes alone, in order.
 
     A row ends at end-of-sequence, which is not returned; `stop_at_eos=False` rules it out, so that
-    every row gets exactly `max_new_bytes`. The random numbers depend on `seed` (below 2^32), the
-    row's number and the position, never on the other rows. Prompts may be empty and differ in
-    length; the longer ones replay the difference, so batch like with like. Raises `ValueError`
-    before anything runs when a row would outgrow the model's `max_length`.
+    every row gets exactly `max_new_bytes`. It also ends before the first of the texts `stop`. The
+    random numbers depend on `seed` (below 2^32), the row's number and the position, never on the
+    other rows. Prompts may be empty and differ in length.
+
+    With `valid_utf8` no byte is written from which the text could not become valid UTF-8, and the
+    text ends between characters; one that the prompt leaves unfinished is completed first.
+
+    `speculate` says what drafts bytes that the model then verifies several at a time: "ngram" (what
+    followed where the text's end last appeared), a `bytelm.generation.draft_table.DraftTable`,
+    "self" (a Byte Latent Transformer's local stacks), or a smaller model. The text is the same as
+    without, but where rounding decides between two bytes.
+
+    Raises `ValueError` before anything runs when a row would outgrow the model's `max_length`, and
+    for a draft that does not fit the model.
     """
-    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
+    request = (sampler, seed, stop_at_eos)
+    rest: dict[str, Any] = {"speculate": speculate, "valid_utf8": valid_utf8, "stop": stop}
+    return [row.text for row in complete(model, prompts, max_new_bytes, *request, **rest)]
+
+
+def complete(
+    model: Any,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    sampler: SamplerConfig = _DEFAULT,
+    seed: int = 0,
+    stop_at_eos: bool = True,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
+    log_probs: bool = False,
+) -> list[Completion]:
+    """As `generate`, with why each text ended, and what speculation did.
+
+    With `log_probs` also the logarithm of each byte's probability under the model, whatever the
+    sampler made of it.
+    """
+    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, stop)
     if not prompts or max_new_bytes == 0:
-        return [b""] * len(prompts)
-    run = _begin(model, prompts, max_new_bytes, sampler, seed, stop_at_eos)
-    state = run.advance(run.state, run.rounds)
-    ids = state.ids.cpu()[:, model.round_length :]
-    return [
-        _new_bytes(row[len(prompt) : len(prompt) + max_new_bytes], model.config.vocab)
-        for row, prompt in zip(ids, prompts, strict=True)
-    ]
+        empty = np.zeros(0, np.float32) if log_probs else None
+        return [Completion(b"", empty, "length", 0, 0, 0)] * len(prompts)
+    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, log_probs)
+    writing = _Writing(model, prompts, max_new_bytes, settings, seed, stop)
+    chunk = _STOP_CHUNK if stop else max_new_bytes + model.round_length
+    while not writing.done:
+        writing.advance(chunk)
+    return writing.completions()
 
 
 def stream(
@@ -60,30 +110,108 @@ def stream(
     seed: int = 0,
     stop_at_eos: bool = True,
     chunk_bytes: int = 64,
+    *,
+    speculate: Any = None,
+    valid_utf8: bool = False,
+    stop: Sequence[bytes] = (),
 ) -> Iterator[bytes]:
     """As `generate` for one prompt, in pieces of about `chunk_bytes` as rounds finish.
 
     The pieces add up to what `generate` returns; no piece is empty. A piece may end
-    inside a UTF-8 character.
+    inside a UTF-8 character, and never holds a part of a stop text.
     """
-    check_request(model.config, [prompt], max_new_bytes, seed, partial(_capacity, model))
+    automaton = _check(model, [prompt], max_new_bytes, seed, valid_utf8, stop)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
-    run = _begin(model, [prompt], max_new_bytes, sampler, seed, stop_at_eos)
-    return _pieces(model, run, len(prompt), len(prompt) + max_new_bytes, chunk_bytes)
+    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, False)
+    writing = _Writing(model, [prompt], max_new_bytes, settings, seed, stop)
+    whole_rounds = chunk_bytes // model.round_length * model.round_length
+    return _pieces(writing, max(1, whole_rounds))
 
 
-def _pieces(model: Any, run: "_Run", sent: int, end: int, chunk_bytes: int) -> Iterator[bytes]:
-    patch, state, stop, done = model.round_length, run.state, run.first, False
-    while not done:
-        stop = min(stop + max(1, chunk_bytes // patch), run.rounds)
-        state = run.advance(state, stop)
-        row, done = state.ids[0, patch:].cpu(), bool(state.done[0])
-        piece = _new_bytes(row[sent : min(stop * patch, end)], model.config.vocab)
-        sent += len(piece)
+def _pieces(writing: "_Writing", chunk_bytes: int) -> Iterator[bytes]:
+    while not writing.done:
+        (piece,) = writing.advance(chunk_bytes)
         if piece:
             yield piece
+
+
+class _Writing:
+    """The texts of a batch as they are written: what the device has, and what may be given out."""
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[bytes],
+        max_new_bytes: int,
+        settings: Settings,
+        seed: int,
+        stop: Sequence[bytes],
+    ) -> None:
+        uniforms = partial(random_uniforms, seed)
+        self._run: Run = begin(model, prompts, max_new_bytes, settings, uniforms)
+        self._state, self._pads, self._vocab = (
+            self._run.state,
+            model.round_length,
+            model.config.vocab,
+        )
+        self._drafted = DRAFT_BYTES if settings.drafter else 0
+        self._starts = [len(prompt) for prompt in prompts]
+        self._read = list(self._starts)
+        self._ended = [False] * len(prompts)
+        self._scanners = [StopScanner(stop) for _ in prompts]
+        self._met = [False] * len(prompts)
+        self._texts = [b""] * len(prompts)
+
+    @property
+    def done(self) -> bool:
+        """Whether every text is complete."""
+        return all(self._ended)
+
+    def advance(self, count: int) -> list[bytes]:
+        """Writes about `count` bytes in each row; gives what of each text is new and certain."""
+        state = self._state
+        self._state = state = self._run.advance(state, state.index + count)
+        ids, index, done = (_on_host(part) for part in (state.ids, state.index, state.done))
+        pieces = [self._piece(row, ids[row, self._pads :], index, done) for row in range(self.rows)]
+        if any(self._met):
+            met = torch.tensor(self._met, device=state.done.device)
+            self._state = state._replace(done=state.done | met)
+        return pieces
+
+    @property
+    def rows(self) -> int:
+        """The number of texts."""
+        return len(self._starts)
+
+    def _piece(self, row: int, ids: np.ndarray, index: np.ndarray, done: np.ndarray) -> bytes:
+        if self._ended[row]:
+            return b""
+        end = min(int(index[row]), int(self._run.ends[row]))
+        fresh = _new_bytes(ids[self._read[row] : end], self._vocab)
+        self._read[row] = max(end, self._read[row])
+        piece, self._met[row] = self._scanners[row].feed(fresh)
+        if done[row] and not self._met[row]:
+            piece += self._scanners[row].finish()
+        self._ended[row] = bool(done[row]) or self._met[row]
+        self._texts[row] += piece
+        return piece
+
+    def completions(self) -> list[Completion]:
+        """The texts, once all of them are complete."""
+        state = self._state
+        ids, kept = _on_host(state.ids)[:, self._pads :], _on_host(state.log_probs)
+        rounds, accepted = _on_host(state.rounds), _on_host(state.accepted)
+        found = []
+        for row, (start, text) in enumerate(zip(self._starts, self._texts, strict=True)):
+            written = ids[row, start : self._run.ends[row]]
+            at_eos = len(text) < len(written) and written[len(text)] == self._vocab.eos_id
+            end = "stop" if self._met[row] else "eos" if at_eos else "length"
+            log_probs = kept[row, start : start + len(text)] if kept.shape[1] else None
+            counts = int(rounds[row]), int(rounds[row]) * self._drafted, int(accepted[row])
+            found.append(Completion(text, log_probs, end, *counts))
+        return found
 
 
 def generate_uncached(
@@ -93,114 +221,79 @@ def generate_uncached(
     sampler: SamplerConfig = _DEFAULT,
     seed: int = 0,
     stop_at_eos: bool = True,
+    *,
+    valid_utf8: bool = False,
 ) -> list[bytes]:
     """As `generate`, by a full forward pass for every byte: the reference, slow and plain."""
-    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
+    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, ())
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
-    vocab, device = model.config.vocab, _device(model)
+    vocab, device, batch = model.config.vocab, device_of(model), len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    first, last = int(lengths.min()), int(lengths.max()) + max_new_bytes
-    ids = _prompt_ids(prompts, vocab, (len(prompts), last), 0).to(device)
-    uniforms = random_uniforms(seed, len(prompts), last).to(device)
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    first, ends = int(lengths.min()), lengths + max_new_bytes
+    ids = prompt_ids(prompts, vocab, (batch, int(ends.max())), 0).to(device)
+    uniforms = random_uniforms(seed, batch, int(ends.max())).to(device)
+    table = torch.from_numpy(allowed_candidates(automaton, vocab)).to(device)
+    step = torch.from_numpy(automaton.step.astype(np.int64)).to(device)
+    states = torch.tensor([start_state(automaton, prompt) for prompt in prompts], device=device)
+    done = torch.zeros(batch, dtype=torch.bool, device=device)
     with inference(model):
-        for position in range(first, last):
+        for position in range(first, int(ends.max())):
             logits = model(ids[:, : position + 1])[:, position]
-            chosen = next_ids(logits, uniforms[:, position], sampler, vocab, stop_at_eos)
-            written = torch.where(done, vocab.pad_id, chosen)
-            ids[:, position] = torch.where(position < lengths, ids[:, position], written)
-            done |= (ids[:, position] == vocab.eos_id) | (position + 1 >= lengths + max_new_bytes)
+            allowed = table[(ends - position).clamp(1, len(table)) - 1, states]
+            numbers = uniforms[:, position]
+            chosen = choose_ids(logits, numbers, sampler, vocab, stop_at_eos, allowed)
+            is_new = position >= lengths
+            written = chosen.masked_fill(done, vocab.pad_id)
+            ids[:, position] = written.where(is_new, ids[:, position])
+            after = step[states, (ids[:, position] - vocab.offset).clamp(0, 255)]
+            states = after.where(is_new, states)
+            done |= (ids[:, position] == vocab.eos_id) | (position + 1 >= ends)
             if done.all():
                 break
     return [
         _new_bytes(row[length : length + max_new_bytes], vocab)
-        for row, length in zip(ids.cpu(), lengths.tolist(), strict=True)
+        for row, length in zip(_on_host(ids), lengths.tolist(), strict=True)
     ]
 
 
-class _Rows(NamedTuple):
-    """What the loop reads: random numbers [B, L], prompt length and end (with new bytes) a row."""
-
-    uniforms: Tensor
-    lengths: Tensor
-    ends: Tensor
-
-
-class _State(NamedTuple):
-    """What the loop changes.
-
-    `ids` [B, P + L] starts with one round of pads, which is what the first round finds before it.
-    """
-
-    cache: Any
-    ids: Tensor
-    round: int
-    done: Tensor
-
-
-class _Run(NamedTuple):
-    """`advance(state, stop)` appends rounds up to number `stop`, out of `first` … `rounds`."""
-
-    state: _State
-    advance: Callable[[_State, int], _State]
-    first: int
-    rounds: int
-
-
-def _begin(
+def _check(
     model: Any,
     prompts: Sequence[bytes],
     max_new_bytes: int,
-    sampler: SamplerConfig,
     seed: int,
+    valid_utf8_only: bool,
+    stop: Sequence[bytes],
+) -> Automaton:
+    """The constraint; raises `ValueError` for what cannot be generated."""
+    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
+    StopScanner(stop)
+    automaton = valid_utf8() if valid_utf8_only else free()
+    for prompt in prompts if max_new_bytes else ():
+        least = least_bytes(automaton, start_state(automaton, prompt))
+        require(
+            least <= max_new_bytes,
+            f"max_new_bytes={max_new_bytes}: the prompt ends inside a character that needs {least} "
+            "more bytes; give at least as many, or leave valid_utf8 off",
+        )
+    return automaton
+
+
+def _settings(
+    model: Any,
+    sampler: SamplerConfig,
     stop_at_eos: bool,
-) -> _Run:
-    """Prefills the rounds that every prompt fills, in one pass."""
-    patch, batch, device = model.round_length, len(prompts), _device(model)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ends = lengths + max_new_bytes
-    total = -(-int(ends.max()) // patch)
-    ids = _prompt_ids(prompts, model.config.vocab, (batch, (1 + total) * patch), patch).to(device)
-    first = min(map(len, prompts)) // patch
-    rows = _Rows(random_uniforms(seed, batch, total * patch).to(device), lengths, ends)
-    with inference(model):
-        cache = model.init_cache(batch, total * patch)
-        if first:
-            cache = model.prefill(ids[:, patch : (1 + first) * patch], cache)
-    state = _State(cache, ids, first, ends == 0)
-
-    def advance(state: _State, stop: int) -> _State:
-        with inference(model):
-            while state.round < stop and not state.done.all():
-                state = _append_round(model, sampler, stop_at_eos, rows, state)
-        return state
-
-    return _Run(state, advance, first, total)
-
-
-def _append_round(
-    model: Any, sampler: SamplerConfig, allow_eos: bool, rows: _Rows, state: _State
-) -> _State:
-    patch, vocab = model.round_length, model.config.vocab
-    start = state.round * patch
-    previous = state.ids[:, start : start + patch]
-    here = state.ids[:, start + patch : start + 2 * patch]  # a view: written below
-
-    def choose(logits: Tensor, i: int) -> Tensor:
-        chosen = next_ids(logits, rows.uniforms[:, start + i], sampler, vocab, allow_eos)
-        return torch.where(start + i < rows.lengths, here[:, i], chosen)
-
-    cache, chosen = model.decode_round(state.cache, previous, state.round, choose)
-    # What a row makes behind its end in its last round is cut off at the end.
-    here[:] = torch.where(state.done[:, None], vocab.pad_id, chosen)
-    ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
-    return _State(cache, state.ids, state.round + 1, state.done | ended)
+    automaton: Automaton,
+    speculate: Any,
+    log_probs: bool,
+) -> Settings:
+    drafter = make_drafter(model, speculate)
+    return Settings(sampler, stop_at_eos, automaton, drafter, log_probs)
 
 
 def _capacity(model: Any, rows: int) -> int:
     """Positions for which caches and random numbers fit into the memory of the model's device."""
-    device = _device(model)
+    device = device_of(model)
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
 
     def size(length: int) -> int:
@@ -212,22 +305,11 @@ def _capacity(model: Any, rows: int) -> int:
     return int(memory / per_position)
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+def _on_host(x: Tensor) -> np.ndarray:
+    return x.cpu().numpy()
 
 
-def _prompt_ids(
-    prompts: Sequence[bytes], vocab: ByteVocab, shape: tuple[int, int], start: int
-) -> Tensor:
-    """int64 of `shape`: each prompt's ids from column `start` on, pads elsewhere."""
-    ids = np.full(shape, vocab.pad_id, np.int64)
-    for row, prompt in zip(ids, prompts, strict=True):
-        codes = np.frombuffer(prompt, np.uint8)
-        row[start : start + len(prompt)] = codes.astype(np.int64) + vocab.offset
-    return torch.from_numpy(ids)
-
-
-def _new_bytes(ids: Tensor, vocab: ByteVocab) -> bytes:
+def _new_bytes(ids: np.ndarray, vocab: ByteVocab) -> bytes:
     """The bytes up to end-of-sequence; raises `ValueError` where logits were not finite."""
     kept = list(itertools.takewhile(lambda item: item != vocab.eos_id, ids.tolist()))
     require_sampled(kept, vocab)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bytelm.config import ByteVocab
+from bytelm.generation.automaton import END
 from bytelm.sampling import SamplerConfig
 
 _BLOCK = 64  # random numbers drawn at a time
@@ -70,14 +71,34 @@ def next_ids(
 
     `vocab.pad_id` says that a row's logits are not finite.
     """
-    # The candidates: a slice of the vocabulary, with the other specials in it ruled out.
+    return choose_ids(logits, uniform, sampler, vocab, allow_eos)
+
+
+def candidate_columns(vocab: ByteVocab) -> Int[np.ndarray, " C"]:
+    """What each id that may follow stands for: 0 to 255 a byte, 256 the end, −1 nothing.
+
+    The candidates are a slice of the vocabulary, with the other special ids in it ruled out.
+    """
     low = min(vocab.offset, vocab.eos_id)
-    high = max(vocab.offset + 256, vocab.eos_id + 1)
-    ids = torch.arange(low, high, device=logits.device)
-    allowed = (ids >= vocab.offset) & (ids < vocab.offset + 256)
-    if allow_eos:
-        allowed |= ids == vocab.eos_id
-    logits = logits[:, low:high].masked_fill(~allowed, -torch.inf)
+    ids = np.arange(low, max(vocab.offset + 256, vocab.eos_id + 1))
+    is_byte = (ids >= vocab.offset) & (ids < vocab.offset + 256)
+    return np.where(is_byte, ids - vocab.offset, np.where(ids == vocab.eos_id, END, -1))
+
+
+def choose_ids(
+    logits: Tensor,
+    uniform: Tensor,
+    sampler: SamplerConfig,
+    vocab: ByteVocab,
+    allow_eos: bool = True,
+    allowed: Tensor | None = None,
+) -> Tensor:
+    """`next_ids` among the candidates `allowed` [B, C], all of them by default."""
+    low, columns = min(vocab.offset, vocab.eos_id), candidate_columns(vocab)
+    candidates = torch.from_numpy((columns >= 0) & ((columns != END) | allow_eos))
+    open_to = candidates.to(logits.device)
+    allowed = open_to if allowed is None else open_to & allowed
+    logits = logits[:, low : low + len(columns)].masked_fill(~allowed, -torch.inf)
     if _is_greedy(sampler):
         chosen = logits.argmax(dim=-1)
     else:

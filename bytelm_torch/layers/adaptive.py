@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bytelm_torch.layers.caches import Index, positions_from, read_at, write_at
 from bytelm_torch.layers.long_convolution import LongConvolution
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.layers.resets import segmented_sums
@@ -121,42 +122,32 @@ def running_mean(
         sums = segmented_sums(x.to(torch.promote_types(x.dtype, torch.float32)), segment_positions)
         return (sums / (segment_positions + 1)[..., None].to(sums.dtype)).to(x.dtype)
     sums = torch.cumsum(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
-    return (sums / _counts(0, sums)).to(x.dtype)
+    counts = torch.arange(1, 1 + sums.shape[1], dtype=sums.dtype, device=sums.device)[:, None]
+    return (sums / counts).to(x.dtype)
 
 
 def extend_running_mean(
     x: Float[Tensor, "B T D"],
     sums: Float[Tensor, "B S D"],
-    index: int,
+    index: Index,
     segment_positions: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
-    """Cached version of `running_mean` for T positions from `index` on; writes `sums` in place.
+    """Cached version of `running_mean` for T positions of each row, from `index` on.
 
-    `segment_positions` as in `running_mean`, for one position, or for T positions from 0 on.
+    Also gives the new `sums`, written in place. `segment_positions` as in `running_mean`.
     `sums[:, t]` holds the sum over the first t positions, restricted to the segment of the last of
     them, in at least float32; S is the capacity in positions plus 1. Since sums are stored by
     position, entries past `index` may hold anything.
     """
-    before = sums[:, index : index + 1]
+    before, wide = read_at(sums, index, 1), x.to(sums.dtype)
     if segment_positions is None:
-        more = before + torch.cumsum(x.to(sums.dtype), dim=1)
-    elif x.shape[1] == 1:
-        more = before.masked_fill((segment_positions == 0)[..., None], 0) + x.to(sums.dtype)
+        segment_positions = positions_from(index, x.shape[1], x.device)
+        more = before + torch.cumsum(wide, dim=1)
     else:
-        more = segmented_sums(x.to(sums.dtype), segment_positions)
-    sums[:, index + 1 : index + 1 + x.shape[1]] = more
-    counts = (
-        _counts(index, more)
-        if segment_positions is None
-        else (segment_positions + 1)[..., None].to(more.dtype)
-    )
-    return (more / counts).to(x.dtype), sums
-
-
-def _counts(start: int, sums: Tensor) -> Tensor:
-    """[T, 1]: the number of positions in each mean."""
-    stop = start + 1 + sums.shape[1]
-    return torch.arange(start + 1, stop, dtype=sums.dtype, device=sums.device)[:, None]
+        reaches = segment_positions > torch.arange(x.shape[1], device=x.device)
+        more = segmented_sums(wide, segment_positions) + before.where(reaches[..., None], 0)
+    counts = (segment_positions + 1)[..., None].to(sums.dtype)
+    return (more / counts).to(x.dtype), write_at(sums, more, index + 1)
 
 
 class TokenMixing(nn.Module):
@@ -193,12 +184,12 @@ class TokenMixing(nn.Module):
         x: Float[Tensor, "B T D"],
         a: Float[Tensor, "B T A"],
         past: Float[Tensor, "B S D"] | None,
-        index: int,
+        index: Index | None,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"] | None]:
-        """Cached version of `forward`: one position at `index`, or T positions from 0 on.
+        """Cached version of `forward`: T positions of each row, from `index` on.
 
-        Also gives the new past.
+        None means all from 0 on. Also gives the new past.
         """
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:

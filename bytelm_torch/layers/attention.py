@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytelm.positions import alibi_bias
+from bytelm_torch.layers.caches import Index, positions_from, write_at
 from bytelm_torch.layers.norm import LayerNorm
 
 
@@ -33,11 +34,11 @@ def multi_query_attention(
     k: Float[Tensor, "*batch S K"],
     v: Float[Tensor, "*batch S K"],
     mask: Bool[Tensor, "*rows T S"],
-    bias: Float[Tensor, "*rows H S"] | None = None,
+    bias: Float[Tensor, "*kinds H S"] | None = None,
 ) -> Float[Tensor, "*batch T H K"]:
     """Softmax attention in which all heads share one key and one value head; scale K^-0.5.
 
-    `mask` and `bias` may have a batch axis or not. Scores and softmax are in at least float32.
+    `mask` and `bias` may each have a batch axis or not. Scores and softmax are in at least float32.
     Every query must see at least one key.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -77,20 +78,22 @@ class MultiQueryAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         cache: KeyValueCache,
-        index: int,
+        index: Index | Int[Tensor, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Cached version of `forward`: T positions from `index` on attend to `cache`.
 
-        The cache's tensors are written in place, and returned.
+        The cache's tensors are written in place, and returned. With a `scope` the positions may be
+        any, [B, T].
         """
         q, k, v = self._project(x)
-        stop = index + x.shape[1]
-        cache.keys[:, index:stop], cache.values[:, index:stop] = k, v
+        cache = write_at(cache, KeyValueCache(k, v), index)
         if scope is not None:
-            return self._attend(q, cache.keys, cache.values, *scope), cache
-        position = torch.arange(index, stop, device=x.device)[:, None]
-        mask = torch.arange(stop, device=x.device)[None, :] <= position
+            return self._attend(q, *cache, *scope), cache
+        stop = cache.keys.shape[1]
+        stop = min(index + x.shape[1], stop) if isinstance(index, int) else stop
+        position = positions_from(index, x.shape[1], x.device)[..., None]
+        mask = torch.arange(stop, device=x.device) <= position
         return self._attend(q, cache.keys[:, :stop], cache.values[:, :stop], mask), cache
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:

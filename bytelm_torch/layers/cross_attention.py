@@ -39,19 +39,18 @@ class CrossAttention(nn.Module):
         for linear in (self.to_q, self.to_k, self.to_v, self.to_out):
             fan_in_normal(dim)(linear.weight)
 
-    def pool(
+    def pool_cached(
         self,
         queries: Float[Tensor, "B N M D"],
-        states: Float[Tensor, "B T D"],
+        cache: KeyValueCache,
         patch_of: Int[Tensor, "B T"],
-    ) -> tuple[Float[Tensor, "B N M D"], KeyValueCache]:
+    ) -> Float[Tensor, "B N M D"]:
         """The M queries of each patch attend to exactly the bytes of that patch.
 
-        `patch_of` is N for a byte without a patch. Also gives keys and values, [B, T, G, K].
+        `cache` holds the bytes' keys and values; `patch_of` is N for a byte without a patch.
         """
-        count, cache = queries.shape[1], self.keys_values(states)
-        keys, values = cache
-        wide = torch.promote_types(states.dtype, torch.float32)
+        count, (keys, values) = queries.shape[1], cache
+        wide = torch.promote_types(keys.dtype, torch.float32)
         q = self._queries(queries)
         near = take_segments(q.flatten(2), patch_of)
         near = near.reshape(*keys.shape[:2], q.shape[2], self.kv_heads, -1, self.head_dim)
@@ -65,12 +64,12 @@ class CrossAttention(nn.Module):
         share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
         mixed = segment_sum(share.flatten(2), patch_of, count).unflatten(-1, (-1, self.head_dim))
         mixed = mixed / total.masked_fill(total == 0, 1)[..., None]  # 0 / 0 in a patch of no bytes
-        return self._add(queries, mixed.reshape(q.shape).to(q.dtype)), cache
+        return self._add(queries, mixed.reshape(q.shape).to(q.dtype))
 
     def pool_one(
         self, queries: Float[Tensor, "B M D"], cache: KeyValueCache, mask: Bool[Tensor, "B S"]
     ) -> Float[Tensor, "B M D"]:
-        """Version of `pool` for one patch per row; `mask` marks its bytes among the cached ones."""
+        """Version of `pool_cached` for one patch per row; `mask` marks its cached bytes."""
         mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
         return self._add(queries, mixed)
 
@@ -93,10 +92,11 @@ class CrossAttention(nn.Module):
         mixed = grouped_attention(q, near[:, :, 0], near[:, :, 1], mask)[:, :, 0]
         return self._add(x, mixed), cache
 
-    def read_one(self, x: Float[Tensor, "B 1 D"], cache: KeyValueCache) -> Float[Tensor, "B 1 D"]:
-        """Version of `read` for one byte per row; its patch has keys and values [B, M, G, K]."""
-        mask = torch.ones(1, cache.keys.shape[1], dtype=torch.bool, device=x.device)
-        return self._add(x, grouped_attention(self._queries(x), *cache, mask))
+    def read_each(self, x: Float[Tensor, "B T D"], cache: KeyValueCache) -> Float[Tensor, "B T D"]:
+        """Version of `read` given the keys and values of each byte's patch, [B, T, M, G, K]."""
+        mask = torch.ones(1, cache.keys.shape[2], dtype=torch.bool, device=x.device)
+        q = self._queries(x)[:, :, None]
+        return self._add(x, grouped_attention(q, *cache, mask)[:, :, 0])
 
     def keys_values(self, states: Float[Tensor, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""

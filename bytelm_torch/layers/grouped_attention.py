@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.rotary import Rotation, rotate
@@ -140,48 +141,65 @@ class GroupedAttention(nn.Module):
 
     def extend(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
-        index: int,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for one position `index` of all rows.
+        index: Index,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """Cached version of `forward` for T positions of each row, from `index` on.
 
         The cache's tensors are written in place, and returned.
         """
         q, k, v = self._project(x, rope)
-        cache.keys[:, index], cache.values[:, index] = k[:, 0], v[:, 0]
-        first = max(index + 1 - (self.window or index + 1), 0)
-        keys, values = cache.keys[:, first : index + 1], cache.values[:, first : index + 1]
-        mask = torch.ones(1, keys.shape[1], dtype=torch.bool, device=x.device)
+        cache = write_at(cache, KeyValueCache(k, v), index)
+        count, size = x.shape[1], cache.keys.shape[1]
+        seen = min(self.window + count - 1 if self.window else size, size)
+        if isinstance(index, int):
+            stop = min(index + count, size)
+            first = max(stop - seen, 0)
+            seen = stop - first
+        else:
+            first = (index + count - seen).clamp(0, size - seen)
+        keys, values = read_at(cache, first, seen) if seen < size else cache
+        slots = positions_from(first, seen, x.device)[:, None, :]
+        # Those past the end see what the last one sees: nobody reads them, but they are finite.
+        positions = positions_from(index, count, x.device)[:, :, None].clamp(max=size - 1)
+        mask = slots <= positions
+        if self.window:
+            mask = mask & (slots > positions - self.window)
         if segment_starts is not None:
-            slots = torch.arange(first, index + 1, device=x.device)
-            mask = mask & (slots >= segment_starts[:, None, None])
+            mask = mask & (slots >= segment_starts[:, :, None].clamp(max=size - 1))
         return self._out(grouped_attention(q, keys, values, mask)), cache
 
     def extend_rows(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
-        patch_entropy: Float[Tensor, "B 1"] | None = None,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for a different position in each row, without a window.
+        patch_entropy: Float[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """Version of `extend`, without a window, that leaves the cache as it is.
 
-        Gives the new key and value [B, G, K] instead of a changed cache: the caller decides in
-        which rows they are written.
+        Gives the new keys and values [B, T, G, K]: the caller decides which of them are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
-        slots = torch.arange(cache.keys.shape[1], device=x.device)[None, :]
-        at_index = (slots == index[:, None])[:, :, None, None]
-        keys, values = torch.where(at_index, k, cache.keys), torch.where(at_index, v, cache.values)
-        mask = (slots <= index[:, None])[:, None, :]
+        count, size = x.shape[1], cache.keys.shape[1]
+        slots = torch.arange(size, device=x.device)[None, :]
+        number = slots - index[:, None]  # of the new entry that belongs there, if one does
+        is_new = ((number >= 0) & (number < count))[:, :, None, None]
+        number = number.clamp(0, count - 1)
+
+        def insert(new: Tensor, old: Tensor) -> Tensor:
+            return torch.where(is_new, new if count == 1 else take_at(new, number), old)
+
+        mask = slots[:, None, :] <= positions_from(index, count)[:, :, None]
         if segment_starts is not None:
-            mask = mask & (slots >= segment_starts[:, None])[:, None, :]
-        return self._out(grouped_attention(q, keys, values, mask)), KeyValueCache(k[:, 0], v[:, 0])
+            mask = mask & (slots[:, None, :] >= segment_starts[:, :, None])
+        mixed = grouped_attention(q, insert(k, cache.keys), insert(v, cache.values), mask)
+        return self._out(mixed), KeyValueCache(k, v)
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
         """An empty cache for `length` positions."""

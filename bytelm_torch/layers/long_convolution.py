@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bytelm_torch.layers.caches import Index, read_at, write_at
+
 _TAPS = 16
 """Taps that `segmented_convolution` adds in one pass over the inputs."""
 
@@ -144,25 +146,27 @@ class LongConvolution(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         past: Float[Tensor, "B S D"],
-        index: int,
+        index: Index | None,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B S D"]]:
-        """Cached version of `forward`: one position at `index`, or T positions from 0 on.
+        """Cached version of `forward`: T positions of each row, from `index` on.
 
-        One position is the plain sum over the filter's length, whatever the context. `past` is
-        written in place, and returned.
+        None means all from 0 on. From an index on, each position is the plain sum over the filter's
+        length, whatever the context. `past` is written in place, and returned.
         """
-        reach = self._reach(past)
-        past[:, index + reach - 1 : index + reach - 1 + x.shape[1]] = x
-        if x.shape[1] != 1:
-            return self(x, segment_positions), past
+        reach, count = self._reach(past), x.shape[1]
+        if index is None:
+            return self(x, segment_positions), write_at(past, x, reach - 1)
+        past = write_at(past, x, index + reach - 1)
         wide = torch.promote_types(x.dtype, torch.float32)
-        window = past[:, index : index + reach].to(wide)
+        # A position and `reach` − 1 before it, each with the others': [B, T, D, R].
+        windows = read_at(past, index, reach + count - 1).to(wide).unfold(1, reach, 1)
         if segment_positions is not None:
             taps_back = torch.arange(reach - 1, -1, -1, device=x.device)
-            window = window.masked_fill((segment_positions < taps_back)[..., None], 0)
+            before = segment_positions[..., None] < taps_back
+            windows = windows.masked_fill(before[:, :, None, :], 0)
         newest_last = self.taps[:reach].flip(0).to(wide)
-        return (window * newest_last).sum(dim=1, keepdim=True).to(x.dtype), past
+        return (windows * newest_last.T).sum(dim=-1).to(x.dtype), past
 
     def empty_past(self, batch: int, length: int, dtype: torch.dtype) -> Float[Tensor, "B S D"]:
         """An empty cache for the inputs of `length` positions, preceded by zeros."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bytelm.config import ByteVocab
 from bytelm_torch.layers.attention import Scope
+from bytelm_torch.layers.caches import Index, positions_from, take_at
 from bytelm_torch.layers.ids import as_ids
 
 
@@ -42,6 +43,24 @@ def find_segment_starts(
     next_start = torch.where(ends_segment(ids, vocab, reset_on), numbers, 0)
     segment_starts = F.pad(next_start, (1, 0))[:, :length]
     return torch.cummax(segment_starts, dim=1).values if length else segment_starts
+
+
+def extend_segment_starts(
+    before: Integer[Tensor, "B T"],
+    index: Index,
+    segment_starts: Int[Tensor, "B S"],
+    vocab: ByteVocab,
+    reset_on: str,
+) -> Int[Tensor, "B T"]:
+    """Cached version of `find_segment_starts` for T positions of each row, from `index` on.
+
+    `before` holds the id before each position, `segment_starts` those of the positions before.
+    """
+    positions = positions_from(index, before.shape[1], before.device)
+    starts = (positions == 0) | ends_segment(before, vocab, reset_on)
+    last = take_at(segment_starts, (positions[:, :1] - 1).clamp(min=0))
+    found = torch.cummax(positions.where(starts, 0), dim=1).values
+    return torch.maximum(found, last.masked_fill(positions[:, :1] == 0, 0))
 
 
 def position_in_segment(segment_starts: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.caches import Index, positions_from
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.feedforward import GatedFeedForward
 from bytelm_torch.layers.grouped_attention import GroupedAttention
@@ -54,30 +55,30 @@ class TransformerLayer(nn.Module):
 
     def extend(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
-        index: int,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for the position `index`; also gives the new cache."""
+        index: Index,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """Cached version of `forward` for T positions of each row, from `index` on.
+
+        Also gives the new cache.
+        """
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
 
     def extend_rows(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         rope: Rotation | None,
         cache: KeyValueCache,
         index: Int[Tensor, " B"],
-        patch_entropy: Float[Tensor, "B 1"] | None = None,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], KeyValueCache]:
-        """Cached version of `forward` for a different position in each row.
-
-        Also gives the new key and value [B, G, K].
-        """
+        patch_entropy: Float[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
+        """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
         attended, new = self.attention.extend_rows(
             x, rope, cache, index, patch_entropy, segment_starts
         )
@@ -133,13 +134,17 @@ class Transformer(nn.Module):
 
     def extend(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         caches: Caches,
-        index: int,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `forward` for the position `index`; also gives the new caches."""
-        rope, written = self.rope(position_in(index, segment_starts, x.device), x.dtype), []
+        index: Index,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Caches]:
+        """Cached version of `forward` for T positions of each row, from `index` on.
+
+        Also gives the new caches.
+        """
+        positions, written = positions_at(index, x.shape[:2], segment_starts, x.device), []
+        rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
             written.append(cache)
@@ -147,18 +152,15 @@ class Transformer(nn.Module):
 
     def extend_rows(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         caches: Caches,
         index: Int[Tensor, " B"],
-        patch_entropy: Float[Tensor, "B 1"] | None = None,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `forward` for a different position in each row.
-
-        Also gives the new keys and values [B, G, K].
-        """
-        inside = index if segment_starts is None else index - segment_starts
-        rope, new_caches = self.rope(inside[:, None], x.dtype), []
+        patch_entropy: Float[Tensor, "B T"] | None = None,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Caches]:
+        """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
+        positions, new_caches = positions_at(index, x.shape[:2], segment_starts, x.device), []
+        rope = self.rope(positions, x.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)  # pyright: ignore[reportCallIssue]
             new_caches.append(new)
@@ -181,9 +183,9 @@ def positions_in(
     return positions if segment_starts is None else positions - segment_starts
 
 
-def position_in(
-    index: int, segment_starts: Int[Tensor, " B"] | None, device: torch.device
-) -> Int[Tensor, "#B 1"]:
-    """Version of `positions_in` for the position `index` alone."""
-    position = torch.full((1, 1), index, device=device)
-    return position if segment_starts is None else position - segment_starts[:, None]
+def positions_at(
+    index: Index, shape: torch.Size, segment_starts: Int[Tensor, "B T"] | None, device: torch.device
+) -> Int[Tensor, "B T"]:
+    """Version of `positions_in` for T positions of each row from `index` on."""
+    positions = positions_from(index, shape[1], device).expand(shape)
+    return positions if segment_starts is None else positions - segment_starts

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
+from bytelm_torch.layers.caches import Index
 from bytelm_torch.layers.embedding import sinusoids
 from bytelm_torch.layers.ids import check_ids
 from bytelm_torch.layers.logits import LogitsLinear
@@ -21,7 +22,7 @@ from bytelm_torch.models import blt_decoding, patching
 from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
-from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
+from bytelm_torch.models.interface import ByteModel, ModelOutput
 
 
 class BLT(ByteModel, nn.Module):
@@ -132,7 +133,7 @@ class BLT(ByteModel, nn.Module):
 
     # Cached decoding: `models.blt_decoding`.
 
-    def init_cache(self, batch: int, length: int) -> BLTCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> BLTCache:
         """An empty cache for sequences of up to `length` bytes."""
         return blt_decoding.init_cache(self, batch, length)
 
@@ -143,14 +144,20 @@ class BLT(ByteModel, nn.Module):
         """
         return blt_decoding.prefill(self, ids, cache)
 
-    def decode_round(
-        self, cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
-    ) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (ignored at first).
+    def extend(
+        self, before: Integer[Tensor, "B T"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], BLTCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `choose(logits [B, V], 0)` gives its ids [B].
+        `before` holds the byte before each (ignored before the first).
         """
-        return blt_decoding.decode_round(self, cache, previous, index, choose)
+        return blt_decoding.extend(self, before, cache, index)
+
+    def draft(
+        self, before: Integer[Tensor, "B 1"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Tensor, "B 1 V"], BLTCache]:
+        """As `extend` for one byte, by the local stacks alone: cheap, and a guess."""
+        return blt_decoding.draft(self, before, cache, index)
 
     def histograms(
         self,

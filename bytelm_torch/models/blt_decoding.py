@@ -15,20 +15,20 @@ from torch import Tensor
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
-from bytelm_torch.layers.ids import as_ids
+from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
 from bytelm_torch.layers.ngram import ngram_rows
-from bytelm_torch.layers.transformer import Caches, position_in
+from bytelm_torch.layers.segments import segment_max, segment_sum
+from bytelm_torch.layers.transformer import Caches, positions_at
 from bytelm_torch.models import patching
 from bytelm_torch.models.entropy import (
     empty_segment_starts,
     entropy,
+    extend_shifted,
     segment_starts_of,
     shift_right,
     write_prefix,
-    write_segment_start,
     write_segment_starts,
 )
-from bytelm_torch.models.interface import Choose
 
 if TYPE_CHECKING:
     from bytelm_torch.models.blt import BLT
@@ -132,40 +132,82 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
     return cache
 
 
-def decode_round(
-    model: "BLT", cache: BLTCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
-) -> tuple[BLTCache, Int[Tensor, "B 1"]]:
-    """Runs the local stacks on one byte, and the global transformer if a patch ends with it."""
-    byte, segment_start = write_segment_start(previous, index, cache.segment_starts, model.config)
-    recent = _remember(model.config, cache, byte, index, segment_start)
-    ends, number, first = _mark(model, cache, byte, recent, index, segment_start)
+def extend(
+    model: "BLT", before: Integer[Tensor, "B T"], cache: BLTCache, index: Index
+) -> tuple[Float[Tensor, "B T V"], BLTCache]:
+    """Runs the local stacks on T bytes of each row, the global transformer where patches end."""
+    byte, starts = extend_shifted(before, index, cache.segment_starts, model.config)
+    recent = _remember(model.config, cache, byte, index, starts)
+    ends, numbers, first = _mark(model, cache, byte, recent, index, starts)
 
-    x = _embed_recent(model, byte, recent, index, segment_start)
-    x, _ = model.encoder.transformer.extend(x, cache.encoder, index, segment_start)
+    x = _embed_recent(model, byte, recent, index, starts)
+    x, _ = model.encoder.transformer.extend(x, cache.encoder, index, starts)
     new = model.encoder.cross_attention.keys_values(x)
-    cache.states[:, index] = x[:, 0]
-    cache.pooled.keys[:, index], cache.pooled.values[:, index] = (part[:, 0] for part in new)
-    _finish_patches(model, cache, ends, number, first, index)
-    memory = _newest(cache, torch.where(ends, number, number - 1), first)
-    x, _ = model.decoder.extend(x, memory, cache.decoder, index, segment_start)
-    chosen = as_ids(choose(model.to_logits(x)[:, 0], 0))
-    return cache, chosen[:, None]
+    write_at((cache.states, cache.pooled), (x, new), index)
+    _finish_patches(model, cache, _Ending(x, new, byte, ends, numbers, first, index))
+    newest = numbers.where(ends, numbers - 1)
+    return model.to_logits(_decode(model, cache, x, newest, first, index, starts)), cache
+
+
+def draft(
+    model: "BLT", before: Integer[Tensor, "B 1"], cache: BLTCache, index: Index
+) -> tuple[Float[Tensor, "B 1 V"], BLTCache]:
+    """As `extend` for one byte, but as if no patch ended after the last that `extend` has read.
+
+    The local stacks alone, which go on past the end of their patch: a guess at what follows.
+    """
+    byte, starts = extend_shifted(before, index, cache.segment_starts, model.config)
+    recent = _remember(model.config, cache, byte, index, starts)
+    number = read_at(cache.patches, index, 1)
+    write_at(cache.patches, number, index + 1)
+    x = _embed_recent(model, byte, recent, index, starts)
+    x, _ = model.encoder.transformer.extend(x, cache.encoder, index, starts)
+    first = None if starts is None else take_at(cache.patches, starts)
+    x = _decode(model, cache, x, number - 1, first, index, starts)
+    return model.to_logits(x), cache
+
+
+def _decode(
+    model: "BLT",
+    cache: BLTCache,
+    x: Tensor,
+    newest: Tensor,
+    first: Tensor | None,
+    index: Index,
+    segment_starts: Tensor | None,
+) -> Tensor:
+    """The decoder on byte states, each of which reads the patch numbered `newest`."""
+    if first is not None:
+        # A row in a segment that starts past the budget reads past the end, and so zeros.
+        capacity = cache.memory[0].keys.shape[1]
+        newest = newest.where(first < capacity, capacity)
+    memory = tuple(
+        KeyValueCache(*(take_at(part, newest) for part in pair)) for pair in cache.memory
+    )
+    x, _ = model.decoder.extend(x, memory, cache.decoder, index, segment_starts)
+    return x
 
 
 def _remember(
-    config: BLTConfig, cache: BLTCache, byte: Tensor, index: int, segment_start: Tensor | None
+    config: BLTConfig,
+    cache: BLTCache,
+    byte: Tensor,
+    index: Index,
+    segment_starts: Tensor | None,
 ) -> Tensor:
-    """Writes s_index; gives the ids of its segment that end there."""
-    span = patch_rules.look_back(config)
-    cache.ids[:, index + span - 1] = byte[:, 0]
-    recent = cache.ids[:, index : index + span]
-    if segment_start is not None:
-        positions = torch.arange(index + 1 - span, index + 1, device=byte.device)
-        recent = recent.where(positions >= segment_start[:, None], patch_rules.NO_BYTE)
+    """Writes the T bytes of s; gives the ids [B, T, N] that end at each of them."""
+    span, count = patch_rules.look_back(config), byte.shape[1]
+    write_at(cache.ids, byte, index + span - 1)
+    recent = read_at(cache.ids, index, span + count - 1).unfold(1, span, 1)
+    if segment_starts is not None:
+        behind = positions_from(index, count, byte.device)[..., None]
+        behind = behind + torch.arange(1 - span, 1, device=byte.device)
+        recent = recent.where(behind >= segment_starts[..., None], patch_rules.NO_BYTE)
     if config.reads_histograms:
-        values = patching.to_bytes(recent[:, -patch_rules.WINDOWS[-1] :], config.vocab)
+        values = patching.to_bytes(recent[..., -patch_rules.WINDOWS[-1] :], config.vocab)
         entropies = patching.histogram_entropy(values)
-        cache.histograms[:, index] = entropies.where(byte[:, 0] != config.vocab.pad_id, 0)
+        entropies = entropies.masked_fill(byte == config.vocab.pad_id, 0)
+        write_at(cache.histograms, entropies, index)
     return recent
 
 
@@ -174,102 +216,157 @@ def _mark(
     cache: BLTCache,
     byte: Tensor,
     recent: Tensor,
-    index: int,
-    segment_start: Tensor | None,
+    index: Index,
+    segment_starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Writes the patch of the next byte; gives whether a patch ends here, and its number.
+    """Writes the patch of each next byte; gives whether a patch ends at each of T, and its number.
 
-    Also gives the number of the segment's first patch, if the model resets.
+    Also gives the number of the first patch of each one's segment, if the model resets.
     """
-    c, capacity = model.config, cache.memory[0].keys.shape[1]
+    c, capacity, (batch, count) = model.config, cache.memory[0].keys.shape[1], byte.shape
     entropies = summed = None
     if c.patcher == "entropy":
-        logits, _ = model.patcher.extend(byte, cache.patcher, index, segment_start)
+        logits, _ = model.patcher.predict_next(byte, cache.patcher, index, segment_starts)
         entropies = entropy(logits)
-    number = cache.patches[:, index]
-    position, first = torch.full_like(number, index), None
-    if segment_start is not None:
-        # A segment starts with a patch, whatever the patcher decided before it.
-        is_segment_start = (cache.patches[:, max(index - 1, 0)] + 1).clamp(max=capacity)
-        number = torch.where((segment_start == index) & (index > 0), is_segment_start, number)
-        cache.patches[:, index] = number
-        first = cache.patches.gather(1, segment_start[:, None])[:, 0]
-        position = position - segment_start
+    positions = positions_from(index, count, byte.device).expand(batch, -1)
+    inside = positions if segment_starts is None else positions - segment_starts
+    values = patching.to_bytes(recent[..., -patch_rules.CONTEXT :], c.vocab)
+    number = read_at(cache.patches, index, 1)[:, 0]
+    before = take_at(cache.patches, (positions[:, :1] - 1).clamp(min=0))[:, 0]
     if c.patcher == "histogram":
-        mask = _in_patch(cache, number, index)
-        summed = cache.histograms.where(mask, 0).sum(dim=1)
-    values = patching.to_bytes(recent[:, -patch_rules.CONTEXT :], c.vocab)
-    starts = patching.boundary_after(c, values, position, entropies, summed) | (position == 0)
-    ends = starts & (byte[:, 0] != c.vocab.pad_id) & (number < capacity)
-    cache.patches[:, index + 1] = number + ends
-    return ends, number, first
+        in_patch = _in_patch(cache, number, positions[:, 0] - 1)
+        # What the patch has before the first of the T bytes, if that byte starts no segment.
+        summed = cache.histograms.where(in_patch, 0).sum(dim=1)
+    new = read_at(cache.histograms, index, count) if summed is not None else None
+    numbers, ends = [], []
+    for t in range(count):
+        if segment_starts is not None:
+            # A segment starts with a patch, whatever the patcher decided before it.
+            starts = (inside[:, t] == 0) & (positions[:, t] > 0)
+            next_one = (before + 1).clamp(max=capacity)
+            if summed is not None:
+                summed = summed.masked_fill(starts & (number == before), 0)
+            number = next_one.where(starts, number)
+        entropy_t = None if entropies is None else entropies[:, t]
+        if summed is not None and new is not None:
+            summed = summed + new[:, t]
+        after = patching.boundary_after(c, values[:, t], inside[:, t], entropy_t, summed)
+        after = (after | (inside[:, t] == 0)) & (byte[:, t] != c.vocab.pad_id)
+        ended = after & (number < capacity)
+        numbers.append(number)
+        ends.append(ended)
+        before, number = number, number + ended
+        if summed is not None:
+            summed = summed.masked_fill(ended, 0)
+    all_numbers = torch.stack([*numbers, number], dim=1)
+    write_at(cache.patches, all_numbers, index)
+    first = None if segment_starts is None else take_at(cache.patches, segment_starts)
+    return torch.stack(ends, dim=1), all_numbers[:, :-1], first
 
 
-def _finish_patches(
-    model: "BLT", cache: BLTCache, ends: Tensor, number: Tensor, first: Tensor | None, index: int
-) -> None:
-    """Runs the patches that end here, if any, through the global transformer."""
-    if not ends.any():
+class _Ending(NamedTuple):
+    """T new bytes of each row, whose patches may end among them."""
+
+    states: Tensor
+    """[B, T, D], and their keys and values for pooling."""
+    pooled: KeyValueCache
+    byte: Tensor
+    ends: Tensor
+    """Whether a patch ends at each byte [B, T], the number of its patch and its segment's first."""
+    numbers: Tensor
+    first: Tensor | None
+    start: Index
+
+
+def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> None:
+    """Runs the patches that end here, if any, through the global transformer.
+
+    T bytes end at most T patches, numbered from that of the first byte on. Those that end later
+    than the first began among these bytes, so only the first reads the cache.
+    """
+    if not new.ends.any():
         return
-    mask = _in_patch(cache, number, index)
-    patch = model.widen(model.encoder.pool_one(cache.states, cache.pooled, mask))
-    patch_entropy = _patch_entropy_of(model.config, cache, mask, patch.dtype)
-    patch, layers = model.global_transformer.extend_rows(
-        patch, cache.global_layers, number, patch_entropy, first
+    number, count = new.numbers[:, 0], new.ends.shape[1]
+    slots = positions_from(number, count)
+    is_slot = new.numbers[:, None, :] == slots[:, :, None]
+    ended = (is_slot & new.ends[:, None, :]).any(dim=2)
+    first = None
+    if new.first is not None:
+        first = new.first[:, None, :].where(is_slot, 0).amax(dim=2)
+    patches = _pool(model, cache, new)
+    patch_entropy = _patch_entropy_of(model.config, cache, new, patches.dtype)
+    patches, layers = model.global_transformer.extend_rows(
+        model.widen(patches), cache.global_layers, number, patch_entropy, first
     )
-    vectors = model.decoder.split(patch)[:, 0]
-    memory = [cross.keys_values(vectors) for cross in model.decoder.cross_attentions]  # pyright: ignore
-    rows = ends.nonzero()[:, 0]
-    slot = number[rows]
-    pairs = zip((*cache.global_layers, *cache.memory), (*layers, *memory), strict=True)
-    for buffers, new_values in pairs:
-        for old, new in zip(buffers, new_values, strict=True):
-            old[rows, slot] = new[rows].to(old.dtype)  # narrower than the cache under autocast
+    vectors = model.decoder.split(patches)
+    memory = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)  # pyright: ignore
+    # A slot past the end is dropped: a patch that goes on writes nothing.
+    at = slots.where(ended, cache.memory[0].keys.shape[1])
+    write_at((cache.global_layers, cache.memory), (layers, memory), at)
     cache.global_calls.add_(1)
 
 
-def _newest(cache: BLTCache, newest: Tensor, first: Tensor | None) -> Caches:
-    """Keys and values of the patch `newest` of each row, zeros if its segment has none yet."""
-    rows = torch.arange(newest.shape[0], device=newest.device)
-    newest_caches = (KeyValueCache(*(part[rows, newest] for part in pair)) for pair in cache.memory)
-    if first is None:
-        return tuple(newest_caches)
-    # A segment that starts past the budget has no patch of its own.
-    past = (first >= cache.memory[0].keys.shape[1])[:, None, None, None]
-    return tuple(
-        KeyValueCache(*(part.masked_fill(past, 0) for part in pair)) for pair in newest_caches
-    )
+def _pool(model: "BLT", cache: BLTCache, new: _Ending) -> Float[Tensor, "B T W"]:
+    """The patches from that of the first byte on, the first of all its bytes in the cache."""
+    first, count = _first_patch(cache, new), new.ends.shape[1]
+    patches = model.encoder.pool_one(cache.states, cache.pooled, first)
+    if count == 1:
+        return patches
+    queries = segment_max(new.states, _later_patch(new), count - 1)
+    later = model.encoder.pool_cached(queries, new.pooled, _later_patch(new))
+    return torch.cat([patches, later], dim=1)
 
 
-def _in_patch(cache: BLTCache, number: Tensor, index: int) -> Bool[Tensor, "B L"]:
+def _first_patch(cache: BLTCache, new: _Ending) -> Bool[Tensor, "B L"]:
+    """The positions of the patch of the first of the new bytes, up to the last of these."""
+    count = new.ends.shape[1]
+    last = positions_from(new.start, count, new.ends.device)[:, -1]
+    return _in_patch(cache, new.numbers[:, 0], last)
+
+
+def _later_patch(new: _Ending) -> Int[Tensor, "B T"]:
+    """The patch of each new byte, counted from the second; T − 1 for those of the first."""
+    later = new.numbers - new.numbers[:, :1] - 1
+    return later.where(later >= 0, later.shape[1] - 1)
+
+
+def _in_patch(cache: BLTCache, number: Tensor, index: Tensor) -> Bool[Tensor, "B L"]:
     """The positions up to `index` that belong to the patch `number` of each row."""
     positions = torch.arange(cache.states.shape[1], device=number.device)[None, :]
-    return (cache.patches[:, :-1] == number[:, None]) & (positions <= index)
+    return (cache.patches[:, :-1] == number[:, None]) & (positions <= index[:, None])
 
 
 def _patch_entropy_of(
-    config: BLTConfig, cache: BLTCache, mask: Tensor, dtype: torch.dtype
-) -> Float[Tensor, "B 1"] | None:
-    """`BLT.patch_entropy` for one patch per row; `mask` selects its bytes from the cached ones."""
+    config: BLTConfig, cache: BLTCache, new: _Ending, dtype: torch.dtype
+) -> Float[Tensor, "B T"] | None:
+    """`BLT.patch_entropy` of the patches of `_pool`."""
     if not config.entropy_attention:
         return None
-    wide = torch.promote_types(dtype, torch.float32)
+    wide, count = torch.promote_types(dtype, torch.float32), new.ends.shape[1]
     ids = cache.ids[:, patch_rules.look_back(config) - 1 :]
+    mask = _first_patch(cache, new)
     real = mask & (patching.to_bytes(ids, config.vocab) >= 0)
-    total = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
-    count = real.sum(dim=1, keepdim=True).clamp(min=1).to(wide)
-    return total / (patch_rules.MOST * count)
+    bits = cache.histograms.to(wide).where(mask, 0).sum(dim=1, keepdim=True)
+    counted = real.sum(dim=1, keepdim=True).to(wide)
+    if count > 1:
+        histograms = read_at(cache.histograms, new.start, count).to(wide)
+        is_byte = (patching.to_bytes(new.byte, config.vocab) >= 0).to(wide)
+        both = torch.stack([histograms, is_byte], dim=-1)
+        later = segment_sum(both, _later_patch(new), count - 1)
+        bits = torch.cat([bits, later[..., 0]], dim=1)
+        counted = torch.cat([counted, later[..., 1]], dim=1)
+    return bits / (patch_rules.MOST * counted.clamp(min=1))
 
 
 def _embed_recent(
-    model: "BLT", byte: Tensor, recent: Tensor, index: int, segment_start: Tensor | None
+    model: "BLT", byte: Tensor, recent: Tensor, index: Index, segment_starts: Tensor | None
 ) -> Tensor:
-    """`BLT.embed` for one position, given the ids that end there, −1 before the first."""
+    """`BLT.embed` for T positions, given the ids that end at each, −1 before the first."""
     x, c = model.encoder.embed(byte), model.config
-    position = position_in(index, segment_start, x.device)
+    position = positions_at(index, byte.shape, segment_starts, x.device)
     if not c.ngram_tables:
         return model.add_positions(x, position)
-    grams = recent.clamp(min=0)[:, None, -max(c.ngram_sizes) :]
+    grams = recent.clamp(min=0)[..., -max(c.ngram_sizes) :]
     inside = (byte != c.vocab.pad_id)[..., None]
     rows = ngram_rows(grams, c).where(inside, c.ngram_tables * c.ngram_rows)
     return model.add_positions(model.add_ngrams(x, rows), position)

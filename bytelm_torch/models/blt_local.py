@@ -11,13 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.caches import Index
 from bytelm_torch.layers.cross_attention import CrossAttention
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.ngram import NgramEmbedding
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.segments import segment_max
-from bytelm_torch.layers.transformer import Caches, Transformer, position_in, positions_in
+from bytelm_torch.layers.transformer import Caches, Transformer, positions_at, positions_in
 
 
 def bias_free(inputs: int, outputs: int, kind: type[nn.Linear] = nn.Linear) -> nn.Linear:
@@ -48,9 +49,8 @@ class Encoder(nn.Module):
         self, states: Float[Tensor, "B T D"], patch_of: Int[Tensor, "B T"], count: int
     ) -> tuple[Float[Tensor, "B {count} W"], KeyValueCache]:
         """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
-        queries = self._split(self.to_queries(segment_max(states, patch_of, count)))
-        pooled, cache = self.cross_attention.pool(queries, states, patch_of)
-        return pooled.flatten(2), cache
+        cache = self.cross_attention.keys_values(states)
+        return self.pool_cached(segment_max(states, patch_of, count), cache, patch_of), cache
 
     def pool_one(
         self, states: Float[Tensor, "B L D"], cache: KeyValueCache, mask: Bool[Tensor, "B L"]
@@ -59,6 +59,13 @@ class Encoder(nn.Module):
         top = states.masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
         pooled = self.cross_attention.pool_one(self._split(self.to_queries(top)), cache, mask)
         return pooled.flatten(1)[:, None]
+
+    def pool_cached(
+        self, top: Float[Tensor, "B N D"], cache: KeyValueCache, patch_of: Int[Tensor, "B T"]
+    ) -> Float[Tensor, "B N W"]:
+        """Version of `pool` given the maxima of the patches and the bytes' keys and values."""
+        queries = self._split(self.to_queries(top))
+        return self.cross_attention.pool_cached(queries, cache, patch_of).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.queries, -1))
@@ -105,17 +112,20 @@ class Decoder(nn.Module):
 
     def extend(
         self,
-        x: Float[Tensor, "B 1 D"],
+        x: Float[Tensor, "B T D"],
         memory: Caches,
         caches: Caches,
-        index: int,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B 1 D"], Caches]:
-        """Cached version of `forward` at `index`; `memory` is one patch per row, [B, M, G, K]."""
-        rope = self.transformer.rope(position_in(index, segment_starts, x.device), x.dtype)
-        written = []
+        index: Index,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Caches]:
+        """Cached version of `forward` for T positions of each row, from `index` on.
+
+        `memory` is the patch that each of them reads, [B, T, M, G, K].
+        """
+        positions, written = positions_at(index, x.shape[:2], segment_starts, x.device), []
+        rope = self.transformer.rope(positions, x.dtype)
         for (cross, layer), vectors, cache in zip(self._layers(), memory, caches, strict=True):
-            x, cache = layer.extend(cross.read_one(x, vectors), rope, cache, index, segment_starts)
+            x, cache = layer.extend(cross.read_each(x, vectors), rope, cache, index, segment_starts)
             written.append(cache)
         return self.norm(x), tuple(written)
 

@@ -13,15 +13,16 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import EntropyConfig, ModelConfig
+from bytelm_torch.layers.caches import Index, positions_from, write_at
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import RMSNorm
-from bytelm_torch.layers.resets import ends_segment, find_segment_starts
+from bytelm_torch.layers.resets import extend_segment_starts, find_segment_starts
 from bytelm_torch.layers.transformer import Caches, Transformer
 from bytelm_torch.models import patching
-from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
+from bytelm_torch.models.interface import ByteModel, ModelOutput
 
 
 class EntropyCache(NamedTuple):
@@ -95,7 +96,7 @@ class EntropyModel(ByteModel, nn.Module):
 
     # Cached decoding: one round is one byte.
 
-    def init_cache(self, batch: int, length: int) -> EntropyCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> EntropyCache:
         """An empty cache for sequences of up to `length` bytes."""
         weight = self.to_logits.weight
         layers = self.transformer.empty_caches(batch, length, weight.dtype)
@@ -113,29 +114,27 @@ class EntropyModel(ByteModel, nn.Module):
         write_prefix(cache.layers, written)
         return cache
 
-    def decode_round(
-        self, cache: EntropyCache, previous: Integer[Tensor, "B 1"], index: int, choose: Choose
-    ) -> tuple[EntropyCache, Int[Tensor, "B 1"]]:
-        """Appends byte number `index`; `previous` is the byte before it (ignored at first)."""
-        byte, segment_start = write_segment_start(
-            previous, index, cache.segment_starts, self.config
-        )
-        logits, _ = self.extend(byte, cache.layers, index, segment_start)
-        return cache, as_ids(choose(logits, 0))[:, None]
-
     def extend(
-        self,
-        shifted: Int[Tensor, "B 1"],
-        caches: Caches,
-        index: int,
-        segment_starts: Int[Tensor, " B"] | None = None,
-    ) -> tuple[Float[Tensor, "B V"], Caches]:
-        """Cached version of `predict`: logits of the byte after position `index` of s.
+        self, before: Integer[Tensor, "B T"], cache: EntropyCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], EntropyCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `segment_start` is the start of each row's segment.
+        `before` holds the byte before each (ignored before the first).
         """
+        shifted, segment_starts = extend_shifted(before, index, cache.segment_starts, self.config)
+        logits, _ = self.predict_next(shifted, cache.layers, index, segment_starts)
+        return logits, cache
+
+    def predict_next(
+        self,
+        shifted: Int[Tensor, "B T"],
+        caches: Caches,
+        index: Index,
+        segment_starts: Int[Tensor, "B T"] | None = None,
+    ) -> tuple[Float[Tensor, "B T V"], Caches]:
+        """Cached version of `predict` for T positions of each row of s, from `index` on."""
         x, caches = self.transformer.extend(self.embed(shifted), caches, index, segment_starts)
-        return self.to_logits(self.norm(x))[:, 0], caches
+        return self.to_logits(self.norm(x)), caches
 
 
 def entropy(logits: Float[Tensor, "*batch V"]) -> Float[Tensor, "*batch"]:
@@ -180,25 +179,24 @@ def write_segment_starts(
     return buffer
 
 
-def write_segment_start(
-    previous: Integer[Tensor, "B 1"],
-    index: int,
-    segment_starts: Int[Tensor, "B M"],
+def extend_shifted(
+    before: Integer[Tensor, "B T"],
+    index: Index,
+    buffer: Int[Tensor, "B M"],
     config: ModelConfig,
-) -> tuple[Int[Tensor, "B 1"], Int[Tensor, " B"] | None]:
-    """Begins round `index`: writes `segment_starts`; gives the byte to feed and the segment start.
+) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"] | None]:
+    """Cached version of `shift_right` for T positions of each row, from `index` on.
 
-    The byte to feed, s_index, is `previous`, or BOS in the first round and where a segment starts.
-    The segment start is None if the model does not reset.
+    Also gives the segment starts of the T positions, which are written to `buffer`; None if the
+    model does not reset.
     """
-    previous = as_ids(previous)
-    bos = torch.full_like(previous, config.vocab.bos_id)
+    before = as_ids(before)
+    positions, bos = positions_from(index, before.shape[1], before.device), config.vocab.bos_id
     if config.reset_on == "none":
-        return bos if index == 0 else previous, None
-    is_segment_start = ends_segment(previous[:, 0], config.vocab, config.reset_on) | (index == 0)
-    segment_start = segment_starts[:, max(index - 1, 0)].masked_fill(is_segment_start, index)
-    segment_starts[:, index] = segment_start
-    return bos.where(is_segment_start[:, None], previous), segment_start
+        return before.masked_fill(positions == 0, bos), None
+    starts = extend_segment_starts(before, index, buffer, config.vocab, config.reset_on)
+    write_at(buffer, starts, index)
+    return before.masked_fill(starts == positions, bos), starts
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Bool, Float, Int, Integer
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bytelm.config import PatchingContract
 from bytelm.lora import LoRA
+from bytelm_torch.layers.caches import Index, read_at, write_at
 from bytelm_torch.layers.ids import as_ids
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -49,14 +50,14 @@ class ByteModel:
     @property
     def has_cached_decoding(self) -> bool:
         """Whether the model decodes from a cache of its own."""
-        return type(self).decode_round is not ByteModel.decode_round
+        return type(self).extend is not ByteModel.extend
 
     @property
     def round_length(self) -> int:
         """Bytes that one call of `decode_round` appends."""
         return 1
 
-    def init_cache(self, batch: int, length: int) -> Any:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Any:
         """Room for the ids of sequences of up to `length` bytes."""
         model: Any = self
         device = next(model.parameters()).device
@@ -64,20 +65,29 @@ class ByteModel:
 
     def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
         """Writes a prompt, which may be padded: later rounds overwrite the padding."""
-        cache[:, 1 : 1 + ids.shape[1]] = ids
-        return cache
+        return write_at(cache, ids, 1)
+
+    def extend(
+        self, before: Integer[Tensor, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], Any]:
+        """Logits of T bytes of each row, which no id from there on changes, and the new cache."""
+        count, model = before.shape[1], cast(Any, self)
+        cache = write_at(cache, before, index)
+        known = cache[:, 1 : index + count + 1] if isinstance(index, int) else cache[:, 1:]
+        return read_at(model(known), index, count), cache
 
     def decode_round(
-        self, cache: Any, previous: Integer[Tensor, "B P"], index: int, choose: Choose
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: Index, choose: Choose
     ) -> tuple[Any, Int[Tensor, "B P"]]:
-        """Appends byte number `index`, whose logits no id from there on changes."""
-        cache[:, index] = previous[:, 0]
-        model: Any = self
-        logits = model(cache[:, 1 : index + 2])[:, index]
-        return cache, as_ids(choose(logits, 0))[:, None]
+        """Appends byte number `index`, of all rows or of each; `previous` is the byte before it.
+
+        `choose(logits [B, V], 0)` gives its ids [B].
+        """
+        logits, cache = self.extend(previous, cache, index)
+        return cache, as_ids(choose(logits[:, 0], 0))[:, None]
 
     def start_round(
-        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: Index
     ) -> tuple[Any, Any, Int[Tensor, " B"]]:
         """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
 
@@ -126,8 +136,11 @@ class Decoder(Protocol):
         """Bytes that one call of `decode_round` appends."""
         ...
 
-    def init_cache(self, batch: int, length: int) -> Any:
-        """An empty cache for sequences of up to `length` bytes."""
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Any:
+        """An empty cache for sequences of up to `length` bytes.
+
+        Only one made `by_byte` serves `extend` where a round is several bytes.
+        """
         ...
 
     def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
@@ -139,13 +152,27 @@ class Decoder(Protocol):
         ...
 
     def decode_round(
-        self, cache: Any, previous: Integer[Tensor, "B P"], index: int, choose: Choose
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: Index, choose: Choose
     ) -> tuple[Any, Int[Tensor, "B P"]]:
-        """Appends round number `index`; `previous` holds the round before it (pads at first)."""
+        """Appends round number `index`, of all rows or of each.
+
+        `previous` holds the round before it (pads at first).
+        """
+        ...
+
+    def extend(
+        self, before: Integer[Tensor, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], Any]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
+
+        `before` holds the byte before each of them (anything before the first). All that is
+        kept by position, so a caller may go back to an earlier index: what was written from there
+        on is overwritten before it is read.
+        """
         ...
 
     def start_round(
-        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: Index
     ) -> tuple[Any, Any, Int[Tensor, " B"]]:
         """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
 

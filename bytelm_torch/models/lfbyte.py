@@ -29,6 +29,7 @@ from bytelm_torch.layers.adaptive import (
     extend_running_mean,
     running_mean,
 )
+from bytelm_torch.layers.caches import Index, positions_from, write_at
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, sinusoidal_positions, sinusoids
 from bytelm_torch.layers.experts import MixtureOfExperts, Routing
@@ -36,12 +37,12 @@ from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.logits import LogitsLinear
 from bytelm_torch.layers.norm import LayerNorm
 from bytelm_torch.layers.resets import (
-    ends_segment,
+    extend_segment_starts,
     find_segment_starts,
     pad_segment_starts,
     position_in_segment,
 )
-from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
+from bytelm_torch.models.interface import ByteModel, ModelOutput
 
 
 class LayerCache(NamedTuple):
@@ -94,11 +95,12 @@ class LFByteLayer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         cache: LayerCache,
-        index: int,
+        index: Index | None,
         segment_positions: Int[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], LayerCache]:
-        """Cached version of `forward`: one position at `index`, or T positions from 0 on."""
-        context, sums = extend_running_mean(x, cache.sums, index, segment_positions)
+        """Cached version of `forward`: T positions of each row from `index` on; None: from 0."""
+        start = 0 if index is None else index
+        context, sums = extend_running_mean(x, cache.sums, start, segment_positions)
         a = self.featurizer(context)
         mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
         x, _ = self._at_each_position(self._join(x, mixed), a)
@@ -160,7 +162,7 @@ class LFByteTransformer(ByteModel, nn.Module):
         segment_positions = None
         if c.reset_on != "none":
             segment_positions = position_in_segment(find_segment_starts(ids, c.vocab, c.reset_on))
-        x = self._embed(self._shift(ids) if c.causal else ids, 0, segment_positions)
+        x = self._embed(self._shift(ids) if c.causal else ids, None, segment_positions)
         routings = []
         for layer in self.layers:
             again = functools.partial(checkpoint, layer, use_reentrant=False)
@@ -177,7 +179,7 @@ class LFByteTransformer(ByteModel, nn.Module):
 
     # Cached decoding: one round is one byte, and its cost does not depend on the context's length.
 
-    def init_cache(self, batch: int, length: int) -> LFByteCache:
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> LFByteCache:
         """An empty cache for sequences of up to `length` bytes."""
         if not self.config.causal:
             raise ValueError("causal=False: this model sees later bytes; generate with causal=True")
@@ -196,30 +198,32 @@ class LFByteTransformer(ByteModel, nn.Module):
         ids, segment_positions = as_ids(ids), None
         if cache.segment_starts is not None:
             segment_starts = find_segment_starts(ids, self.config.vocab, self.config.reset_on)
-            cache.segment_starts[:, : ids.shape[1]] = segment_starts
+            write_at(cache.segment_starts, segment_starts, 0)
             segment_positions = position_in_segment(segment_starts)
-        _, cache = self._extend(self._shift(ids), cache, 0, segment_positions)
+        _, cache = self._extend(self._shift(ids), cache, None, segment_positions)
         return cache
 
-    def decode_round(
-        self, cache: LFByteCache, previous: Integer[Tensor, "B P"], index: int, choose: Choose
-    ) -> tuple[LFByteCache, Int[Tensor, "B P"]]:
-        """Appends byte number `index`; `previous` is the byte before it (pad for the first).
+    def extend(
+        self, before: Integer[Tensor, "B T"], cache: LFByteCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], LFByteCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
-        `choose(logits [B, V], 0)` gives its ids [B].
+        `before` holds the byte before each (ignored before the first).
         """
-        previous, segment_positions = as_ids(previous), None
+        before, segment_positions = as_ids(before), None
+        positions = positions_from(index, before.shape[1], before.device)
+        before = before.masked_fill(positions == 0, self.config.vocab.pad_id)
         if cache.segment_starts is not None:
-            last = cache.segment_starts[:, max(index - 1, 0)].long()[:, None]
-            is_segment_start = ends_segment(previous, self.config.vocab, self.config.reset_on)
-            segment_starts = torch.where(is_segment_start, index, last) if index else last
-            cache.segment_starts[:, index] = segment_starts[:, 0]
-            segment_positions = index - segment_starts
-        x, cache = self._extend(previous, cache, index, segment_positions)
-        return cache, as_ids(choose(self._to_logits(x)[:, 0], 0))[:, None]
+            segment_starts = extend_segment_starts(
+                before, index, cache.segment_starts, self.config.vocab, self.config.reset_on
+            )
+            write_at(cache.segment_starts, segment_starts, index)
+            segment_positions = positions - segment_starts
+        x, cache = self._extend(before, cache, index, segment_positions)
+        return self._to_logits(x), cache
 
     def _extend(
-        self, ids: Tensor, cache: LFByteCache, index: int, segment_positions: Tensor | None
+        self, ids: Tensor, cache: LFByteCache, index: Index | None, segment_positions: Tensor | None
     ) -> tuple[Tensor, LFByteCache]:
         x, written = self._embed(ids, index, segment_positions), []
         for layer, past in zip(self.layers, cache.layers, strict=True):
@@ -231,17 +235,18 @@ class LFByteTransformer(ByteModel, nn.Module):
         """Shifts ids by one position; a pad enters, the last position drops out."""
         return F.pad(ids, (1, 0), value=self.config.vocab.pad_id)[:, : ids.shape[1]]
 
-    def _embed(self, ids: Tensor, start: int, segment_positions: Tensor | None) -> Tensor:
-        """Embeds preceding bytes, [B, T, D], with positions from `start` or within segments."""
+    def _embed(self, ids: Tensor, start: Index | None, segment_positions: Tensor | None) -> Tensor:
+        """Embeds preceding bytes, [B, T, D], with positions from `start` (0) or in segments."""
         if segment_positions is not None:
             embedded = self.embed(
                 pad_segment_starts(ids, segment_positions, self.config.vocab.pad_id)
             )
             return embedded + sinusoids(segment_positions, self.config.embed_dim, embedded.dtype)
-        embedded = self.embed(ids)
-        return embedded + sinusoidal_positions(
-            start, ids.shape[1], self.config.embed_dim, embedded.dtype, embedded.device
-        )
+        embedded, dim = self.embed(ids), self.config.embed_dim
+        if start is not None:
+            positions = positions_from(start, ids.shape[1], ids.device)
+            return embedded + sinusoids(positions, dim, embedded.dtype)
+        return embedded + sinusoidal_positions(0, ids.shape[1], dim, embedded.dtype, ids.device)
 
     def _to_logits(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, V]; the columns that only pad the product are cut off."""

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bytelm.config import MegabyteConfig
 from bytelm_torch.layers.attention import KeyValueCache, MultiQueryAttention, Scope
+from bytelm_torch.layers.caches import Index
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_torch.layers.feedforward import FeedForward
@@ -30,7 +31,7 @@ from bytelm_torch.layers.resets import (
 )
 from bytelm_torch.models import megabyte_decoding
 from bytelm_torch.models.interface import ByteModel, Choose, ModelOutput
-from bytelm_torch.models.megabyte_decoding import MegabyteCache, ResetCache
+from bytelm_torch.models.megabyte_decoding import ByteCache, Cache
 
 
 class Block(nn.Module):
@@ -52,7 +53,7 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         cache: KeyValueCache,
-        index: int,
+        index: Index | Int[Tensor, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Cached version of `forward`: T positions from `index` on attend to `cache`.
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         caches: tuple[KeyValueCache, ...],
-        index: int,
+        index: Index | Int[Tensor, "B T"],
         scope: Scope | None = None,
     ) -> tuple[Float[Tensor, "B T D"], tuple[KeyValueCache, ...]]:
         """Cached version of `forward`: T positions from `index` on attend to `caches`.
@@ -198,13 +199,11 @@ class Megabyte(ByteModel, nn.Module):
         """Bytes that one call of `decode_round` appends."""
         return self.config.patch_size if self.config.reset_on == "none" else 1
 
-    def init_cache(self, batch: int, length: int) -> MegabyteCache | ResetCache:
-        """An empty cache for sequences of up to `length` bytes."""
-        return megabyte_decoding.init_cache(self, batch, length)
+    def init_cache(self, batch: int, length: int, by_byte: bool = False) -> Cache:
+        """An empty cache for sequences of up to `length` bytes; `by_byte` for `extend`."""
+        return megabyte_decoding.init_cache(self, batch, length, by_byte)
 
-    def prefill(
-        self, ids: Integer[Tensor, "B T"], cache: MegabyteCache | ResetCache
-    ) -> MegabyteCache | ResetCache:
+    def prefill(self, ids: Integer[Tensor, "B T"], cache: Cache) -> Cache:
         """Writes the rounds of `ids` into an empty cache in one pass.
 
         Rows past the true prompt may hold anything: a later round writes them before it reads them.
@@ -213,19 +212,31 @@ class Megabyte(ByteModel, nn.Module):
 
     def decode_round(
         self,
-        cache: MegabyteCache | ResetCache,
+        cache: Cache,
         previous: Integer[Tensor, "B P"],
-        index: int,
+        index: Index,
         choose: Choose,
-    ) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
+    ) -> tuple[Cache, Int[Tensor, "B P"]]:
         """Appends round number `index`; `previous` is the round before it (pads for the first).
 
         `choose(logits [B, V], i)` gives the ids [B] of the round's byte i.
         """
+        if isinstance(cache, ByteCache):
+            return super().decode_round(cache, previous, index, choose)
         return megabyte_decoding.decode_round(self, cache, previous, index, choose)
 
+    def extend(
+        self, before: Integer[Tensor, "B T"], cache: ByteCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], ByteCache]:
+        """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
+
+        `before` holds the byte before each (ignored before the first); the cache is one made
+        `by_byte`, or that of a model that resets.
+        """
+        return megabyte_decoding.extend(self, before, cache, index)
+
     def start_round(
-        self, cache: Any, previous: Integer[Tensor, "B P"], index: int
+        self, cache: Any, previous: Integer[Tensor, "B P"], index: Index
     ) -> tuple[Any, Any, Int[Tensor, " B"]]:
         """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
 

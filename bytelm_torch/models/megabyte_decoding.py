@@ -6,7 +6,8 @@ positions of a cache, P bytes per patch, D width, K head width, V vocabulary. Th
 `bytelm_jax/models/megabyte_decoding.py`.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,16 @@ from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
 from bytelm_torch.layers.attention import KeyValueCache, Scope
+from bytelm_torch.layers.caches import (
+    Index,
+    in_each_row,
+    positions_from,
+    read_at,
+    take_at,
+    write_at,
+)
 from bytelm_torch.layers.ids import as_ids
-from bytelm_torch.layers.resets import ends_segment, find_segment_starts, lay_out, scope_of
+from bytelm_torch.layers.resets import extend_segment_starts, find_segment_starts, lay_out, scope_of
 from bytelm_torch.models.interface import Choose
 
 if TYPE_CHECKING:
@@ -35,8 +44,8 @@ class Round(NamedTuple):
     local: tuple[KeyValueCache, ...]
 
 
-class ResetCache(NamedTuple):
-    """The state of cached decoding with `reset_on`, where rows differ in their patch boundaries.
+class ByteCache(NamedTuple):
+    """The state of cached decoding byte by byte: with `reset_on`, or for drafts of any length.
 
     Everything is stored by position, so that later entries may hold anything. L positions, S = P −
     1 + L and I = P + L, including the padding in front.
@@ -51,19 +60,22 @@ class ResetCache(NamedTuple):
     ids: Int[Tensor, "B I"]
     """The ids, after P pads."""
     segment_starts: Int[Tensor, "B L"]
-    """Where the segment of each position starts."""
+    """Where the segment of each position starts; all 0 without `reset_on`."""
 
 
-def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | ResetCache:
-    """A `ResetCache` if the model resets within a row, otherwise a `MegabyteCache`."""
+Cache = MegabyteCache | ByteCache
+
+
+def init_cache(model: "Megabyte", batch: int, length: int, by_byte: bool) -> Cache:
+    """A `ByteCache` if the model resets within a row or if asked for, else a `MegabyteCache`."""
     model.check_length(length)
     patch, weight = model.config.patch_size, model.to_logits.weight
-    if model.config.reset_on == "none":
+    if model.config.reset_on == "none" and not by_byte:
         patches = -(-length // patch)
         return MegabyteCache(model.global_transformer.empty_caches(batch, patches, weight.dtype))
     capacity = length + patch - 1
     ids = torch.full((batch, patch + length), model.config.vocab.pad_id, device=weight.device)
-    return ResetCache(
+    return ByteCache(
         model.global_transformer.empty_caches(batch, length, weight.dtype),
         model.local_transformer.empty_caches(batch, capacity, weight.dtype),
         weight.new_zeros(batch, capacity, model.config.local_dim),
@@ -72,16 +84,14 @@ def init_cache(model: "Megabyte", batch: int, length: int) -> MegabyteCache | Re
     )
 
 
-def prefill(
-    model: "Megabyte", ids: Integer[Tensor, "B T"], cache: MegabyteCache | ResetCache
-) -> MegabyteCache | ResetCache:
+def prefill(model: "Megabyte", ids: Integer[Tensor, "B T"], cache: Cache) -> Cache:
     """Runs the prompt's patches through the global transformer.
 
     The local transformer's results are kept only with resets: otherwise a round is a whole patch,
     in which the local transformer starts empty.
     """
     ids = as_ids(ids)
-    if isinstance(cache, ResetCache):
+    if isinstance(cache, ByteCache):
         return _prefill_segments(model, ids, cache)
     patches = ids.reshape(ids.shape[0], -1, model.config.patch_size)
     inputs = model.global_input(model.shift(patches, axis=1), 0)
@@ -91,15 +101,13 @@ def prefill(
 
 def decode_round(
     model: "Megabyte",
-    cache: MegabyteCache | ResetCache,
+    cache: MegabyteCache,
     previous: Integer[Tensor, "B P"],
-    index: int,
+    index: Index,
     choose: Choose,
-) -> tuple[MegabyteCache | ResetCache, Int[Tensor, "B P"]]:
+) -> tuple[MegabyteCache, Int[Tensor, "B P"]]:
     """Runs the global transformer once, on the previous round, then the local one byte by byte."""
     previous = as_ids(previous)
-    if isinstance(cache, ResetCache):
-        return _decode_byte(model, cache, previous, index, choose)
     cache, state, byte = start_round(model, cache, previous, index)
     chosen = []
     for i in range(previous.shape[1]):
@@ -110,11 +118,12 @@ def decode_round(
 
 
 def start_round(
-    model: "Megabyte", cache: MegabyteCache, previous: Int[Tensor, "B P"], index: int
+    model: "Megabyte", cache: MegabyteCache, previous: Int[Tensor, "B P"], index: Index
 ) -> tuple[MegabyteCache, Round, Int[Tensor, " B"]]:
     """Runs the global transformer on the previous round; also gives the byte before the first."""
-    batch, patch = previous.shape
-    inputs = model.global_input(previous[:, None, :], index * patch)
+    (batch, patch), c = previous.shape, model.config
+    number = in_each_row(index, batch, previous.device)[:, None]
+    inputs = model.global_input_at(previous[:, None], number, c.patches(c.max_length))
     context, layers = model.global_transformer.extend(inputs, cache.layers, index)
     context = model.split(context)[:, 0]
     local = model.local_transformer.empty_caches(batch, patch, context.dtype)
@@ -132,11 +141,11 @@ def round_logits(
     return model.to_logits(hidden)[:, 0], Round(state.context, local)
 
 
-def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> ResetCache:
+def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ByteCache) -> ByteCache:
     c, (batch, length) = model.config, ids.shape
     # The patch that the prompt leaves unfinished also needs the shares of its remaining bytes.
     padded = F.pad(ids, (0, c.patch_size - 1), value=c.vocab.pad_id)
-    most = padded.shape[1]
+    most = padded.shape[1] if c.reset_on != "none" else c.patches(padded.shape[1])
     layout = lay_out(padded, c.vocab, c.reset_on, c.patch_size, most)
     inputs, before = model.inputs_of_segments(layout, c.patches(length))
     dtype = inputs.dtype
@@ -152,70 +161,82 @@ def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ResetCache) -> Rese
         return flat.take_along_dim(slots[..., None], dim=1)
 
     slots = layout.slots[:, :length]
-    for caches, new_caches, where in (
-        (cache.layers, layers, slots // c.patch_size),
-        (cache.local, local, slots),
-    ):
-        start = c.patch_size - 1 if caches is cache.local else 0
-        for buffers, values in zip(caches, new_caches, strict=True):
-            for buffer, value in zip(buffers, values, strict=True):
-                buffer[:, start : start + length] = at_bytes(value, where)
-    cache.shares[:, :most] = at_bytes(shares, layout.slots)
-    cache.ids[:, c.patch_size : c.patch_size + length] = ids
-    cache.segment_starts[:, :length] = find_segment_starts(ids, c.vocab, c.reset_on)
+    layers = _each(layers, lambda x: at_bytes(x, slots // c.patch_size))
+    write_at(cache.layers, layers, 0)
+    write_at(cache.local, _each(local, lambda x: at_bytes(x, slots)), c.patch_size - 1)
+    write_at(cache.shares, at_bytes(shares, layout.slots), 0)
+    write_at(cache.ids, ids, c.patch_size)
+    write_at(cache.segment_starts, find_segment_starts(ids, c.vocab, c.reset_on), 0)
     return cache
 
 
-def _decode_byte(
-    model: "Megabyte", cache: ResetCache, previous: Tensor, index: int, choose: Choose
-) -> tuple[ResetCache, Tensor]:
-    c, pad = model.config, model.config.vocab.pad_id
-    is_segment_start = ends_segment(previous[:, 0], c.vocab, c.reset_on)
-    is_segment_start = is_segment_start if index else torch.ones_like(is_segment_start)
-    segment_start = torch.where(is_segment_start, index, cache.segment_starts[:, max(index - 1, 0)])
-    position = index - segment_start
-    segment_position, offset = position // c.patch_size, position % c.patch_size
-    cache.ids[:, index + c.patch_size - 1] = previous[:, 0]
-    cache.segment_starts[:, index] = segment_start
-    _start_patches(model, cache, segment_start, segment_position, offset == 0, index)
+def extend(
+    model: "Megabyte", before: Integer[Tensor, "B T"], cache: ByteCache, index: Index
+) -> tuple[Float[Tensor, "B T V"], ByteCache]:
+    """Runs the local transformer on T bytes of each row, the global one where patches start."""
+    c, pad, before = model.config, model.config.vocab.pad_id, as_ids(before)
+    count, behind = before.shape[1], c.patch_size - 1
+    starts = extend_segment_starts(before, index, cache.segment_starts, c.vocab, c.reset_on)
+    positions = positions_from(index, count, before.device).expand(before.shape)
+    inside = positions - starts
+    segment_positions, offsets = inside // c.patch_size, inside % c.patch_size
+    write_at(cache.ids, before, index + behind)
+    write_at(cache.segment_starts, starts, index)
+    _start_patches(model, cache, starts, segment_positions, offsets == 0, positions)
 
-    share = cache.shares[:, index : index + 1]
-    first = is_segment_start if c.variant == "in_action" else offset == 0
-    hidden = model.local_input(torch.where(first[:, None], pad, previous)) + share
-    near = tuple(  # views: writing to them writes to the cache
-        KeyValueCache(*(buffer[:, index : index + c.patch_size] for buffer in buffers))
-        for buffers in cache.local
-    )
-    slots = torch.arange(c.patch_size, device=previous.device)[None, :]
-    inside = slots - (c.patch_size - 1 - offset)[:, None]
-    scope = Scope((inside >= 0)[:, None, :], inside.clamp(min=0))
-    hidden, _ = model.local_transformer.extend(hidden, near, c.patch_size - 1, scope)
-    return cache, as_ids(choose(model.to_logits(hidden)[:, 0], 0))[:, None]
+    is_first = starts == positions if c.variant == "in_action" else offsets == 0
+    hidden = model.local_input(before.masked_fill(is_first, pad))
+    hidden = hidden + read_at(cache.shares, index, count)
+    # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
+    near = read_at(cache.local, index, behind + count)
+    slots = positions_from(index - behind, behind + count, before.device)
+    patch_starts = positions - offsets
+    mask = (slots[:, None] >= patch_starts[..., None]) & (slots[:, None] <= positions[..., None])
+    earlier = slots[:, :behind] - patch_starts[:, :1]
+    inside = torch.cat([earlier.clamp(min=0), offsets], dim=1)
+    hidden, near = model.local_transformer.extend(hidden, near, behind, Scope(mask, inside))
+    write_at(cache.local, _each(near, lambda x: x[:, behind:]), index + behind)
+    return model.to_logits(hidden), cache
 
 
 def _start_patches(
     model: "Megabyte",
-    cache: ResetCache,
-    segment_start: Tensor,
-    segment_position: Tensor,
+    cache: ByteCache,
+    segment_starts: Tensor,
+    segment_positions: Tensor,
     starts: Tensor,
-    index: int,
+    positions: Tensor,
 ) -> None:
-    """Runs the patches that start at `index`, in the rows `starts`, through the global stack.
-
-    The other rows write keys at positions where none of their patches starts, which are never read.
-    """
+    """Runs the patches that start at some of T positions, `starts`, through the global stack."""
     if not bool(starts.any()):
         return
-    patch, pad = model.config.patch_size, model.config.vocab.pad_id
-    most = model.config.patches(model.config.max_length)
-    recent = cache.ids[:, index : index + patch]
-    recent = torch.where((segment_position == 0)[:, None], pad, recent)[:, None]
-    slots = torch.arange(cache.segment_starts.shape[1], device=segment_start.device)[None, :]
-    inside = slots - segment_start[:, None]
-    seen = (inside >= 0) & (inside % patch == 0) & (slots <= index)
-    scope = Scope(seen[:, None, :], inside.clamp(min=0) // patch)
-    inputs = model.global_input_at(recent, segment_position[:, None], most)
-    context, _ = model.global_transformer.extend(inputs, cache.layers, index, scope)
-    shares = cache.shares[:, index : index + patch]
-    shares[:] = torch.where(starts[:, None, None], model.split(context)[:, 0], shares)
+    c, (batch, count), device = model.config, starts.shape, starts.device
+    patch, length = c.patch_size, cache.segment_starts.shape[1]
+    # The positions of the starts come first, as many as there can be.
+    most = 1 + (count - 1) // patch if c.reset_on == "none" else count
+    order = torch.argsort((~starts).long(), dim=1, stable=True)[:, :most]
+    real, at, start, number = (
+        x.gather(1, order) for x in (starts, positions, segment_starts, segment_positions)
+    )
+
+    bytes_of = torch.arange(patch, device=device)
+    behind = at[..., None] + bytes_of  # the ids are P further on
+    recent = take_at(cache.ids, behind.reshape(batch, most * patch)).reshape(batch, most, patch)
+    recent = recent.masked_fill((number == 0)[..., None], c.vocab.pad_id)
+    slots = torch.arange(length, device=device)
+    # Those past the end see its last slot: nobody reads them, but they are finite.
+    inside = slots - start[..., None].clamp(max=length - 1)
+    seen = (inside >= 0) & (inside % patch == 0) & (slots <= at[..., None])
+    # A slot's number within its segment, wherever it is seen.
+    number_of = ((slots - cache.segment_starts) // patch).clamp(min=0)
+    inputs = model.global_input_at(recent, number, c.patches(c.max_length))
+    # What does not start a patch goes past the end, where it is dropped.
+    scope, written = Scope(seen, number_of), at.where(real, length)
+    context, _ = model.global_transformer.extend(inputs, cache.layers, written, scope)
+    shares = model.split(context).reshape(batch, most * patch, -1)
+    at_bytes = at.where(real, length + patch)[..., None] + bytes_of
+    write_at(cache.shares, shares, at_bytes.reshape(batch, most * patch))
+
+
+def _each(caches: tuple[KeyValueCache, ...], change: Callable[[Tensor], Tensor]) -> Any:
+    return tuple(KeyValueCache(*map(change, pair)) for pair in caches)

@@ -29,7 +29,7 @@ DIM, HEADS, QUERIES, PATCH = 64, 1, 2, 4
 
 def linear(layer: Any, states: Any, queries: Any, patch_of: Any) -> Any:
     """Pool, then read back, as the model does."""
-    pooled, _ = layer.pool(queries, states, patch_of)
+    pooled = layer.pool_cached(queries, layer.keys_values(states), patch_of)
     return layer.read(states, pooled, patch_of)[0]
 
 

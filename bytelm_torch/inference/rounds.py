@@ -1,0 +1,293 @@
+"""Rounds of cached decoding: rows that each write bytes from a position of their own.
+
+Axes: B rows, L bytes of the longest sequence, P bytes per round, V vocabulary, C candidate ids, S
+states of a constraint, T bytes that one round verifies. The mirror of
+`bytelm_jax/inference/rounds.py`.
+
+Without speculation a round appends P bytes to every row that is not done. MEGABYTE's rounds are
+patches, so a row starts at the last whole one of its prompt; there it takes the prompt's bytes and
+drops the sampled ones. With speculation a round appends from one byte to T, and a row starts at its
+prompt's end.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bytelm.config import ByteVocab
+from bytelm.generation.automaton import Automaton, start_state
+from bytelm.sampling import SamplerConfig
+from bytelm_torch.inference.sampling import candidate_columns, choose_ids
+from bytelm_torch.inference.speculative import Drafter, Propose
+from bytelm_torch.layers.caches import (
+    Index,
+    in_each_row,
+    positions_from,
+    read_at,
+    take_at,
+    write_at,
+)
+from bytelm_torch.models.interface import inference
+
+
+class Rows(NamedTuple):
+    """What the loop reads: each row's random numbers [B, L], its prompt's length and its end."""
+
+    uniforms: Tensor
+    lengths: Tensor
+    ends: Tensor
+    sampler: SamplerConfig
+    allow_eos: bool
+    allowed: Tensor
+    """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`)."""
+    step: Tensor
+    """int64[S, 256]: the state after each byte."""
+
+
+class State(NamedTuple):
+    """What the loop changes; caches, ids and probabilities in place.
+
+    `ids` [B, P + L] starts with one round of pads, which is what the first round finds before it.
+    """
+
+    cache: Any
+    ids: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
+    """The position of each row's next byte."""
+    done: Tensor
+    constraint: Tensor
+    log_probs: Tensor
+    """float32[B, L]: natural logarithms of what was written; [B, 0] if nobody asked for them."""
+    rounds: Tensor
+    """Rounds of each row; with `accepted`, the drafted bytes that were right."""
+    accepted: Tensor
+    draft_cache: Any
+
+
+class Run(NamedTuple):
+    """`advance(state, stop)` writes until every row is done or has reached `stop` [B]."""
+
+    state: State
+    advance: Callable[[State, Tensor], State]
+    ends: list[int]
+
+
+class Settings(NamedTuple):
+    """How a run chooses its bytes."""
+
+    sampler: SamplerConfig
+    allow_eos: bool
+    automaton: Automaton
+    drafter: Drafter | None
+    log_probs: bool
+
+
+def begin(
+    model: Any,
+    prompts: Sequence[bytes],
+    max_new_bytes: int,
+    settings: Settings,
+    uniforms: Callable[[int, int], Tensor],
+) -> Run:
+    """Prefills the prompts in one pass; `uniforms(batch, length)` gives the random numbers."""
+    patch, batch, device = model.round_length, len(prompts), device_of(model)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    ends, drafter, automaton = lengths + max_new_bytes, settings.drafter, settings.automaton
+    length = -(-int(ends.max()) // patch) * patch
+    vocab = model.config.vocab
+    ids = prompt_ids(prompts, vocab, (batch, patch + length), patch).to(device)
+    step = 1 if drafter else patch
+    start = lengths // step * step
+    # What the prefill writes past a row's prompt is overwritten before it is read.
+    prompt = ids[:, patch : patch + int(start.max())]
+    with _inference(model, drafter):
+        cache = _prefill(model, prompt, length, bool(drafter))
+        smaller = drafter.model if drafter else None
+        draft_cache = () if smaller is None else _prefill(smaller, prompt, length, True)
+    rows = Rows(
+        uniforms(batch, length).to(device),
+        lengths.to(device),
+        ends.to(device),
+        settings.sampler,
+        settings.allow_eos,
+        torch.from_numpy(allowed_candidates(automaton, vocab)).to(device),
+        torch.from_numpy(automaton.step.astype(np.int64)).to(device),
+    )
+    states = torch.tensor([start_state(automaton, prompt) for prompt in prompts], device=device)
+    zeros = torch.zeros_like(states)
+    kept = torch.zeros(batch, length if settings.log_probs else 0, device=device)
+    state = State(
+        cache,
+        ids,
+        start.to(device),
+        (ends <= start).to(device),
+        states,
+        kept.float(),  # whatever torch's default is
+        zeros,
+        zeros,
+        draft_cache,
+    )
+    propose = drafter.propose if drafter else None
+
+    def advance(state: State, stop: Tensor) -> State:
+        with _inference(model, drafter):
+            return append(model, rows, stop, state, propose)
+
+    return Run(state, advance, ends.tolist())
+
+
+def _prefill(model: Any, prompt: Tensor, length: int, by_byte: bool) -> Any:
+    cache = model.init_cache(len(prompt), length, by_byte=by_byte)
+    return model.prefill(prompt, cache) if prompt.shape[1] else cache
+
+
+def append(model: Any, rows: Rows, stop: Tensor, state: State, propose: Propose | None) -> State:
+    """The loop over rounds."""
+    while True:
+        live = ~state.done
+        going = live & (state.index < stop.to(live.device))
+        columns = torch.stack([state.index, live.long(), going.long()], dim=1).tolist()
+        if not any(is_going for *_, is_going in columns):
+            return state
+        # One number for all rows reads caches by slices. A row that is done writes behind its end,
+        # wherever that is, but never before it.
+        at = {index for index, is_live, _ in columns if is_live}
+        alike = len(at) == 1 and max(at) >= max(index for index, *_ in columns)
+        start = at.pop() if alike else state.index
+        if propose is None:
+            state = _append_round(model, rows, state, start)
+        else:
+            state = _verify_round(model, rows, state, start, propose)
+
+
+def _pick(
+    logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows, vocab: ByteVocab
+) -> Tensor:
+    """The ids [B, T] that follow, where `left` more bytes fit and the constraint is in `states`."""
+    most = rows.allowed.shape[0]
+    allowed = rows.allowed[left.clamp(1, most) - 1, states].flatten(0, 1)
+    logits, flat = logits.flatten(0, 1), uniforms.flatten()
+    chosen = choose_ids(logits, flat, rows.sampler, vocab, rows.allow_eos, allowed)
+    return chosen.reshape(uniforms.shape)
+
+
+def _after(state: Tensor, ids: Tensor, rows: Rows, vocab: ByteVocab) -> Tensor:
+    """The constraint's states after these ids, which are bytes or end the row."""
+    return rows.step[state, (ids - vocab.offset).clamp(0, 255)]
+
+
+def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0].float()
+
+
+def _append_round(model: Any, rows: Rows, state: State, start: Index) -> State:
+    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
+    previous, prompt = read_at(state.ids, start, patch), read_at(state.ids, start + patch, patch)
+    uniforms, log_probs = read_at(rows.uniforms, start, patch), []
+    constraint, begun = state.constraint, in_each_row(start, batch, state.ids.device)
+
+    def choose(logits: Tensor, i: int) -> Tensor:
+        nonlocal constraint
+        is_new, left = begun + i >= rows.lengths, rows.ends - begun - i
+        numbers, states = uniforms[:, i : i + 1], constraint[:, None]
+        chosen = _pick(logits[:, None], numbers, states, left[:, None], rows, vocab)[:, 0]
+        chosen = chosen.where(is_new, prompt[:, i])
+        constraint = _after(constraint, chosen, rows, vocab).where(is_new, constraint)
+        if state.log_probs.shape[1]:
+            log_probs.append(_log_probs(logits, chosen))
+        return chosen
+
+    cache, chosen = model.decode_round(state.cache, previous, start // patch, choose)
+    # What a row makes behind its end in its last round is cut off in the end.
+    kept = chosen.masked_fill(state.done[:, None], vocab.pad_id)
+    ended = (chosen == vocab.eos_id).any(dim=1) | (begun + patch >= rows.ends)
+    if log_probs:
+        write_at(state.log_probs, torch.stack(log_probs, dim=1), start)
+    return state._replace(
+        cache=cache,
+        ids=write_at(state.ids, kept, start + patch),
+        index=(begun + patch).where(~state.done, state.index),
+        done=state.done | ended,
+        constraint=constraint,
+        rounds=state.rounds + ~state.done,
+    )
+
+
+def _verify_round(model: Any, rows: Rows, state: State, start: Index, propose: Propose) -> State:
+    """Appends the drafted bytes that the sampler would have chosen too, and one more byte.
+
+    The sampler draws every byte with the random number of its own position, as without a draft:
+    a draft says only which logits are at hand, so the text is the same.
+    """
+    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
+    begun = in_each_row(start, batch, state.ids.device)
+
+    def pick(logits: Tensor, at: Tensor, constraints: Tensor) -> Tensor:
+        uniforms, left = take_at(rows.uniforms, at), rows.ends[:, None] - at
+        return _pick(logits, uniforms, constraints, left, rows, vocab)
+
+    def after(constraint: Tensor, ids: Tensor) -> Tensor:
+        return _after(constraint, ids, rows, vocab)
+
+    drafts = propose(model, state, start, patch, pick, after)
+    last = read_at(state.ids, start + patch - 1, 1)
+    logits, cache = model.extend(torch.cat([last, drafts], dim=1), state.cache, start)
+    states = [state.constraint]
+    for t in range(drafts.shape[1]):
+        states.append(after(states[t], drafts[:, t]))
+    constraints = torch.stack(states, dim=1)
+    ids = pick(logits, positions_from(start, len(states), last.device), constraints)
+    right = (ids[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
+    count = torch.minimum(right + 1, rows.ends - begun).masked_fill(state.done, 0)
+    newest = (count - 1).clamp(min=0)[:, None]
+    last_id = ids.gather(1, newest)[:, 0]
+    before = constraints.gather(1, newest)[:, 0]
+    ended = (last_id == vocab.eos_id) | (begun + count >= rows.ends)
+    # What was not accepted lies behind the row's end: it is overwritten, or cut off in the end.
+    if state.log_probs.shape[1]:
+        write_at(state.log_probs, _log_probs(logits, ids), start)
+    return state._replace(
+        cache=cache,
+        ids=write_at(state.ids, ids, start + patch),
+        index=(begun + count).where(~state.done, state.index),
+        done=state.done | ended,
+        constraint=after(before, last_id).where(~state.done, state.constraint),
+        rounds=state.rounds + ~state.done,
+        accepted=state.accepted + (count - 1).clamp(min=0),
+    )
+
+
+def allowed_candidates(automaton: Automaton, vocab: ByteVocab) -> np.ndarray:
+    """`automaton.allowed` with a column for each candidate id of the sampler."""
+    columns = candidate_columns(vocab)
+    return automaton.allowed[..., np.maximum(columns, 0)] & (columns >= 0)
+
+
+def prompt_ids(
+    prompts: Sequence[bytes], vocab: ByteVocab, shape: tuple[int, int], start: int
+) -> Tensor:
+    """int64 of `shape`: each prompt's ids from column `start` on, pads elsewhere."""
+    ids = np.full(shape, vocab.pad_id, np.int64)
+    for row, prompt in zip(ids, prompts, strict=True):
+        codes = np.frombuffer(prompt, np.uint8)
+        row[start : start + len(prompt)] = codes.astype(np.int64) + vocab.offset
+    return torch.from_numpy(ids)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
+
+
+def _inference(model: nn.Module, drafter: Drafter | None) -> AbstractContextManager[Any]:
+    """`inference` of the model and of one that drafts for it."""
+    stack = ExitStack()
+    for each in (model, drafter.model if drafter else None):
+        if each is not None:
+            stack.enter_context(inference(each))
+    return stack
