@@ -1,7 +1,7 @@
 """What the API counts, for Prometheus."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bytelm.serving.scheduler import Counts
@@ -32,6 +32,7 @@ class Metrics:
         waiting = p.Gauge("waiting_texts", "Texts that wait for a slot", **to)
         active.set_function(lambda: counts().active)
         waiting.set_function(lambda: counts().waiting)
+        self._registry.register(_Advances(p.core.CounterMetricFamily, counts))
         in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
         in_use.set_function(device_bytes)
         for status in ("200", "400", "429"):
@@ -47,6 +48,18 @@ class Metrics:
     def content_type(self) -> str:
         """Of `text`."""
         return self._library.CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Advances:
+    """A collector of the advances, which the scheduler counts itself."""
+
+    def __init__(self, family: Any, counts: Callable[[], Counts]) -> None:
+        self._family, self._counts = family, counts
+
+    def collect(self) -> Iterable[Any]:
+        """The one counter."""
+        text = "Advances of the batch"
+        yield self._family("bytelm_advances", text, value=self._counts().advances)
 
 
 def import_for_api(name: str) -> Any:

@@ -76,10 +76,11 @@ class Text:
 
 
 class Counts(NamedTuple):
-    """How many texts are being written, and how many wait."""
+    """How many texts are being written, how many wait, and the advances so far."""
 
     active: int
     waiting: int
+    advances: int
 
 
 class Scheduler:
@@ -97,7 +98,7 @@ class Scheduler:
         self._waiting: deque[Text] = deque()
         self._active: dict[int, Text] = {}
         self._closed = False
-        self._seconds_per_round = 0.0
+        self._seconds_per_round, self._advances = 0.0, 0
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
         self._thread.start()
@@ -105,7 +106,7 @@ class Scheduler:
     @property
     def counts(self) -> Counts:
         """Of now."""
-        return Counts(len(self._active), len(self._waiting))
+        return Counts(len(self._active), len(self._waiting), self._advances)
 
     def submit(self, texts: Sequence[Text]) -> None:
         """Adds texts, all of them or, by `QueueFull` and `Failed`, none."""
@@ -179,6 +180,7 @@ class Scheduler:
         rounds = max(1, min(rounds, self._engine.most_rounds))
         began, pieces = time.perf_counter(), []
         written, rounds = self._engine.advance(rounds)
+        self._advances += 1
         took, known = (time.perf_counter() - began) / max(1, rounds), self._seconds_per_round
         self._seconds_per_round = known + (took - known) / 5 if known else took
         for new in written:

@@ -307,6 +307,7 @@ def test_a_client_that_goes_frees_its_slot(address, engine, stream):
     connection.close()
     until(lambda: not engine.texts)
     assert metric(address, 'texts_total{end="cancelled"}') == before + 1
+    assert metric(address, "advances_total") == engine.advances
 
 
 def test_a_cancelled_text_is_gone_before_the_next_advance():

@@ -35,6 +35,9 @@ from bytelm_jax.training import checkpoint
 from bytelm_jax.training.pretrained import model_of
 
 PROMPT_BYTES = 64
+SLOTS = 8
+"""Of the server that gets one request after another."""
+
 TURNS = 3
 """Times that API and `generate` are measured, in turns."""
 
@@ -69,7 +72,7 @@ class Served:
     def resident(self) -> float:
         """MiB of memory that the server holds."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
+        return round(int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024, 1)
 
     def metric(self, name: str) -> float:
         text = httpx.get(f"{self.address}/metrics", timeout=60).text
@@ -156,23 +159,24 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return dict(zip(("p50", "p95", "p99"), values.round(1).tolist(), strict=True))
 
 
-def dropped(served: Served, client: httpx.Client, seed: int, count: int) -> None:
+def dropped(client: httpx.Client, seed: int, count: int) -> None:
     """Reads the first event of a stream and closes it."""
     asked = body(b"dropped", count, seed)
     with client.stream("POST", "/v1/completions", json=asked) as answer:
         next(answer.iter_lines())
 
 
-def seconds_until_free(served: Served, client: httpx.Client, count: int) -> dict[str, float]:
-    """From closing a stream until its slot is free; an advance takes about 0.05 s."""
-    waits = []
+def until_free(served: Served, client: httpx.Client, count: int) -> dict[str, Any]:
+    """From closing a stream until its slot is free, as far as the metrics show it."""
+    waits, advances = [], []
     for seed in range(20):
-        dropped(served, client, seed, count)
-        began = time.perf_counter()
+        dropped(client, seed, count)
+        began, before = time.perf_counter(), served.metric("advances_total")
         while served.metric("active_texts"):
             time.sleep(0.002)
         waits.append(time.perf_counter() - began)
-    return percentiles(waits)
+        advances.append(served.metric("advances_total") - before)
+    return {"slot free after, ms": percentiles(waits), "after advances, at most": max(advances)}
 
 
 def one_after_another(served: Served, requests: int, count: int) -> dict[str, Any]:
@@ -180,24 +184,27 @@ def one_after_another(served: Served, requests: int, count: int) -> dict[str, An
     with httpx.Client(base_url=served.address, timeout=120) as client:
         for i in range(1, requests + 1):
             if i % 4 == 0:
-                dropped(served, client, i, count)
+                dropped(client, i, count)
             else:
                 asked = body(b"%d: " % i, 16, i) | {"stream": i % 2 == 0}
                 client.post("/v1/completions", json=asked).raise_for_status()
             if i in (200, requests):
-                memory[i] = served.resident()
+                memory[i] = served.resident(), served.metric("device_bytes") / 2**20
         seconds = time.perf_counter() - began
-        free = seconds_until_free(served, client, count)
-    kept = list(memory.values())
+        free = until_free(served, client, count)
+    host = [size for size, _ in memory.values()]
+    device = [size for _, size in memory.values()]
     return {
         "requests": requests,
         "of them dropped": served.metric('texts_total{end="cancelled"}'),
         "requests/s": round(requests / seconds, 1),
-        "MiB of the host": {at: round(size, 1) for at, size in memory.items()},
-        "growth": f"{kept[-1] / kept[0] - 1:.2%}",
-        "bytes of the device": served.metric("device_bytes"),
-        "slot free after, ms": free,
-    }
+        f"MiB after {' and '.join(map(str, memory))} requests": {"host": host, "device": device},
+        "growth": {"host": growth(host), "device": growth(device)},
+    } | free
+
+
+def growth(sizes: list[float]) -> str:
+    return f"{sizes[-1] / sizes[0] - 1:.2%}"
 
 
 def killed(run: Path, count: int) -> dict[str, Any]:
@@ -235,9 +242,13 @@ def main() -> None:
         try:
             report |= at_once(served, run, options.streams, options.bytes)
             print(json.dumps(report), file=sys.stderr, flush=True)
-            report |= one_after_another(served, options.requests, options.bytes)
         finally:
             report["exit code"] = served.end()
+        served = Served(run, SLOTS, options.bytes)
+        try:
+            report |= one_after_another(served, options.requests, options.bytes)
+        finally:
+            served.end()
         report |= killed(run, options.bytes)
     print(json.dumps(report, ensure_ascii=False))
 
