@@ -32,7 +32,9 @@ class Metrics:
         waiting = p.Gauge("waiting_texts", "Texts that wait for a slot", **to)
         active.set_function(lambda: counts().active)
         waiting.set_function(lambda: counts().waiting)
-        self._registry.register(_Advances(p.core.CounterMetricFamily, counts))
+        self._registry.register(
+            _Advances(import_for_api("prometheus_client.core").CounterMetricFamily, counts)
+        )
         in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
         in_use.set_function(device_bytes)
         for status in ("200", "400", "429"):
