@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from bytelm.generation.stops import StopScanner
 from bytelm.serving.engine import Engine, Scores, Settings, Written
 
-SECONDS = 0.05
+SECONDS = 0.1
 """How long an advance should take: so long a reader waits for the next bytes."""
 
 End = Literal["stop", "length", "error"]

@@ -191,6 +191,7 @@ class Server:
             app,
             http=_timed_protocol(),
             ws="none",
+            log_config=None,  # uvicorn's own would close the handlers of everybody else
             log_level="error",
             access_log=False,
             timeout_keep_alive=5,

@@ -44,7 +44,7 @@ from bytelm_jax.inference.sampling import (
 )
 from bytelm_jax.layers.caches import positions_from, take_at, write_at
 
-_MOST_BYTES = 64  # of an advance and a row, or one round if that is longer
+_MOST_BYTES = 256  # of an advance and a row, or one round if that is longer
 
 
 class _Device(NamedTuple):

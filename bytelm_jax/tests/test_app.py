@@ -20,9 +20,8 @@ import pytest
 
 from bytelm.config import LFByteConfig, MegabyteConfig, Recipe
 from bytelm.sampling import SamplerConfig
-from bytelm.serving import server
+from bytelm.serving import command, server
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli import serving as commands_serving
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.tools import app
@@ -297,7 +296,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
-    monkeypatch.setattr(commands_serving, "_wait_for_interrupt", lambda: asked.append("waited"))
+    monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
     assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
     assert "note:" not in capsys.readouterr().out
@@ -341,7 +340,7 @@ def test_the_command_with_an_api(params, tmp_path, capsys, monkeypatch, with_pag
             seen[path] = answer.status, answer.read()
             connection.close()
 
-    monkeypatch.setattr(commands_serving, "_wait_for_interrupt", visit)
+    monkeypatch.setattr(command, "wait_for_interrupt", visit)
     argv = ["serve", str(tmp_path / "run"), "--api", "--port", "0", "--slots", "1"]
     argv += ["--max-prompt-bytes", "20", "--max-new-bytes", "20"]
     assert cli.main([*argv, *([] if with_page else ["--no-page", "--api-key", "k"])]) == 0

@@ -68,6 +68,7 @@ class Served:
             assert line, "the server did not start"
         self.seconds = time.perf_counter() - began
         self.address = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.address, timeout=120)
 
     def resident(self) -> float:
         """MiB of memory that the server holds."""
@@ -75,12 +76,13 @@ class Served:
         return round(int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024, 1)
 
     def metric(self, name: str) -> float:
-        text = httpx.get(f"{self.address}/metrics", timeout=60).text
+        text = self.client.get("/metrics").text
         found = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text, re.M)
         return float(found[0]) if found else float("nan")
 
     def end(self, how: int = signal.SIGTERM) -> int:
         self.process.send_signal(how)
+        self.client.close()
         return self.process.wait(60)
 
 
@@ -166,11 +168,11 @@ def dropped(client: httpx.Client, seed: int, count: int) -> None:
         next(answer.iter_lines())
 
 
-def until_free(served: Served, client: httpx.Client, count: int) -> dict[str, Any]:
+def until_free(served: Served, count: int) -> dict[str, Any]:
     """From closing a stream until its slot is free, as far as the metrics show it."""
     waits, advances = [], []
     for seed in range(20):
-        dropped(client, seed, count)
+        dropped(served.client, seed, count)
         began, before = time.perf_counter(), served.metric("advances_total")
         while served.metric("active_texts"):
             time.sleep(0.002)
@@ -181,17 +183,16 @@ def until_free(served: Served, client: httpx.Client, count: int) -> dict[str, An
 
 def one_after_another(served: Served, requests: int, count: int) -> dict[str, Any]:
     memory, began = {}, time.perf_counter()
-    with httpx.Client(base_url=served.address, timeout=120) as client:
-        for i in range(1, requests + 1):
-            if i % 4 == 0:
-                dropped(client, i, count)
-            else:
-                asked = body(b"%d: " % i, 16, i) | {"stream": i % 2 == 0}
-                client.post("/v1/completions", json=asked).raise_for_status()
-            if i in (200, requests):
-                memory[i] = served.resident(), served.metric("device_bytes") / 2**20
-        seconds = time.perf_counter() - began
-        free = until_free(served, client, count)
+    for i in range(1, requests + 1):
+        if i % 4 == 0:
+            dropped(served.client, i, count)
+        else:
+            asked = body(b"%d: " % i, 16, i) | {"stream": i % 2 == 0}
+            served.client.post("/v1/completions", json=asked).raise_for_status()
+        if i in (200, requests):
+            memory[i] = served.resident(), served.metric("device_bytes") / 2**20
+    seconds = time.perf_counter() - began
+    free = until_free(served, count)
     host = [size for size, _ in memory.values()]
     device = [size for _, size in memory.values()]
     return {
@@ -212,14 +213,10 @@ def killed(run: Path, count: int) -> dict[str, Any]:
     asked = body(b"killed", count, 1)
     texts = []
     for how in (signal.SIGKILL, signal.SIGTERM):
-        served = Served(run, 4, count)
-        whole = httpx.post(
-            f"{served.address}/v1/completions", json=asked | {"stream": False}, timeout=120
-        ).json()
+        served = Served(run, SLOTS, count)
+        whole = served.client.post("/v1/completions", json=asked | {"stream": False}).json()
         texts.append(whole["choices"][0]["text"])
-        with httpx.stream(
-            "POST", f"{served.address}/v1/completions", json=asked, timeout=120
-        ) as answer:
+        with httpx.stream("POST", f"{served.address}/v1/completions", json=asked) as answer:
             next(answer.iter_lines())
             code = served.end(how)
     return {"same text after a kill": texts[0] == texts[1], "exit code of SIGTERM": code}
