@@ -62,6 +62,7 @@ SEARCH = {
              "distributed", "cluster", "out of memory", "memory"],
     "gpu": ["GPU", "CUDA", "H200"],
     "generation": ["generate", "sampling", "temperature", "serve", "web page", "browser"],
+    "serving": ["API", "server", "completions", "streaming", "batching", "Prometheus", "API key"],
     "evaluation": ["bits per byte", "perplexity", "eval"],
     "pytorch": ["Hugging Face", "transformers", "torch", "AutoModelForCausalLM", "torchrun"],
     "python": ["from_pretrained", "Python API", "library"],

@@ -152,7 +152,7 @@ def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x
 
     def generated():
         # A program is known by the model's class, whose methods change below.
-        rounds._prefill.cache_clear()
+        rounds.prefill_program.cache_clear()
         rounds.append_program.cache_clear()
         for module, one in ((generation, model), (torch_generation, twin)):
             yield module.generate(one, prompts, 11, stop_at_eos=False)
@@ -166,7 +166,7 @@ def test_a_model_without_cached_decoding_generates_the_same_bytes(monkeypatch, x
                 patch.setattr(kind, name, vars(base)[name])
         assert list(generated()) == cached
         report = compare_twins(config, params, twin, random_ids(config, 2, 9), "float64")
-    rounds._prefill.cache_clear()
+    rounds.prefill_program.cache_clear()
     rounds.append_program.cache_clear()
     assert report.passed, report.text
     assert "ok   left out  cached decoding: the model has none" in report.lines

@@ -33,14 +33,14 @@ COMMANDS = {
     "sweep": "train a recipe at the points of a grid, or at random ones",
     "prepare": "pack files into one byte file",
     "draft-table": "make a table of frequent n-grams for speculation",
-    "serve": "try a model on a page in the browser",
+    "serve": "a page in the browser, or an API for programs",
     "recipes": "list what `bytelm train` knows, with sizes",
     "doctor": "check devices, disk and data before a run",
 }
 
 _MODULES = {
     "train": "train", "recipes": "train", "doctor": "doctor", "sweep": "sweep",
-    "inspect": "view", "plot": "view", "serve": "view",
+    "inspect": "view", "plot": "view", "serve": "serving",
     "eval": "evaluation", "lm-eval": "evaluation",
     "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange", "draft-table": "drafts",

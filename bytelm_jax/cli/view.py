@@ -1,9 +1,6 @@
 """The commands that show a model or a run to a person; one function each, as in `model.py`."""
 
-import signal
 import sys
-import threading
-from contextlib import suppress
 from json import dumps as dump_json
 from pathlib import Path
 from typing import Literal
@@ -104,60 +101,3 @@ def plot_command(run: Path, /, out: Path | None = None) -> int:
     png, page = write_plots(run, run if out is None else out)
     print(f"wrote {png} and {page}")
     return 0
-
-
-def serve_command(
-    run: Path,
-    /,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    max_prompt_bytes: int = 4096,
-    max_new_bytes: int = 1024,
-    time_limit: float = 60.0,
-    queue: int = 128,
-    checkpoint: str = "latest",
-    reset_on: Literal["trained", "none", "newline", "document"] = "trained",
-) -> int:
-    """Serves a page in the browser: text as it is generated, and the model's view of each byte.
-
-    Only this machine can reach it, unless --host says otherwise. One request runs at a time.
-
-    Example: bytelm serve runs/megabyte_tiny
-
-    Args:
-        run: the run folder.
-        host: the address to listen on; 0.0.0.0 is every network that this machine is in.
-        port: the port to listen on.
-        max_prompt_bytes: the longest starting text.
-        max_new_bytes: the longest continuation.
-        time_limit: seconds after which a generation is stopped.
-        queue: how many requests may wait; more are refused.
-        checkpoint: latest, best or a step.
-        reset_on: where a new segment starts for the model; as in training, by default.
-    """
-    if not 0 <= port <= 65535:
-        raise UsageError(f"--port {port}: must be from 0 to 65535")
-
-    from bytelm_jax.tools import app
-    from bytelm_jax.training import checkpoint as checkpoints
-
-    limits = app.Limits(
-        prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue
-    )
-    recipe, params, step = checkpoints.load_run(run, checkpoint)
-    page = app.build_page(app.Service(with_resets(recipe, reset_on), params, limits))
-    server = app.launch(page, host, port, limits)
-    if not app.is_loopback(host):
-        print(f"note: whoever reaches {host}:{port} can use this page; it has no password")
-    print(f"{run} (step {step}) at {server.address} until Ctrl-C", flush=True)
-    _wait_for_interrupt()
-    server.close()
-    return 0
-
-
-def _wait_for_interrupt() -> None:
-    """Blocks until SIGINT or SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
-        signal.signal(number, signal.default_int_handler)
-    with suppress(KeyboardInterrupt):
-        threading.Event().wait()

@@ -16,14 +16,15 @@ from bytelm.generation.automaton import Automaton, free, least_bytes, start_stat
 from bytelm.generation.completion import Completion
 from bytelm.generation.draft_table import DRAFT_BYTES
 from bytelm.generation.stops import StopScanner
-from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request, require_sampled
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.rounds import (
     Run,
     Settings,
     allowed_candidates,
+    batch_bytes,
     begin,
+    device_memory,
     padded,
     padded_rows,
     prompt_ids,
@@ -35,7 +36,6 @@ from bytelm_jax.inference.sampling import (
     split_settings,
 )
 from bytelm_jax.inference.speculative import make_drafter
-from bytelm_jax.kernels.dtypes import array_bytes
 
 _DEFAULT = SamplerConfig()
 _STOP_CHUNK = 64  # bytes after which stop texts are looked for
@@ -320,15 +320,9 @@ def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array
 
 def _capacity(model: Any, rows: int) -> int:
     """Positions, a power of two of rounds, for which caches and random numbers fit into memory."""
-    batch, stats = padded_rows(rows), jax.local_devices()[0].memory_stats()
-    memory = (stats or {}).get("bytes_limit") or host_memory()
-
-    def size(length: int) -> int:
-        leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch, length)))
-        return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in leaves) + 8 * batch * length
-
+    batch, memory = padded_rows(rows), device_memory()
     length = padded(model, 1)
-    while 2 * length <= 2**30 and size(2 * length) <= memory:
+    while 2 * length <= 2**30 and batch_bytes(model, batch, 2 * length) <= memory:
         length *= 2
     return length
 

@@ -23,10 +23,12 @@ from jaxtyping import Array
 
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import Automaton, start_state
+from bytelm.memory import host_memory
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import SamplerNumbers, candidate_columns, choose_ids
 from bytelm_jax.inference.speculative import Drafter, Propose
 from bytelm_jax.kernels.decoding import min_rows
+from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
 
 _LEAST_ROUNDS = 16  # the smallest bucket: short prompts and short answers share one program
@@ -104,9 +106,9 @@ def begin(
     prefix = padded(model, int(start.max())) if start.max() else 0
 
     structure, params = split_cached(model)
-    caches = [_prefill(structure, bool(drafter))(params, ids[:, patch:], prefix)]
+    caches = [prefill_program(structure, bool(drafter))(params, ids[:, patch:], prefix)]
     if drafter and drafter.model is not None:
-        program = _prefill(drafter.structure, True)
+        program = prefill_program(drafter.structure, True)
         caches.append(program(drafter.params, ids[:, patch:], prefix))
     automaton = settings.automaton
     states = np.zeros(batch, np.int32)
@@ -142,7 +144,7 @@ def begin(
 
 
 @functools.lru_cache(maxsize=64)
-def _prefill(structure: CompiledModelKey, by_byte: bool) -> Callable[..., Any]:
+def prefill_program(structure: CompiledModelKey, by_byte: bool) -> Callable[..., Any]:
     @functools.partial(jax.jit, static_argnums=2)
     def prefill(params: list[Array], ids: Array, prefix: int) -> Any:
         model = structure.model(params)
@@ -167,7 +169,7 @@ def append_program(
 
         def body(state: State) -> State:
             if propose is None:
-                return _append_round(model, mode, rows, state)
+                return append_round(model, mode, rows, state)
             return _verify_round(model, mode, rows, state, propose, drafting)
 
         return jax.lax.while_loop(unfinished, body, state)
@@ -212,7 +214,17 @@ def _places(state: State) -> tuple[Array, Array]:
     )
 
 
-def _append_round(model: Any, mode: str, rows: Rows, state: State) -> State:
+def append_round(
+    model: Any,
+    mode: str,
+    rows: Rows,
+    state: State,
+    observe: Callable[[Array, Array], None] | None = None,
+) -> State:
+    """One round of every row that is not done; `observe` is called with each byte's logits and ids.
+
+    Of a prompt's bytes in its last, unfinished round, too.
+    """
     patch, vocab, start = model.round_length, model.config.vocab, state.index
     at, to = _places(state)
     previous, prompt = read_at(state.ids, start, patch), read_at(state.ids, start + patch, patch)
@@ -229,6 +241,8 @@ def _append_round(model: Any, mode: str, rows: Rows, state: State) -> State:
         constraint = jnp.where(is_new, _after(constraint, chosen, rows, vocab), constraint)
         if state.log_probs.shape[1]:
             log_probs.append(_log_probs(logits, chosen))
+        if observe is not None:
+            observe(logits, chosen)
         return chosen
 
     # What a row makes behind its end in its last round is cut off on the host.
@@ -315,6 +329,18 @@ def padded(model: Any, length: int) -> int:
 def padded_rows(count: int) -> int:
     """The rows of a batch that serves `count` prompts."""
     return max(min_rows(), power_of_two(count))
+
+
+def batch_bytes(model: Any, batch: int, length: int) -> int:
+    """Bytes of memory that the caches, ids and random numbers of a batch take."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch, length)))
+    return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in leaves) + 8 * batch * length
+
+
+def device_memory() -> int:
+    """Bytes of memory of the device that generates, or of this machine if it does not say."""
+    stats = jax.local_devices()[0].memory_stats()
+    return (stats or {}).get("bytes_limit") or host_memory()
 
 
 def power_of_two(least: int) -> int:

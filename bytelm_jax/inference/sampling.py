@@ -3,11 +3,13 @@
 Axes: B rows, L positions, V vocabulary, S candidates.
 
 The sampler's numbers are arguments of the compiled programs, so that one program serves every
-temperature; only its kind (greedy, plain or ranked) is compiled in.
+temperature; only its kind is compiled in: greedy, plain, ranked, or mixed, where every row has
+numbers of its own, [B, 1].
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -52,6 +54,14 @@ def split_settings(sampler: SamplerConfig, allow_eos: bool = True) -> tuple[str,
     )
 
 
+def numbers_of_a_row(sampler: SamplerConfig, allow_eos: bool = True) -> SamplerNumbers:
+    """`sampler` as the numbers of one row of a mixed batch; the most likely byte is top_k=1."""
+    mode, numbers = split_settings(sampler, allow_eos)
+    if mode != "greedy":
+        return numbers
+    return SamplerNumbers(allow_eos, 1.0, 1, math.inf, -math.inf, -math.inf, math.inf)
+
+
 def probabilities(logits: Float[Array, "B S"], sampler: SamplerConfig) -> Float[Array, "B S"]:
     """The distribution that `sampler` draws from, in at least float32. Logits may be −inf."""
     return _probabilities(logits, *split_settings(sampler))
@@ -70,15 +80,42 @@ def _probabilities(logits: Array, mode: str, numbers: SamplerNumbers) -> Array:
     bits = nats / math.log(2)
     limit = jnp.where(bits < numbers.low, 1, jnp.where(bits < numbers.medium, 10, numbers.top_k))
     cooling = jnp.where(bits > numbers.high, 0.8 * numbers.temperature, numbers.temperature)
-    # All pairs and no sort or scan, here and in `sample`: these are compiled once for every byte of
-    # a round and dominate its compile time, while S² comparisons fuse into one reduction.
-    mine, other = logits[:, :, None], logits[:, None, :]
-    ahead = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool)[None])
-    kept = ahead.sum(axis=-1) < jnp.minimum(limit, numbers.top_k)
+    limit = jnp.minimum(limit, numbers.top_k)
+
+    def among_the_first() -> Array:
+        return _ahead(logits).sum(axis=-1) < limit
+
+    kept = _where_needed(mode, limit < size, among_the_first, logits.shape)
     chances = jax.nn.softmax(relative / cooling, axis=-1, where=kept)
-    likelier = jnp.where(ahead, chances[:, None, :], 0).sum(axis=-1)
-    chances = jnp.where(likelier < numbers.top_p, chances, 0)
+
+    def within_top_p() -> Array:
+        return jnp.where(_ahead(logits), chances[:, None, :], 0).sum(axis=-1) < numbers.top_p
+
+    kept = _where_needed(mode, jnp.asarray(numbers.top_p) <= 1, within_top_p, logits.shape)
+    chances = jnp.where(kept, chances, 0)
     return chances / chances.sum(axis=-1, keepdims=True)
+
+
+def _ahead(logits: Array) -> Array:
+    """[B, S, S]: whether the last axis' candidate ranks before that of the axis before.
+
+    All pairs and no sort or scan, here and in `sample`: these are compiled once for every byte of a
+    round and dominate its compile time, while S² comparisons fuse into one reduction.
+    """
+    mine, other = logits[:, :, None], logits[:, None, :]
+    return (other > mine) | ((other == mine) & np.tri(logits.shape[-1], k=-1, dtype=bool)[None])
+
+
+def _where_needed(
+    mode: str, needed: Array, keep: Callable[[], Array], shape: tuple[int, ...]
+) -> Array:
+    """`keep()`; where the mode is "mixed" and no row needs it, everything, without its work.
+
+    The masks are exact, so that no row's text depends on whether another one needs them.
+    """
+    if mode != "mixed":
+        return keep()
+    return jax.lax.cond(needed.any(), keep, lambda: jnp.ones(shape, bool))
 
 
 def sample(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
@@ -150,8 +187,17 @@ def random_uniforms(mode: str, seed: int, batch: int, length: int) -> Array | np
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _random_table(key: Array, batch: int, length: int) -> Array:
-    def number(row: Array, position: Array) -> Array:
+    return jax.vmap(lambda row: _random_row(key, row, length))(jnp.arange(batch))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def random_row(seed: Array, row: Array, length: int) -> Array:
+    """The numbers [L] of one row, as `random_uniforms` has them."""
+    return _random_row(jax.random.key(seed), row, length)
+
+
+def _random_row(key: Array, row: Array, length: int) -> Array:
+    def number(position: Array) -> Array:
         return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, row), position))
 
-    by_position = jax.vmap(number, (None, 0))
-    return jax.vmap(by_position, (0, None))(jnp.arange(batch), jnp.arange(length))
+    return jax.vmap(number)(jnp.arange(length))

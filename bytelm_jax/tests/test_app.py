@@ -20,11 +20,11 @@ import pytest
 
 from bytelm.config import LFByteConfig, MegabyteConfig, Recipe
 from bytelm.sampling import SamplerConfig
+from bytelm.serving import command, server
 from bytelm_jax.cli import main as cli
-from bytelm_jax.cli import view as commands_view
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.tools import app, server
+from bytelm_jax.tools import app
 from bytelm_jax.tools.inspection import Inspection
 from bytelm_jax.training import checkpoint
 
@@ -149,8 +149,8 @@ def test_cells_as_literals():
 
 
 def test_who_reaches_an_address():
-    assert all(app.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"))
-    assert not any(app.is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.7", "example"))
+    assert all(server.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"))
+    assert not any(server.is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.7", "example"))
 
 
 def test_models_that_see_their_bytes_are_not_served():
@@ -296,7 +296,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
-    monkeypatch.setattr(commands_view, "_wait_for_interrupt", lambda: asked.append("waited"))
+    monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
     assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
     assert "note:" not in capsys.readouterr().out
@@ -304,13 +304,51 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     assert cli.main(argv) == 0
     assert "note: whoever reaches 0.0.0.0:7860 can use this page" in capsys.readouterr().out
     assert asked[4:] == [app.Limits(queue=2), ("0.0.0.0", 7860), "waited", "closed"]
+    run = str(tmp_path / "run")
     for argv, says in (
         ([str(tmp_path)], "no config.json there"),
-        ([str(tmp_path / "run"), "--queue", "0"], "queue=0: must be at least 1"),
+        ([run, "--queue", "0"], "queue=0: must be at least 1"),
+        ([run, "--no-page"], "--no-page: leaves nothing to serve; add --api"),
+        ([run, "--api", "--slots", "0"], "--slots 0: must be from 1 to 4096"),
+        ([run, "--api-key", "k"], "--api-key: is for --api"),
+        ([run, "--api", "--api-key", "k"], "--api-key: guards the API and not the page"),
+        ([run, "--api", "--no-page", "--api-key", "é"], "--api-key: must be printable ASCII"),
     ):
         assert cli.main(["serve", *argv]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("with_page", [True, False])
+def test_the_command_with_an_api(params, tmp_path, capsys, monkeypatch, with_page):
+    """One address answers programs and, if wanted, people."""
+    for extra in ("gradio", "prometheus_client"):
+        pytest.importorskip(extra, reason="needs the extras api and app")
+    checkpoint.create_run(tmp_path / "run", RECIPE, params)
+    seen = {}
+
+    def visit():
+        address = re.findall(r"at http://(\S+)/ until", capsys.readouterr().out)[0]
+        for method, path, body in (
+            ("GET", "/", None),
+            ("POST", "/v1/completions", b'{"model": "run", "prompt": "a", "max_tokens": 5}'),
+            ("GET", "/v1/models", None),
+        ):
+            connection = http.client.HTTPConnection(address, timeout=60)
+            connection.request(method, path, body, {"Authorization": "Bearer k"})
+            answer = connection.getresponse()
+            seen[path] = answer.status, answer.read()
+            connection.close()
+
+    monkeypatch.setattr(command, "wait_for_interrupt", visit)
+    argv = ["serve", str(tmp_path / "run"), "--api", "--port", "0", "--slots", "1"]
+    argv += ["--max-prompt-bytes", "20", "--max-new-bytes", "20"]
+    assert cli.main([*argv, *([] if with_page else ["--no-page", "--api-key", "k"])]) == 0
+    asyncio.set_event_loop(None)  # Gradio makes loops for this thread, and leaves them open
+    gc.collect()
+    assert seen["/"][0] == (200 if with_page else 404)
+    assert seen["/v1/completions"][0] == 200 and b'"finish_reason"' in seen["/v1/completions"][1]
+    assert b'"id":"run"' in seen["/v1/models"][1]
 
 
 def test_a_page_needs_gradio(service, monkeypatch):

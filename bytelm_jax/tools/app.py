@@ -7,7 +7,6 @@ order.
 
 import html
 import importlib
-import ipaddress
 import os
 import time
 from collections.abc import Iterator
@@ -18,11 +17,12 @@ from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
 from bytelm.inspection import Inspection
 from bytelm.sampling import SamplerConfig
+from bytelm.serving.server import Server, own_names
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
 from bytelm_jax.models import Params
 from bytelm_jax.tools.inspection import characters, inspect, shade
-from bytelm_jax.tools.server import Guard, Server
+from bytelm_jax.tools.server import PageGuard
 from bytelm_jax.training.pretrained import model_of
 
 SAMPLERS = ("greedy", "categorical", "entropy")
@@ -261,16 +261,19 @@ def _controls(gr: Any, limits: Limits) -> list[Any]:
     ]
 
 
-def launch(page: Any, host: str, port: int, limits: Limits) -> Server:
+def launch(
+    page: Any, host: str, port: int, limits: Limits, app: Any = None, api_body_bytes: int = 0
+) -> Server:
     """Starts the page in threads of this process; raises `OSError` if the port is taken.
 
-    A page on this machine's own address answers to the names of this machine alone.
+    A page on this machine's own address answers to the names of this machine alone. `app` is a
+    FastAPI application that answers beside it, with bodies of up to `api_body_bytes` below /v1/.
     """
     gr: Any = importlib.import_module("gradio")
     fastapi: Any = importlib.import_module("fastapi")
     local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     mounted = gr.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None),
+        fastapi.FastAPI(openapi_url=None) if app is None else app,
         page,
         path="/",
         server_name=host,
@@ -282,14 +285,6 @@ def launch(page: Any, host: str, port: int, limits: Limits) -> Server:
         theme=local_fonts,
         css=style_sheet(),
     )
-    hosts = {host, "localhost", "127.0.0.1", "::1"} if is_loopback(host) else None
     body_bytes = 8 * limits.prompt_bytes + 2**16  # a byte takes six characters as a JSON escape
-    return Server(Guard(mounted, hosts, set(page.fns), body_bytes), host, port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` can be reached from this machine only."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    guard = PageGuard(mounted, own_names(host), set(page.fns), body_bytes, api_body_bytes)
+    return Server(guard, host, port)

@@ -87,6 +87,10 @@ class Settings(NamedTuple):
     log_probs: bool
 
 
+Pick = Callable[[Tensor, Tensor, Tensor, Tensor, Rows, ByteVocab], Tensor]
+"""What `pick_ids` is, for batches whose rows have samplers of their own."""
+
+
 def begin(
     model: Any,
     prompts: Sequence[bytes],
@@ -145,8 +149,16 @@ def _prefill(model: Any, prompt: Tensor, length: int, by_byte: bool) -> Any:
     return model.prefill(prompt, cache) if prompt.shape[1] else cache
 
 
-def append(model: Any, rows: Rows, stop: Tensor, state: State, propose: Propose | None) -> State:
-    """The loop over rounds."""
+def append(
+    model: Any,
+    rows: Rows,
+    stop: Tensor,
+    state: State,
+    propose: Propose | None,
+    pick: Pick | None = None,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+) -> State:
+    """The loop over rounds; without speculation, `pick` and `observe` are for `append_round`."""
     while True:
         live = ~state.done
         going = live & (state.index < stop.to(live.device))
@@ -159,12 +171,12 @@ def append(model: Any, rows: Rows, stop: Tensor, state: State, propose: Propose 
         alike = len(at) == 1 and max(at) >= max(index for index, *_ in columns)
         places = _places(state, at.pop() if alike else None)
         if propose is None:
-            state = _append_round(model, rows, state, *places)
+            state = append_round(model, rows, state, *places, pick or pick_ids, observe)
         else:
             state = _verify_round(model, rows, state, *places, propose)
 
 
-def _pick(
+def pick_ids(
     logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows, vocab: ByteVocab
 ) -> Tensor:
     """The ids [B, T] that follow, where `left` more bytes fit and the constraint is in `states`."""
@@ -199,7 +211,19 @@ def _places(state: State, index: int | None) -> tuple[Index, Index]:
     return state.index.masked_fill(state.done, 1), state.index.masked_fill(state.done, nowhere)
 
 
-def _append_round(model: Any, rows: Rows, state: State, at: Index, to: Index) -> State:
+def append_round(
+    model: Any,
+    rows: Rows,
+    state: State,
+    at: Index,
+    to: Index,
+    pick: Pick,
+    observe: Callable[[Tensor, Tensor], None] | None = None,
+) -> State:
+    """One round of every row that is not done; `observe` is called with each byte's logits and ids.
+
+    Of a prompt's bytes in its last, unfinished round, too.
+    """
     patch, vocab, start = model.round_length, model.config.vocab, state.index
     previous, prompt = read_at(state.ids, at, patch), read_at(state.ids, at + patch, patch)
     previous = previous.masked_fill(state.done[:, None], vocab.pad_id)
@@ -209,11 +233,13 @@ def _append_round(model: Any, rows: Rows, state: State, at: Index, to: Index) ->
         nonlocal constraint
         is_new, left = start + i >= rows.lengths, rows.ends - start - i
         numbers, states = uniforms[:, i : i + 1], constraint[:, None]
-        chosen = _pick(logits[:, None], numbers, states, left[:, None], rows, vocab)[:, 0]
+        chosen = pick(logits[:, None], numbers, states, left[:, None], rows, vocab)[:, 0]
         chosen = chosen.where(is_new, prompt[:, i])
         constraint = _after(constraint, chosen, rows, vocab).where(is_new, constraint)
         if state.log_probs.shape[1]:
             log_probs.append(_log_probs(logits, chosen))
+        if observe is not None:
+            observe(logits, chosen)
         return chosen
 
     # What a row makes behind its end in its last round is cut off in the end.
@@ -243,7 +269,7 @@ def _verify_round(
 
     def pick(logits: Tensor, positions: Tensor, constraints: Tensor) -> Tensor:
         uniforms, left = take_at(rows.uniforms, positions), rows.ends[:, None] - positions
-        return _pick(logits, uniforms, constraints, left, rows, vocab)
+        return pick_ids(logits, uniforms, constraints, left, rows, vocab)
 
     def after(constraint: Tensor, ids: Tensor) -> Tensor:
         return _after(constraint, ids, rows, vocab)

@@ -115,14 +115,16 @@ def random_uniforms(seed: int, batch: int, length: int) -> Float[Tensor, "B L"]:
     They are drawn on the CPU, so that every device sees the same, and in blocks of one size, so
     that those of a position do not depend on `length`.
     """
-    rows, generator = [], torch.Generator()
-    for row in range(batch):
-        # A mixed seed: seed + row would give row 1 of seed 0 the numbers of row 0 of seed 1.
-        mixed = np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)
-        generator.manual_seed(int(mixed[0]))
-        blocks = [  # float32 whatever torch's default is: another dtype draws other numbers
-            torch.rand(_BLOCK, generator=generator, dtype=torch.float32)
-            for _ in range(-(-length // _BLOCK))
-        ]
-        rows.append(torch.cat(blocks)[:length])
-    return torch.stack(rows)
+    return torch.stack([random_row(seed, row, length) for row in range(batch)])
+
+
+def random_row(seed: int, row: int, length: int) -> Float[Tensor, " L"]:
+    """The numbers of one row."""
+    # A mixed seed: seed + row would give row 1 of seed 0 the numbers of row 0 of seed 1.
+    mixed = np.random.SeedSequence((seed, row)).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    blocks = [  # float32 whatever torch's default is: another dtype draws other numbers
+        torch.rand(_BLOCK, generator=generator, dtype=torch.float32)
+        for _ in range(-(-length // _BLOCK))
+    ]
+    return torch.cat(blocks)[:length]

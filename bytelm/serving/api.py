@@ -1,0 +1,322 @@
+"""The HTTP side of the API: routes, streams, errors, a key. FastAPI is imported where it is used.
+
+Handlers run in the server's event loop and the scheduler in its own thread: once an advance, the
+scheduler hands all new pieces to the loop, which sorts them into the inboxes of their requests.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+from bytelm.serving.answers import DONE, Answer, event, merged
+from bytelm.serving.engine import Engine, Scores
+from bytelm.serving.errors import ApiError, error_body
+from bytelm.serving.metrics import Metrics, import_for_api
+from bytelm.serving.requests import CompletionRequest, Limits, parse_request
+from bytelm.serving.scheduler import Failed, Piece, QueueFull, Scheduler, Text
+
+NO_CHAT = (
+    "There is no chat endpoint: this is a base model, which continues text; use /v1/completions."
+)
+
+
+class Api:
+    """The API of one model. Raises `ValueError` if the extra `api` is not installed.
+
+    `name` is the model's; `queue` texts may wait for a slot; `key`, unless it is empty, is what
+    clients must send as `Authorization: Bearer KEY`.
+    """
+
+    def __init__(
+        self, engine: Engine, name: str, limits: Limits, queue: int, key: str = ""
+    ) -> None:
+        self._fastapi = import_for_api("fastapi")
+        self._responses = import_for_api("fastapi.responses")
+        self._engine, self._name, self.limits, self._key = engine, name, limits, key
+        self._created = int(time.time())
+        self._loop: asyncio.AbstractEventLoop | None = None
+        counts = lambda: self.scheduler.counts  # noqa: E731
+        self.metrics = Metrics(engine.slots, counts, lambda: engine.device_bytes)
+        self.scheduler = Scheduler(engine, queue, self._deliver)
+        self._scorer = ThreadPoolExecutor(1, "bytelm scorer")
+        self._events = _event_stream(self._responses.StreamingResponse)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.scheduler.close()
+        self._scorer.shutdown(wait=True, cancel_futures=True)
+
+    def app(self) -> Any:
+        """The FastAPI application."""
+        app = self._fastapi.FastAPI(openapi_url=None)
+        routes: list[tuple[str, str, Callable[..., Any]]] = [
+            ("POST", "/v1/completions", self._completions),
+            ("GET", "/v1/models", self._models),
+            ("GET", "/v1/models/{name}", self._model),
+            ("GET", "/health", self._health),
+            ("GET", "/metrics", self._metrics),
+        ]
+        methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+        request_type = self._fastapi.Request
+        for method, path, handler in routes:
+            app.add_api_route(path, _route(request_type, self._answered(handler)), methods=[method])
+        other = _route(request_type, self._answered(self._nothing))
+        app.add_api_route("/v1/{rest:path}", other, methods=methods)
+        return app
+
+    # ---- routes ---------------------------------------------------------------------------------
+
+    async def _completions(self, request: Any) -> Any:
+        self._require_key(request)
+        found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
+        answer, began = Answer(found, self._name), time.perf_counter()
+        scores = await self._prompt_scores(found)
+        inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+        texts = self._texts(found, inbox)
+        self._submit(texts)
+        self.metrics.prompt_bytes.inc(answer.usage.prompt)
+        parts = self._parts(found, answer, scores, texts, inbox, began)
+        if found.stream:
+            stream = _as_events(found, answer, parts)
+            return self._events(stream, lambda: self._leave(texts))
+        try:
+            return await self._whole(request, answer, parts)
+        finally:
+            self._leave(texts)
+
+    async def _models(self, request: Any) -> Any:
+        self._require_key(request)
+        return self._json(200, {"object": "list", "data": [self._model_body()]})
+
+    async def _model(self, request: Any) -> Any:
+        self._require_key(request)
+        if request.path_params["name"] != self._name:
+            raise ApiError(404, f"model: that one is not here; this is {self._name}", "model")
+        return self._json(200, self._model_body())
+
+    async def _health(self, request: Any) -> Any:
+        failure = self.scheduler.failure
+        if failure is not None:
+            return self._json(503, {"status": "failed", "error": failure})
+        return self._json(200, {"status": "ok"})
+
+    async def _metrics(self, request: Any) -> Any:
+        self._require_key(request)
+        return self._responses.Response(
+            self.metrics.text(), headers={"Content-Type": self.metrics.content_type}
+        )
+
+    async def _nothing(self, request: Any) -> Any:
+        path = request.url.path
+        if path.startswith("/v1/chat"):
+            raise ApiError(404, NO_CHAT)
+        if path in ("/v1/completions", "/v1/models"):
+            method = "POST" if path == "/v1/completions" else "GET"
+            raise ApiError(405, f"{path}: takes {method} alone")
+        raise ApiError(404, "this address is not served; there are /v1/completions and /v1/models")
+
+    # ---- one request ----------------------------------------------------------------------------
+
+    def _texts(self, found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
+        if found.settings.max_new_bytes == 0:
+            return []
+        put = lambda index, piece: inbox.put_nowait((index, piece))  # noqa: E731
+        return [
+            Text(
+                number * found.n + sample,
+                prompt,
+                replace(found.settings, sample=sample),
+                found.stop,
+                put,
+            )
+            for number, prompt in enumerate(found.prompts)
+            for sample in range(found.n)
+        ]
+
+    def _submit(self, texts: list[Text]) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            self.scheduler.submit(texts)
+        except QueueFull:
+            raise ApiError(429, "too many requests are waiting; try again later") from None
+        except Failed as error:
+            raise ApiError(503, f"the model does not answer any more: {error}") from None
+
+    async def _prompt_scores(self, found: CompletionRequest) -> list[Scores | None]:
+        """Of every prompt, if the request asks for them."""
+        if not found.echo or found.logprobs is None:
+            return [None] * len(found.prompts)
+        run = asyncio.get_running_loop().run_in_executor
+        return [
+            await run(self._scorer, self._engine.score, prompt) if prompt else None
+            for prompt in found.prompts
+        ]
+
+    async def _parts(
+        self,
+        found: CompletionRequest,
+        answer: Answer,
+        scores: list[Scores | None],
+        texts: list[Text],
+        inbox: asyncio.Queue,
+        began: float,
+    ) -> AsyncIterator[list[dict[str, Any]]]:
+        """The choices as they grow; raises `ApiError` if a text cannot go on."""
+        if found.echo or not texts:
+            entries = []
+            for choice in answer.choices:
+                number = choice.index // found.n
+                prompt = found.prompts[number] if found.echo else b""
+                if not texts:
+                    choice.finish_reason = "length"
+                entries.append(choice.start(prompt, scores[number]))
+            yield entries
+        left, heard = len(texts), set()
+        while left:
+            pieces = [await inbox.get()]
+            while not inbox.empty():
+                pieces.append(inbox.get_nowait())
+            entries = []
+            for index, piece in pieces:
+                if piece.error is not None:
+                    raise ApiError(500, piece.error)
+                if index not in heard:
+                    heard.add(index)
+                    self.metrics.first_byte.observe(time.perf_counter() - began)
+                left -= piece.end is not None
+                entry = answer.choices[index].add(piece)
+                if entry["text"] or piece.end is not None:
+                    entries.append(entry)
+            if entries:
+                yield entries
+
+    async def _whole(self, request: Any, answer: Answer, parts: AsyncIterator) -> Any:
+        """The whole answer; gives up when the client has gone."""
+
+        async def collect() -> Any:
+            each: list[list[dict[str, Any]]] = [[] for _ in answer.choices]
+            async for entries in parts:
+                for entry in entries:
+                    each[entry["index"]].append(entry)
+            return self._json(200, answer.body(list(map(merged, each)), answer.usage))
+
+        tasks = [asyncio.create_task(collect()), asyncio.create_task(_gone(request))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            return self._json(499, error_body(499, "the client has gone"))  # nobody reads it
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _leave(self, texts: list[Text]) -> None:
+        """Gives up what is not complete."""
+        left = [text for text in texts if not text.complete]
+        if left:
+            self.scheduler.cancel(left)
+            self.metrics.texts.labels("cancelled").inc(len(left))
+
+    # ---- all of them ----------------------------------------------------------------------------
+
+    def _deliver(self, pieces: list[tuple[Text, Piece]]) -> None:
+        """Called by the scheduler's thread."""
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the server has closed its loop
+                self._loop.call_soon_threadsafe(self._sort, pieces)
+
+    def _sort(self, pieces: list[tuple[Text, Piece]]) -> None:
+        self.metrics.generated_bytes.inc(sum(len(piece.data) for _, piece in pieces))
+        for text, piece in pieces:
+            if piece.end is not None and not text.cancelled:
+                text.complete = True
+                self.metrics.texts.labels(piece.end).inc()
+            text.inbox(text.index, piece)
+
+    def _answered(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        async def answer(request: Any) -> Any:
+            try:
+                response = await handler(request)
+            except ApiError as error:
+                response = self._json(error.status, error.body())
+                if error.status == 429:
+                    response.headers["Retry-After"] = "1"
+                if error.status == 401:
+                    response.headers["WWW-Authenticate"] = "Bearer"
+            self.metrics.requests.labels(str(response.status_code)).inc()
+            return response
+
+        return answer
+
+    def _require_key(self, request: Any) -> None:
+        given = request.headers.get("authorization", "")
+        wanted = f"Bearer {self._key}"
+        if self._key and not hmac.compare_digest(given.encode(), wanted.encode()):
+            message = "Authorization: send the key of this server as 'Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key")
+
+    def _model_body(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "bytelm",
+            "max_model_len": self.limits.capacity,
+        }
+
+    def _json(self, status: int, found: dict[str, Any]) -> Any:
+        return self._responses.JSONResponse(found, status)
+
+
+def _route(request_type: Any, handler: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A handler with the annotation by which FastAPI gives it the request."""
+
+    async def answer(request: Any) -> Any:
+        return await handler(request)
+
+    answer.__annotations__ = {"request": request_type}
+    return answer
+
+
+async def _gone(request: Any) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _as_events(
+    found: CompletionRequest, answer: Answer, parts: AsyncIterator
+) -> AsyncIterator[bytes]:
+    """A stream's bytes: one event for each choice that grows."""
+    try:
+        async for entries in parts:
+            yield b"".join(answer.event([entry]) for entry in entries)
+    except ApiError as error:
+        yield event(error.body())
+        return
+    usage = answer.event([], answer.usage) if found.include_usage else b""
+    yield usage + DONE
+
+
+def _event_stream(base: Any) -> Callable[..., Any]:
+    """A class of responses that stream events and tell when they end, in whatever way."""
+
+    class EventStream(base):
+        def __init__(self, content: AsyncIterator[bytes], ended: Callable[[], None]) -> None:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            super().__init__(content, headers=headers, media_type="text/event-stream")
+            self._ended = ended
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                self._ended()
+
+    return EventStream

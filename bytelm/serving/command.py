@@ -1,0 +1,61 @@
+"""What the commands that serve a model share."""
+
+import os
+import signal
+import threading
+from contextlib import suppress
+
+from bytelm.arguments import UsageError
+from bytelm.serving.api import Api
+from bytelm.serving.engine import Engine
+from bytelm.serving.requests import Limits
+from bytelm.serving.server import Guard, Server, is_loopback, own_names
+
+KEY_VARIABLE = "BYTELM_API_KEY"
+
+
+def check_options(port: int, slots: int) -> None:
+    """Raises `UsageError` for numbers that cannot be."""
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port {port}: must be from 0 to 65535")
+    if not 1 <= slots <= 4096:
+        raise UsageError(f"--slots {slots}: must be from 1 to 4096")
+
+
+def key_of(given: str) -> str:
+    """The key of the API: the option, or else the variable; empty without one."""
+    key = given or os.environ.get(KEY_VARIABLE, "")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError("--api-key: must be printable ASCII")
+    return key
+
+
+def make_api(
+    engine: Engine, name: str, prompt_bytes: int, new_bytes: int, queue: int, key: str
+) -> Api:
+    """The API of an engine, with everything compiled."""
+    limits = Limits(prompt_bytes=prompt_bytes, new_bytes=new_bytes, capacity=engine.capacity)
+    api = Api(engine, name, limits, queue, key)
+    print("compiling", flush=True)
+    engine.warm_up()
+    return api
+
+
+def listen(api: Api, host: str, port: int) -> Server:
+    """The running server of the API alone."""
+    return Server(Guard(api.app(), own_names(host), 2**16, api.limits.body_bytes), host, port)
+
+
+def announce(what: str, address: str, host: str, port: int, is_open: str) -> None:
+    """Prints where it is, and, if strangers can reach it, `is_open`: what no key guards."""
+    if is_open and not is_loopback(host):
+        print(f"note: whoever reaches {host}:{port} can use this {is_open}")
+    print(f"{what} at {address} until Ctrl-C", flush=True)
+
+
+def wait_for_interrupt() -> None:
+    """Blocks until SIGINT or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background jobs ignore SIGINT
+        signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()

@@ -1,0 +1,73 @@
+"""What the API counts, for Prometheus."""
+
+import importlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bytelm.serving.scheduler import Counts
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own.
+
+    `counts` says how many texts there are, `device_bytes` what they take on the device.
+
+    Raises `ValueError` if prometheus_client is not installed.
+    """
+
+    def __init__(
+        self, slots: int, counts: Callable[[], Counts], device_bytes: Callable[[], int]
+    ) -> None:
+        p = self._library = import_for_api("prometheus_client")
+        p.disable_created_metrics()
+        self._registry = p.CollectorRegistry()
+        to = {"namespace": "bytelm", "registry": self._registry}
+        self.requests = p.Counter("requests", "Requests by status", ["status"], **to)
+        self.texts = p.Counter("texts", "Texts by why they ended", ["end"], **to)
+        self.prompt_bytes = p.Counter("prompt_bytes", "Bytes of prompts that were accepted", **to)
+        self.generated_bytes = p.Counter("generated_bytes", "Bytes that were generated", **to)
+        self.first_byte = p.Histogram("first_byte_seconds", "Until a text's first bytes", **to)
+        p.Gauge("slots", "Texts that can be written at once", **to).set(slots)
+        active = p.Gauge("active_texts", "Texts that are being written", **to)
+        waiting = p.Gauge("waiting_texts", "Texts that wait for a slot", **to)
+        active.set_function(lambda: counts().active)
+        waiting.set_function(lambda: counts().waiting)
+        self._registry.register(
+            _Advances(import_for_api("prometheus_client.core").CounterMetricFamily, counts)
+        )
+        in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
+        in_use.set_function(device_bytes)
+        for status in ("200", "400", "429"):
+            self.requests.labels(status)
+        for end in ("stop", "length", "cancelled", "error"):
+            self.texts.labels(end)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' format."""
+        return self._library.generate_latest(self._registry)
+
+    @property
+    def content_type(self) -> str:
+        """Of `text`."""
+        return self._library.CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Advances:
+    """A collector of the advances, which the scheduler counts itself."""
+
+    def __init__(self, family: Any, counts: Callable[[], Counts]) -> None:
+        self._family, self._counts = family, counts
+
+    def collect(self) -> Iterable[Any]:
+        """The one counter."""
+        text = "Advances of the batch"
+        yield self._family("bytelm_advances", text, value=self._counts().advances)
+
+
+def import_for_api(name: str) -> Any:
+    """A module of the extra `api`; raises `ValueError` if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ValueError(f"{package}: is not installed; pip install 'bytelm[api]'") from None

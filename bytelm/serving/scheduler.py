@@ -1,0 +1,204 @@
+"""Texts that share a batch: a thread that lets them join, advances them and hands out what is new.
+
+A text waits in order of arrival for a free slot. One that nobody waits for any more is dropped
+before the next advance, and so is one that has met a stop text.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+from bytelm.generation.stops import StopScanner
+from bytelm.serving.engine import Engine, Scores, Settings, Written
+
+SECONDS = 0.1
+"""How long an advance should take: so long a reader waits for the next bytes."""
+
+End = Literal["stop", "length", "error"]
+
+
+class Piece(NamedTuple):
+    """What of a text is new and certain."""
+
+    data: bytes
+    scores: Scores | None
+    end: End | None
+    """Why the text is complete; "stop" also if the model ended it. None if it goes on."""
+    error: str | None = None
+
+
+class QueueFull(Exception):
+    """More texts wait than may."""
+
+
+class Failed(Exception):
+    """The engine has failed, and nothing is generated any more."""
+
+
+class Text:
+    """A text that is asked for; `index` is its number in the request, `inbox` takes its pieces.
+
+    `cancelled` is for the scheduler, `complete` for whoever reads the pieces.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: bytes,
+        settings: Settings,
+        stop: Sequence[bytes],
+        inbox: Callable[[int, Piece], None],
+    ) -> None:
+        self.index, self.prompt, self.settings, self.inbox = index, prompt, settings, inbox
+        self.cancelled = self.complete = False
+        self._scanner = StopScanner(stop)
+        self._scores: Scores | None = None
+
+    def piece(self, new: Written) -> Piece:
+        """What may be given out, now that the engine has written more."""
+        if new.error is not None:
+            return Piece(b"", None, "error", new.error)
+        data, met = self._scanner.feed(new.data)
+        if new.end is not None and not met:
+            data += self._scanner.finish()
+        end: End | None = "stop" if met or new.end == "eos" else new.end
+        return Piece(data, self._scores_of(new.scores, len(data)), end)
+
+    def _scores_of(self, new: Scores | None, count: int) -> Scores | None:
+        """The scores of the next `count` bytes; the others are kept for the bytes held back."""
+        if new is None:
+            return None
+        known = new if self._scores is None else self._scores.joined([new])
+        self._scores = known.cut(count)
+        return known.cut(0, count)
+
+
+class Counts(NamedTuple):
+    """How many texts are being written, how many wait, and the advances so far."""
+
+    active: int
+    waiting: int
+    advances: int
+
+
+class Scheduler:
+    """Runs an engine in a thread of its own. `queue` texts may wait.
+
+    `deliver` is called in that thread, once an advance, with all new pieces; `ready` turns true
+    when everything is compiled.
+    """
+
+    def __init__(
+        self, engine: Engine, queue: int, deliver: Callable[[list[tuple[Text, Piece]]], None]
+    ) -> None:
+        self._engine, self._queue, self._deliver = engine, queue, deliver
+        self._changed = threading.Condition()
+        self._waiting: deque[Text] = deque()
+        self._active: dict[int, Text] = {}
+        self._closed = False
+        self._seconds_per_round, self._advances = 0.0, 0
+        self.failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
+        self._thread.start()
+
+    @property
+    def counts(self) -> Counts:
+        """Of now."""
+        return Counts(len(self._active), len(self._waiting), self._advances)
+
+    def submit(self, texts: Sequence[Text]) -> None:
+        """Adds texts, all of them or, by `QueueFull` and `Failed`, none."""
+        with self._changed:
+            if self.failure is not None or self._closed:
+                raise Failed(self.failure or "the server is closing")
+            free = self._engine.slots - len(self._active)
+            if len(self._waiting) + len(texts) > self._queue + free:
+                raise QueueFull
+            self._waiting.extend(texts)
+            self._changed.notify()
+
+    def cancel(self, texts: Sequence[Text]) -> None:
+        """Drops texts before the next advance; those that are complete are left as they are."""
+        with self._changed:
+            for text in texts:
+                text.cancelled = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Ends the thread after the advance that it is in."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(30)
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                self._drop_cancelled()
+                self._join()
+                if self._active:
+                    self._advance()
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def _wait(self) -> bool:
+        """Whether there is something to do, once there is; False at the end."""
+        with self._changed:
+            while not (self._closed or self._waiting or self._active):
+                self._changed.wait()
+            return not self._closed
+
+    def _drop_cancelled(self) -> None:
+        for slot in [slot for slot, text in self._active.items() if text.cancelled]:
+            self._engine.leave(slot)
+            del self._active[slot]
+        with self._changed:
+            if any(text.cancelled for text in self._waiting):
+                self._waiting = deque(text for text in self._waiting if not text.cancelled)
+
+    def _join(self) -> None:
+        """Fills free slots, but reads no more prompts than take about as long as an advance."""
+        until = time.perf_counter() + SECONDS
+        for slot in range(self._engine.slots):
+            if slot in self._active:
+                continue
+            with self._changed:
+                if not self._waiting:
+                    return
+                text = self._waiting.popleft()
+                self._active[slot] = text
+            self._engine.join(slot, text.prompt, text.settings)
+            if time.perf_counter() > until:
+                return
+
+    def _advance(self) -> None:
+        rounds = 1
+        if self._seconds_per_round:
+            rounds = int(SECONDS / self._seconds_per_round)
+        rounds = max(1, min(rounds, self._engine.most_rounds))
+        began, pieces = time.perf_counter(), []
+        written, rounds = self._engine.advance(rounds)
+        self._advances += 1
+        took, known = (time.perf_counter() - began) / max(1, rounds), self._seconds_per_round
+        self._seconds_per_round = known + (took - known) / 5 if known else took
+        for new in written:
+            text = self._active[new.slot]
+            piece = text.piece(new)
+            if piece.end is not None:
+                del self._active[new.slot]
+                if new.end is None and new.error is None:
+                    self._engine.leave(new.slot)
+            if (piece.data or piece.end) and not text.cancelled:
+                pieces.append((text, piece))
+        if pieces:
+            self._deliver(pieces)
+
+    def _fail(self, error: str) -> None:
+        with self._changed:
+            self.failure = error
+            texts = [*self._active.values(), *self._waiting]
+            self._active.clear()
+            self._waiting.clear()
+        self._deliver([(text, Piece(b"", None, "error", error)) for text in texts])

@@ -1,0 +1,392 @@
+"""The API without a model: an engine that writes what it is told to, and everything around it."""
+
+import http.client
+import json
+import re
+import socket
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bytelm.config import ByteVocab
+from bytelm.sampling import SamplerConfig
+from bytelm.serving import server as serving
+from bytelm.serving.answers import Choice, merged
+from bytelm.serving.api import NO_CHAT, Api
+from bytelm.serving.engine import TOP, Scores, Settings, Written
+from bytelm.serving.requests import Limits
+from bytelm.serving.scheduler import Piece, QueueFull, Scheduler, Text
+from bytelm.serving.server import Guard, Server, own_names
+
+pytest.importorskip("fastapi", reason="needs the extra api")
+# Libraries of the server warn of each other.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+LIMITS = Limits(prompt_bytes=64, new_bytes=400, capacity=440)
+FOREVER = {"prompt": "forever", "max_tokens": 400, "stream": True}
+
+
+class Echo:
+    """Writes the prompt over and over, a byte an advance; `gate` holds it back."""
+
+    config = SimpleNamespace(vocab=ByteVocab())
+    capacity, most_rounds, device_bytes = LIMITS.capacity, 4, 0
+
+    def __init__(self, slots: int = 2) -> None:
+        self.slots, self.advances, self.joined, self.joined_after = slots, 0, [], []
+        self.texts: dict[int, list] = {}
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def warm_up(self):
+        pass
+
+    def join(self, slot, prompt, settings):
+        assert slot not in self.texts
+        self.joined.append((prompt, settings))
+        self.joined_after.append(self.advances)
+        self.texts[slot] = [prompt, settings, 0]
+
+    def leave(self, slot):
+        del self.texts[slot]
+
+    def advance(self, rounds):
+        self.gate.wait(20)
+        time.sleep(0.002)
+        self.advances += 1
+        written = []
+        for slot, text in list(self.texts.items()):
+            prompt, settings, count = text
+            if prompt == b"broken":
+                written.append(Written(slot, b"", None, None, "the model's logits are not finite"))
+                del self.texts[slot]
+                continue
+            if prompt == b"crash":
+                raise RuntimeError("out of memory\nand a trace")
+            text[2] = count + 1
+            end = "length" if count + 1 == settings.max_new_bytes else None
+            scores = self.score(b"?") if settings.scores else None
+            written.append(Written(slot, prompt[count % len(prompt) :][:1], scores, end))
+            if end:
+                del self.texts[slot]
+        return written, 1
+
+    def score(self, text):
+        shape = (len(text), TOP)
+        top = np.broadcast_to(np.array([256, 65, 66, 200, 0], np.int32), shape)
+        return Scores(np.full(len(text), -1, np.float32), top, np.full(shape, -2, np.float32))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Echo()
+
+
+@pytest.fixture(scope="module")
+def address(engine, request):
+    api = Api(engine, "echo", LIMITS, 2, "secret")
+    guard = Guard(api.app(), own_names("127.0.0.1"), 2**16, LIMITS.body_bytes)
+    server = Server(guard, "127.0.0.1", 0)
+    request.addfinalizer(api.close)
+    request.addfinalizer(server.close)
+    request.addfinalizer(engine.gate.set)
+    return server.address.removeprefix("http://").rstrip("/")
+
+
+def ask(address, body, path="/v1/completions", method="POST", **headers) -> tuple[int, Any]:
+    """Status and body of one request; `body` may be an object or bytes."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    connection = http.client.HTTPConnection(address, timeout=20)
+    headers = {"Authorization": "Bearer secret"} | {
+        k.replace("_", "-"): v for k, v in headers.items()
+    }
+    connection.request(method, path, data, headers)
+    answer = connection.getresponse()
+    found = answer.read()
+    connection.close()
+    return answer.status, json.loads(found) if found[:1] == b"{" else found
+
+
+def metric(address, name):
+    _, text = ask(address, None, "/metrics", "GET")
+    (value,) = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)
+    return float(value)
+
+
+def events(data):
+    lines = data.decode().strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_a_completion_has_openais_shape(address):
+    status, found = ask(address, {"model": "echo", "prompt": "añb", "max_tokens": 6, "echo": True})
+    assert status == 200 and found["object"] == "text_completion" and found["model"] == "echo"
+    (choice,) = found["choices"]
+    assert choice == {
+        "index": 0,
+        "text": "añbañba\ufffd",
+        "logprobs": None,
+        "finish_reason": "length",
+    }
+    assert found["usage"] == {"prompt_tokens": 4, "completion_tokens": 6, "total_tokens": 10}
+
+
+def test_prompts_and_samples_are_numbered_and_rows_of_one_seed(address, engine):
+    engine.joined.clear()
+    body = {"prompt": ["ab", [99, 100]], "n": 2, "max_tokens": 2, "seed": 7, "temperature": 0}
+    _, found = ask(address, body)
+    texts = [(choice["index"], choice["text"]) for choice in found["choices"]]
+    assert texts == [(0, "ab"), (1, "ab"), (2, "cd"), (3, "cd")]
+    rows = [(prompt, s.seed, s.sample, s.sampler.temperature) for prompt, s in engine.joined]
+    assert rows == [(b"ab", 7, 0, 0), (b"ab", 7, 1, 0), (b"cd", 7, 0, 0), (b"cd", 7, 1, 0)]
+
+
+def test_a_stream_gives_whole_characters_and_adds_up(address):
+    body = {"prompt": "ñ日🎉", "max_tokens": 18, "stream": True, "logprobs": 2}
+    status, data = ask(address, body | {"stream_options": {"include_usage": True}})
+    assert status == 200
+    parts = events(data)
+    assert parts[-1]["choices"] == [] and parts[-1]["usage"]["completion_tokens"] == 18
+    choices = [part["choices"][0] for part in parts[:-1]]
+    assert [choice["text"] for choice in choices] == list("ñ日🎉ñ日🎉")
+    assert [choice["finish_reason"] for choice in choices] == [None] * 5 + ["length"]
+    assert choices[1]["logprobs"]["tokens"] == [r"bytes:\xe6", r"bytes:\x97", r"bytes:\xa5"]
+    assert choices[1]["logprobs"]["text_offset"] == [1, 1, 1]
+    top = choices[1]["logprobs"]["top_logprobs"][0]
+    assert top == {"<|endoftext|>": -2.0, "A": -2.0, r"bytes:\xe6": -1.0}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_choices_are_the_same_however_they_arrive(size):
+    data = b"a\xc3\xa9\xff\xc3\xc3\xa9b\xe2\x82c\xf0\x9f\x8e\x89\xe2"
+    scores = Echo().score(data)
+    choice, entries = Choice(0, 1), []
+    for at in range(0, len(data), size):
+        end = "length" if at + size >= len(data) else None
+        entries.append(choice.add(Piece(data[at : at + size], scores.cut(at, at + size), end)))
+        assert len(entries[-1]["logprobs"]["tokens"]) == len(entries[-1]["logprobs"]["text_offset"])
+    found = merged(entries)
+    assert found["text"] == data.decode("utf-8", "replace")
+    characters = found["text"]
+    for name, offset in zip(
+        found["logprobs"]["tokens"], found["logprobs"]["text_offset"], strict=True
+    ):
+        shown = characters[offset]
+        assert shown == name if len(name) == 1 else shown not in "abc"
+    assert found["logprobs"]["text_offset"] == [0, 1, 1, 2, 3, 4, 4, 5, 6, 6, 7, 8, 8, 8, 8, 9]
+
+
+def test_stops_cut_text_and_probabilities(address, engine):
+    body = {"prompt": "abcSTOPd", "max_tokens": 60, "stop": ["STOP", "zz"], "logprobs": 0}
+    status, found = ask(address, body)
+    (choice,) = found["choices"]
+    assert (status, choice["text"], choice["finish_reason"]) == (200, "abc", "stop")
+    assert choice["logprobs"]["tokens"] == ["a", "b", "c"]
+    assert not engine.texts  # the slot is free though the text had not ended
+
+
+def test_scoring_alone(address, engine):
+    engine.joined.clear()
+    body = {"prompt": ["hi", ""], "max_tokens": 0, "echo": True, "logprobs": 1}
+    _, found = ask(address, body)
+    first, second = found["choices"]
+    assert first["text"] == "hi" and first["logprobs"]["token_logprobs"] == [-1.0, -1.0]
+    assert second["logprobs"]["tokens"] == [] and first["finish_reason"] == "length"
+    assert not engine.joined
+
+
+HOSTILE = {
+    "nothing": (b"", 400, "body: is not JSON"),
+    "deep": (b"[" * 50_000, 400, "body: is not JSON"),
+    "no text": (b'{"prompt": "\xff"}', 400, "body: is not JSON"),
+    "array": (b"[]", 400, "must be a JSON object"),
+    "NaN": (b'{"temperature": NaN}', 400, "NaN is not a number of JSON"),
+    "infinite": (b'{"temperature": 1e999}', 400, "temperature: must be a number"),
+    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "body: is not JSON"),
+    "negative": ({"temperature": -1}, 400, "temperature=-1.0"),
+    "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09"),
+    "top_p": ({"top_p": 0}, 400, "top_p=0.0: must be above 0"),
+    "text": ({"temperature": "1"}, 400, "temperature: must be a number"),
+    "true": ({"n": True}, 400, "n: must be a whole number from 1 to 128"),
+    "n": ({"n": 129}, 400, "n: must be a whole number"),
+    "too many": ({"prompt": ["a"] * 65, "n": 2}, 400, "65 prompts and n=2; at most 128"),
+    "seed": ({"seed": 2**32}, 400, "seed: must be a whole number"),
+    "ids": ({"prompt": [1, 256]}, 400, "ids must be whole numbers from 0 to 255"),
+    "negative id": ({"prompt": [-1]}, 400, "ids must be whole numbers"),
+    "huge id": ({"prompt": [10**30]}, 400, "ids must be whole numbers"),
+    "mixed": ({"prompt": [1, "a"]}, 400, "ids must be whole numbers"),
+    "nested": ({"prompt": [[["a"]]]}, 400, "ids must be whole numbers"),
+    "object": ({"prompt": {"a": 1}}, 400, "prompt: must be a string"),
+    "no prompts": ({"prompt": []}, 400, "from 1 to 128 entries"),
+    "surrogate": (b'{"prompt": "\\ud800"}', 400, "half a surrogate pair"),
+    "long": ({"prompt": "é" * 33}, 400, "prompt: 66 bytes; at most 64"),
+    "both long": ({"prompt": "a" * 64, "max_tokens": 400}, 400, "make 464; this model takes at"),
+    "max_tokens": ({"max_tokens": 401}, 400, "max_tokens: must be a whole number from 0 to 400"),
+    "unfinished": ({"prompt": [0xF0], "max_tokens": 2}, 400, "a character that needs 3 more"),
+    "stop": ({"stop": 5}, 400, "stop: must be a string or a list"),
+    "stops": ({"stop": ["a"] * 17}, 400, "stop: 17 texts; give at most 16"),
+    "empty stop": ({"stop": ""}, 400, "stop: a text is empty"),
+    "logprobs": ({"logprobs": 6}, 400, "logprobs: must be a whole number from 0 to 5"),
+    "stream": ({"stream": "yes"}, 400, "stream: must be true or false"),
+    "options": ({"stream_options": {"include_usage": True}}, 400, "for stream=true alone"),
+    "unknown": ({"promt\n": "a"}, 400, "'promt\\n': is no field of a completion here"),
+    "penalty": ({"presence_penalty": 1}, 400, "presence_penalty: is not supported"),
+    "model": ({"model": "gpt-4"}, 404, "model: 'gpt-4' is not here; this is echo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, name):
+    body, status, says = HOSTILE[name]
+    before = len(engine.joined)
+    got, found = ask(address, body)
+    assert got == status and says in found["error"]["message"], found
+    assert set(found["error"]) == {"message", "type", "param", "code"}
+    assert "\n" not in found["error"]["message"] and len(engine.joined) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "body", "status", "says"),
+    [
+        ("GET", "/health", {"Authorization": ""}, None, 200, ""),
+        ("GET", "/v1/models/echo", {}, None, 200, ""),
+        ("GET", "/v1/models/other", {}, None, 404, "this is echo"),
+        ("GET", "/v1/models", {"Authorization": "Bearer wrong"}, None, 401, "key of this server"),
+        ("GET", "/v1/models", {"Authorization": "Bearer é"}, None, 401, "key of this server"),
+        ("GET", "/metrics", {"Authorization": ""}, None, 401, "key of this server"),
+        ("POST", "/v1/completions", {"Authorization": ""}, b"{}", 401, "key of this server"),
+        ("GET", "/v1/completions", {}, None, 405, "takes POST alone"),
+        ("POST", "/v1/chat/completions", {}, b"{}", 404, NO_CHAT),
+        ("POST", "/v1/embeddings", {}, b"{}", 404, "not served"),
+        ("POST", "/v1/completions", {"Host": "evil.example"}, b"{}", 421, "does not go by"),
+        ("POST", "/v1/completions", {"Origin": "http://evil.example"}, b"{}", 403, "other sites"),
+        ("POST", "/v1/completions", {"Content-Length": "9" * 12}, b"{}", 413, "body: at most"),
+        ("POST", "/v1/completions", {}, b" " * 200_000, 413, "body: at most"),
+    ],
+)
+def test_who_may_ask_what(address, engine, method, path, headers, body, status, says):
+    before = len(engine.joined)
+    got, found = ask(address, body, path, method, **headers)
+    assert got == status and len(engine.joined) == before
+    assert status == 200 or says in found["error"]["message"]
+
+
+def start_stream(address, body=FOREVER):
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Authorization": "Bearer secret"}
+    )
+    answer = connection.getresponse()
+    assert answer.status == 200
+    return connection, answer
+
+
+def until(holds, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+    assert holds()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_slot(address, engine, stream):
+    connection = http.client.HTTPConnection(address, timeout=20)
+    body = json.dumps(FOREVER | {"stream": stream})
+    connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer secret"})
+    until(lambda: engine.texts)
+    before = metric(address, 'texts_total{end="cancelled"}')
+    if stream:
+        answer = connection.getresponse()
+        answer.read(10)
+        answer.close()
+    connection.close()
+    until(lambda: not engine.texts)
+    assert metric(address, 'texts_total{end="cancelled"}') == before + 1
+    assert metric(address, "advances_total") == engine.advances
+
+
+def test_a_cancelled_text_is_gone_before_the_next_advance():
+    engine, heard = Echo(1), []
+    scheduler = Scheduler(engine, 1, heard.extend)
+    settings = Settings(max_new_bytes=400, sampler=SamplerConfig(), seed=0)
+    first, second = (Text(i, b"ab", settings, (), lambda *_: None) for i in range(2))
+    engine.gate.clear()
+    scheduler.submit([first])
+    until(lambda: engine.texts)
+    scheduler.submit([second])
+    scheduler.cancel([first])
+    engine.gate.set()
+    until(lambda: len(engine.joined) == 2)
+    assert engine.joined_after == [0, 1]  # the one advance that was under way
+    with pytest.raises(QueueFull):
+        scheduler.submit([first, second])
+    scheduler.cancel([second])
+    until(lambda: not engine.texts)
+    scheduler.close()
+
+
+def test_a_full_queue_answers_429(address, engine):
+    engine.gate.clear()
+    streams = [start_stream(address) for _ in range(2)]
+    until(lambda: engine.texts)
+    streams += [start_stream(address) for _ in range(2)]  # two slots and two that wait
+    status, found = ask(address, {"prompt": "x"})
+    assert status == 429 and found["error"]["type"] == "rate_limit_error"
+    for connection, answer in streams:
+        answer.close()
+        connection.close()
+    engine.gate.set()
+    until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
+
+
+def test_logits_that_are_not_finite_are_an_error_of_one_request(address):
+    status, found = ask(address, {"prompt": "broken"})
+    assert status == 500 and "not finite" in found["error"]["message"]
+    status, data = ask(address, {"prompt": "broken", "stream": True})
+    assert status == 200 and b"not finite" in data and b"[DONE]" not in data
+    assert ask(address, {"prompt": "ab"})[0] == 200
+
+
+def test_slow_clients_are_cut(address, engine, monkeypatch):
+    monkeypatch.setattr(serving, "_SECONDS", 0.2)
+    host, port = address.split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
+    for part in ("", head, f"{head}Content-Length: 9\r\n\r\n{{"):
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(part.encode())
+            answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes
+        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), answer
+
+
+def test_a_client_that_does_not_read_is_cut(address, engine, monkeypatch):
+    monkeypatch.setattr(serving, "_SECONDS", 0.2)
+    host, port = address.split(":")
+    body = json.dumps(FOREVER | {"n": 100, "logprobs": 5})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
+    monkeypatch.setattr(engine, "slots", 100)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect((host, int(port)))
+        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        until(lambda: engine.texts)
+        until(lambda: not engine.texts, 20)
+        assert metric(address, 'texts_total{end="cancelled"}') >= 1
+
+
+def test_a_failed_engine_is_said(monkeypatch):
+    engine = Echo()
+    api = Api(engine, "echo", LIMITS, 2)
+    server = Server(Guard(api.app(), None, 2**16, 2**16), "127.0.0.1", 0)
+    address = server.address.removeprefix("http://").rstrip("/")
+    assert ask(address, {"prompt": "ab"})[0] == 200
+    status, found = ask(address, {"prompt": "crash"})
+    assert (status, found["error"]["message"]) == (500, "RuntimeError: out of memory")
+    assert ask(address, {"prompt": "ab"})[0] == 503
+    assert ask(address, None, "/health", "GET")[0] == 503
+    server.close()
+    api.close()
