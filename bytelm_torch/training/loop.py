@@ -17,12 +17,9 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
+from bytelm.goodput import WallClock
 from bytelm.memory import require_host_memory
-from bytelm.metrics import (
-    MetricsLog,
-    validation_line,
-    validation_record,
-)
+from bytelm.metrics import MetricsLog, validation_record
 from bytelm.patience import Patience, require_validation
 from bytelm.progress import ProgressLines, StopSignal
 from bytelm.run_data import first_lines, open_windows
@@ -49,6 +46,7 @@ from bytelm_torch.training.average import Average
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_torch.training.reporter import StepReporter
+from bytelm_torch.training.tracing import Tracing
 
 _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
@@ -64,7 +62,7 @@ def train(recipe: Recipe, run_dir: Path) -> Outcome:
     """
     require_local(run_dir, "run_dir")
     with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
-        return _train(recipe, run_dir, group, lock)
+        return _train(recipe, run_dir, group, lock, WallClock())
 
 
 def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
@@ -94,7 +92,9 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     )
 
 
-def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) -> Outcome:
+def _train(
+    recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock, clock: WallClock
+) -> Outcome:
     recipe = keep_source(keep_rules(run_dir, recipe), run_dir)
     run, vocab, first = recipe.train, recipe.model.vocab, group.rank == 0
     _check(recipe, run_dir, group)
@@ -135,10 +135,12 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
     notes += [] if start else start_notes(recipe)
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
-    reporter = StepReporter(recipe, start, group, log, display)
+    reporter = StepReporter(recipe, start, group, log, display, clock)
+    batches = clock.batches(batches, reporter.is_idle)
     agree = partial(parallel.as_first_says, group)
     patience = Patience(run.patience, log.records, agree, display.say)
 
+    @clock.phase("evaluation")
     def validate(step: int) -> dict[str, float] | None:
         if not validation:
             return None
@@ -150,11 +152,11 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
             with average.in_model():
                 results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
         record = validation_record(results)
-        log.write({"step": step, **record})
-        display.say(validation_line(step, record))
+        reporter.evaluated(step, record)
         patience.look(step, record)
         return record
 
+    @clock.phase("checkpoint")
     def save(step: int, record: dict[str, float] | None) -> None:
         reporter.stop_on_non_finite(
             step, model=model.state_dict(), optimizer=optimizer.state_dict()
@@ -167,7 +169,8 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
 
     # ---- loop ----
     step, piece = start, length
-    with StopSignal() as stop, closing(log):
+    traced = Tracing(step_function, run, start, run_dir, display.say, group)
+    with StopSignal() as stop, closing(log), traced:
         parameters = sum(each.numel() for each in model.parameters())
         frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
         devices = f"{group.size} {reporter.device} device{'s' * (group.size > 1)}"
@@ -185,7 +188,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
             if piece != before:
                 reporter.restart(piece)
             batch = next(batches).cut(piece)
-            report = step_function(step, batch.ids, rate, clip, bool(stop), **batch.rest())
+            report = traced(step, batch.ids, rate, clip, bool(stop), **batch.rest())
             average.update()
             step += 1
             reporter.add(step, report)
@@ -211,6 +214,7 @@ def _train(recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock) 
             if not reporter.asked:
                 raise reporter.diverged(step, not_saved(reporter.bad))
             save(step, None)
+        reporter.finish(step)
     parallel.wait_for_all(group)
     return Outcome(step, reporter.asked and step < run.steps)
 
