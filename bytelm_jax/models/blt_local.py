@@ -41,12 +41,19 @@ class Encoder(nnx.Module):
         self.cross_attention = CrossAttention(dim, *heads, rngs=rngs)
 
     def pool(
-        self, states: Float[Array, "B T D"], patch_of: Int[Array, "B T"], count: int
+        self,
+        states: Float[Array, "B T D"],
+        patch_of: Int[Array, "B T"],
+        count: int,
+        is_sorted: bool = False,
     ) -> tuple[Float[Array, "B {count} W"], KeyValueCache]:
-        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
-        top = segment_max(states, patch_of, count)
+        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them.
+
+        `is_sorted` says that `patch_of` never falls along a row.
+        """
+        top = segment_max(states, patch_of, count, is_sorted)
         pooled, cache = self.cross_attention.pool(
-            self._split(self.to_queries(top)), states, patch_of
+            self._split(self.to_queries(top)), states, patch_of, is_sorted
         )
         return pooled.reshape(*top.shape[:2], -1), cache
 

@@ -10,6 +10,7 @@ place, and its figures stand beside the estimate. Nothing is computed, read or w
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -279,14 +280,15 @@ def estimate_memory(
     dtype = steps.compute_dtype(run, mesh)
     # The layers of one device: what it holds and computes follows from the shapes of its parts.
     layers = meshes.layer_shapes(mesh, state.params)
-    working = jax.eval_shape(lambda params: cast_params(params, dtype), layers)
+    cast = partial(jax.eval_shape, lambda params: cast_params(params, dtype))
+    working, traced = cast(layers), cast(meshes.layer_shapes(mesh, state.params, traced=True))
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
         _whole(leaf)
         for name, leaf in working.items()
         if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
     )
-    saved = residuals(recipe, mesh, working, platform)
+    saved = residuals(recipe, mesh, traced, platform)
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
     about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in saved if x not in about_logits]
