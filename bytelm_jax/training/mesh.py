@@ -377,7 +377,8 @@ def layers_on(mesh: Mesh) -> Iterator[None]:
     It is meant for `jit`; inside `shard_map` a device sees its own rows anyway.
     """
     cut = _Cut(mesh) if tensor_parts(mesh) > 1 else None
-    with partitioned(cut, _Columns(mesh, inside=False)), split_rows(mesh, ROWS):
+    gathered = mesh.shape[FSDP] > 1 and cut is None
+    with partitioned(cut, _Columns(mesh, inside=False)), split_rows(mesh, ROWS, gathered):
         yield
 
 
