@@ -109,11 +109,28 @@ def require_devices(count: int) -> None:
         )
 
 
-def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> Estimate:
+class Fitting(NamedTuple):
+    """The largest batch that fits."""
+
+    recipe: Recipe
+    """The recipe with that batch."""
+    needed: int
+    """Bytes of a device."""
+    compiled: Compiled | None
+    """The step, if the target's compiler was asked."""
+
+
+def dry_run(
+    recipe: Recipe,
+    machine: Machine,
+    target: Target | None = None,
+    compiled: Compiled | None = None,
+) -> Estimate:
     """Compiles the step of `recipe` for its `train.devices` and estimates memory and time.
 
     With a `target` it is compiled for that, if its compiler is installed: in a process that has the
-    environment `compiled.ENVIRONMENT`. `compute_dtype="auto"` is bfloat16, as on an accelerator.
+    environment `compiled.ENVIRONMENT`. `compiled` is the same step, if it was compiled before.
+    `compute_dtype="auto"` is bfloat16, as on an accelerator.
     Raises `ValueError` for settings that do not fit together, and for a step that its compiler says
     does not fit the device's memory.
     """
@@ -125,9 +142,8 @@ def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> E
     flops = training_flops_per_byte(recipe.model, recipe.data.sequence_length) * count / mesh.size
     sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
-    compiled = None
     if can_compile(target):
-        compiled = compile_lowered(lower_step(recipe, mesh, state), mesh.size)
+        compiled = compiled or compile_lowered(lower_step(recipe, mesh, state), mesh.size)
         if compiled is None:
             raise ValueError(
                 f"batch_size={run.batch_size}: a step does not fit the memory of a "
@@ -181,19 +197,19 @@ def _prepare(recipe: Recipe, machine: Machine, target: Target | None) -> tuple[R
     return recipe, meshes.make_mesh(run.devices, run.fsdp, run.tensor)
 
 
-def largest_batch(
-    recipe: Recipe, machine: Machine, target: Target | None = None
-) -> tuple[Recipe, int]:
+def largest_batch(recipe: Recipe, machine: Machine, target: Target | None = None) -> Fitting:
     """The recipe with the largest batch whose step fits the chip's memory, and that step's bytes.
 
     Batches are multiples of the devices and of `accumulation_steps`, and the largest is found as
-    `largest_fitting` says. The bytes are the compiler's,
-    or the estimate's, as in `dry_run`. Raises `ValueError` if no batch fits.
+    `largest_fitting` says. The bytes are the compiler's, or the estimate's, as in `dry_run`.
+    Raises `ValueError` if no batch fits.
     """
     recipe, mesh = _prepare(recipe, machine, target)
     places = meshes.row_places(mesh)
     chip, unit = find_chip(machine.chip), places * recipe.train.accumulation_steps
     state = abstract_state(recipe, mesh)
+
+    fitting: dict[int, Compiled] = {}  # of the largest so far
 
     def sized(rows: int) -> Recipe:
         return replace(recipe, train=replace(recipe.train, batch_size=rows * unit))
@@ -204,6 +220,9 @@ def largest_batch(
         else:
             compiled = compile_lowered(lower_step(sized(rows), mesh, state), mesh.size)
             needed = math.inf if compiled is None else compiled.peak
+            if compiled is not None and needed <= chip.memory:
+                fitting.clear()
+                fitting[rows] = compiled
         return int(needed) if needed <= chip.memory else None
 
     start = max(1, recipe.train.batch_size // unit)
@@ -213,7 +232,7 @@ def largest_batch(
             f"model: a step of one row on each device does not fit the memory of a {machine.chip}; "
             "take larger devices, a larger fsdp, or add --remat"
         )
-    return sized(rows), needed
+    return Fitting(sized(rows), needed, fitting.get(rows))
 
 
 def largest_fitting(peak: Callable[[int], int | None], start: int, limit: int) -> tuple[int, int]:
