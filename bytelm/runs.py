@@ -99,7 +99,7 @@ def _best(run_dir: Path, steps: list[int]) -> int:
 _PLACES = ("paths", "valid", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
-_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
+_FIXED = {"batch_size", "seed", "entropy_from", "init_from"}
 _FIXED |= {"init_optimizer", "branch_from", "average_decay"}
 _FIXED |= {"freeze", "learning_rate_scale"}
 _FIXED |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
