@@ -158,7 +158,7 @@ def alternating(folder: Path, data: list[str]) -> tuple[bool, str]:
 
 
 def elastic(folder: Path, data: list[str]) -> tuple[bool, str]:
-    """Whether a run that loses one of three processes ends on two as it would have on one device."""
+    """Whether a run that loses one of three processes ends as it would have on one device."""
     options = [*RUN, *data, "--batch-size", "12", "--steps", "60", "--log-every", "1"]
     options += ["--eval-every", "0", "--checkpoint-every", "10"]
     one = Process(folder / "one", [*options[len(RUN) :], "--devices", "1"], [])
