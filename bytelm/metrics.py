@@ -14,13 +14,20 @@ from typing import Any
 
 from bytelm.chips import peak_flops
 from bytelm.files import errors_about, one_line, replace_file, require_plain_file
+from bytelm.goodput import FIELDS
 from bytelm.tracking import Tracker
 
 METRIC = "validation_bits_per_byte"
 """The metric of "best" checkpoints: its lowest finite value wins."""
 
-WALL_CLOCK = ("bytes_per_second", "seconds", "mfu")
+WALL_CLOCK = ("bytes_per_second", "seconds", "mfu", *FIELDS)
 """Fields that differ between two runs of the same training."""
+
+
+def comparable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records without the fields of `WALL_CLOCK`; those of nothing else are left out."""
+    kept = [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in records]
+    return [record for record in kept if record.keys() != {"step"}]
 
 
 def bits_per_byte(nats: float, count: int) -> float:
@@ -106,6 +113,8 @@ class MetricsLog:
         self.path = path
         self.records: list[dict[str, Any]] = []
         """The records that were kept."""
+        self.last: dict[str, Any] = {}
+        """The last record that the file held, kept or not."""
         self._trackers = trackers
         with _writing(path):
             if path.exists() and str(path) != os.devnull:
@@ -113,6 +122,7 @@ class MetricsLog:
                 damaged = [line for line in lines if isinstance(line, str)]
                 records = [line for line in lines if isinstance(line, dict)]
                 self.records = [record for record in records if record["step"] <= step]
+                self.last = records[-1] if records else {}
                 if damaged:
                     aside = path.with_name(path.name + ".damaged")
                     os.replace(path, aside)
@@ -229,7 +239,15 @@ class Throughput:
         self._flops, self._devices = flops_per_byte, devices
         self._peak = peak_flops(device)
         self._reading: dict[str, float] = {}
+        self._operations = self._measured = 0.0  # of all readings
         self.restart()
+
+    @property
+    def mean_mfu(self) -> float | None:
+        """The model FLOP utilisation over all readings, None if the chip's peak is not known."""
+        if self._peak is None or not self._measured:
+            return None
+        return self._operations / (self._measured * self._peak * self._devices)
 
     def add(self, count: int) -> None:
         """Counts `count` more trained bytes."""
@@ -241,6 +259,8 @@ class Throughput:
             return self._reading
         seconds = time.perf_counter() - self._since
         rates = {"bytes_per_second": self._count / seconds, "seconds": seconds}
+        self._operations += self._count * self._flops
+        self._measured += seconds
         if self._peak is not None:
             rates["mfu"] = rates["bytes_per_second"] * self._flops / (self._peak * self._devices)
         self.restart()

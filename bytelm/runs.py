@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bytelm.config import Recipe, TrainConfig, from_dict, require, to_dict
+from bytelm.config import Recipe, TrainConfig, from_dict, parse_steps, require, to_dict
 from bytelm.config.serialize import recipe_text
 from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
 from bytelm.files import errors_about, read_json, replace_file
@@ -99,7 +99,7 @@ def _best(run_dir: Path, steps: list[int]) -> int:
 _PLACES = ("paths", "valid", "cache_dir")
 """Fields of `DataConfig` that say where data are, not what they are."""
 
-_FIXED = {"batch_size", "accumulation_steps", "seed", "entropy_from", "init_from"}
+_FIXED = {"batch_size", "seed", "entropy_from", "init_from"}
 _FIXED |= {"init_optimizer", "branch_from", "average_decay"}
 _FIXED |= {"freeze", "learning_rate_scale"}
 _FIXED |= {"lora_rank", "lora_alpha", "lora_dropout", "lora_targets"}
@@ -298,12 +298,16 @@ class RunLock:
 
 
 def open_run(
-    run_dir: Path, cache_dir: str = "", locked: bool = True, track: Sequence[str] = ()
+    run_dir: Path,
+    cache_dir: str = "",
+    locked: bool = True,
+    track: Sequence[str] = (),
+    traced: str = "",
 ) -> RunLock | RemoteRun:
     """What holds a run folder, here or at an address, while a process trains in it.
 
     `cache_dir` is for what is written here of a run at an address. Raises `ValueError` for a store
-    that holds no runs, and for trackers, which write beside the run.
+    that holds no runs, and for trackers and traced steps, which write beside the run.
     """
     if not is_remote(run_dir):
         return RunLock(run_dir, locked)
@@ -313,7 +317,21 @@ def open_run(
     )
     why = f"writes files beside the run, which {tidy(run_dir)} does not take; leave it out"
     require(not track, f"train.track={', '.join(track)}: {why}")
+    require(not traced, f"train.profile_steps={traced}: {why}")
     return RemoteRun(run_dir, cache_dir, locked)
+
+
+def traced_steps(run: TrainConfig, start: int, say: Callable[[str], None]) -> range:
+    """The steps that `train.profile_steps` asks for and that come after step `start`.
+
+    `say` takes a line about those that are left out.
+    """
+    asked = parse_steps("train.profile_steps", run.profile_steps)
+    left = range(max(asked.start, start + 1), asked.stop)
+    if len(left) < len(asked):
+        what = f"only from step {left.start} on" if left else "nothing"
+        say(f"train.profile_steps={run.profile_steps}: the run is at step {start}; traces {what}")
+    return left
 
 
 def start_notes(recipe: Recipe) -> list[str]:

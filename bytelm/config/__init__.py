@@ -29,6 +29,7 @@ from bytelm.config.run import (
     Recipe,
     TrainConfig,
     parse_scales,
+    parse_steps,
     require_document_ends,
     require_length,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "models_with",
     "optimizers_with",
     "parse_scales",
+    "parse_steps",
     "require",
     "require_document_ends",
     "require_fraction",

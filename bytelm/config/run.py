@@ -132,6 +132,20 @@ def _parse_numbers(
     return numbers
 
 
+def parse_steps(field_name: str, text: str) -> range:
+    """The steps of FIRST:LAST, both included, counted from 1; none of an empty text.
+
+    Raises `ValueError` for anything else, which names the field.
+    """
+    if not text:
+        return range(0)
+    first, _, last = text.partition(":")
+    good = first.isdecimal() and last.isdecimal() and len(text) <= 40
+    good = good and 1 <= int(first) <= int(last)
+    require(good, f"{field_name}={text}: write FIRST:LAST, two steps from 1 on, as 10:15")
+    return range(int(first), int(last) + 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The run. `batch_size` counts windows over all devices and processes.
@@ -206,6 +220,8 @@ class TrainConfig:
     """Patterns of the linear layers that get adapters; by default attention."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Services that receive the metrics, besides metrics.jsonl."""
+    profile_steps: str = ""
+    """First and last step of a trace for xprof and TensorBoard, as 10:15; by default none."""
 
     def __post_init__(self) -> None:
         require_numbers(self)
@@ -224,6 +240,9 @@ class TrainConfig:
         parse_scales(self.learning_rate_scale)
         self._require_adapters()
         self._require_tensor()
+        traced = parse_steps("profile_steps", self.profile_steps)
+        within = not traced or traced[-1] <= self.steps
+        require(within, f"profile_steps={self.profile_steps}: the run ends at step {self.steps}")
         require_fraction(self, "average_decay")
         only = not (self.init_from and self.branch_from)
         require(only, "init_from, branch_from: both say what a run begins from; give one of them")

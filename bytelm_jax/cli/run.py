@@ -90,7 +90,7 @@ def _out_of_memory(recipe: Recipe, error: BaseException) -> str:
     run, line = recipe.train, " ".join(str(error).split())[:200]
     return (
         f"bytelm train: out of memory with batch_size={run.batch_size} ({line}); add --remat or a "
-        "larger --fsdp or --tensor, or in another --run-dir lower it or raise accumulation_steps"
+        "larger --fsdp or --tensor, raise accumulation_steps, or in another --run-dir lower it"
     )
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.normalization import rescale, standardize
+from bytelm_jax.kernels.rows import computed_whole
 
 _ROWS = 4
 """Rows per input of the kernel from which on folding pays: it costs a pass over the kernel."""
@@ -88,13 +89,18 @@ def folded(norm: Norm, linear: nnx.Linear, rows: Float[Array, "N D"]) -> Float[A
     """
     kernel = linear.kernel[...]
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
-    scaled = (wide * norm.scale[...].astype(wide.dtype)[:, None]).astype(kernel.dtype)
+    scaled = computed_whole(_scaled, kernel, norm.scale[...])
     out, bias = rows @ scaled, None if linear.bias is None else linear.bias[...].astype(wide.dtype)
     if norm.centred:
         shift: Any = norm
         moved = jnp.sum(wide * shift.bias[...].astype(wide.dtype)[:, None], axis=0)
         bias = moved if bias is None else moved + bias
     return out if bias is None else out + bias[None].astype(rows.dtype)
+
+
+def _scaled(kernel: Array, scale: Array) -> Array:
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    return (wide * scale.astype(wide.dtype)[:, None]).astype(kernel.dtype)
 
 
 def normalized(x: Float[Array, "*batch D"], centred: bool) -> Float[Array, "*batch D"]:

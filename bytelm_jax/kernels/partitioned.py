@@ -2,8 +2,9 @@
 
 Where the layers of one copy are cut over several devices (`--tensor`), the compiler finds most of
 the work of each by itself from where the parameters lie. Two parts it would compute on arrays that
-it gathers first; a partition, which `training/mesh.py` makes, has them computed where they lie.
-Everywhere else they are the plain functions: on one device nothing is added to a program.
+it gathers first; a partition, which `training/mesh.py` makes, has them computed where they lie. So
+are tables of n-grams, of which a step reads few rows, where the state is cut (`--fsdp`). Everywhere
+else they are the plain functions: on one device nothing is added to a program.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +30,14 @@ class Partition(Protocol):
         ...
 
 
+Find = Callable[[Array, Array], Array]
+"""Sums of rows of a table: (table [V, D], ids [B, T, E]) → [B, T, D]."""
+
+Columns = Callable[[Find, Array, Array, int], Array]
+"""`by_columns` on a mesh."""
+
 _partition: ContextVar[Partition | None] = ContextVar("_partition", default=None)
+_columns: ContextVar[Columns | None] = ContextVar("_columns", default=None)
 
 
 def is_partitioned() -> bool:
@@ -38,13 +46,14 @@ def is_partitioned() -> bool:
 
 
 @contextmanager
-def partitioned(partition: Partition | None) -> Iterator[None]:
-    """Within this context layers are traced for `partition`."""
-    before = _partition.set(partition)
+def partitioned(partition: Partition | None, columns: Columns | None = None) -> Iterator[None]:
+    """Within this context layers are traced for `partition`, and large tables for `columns`."""
+    before, whole = _partition.set(partition), _columns.set(columns)
     try:
         yield
     finally:
         _partition.reset(before)
+        _columns.reset(whole)
 
 
 def by_rows(
@@ -61,6 +70,21 @@ def by_rows(
     """
     partition = _partition.get()
     return find(table, ids) if partition is None else partition.by_rows(find, table, ids, fill)
+
+
+def by_columns(
+    find: Find, table: Float[Array, "V C"], ids: Integer[Array, "*batch"], width: int
+) -> Float[Array, "..."]:
+    """`find(table, ids)` for a table of `width` columns that is too large to be gathered.
+
+    Each device keeps some of its columns, finds these for the ids of all devices that share the
+    table, and sends every device what belongs to its own ids. Inside `shard_map`, `table` holds a
+    device's columns alone. An id outside the table adds nothing.
+    """
+    columns = _columns.get()
+    if columns is None:
+        return by_rows(find, table, ids, 0.0)
+    return columns(find, table, ids, width)
 
 
 def by_heads(

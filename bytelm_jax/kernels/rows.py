@@ -10,22 +10,63 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array
 
 _split: ContextVar[tuple[Mesh, tuple[str, ...]] | None] = ContextVar("split", default=None)
 
 
+_gathered: ContextVar[Mesh | None] = ContextVar("gathered", default=None)
+
+
 @contextlib.contextmanager
-def split_rows(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[None]:
-    """Within this context, the rows of what is traced under `jit` stand along `axes` of `mesh`."""
-    before = _split.set((mesh, axes))
+def split_rows(mesh: Mesh, axes: tuple[str, ...], gathered: bool = False) -> Iterator[None]:
+    """Within this context, the rows of what is traced under `jit` stand along `axes` of `mesh`.
+
+    `gathered` says that parameters were gathered, and are whole on every device of it.
+    """
+    before, whole = _split.set((mesh, axes)), _gathered.set(mesh if gathered else None)
     try:
         yield
     finally:
         _split.reset(before)
+        _gathered.reset(whole)
+
+
+def computed_whole(function: Callable[..., Array], *params: Array) -> Array:
+    """`function` of gathered parameters, computed by every device for itself.
+
+    Otherwise the compiler may cut it as the gradients of the parameters are cut, and gather the
+    result at each use, beside the parameters themselves.
+    """
+    mesh = _gathered.get()
+    return function(*params) if mesh is None else _on_every_device(mesh, function, *params)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _on_every_device(mesh: Mesh, function: Callable[..., Array], *params: Array) -> Array:
+    # Apart from what the backward pass computes of the same parameters, which is cut.
+    result = function(*map(jax.lax.optimization_barrier, params))
+    return jax.lax.with_sharding_constraint(result, NamedSharding(mesh, jax.P()))
+
+
+def _forward(
+    mesh: Mesh, function: Callable[..., Array], *params: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    return _on_every_device(mesh, function, *params), params
+
+
+def _backward(
+    mesh: Mesh, function: Callable[..., Array], params: tuple[Array, ...], gradient: Array
+) -> tuple[Array, ...]:
+    return jax.vjp(function, *params)[1](gradient)
+
+
+_on_every_device.defvjp(_forward, _backward)
 
 
 def on_each_device(function: Callable[..., Any], shared: Any, *rows: Any) -> Any:

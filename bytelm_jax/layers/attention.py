@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bytelm.positions import alibi_bias
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
+from bytelm_jax.kernels.patch_attention import patch_attention, suits
 from bytelm_jax.layers.caches import Index, positions_from, write_at
 from bytelm_jax.layers.initializers import normal
 from bytelm_jax.layers.norm import LayerNorm
@@ -57,6 +58,8 @@ def multi_query_attention(
     A masked key has weight exactly 0, so a changed future changes nothing. Every query must see at
     least one key.
     """
+    if suits(q, mask) and (bias is None or bias.ndim == 2):
+        return patch_attention(q, k, v, mask, bias)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     # The heads axis stays behind the queries axis: products with the shared head need no
     # transposes.

@@ -8,6 +8,8 @@ Axes: B batch, T bytes, N patches, M vectors per patch (`patch_queries`), H head
 K head width, D width.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -25,6 +27,7 @@ from bytelm_jax.layers.segments import segment_max, take_segments
 
 
 def _pool(
+    is_sorted: bool,
     patch_of: Int[Array, "B T"],
     q: Float[Array, "B N M H K"],
     keys: Float[Array, "B T G K"],
@@ -33,19 +36,19 @@ def _pool(
     """Attention of each patch's queries to its own bytes."""
     count, groups, width = q.shape[1], *keys.shape[2:]
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    near = take_segments(q.reshape(*q.shape[:2], -1), patch_of)
+    near = take_segments(q.reshape(*q.shape[:2], -1), patch_of, is_sorted)
     near = near.reshape(*keys.shape[:2], q.shape[2], groups, -1, width)
     scores = jnp.einsum("btmgrk,btgk->btmgr", near, keys, preferred_element_type=wide)
     scores = scores * width**-0.5
     flat = scores.reshape(*keys.shape[:2], -1)
-    most = segment_max(jax.lax.stop_gradient(flat), patch_of, count)
+    most = segment_max(jax.lax.stop_gradient(flat), patch_of, count, is_sorted)
     inside = (patch_of < count)[..., None]
     # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
     shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
     weights = jnp.exp(shifted)
-    total = segment_sum(weights, patch_of, count)
+    total = segment_sum(weights, patch_of, count, is_sorted)
     share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
-    mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count)
+    mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count, is_sorted)
     mixed = mixed.reshape(*total.shape, width)
     mixed = mixed / jnp.where(total == 0, 1, total)[..., None]  # 0 / 0 in a patch of no bytes
     return mixed.reshape(q.shape).astype(q.dtype)
@@ -59,7 +62,7 @@ def _vectors_of(
     """Keys and values of the patch that each byte reads."""
     # One gather for both: its backward pass, a segment sum, is the expensive part.
     both = jnp.concatenate([part.reshape(*part.shape[:2], -1) for part in (keys, values)], axis=-1)
-    return take_segments(both, read_of).reshape(*read_of.shape, 2, *keys.shape[2:])
+    return take_segments(both, read_of, is_sorted=True).reshape(*read_of.shape, 2, *keys.shape[2:])
 
 
 class CrossAttention(nnx.Module):
@@ -88,13 +91,15 @@ class CrossAttention(nnx.Module):
         queries: Float[Array, "B N M D"],
         cache: KeyValueCache,
         patch_of: Int[Array, "B T"],
+        is_sorted: bool = False,
     ) -> Float[Array, "B N M D"]:
         """The M queries of each patch attend to exactly the bytes of that patch.
 
         `cache` holds the bytes' keys and values; `patch_of` is N or more for a byte without a
-        patch.
+        patch, and `is_sorted` says that it never falls along a row, as `read_of` never does.
         """
-        return self._add(queries, by_heads(_pool, patch_of, self._queries(queries), *cache))
+        q = self._queries(queries)
+        return self._add(queries, by_heads(partial(_pool, is_sorted), patch_of, q, *cache))
 
     def pool_one(
         self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]

@@ -15,7 +15,7 @@ from bytelm.config import BLTConfig
 from bytelm.config.blt import HASH_PRIMES
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
-from bytelm_jax.kernels.partitioned import by_rows
+from bytelm_jax.kernels.partitioned import by_columns
 from bytelm_jax.layers.initializers import fan_in_normal
 
 _LIMB = 32
@@ -107,11 +107,11 @@ class NgramEmbedding(nnx.Module):
     """One fused table [tables · rows, D]; the rows of a byte are looked up and summed."""
 
     def __init__(self, count: int, dim: int, *, rngs: nnx.Rngs):
-        init = fan_in_normal(dim)
+        self.dim, init = dim, fan_in_normal(dim)
         self.embedding = nnx.Param(init(rngs.params(), (count, dim), jnp.float32))
 
     def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
         """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
         table = vary_like(self.embedding[...], rows)
         find = _low_precision_lookup if is_low_precision(table) else _lookup
-        return by_rows(find, table, rows, 0.0)
+        return by_columns(find, table, rows, self.dim)

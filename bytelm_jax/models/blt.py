@@ -119,7 +119,7 @@ class BLT(ByteModel, nnx.Module):
             remat,
             segment_starts=segment_starts,
         )
-        patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
+        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget, segment_starts is None)
         histograms = self.histograms(shifted, counted, segment_starts)
         patches, _ = self.global_transformer(
             self.widen(patches),
@@ -223,7 +223,7 @@ class BLT(ByteModel, nnx.Module):
         """Mean histogram entropy of each patch's bytes, relative to the largest, log2 7."""
         if not self.config.entropy_attention:
             return None
-        wide, count = jnp.promote_types(dtype, jnp.float32), plan.lengths.shape[1] - 1
+        wide, count = jnp.promote_types(dtype, jnp.float32), plan.budget
         real = patching.to_bytes(shifted, self.config.vocab) >= 0
         both = jnp.stack([histograms.astype(wide), real.astype(wide)], axis=-1)
         total = segment_sum(both, plan.patch_of, count)

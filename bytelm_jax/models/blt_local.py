@@ -41,11 +41,19 @@ class Encoder(nnx.Module):
         self.cross_attention = CrossAttention(dim, *heads, rngs=rngs)
 
     def pool(
-        self, states: Float[Array, "B T D"], patch_of: Int[Array, "B T"], count: int
+        self,
+        states: Float[Array, "B T D"],
+        patch_of: Int[Array, "B T"],
+        count: int,
+        is_sorted: bool = False,
     ) -> tuple[Float[Array, "B {count} W"], KeyValueCache]:
-        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them."""
+        """Patches of byte states, and the keys and values [B, T, G, K] that pooled them.
+
+        `is_sorted` says that `patch_of` never falls along a row.
+        """
         cache = self.cross_attention.keys_values(states)
-        return self.pool_cached(segment_max(states, patch_of, count), cache, patch_of), cache
+        top = segment_max(states, patch_of, count, is_sorted)
+        return self.pool_cached(top, cache, patch_of, is_sorted), cache
 
     def pool_one(
         self, states: Float[Array, "B L D"], cache: KeyValueCache, mask: Bool[Array, "B L"]
@@ -57,11 +65,15 @@ class Encoder(nnx.Module):
         return pooled.reshape(top.shape[0], 1, -1)
 
     def pool_cached(
-        self, top: Float[Array, "B N D"], cache: KeyValueCache, patch_of: Int[Array, "B T"]
+        self,
+        top: Float[Array, "B N D"],
+        cache: KeyValueCache,
+        patch_of: Int[Array, "B T"],
+        is_sorted: bool = False,
     ) -> Float[Array, "B N W"]:
         """Version of `pool` given the maxima of the patches and the bytes' keys and values."""
         pooled = self.cross_attention.pool_cached(
-            self._split(self.to_queries(top)), cache, patch_of
+            self._split(self.to_queries(top)), cache, patch_of, is_sorted
         )
         return pooled.reshape(*top.shape[:2], -1)
 

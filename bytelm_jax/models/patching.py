@@ -59,6 +59,11 @@ class PatchPlan(NamedTuple):
     segment_starts: Int[Array, "B N"] | None
     """The first patch of each patch's segment; None if the row is one text."""
 
+    @property
+    def budget(self) -> int:
+        """N, the number of patches that are pooled."""
+        return self.lengths.shape[1] - 1
+
 
 def to_bytes(ids: Integer[Array | np.ndarray, "*batch"], vocab: ByteVocab) -> Int[Array, "*batch"]:
     """Byte values 0 to 255 of ids, `NO_BYTE` for an id that is not a byte."""

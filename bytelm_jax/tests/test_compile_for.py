@@ -8,8 +8,10 @@ from bytelm import recipes
 from bytelm.chips import find_chip
 from bytelm_jax.cli import main as cli
 from bytelm_jax.tools import dry_run
-from bytelm_jax.tools.compiled import kernel_flops, padded_bytes
+from bytelm_jax.tools.compiled import Compiled, kernel_flops, padded_bytes
+from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.targets import TOPOLOGIES, read_target
+from bytelm_jax.training import mesh as meshes
 
 RUN = ["train", "megabyte_tiny", "--dry-run"]
 
@@ -85,6 +87,28 @@ def test_a_large_number_is_found_to_a_thirty_second_part_in_few_steps():
 
     found, needed = dry_run.largest_fitting(peak, 3, 10_000)
     assert 9500 * 31 / 32 - 1 <= found <= 9500 and needed == 500 + found and len(asked) <= 12
+
+
+def test_what_fits_is_compiled_once(monkeypatch):
+    """The last batch that was compiled and fits is not compiled again for its figures."""
+    asked = []
+
+    def compile_lowered(rows, *_):
+        asked.append(rows)
+        return Compiled(rows * 2**30, 0, 0, 1.0, 0.0, 1, 0, []) if rows <= 24 else None
+
+    monkeypatch.setattr(dry_run, "has_libtpu", lambda: True)
+    monkeypatch.setattr(dry_run, "topology_mesh", lambda *_: meshes.make_mesh(4))
+    monkeypatch.setattr(dry_run, "lower_step", lambda recipe, *_: recipe.train.batch_size // 4)
+    monkeypatch.setattr(dry_run, "compile_lowered", compile_lowered)
+    target, machine = read_target("v5e:2x2"), Machine("v5e")
+    found = dry_run.largest_batch(recipes.get("megabyte_tiny"), machine, target)
+    assert (found.recipe.train.batch_size, found.needed) == (4 * 16, 16 * 2**30)
+    count = len(asked)
+    estimate = dry_run.dry_run(found.recipe, machine, target, found.compiled)
+    assert estimate.compiled is found.compiled and len(asked) == count
+    assert dry_run.dry_run(found.recipe, machine, target).compiled == found.compiled
+    assert len(asked) == count + 1
 
 
 def test_fit_names_the_largest_batch_that_fits(monkeypatch, capsys):

@@ -103,6 +103,34 @@ def test_scores_are_kept_where_attention_is_written_out():
         assert (total(scores) > 0) == written_out
 
 
+def test_no_kernel_is_gathered_twice():
+    """With its norm folded in and without, say, or again in the backward pass."""
+    recipe = recipes.get("megabyte_tiny")
+    model = replace(recipe.model, global_layers=1, local_layers=1)
+    train = replace(recipe.train, batch_size=32, fsdp=4, compute_dtype="bfloat16")
+    recipe, mesh = replace(recipe, model=model, train=train), meshes.make_mesh(4, 4)
+    state = dry_run.abstract_state(recipe, mesh)
+    cut = sum(x.size for x in state.params.values() if not x.sharding.is_fully_replicated)
+    found = read_collectives(dry_run.compile_step(recipe, mesh, state), 4)
+    gathered = sum(each.bytes for each in found if each.kind == "all-gather")
+    assert 2 * cut <= gathered < 2.05 * cut
+
+
+def test_a_fused_reduce_scatter_is_one():
+    """As a TPU's compiler writes it."""
+    text = """
+%all-reduce-scatter.1 (input.1: bf16[8,4]) -> bf16[2,4] {
+  %all-reduce.9 = bf16[8,4]{1,0} all-reduce(%input.1), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %slice = bf16[2,4]{1,0} dynamic-slice(%all-reduce.9, %start, %zero)
+}
+
+ENTRY %main (x: bf16[8,4]) -> bf16[2,4] {
+  ROOT %fusion = bf16[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    assert read_collectives(text, 4) == [Collective("reduce-scatter", 4, 1, 64)]
+
+
 def test_state_is_cut_by_fsdp():
     mesh = meshes.make_mesh(8, 4)
     recipe = Recipe(

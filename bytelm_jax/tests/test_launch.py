@@ -1,8 +1,12 @@
 """The scripts that start runs on clusters, with stand-ins for the clusters' own commands."""
 
+import importlib.machinery
+import importlib.util
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -155,3 +159,75 @@ def test_a_pod_ends_as_its_run_does(tmp_path, stand_in, status):
         env=environment(tmp_path, JOB_COMPLETION_INDEX="0", **variables),
     )  # fmt: skip
     assert process.returncode == status
+
+
+def local_launcher():
+    loader = importlib.machinery.SourceFileLoader("local", str(LAUNCH / "local"))
+    spec = importlib.util.spec_from_loader("local", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+TRAIN = {"batch_size": 12, "accumulation_steps": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("left", "devices", "changes", "rows", "expected"),
+    [
+        (2, 1, {}, 4, (2, 2)),  # of three with 4 rows each
+        (3, 1, {}, 3, (3, 2)),  # of four with 3 rows each
+        (5, 1, {}, 2, (4, 3)),  # 12 rows do not divide among 5
+        (3, 4, {"fsdp": 4}, 1, (3, 1)),
+        (3, 4, {"fsdp": 8, "batch_size": 32}, 2, (2, 2)),
+        (1, 4, {"tensor": 2, "accumulation_steps": 2}, 2, (1, 3)),
+        (1, 2, {"fsdp": 4}, 9, None),
+        (1, 8, {"batch_size": 12}, 9, None),
+    ],
+)
+def test_fewer_processes_keep_the_batch_and_the_rows_of_a_device(
+    left, devices, changes, rows, expected
+):
+    assert local_launcher().layout_on(left, devices, TRAIN | changes, rows) == expected
+
+
+STAND_IN = """
+import os, signal, sys, time
+from pathlib import Path
+folder, words = Path(sys.argv[sys.argv.index("--run-dir") + 1]), sys.argv[2:]
+index = words[words.index("--process-id") + 1]
+with open(folder / f"calls-{index}", "a") as file:
+    file.write(" ".join(word for word in words if "127.0.0.1" not in word) + "\\n")
+if words[words.index("--num-processes") + 1] == "3":
+    if index == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_a_run_goes_on_with_the_processes_that_are_left(tmp_path, elastic):
+    (tmp_path / "bytelm_jax").mkdir()
+    (tmp_path / "bytelm_jax" / "__init__.py").write_text("")
+    (tmp_path / "bytelm_jax" / "cli.py").write_text(STAND_IN)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"train": TRAIN}))
+    command = [sys.executable, LAUNCH / "local", "3", "--cpu-devices", "1"]
+    command += ["--elastic"] * elastic + ["--", "megabyte_tiny", "--run-dir", run]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    joining = "--coordinator --num-processes {} --process-id {}"
+    options = f"megabyte_tiny --run-dir {run}"
+    first = [f"{options} {joining.format(3, index)}" for index in range(3)]
+    again = [f"{options} --accumulation-steps 2 {joining.format(2, index)}" for index in range(2)]
+    calls = [(run / f"calls-{index}").read_text().splitlines() for index in range(3)]
+    if elastic:
+        assert done.returncode == 0, done.stderr
+        assert calls == [[first[0], again[0]], [first[1], again[1]], [first[2]]]
+        assert "1 of 3 processes were lost; starting again with 2, 2 micro" in done.stderr
+    else:
+        assert done.returncode in (9, 75) and calls == [[line] for line in first]

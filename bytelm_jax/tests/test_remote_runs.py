@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bytelm.generation.draft_table import load_table
-from bytelm.metrics import WALL_CLOCK
+from bytelm.metrics import comparable
 from bytelm.remote.copies import local_copy
 from bytelm.runs import load_recipe, open_run
 from bytelm_jax.cli.main import main
@@ -41,7 +41,7 @@ def train(folder: Path, run_dir: str | Path, steps: int, *options: str) -> int:
 def records(run_dir: str | Path) -> list[dict]:
     with local_copy(run_dir) as copy:
         lines = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in lines]
+    return comparable(lines)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import pytest
 
 from bytelm import runs
 from bytelm.config import MegabyteConfig
-from bytelm.metrics import WALL_CLOCK, read_metrics
+from bytelm.metrics import comparable, read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import mesh as meshes
@@ -92,8 +92,7 @@ def result(run_dir):
     """Parameters and metrics of a finished run, wall-clock fields left out."""
     _, params, step = checkpoint.load_run(Path(run_dir))
     records = read_metrics(Path(run_dir) / "metrics.jsonl")
-    comparable = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
-    return step, {k: np.asarray(v) for k, v in params.items()}, comparable
+    return step, {k: np.asarray(v) for k, v in params.items()}, comparable(records)
 
 
 def assert_same(ours, theirs):

@@ -17,7 +17,7 @@ from bytelm.config import (
     QLearningSGDConfig,
     TrainConfig,
 )
-from bytelm.metrics import WALL_CLOCK, read_metrics
+from bytelm.metrics import comparable, read_metrics
 from bytelm.runs import DivergedError
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import step as steps
@@ -55,7 +55,7 @@ def recipe(tmp_path):
 
 def records(run_dir):
     lines = read_metrics(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in lines]
+    return comparable(lines)
 
 
 def fingerprints_of_a_whole_and_a_resumed_run(recipe, tmp_path, monkeypatch):

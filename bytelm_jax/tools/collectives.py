@@ -46,11 +46,17 @@ def read_collectives(text: str, devices: int) -> list[Collective]:
         for line in lines if times[name] else ():
             match = _FOUND.match(line)
             if match:
-                key = match[2], _group(line, devices)
+                key = _kind(name, match[2]), _group(line, devices)
                 count[key] += times[name]
                 size[key] += times[name] * _bytes(match[1], match[2], bool(match[3]), key[1])
     collectives = [Collective(*key, count[key], size[key]) for key in count]
     return sorted(collectives, key=lambda each: -each.bytes)
+
+
+def _kind(computation: str, kind: str) -> str:
+    """A TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice of it."""
+    fused = computation.startswith("all-reduce-scatter") and kind == "all-reduce"
+    return "reduce-scatter" if fused else kind
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -29,14 +29,14 @@ class Job(NamedTuple):
 
 def answer(job: Job) -> str:
     """The text that `bytelm train --dry-run` prints; raises `ValueError` as `dry_run` does."""
-    recipe, lines = job.recipe, []
+    recipe, lines, compiled = job.recipe, [], None
     if job.fit:
-        recipe, needed = dry_run.largest_batch(recipe, job.machine, job.target)
+        recipe, needed, compiled = dry_run.largest_batch(recipe, job.machine, job.target)
         lines = [
             f"the largest batch that fits: --batch-size {recipe.train.batch_size}, "
             f"{needed / 2**30:.3f} GiB a device"
         ]
-    estimate = dry_run.dry_run(recipe, job.machine, job.target)
+    estimate = dry_run.dry_run(recipe, job.machine, job.target, compiled)
     if job.as_json:
         found = dry_run.as_json(recipe.name, estimate)
         found |= {"batch_size": recipe.train.batch_size} if job.fit else {}

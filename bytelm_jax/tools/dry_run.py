@@ -10,6 +10,7 @@ place, and its figures stand beside the estimate. Nothing is computed, read or w
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -111,11 +112,28 @@ def require_devices(count: int) -> None:
         )
 
 
-def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> Estimate:
+class Fitting(NamedTuple):
+    """The largest batch that fits."""
+
+    recipe: Recipe
+    """The recipe with that batch."""
+    needed: int
+    """Bytes of a device."""
+    compiled: Compiled | None
+    """The step, if the target's compiler was asked."""
+
+
+def dry_run(
+    recipe: Recipe,
+    machine: Machine,
+    target: Target | None = None,
+    compiled: Compiled | None = None,
+) -> Estimate:
     """Compiles the step of `recipe` for its `train.devices` and estimates memory and time.
 
     With a `target` it is compiled for that, if its compiler is installed: in a process that has the
-    environment `compiled.ENVIRONMENT`. `compute_dtype="auto"` is bfloat16, as on an accelerator.
+    environment `compiled.ENVIRONMENT`. `compiled` is the same step, if it was compiled before.
+    `compute_dtype="auto"` is bfloat16, as on an accelerator.
     Raises `ValueError` for settings that do not fit together, and for a step that its compiler says
     does not fit the device's memory.
     """
@@ -130,9 +148,8 @@ def dry_run(recipe: Recipe, machine: Machine, target: Target | None = None) -> E
     )
     sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
-    compiled = None
     if can_compile(target):
-        compiled = compile_lowered(lower_step(recipe, mesh, state), mesh.size)
+        compiled = compiled or compile_lowered(lower_step(recipe, mesh, state), mesh.size)
         if compiled is None:
             raise ValueError(
                 f"batch_size={run.batch_size}: a step does not fit the memory of a "
@@ -187,19 +204,19 @@ def _prepare(recipe: Recipe, machine: Machine, target: Target | None) -> tuple[R
     return recipe, meshes.make_mesh(run.devices, run.fsdp, run.tensor)
 
 
-def largest_batch(
-    recipe: Recipe, machine: Machine, target: Target | None = None
-) -> tuple[Recipe, int]:
+def largest_batch(recipe: Recipe, machine: Machine, target: Target | None = None) -> Fitting:
     """The recipe with the largest batch whose step fits the chip's memory, and that step's bytes.
 
     Batches are multiples of the devices and of `accumulation_steps`, and the largest is found as
-    `largest_fitting` says. The bytes are the compiler's,
-    or the estimate's, as in `dry_run`. Raises `ValueError` if no batch fits.
+    `largest_fitting` says. The bytes are the compiler's, or the estimate's, as in `dry_run`.
+    Raises `ValueError` if no batch fits.
     """
     recipe, mesh = _prepare(recipe, machine, target)
     places = meshes.row_places(mesh)
     chip, unit = find_chip(machine.chip), places * recipe.train.accumulation_steps
     state = abstract_state(recipe, mesh)
+
+    fitting: dict[int, Compiled] = {}  # of the largest so far
 
     def sized(rows: int) -> Recipe:
         return replace(recipe, train=replace(recipe.train, batch_size=rows * unit))
@@ -210,6 +227,9 @@ def largest_batch(
         else:
             compiled = compile_lowered(lower_step(sized(rows), mesh, state), mesh.size)
             needed = math.inf if compiled is None else compiled.peak
+            if compiled is not None and needed <= chip.memory:
+                fitting.clear()
+                fitting[rows] = compiled
         return int(needed) if needed <= chip.memory else None
 
     start = max(1, recipe.train.batch_size // unit)
@@ -219,7 +239,7 @@ def largest_batch(
             f"model: a step of one row on each device does not fit the memory of a {machine.chip}; "
             "take larger devices, a larger fsdp, or add --remat"
         )
-    return sized(rows), needed
+    return Fitting(sized(rows), needed, fitting.get(rows))
 
 
 def largest_fitting(peak: Callable[[int], int | None], start: int, limit: int) -> tuple[int, int]:
@@ -287,14 +307,15 @@ def estimate_memory(
     dtype = steps.compute_dtype(run, mesh)
     # The layers of one device: what it holds and computes follows from the shapes of its parts.
     layers = meshes.layer_shapes(mesh, state.params)
-    working = jax.eval_shape(lambda params: cast_params(params, dtype), layers)
+    cast = partial(jax.eval_shape, lambda params: cast_params(params, dtype))
+    working, traced = cast(layers), cast(meshes.layer_shapes(mesh, state.params, traced=True))
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
         _whole(leaf)
         for name, leaf in working.items()
         if run.fsdp > 1 or leaf.dtype != state.params[name].dtype
     )
-    saved = residuals(recipe, mesh, working, platform)
+    saved = residuals(recipe, mesh, traced, platform)
     shape = _rows(recipe, mesh) * recipe.data.sequence_length, _logit_width(recipe)
     about_logits = [x for x in saved if x.shape[-1:] == shape[1:] and _count(x) == math.prod(shape)]
     rest = [x for x in saved if x not in about_logits]

@@ -21,6 +21,7 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Mixture, Windows, evaluation_batches
+from bytelm.goodput import WallClock
 from bytelm.metrics import MetricsLog, validation_record
 from bytelm.patience import Patience, require_validation
 from bytelm.remote.run import RemoteRun
@@ -55,9 +56,13 @@ from bytelm_jax.training.display import Display
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_jax.training.remote import remote_of, require_one_process
 from bytelm_jax.training.reporter import StepReporter
+from bytelm_jax.training.tracing import Tracing
 
 _IN_FLIGHT = 4
 """Steps queued on the devices: simulated CPU devices deadlock if many are not awaited."""
+
+Holder = RunLock | RemoteRun
+"""What keeps a second run out of a folder, on a disk or at an address."""
 
 
 def agree_on_patches(
@@ -82,7 +87,7 @@ def open_log(recipe: Recipe, run_dir: Path, start: int) -> MetricsLog:
     return MetricsLog(run_dir / "metrics.jsonl", start, open_trackers(recipe, run_dir, start))
 
 
-def take_folder(lock: RunLock | RemoteRun, run_dir: Path, recipe: Recipe) -> None:
+def take_folder(lock: Holder, run_dir: Path, recipe: Recipe) -> None:
     """Raises `ValueError`, in every process, unless this run holds its folder from now on."""
     looking = -1
     while True:  # no process waits in a collective for longer than a look takes
@@ -96,7 +101,7 @@ def take_folder(lock: RunLock | RemoteRun, run_dir: Path, recipe: Recipe) -> Non
         prepare_run_dir(run_dir, recipe)
 
 
-def check_folder(lock: RunLock | RemoteRun) -> None:
+def check_folder(lock: Holder) -> None:
     """Raises `ValueError`, in every process, unless the folder is still as this run left it."""
     with processes.agreement():
         if processes.is_first():
@@ -115,7 +120,7 @@ def what_it_is(
 
 
 @contextmanager
-def checkpoints_of(lock: RunLock | RemoteRun, run: TrainConfig) -> Iterator[Any]:
+def checkpoints_of(lock: Holder, run: TrainConfig) -> Iterator[Any]:
     """The run's checkpoints; an error that ends the block is not hidden by a late one of a save."""
     manager = checkpoint.open_checkpoints(lock.local, run, remote_of(lock))
     try:
@@ -125,6 +130,11 @@ def checkpoints_of(lock: RunLock | RemoteRun, run: TrainConfig) -> Iterator[Any]
             manager.close()
         raise
     manager.close()
+
+
+def is_due(last: int, step: int, every: int) -> bool:
+    """Whether what happens at every so many steps (0: never), and at the `last`, happens at one."""
+    return step == last or bool(every and step % every == 0)
 
 
 def train(recipe: Recipe, run_dir: Path, locked: bool = True) -> Outcome:
@@ -138,14 +148,14 @@ def train(recipe: Recipe, run_dir: Path, locked: bool = True) -> Outcome:
     weights are neither evaluated nor saved. All processes call it alike. SIGINT and SIGTERM end it
     with everything saved, see `processes.StopSignal`.
     """
-    holder = open_run(run_dir, recipe.data.cache_dir, locked, recipe.train.track)
+    run = recipe.train
+    holder = open_run(run_dir, recipe.data.cache_dir, locked, run.track, run.profile_steps)
     with processes.StopSignal() as stop, holder as lock:
-        return _train(recipe, lock.local, stop, lock)
+        return _train(recipe, lock, stop, WallClock())
 
 
-def _train(
-    recipe: Recipe, run_dir: Path, stop: processes.StopSignal, lock: RunLock | RemoteRun
-) -> Outcome:
+def _train(recipe: Recipe, lock: Holder, stop: processes.StopSignal, clock: WallClock) -> Outcome:
+    run_dir = lock.local
     # ---- setup and data, the same in every process ----
     with processes.agreement() as found:
         require_prediction(recipe.model)
@@ -194,7 +204,7 @@ def _train(
     ahead = steps.compiling(
         step_function, template, shape, mesh, bool(found_data.names), windows.is_masked
     )
-    with ahead if start < run.steps else nullcontext():
+    with clock.leaving(ahead, "compile") if start < run.steps else nullcontext():
         if not resumed and not fresh:  # no checkpoint could be read
             recipe, trained = starting.load_start(recipe)
         compile_init = partial(steps.compile_init, optimizer, init_params, template)
@@ -218,15 +228,17 @@ def _train(
         if first:  # nothing is refused any more
             lock.save_recipe(recipe)
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
-        watchdog = processes.Watchdog(run_dir / "progress", run.step_timeout)
-        stack.enter_context(watchdog)
-        reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager)
+        watchdog = stack.enter_context(processes.Watchdog(run_dir / "progress", run.step_timeout))
+        reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager, clock)
+        batches = clock.batches(batches, reporter.is_idle)
+        traced = stack.enter_context(Tracing(step_function, run, start, run_dir, display.say))
         patience = Patience(run.patience, log.records, processes.as_first_says, display.say)
         how = "resuming" if resumed else "training"
         display.say(f"{how} {recipe.name} in {lock.name}, step {start}")
         for line in what_it_is(recipe, found_data, template.params, parts, mesh) + notes:
             display.say(line)
 
+        @clock.phase("evaluation")
         def validate(step: int, state: steps.TrainState) -> dict[str, float] | None:
             if not validation:
                 return None
@@ -243,15 +255,14 @@ def _train(
             patience.look(step, record)
             return record
 
+        @clock.phase("checkpoint")
         def save(step: int, state: steps.TrainState, record: dict[str, float] | None) -> None:
             watchdog.progress(f"the checkpoint of step {step}")
             check_folder(lock)
-            arrays = (state.params, state.opt_state)
-            checkpoint.save(manager, step, *arrays, recipe, identity, record, state.average)
+            checkpoint.save(manager, step, *state[1:3], recipe, identity, record, state.average)
             reporter.saved = step
 
-        def due(step: int, every: int) -> bool:
-            return step == run.steps or bool(every and step % every == 0)
+        due = partial(is_due, run.steps)
 
         # ---- loop ----
         if start and not resumed:
@@ -264,7 +275,7 @@ def _train(
             if piece != before:
                 reporter.drain(0)
             batch = jax.tree.map(partial(meshes.put_batch, mesh), next(batches).cut(piece))
-            state, report = step_function(state, batch.ids, **batch.rest())
+            state, report = traced(state, batch.ids, **batch.rest())
             step += 1
             reporter.add(step, report)
             if piece != before:  # compiled
@@ -291,5 +302,5 @@ def _train(
                 raise reporter.diverged(step, not_saved(reporter.bad_in_a_row))
             with reporter.stopping_on_non_finite(step):
                 save(step, state, None)
-        checkpoint.finish(manager)
+        reporter.finish(step)
     return Outcome(step, bool(stop) and step < run.steps)

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from bytelm.config import TrainConfig
 from bytelm_jax.kernels.lookup import vary_like
-from bytelm_jax.kernels.partitioned import partitioned
+from bytelm_jax.kernels.partitioned import Find, by_rows, partitioned
 from bytelm_jax.kernels.rows import split_rows
 from bytelm_jax.models import Params
 from bytelm_jax.training import topology
@@ -47,6 +47,14 @@ _MIN_SHARDED_SIZE = 1024
 
 _MIN_SCATTERED_SIZE = 1 << 20
 """Gradients with fewer elements may be transferred whole."""
+
+
+_MIN_COLUMN_ROWS = 1 << 16
+"""Tables of n-grams with fewer rows are gathered, as other parameters are: a step reads most."""
+
+
+_NGRAMS = "ngrams.embedding"
+"""The end of the name of a table of n-grams."""
 
 
 def make_mesh(
@@ -145,6 +153,25 @@ def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
     return max(axes, key=lambda axis: shape[axis])
 
 
+def stays_cut(mesh: Mesh, shape: tuple[int, ...], name: str) -> bool:
+    """Whether a parameter is never gathered over `fsdp`, but read by columns: large n-gram tables.
+
+    Gathered, that of `blt_1b` is 6.1 GB in bfloat16 on each device, and its gradient 12.3 while it
+    is summed; a step of 2,048 bytes a device reads 12,288 of its 3 million rows.
+    """
+    parts = mesh.shape[FSDP]
+    large = name.endswith(_NGRAMS) and len(shape) == 2 and shape[0] >= _MIN_COLUMN_ROWS
+    return large and parts > 1 and shape[1] % parts == 0
+
+
+def gathered_axes(mesh: Mesh, params: Any) -> dict[str, int | None]:
+    """Parameter → the axis along which `gather_parts` makes it whole."""
+    return {
+        name: None if stays_cut(mesh, leaf.shape, name) else partition_axis(mesh, leaf.shape)
+        for name, leaf in params.items()
+    }
+
+
 def tensor_parts(mesh: Mesh) -> int:
     """Into how many parts layers are cut."""
     return mesh.shape.get(TENSOR, 1)
@@ -155,10 +182,10 @@ def partition(mesh: Mesh, shape: tuple[int, ...], name: str = "") -> jax.P:
 
     Layers are cut as `tensor.CUTS` says of the parameter, and the parts by `fsdp`.
     """
-    layer = _layer_partition(mesh, shape, name)
+    layer = _tensor_partition(mesh, shape, name)
     cut = [axis for axis, by in enumerate(layer) if by == TENSOR]
     each = [size // tensor_parts(mesh) if axis in cut else size for axis, size in enumerate(shape)]
-    axis = partition_axis(mesh, tuple(each))
+    axis = 1 if stays_cut(mesh, shape, name) else partition_axis(mesh, tuple(each))
     if axis is None:
         return layer
     entries = [*layer, *(None,) * (axis + 1 - len(layer))]
@@ -168,7 +195,14 @@ def partition(mesh: Mesh, shape: tuple[int, ...], name: str = "") -> jax.P:
 
 
 def _layer_partition(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.P:
-    """How a parameter lies on the mesh while it is computed with: cut by `TENSOR` alone."""
+    """How a parameter lies on the mesh while it is computed with."""
+    if stays_cut(mesh, shape, name):
+        return partition(mesh, shape, name)
+    return _tensor_partition(mesh, shape, name)
+
+
+def _tensor_partition(mesh: Mesh, shape: tuple[int, ...], name: str) -> jax.P:
+    """The same without `FSDP`, over which nearly all are whole then."""
     parts = tensor_parts(mesh)
     axis = tensor_axis(name, shape, parts) if parts > 1 and name else None
     return jax.P() if axis is None else jax.P(*(None,) * axis, TENSOR)
@@ -194,16 +228,23 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def layer_shardings(mesh: Mesh, params: Any) -> Any:
-    """The shardings of parameters while layers are computed: whole, or cut over `TENSOR` alone."""
+    """The shardings of parameters while layers are computed: most are whole or cut over `TENSOR`.
+
+    Those that `stays_cut` names are those of the state.
+    """
     return _shardings(mesh, params, _layer_partition)
 
 
-def layer_shapes(mesh: Mesh, params: Any) -> Any:
-    """Shapes and dtypes of the parts of `params` that one device computes with."""
+def layer_shapes(mesh: Mesh, params: Any, traced: bool = False) -> Any:
+    """Shapes and dtypes of the parts of `params` that one device computes with.
+
+    If `traced`, of those that a model can be traced with on one device: all columns of tables.
+    """
+    lie = _shardings(mesh, params, _tensor_partition) if traced else layer_shardings(mesh, params)
     return jax.tree.map(
         lambda leaf, lies: jax.ShapeDtypeStruct(lies.shard_shape(leaf.shape), leaf.dtype),
         params,
-        layer_shardings(mesh, params),
+        lie,
     )
 
 
@@ -251,6 +292,50 @@ def gather(mesh: Mesh, params: Any) -> Any:
     return whole(params)
 
 
+def _in_own_rows(
+    find: Callable[[Array, Array], Array], fill: float, part: Array, ids: Array
+) -> Array:
+    """`find` on a device's rows of a table, summed over `TENSOR`, inside `shard_map`."""
+    local = ids - jax.lax.axis_index(TENSOR) * len(part)
+    here, part = (local >= 0) & (local < len(part)), vary_like(part, local)
+    if not fill:  # a row outside a table adds nothing
+        return jax.lax.psum(find(part, jnp.where(here, local, len(part))), TENSOR)
+    found = find(part, jnp.where(here, local, 0))
+    return jax.lax.psum(jnp.where(here[..., None], found, 0), TENSOR)
+
+
+def _by_columns(find: Find, part: Array, ids: Array) -> Array:
+    """`find` on the columns of a table that this device has, for the ids of all devices of a group.
+
+    Inside `shard_map`. What each finds for the others goes to them: bytes of results, not of rows.
+    """
+    everyone = jax.lax.all_gather(ids, FSDP, tiled=True)
+    found = find(vary_like(part, everyone), everyone)
+    return jax.lax.all_to_all(found, FSDP, 0, found.ndim - 1, tiled=True)
+
+
+class _Columns:
+    """The `Columns` of a mesh, under `jit` or inside `shard_map`."""
+
+    def __init__(self, mesh: Mesh, inside: bool) -> None:
+        self._mesh, self._inside = mesh, inside
+
+    def __call__(self, find: Find, table: Array, ids: Array, width: int) -> Array:
+        rows, parts = len(table), tensor_parts(self._mesh)
+        if self._inside:
+            return _by_columns(find, table, ids) if table.shape[1] < width else find(table, ids)
+        if not stays_cut(self._mesh, table.shape, _NGRAMS):
+            return by_rows(find, table, ids, 0.0)
+        cut = rows % parts == 0 and parts > 1
+        on_device = functools.partial(_in_own_rows, find, 0.0) if cut else find
+        return jax.shard_map(
+            functools.partial(_by_columns, on_device),
+            mesh=self._mesh,
+            in_specs=(jax.P(TENSOR if cut else None, FSDP), jax.P(ROWS)),
+            out_specs=jax.P(ROWS),
+        )(table, ids)
+
+
 class _Cut:
     """The `Partition` of a mesh with a `TENSOR` axis. Rows lead all arrays but tables.
 
@@ -268,15 +353,7 @@ class _Cut:
         if rows % self._parts:
             return find(table, ids)
         ids = jnp.where(ids < 0, ids + rows, ids)  # counted from the end, as by an index
-
-        def masked(part: Array, ids: Array) -> Array:
-            local = ids - jax.lax.axis_index(TENSOR) * len(part)
-            here, part = (local >= 0) & (local < len(part)), vary_like(part, local)
-            if not fill:  # a row outside a table adds nothing
-                return jax.lax.psum(find(part, jnp.where(here, local, len(part))), TENSOR)
-            found = find(part, jnp.where(here, local, 0))
-            return jax.lax.psum(jnp.where(here[..., None], found, 0), TENSOR)
-
+        masked = functools.partial(_in_own_rows, find, fill)
         found = self._map(masked, (jax.P(TENSOR), jax.P(ROWS)), jax.P(ROWS))(table, ids)
         inside = ((ids >= 0) & (ids < rows))[..., None]
         return jnp.where(inside, found, fill) if fill else found
@@ -299,7 +376,16 @@ def layers_on(mesh: Mesh) -> Iterator[None]:
 
     It is meant for `jit`; inside `shard_map` a device sees its own rows anyway.
     """
-    with partitioned(_Cut(mesh) if tensor_parts(mesh) > 1 else None), split_rows(mesh, ROWS):
+    cut = _Cut(mesh) if tensor_parts(mesh) > 1 else None
+    gathered = mesh.shape[FSDP] > 1 and cut is None
+    with partitioned(cut, _Columns(mesh, inside=False)), split_rows(mesh, ROWS, gathered):
+        yield
+
+
+@contextmanager
+def parts_on(mesh: Mesh) -> Iterator[None]:
+    """Version of `layers_on` inside `shard_map`."""
+    with partitioned(None, _Columns(mesh, inside=True)):
         yield
 
 

@@ -15,6 +15,7 @@ from bytelm.config import (
     Recipe,
     training_flops_per_byte,
 )
+from bytelm.goodput import WallClock
 from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step, validation_line
 from bytelm.progress import GuessWarning
 from bytelm_jax.optimizers.build import learning_rate_schedule
@@ -27,17 +28,18 @@ class StepReporter:
 
     def __init__(
         self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
-        watchdog: processes.Watchdog, manager: ocp.CheckpointManager,
+        watchdog: processes.Watchdog, manager: ocp.CheckpointManager, clock: WallClock,
     ):  # fmt: skip
         self._recipe, self._log, self._display = recipe, log, display
-        self._watchdog, self._manager = watchdog, manager
+        self._watchdog, self._manager, self._clock = watchdog, manager, clock
+        clock.resume(log.records, log.last, start)
         self._pending: deque[tuple[int, dict[str, Any]]] = deque()
         self._rates = Throughput(0.0, devices, jax.devices()[0].device_kind)
         self._schedule = jax.jit(learning_rate_schedule(recipe.optimizer, recipe.train.steps))
         self._counted = start  # the last step that rates include
         self._guess = GuessWarning(recipe)
         self._skipped = log.skipped
-        self.saved = start
+        self._start = self.saved = start
         self.bad_in_a_row = 0
 
     def add(self, step: int, report: dict[str, Any]) -> None:
@@ -64,14 +66,31 @@ class StepReporter:
         `sequence_length` is that of the steps from now on, if it changes.
         """
         self.drain(0)
+        if sequence_length:  # most of the step's time
+            self._clock.count_as("compile")
         self._counted = step
         cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
         self._rates.restart(cost if sequence_length else None)
 
     def evaluated(self, step: int, record: dict[str, float]) -> None:
         """Logs and shows an evaluation."""
-        self._log.write({"step": step, **record})
+        self._log.write({"step": step, **record, **self._clock.record()})
         self._display.say(validation_line(step, record))
+
+    def is_idle(self) -> bool:
+        """Whether the devices have finished all steps."""
+        return all(report["loss"].is_ready() for _, report in self._pending)
+
+    def finish(self, step: int) -> None:
+        """Waits for the last checkpoint; logs and shows what the run's time, up to `step`, went to.
+
+        A run that had nothing to do has nothing to show.
+        """
+        with self._clock.phase("checkpoint"):
+            checkpoint.finish(self._manager)
+        if step > self._start:
+            self._log.write({"step": step, **self._clock.record()})
+            self._display.say(self._clock.line(self._rates.mean_mfu))
 
     def diverged(self, step: int, why: str) -> runs.DivergedError:
         """The error to raise at `step`; waits until the checkpoint that it names is on disk."""
@@ -103,7 +122,7 @@ class StepReporter:
         finished = step + sum(later["loss"].is_ready() for _, later in self._pending)
         self._rates.add((finished - self._counted) * run.batch_size * length)
         self._counted = finished
-        values |= self._rates.read()
+        values |= self._rates.read() | self._clock.record()
         self._log.write({"step": step, **values})
         self._display.show(step, values)
         if warning := self._guess.look(step, values["loss"]):

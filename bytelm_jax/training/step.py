@@ -30,9 +30,10 @@ from bytelm_jax.training.mesh import (
     check_batch,
     gather,
     gather_parts,
+    gathered_axes,
     layers_on,
     partition,
-    partition_axis,
+    parts_on,
     replicated,
     row_shifts,
     state_shardings,
@@ -269,7 +270,7 @@ class _Form(NamedTuple):
     """The number, in the global batch, of the first row that this program sees; or one for each
     row, by how much its number exceeds its place among those that the program sees."""
     total_rows: int
-    layers: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    layers: Callable[[], contextlib.AbstractContextManager[None]]
     """The context in which layers are traced."""
 
 
@@ -296,7 +297,7 @@ def _make_gradients(
         return find(form, step, moving, fixed, batch)
 
     def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
-        axes = {name: partition_axis(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
+        axes = gathered_axes(mesh, moving | fixed)
 
         def on_device(step: Array, moving: Params, fixed: Params, batch: _Rows):
             rows, position = batch.ids.shape[0], jax.lax.axis_index(ROWS)
@@ -309,10 +310,11 @@ def _make_gradients(
                 lambda params: gather_parts(params, axes),
                 first_row,
                 rows * mesh.size,
+                partial(parts_on, mesh),
             )
             return find(form, step, moving, fixed, batch)
 
-        specs = {name: partition(mesh, leaf.shape) for name, leaf in (moving | fixed).items()}
+        specs = {k: partition(mesh, leaf.shape, k) for k, leaf in (moving | fixed).items()}
         of_moving = {name: specs[name] for name in moving}
         of_fixed = {name: specs[name] for name in fixed}
         return jax.shard_map(

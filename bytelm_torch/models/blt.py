@@ -86,7 +86,7 @@ class BLT(ByteModel, nn.Module):
         states, _ = self.encoder.transformer(
             self.embed(shifted, segment_starts), remat, segment_starts=segment_starts
         )
-        patches, _ = self.encoder.pool(states, plan.patch_of, plan.lengths.shape[1] - 1)
+        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget)
         histograms = self.histograms(shifted, counted, segment_starts)
         patch_entropy = self.patch_entropy(histograms, shifted, plan, patches.dtype)
         patches, _ = self.global_transformer(
@@ -183,7 +183,7 @@ class BLT(ByteModel, nn.Module):
         """Mean histogram entropy of each patch's bytes, relative to the largest, log2 7."""
         if not self.config.entropy_attention:
             return None
-        wide, count = torch.promote_types(dtype, torch.float32), plan.lengths.shape[1] - 1
+        wide, count = torch.promote_types(dtype, torch.float32), plan.budget
         real = patching.to_bytes(shifted, self.config.vocab) >= 0
         both = torch.stack([histograms.to(wide), real.to(wide)], dim=-1)
         total = segment_sum(both, plan.patch_of, count)

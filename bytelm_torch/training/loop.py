@@ -17,12 +17,9 @@ from bytelm.config import (
 )
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import evaluation_batches
+from bytelm.goodput import WallClock
 from bytelm.memory import require_host_memory
-from bytelm.metrics import (
-    MetricsLog,
-    validation_line,
-    validation_record,
-)
+from bytelm.metrics import MetricsLog, validation_record
 from bytelm.patience import Patience, require_validation
 from bytelm.progress import ProgressLines, StopSignal
 from bytelm.run_data import first_lines, open_windows
@@ -49,6 +46,7 @@ from bytelm_torch.training.average import Average
 from bytelm_torch.training.batches import training_batches
 from bytelm_torch.training.evaluate import evaluate_batches, make_row_nats
 from bytelm_torch.training.reporter import StepReporter
+from bytelm_torch.training.tracing import Tracing
 
 _IN_FLIGHT = 4
 """Steps queued on the device before their metrics are looked at."""
@@ -66,7 +64,7 @@ def train(recipe: Recipe, run_dir: Path, compiled: bool = False) -> Outcome:
     """
     require_local(run_dir, "run_dir")
     with parallel.join_group(timeout=recipe.train.step_timeout) as group, RunLock() as lock:
-        return _train(recipe, run_dir, group, lock, compiled)
+        return _train(recipe, run_dir, group, lock, WallClock(), compiled)
 
 
 def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
@@ -97,7 +95,12 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
 
 
 def _train(
-    recipe: Recipe, run_dir: Path, group: parallel.Group, lock: RunLock, compiled: bool
+    recipe: Recipe,
+    run_dir: Path,
+    group: parallel.Group,
+    lock: RunLock,
+    clock: WallClock,
+    compiled: bool,
 ) -> Outcome:
     if compiled:
         parallel.require_compilable(recipe.model)
@@ -141,10 +144,12 @@ def _train(
     notes += [] if start else start_notes(recipe)
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
-    reporter = StepReporter(recipe, start, group, log, display)
+    reporter = StepReporter(recipe, start, group, log, display, clock)
+    batches = clock.batches(batches, reporter.is_idle)
     agree = partial(parallel.as_first_says, group)
     patience = Patience(run.patience, log.records, agree, display.say)
 
+    @clock.phase("evaluation")
     def validate(step: int) -> dict[str, float] | None:
         if not validation:
             return None
@@ -156,11 +161,11 @@ def _train(
             with average.in_model():
                 results[name] = evaluate_batches(row_nats, batches, vocab.pad_id, group)
         record = validation_record(results)
-        log.write({"step": step, **record})
-        display.say(validation_line(step, record))
+        reporter.evaluated(step, record)
         patience.look(step, record)
         return record
 
+    @clock.phase("checkpoint")
     def save(step: int, record: dict[str, float] | None) -> None:
         reporter.stop_on_non_finite(
             step, model=model.state_dict(), optimizer=optimizer.state_dict()
@@ -173,7 +178,8 @@ def _train(
 
     # ---- loop ----
     step, piece = start, length
-    with StopSignal() as stop, closing(log):
+    traced = Tracing(step_function, run, start, run_dir, display.say, group)
+    with StopSignal() as stop, closing(log), traced:
         parameters = sum(each.numel() for each in model.parameters())
         frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
         devices = f"{group.size} {reporter.device} device{'s' * (group.size > 1)}"
@@ -191,7 +197,7 @@ def _train(
             if piece != before:
                 reporter.restart(piece)
             batch = next(batches).cut(piece)
-            report = step_function(step, batch.ids, rate, clip, bool(stop), **batch.rest())
+            report = traced(step, batch.ids, rate, clip, bool(stop), **batch.rest())
             average.update()
             step += 1
             reporter.add(step, report)
@@ -217,6 +223,7 @@ def _train(
             if not reporter.asked:
                 raise reporter.diverged(step, not_saved(reporter.bad))
             save(step, None)
+        reporter.finish(step)
     parallel.wait_for_all(group)
     return Outcome(step, reporter.asked and step < run.steps)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bytelm import runs
 from bytelm.config import Recipe, training_flops_per_byte
-from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step
+from bytelm.goodput import WallClock
+from bytelm.metrics import MetricsLog, Throughput, add_bits, skipped_step, validation_line
 from bytelm.progress import GuessWarning, ProgressLines
 from bytelm.schedules import learning_rate_schedule
 from bytelm_torch.interop.finite import first_non_finite
@@ -20,18 +21,21 @@ class StepReporter:
     """The reports of steps on the device: waited for, checked, counted, logged and shown."""
 
     def __init__(
-        self, recipe: Recipe, start: int, group: Group, log: MetricsLog, display: ProgressLines
-    ):
-        self._recipe, self._log, self._display = recipe, log, display
-        cuda = group.device.type == "cuda"
+        self, recipe: Recipe, start: int, group: Group, log: MetricsLog, display: ProgressLines,
+        clock: WallClock,
+    ):  # fmt: skip
+        self._recipe, self._log, self._display, self._clock = recipe, log, display, clock
+        clock.resume(log.records, log.last, start)
+        self._group, cuda = group, group.device.type == "cuda"
         self.device = torch.cuda.get_device_name(group.device) if cuda else "cpu"
         cost = training_flops_per_byte(recipe.model, recipe.data.sequence_length)
         self._rates = Throughput(cost, group.size, self.device)
         self._schedule = learning_rate_schedule(recipe.optimizer, recipe.train.steps)
         self._guess, self._skipped = GuessWarning(recipe), log.skipped
         self._pending: deque[tuple[int, dict[str, Tensor]]] = deque()
-        self.saved, self.asked = start, False
-        """The last step that was saved, and whether a signal asked the run to end."""
+        self._start = self.saved = start
+        self.asked = False
+        """Whether a signal asked the run to end."""
         self.bad = 0
         """How many of the last steps were skipped."""
 
@@ -63,6 +67,25 @@ class StepReporter:
         cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
         self._rates.restart(cost if sequence_length else None)
 
+    def evaluated(self, step: int, record: dict[str, float]) -> None:
+        """Logs and shows an evaluation."""
+        self._log.write({"step": step, **record, **self._clock.record()})
+        self._display.say(validation_line(step, record))
+
+    def is_idle(self) -> bool:
+        """Whether the device has finished all steps."""
+        cuda = self._group.device.type == "cuda"
+        return not cuda or torch.cuda.current_stream(self._group.device).query()
+
+    def finish(self, step: int) -> None:
+        """Logs and shows what the run's time, up to `step`, went to.
+
+        A run that had nothing to do has nothing to show.
+        """
+        if step > self._start:
+            self._log.write({"step": step, **self._clock.record()})
+            self._display.say(self._clock.line(self._rates.mean_mfu))
+
     def diverged(self, step: int, why: str) -> runs.DivergedError:
         """The error to raise at `step`."""
         return runs.diverged(self._recipe, step, why, self.saved)
@@ -85,7 +108,7 @@ class StepReporter:
     def _report(self, step: int, values: dict[str, float]) -> None:
         add_bits(values)
         values["learning_rate"] = self._schedule(step - 1)
-        values |= self._rates.read()
+        values |= self._rates.read() | self._clock.record()
         self._log.write({"step": step, **values})
         self._display.show(step, values)
         if warning := self._guess.look(step, values["loss"]):

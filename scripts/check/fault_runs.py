@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from bytelm.metrics import WALL_CLOCK, read_metrics
+from bytelm.metrics import comparable, read_metrics
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.processes import HUNG
@@ -205,8 +205,7 @@ def outcome(run_dir: Path) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]
     _, params, step = checkpoint.load_run(run_dir)
     assert step == STEPS, f"ended at step {step}"
     records = read_metrics(run_dir / "metrics.jsonl")
-    comparable = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in records]
-    return {k: np.asarray(v) for k, v in params.items()}, comparable
+    return {k: np.asarray(v) for k, v in params.items()}, comparable(records)
 
 
 def compare(run_dir: Path, intact: Path, same_layout: bool) -> str:

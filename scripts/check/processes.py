@@ -7,11 +7,14 @@ version of a package, the library's own code. Both must end with status 2 within
 having joined and name the process and the field, and nothing may have been written. Then a run
 whose second process starts 60 seconds late: it must join and train to the end. Then a mesh in which
 the devices of both processes alternate, as a TPU's wires may ask for: rows with their dropout keys
-must be those of one device. Prints a line for each; exit code 1 if one is wrong. Two minutes.
+must be those of one device. Then a run of three processes under `scripts/launch/local --elastic`,
+one of which is killed: it must go on with two, and its losses be those of one device. Prints a line
+for each; exit code 1 if one is wrong. Four minutes.
 """
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +157,39 @@ def alternating(folder: Path, data: list[str]) -> tuple[bool, str]:
     return worst <= DEVICES_AFTER_5_STEPS, f"losses of 4 steps, both forms, to {worst:.1e}"
 
 
+def elastic(folder: Path, data: list[str]) -> tuple[bool, str]:
+    """Whether a run that loses one of three processes ends as it would have on one device."""
+    options = [*RUN, *data, "--batch-size", "12", "--steps", "60", "--log-every", "1"]
+    options += ["--eval-every", "0", "--checkpoint-every", "10"]
+    one = Process(folder / "one", [*options[len(RUN) :], "--devices", "1"], [])
+    if ended := one.finish(STARTING):
+        return False, _account([ended], (one,))
+    command = [sys.executable, str(ROOT / "scripts/launch/local"), "3", "--cpu-devices", "1"]
+    command += ["--elastic", "--", *options, "--run-dir", str(folder / "three")]
+    launcher = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    log, late = folder / "three" / "metrics.jsonl", time.monotonic() + STARTING
+    while not (log.exists() and len(log.read_bytes().splitlines()) > 15):
+        if time.monotonic() > late or launcher.poll() is not None:
+            launcher.terminate()
+            return False, f"never trained: {launcher.communicate()[1][-300:]}"
+        time.sleep(0.05)
+    started = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(int(started[-1]), signal.SIGKILL)
+    try:
+        said = launcher.communicate(timeout=2 * STARTING)[1].strip()
+    except subprocess.TimeoutExpired:
+        launcher.terminate()
+        return False, "did not end"
+    ours, theirs = (_losses(folder / name) for name in ("three", "one"))
+    if launcher.returncode or len(ours) != len(theirs):
+        return False, f"{launcher.returncode}, {len(ours)} steps: {said[-300:]}"
+    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    return worst <= DEVICES_AFTER_5_STEPS, f"{said}; losses of 60 steps to {worst:.1e}"
+
+
 def _account(ends: list[int | None], started: tuple[Process, ...]) -> str:
     """What went wrong: statuses and the last that each process said."""
     return f"{ends}, {[each.text()[-300:] for each in started]}"
@@ -186,6 +222,7 @@ def main() -> int:
         ]
         checks = [(c.name, lambda at, c=c: disagreeing(c, at, data)) for c in cases]
         checks += [("alternating mesh", lambda at: alternating(at, data))]
+        checks += [("elastic", lambda at: elastic(at, data))]
         checks += [("late process", lambda at: late(at, data, seconds))]
         for name, check in checks:
             at = folder / name
