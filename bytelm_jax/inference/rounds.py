@@ -55,7 +55,7 @@ class State(NamedTuple):
 
     cache: Any
     ids: Array
-    index: Array
+    index: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     """The position of each row's next byte."""
     done: Array
     constraint: Array

@@ -169,8 +169,8 @@ def extend(
     if within_patch:
         later = ends & (jnp.arange(reach) > 0)[None, :]
         reach = jnp.where(later.any(axis=1), jnp.argmax(later, axis=1), reach)
-        ending = jax.tree.map(lambda part: part[:, :1], ending._replace(index=index[:, None]))
-        ending = ending._replace(index=index)
+        ending = jax.tree.map(lambda part: part[:, :1], ending._replace(start=index[:, None]))
+        ending = ending._replace(start=index)
     cache = _finish_patches(model, cache, ending)
     newest = jnp.where(ends, numbers, numbers - 1)
     x, decoder = _decode(model, cache, x, newest, first, index, starts)
@@ -311,7 +311,7 @@ class _Ending(NamedTuple):
     """Whether a patch ends at each byte [B, T], the number of its patch and its segment's first."""
     numbers: Array
     first: Array | None
-    index: Array
+    start: Array
 
 
 def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
@@ -368,7 +368,7 @@ def _pool(model: "BLT", cache: BLTCache, new: _Ending) -> Float[Array, "B T W"]:
 
 def _first_patch(cache: BLTCache, new: _Ending) -> Bool[Array, "B L"]:
     """The positions of the patch of the first of the new bytes, up to the last of these."""
-    return _in_patch(cache, new.numbers[:, 0], new.index + new.ends.shape[1] - 1)
+    return _in_patch(cache, new.numbers[:, 0], new.start + new.ends.shape[1] - 1)
 
 
 def _later_patch(new: _Ending) -> Int[Array, "B T"]:
@@ -404,7 +404,7 @@ def _patch_entropy_of(
     bits = jnp.where(mask, cache.histograms.astype(wide), 0).sum(axis=1, keepdims=True)
     counted = real.sum(axis=1, keepdims=True).astype(wide)
     if count > 1:
-        histograms = take_at(cache.histograms, positions_from(new.index, count)).astype(wide)
+        histograms = take_at(cache.histograms, positions_from(new.start, count)).astype(wide)
         is_byte = (patching.to_bytes(new.byte, config.vocab) >= 0).astype(wide)
         both = jnp.stack([histograms, is_byte], axis=-1)
         later = segment_sum(both, _later_patch(new), count - 1)

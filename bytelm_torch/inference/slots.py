@@ -58,13 +58,16 @@ class TorchSlots:
         self._last: tuple[bytes, Any, Tensor] | None = None
         with inference(model):
             zeros = torch.zeros(slots, dtype=torch.long, device=self._at)
+            self._allowed = {
+                ends: torch.from_numpy(allowed_candidates(constraints, vocab, ends)).to(self._at)
+                for ends in (True, False)
+            }
             self._rows = Rows(
                 torch.zeros(slots, self._length, device=self._at, dtype=torch.float32),
                 zeros.clone(),
                 zeros.clone(),
                 SamplerConfig(),
-                True,
-                torch.from_numpy(allowed_candidates(constraints, vocab)).to(self._at),
+                self._allowed[True],
                 torch.from_numpy(constraints.step.astype(np.int64)).to(self._at),
             )
             self._state = State(
@@ -187,7 +190,7 @@ class TorchSlots:
         chosen = torch.empty_like(states)
         for (sampler, allow_eos), slots in groups.items():
             at = torch.tensor(slots, device=states.device)
-            mine = rows._replace(sampler=sampler, allow_eos=allow_eos)
+            mine = rows._replace(sampler=sampler, allowed=self._allowed[allow_eos])
             parts = (part[at] for part in (logits, uniforms, states, left))
             chosen[at] = pick_ids(*parts, mine, vocab)
         return chosen
