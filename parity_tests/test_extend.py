@@ -10,7 +10,7 @@ import torch
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.tests.test_extend import random_params
-from parity_tests.blocks import LENGTH, MODELS, PROMPT, blocks, texts
+from parity_tests.blocks import LENGTH, MODELS, PROMPT, check_blocks, texts
 
 NAMES = ("in_action, newline", "lfbyte, newline", "bytropix, newline, small budget")
 
@@ -27,18 +27,24 @@ def test_both_packages_read_the_same_blocks_alike(name, x64):
         return model.prefill(ids[:, :PROMPT], model.init_cache(3, LENGTH, by_byte=True))
 
     @jax.jit
-    def extend(params: Any, before: Any, cache: Any, index: Any) -> Any:
-        return bind(params).extend(before, cache, index)
+    def verify(params: Any, before: Any, cache: Any, index: Any) -> Any:
+        return bind(params).verify(before, cache, index)
 
-    cache, read = start(params), 0
+    expected = np.asarray(jax.jit(lambda params: bind(params)(ids))(params))
+    cache = start(params)
+    ours: Any = twin.prefill(given[:, :PROMPT], twin.init_cache(3, LENGTH, by_byte=True))
+
+    def read(before: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal cache
+        theirs, cache, reach = verify(params, before, cache, index)
+        numbers = torch.from_numpy(before).long(), torch.from_numpy(index).long()
+        logits, _, certain = twin.verify(numbers[0], ours, numbers[1])
+        reach = np.minimum(np.asarray(reach), certain.numpy())
+        for row, count in enumerate(reach):
+            real = slice(min(count, LENGTH - index[row]))
+            found, wanted = logits[row, real].numpy(), np.asarray(theirs)[row, real]
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
+        return np.asarray(theirs), reach
+
     with torch.inference_mode():
-        ours: Any = twin.prefill(given[:, :PROMPT], twin.init_cache(3, LENGTH, by_byte=True))
-        for before, index, right in blocks(ids, config.vocab.offset):
-            expected, cache = extend(params, before, cache, index)
-            numbers = torch.from_numpy(before).long(), torch.from_numpy(index).long()
-            logits, ours = twin.extend(numbers[0], ours, numbers[1])
-            for row, count in enumerate(right):
-                found, wanted = logits[row, :count].numpy(), np.asarray(expected)[row, :count]
-                np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-9)
-            read += int(right.sum())
-    assert read == 3 * LENGTH - sum((0, 9, 16))
+        check_blocks(ids, expected, config.vocab.offset, read)

@@ -48,7 +48,7 @@ class BLTCache(NamedTuple):
     patches: Int[Tensor, "B L+1"]
     """The patch of each position, known before its byte is, unless that byte starts a segment."""
     ended: Int[Tensor, "B L"]
-    """1 where a patch ended: without what `patches` may hold of a segment that a guess began."""
+    """1 where a patch ended. Here no wrong guess shows at a byte that would start a segment."""
     histograms: Int[Tensor, "B M"]
     """`patching.histogram_entropy` of each position, M = L if the model reads it, else 0."""
     patcher: Caches

@@ -124,6 +124,7 @@ def test_log_probabilities_are_those_of_one_pass(draft):
     with torch.no_grad():
         logs = model(ids).log_softmax(dim=-1)[0]
     expected = logs.gather(1, ids[0][:, None])[7:, 0].numpy()
+    assert found.log_probs is not None
     np.testing.assert_allclose(found.log_probs, expected, atol=1e-4)
 
 
