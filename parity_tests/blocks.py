@@ -51,10 +51,6 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-VERIFIED = ("megabyte, newline", "in_action, newline")
-"""Models that are read by `verify`: their `extend` may not be given a newline that is wrong."""
-
-
 def texts(config: ModelConfig) -> np.ndarray:
     """int32[3, L] ids; the last row ends with a newline, so that a segment starts past its end."""
     last = TEXT.index(b"\n", 2 * LENGTH) + 1 - LENGTH

@@ -176,13 +176,15 @@ def _write_row(row: dict[str, Any] | None, as_json: bool) -> None:
 
 def load_model(run: Path, checkpoint: str, reset_on: str, dtype: str) -> tuple[Recipe, Any]:
     """The recipe of a run and its model, with weights of that dtype."""
+    import jax.numpy as jnp
+
     from bytelm_jax.models import cast_params, define_model
     from bytelm_jax.training import checkpoint as checkpoints
 
     recipe, params, _ = checkpoints.load_run(run, checkpoint)
     recipe = with_resets(recipe, reset_on)
     bind, _ = define_model(recipe.model)
-    return recipe, bind(params if dtype == "float32" else cast_params(params, dtype))
+    return recipe, bind(params if dtype == "float32" else cast_params(params, jnp.dtype(dtype)))
 
 
 def load_drafter(speculate: str, run: Path, checkpoint: str, dtype: str) -> Any:

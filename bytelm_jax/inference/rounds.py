@@ -35,15 +35,18 @@ _LEAST_ROUNDS = 16  # the smallest bucket: short prompts and short answers share
 
 
 class Rows(NamedTuple):
-    """What the loop reads: each row's random numbers [B, L], its prompt's length and its end."""
+    """What the loop reads: each row's random numbers [B, L], its prompt's length and its end.
 
-    uniforms: Array | np.ndarray
-    lengths: np.ndarray
-    ends: np.ndarray
+    All are arrays, of numpy before the program takes them.
+    """
+
+    uniforms: Any
+    lengths: Any
+    ends: Any
     numbers: SamplerNumbers
-    allowed: np.ndarray
+    allowed: Any
     """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`)."""
-    step: np.ndarray
+    step: Any
     """int32[S, 256]: the state after each byte."""
 
 

@@ -166,10 +166,11 @@ def choose_ids(
 ) -> Array:
     """`next_ids` among the candidates `allowed` [B, C], all of them by default."""
     low, columns = min(vocab.offset, vocab.eos_id), candidate_columns(vocab)[None]
-    open_to = (columns >= 0) & ((columns != END) | numbers.allow_eos)
-    allowed = open_to if allowed is None else open_to & allowed
+    open_to = jnp.asarray((columns >= 0) & ((columns != END) | numbers.allow_eos))
+    if allowed is not None:
+        open_to = open_to & allowed
     logits = jax.lax.slice_in_dim(logits, low, low + columns.shape[1], axis=-1)
-    logits = jnp.where(allowed, logits, -jnp.inf)
+    logits = jnp.where(open_to, logits, -jnp.inf)
     if mode == "greedy":
         chosen = logits.argmax(axis=-1)
     else:

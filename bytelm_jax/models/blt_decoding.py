@@ -265,11 +265,10 @@ def _mark(
     behind = jnp.maximum(index - 1, 0)[:, None]
     before = take_at(cache.patches, behind)[:, 0]
     number = before + jnp.where(index > 0, take_at(cache.ended, behind)[:, 0], 0)
-    summed = None
+    # What the patch has before the first of the T bytes, if that byte starts no segment.
+    summed, new = None, take_at(cache.histograms, positions) if c.reads_histograms else None
     if c.patcher == "histogram":
         summed = jnp.where(_in_patch(cache, number, index - 1), cache.histograms, 0).sum(axis=1)
-        # What the patch has before the first of the T bytes, if that byte starts no segment.
-        new = take_at(cache.histograms, positions)
     numbers, ends = [], []
     for t in range(count):
         if segment_starts is not None:
@@ -280,7 +279,7 @@ def _mark(
                 summed = jnp.where(starts & (number == before), 0, summed)
             number = jnp.where(starts, next_one, number)
         entropy_t = None if entropies is None else entropies[:, t]
-        if summed is not None:
+        if summed is not None and new is not None:
             summed = summed + new[:, t]
         after = patching.boundary_after(c, values[:, t], inside[:, t], entropy_t, summed)
         after = (after | (inside[:, t] == 0)) & (byte[:, t] != c.vocab.pad_id)

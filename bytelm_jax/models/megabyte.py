@@ -276,8 +276,7 @@ class Megabyte(ByteModel, nnx.Module):
         """Logits of T bytes of each row, from byte number `index` on; also gives the new cache.
 
         `before` holds the byte before each (ignored before the first); the cache is one made
-        `by_byte`, or that of a model that resets. There a guess behind the first byte must not seem
-        to end a segment if it may be wrong: `verify` has no such limit.
+        `by_byte`, or that of a model that resets.
         """
         return megabyte_decoding.extend(self, before, cache, index)[:2]
 

@@ -45,7 +45,7 @@ def test_marks_are_those_defined_under_any_sharding(x64, spec):
     small = [random[:0], np.float32(random[0, 0, 0]), np.float32("nan")]
     (marks,) = checkpoint.examine({"x": [*jax.device_put(leaves, placed), *small]}).values()
     assert [int(mark.fingerprint) for mark in marks] == [defined(leaf) for leaf in leaves + small]
-    bad = [mark.non_finite > 0 for mark in marks]
+    bad = [int(mark.non_finite) > 0 for mark in marks]
     assert bad == [True, True, True, False, False, False, False, True]
 
 

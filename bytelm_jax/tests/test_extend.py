@@ -9,7 +9,7 @@ import pytest
 
 from bytelm.config import ModelConfig
 from bytelm_jax.models import abstract_params, define_model
-from parity_tests.blocks import BLOCK, LENGTH, MODELS, PROMPT, VERIFIED, check_blocks, texts
+from parity_tests.blocks import BLOCK, LENGTH, MODELS, PROMPT, check_blocks, texts
 
 
 def random_params(config: ModelConfig) -> dict[str, Any]:
@@ -25,10 +25,17 @@ QUICK = ("blt", "bytropix, newline", "megabyte, newline", "in_action", "lfbyte, 
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in MODELS],
+    ("name", "method"),
+    [
+        *[
+            pytest.param(name, "extend", marks=() if name in QUICK else pytest.mark.slow)
+            for name in MODELS
+        ],
+        ("megabyte, newline", "verify"),
+        ("blt, newline", "verify"),
+    ],
 )
-def test_blocks_give_the_logits_of_the_whole_text_whatever_was_guessed_before(name):
+def test_blocks_give_the_logits_of_the_whole_text_whatever_was_guessed_before(name, method):
     config, ids = MODELS[name], texts(MODELS[name])
     with jax.enable_x64(True):
         params, bind = random_params(config), define_model(config)[0]
@@ -41,7 +48,7 @@ def test_blocks_give_the_logits_of_the_whole_text_whatever_was_guessed_before(na
 
         @jax.jit
         def step(params: Any, before: Any, cache: Any, index: Any) -> Any:
-            if name in VERIFIED:
+            if method == "verify":
                 return bind(params).verify(before, cache, index)
             return *bind(params).extend(before, cache, index), np.full(3, BLOCK)
 

@@ -82,10 +82,12 @@ def measure_tokens(
     """
     import torch
     import transformers
+    from accelerate import PartialState
 
     size = sum(leaf.size for leaf in _leaves(model))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    llama = transformers.LlamaForCausalLM(_llama_of(size)).to(device, getattr(torch, dtype))
+    device = PartialState().device
+    llama: Any = transformers.LlamaForCausalLM(_llama_of(size))
+    llama = llama.to(device, getattr(torch, dtype))
     per_token = bytes_per_token(text)
     count = max(1, round(shape.new_bytes / per_token))
     prompt = max(1, round(shape.context / per_token))
@@ -97,9 +99,8 @@ def measure_tokens(
 
     def call() -> None:
         with torch.inference_mode():
-            llama.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
-        if device == "cuda":
-            torch.cuda.synchronize()
+            mask = torch.ones_like(ids)
+            llama.generate(ids, attention_mask=mask, pad_token_id=0, **how).cpu()
 
     seconds = _median(call, shape.repeats)
     return {
@@ -113,7 +114,7 @@ def measure_tokens(
         "ms_per_round": round(1000 * seconds / count, 3),
         "parameters": sum(each.numel() for each in llama.parameters()),
         "temperature": sampler.temperature,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": jax.devices()[0].device_kind if device.type != "cpu" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),

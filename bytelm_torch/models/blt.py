@@ -151,7 +151,17 @@ class BLT(ByteModel, nn.Module):
 
         `before` holds the byte before each (ignored before the first).
         """
-        return blt_decoding.extend(self, before, cache, index)
+        return blt_decoding.extend(self, before, cache, index)[:2]
+
+    def verify(
+        self, before: Integer[Tensor, "B T"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], BLTCache, Int[Tensor, " B"]]:
+        """`extend` up to the next patch; also gives how many of each row's logits hold.
+
+        The global transformer runs for a patch that ends with the first byte alone: what is drafted
+        behind a patch is seldom right, and would cost all of its layers.
+        """
+        return blt_decoding.extend(self, before, cache, index, within_patch=True)
 
     def draft(
         self, before: Integer[Tensor, "B 1"], cache: BLTCache, index: Index

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
@@ -137,9 +138,16 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
 
 
 def extend(
-    model: "BLT", before: Integer[Tensor, "B T"], cache: BLTCache, index: Index
-) -> tuple[Float[Tensor, "B T V"], BLTCache]:
-    """Runs the local stacks on T bytes of each row, the global transformer where patches end."""
+    model: "BLT",
+    before: Integer[Tensor, "B T"],
+    cache: BLTCache,
+    index: Index,
+    within_patch: bool = False,
+) -> tuple[Float[Tensor, "B T V"], BLTCache, Int[Tensor, " B"]]:
+    """Runs the local stacks on T bytes of each row, the global transformer where patches end.
+
+    Also gives how many of the logits hold: all, or `within_patch` those before the next patch ends.
+    """
     byte, starts = extend_shifted(before, index, cache.segment_starts, model.config)
     recent = _remember(model.config, cache, byte, index, starts)
     ends, numbers, first = _mark(model, cache, byte, recent, index, starts)
@@ -148,9 +156,16 @@ def extend(
     x, _ = model.encoder.transformer.extend(x, cache.encoder, index, starts)
     new = model.encoder.cross_attention.keys_values(x)
     write_at((cache.states, cache.pooled), (x, new), index)
-    _finish_patches(model, cache, _Ending(x, new, byte, ends, numbers, first, index))
+    columns, count = (x, new, byte, ends, numbers, first), byte.shape[1]
+    reach = torch.full((len(byte),), count, device=byte.device)
+    if within_patch:
+        later = ends[:, 1:]
+        if count > 1:
+            reach = (1 + later.long().argmax(dim=1)).where(later.any(dim=1), reach)
+        columns = tree_map(lambda part: None if part is None else part[:, :1], columns)
+    _finish_patches(model, cache, _Ending(*columns, index))
     newest = numbers.where(ends, numbers - 1)
-    return model.to_logits(_decode(model, cache, x, newest, first, index, starts)), cache
+    return model.to_logits(_decode(model, cache, x, newest, first, index, starts)), cache, reach
 
 
 def draft(

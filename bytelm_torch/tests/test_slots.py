@@ -102,6 +102,7 @@ def test_a_text_is_that_of_generate_whatever_is_beside_it(config):
             assert not scores
             continue
         logs = np.concatenate([each.log_probs for each in scores])
+        assert wanted.log_probs is not None
         np.testing.assert_allclose(logs, wanted.log_probs, rtol=1e-4, atol=1e-4)
         whole = engine.score(prompt + data)
         np.testing.assert_allclose(whole.log_probs[len(prompt) :], logs, rtol=1e-4, atol=1e-4)

@@ -127,6 +127,7 @@ def at_once(served: Served, run: Path, streams: int, count: int) -> dict[str, An
     written()
     asyncio.run(asked())
     by_generate, by_api, first, between = [], [], [], []
+    found: list[Any] = []
     for _ in range(TURNS):
         began = time.perf_counter()
         written()
