@@ -101,6 +101,7 @@ def test_a_text_is_that_of_generate_whatever_is_beside_it(config):
         if not s.scores:
             assert not scores
             continue
+        assert wanted.log_probs is not None
         logs = np.concatenate([each.log_probs for each in scores])
         np.testing.assert_allclose(logs, wanted.log_probs, rtol=1e-4, atol=1e-4)
         whole = engine.score(prompt + data)
