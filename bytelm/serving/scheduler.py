@@ -14,7 +14,7 @@ from bytelm.generation.stops import StopScanner
 from bytelm.serving.engine import Engine, Scores, Settings, Written
 
 SECONDS = 0.1
-"""How long an advance should take: so long a reader waits for the next bytes."""
+"""How long an advance should take when all slots are busy: so long a reader waits."""
 
 End = Literal["stop", "length", "error"]
 
@@ -179,7 +179,9 @@ class Scheduler:
     def _advance(self) -> None:
         rounds = 1
         if self._seconds_per_round:
-            rounds = int(SECONDS / self._seconds_per_round)
+            # Short while there is room, so that those who come soon wait little.
+            busy = len(self._active) / self._engine.slots
+            rounds = int(SECONDS * (1 + 3 * busy) / 4 / self._seconds_per_round)
         rounds = max(1, min(rounds, self._engine.most_rounds))
         began = time.perf_counter()
         # Handed out once the device is at work: whoever reads them takes the host's time.
