@@ -72,6 +72,9 @@ def blocks(ids: np.ndarray, vocab_offset: int) -> Iterator[tuple[np.ndarray, ...
             before[row] = ids[row, there]
             right[row] = min(source.integers(1, BLOCK + 1), max(LENGTH - at, 0))
             wrong = source.integers(0, 256, BLOCK) + vocab_offset
+            wrong[source.random(BLOCK) < 0.4] = (
+                ord("\n") + vocab_offset
+            )  # may seem to end a segment
             if index[row] + right[row] < LENGTH:
                 before[row, right[row] :] = wrong[right[row] :]
         yield before, index, right

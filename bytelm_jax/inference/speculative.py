@@ -137,19 +137,19 @@ def _propose_table(
 
 def table_drafts(table: Any, recent: Int[Array, "B 8"]) -> Int[Array, "B 8"]:
     """The drafts of a `DraftTable` on the device (`bytelm.generation.draft_table.look_up`)."""
-    columns = [recent[:, at].astype(jnp.uint32) for at in range(DRAFT_BYTES)]
-    held, drafts = [], []
-    for row, order in enumerate(ORDERS):
-        h = jnp.zeros_like(columns[0])
-        for column in columns[: -order - 1 : -1]:
-            h = h * jnp.uint32(HASH) + column + jnp.uint32(1)
-        x = (h ^ (h >> 16)) * jnp.uint32(MIX)
-        slot = ((x ^ (x >> 15)) & jnp.uint32(table.keys.shape[1] - 1)).astype(jnp.int32)
-        held.append(table.keys[row][slot] == ((h * jnp.uint32(CHECK)) | 1))
-        drafts.append(table.drafts[row][slot])
-    first = jnp.argmax(jnp.stack(held), axis=0)[None, :, None]
-    drafted = jnp.take_along_axis(jnp.stack(drafts), first, axis=0)[0]
-    return jnp.where(jnp.stack(held).any(axis=0)[:, None], drafted, 0).astype(jnp.int32)
+    h, hashes = jnp.zeros(recent.shape[0], jnp.uint32), []
+    for back in range(1, DRAFT_BYTES + 1):
+        h = h * jnp.uint32(HASH) + recent[:, -back].astype(jnp.uint32) + jnp.uint32(1)
+        if back in ORDERS:
+            hashes.insert(0, h)  # as ORDERS, the longest first
+    h = jnp.stack(hashes)
+    x = (h ^ (h >> 16)) * jnp.uint32(MIX)
+    slots = ((x ^ (x >> 15)) & jnp.uint32(table.keys.shape[1] - 1)).astype(jnp.int32)
+    rows = jnp.arange(len(ORDERS))[:, None]
+    held = table.keys[rows, slots] == ((h * jnp.uint32(CHECK)) | 1)
+    first = jnp.argmax(held, axis=0)
+    slot = jnp.take_along_axis(slots, first[None], axis=0)[0]
+    return jnp.where(held.any(axis=0)[:, None], table.drafts[first, slot], 0).astype(jnp.int32)
 
 
 def _propose_self(

@@ -181,7 +181,17 @@ class BLT(ByteModel, nnx.Module):
 
         `before` holds the byte before each (ignored before the first).
         """
-        return blt_decoding.extend(self, before, cache, index)
+        return blt_decoding.extend(self, before, cache, index)[:2]
+
+    def verify(
+        self, before: Integer[Array | np.ndarray, "B T"], cache: BLTCache, index: Index
+    ) -> tuple[Float[Array, "B T V"], BLTCache, Int[Array, " B"]]:
+        """`extend` up to the next patch; also gives how many of each row's logits hold.
+
+        The global transformer runs for a patch that ends with the first byte alone: what is drafted
+        behind a patch is seldom right, and would cost all of its layers.
+        """
+        return blt_decoding.extend(self, before, cache, index, within_patch=True)
 
     def draft(
         self, before: Integer[Array | np.ndarray, "B 1"], cache: BLTCache, index: Index

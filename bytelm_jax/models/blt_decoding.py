@@ -57,6 +57,8 @@ class BLTCache(NamedTuple):
     """The first position of each position's segment, M = L; M = 0 if the row is one text."""
     patches: Int[Array, "B L+1"]
     """The patch of each position, known before its byte is, unless that byte starts a segment."""
+    ended: Int[Array, "B L"]
+    """1 where a patch ended. Here no wrong guess shows at a byte that would start a segment."""
     histograms: Int[Array, "B M"]
     """`patching.histogram_entropy` of each position, M = L if the model reads it, else 0."""
     patcher: Caches
@@ -86,6 +88,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
         ),
         segment_starts=empty_segment_starts(batch, length, c),
         patches=jnp.zeros((batch, length + 1), jnp.int32),
+        ended=jnp.zeros((batch, length), jnp.int32),
         histograms=jnp.zeros((batch, length if c.reads_histograms else 0), jnp.int32),
         patcher=model.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
         encoder=local.empty_caches(batch, length, dtype),
@@ -127,6 +130,7 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
         ids=cache.ids.at[:, first : first + length].set(shifted.astype(jnp.int32)),
         segment_starts=write_segment_starts(cache.segment_starts, segment_starts),
         patches=cache.patches.at[:, : length + 1].set(plan.numbers),
+        ended=cache.ended.at[:, :length].set(jnp.diff(plan.numbers, axis=1)),
         histograms=cache.histograms.at[:, : histograms.shape[1]].set(histograms),
         patcher=patcher,
         encoder=write_prefix(cache.encoder, encoder),
@@ -139,9 +143,16 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
 
 
 def extend(
-    model: "BLT", before: Integer[Array | np.ndarray, "B T"], cache: BLTCache, index: Index
-) -> tuple[Float[Array, "B T V"], BLTCache]:
-    """Runs the local stacks on T bytes of each row, the global transformer where patches end."""
+    model: "BLT",
+    before: Integer[Array | np.ndarray, "B T"],
+    cache: BLTCache,
+    index: Index,
+    within_patch: bool = False,
+) -> tuple[Float[Array, "B T V"], BLTCache, Int[Array, " B"]]:
+    """Runs the local stacks on T bytes of each row, the global transformer where patches end.
+
+    Also gives how many of the logits hold: all, or `within_patch` those before the next patch ends.
+    """
     index = in_each_row(index, before.shape[0])
     byte, buffer, starts = extend_shifted(before, index, cache.segment_starts, model.config)
     cache, recent = _remember(
@@ -154,10 +165,17 @@ def extend(
     new = model.encoder.cross_attention.keys_values(x)
     states, pooled = write_at((cache.states, cache.pooled), (x, new), index)
     cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
-    cache = _finish_patches(model, cache, _Ending(x, new, byte, ends, numbers, first, index))
+    ending, reach = _Ending(x, new, byte, ends, numbers, first, index), byte.shape[1]
+    if within_patch:
+        later = ends & (jnp.arange(reach) > 0)[None, :]
+        reach = jnp.where(later.any(axis=1), jnp.argmax(later, axis=1), reach)
+        ending = jax.tree.map(lambda part: part[:, :1], ending._replace(index=index[:, None]))
+        ending = ending._replace(index=index)
+    cache = _finish_patches(model, cache, ending)
     newest = jnp.where(ends, numbers, numbers - 1)
     x, decoder = _decode(model, cache, x, newest, first, index, starts)
-    return model.to_logits(x), cache._replace(decoder=decoder)
+    reach = jnp.broadcast_to(jnp.asarray(reach, jnp.int32), index.shape)
+    return model.to_logits(x), cache._replace(decoder=decoder), reach
 
 
 def draft(
@@ -244,8 +262,9 @@ def _mark(
     positions = positions_from(index, count)
     inside = positions if segment_starts is None else positions - segment_starts
     values = patching.to_bytes(recent[..., -patch_rules.CONTEXT :], c.vocab)
-    number = take_at(cache.patches, index[:, None])[:, 0]
-    before = take_at(cache.patches, jnp.maximum(index - 1, 0)[:, None])[:, 0]
+    behind = jnp.maximum(index - 1, 0)[:, None]
+    before = take_at(cache.patches, behind)[:, 0]
+    number = before + jnp.where(index > 0, take_at(cache.ended, behind)[:, 0], 0)
     summed = None
     if c.patcher == "histogram":
         summed = jnp.where(_in_patch(cache, number, index - 1), cache.histograms, 0).sum(axis=1)
@@ -271,10 +290,14 @@ def _mark(
         before, number = number, number + ended
         if summed is not None:
             summed = jnp.where(ended, 0, summed)
-    all_numbers = jnp.stack([*numbers, number], axis=1)
-    cache = cache._replace(patcher=patcher, patches=write_at(cache.patches, all_numbers, index))
+    all_numbers, all_ends = jnp.stack([*numbers, number], axis=1), jnp.stack(ends, axis=1)
+    cache = cache._replace(
+        patcher=patcher,
+        patches=write_at(cache.patches, all_numbers, index),
+        ended=write_at(cache.ended, all_ends.astype(jnp.int32), index),
+    )
     first = None if segment_starts is None else take_at(cache.patches, segment_starts)
-    return cache, jnp.stack(ends, axis=1), all_numbers[:, :-1], first
+    return cache, all_ends, all_numbers[:, :-1], first
 
 
 class _Ending(NamedTuple):

@@ -233,16 +233,16 @@ def generate_uncached(
     first, ends = int(lengths.min()), lengths + max_new_bytes
     ids = prompt_ids(prompts, vocab, (batch, int(ends.max())), 0).to(device)
     uniforms = random_uniforms(seed, batch, int(ends.max())).to(device)
-    table = torch.from_numpy(allowed_candidates(automaton, vocab)).to(device)
+    table = torch.from_numpy(allowed_candidates(automaton, vocab, stop_at_eos)).to(device)
     step = torch.from_numpy(automaton.step.astype(np.int64)).to(device)
     states = torch.tensor([start_state(automaton, prompt) for prompt in prompts], device=device)
     done = torch.zeros(batch, dtype=torch.bool, device=device)
     with inference(model):
         for position in range(first, int(ends.max())):
             logits = model(ids[:, : position + 1])[:, position]
-            allowed = table[(ends - position).clamp(1, len(table)) - 1, states]
-            numbers = uniforms[:, position]
-            chosen = choose_ids(logits, numbers, sampler, vocab, stop_at_eos, allowed)
+            left = (ends - position).clamp(1, len(table))
+            allowed = table if table.ndim == 1 else table[left - 1, states]
+            chosen = choose_ids(logits, uniforms[:, position], sampler, vocab, allowed)
             is_new = position >= lengths
             written = chosen.masked_fill(done, vocab.pad_id)
             ids[:, position] = written.where(is_new, ids[:, position])

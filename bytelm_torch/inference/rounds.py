@@ -19,13 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from bytelm.config import ByteVocab
-from bytelm.generation.automaton import Automaton, start_state
+from bytelm.generation.automaton import END, Automaton, start_state
 from bytelm.sampling import SamplerConfig
 from bytelm_torch.inference.sampling import candidate_columns, choose_ids
 from bytelm_torch.inference.speculative import Drafter, Propose
 from bytelm_torch.layers.caches import (
     Index,
-    in_each_row,
     positions_from,
     read_at,
     take_at,
@@ -41,9 +40,11 @@ class Rows(NamedTuple):
     lengths: Tensor
     ends: Tensor
     sampler: SamplerConfig
-    allow_eos: bool
     allowed: Tensor
-    """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`)."""
+    """bool[R, S, C]: the candidates in each state of the constraint (`Automaton.allowed`).
+
+    bool[C] if nothing is constrained.
+    """
     step: Tensor
     """int64[S, 256]: the state after each byte."""
 
@@ -117,8 +118,7 @@ def begin(
         lengths.to(device),
         ends.to(device),
         settings.sampler,
-        settings.allow_eos,
-        torch.from_numpy(allowed_candidates(automaton, vocab)).to(device),
+        torch.from_numpy(allowed_candidates(automaton, vocab, settings.allow_eos)).to(device),
         torch.from_numpy(automaton.step.astype(np.int64)).to(device),
     )
     states = torch.tensor([start_state(automaton, prompt) for prompt in prompts], device=device)
@@ -169,26 +169,28 @@ def append(
         # wherever that is, but never before it.
         at = {index for index, is_live, _ in columns if is_live}
         alike = len(at) == 1 and max(at) >= max(index for index, *_ in columns)
-        start = at.pop() if alike else state.index
+        places = _places(state, at.pop() if alike else None)
         if propose is None:
-            state = append_round(model, rows, state, start, pick or pick_ids, observe)
+            state = append_round(model, rows, state, *places, pick or pick_ids, observe)
         else:
-            state = _verify_round(model, rows, state, start, propose)
+            state = _verify_round(model, rows, state, *places, propose)
 
 
 def pick_ids(
     logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows, vocab: ByteVocab
 ) -> Tensor:
     """The ids [B, T] that follow, where `left` more bytes fit and the constraint is in `states`."""
-    most = rows.allowed.shape[0]
-    allowed = rows.allowed[left.clamp(1, most) - 1, states].flatten(0, 1)
-    logits, flat = logits.flatten(0, 1), uniforms.flatten()
-    chosen = choose_ids(logits, flat, rows.sampler, vocab, rows.allow_eos, allowed)
+    allowed = rows.allowed
+    if allowed.ndim == 3:
+        allowed = allowed[left.clamp(1, len(allowed)) - 1, states].flatten(0, 1)
+    chosen = choose_ids(logits.flatten(0, 1), uniforms.flatten(), rows.sampler, vocab, allowed)
     return chosen.reshape(uniforms.shape)
 
 
 def _after(state: Tensor, ids: Tensor, rows: Rows, vocab: ByteVocab) -> Tensor:
     """The constraint's states after these ids, which are bytes or end the row."""
+    if rows.allowed.ndim == 1:
+        return state
     return rows.step[state, (ids - vocab.offset).clamp(0, 255)]
 
 
@@ -197,11 +199,24 @@ def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
     return wide.log_softmax(dim=-1).gather(-1, ids[..., None])[..., 0].float()
 
 
+def _places(state: State, index: int | None) -> tuple[Index, Index]:
+    """Where each row's next bytes go in the cache and among the ids: `index`, if it serves all.
+
+    Otherwise a row that is done writes nowhere, and reads pads at position 1, where no patch
+    starts, so that it never makes a model do more than the others need.
+    """
+    if index is not None:
+        return index, index
+    nowhere = state.ids.shape[1]
+    return state.index.masked_fill(state.done, 1), state.index.masked_fill(state.done, nowhere)
+
+
 def append_round(
     model: Any,
     rows: Rows,
     state: State,
-    start: Index,
+    at: Index,
+    to: Index,
     pick: Pick,
     observe: Callable[[Tensor, Tensor], None] | None = None,
 ) -> State:
@@ -209,14 +224,14 @@ def append_round(
 
     Of a prompt's bytes in its last, unfinished round, too.
     """
-    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
-    previous, prompt = read_at(state.ids, start, patch), read_at(state.ids, start + patch, patch)
-    uniforms, log_probs = read_at(rows.uniforms, start, patch), []
-    constraint, begun = state.constraint, in_each_row(start, batch, state.ids.device)
+    patch, vocab, start = model.round_length, model.config.vocab, state.index
+    previous, prompt = read_at(state.ids, at, patch), read_at(state.ids, at + patch, patch)
+    previous = previous.masked_fill(state.done[:, None], vocab.pad_id)
+    uniforms, constraint, log_probs = read_at(rows.uniforms, at, patch), state.constraint, []
 
     def choose(logits: Tensor, i: int) -> Tensor:
         nonlocal constraint
-        is_new, left = begun + i >= rows.lengths, rows.ends - begun - i
+        is_new, left = start + i >= rows.lengths, rows.ends - start - i
         numbers, states = uniforms[:, i : i + 1], constraint[:, None]
         chosen = pick(logits[:, None], numbers, states, left[:, None], rows, vocab)[:, 0]
         chosen = chosen.where(is_new, prompt[:, i])
@@ -227,70 +242,78 @@ def append_round(
             observe(logits, chosen)
         return chosen
 
-    cache, chosen = model.decode_round(state.cache, previous, start // patch, choose)
     # What a row makes behind its end in its last round is cut off in the end.
-    kept = chosen.masked_fill(state.done[:, None], vocab.pad_id)
-    ended = (chosen == vocab.eos_id).any(dim=1) | (begun + patch >= rows.ends)
+    cache, chosen = model.decode_round(state.cache, previous, at // patch, choose)
+    ended = (chosen == vocab.eos_id).any(dim=1) | (start + patch >= rows.ends)
     if log_probs:
-        write_at(state.log_probs, torch.stack(log_probs, dim=1), start)
+        write_at(state.log_probs, torch.stack(log_probs, dim=1), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, kept, start + patch),
-        index=(begun + patch).where(~state.done, state.index),
+        ids=write_at(state.ids, chosen, to + patch),
+        index=start + patch * ~state.done,
         done=state.done | ended,
         constraint=constraint,
         rounds=state.rounds + ~state.done,
     )
 
 
-def _verify_round(model: Any, rows: Rows, state: State, start: Index, propose: Propose) -> State:
+def _verify_round(
+    model: Any, rows: Rows, state: State, at: Index, to: Index, propose: Propose
+) -> State:
     """Appends the drafted bytes that the sampler would have chosen too, and one more byte.
 
     The sampler draws every byte with the random number of its own position, as without a draft:
     a draft says only which logits are at hand, so the text is the same.
     """
-    patch, vocab, batch = model.round_length, model.config.vocab, len(state.ids)
-    begun = in_each_row(start, batch, state.ids.device)
+    patch, vocab, start = model.round_length, model.config.vocab, state.index
 
-    def pick(logits: Tensor, at: Tensor, constraints: Tensor) -> Tensor:
-        uniforms, left = take_at(rows.uniforms, at), rows.ends[:, None] - at
+    def pick(logits: Tensor, positions: Tensor, constraints: Tensor) -> Tensor:
+        uniforms, left = take_at(rows.uniforms, positions), rows.ends[:, None] - positions
         return pick_ids(logits, uniforms, constraints, left, rows, vocab)
 
     def after(constraint: Tensor, ids: Tensor) -> Tensor:
         return _after(constraint, ids, rows, vocab)
 
-    drafts = propose(model, state, start, patch, pick, after)
-    last = read_at(state.ids, start + patch - 1, 1)
-    logits, cache = model.extend(torch.cat([last, drafts], dim=1), state.cache, start)
+    drafts = propose(model, state, at, patch, pick, after)
+    last = read_at(state.ids, at + patch - 1, 1)
+    before = torch.cat([last, drafts], dim=1).masked_fill(state.done[:, None], vocab.pad_id)
+    logits, cache, reach = model.verify(before, state.cache, at)
     states = [state.constraint]
     for t in range(drafts.shape[1]):
         states.append(after(states[t], drafts[:, t]))
     constraints = torch.stack(states, dim=1)
-    ids = pick(logits, positions_from(start, len(states), last.device), constraints)
+    ids = pick(logits, positions_from(at, len(states), last.device), constraints)
     right = (ids[:, :-1] == drafts).cumprod(dim=1).sum(dim=1)
-    count = torch.minimum(right + 1, rows.ends - begun).masked_fill(state.done, 0)
+    count = torch.minimum(torch.minimum(right + 1, reach), rows.ends - start)
+    count = count.masked_fill(state.done, 0)
     newest = (count - 1).clamp(min=0)[:, None]
     last_id = ids.gather(1, newest)[:, 0]
-    before = constraints.gather(1, newest)[:, 0]
-    ended = (last_id == vocab.eos_id) | (begun + count >= rows.ends)
+    latest = constraints.gather(1, newest)[:, 0]
+    ended = (last_id == vocab.eos_id) | (start + count >= rows.ends)
     # What was not accepted lies behind the row's end: it is overwritten, or cut off in the end.
     if state.log_probs.shape[1]:
-        write_at(state.log_probs, _log_probs(logits, ids), start)
+        write_at(state.log_probs, _log_probs(logits, ids), to)
     return state._replace(
         cache=cache,
-        ids=write_at(state.ids, ids, start + patch),
-        index=(begun + count).where(~state.done, state.index),
+        ids=write_at(state.ids, ids, to + patch),
+        index=start + count,
         done=state.done | ended,
-        constraint=after(before, last_id).where(~state.done, state.constraint),
+        constraint=after(latest, last_id).where(~state.done, state.constraint),
         rounds=state.rounds + ~state.done,
         accepted=state.accepted + (count - 1).clamp(min=0),
     )
 
 
-def allowed_candidates(automaton: Automaton, vocab: ByteVocab) -> np.ndarray:
-    """`automaton.allowed` with a column for each candidate id of the sampler."""
+def allowed_candidates(automaton: Automaton, vocab: ByteVocab, allow_eos: bool) -> np.ndarray:
+    """`automaton.allowed` with a column for each candidate id of the sampler.
+
+    [C] if it allows everything.
+    """
     columns = candidate_columns(vocab)
-    return automaton.allowed[..., np.maximum(columns, 0)] & (columns >= 0)
+    open_to = (columns >= 0) & ((columns != END) | allow_eos)
+    if automaton.allowed.all():
+        return open_to
+    return automaton.allowed[..., np.maximum(columns, 0)] & open_to
 
 
 def prompt_ids(

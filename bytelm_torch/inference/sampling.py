@@ -71,7 +71,9 @@ def next_ids(
 
     `vocab.pad_id` says that a row's logits are not finite.
     """
-    return choose_ids(logits, uniform, sampler, vocab, allow_eos)
+    columns = candidate_columns(vocab)
+    allowed = torch.from_numpy((columns >= 0) & ((columns != END) | allow_eos))
+    return choose_ids(logits, uniform, sampler, vocab, allowed.to(logits.device))
 
 
 def candidate_columns(vocab: ByteVocab) -> Int[np.ndarray, " C"]:
@@ -90,15 +92,11 @@ def choose_ids(
     uniform: Tensor,
     sampler: SamplerConfig,
     vocab: ByteVocab,
-    allow_eos: bool = True,
-    allowed: Tensor | None = None,
+    allowed: Tensor,
 ) -> Tensor:
-    """`next_ids` among the candidates `allowed` [B, C], all of them by default."""
-    low, columns = min(vocab.offset, vocab.eos_id), candidate_columns(vocab)
-    candidates = torch.from_numpy((columns >= 0) & ((columns != END) | allow_eos))
-    open_to = candidates.to(logits.device)
-    allowed = open_to if allowed is None else open_to & allowed
-    logits = logits[:, low : low + len(columns)].masked_fill(~allowed, -torch.inf)
+    """`next_ids` among the candidates `allowed`, [C] or [B, C] (`candidate_columns`)."""
+    low = min(vocab.offset, vocab.eos_id)
+    logits = logits[:, low : low + allowed.shape[-1]].masked_fill(~allowed, -torch.inf)
     if _is_greedy(sampler):
         chosen = logits.argmax(dim=-1)
     else:

@@ -62,6 +62,12 @@ class TorchSlots:
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
         vocab, constraints = self.config.vocab, both_constraints()
+        self._allowed = {
+            allow_eos: torch.from_numpy(allowed_candidates(constraints, vocab, allow_eos)).to(
+                self._at
+            )
+            for allow_eos in (True, False)
+        }
         self._settings = [_FREE] * slots
         self._read = [0] * slots
         self._last: tuple[bytes, Any, Tensor] | None = None
@@ -72,8 +78,7 @@ class TorchSlots:
                 zeros.clone(),
                 zeros.clone(),
                 SamplerConfig(),
-                True,
-                torch.from_numpy(allowed_candidates(constraints, vocab)).to(self._at),
+                self._allowed[True],
                 torch.from_numpy(constraints.step.astype(np.int64)).to(self._at),
             )
             self._state = State(
@@ -199,7 +204,7 @@ class TorchSlots:
         chosen = torch.empty_like(states)
         for (sampler, allow_eos), slots in groups.items():
             at = torch.tensor(slots, device=states.device)
-            mine = rows._replace(sampler=sampler, allow_eos=allow_eos)
+            mine = rows._replace(sampler=sampler, allowed=self._allowed[allow_eos])
             chosen[at] = pick_ids(logits[at], uniforms[at], states[at], left[at], mine, vocab)
         return chosen
 

@@ -76,6 +76,13 @@ class ByteModel:
         known = cache[:, 1 : index + count + 1] if isinstance(index, int) else cache[:, 1:]
         return read_at(model(known), index, count), cache
 
+    def verify(
+        self, before: Integer[Tensor, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], Any, Int[Tensor, " B"]]:
+        """`extend` for drafts; also gives how many of each row's logits hold, at least 1."""
+        logits, cache = self.extend(before, cache, index)
+        return logits, cache, torch.full((len(before),), before.shape[1], device=logits.device)
+
     def decode_round(
         self, cache: Any, previous: Integer[Tensor, "B P"], index: Index, choose: Choose
     ) -> tuple[Any, Int[Tensor, "B P"]]:
@@ -168,6 +175,15 @@ class Decoder(Protocol):
         `before` holds the byte before each of them (anything before the first). All that is
         kept by position, so a caller may go back to an earlier index: what was written from there
         on is overwritten before it is read.
+        """
+        ...
+
+    def verify(
+        self, before: Integer[Tensor, "B T"], cache: Any, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], Any, Int[Tensor, " B"]]:
+        """`extend` for drafts; also gives how many of each row's logits hold, at least 1.
+
+        A model may stop where more bytes would cost more than they are worth.
         """
         ...
 

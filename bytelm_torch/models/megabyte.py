@@ -233,7 +233,17 @@ class Megabyte(ByteModel, nn.Module):
         `before` holds the byte before each (ignored before the first); the cache is one made
         `by_byte`, or that of a model that resets.
         """
-        return megabyte_decoding.extend(self, before, cache, index)
+        return megabyte_decoding.extend(self, before, cache, index)[:2]
+
+    def verify(
+        self, before: Integer[Tensor, "B T"], cache: ByteCache, index: Index
+    ) -> tuple[Float[Tensor, "B T V"], ByteCache, Int[Tensor, " B"]]:
+        """`extend` up to the next patch; also gives how many of each row's logits hold.
+
+        The global transformer runs for a patch that begins with the first byte alone: what is
+        drafted behind the patch is seldom right, and would cost all of its layers.
+        """
+        return megabyte_decoding.extend(self, before, cache, index, within_patch=True)
 
     def start_round(
         self, cache: Any, previous: Integer[Tensor, "B P"], index: Index

@@ -171,9 +171,16 @@ def _prefill_segments(model: "Megabyte", ids: Tensor, cache: ByteCache) -> ByteC
 
 
 def extend(
-    model: "Megabyte", before: Integer[Tensor, "B T"], cache: ByteCache, index: Index
-) -> tuple[Float[Tensor, "B T V"], ByteCache]:
-    """Runs the local transformer on T bytes of each row, the global one where patches start."""
+    model: "Megabyte",
+    before: Integer[Tensor, "B T"],
+    cache: ByteCache,
+    index: Index,
+    within_patch: bool = False,
+) -> tuple[Float[Tensor, "B T V"], ByteCache, Int[Tensor, " B"]]:
+    """Runs the local transformer on T bytes of each row, the global one where patches start.
+
+    Also gives how many of the logits hold: all, or `within_patch` those before the next patch.
+    """
     c, pad, before = model.config, model.config.vocab.pad_id, as_ids(before)
     count, behind = before.shape[1], c.patch_size - 1
     starts = extend_segment_starts(before, index, cache.segment_starts, c.vocab, c.reset_on)
@@ -182,7 +189,14 @@ def extend(
     segment_positions, offsets = inside // c.patch_size, inside % c.patch_size
     write_at(cache.ids, before, index + behind)
     write_at(cache.segment_starts, starts, index)
-    _start_patches(model, cache, starts, segment_positions, offsets == 0, positions)
+    patch_starts, those = offsets == 0, slice(None)
+    reach = torch.full((len(before),), count, device=before.device)
+    if within_patch:
+        later, those = patch_starts[:, 1:], slice(1)
+        if count > 1:
+            reach = (1 + later.long().argmax(dim=1)).where(later.any(dim=1), reach)
+    columns = (starts, segment_positions, patch_starts, positions)
+    _start_patches(model, cache, *(column[:, those] for column in columns))
 
     is_first = starts == positions if c.variant == "in_action" else offsets == 0
     hidden = model.local_input(before.masked_fill(is_first, pad))
@@ -190,13 +204,13 @@ def extend(
     # Each byte sees the bytes of its own patch, among the P − 1 before these T and themselves.
     near = read_at(cache.local, index, behind + count)
     slots = positions_from(index - behind, behind + count, before.device)
-    patch_starts = positions - offsets
-    mask = (slots[:, None] >= patch_starts[..., None]) & (slots[:, None] <= positions[..., None])
-    earlier = slots[:, :behind] - patch_starts[:, :1]
+    first = positions - offsets
+    mask = (slots[:, None] >= first[..., None]) & (slots[:, None] <= positions[..., None])
+    earlier = slots[:, :behind] - first[:, :1]
     inside = torch.cat([earlier.clamp(min=0), offsets], dim=1)
     hidden, near = model.local_transformer.extend(hidden, near, behind, Scope(mask, inside))
     write_at(cache.local, _each(near, lambda x: x[:, behind:]), index + behind)
-    return model.to_logits(hidden), cache
+    return model.to_logits(hidden), cache, reach
 
 
 def _start_patches(
