@@ -1,7 +1,7 @@
 """What the API needs of a framework: a batch with places that texts join and leave."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -62,6 +62,10 @@ class Written(NamedTuple):
     """The text cannot go on, and why."""
 
 
+def nothing() -> None:
+    """What there is to do meanwhile, by default."""
+
+
 class Engine(Protocol):
     """A batch of a fixed number of slots, used by one thread; `score` by another one."""
 
@@ -102,10 +106,12 @@ class Engine(Protocol):
         """Frees the slot of a text that has not ended, before the next advance."""
         ...
 
-    def advance(self, rounds: int) -> tuple[list[Written], int]:
+    def advance(
+        self, rounds: int, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[list[Written], int]:
         """Writes up to that many rounds of every text, and says how many it were.
 
-        A text that ends frees its slot.
+        A text that ends frees its slot. `meanwhile` is called while the device works.
         """
         ...
 

@@ -14,7 +14,7 @@ from bytelm.generation.stops import StopScanner
 from bytelm.serving.engine import Engine, Scores, Settings, Written
 
 SECONDS = 0.1
-"""How long an advance should take: so long a reader waits for the next bytes."""
+"""How long an advance should take when all slots are busy: so long a reader waits."""
 
 End = Literal["stop", "length", "error"]
 
@@ -97,6 +97,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Text] = deque()
         self._active: dict[int, Text] = {}
+        self._pieces: list[tuple[Text, Piece]] = []
         self._closed = False
         self._seconds_per_round, self._advances = 0.0, 0
         self.failure: str | None = None
@@ -140,13 +141,15 @@ class Scheduler:
                 self._join()
                 if self._active:
                     self._advance()
+                else:
+                    self._hand_out()
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}".splitlines()[0])
 
     def _wait(self) -> bool:
         """Whether there is something to do, once there is; False at the end."""
         with self._changed:
-            while not (self._closed or self._waiting or self._active):
+            while not (self._closed or self._waiting or self._active or self._pieces):
                 self._changed.wait()
             return not self._closed
 
@@ -176,10 +179,13 @@ class Scheduler:
     def _advance(self) -> None:
         rounds = 1
         if self._seconds_per_round:
-            rounds = int(SECONDS / self._seconds_per_round)
+            # Short while there is room, so that those who come soon wait little.
+            busy = len(self._active) / self._engine.slots
+            rounds = int(SECONDS * (1 + 3 * busy) / 4 / self._seconds_per_round)
         rounds = max(1, min(rounds, self._engine.most_rounds))
-        began, pieces = time.perf_counter(), []
-        written, rounds = self._engine.advance(rounds)
+        began = time.perf_counter()
+        # Handed out once the device is at work: whoever reads them takes the host's time.
+        written, rounds = self._engine.advance(rounds, self._hand_out)
         self._advances += 1
         took, known = (time.perf_counter() - began) / max(1, rounds), self._seconds_per_round
         self._seconds_per_round = known + (took - known) / 5 if known else took
@@ -191,8 +197,12 @@ class Scheduler:
                 if new.end is None and new.error is None:
                     self._engine.leave(new.slot)
             if (piece.data or piece.end) and not text.cancelled:
-                pieces.append((text, piece))
-        if pieces:
+                self._pieces.append((text, piece))
+
+    def _hand_out(self) -> None:
+        """Gives out what the advance before has written."""
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
             self._deliver(pieces)
 
     def _fail(self, error: str) -> None:
@@ -201,4 +211,5 @@ class Scheduler:
             texts = [*self._active.values(), *self._waiting]
             self._active.clear()
             self._waiting.clear()
-        self._deliver([(text, Piece(b"", None, "error", error)) for text in texts])
+        self._pieces += [(text, Piece(b"", None, "error", error)) for text in texts]
+        self._hand_out()

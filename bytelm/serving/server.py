@@ -46,7 +46,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._api_body_bytes if _is_api(scope) else self._body_bytes
+        most = (_is_api(scope) and self._api_body_bytes) or self._body_bytes
         refused, body = self._refused(scope, most) or self.refused_path(scope), b""
         if refused is None:
             body = await self._body(receive, most)

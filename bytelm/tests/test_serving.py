@@ -54,7 +54,8 @@ class Echo:
     def leave(self, slot):
         del self.texts[slot]
 
-    def advance(self, rounds):
+    def advance(self, rounds, meanwhile=lambda: None):
+        meanwhile()
         self.gate.wait(20)
         time.sleep(0.002)
         self.advances += 1

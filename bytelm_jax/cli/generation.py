@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bytelm.arguments import UsageError
-from bytelm.config import Recipe, require, require_number
+from bytelm.config import Recipe, require
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.model import with_resets
@@ -44,50 +44,47 @@ def generate_command(
     Args:
         run: the run folder.
         prompt: what the text starts with; it is printed first.
-        prompt_file: a file that holds it instead; - reads standard input.
+        prompt_file: a file that holds it; - reads standard input.
         max_new_bytes: the most bytes to generate; the model may end earlier.
         temperature: divides the logits; 0 is greedy.
         top_k: keep only the k most likely bytes; 0 keeps all.
         top_p: keep the most likely bytes that together reach this probability.
         sampler: greedy, categorical, or by the entropy of each distribution.
         seed: seed of the random choices.
-        samples: how many texts to write; each has random numbers of its own.
+        samples: how many texts to write.
         stop: texts that end the output where they appear; they are not printed.
         valid_utf8: never write a byte that cannot become valid UTF-8.
-        speculate: what drafts bytes for the model to check at once: ngram, table (made by
-            `bytelm draft-table`), self (a BLT's local stacks) or the run folder of a smaller model;
-            the text stays the same.
+        speculate: what drafts bytes, which change no text: ngram, table (`bytelm draft-table`),
+            self (a BLT's local stacks) or the run folder of a smaller model.
         dtype: of the weights; bfloat16 is faster on a GPU or TPU, and rounds.
         json: print one object a sample: text, bytes, log-probabilities (nats), why it ended.
         checkpoint: latest, best or a step.
         reset_on: where a new segment starts for the model; as in training, by default.
     """
     config = SamplerConfig(sampler=sampler, temperature=temperature, top_k=top_k, top_p=top_p)
-    require_number("samples", samples)
-    if samples < 1:
-        raise UsageError(f"--samples {samples}: must be at least 1")
-    start = _prompt(prompt, prompt_file)
-    ends = tuple(text.encode("utf-8", "surrogateescape") for text in stop)
-
+    start = _prompt(prompt, prompt_file, samples)
     from bytelm_jax.inference.generate import complete, stream
 
     recipe, model = load_model(run, checkpoint, reset_on, dtype)
-    drafter = load_drafter(speculate, run, checkpoint, dtype)
-    how: dict[str, Any] = {"speculate": drafter, "valid_utf8": valid_utf8, "stop": ends}
+    how: dict[str, Any] = {"valid_utf8": valid_utf8, "stop": tuple(map(_bytes_of, stop))}
+    how["speculate"] = load_drafter(speculate, run, checkpoint, dtype)
     if samples == 1 and not json:
-        pieces = stream(model, start, max_new_bytes, config, seed, **how)
         _write(start)
-        _write_text(pieces, recipe)
+        _write_text(stream(model, start, max_new_bytes, config, seed, **how), recipe)
         return 0
-    prompts = [start] * samples
-    found = complete(model, prompts, max_new_bytes, config, seed, log_probs=json, **how)
+    how["log_probs"] = json
+    rows = complete(model, [start] * samples, max_new_bytes, config, seed, **how)
+    return _write_samples(rows, start, recipe, json)
+
+
+def _write_samples(found: "list[Completion]", start: bytes, recipe: Recipe, as_json: bool) -> int:
     for number, each in enumerate(found):
-        if json:
+        if as_json:
             print(_as_json(each), flush=True)
             continue
         if number:
             _write(b"\n")
-        _write(f"[{number + 1} of {samples}]\n".encode() + start)
+        _write(f"[{number + 1} of {len(found)}]\n".encode() + start)
         _write_text([each.text], recipe)
     return 0
 
@@ -126,8 +123,7 @@ def bench_command(
         seed: seed of the random choices.
         repeats: calls of each shape that are timed.
         dtype: of the weights.
-        token_model: also measure transformers' generate of a Llama of as many parameters, whose
-            tokens are those of a BPE of 32,000 made from TEXT; needs transformers and torch.
+        token_model: also measure transformers' generate of a Llama of as many parameters.
         json: print one object a row.
         checkpoint: latest, best or a step.
     """
@@ -137,8 +133,7 @@ def bench_command(
     if new_bytes < 1:
         raise UsageError(f"--new-bytes {new_bytes}: must be at least 1")
     config = SamplerConfig(temperature=temperature)
-    source = text.read_bytes()
-    most = max(contexts)
+    source, most = text.read_bytes(), max(contexts)
     require(len(source) > most, f"{text}: {len(source)} bytes; give a text longer than {most}")
 
     from bytelm_jax.tools.benchmark import Shape, measure, measure_tokens
@@ -205,12 +200,18 @@ def load_drafter(speculate: str, run: Path, checkpoint: str, dtype: str) -> Any:
     return load_model(Path(speculate), "latest", "trained", dtype)[1]
 
 
-def _prompt(prompt: str, prompt_file: str) -> bytes:
+def _prompt(prompt: str, prompt_file: str, samples: int) -> bytes:
+    if samples < 1:
+        raise UsageError(f"--samples {samples}: must be at least 1")
     if not prompt_file:
-        return prompt.encode("utf-8", "surrogateescape")
+        return _bytes_of(prompt)
     if prompt:
         raise UsageError("--prompt and --prompt-file: give one of them")
     return _standard_input() if prompt_file == "-" else Path(prompt_file).read_bytes()
+
+
+def _bytes_of(argument: str) -> bytes:
+    return argument.encode("utf-8", "surrogateescape")
 
 
 def _as_json(found: "Completion") -> str:

@@ -42,8 +42,7 @@ def serve_command(
         max_prompt_bytes: the longest starting text.
         max_new_bytes: the longest continuation.
         time_limit: seconds after which a generation of the page is stopped.
-        queue: how many requests of the page, and how many texts of the API, may wait; more are
-            refused.
+        queue: how many requests of the page, and texts of the API, may wait; more are refused.
         checkpoint: latest, best or a step.
         reset_on: where a new segment starts for the model; as in training, by default.
     """
@@ -52,10 +51,8 @@ def serve_command(
     command.check_options(port, slots)
     key = _checked_key(page, api, api_key)
 
-    from bytelm_jax.inference.slots import JaxSlots
     from bytelm_jax.tools import app
     from bytelm_jax.training import checkpoint as checkpoints
-    from bytelm_jax.training.pretrained import model_of
 
     limits = app.Limits(
         prompt_bytes=max_prompt_bytes, new_bytes=max_new_bytes, seconds=time_limit, queue=queue
@@ -64,18 +61,28 @@ def serve_command(
     recipe = with_resets(recipe, reset_on)
     with ExitStack() as stack:
         blocks = app.build_page(app.Service(recipe, params, limits)) if page else None
-        served = None
-        if api:
-            engine = JaxSlots(model_of(recipe, params), slots, max_prompt_bytes + max_new_bytes)
-            sizes = max_prompt_bytes, max_new_bytes
-            served = command.make_api(engine, run.resolve().name, *sizes, queue, key)
-            stack.callback(served.close)
+        served = _make_api(stack, run, recipe, params, limits, slots, key) if api else None
         server = _listen(host, port, limits, blocks, served)
         stack.callback(server.close)
         is_open = "page; it has no password" if page else "" if key else "API; it has no key"
         command.announce(f"{run} (step {step})", server.address, host, port, is_open)
         command.wait_for_interrupt()
     return 0
+
+
+def _make_api(
+    stack: ExitStack, run: Path, recipe: Any, params: Any, limits: Any, slots: int, key: str
+) -> Any:
+    """The API of a run's model, with everything compiled."""
+    from bytelm.serving import command
+    from bytelm_jax.inference.slots import JaxSlots
+    from bytelm_jax.training.pretrained import model_of
+
+    sizes = limits.prompt_bytes, limits.new_bytes
+    engine = JaxSlots(model_of(recipe, params), slots, sum(sizes))
+    served = command.make_api(engine, run.resolve().name, *sizes, limits.queue, key)
+    stack.callback(served.close)
+    return served
 
 
 def _checked_key(page: bool, api: bool, given: str) -> str:

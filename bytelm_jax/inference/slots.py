@@ -22,7 +22,15 @@ from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
 from bytelm.sampling import SamplerConfig, require_sampled
-from bytelm.serving.engine import TOP, Scores, Settings, Written, both_constraints, state_after
+from bytelm.serving.engine import (
+    TOP,
+    Scores,
+    Settings,
+    Written,
+    both_constraints,
+    nothing,
+    state_after,
+)
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.rounds import (
     Rows,
@@ -154,7 +162,9 @@ class JaxSlots:
         """Frees a slot."""
         self._host.done[slot] = True
 
-    def advance(self, rounds: int) -> tuple[list[Written], int]:
+    def advance(
+        self, rounds: int, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[list[Written], int]:
         """Writes rounds of every text until all have ended, and waits for them."""
         program = _advance_program(self._structure, self.most_rounds)
         host = self._host
@@ -163,6 +173,8 @@ class JaxSlots:
         self._device, out = program(
             self._params, self._device, given, self._tables, np.int32(rounds)
         )
+        meanwhile()
+        jax.block_until_ready(out)
         index, done, constraint, ids = (
             np.array(part) for part in (out.position, out.done, out.constraint, out.ids)
         )

@@ -197,7 +197,7 @@ class GroupedAttention(nnx.Module):
             mask = mask & (slots > positions - self.window)
         if segment_starts is not None:
             mask = mask & (slots >= jnp.minimum(segment_starts, size - 1)[:, :, None])
-        return self._out(_attend(q, *near, mask)), cache
+        return self._out(_attend(q, near.keys, near.values, mask)), cache
 
     def extend_rows(
         self,

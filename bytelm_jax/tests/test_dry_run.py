@@ -17,7 +17,7 @@ from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import run as commands_run
 from bytelm_jax.models import cast_params
-from bytelm_jax.tools import dry_run
+from bytelm_jax.tools import dry_run, dry_run_text
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import saved_for_backward, total
@@ -244,11 +244,11 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     assert collectives["all-gather", 4].bytes == 2 * cut
     assert collectives["reduce-scatter", 4].bytes == 3 * 2 * cut
     assert collectives["all-reduce", 2].bytes == 3 * 2 * cut // 4
-    text = dry_run.describe("x", estimate)
+    text = dry_run_text.describe("x", estimate)
     assert "bfloat16" in text and re.search(rf"all-gather over 4 +{2 * cut:,} bytes", text)
     assert estimate.executed_flops == estimate.flops and "executed" not in text
     fuller = estimate._replace(executed_flops=1.25 * estimate.flops)
-    assert "executed (1.25 x): the patch budget" in dry_run.describe("x", fuller)
+    assert "executed (1.25 x): the patch budget" in dry_run_text.describe("x", fuller)
 
 
 @pytest.mark.parametrize(

@@ -98,8 +98,8 @@ def test_a_text_is_that_of_generate_whatever_is_beside_it(config):
         if not s.scores:
             assert not scores
             continue
-        logs = np.concatenate([each.log_probs for each in scores])
         assert wanted.log_probs is not None
+        logs = np.concatenate([each.log_probs for each in scores])
         np.testing.assert_allclose(logs, wanted.log_probs, rtol=1e-5, atol=1e-5)
         whole = engine.score(prompt + data)
         np.testing.assert_allclose(whole.log_probs[len(prompt) :], logs, rtol=1e-5, atol=1e-5)
@@ -142,7 +142,7 @@ def test_logits_that_are_not_finite_end_one_text():
     engine._params = [leaf * jnp.nan for leaf in engine._params]
     engine.join(1, b"x", Settings(max_new_bytes=4, sampler=SamplerConfig(), seed=0))
     ((new,), _) = engine.advance(1)
-    assert new.slot == 1 and new.error and "not finite" in new.error
+    assert new.slot == 1 and "not finite" in (new.error or "")
     assert engine.advance(1)[0] == []
 
 
@@ -221,8 +221,8 @@ def test_the_official_client_stops_scores_and_echoes(client):
     (wanted,) = complete(
         model_of(MODEL), [b"ab"], 12, SamplerConfig(), 6, valid_utf8=True, log_probs=True
     )
-    logs = scored.logprobs.token_logprobs
     assert wanted.log_probs is not None
+    logs = scored.logprobs.token_logprobs
     assert len(logs) == 2 + len(wanted.text)
     np.testing.assert_allclose(logs[2:], wanted.log_probs, rtol=1e-5, atol=1e-5)
     whole_text = JaxSlots(model_of(MODEL), 1, 64).score(b"ab" + wanted.text)

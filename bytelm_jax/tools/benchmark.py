@@ -114,7 +114,7 @@ def measure_tokens(
         "ms_per_round": round(1000 * seconds / count, 3),
         "parameters": sum(each.numel() for each in llama.parameters()),
         "temperature": sampler.temperature,
-        "device": jax.devices()[0].device_kind if device.type != "cpu" else "cpu",
+        "device": jax.devices()[0].device_kind,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),

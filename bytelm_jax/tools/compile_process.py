@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bytelm.config import Recipe
 from bytelm.config.serialize import from_dict, to_dict
-from bytelm_jax.tools import dry_run
+from bytelm_jax.tools import dry_run, dry_run_text
 from bytelm_jax.tools.compiled import ENVIRONMENT
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.targets import Target, read_target
@@ -38,10 +38,10 @@ def answer(job: Job) -> str:
         ]
     estimate = dry_run.dry_run(recipe, job.machine, job.target, compiled)
     if job.as_json:
-        found = dry_run.as_json(recipe.name, estimate)
+        found = dry_run_text.as_json(recipe.name, estimate)
         found |= {"batch_size": recipe.train.batch_size} if job.fit else {}
         return json.dumps(found, allow_nan=False)
-    return "\n".join([*lines, dry_run.describe(recipe.name, estimate)])
+    return "\n".join([*lines, dry_run_text.describe(recipe.name, estimate)])
 
 
 def in_its_own_process(job: Job) -> int:

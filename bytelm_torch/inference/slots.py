@@ -4,6 +4,7 @@ The mirror of `bytelm_jax/inference/slots.py`, without compiled programs. Axes: 
 the longest text, P bytes per round, K likely bytes that are reported.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,15 @@ from torch.utils._pytree import tree_leaves
 from bytelm.config import ByteVocab, require
 from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, require_sampled
-from bytelm.serving.engine import TOP, Scores, Settings, Written, both_constraints, state_after
+from bytelm.serving.engine import (
+    TOP,
+    Scores,
+    Settings,
+    Written,
+    both_constraints,
+    nothing,
+    state_after,
+)
 from bytelm_torch.inference.rounds import (
     Rows,
     State,
@@ -53,6 +62,12 @@ class TorchSlots:
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
         vocab, constraints = self.config.vocab, both_constraints()
+        self._allowed = {
+            allow_eos: torch.from_numpy(allowed_candidates(constraints, vocab, allow_eos)).to(
+                self._at
+            )
+            for allow_eos in (True, False)
+        }
         self._settings = [_FREE] * slots
         self._read = [0] * slots
         self._last: tuple[bytes, Any, Tensor] | None = None
@@ -122,12 +137,15 @@ class TorchSlots:
             self._state.done[slot] = True
         self._settings[slot] = _FREE
 
-    def advance(self, rounds: int) -> tuple[list[Written], int]:
+    def advance(
+        self, rounds: int, meanwhile: Callable[[], None] = nothing
+    ) -> tuple[list[Written], int]:
         """Writes rounds of every text until all have ended, and waits for them."""
         vocab, begun = self.config.vocab, self._state
         busy = (~begun.done).nonzero()[:, 0].tolist()
         scored = any(self._settings[slot].scores for slot in busy)
         heard: list[Scores] = []
+        meanwhile()
 
         def observe(logits: Tensor, chosen: Tensor) -> None:
             heard.append(_scores(logits, chosen, vocab))
@@ -191,8 +209,7 @@ class TorchSlots:
         for (sampler, allow_eos), slots in groups.items():
             at = torch.tensor(slots, device=states.device)
             mine = rows._replace(sampler=sampler, allowed=self._allowed[allow_eos])
-            parts = (part[at] for part in (logits, uniforms, states, left))
-            chosen[at] = pick_ids(*parts, mine, vocab)
+            chosen[at] = pick_ids(logits[at], uniforms[at], states[at], left[at], mine, vocab)
         return chosen
 
     def _prefilled(self, prompt: bytes) -> tuple[Any, Tensor]:

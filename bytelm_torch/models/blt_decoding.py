@@ -156,14 +156,15 @@ def extend(
     x, _ = model.encoder.transformer.extend(x, cache.encoder, index, starts)
     new = model.encoder.cross_attention.keys_values(x)
     write_at((cache.states, cache.pooled), (x, new), index)
-    columns, count = (x, new, byte, ends, numbers, first), byte.shape[1]
+    ending, count = _Ending(x, new, byte, ends, numbers, first, index), byte.shape[1]
     reach = torch.full((len(byte),), count, device=byte.device)
     if within_patch:
         later = ends[:, 1:]
         if count > 1:
             reach = (1 + later.long().argmax(dim=1)).where(later.any(dim=1), reach)
-        columns = tree_map(lambda part: None if part is None else part[:, :1], columns)
-    _finish_patches(model, cache, _Ending(*columns, index))
+        first_of = lambda part: part[:, :1] if isinstance(part, Tensor) else part  # noqa: E731
+        ending = tree_map(first_of, ending._replace(start=None))._replace(start=index)
+    _finish_patches(model, cache, ending)
     newest = numbers.where(ends, numbers - 1)
     return model.to_logits(_decode(model, cache, x, newest, first, index, starts)), cache, reach
 

@@ -101,8 +101,8 @@ def test_a_text_is_that_of_generate_whatever_is_beside_it(config):
         if not s.scores:
             assert not scores
             continue
-        logs = np.concatenate([each.log_probs for each in scores])
         assert wanted.log_probs is not None
+        logs = np.concatenate([each.log_probs for each in scores])
         np.testing.assert_allclose(logs, wanted.log_probs, rtol=1e-4, atol=1e-4)
         whole = engine.score(prompt + data)
         np.testing.assert_allclose(whole.log_probs[len(prompt) :], logs, rtol=1e-4, atol=1e-4)

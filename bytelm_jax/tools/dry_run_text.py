@@ -1,0 +1,112 @@
+"""What a dry run found, as text and as JSON."""
+
+from dataclasses import asdict
+from typing import Any
+
+from bytelm.chips import find_chip
+from bytelm_jax.tools.compiled import COMPILED_PLATFORMS
+from bytelm_jax.tools.dry_run import Estimate
+
+
+def describe(name: str, estimate: Estimate) -> str:
+    """The estimate as text."""
+    gib = {k: f"{v / 2**30:9.3f} GiB" for k, v in estimate.memory._asdict().items()}
+    machine = estimate.machine
+    lines = [
+        f"{name} on {estimate.devices} devices, {_shape(estimate)}, {estimate.form}, "
+        f"{estimate.compute_dtype}: "
+        f"{estimate.bytes_per_step:,} bytes per step, {estimate.rows} rows at a time on each "
+        "device",
+        *_about_frozen(estimate),
+        "memory of a device",
+        f"  parameters       {gib['parameters']}",
+        f"  working copies   {gib['copies']}   of the parameters, as products read them",
+        f"  gradients        {gib['gradients']}",
+        f"  optimizer state  {gib['optimizer_state']}",
+        f"  activations      {gib['activations']}",
+        f"  logits           {gib['logits']}   including the loss's copies and their gradient",
+        f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
+        f"  at once          {gib['peak']}   at most",
+        *_about_compiled(estimate),
+        *_about_work(estimate),
+        "collectives of a step",
+    ]
+    for each in estimate.collectives:
+        many = f"{each.count} x {each.kind} over {each.group}"
+        milliseconds = 1e3 * each.seconds(1e9 * machine.link_gbytes)
+        lines.append(f"  {many:32} {each.bytes:>15,} bytes {milliseconds:9.2f} ms")
+    lines += [] if estimate.collectives else ["  none"]
+    lines.append(
+        f"a step: {1e3 * estimate.compute_seconds:.1f} ms of computing at {100 * machine.mfu:g} "
+        f"% of {machine.chip}, {1e3 * estimate.collective_seconds:.1f} ms of collectives at "
+        f"{machine.link_gbytes:g} GB/s: {100 * estimate.collective_share:.1f} % of it, if "
+        "nothing overlaps"
+    )
+    return "\n".join(lines)
+
+
+def _shape(estimate: Estimate) -> str:
+    groups = estimate.devices // (estimate.fsdp * estimate.tensor)
+    tensor = f" x tensor {estimate.tensor}" if estimate.tensor > 1 else ""
+    return f"data {groups} x fsdp {estimate.fsdp}{tensor}"
+
+
+def _about_compiled(estimate: Estimate) -> list[str]:
+    """What the target's compiler says, or that it was not asked."""
+    compiled, chip = estimate.compiled, find_chip(estimate.machine.chip)
+    if not estimate.target:
+        return []
+    if compiled is None:
+        why = "install libtpu (pip install 'bytelm[aot]') for the compiler's own figures"
+        why = why if chip.platform in COMPILED_PLATFORMS else "a GPU's compiler is not asked"
+        return [f"an estimate for {estimate.target}, of {estimate.devices} simulated CPUs: {why}"]
+    peak, kernels = compiled.peak / 2**30, compiled.kernel_flops / 1e9
+    return [
+        f"compiled for {estimate.target}",
+        f"  needs            {peak:9.3f} GiB of {chip.memory / 2**30:g}: "
+        f"{compiled.arguments / 2**30:.3f} of state, {compiled.temporaries / 2**30:.3f} of "
+        f"temporaries, {compiled.program / 2**30:.3f} of program",
+        f"  work             {compiled.flops / 1e9:9,.1f} GFLOP, {kernels:,.1f} of them in "
+        f"attention kernels: {compiled.flops / estimate.flops:.2f} x the model's own "
+        f"{estimate.flops / 1e9:,.1f}",
+        f"  padding          {100 * compiled.padding / max(compiled.written, 1):9.1f} % of the "
+        f"{compiled.written / 1e9:,.2f} GB that are written, added by layouts",
+    ]
+
+
+def _about_work(estimate: Estimate) -> list[str]:
+    """The model's own work and what is executed, where these differ."""
+    ratio = estimate.executed_flops / estimate.flops
+    if ratio < 1.005:
+        return []
+    return [
+        f"work of a step on each device: {estimate.flops / 1e9:,.1f} GFLOP by the model's own "
+        f"count, {estimate.executed_flops / 1e9:,.1f} executed ({ratio:.2f} x): the patch budget "
+        "has room for more patches than the mean"
+    ]
+
+
+def _about_frozen(estimate: Estimate) -> list[str]:
+    """What is frozen, and what the rest takes on each device, if anything is."""
+    if not estimate.frozen:
+        return []
+    memory = estimate.memory
+    return [
+        f"{estimate.frozen:,} of {estimate.trained + estimate.frozen:,} parameters frozen: of the "
+        f"others, gradients take {memory.gradients:,} bytes and the optimizer state "
+        f"{memory.optimizer_state:,} on each device"
+    ]
+
+
+def as_json(name: str, estimate: Estimate) -> dict[str, Any]:
+    """The estimate as one object; memory in bytes, times in seconds."""
+    fields = estimate._asdict() | {"memory": estimate.memory._asdict()}
+    fields |= {"machine": estimate.machine._asdict()}
+    if estimate.compiled is not None:
+        whole = estimate.compiled._asdict() | {"peak": estimate.compiled.peak}
+        fields["compiled"] = {k: v for k, v in whole.items() if k != "collectives"}
+    speed = 1e9 * estimate.machine.link_gbytes
+    fields["collectives"] = [
+        asdict(each) | {"seconds": each.seconds(speed)} for each in estimate.collectives
+    ]
+    return {"recipe": name} | fields | {"collective_share": estimate.collective_share}
