@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bytelm import tolerances
-from bytelm.metrics import read_metrics
+from bytelm.metrics import comparable, read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import checkpoint
@@ -84,7 +84,11 @@ def assert_equal_runs(ours, theirs):
             error = abs(record[name] - other[name]) / other[name]
             assert error <= tolerances.DEVICES_AFTER_5_STEPS, (name, record, other)
     validations = [
-        [r["validation_loss"] for r in read_metrics(run / "metrics.jsonl") if "loss" not in r]
+        [
+            r["validation_loss"]
+            for r in comparable(read_metrics(run / "metrics.jsonl"))
+            if "loss" not in r
+        ]
         for run in (ours, theirs)
     ]
     assert len(validations[0]) == len(validations[1]) == 2

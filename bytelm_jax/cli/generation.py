@@ -69,8 +69,8 @@ def generate_command(
     how: dict[str, Any] = {"valid_utf8": valid_utf8, "stop": tuple(map(_bytes_of, stop))}
     how["speculate"] = load_drafter(speculate, run, checkpoint, dtype)
     if samples == 1 and not json:
-        _write(start)
-        _write_text(stream(model, start, max_new_bytes, config, seed, **how), recipe)
+        pieces = stream(model, start, max_new_bytes, config, seed, **how)
+        _write_text(pieces, recipe, start)
         return 0
     how["log_probs"] = json
     rows = complete(model, [start] * samples, max_new_bytes, config, seed, **how)
@@ -84,8 +84,7 @@ def _write_samples(found: "list[Completion]", start: bytes, recipe: Recipe, as_j
             continue
         if number:
             _write(b"\n")
-        _write(f"[{number + 1} of {len(found)}]\n".encode() + start)
-        _write_text([each.text], recipe)
+        _write_text([each.text], recipe, f"[{number + 1} of {len(found)}]\n".encode() + start)
     return 0
 
 
@@ -228,9 +227,10 @@ def _as_json(found: "Completion") -> str:
     return json_module.dumps(row, ensure_ascii=False)
 
 
-def _write_text(pieces: Any, recipe: Recipe) -> None:
+def _write_text(pieces: Any, recipe: Recipe, before: bytes) -> None:
     """Writes bytes as text, each character once it is complete, and ends the line."""
     decoder, offset = StreamingDecoder(recipe.model.vocab), recipe.model.vocab.offset
+    _write(before)
     for piece in pieces:
         _write(decoder.push([byte + offset for byte in piece]).encode("utf-8"))
     _write(decoder.finish().encode("utf-8") + b"\n")

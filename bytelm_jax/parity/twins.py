@@ -181,7 +181,8 @@ def _decode_torch(recording: Recording, twin: Any, ids: np.ndarray) -> None:
             logits.append(row)
             return chosen[:, i]
 
-        step = partial(twin.decode_round, cache, previous, start // patch + r, choose)
+        index = torch.full((len(ids),), start // patch + r)  # in each row, as in JAX
+        step = partial(twin.decode_round, cache, previous, index, choose)
         run(when, step)
         recording.keep(f"{when}logits", torch.stack(logits, dim=1))
         previous = chosen

@@ -85,10 +85,10 @@ def test_running_mean_by_position_and_in_bfloat16(x64):
     sums = np.full((2, 10, 3), 1e9)  # what was never written must not count
     sums[:, 0] = 0
     extend = jax.jit(extend_running_mean)
-    first, sums = extend(x[:, :4], sums, 0)
+    first, sums = extend(x[:, :4], sums, jnp.zeros(2, jnp.int32))
     rest = []
     for t in range(4, 9):
-        mean, sums = extend(x[:, t : t + 1], sums, t)
+        mean, sums = extend(x[:, t : t + 1], sums, jnp.full(2, t, jnp.int32))
         rest.append(mean)
     actual = np.concatenate([first, *rest], axis=1)
     assert relative_error(actual, expected) <= tolerances.LOGITS["float64"]

@@ -114,7 +114,7 @@ def test_bfloat16_sums_in_float32(convolve):
     layer = LongConvolution(1, length, CHUNK, rngs=nnx.Rngs(0))
     layer.taps = nnx.Param(ones[0])
     past = np.ones_like(layer.empty_past(1, length, ones.dtype))
-    last, _ = jax.jit(layer.extend)(ones[:, :1], past, 0)
+    last, _ = jax.jit(layer.extend)(ones[:, :1], past, jnp.zeros(1, jnp.int32))
     assert abs(float(last[0, 0, 0]) - length) <= float(jnp.finfo(jnp.bfloat16).eps) / 2 * length
 
 
@@ -131,10 +131,10 @@ def test_position_by_position(taps, x64):
     prompt = x[:, :prefilled].copy()
     prompt[:, true:] = 1e3
     extend = jax.jit(layer.extend)
-    prefix, past = extend(prompt, past, 0)
+    prefix, past = extend(prompt, past, None)
     steps = [np.asarray(prefix)[:, :true]]
     for t in range(true, length):
-        y, past = extend(x[:, t : t + 1], past, t)
+        y, past = extend(x[:, t : t + 1], past, jnp.full(2, t, jnp.int32))
         steps.append(np.asarray(y))
     error = relative_error(np.concatenate(steps, axis=1), whole)
     assert error <= tolerances.LOGITS["float64"]

@@ -3,6 +3,7 @@
 Axes: B batch, T query positions, S key positions, H heads, K head width, D width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -42,10 +43,11 @@ def fused_attention(
     everything before it.
     """
     batch, heads = q.shape[:-3], q.shape[-2]
+    rows = math.prod(batch)
     if mask is not None and mask.ndim > 2:
-        mask = mask.expand(*batch, *mask.shape[-2:]).reshape(-1, 1, *mask.shape[-2:])
+        mask = mask.expand(*batch, *mask.shape[-2:]).reshape(rows, 1, *mask.shape[-2:])
     out = F.scaled_dot_product_attention(
-        *(x.reshape(-1, *x.shape[-3:]).movedim(-2, -3) for x in (q, k, v)),
+        *(x.reshape(rows, *x.shape[-3:]).movedim(-2, -3) for x in (q, k, v)),
         attn_mask=mask,
         is_causal=mask is None,
         scale=v.shape[-1] ** -0.5,

@@ -95,8 +95,11 @@ class CrossAttention(nn.Module):
     def read_each(self, x: Float[Tensor, "B T D"], cache: KeyValueCache) -> Float[Tensor, "B T D"]:
         """Version of `read` given the keys and values of each byte's patch, [B, T, M, G, K]."""
         mask = torch.ones(1, cache.keys.shape[2], dtype=torch.bool, device=x.device)
-        q = self._queries(x)[:, :, None]
-        return self._add(x, grouped_attention(q, *cache, mask)[:, :, 0])
+        q = self._queries(x)
+        if x.shape[1] == 1:
+            k, v = (part[:, 0] for part in cache)
+            return self._add(x, grouped_attention(q, k, v, mask))
+        return self._add(x, grouped_attention(q[:, :, None], *cache, mask)[:, :, 0])
 
     def keys_values(self, states: Float[Tensor, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""
