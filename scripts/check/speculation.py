@@ -111,7 +111,7 @@ def gap(config: ModelConfig, logits: Any, prompt: bytes, first: bytes, second: b
 
 def chi2(config: ModelConfig, generation: Any, model: Any, logits: Any, draft: Any) -> float:
     """The least p of the second byte after the most frequent first ones, for sampled rows."""
-    sampler, worst = SamplerConfig(temperature=0.5), 1.0
+    sampler, worst = SamplerConfig(temperature=2.0), 1.0
     texts: list[bytes] = []
     for seed in range(8):
         options: dict[str, Any] = {"seed": seed, "stop_at_eos": False, "speculate": draft}
@@ -123,12 +123,18 @@ def chi2(config: ModelConfig, generation: Any, model: Any, logits: Any, draft: A
         shares = np.exp(row - row.max())
         shares /= shares.sum()
         seen = np.bincount([text[1] for text in texts if text[0] == byte], minlength=256)
-        likely = shares * count >= 5  # the others are counted together, as the test needs
-        expected = np.append(shares[likely], shares[~likely].sum()) * count
-        observed = np.append(seen[likely], seen[~likely].sum())
-        keep = expected > 0
-        if keep.sum() > 1:
-            worst = min(worst, float(chisquare(observed[keep], expected[keep]).pvalue))
+        # Bins of at least 5 expected texts, as the test needs: unlikely bytes share one.
+        order = np.argsort(shares)
+        bins = np.minimum(np.cumsum(shares[order]) * count // 5, 255).astype(int)
+        expected = np.bincount(bins, shares[order] * count)
+        observed = np.bincount(bins, seen[order], len(expected))
+        keep = expected >= 5
+        expected = np.append(expected[keep], expected[~keep].sum())
+        observed = np.append(observed[keep], observed[~keep].sum())
+        if expected[-1] < 5:
+            expected, observed = (np.append(x[:-2], x[-2:].sum()) for x in (expected, observed))
+        if len(expected) > 1:
+            worst = min(worst, float(chisquare(observed, expected).pvalue))
     return worst
 
 
