@@ -68,7 +68,11 @@ def check_request(
 
     `capacity` gives the positions for which the caches of so many rows fit into memory.
     """
-    require(max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: must be at least 0")
+    rows = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+    rows = rows and all(isinstance(prompt, bytes) for prompt in prompts)
+    require(rows, "prompts: give a list of bytes, such as [b'text']")
+    whole = isinstance(max_new_bytes, int)
+    require(whole and max_new_bytes >= 0, f"max_new_bytes={max_new_bytes}: give a number from 0 up")
     require_number("seed", seed)
     require(config.causal, "causal=False: generation needs a causal model")
     longest = max(map(len, prompts), default=0)

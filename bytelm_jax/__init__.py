@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bytelm import *  # noqa: F403
+    from bytelm_jax.inference.generate import complete as complete
     from bytelm_jax.inference.generate import generate as generate
     from bytelm_jax.models import build_model as build_model
     from bytelm_jax.models import split_model as split_model
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "build_model": "models",
     "build_optimizer": "optimizers.build",
+    "complete": "inference.generate",
     "cross_entropy": "training.loss",
     "evaluate": "training.evaluate",
     "from_pretrained": "training.pretrained",

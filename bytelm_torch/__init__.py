@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import bytelm
 from bytelm import *  # noqa: F403
+from bytelm_torch.inference.generate import complete
 from bytelm_torch.interop.export import from_pretrained, save_pretrained
 from bytelm_torch.models import build_model
 from bytelm_torch.optimizers.build import build_optimizer
@@ -29,6 +30,7 @@ __all__ = [
     "EnhancedSGD",
     "build_model",
     "build_optimizer",
+    "complete",
     "cross_entropy",
     "evaluate",
     "from_pretrained",

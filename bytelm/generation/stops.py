@@ -60,6 +60,8 @@ def cut_at_stop(text: bytes, stops: Sequence[bytes]) -> tuple[bytes, bool]:
 
 
 def _checked(stops: Sequence[bytes]) -> tuple[bytes, ...]:
+    rows = not isinstance(stops, str | bytes) and all(isinstance(stop, bytes) for stop in stops)
+    require(rows, "stop: give a list of bytes, such as [b'text']")
     require(len(stops) <= MOST_STOPS, f"stop: {len(stops)} texts; give at most {MOST_STOPS}")
     for stop in stops:
         size = len(stop)

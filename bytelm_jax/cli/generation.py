@@ -1,5 +1,7 @@
 """`bytelm generate` and `bytelm bench`; their signatures and docstrings are their help."""
 
+import codecs
+import itertools
 import json as json_module
 import sys
 from pathlib import Path
@@ -10,6 +12,8 @@ from bytelm.config import Recipe, require
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import StreamingDecoder
 from bytelm_jax.cli.model import with_resets
+
+_MOST_SAMPLES = 4096
 
 if TYPE_CHECKING:
     from bytelm.generation.completion import Completion
@@ -80,11 +84,12 @@ def generate_command(
 def _write_samples(found: "list[Completion]", start: bytes, recipe: Recipe, as_json: bool) -> int:
     for number, each in enumerate(found):
         if as_json:
-            print(_as_json(each), flush=True)
+            print(_as_json(each, start), flush=True)
             continue
         if number:
             _write(b"\n")
-        _write_text([each.text], recipe, f"[{number + 1} of {len(found)}]\n".encode() + start)
+        _write(f"[{number + 1} of {len(found)}]\n".encode())
+        _write_text([each.text], recipe, start)
     return 0
 
 
@@ -183,6 +188,9 @@ def load_model(run: Path, checkpoint: str, reset_on: str, dtype: str) -> tuple[R
 
 def load_drafter(speculate: str, run: Path, checkpoint: str, dtype: str) -> Any:
     """What `--speculate` names, for `speculate=` of `generate`: a word, a table or a model."""
+    known = "none, ngram, table, self or the run folder of a smaller model"
+    if not speculate:
+        raise UsageError(f"--speculate: is empty; give {known}")
     if speculate in ("none", "ngram", "self"):
         return speculate
     if speculate == "table":
@@ -194,14 +202,16 @@ def load_drafter(speculate: str, run: Path, checkpoint: str, dtype: str) -> Any:
             hint = f"make it by `bytelm draft-table {run}`"
             require(file.exists(), f"--speculate table: {run} has no {TABLE_FILE}; {hint}")
             return load_table(file)
-    known = "none, ngram, table, self or the run folder of a smaller model"
     require(Path(speculate).exists(), f"--speculate {speculate}: no such folder; give {known}")
-    return load_model(Path(speculate), "latest", "trained", dtype)[1]
+    try:
+        return load_model(Path(speculate), "latest", "trained", dtype)[1]
+    except ValueError as error:
+        raise ValueError(f"--speculate {speculate}: gives no model ({error}); {known}") from None
 
 
 def _prompt(prompt: str, prompt_file: str, samples: int) -> bytes:
-    if samples < 1:
-        raise UsageError(f"--samples {samples}: must be at least 1")
+    if not 1 <= samples <= _MOST_SAMPLES:
+        raise UsageError(f"--samples {samples}: must be from 1 to {_MOST_SAMPLES}")
     if not prompt_file:
         return _bytes_of(prompt)
     if prompt:
@@ -213,11 +223,15 @@ def _bytes_of(argument: str) -> bytes:
     return argument.encode("utf-8", "surrogateescape")
 
 
-def _as_json(found: "Completion") -> str:
-    """One line: `text` with U+FFFD for bytes that are no character, and all `bytes` in hex."""
+def _as_json(found: "Completion", prompt: bytes) -> str:
+    """One line: `text` with U+FFFD for bytes that are no character, and all `bytes` in hex.
+
+    A character that the prompt began belongs to the text.
+    """
     assert found.log_probs is not None
+    before = codecs.getincrementaldecoder("utf-8")("replace").decode(prompt)
     row = {
-        "text": found.text.decode("utf-8", "replace"),
+        "text": (prompt + found.text).decode("utf-8", "replace")[len(before) :],
         "bytes": found.text.hex(),
         "log_probs": [round(float(each), 6) for each in found.log_probs],
         "end": found.end,
@@ -230,8 +244,7 @@ def _as_json(found: "Completion") -> str:
 def _write_text(pieces: Any, recipe: Recipe, before: bytes) -> None:
     """Writes bytes as text, each character once it is complete, and ends the line."""
     decoder, offset = StreamingDecoder(recipe.model.vocab), recipe.model.vocab.offset
-    _write(before)
-    for piece in pieces:
+    for piece in itertools.chain([before], pieces):
         _write(decoder.push([byte + offset for byte in piece]).encode("utf-8"))
     _write(decoder.finish().encode("utf-8") + b"\n")
 

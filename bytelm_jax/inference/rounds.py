@@ -111,8 +111,9 @@ def begin(
     structure, params = split_cached(model)
     caches = [prefill_program(structure, bool(drafter))(params, ids[:, patch:], prefix)]
     if drafter and drafter.model is not None:
+        width = min(padded(drafter.model, int(ends.max())), length)
         program = prefill_program(drafter.structure, True)
-        caches.append(program(drafter.params, ids[:, patch:], prefix))
+        caches.append(program(drafter.params, ids[:, patch : patch + width], min(prefix, width)))
     automaton = settings.automaton
     states = np.zeros(batch, np.int32)
     states[: len(prompts)] = [start_state(automaton, prompt) for prompt in prompts]

@@ -51,7 +51,7 @@ class Drafter(NamedTuple):
     params: Any = None
 
 
-def make_drafter(model: Any, speculate: Any) -> Drafter | None:
+def make_drafter(model: Any, speculate: Any, longest: int) -> Drafter | None:
     """What drafts for `model`: None or "none", "ngram", "self", a `DraftTable`, or a model.
 
     Raises `ValueError` for a draft that this model cannot use.
@@ -79,10 +79,18 @@ def make_drafter(model: Any, speculate: Any) -> Drafter | None:
     )
     if isinstance(speculate, DraftTable):
         return Drafter(_propose_table, tuple(jnp.asarray(part) for part in speculate))
+    known = "give none, ngram, self, a draft table or a model"
+    require(hasattr(speculate, "config"), f"speculate={speculate!r}: {known}")
     mine, theirs = model.config.vocab, speculate.config.vocab
     require(
         mine == theirs,
         f"speculate: the drafting model's vocabulary {theirs} is not this model's, {mine}",
+    )
+    limit = speculate.config.longest_input
+    require(
+        limit is None or longest <= limit,
+        f"speculate: the drafting model has max_length={limit}, but prompt and new bytes make "
+        f"{longest}; give fewer, or a draft without that limit",
     )
     require(speculate.config.causal, "speculate: the drafting model is not causal")
     structure, params = split_cached(speculate)

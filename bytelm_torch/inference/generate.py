@@ -30,7 +30,7 @@ from bytelm_torch.inference.rounds import (
     prompt_ids,
 )
 from bytelm_torch.inference.sampling import choose_ids, random_uniforms
-from bytelm_torch.inference.speculative import make_drafter
+from bytelm_torch.inference.speculative import Drafter, make_drafter
 from bytelm_torch.models.interface import inference
 
 _DEFAULT = SamplerConfig()
@@ -94,7 +94,8 @@ def complete(
     if not prompts or max_new_bytes == 0:
         empty = np.zeros(0, np.float32) if log_probs else None
         return [Completion(b"", empty, "length", 0, 0, 0)] * len(prompts)
-    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, log_probs)
+    drafter = make_drafter(model, speculate, max(map(len, prompts)) + max_new_bytes)
+    settings = _settings(sampler, stop_at_eos, automaton, drafter, log_probs)
     writing = _Writing(model, prompts, max_new_bytes, settings, seed, stop)
     chunk = _STOP_CHUNK if stop else max_new_bytes + model.round_length
     while not writing.done:
@@ -124,7 +125,8 @@ def stream(
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
-    settings = _settings(model, sampler, stop_at_eos, automaton, speculate, False)
+    drafter = make_drafter(model, speculate, len(prompt) + max_new_bytes)
+    settings = _settings(sampler, stop_at_eos, automaton, drafter, False)
     writing = _Writing(model, [prompt], max_new_bytes, settings, seed, stop)
     whole_rounds = chunk_bytes // model.round_length * model.round_length
     return _pieces(writing, max(1, whole_rounds))
@@ -280,14 +282,12 @@ def _check(
 
 
 def _settings(
-    model: Any,
     sampler: SamplerConfig,
     stop_at_eos: bool,
     automaton: Automaton,
-    speculate: Any,
+    drafter: Drafter | None,
     log_probs: bool,
 ) -> Settings:
-    drafter = make_drafter(model, speculate)
     return Settings(sampler, stop_at_eos, automaton, drafter, log_probs)
 
 

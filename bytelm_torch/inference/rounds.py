@@ -112,7 +112,8 @@ def begin(
     with _inference(model, drafter):
         cache = _prefill(model, prompt, length, bool(drafter))
         smaller = drafter.model if drafter else None
-        draft_cache = () if smaller is None else _prefill(smaller, prompt, length, True)
+        width = min(length, (smaller and smaller.config.longest_input) or length)
+        draft_cache = () if smaller is None else _prefill(smaller, prompt, width, True)
     rows = Rows(
         uniforms(batch, length).to(device),
         lengths.to(device),

@@ -49,7 +49,7 @@ class Drafter(NamedTuple):
     model: Any = None
 
 
-def make_drafter(model: Any, speculate: Any) -> Drafter | None:
+def make_drafter(model: Any, speculate: Any, longest: int) -> Drafter | None:
     """What drafts for `model`: None or "none", "ngram", "self", a `DraftTable`, or a model.
 
     Raises `ValueError` for a draft that this model cannot use.
@@ -80,10 +80,18 @@ def make_drafter(model: Any, speculate: Any) -> Drafter | None:
         # Torch has no arithmetic of uint32; int64 holds every product of the hash.
         keys, drafts = (torch.from_numpy(part.astype("int64")).to(device) for part in speculate)
         return Drafter(partial(_propose_table, keys, drafts))
+    known = "give none, ngram, self, a draft table or a model"
+    require(hasattr(speculate, "config"), f"speculate={speculate!r}: {known}")
     mine, theirs = model.config.vocab, speculate.config.vocab
     require(
         mine == theirs,
         f"speculate: the drafting model's vocabulary {theirs} is not this model's, {mine}",
+    )
+    limit = speculate.config.longest_input
+    require(
+        limit is None or longest <= limit,
+        f"speculate: the drafting model has max_length={limit}, but prompt and new bytes make "
+        f"{longest}; give fewer, or a draft without that limit",
     )
     require(speculate.config.causal, "speculate: the drafting model is not causal")
     there = next(speculate.parameters()).device

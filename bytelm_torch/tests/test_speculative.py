@@ -137,6 +137,8 @@ def test_drafts_that_cannot_serve_are_refused():
     ):
         with pytest.raises(ValueError, match=says):
             generate(model, [b"a"], 4, speculate=speculate)
+    with pytest.raises(ValueError, match="drafting model has max_length=32, but prompt and new"):
+        generate(model_of("in_action"), [b"a" * 30], 4, speculate=model)
     for stop, says in (([b""], "a text is empty"), ([b"a"] * 17, "give at most 16")):
         with pytest.raises(ValueError, match=says):
             generate(model, [b"a"], 4, stop=stop)
