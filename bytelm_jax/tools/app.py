@@ -63,6 +63,16 @@ class Reply(NamedTuple):
     """What `Service.finish` needs to end a text that is stopped here; None for the last reply."""
 
 
+class Halt:
+    """Whether the reader of one page wants no more of the text that is being generated."""
+
+    asked = False
+
+    def ask(self) -> None:
+        """Ends the generation after the bytes that are being computed."""
+        self.asked = True
+
+
 class Service:
     """A model that answers one request at a time."""
 
@@ -218,9 +228,9 @@ def _lay_out(gr: Any, service: Service) -> _Parts:
         with gr.Column(elem_id="out"):
             text = gr.Textbox(label="Text", lines=8, interactive=False, buttons=[])
             with gr.Row(elem_id="below"):
-                status = gr.Markdown(elem_id="status", min_height=24)
+                status = gr.Markdown(label="Status", elem_id="status", min_height=24)
                 buttons.append(gr.Button("Copy", size="sm", min_width=80, scale=0))
-            cells = gr.HTML()
+            cells = gr.HTML(label="Cells")
         with gr.Column(elem_id="settings"):
             settings = _controls(gr, limits)
     return _Parts(prompt, settings, buttons, text, cells, status)
@@ -229,43 +239,48 @@ def _lay_out(gr: Any, service: Service) -> _Parts:
 def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     """What the buttons do. Stop and Clear have no queue to wait in, and end what they find."""
 
-    def answer(*request: Any) -> Iterator[Reply]:
+    def answer(halt: Halt, *request: Any) -> Iterator[Reply]:
+        halt.asked = False
         try:
-            yield from service.reply(*request)
+            for reply in service.reply(*request):
+                if halt.asked:
+                    return
+                yield reply
         except ValueError as error:
             options = {"title": "Bad input", "duration": None, "print_exception": False}
             raise gr.Error(str(error), **options) from None
 
     # Gradio streams only genuine generator functions, and the tests' type checks wrap `answer`;
     # clients of Gradio know the arguments by these names.
-    generate = lambda prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed: (  # noqa: E731
-        yield from answer(prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed)
+    generate = lambda prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed, halt: (  # noqa: E731
+        yield from answer(halt, prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed)
     )
     prompt, settings, (start, stop, clear, copy), text, cells, status = parts
-    unfinished = gr.State(None)
+    unfinished, halt = gr.State(None), gr.State(Halt())
     outputs = [text, cells, status, unfinished]
     model = {"concurrency_limit": 1, "concurrency_id": "model"}
-    at_once = {"concurrency_limit": None, "concurrency_id": "page"}
-    # Progress in the status line alone: an error would else be said once by every output.
-    progress = {"show_progress": "minimal", "show_progress_on": status}
+    # Progress in the status line alone: otherwise every output repeats an error.
+    model |= {"show_progress": "minimal", "show_progress_on": status}
+    private = {"api_visibility": "private"}
+    at_once = {"concurrency_limit": None, "show_progress": "hidden", **private}
     running = gr.on(
         [start.click, prompt.submit],
         generate,
-        [prompt, *settings],
+        [prompt, *settings, halt],
         outputs,
         api_name="generate",
         **model,
-        **progress,
     )
 
     def finish(stopped: Unfinished | None) -> Any:
         return [gr.skip()] * 4 if stopped is None else list(service.finish(stopped))
 
-    private = {"api_visibility": "private"}
-    stop.click(finish, unfinished, outputs, cancels=[running], **private, **model, **progress)
-    empty = lambda: ("", "", "", "", None)  # noqa: E731
-    hidden = {"show_progress": "hidden"}
-    clear.click(empty, None, [prompt, *outputs], cancels=[running], **private, **at_once, **hidden)
+    # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
+    ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    quiet = {**model, "show_progress": "hidden", **private}
+    ended.then(finish, unfinished, outputs, **quiet)
+    ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
     copied = copy.click(None, text, copy, js=_COPY, **private)
     copied.then(None, None, copy, js=_COPY_AGAIN, **private)
     _, temperature, top_k, top_p, sampler, seed = settings
@@ -308,7 +323,8 @@ _LAYOUT = """
 #ask{grid-area:ask} #out{grid-area:out} #settings{grid-area:settings}
 #sheet>*{min-width:0}
 #buttons,#below{flex-wrap:nowrap;align-items:center}
-#status .error{display:none}
+#status .error,#status .clear-status{display:none}
+#out .html-container{padding:0}
 #settings input:disabled{opacity:.45;cursor:not-allowed}
 @media (max-width:700px){#sheet{grid-template:"ask" "out" "settings" / 1fr}}
 """

@@ -31,10 +31,11 @@ _RULES = """
 .cells .p::before{content:"";position:absolute;left:-5px;top:-2px;bottom:-2px}
 .cells .o{text-decoration:underline;text-underline-offset:3px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 20px;margin:4px 0 10px;font-size:14px}
-.legend>div{display:flex;align-items:center;gap:6px}
+.legend>div{display:flex;align-items:center;gap:6px;white-space:nowrap}
 .legend .scale{display:flex;font-family:monospace}
-.legend .scale i{width:22px;text-align:center;font-style:normal}
+.legend .scale i{width:21px;text-align:center;font-style:normal}
 .legend .bar{height:18px}
+@media (hover:none){.legend .hover{display:none}}
 """
 
 
@@ -79,14 +80,14 @@ def legend(patches: bool) -> str:
     scale = "".join(
         f'<i class="b{2 * bits}">{bits}{"+" if bits == 8 else ""}</i>' for bits in range(9)
     )
-    entries = [
+    parts = [
         f'Surprise in bits <span class="scale">{scale}</span>',
         *(['<span class="bar"></span> a patch begins'] if patches else []),
         "<u>abc</u> written by the model",
-        "hover over a byte for its numbers",
     ]
-    inside = "".join(f"<div>{entry}</div>" for entry in entries)
-    return f'<div class="legend">{inside}</div>'
+    inside = "".join(f"<div>{part}</div>" for part in parts)
+    hover = '<div class="hover">hover over a byte for its numbers</div>'
+    return f'<div class="legend">{inside}{hover}</div>'
 
 
 def paint_cells(inspected: Inspection, prompt_bytes: int) -> str:
