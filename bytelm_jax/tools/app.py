@@ -2,7 +2,7 @@
 
 `Service` holds all the logic and knows nothing of the page; `build_page` wraps it in Gradio, from
 the extra `app`, which provides the queue: one request runs at a time, a bounded number wait in
-order.
+order. `tools.cells` paints the bytes.
 """
 
 import importlib
@@ -237,7 +237,7 @@ def _lay_out(gr: Any, service: Service) -> _Parts:
 
 
 def _connect(gr: Any, service: Service, parts: _Parts) -> None:
-    """What the buttons do. Stop and Clear have no queue to wait in, and end what they find."""
+    """What the buttons do. Stop and Clear end what runs or waits; neither waits for the model."""
 
     def answer(halt: Halt, *request: Any) -> Iterator[Reply]:
         halt.asked = False
@@ -253,7 +253,9 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     # Gradio streams only genuine generator functions, and the tests' type checks wrap `answer`;
     # clients of Gradio know the arguments by these names.
     generate = lambda prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed, halt: (  # noqa: E731
-        yield from answer(halt, prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed)
+        yield from answer(  # type: ignore[misc]  (a generator, whatever a lambda should return)
+            halt, prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed
+        )
     )
     prompt, settings, (start, stop, clear, copy), text, cells, status = parts
     unfinished, halt = gr.State(None), gr.State(Halt())
