@@ -261,8 +261,6 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     unfinished, halt = gr.State(None), gr.State(Halt())
     outputs = [text, cells, status, unfinished]
     model = {"concurrency_limit": 1, "concurrency_id": "model"}
-    # Progress in the status line alone: otherwise every output repeats an error.
-    model |= {"show_progress": "minimal", "show_progress_on": status}
     private = {"api_visibility": "private"}
     at_once = {"concurrency_limit": None, "show_progress": "hidden", **private}
     running = gr.on(
@@ -271,6 +269,8 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
         [prompt, *settings, halt],
         outputs,
         api_name="generate",
+        show_progress="minimal",
+        show_progress_on=status,  # alone: otherwise every output repeats an error
         **model,
     )
 
@@ -279,8 +279,7 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
 
     # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
     ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
-    quiet = {**model, "show_progress": "hidden", **private}
-    ended.then(finish, unfinished, outputs, **quiet)
+    ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
     ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
     copied = copy.click(None, text, copy, js=_COPY, **private)
