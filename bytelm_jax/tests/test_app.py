@@ -10,7 +10,9 @@ import re
 import shutil
 import socket
 import sys
+import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from bytelm.serving import command, server
 from bytelm_jax.cli import main as cli
 from bytelm_jax.inference.generate import generate
 from bytelm_jax.models import abstract_params, define_model
-from bytelm_jax.tools import app
+from bytelm_jax.tools import app, cells
 from bytelm_jax.tools.inspection import Inspection
 from bytelm_jax.training import checkpoint
 
@@ -94,6 +96,17 @@ def test_the_same_seed_gives_the_same_text_and_another_another(service):
     assert first.text == again.text != other.text
 
 
+def test_a_text_that_its_reader_stops_keeps_what_there_was_of_it(service):
+    whole = list(service.reply("é ", 40, seed=5))
+    assert whole[-1].unfinished is None
+    stopped = service.finish(whole[1].unfinished)
+    assert whole[1].text and stopped.text.startswith(whole[1].text) and not stopped.unfinished
+    shown, marks, _ = bare(stopped.cells)
+    assert len(shown) < 43 and bare(whole[-1].cells)[0].startswith(shown)
+    assert ["o" in mark for mark in marks] == [at >= 3 for at in range(len(shown))]
+    assert "stopped by you" in stopped.status
+
+
 @pytest.mark.parametrize(
     "request_, says",
     [
@@ -132,7 +145,7 @@ def test_cells_as_literals():
     starts = np.array([True, False, True, False, False, False])
     data = "<é\n".encode() + b"\xff\x00"
     inspected = Inspection(data, surprise, surprise / 2, starts, "patcher space")
-    inside = re.fullmatch(r'<div class="cells">(.*)</div>', app.paint_cells(inspected, 2))
+    inside = re.fullmatch(r'<div class="cells">(.*)</div>', cells.paint_cells(inspected, 2))
     assert inside
     shown = re.findall(r'<span class="([^"]*)" title="[^"]*">(.*?)</span>', inside[1])
     assert [(names, html.unescape(text)) for names, text in shown] == [
@@ -145,7 +158,23 @@ def test_cells_as_literals():
     ]
     assert inside[1].count("<br>") == 1
     assert 'title="byte c3, surprise 2.00 bits, entropy 1.00 bits"' in inside[1]
-    assert ".b16{background:rgb(240,120,138)}" in app.style_sheet()
+    assert ".b0{background:rgb(255,255,217);color:#000}" in cells.style_sheet()
+    assert ".b16{background:rgb(8,29,88);color:#fff}" in cells.style_sheet()
+
+
+def test_colours_can_be_told_apart_without_hue_and_text_can_be_read_on_them():
+    light = [cells.luminance(cells.shade(i / 2)) for i in range(17)]
+    assert all(before > after for before, after in itertools.pairwise(light))
+    for level in light:
+        ink = {"#000": 0.0, "#fff": 1.0}[cells.ink(cells.shade(light.index(level) / 2))]
+        low, high = sorted((level, ink))
+        assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG's level AA
+    assert cells.shade(-1.0) == cells.shade(0.0) and cells.shade(float("inf")) == cells.shade(8.0)
+
+
+def test_the_legend_explains_bars_only_where_there_are_patches():
+    assert "a patch begins" in cells.legend(True) and "a patch begins" not in cells.legend(False)
+    assert all(f'<i class="b{2 * bits}">{bits}' in cells.legend(False) for bits in range(9))
 
 
 def test_who_reaches_an_address():
@@ -186,12 +215,15 @@ def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
     client_of = pytest.importorskip("gradio_client", reason="needs the extra app")
     client = client_of.Client(page, verbose=False)
     jobs = [
-        client.submit(f"{i} ", 24, 1.0, 0, 1.0, "categorical", i, api_name="/generate")
+        client.submit(prompt=f"{i} ", max_new_bytes=24, seed=i, api_name="/generate")
         for i in range(4)
     ]
     answers = [job.result(timeout=120) for job in jobs]
     assert [text[:2] for text, _, _ in answers] == [f"{i} " for i in range(4)]
     assert [len(bare(cells)[0]) for _, cells, _ in answers] == [26] * 4
+    (described,) = client.view_api(return_format="dict")["named_endpoints"].values()
+    names = [one["parameter_name"] for one in described["parameters"]]
+    assert names == ["prompt", "max_new_bytes", "temperature", "top_k", "top_p", "sampler", "seed"]
     with pytest.raises(Exception, match="starting text: 50 bytes; at most 40"):
         client.predict("x" * 50, api_name="/generate")
 
@@ -208,6 +240,7 @@ def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
         ("POST", "/gradio_api/run/generate", {}, b'{"data": []}', 403),
         ("POST", "/gradio_api/api/generate", {}, b'{"data": []}', 403),
         ("POST", "/gradio_api/queue/join", {}, b'{"fn_index": 999, "data": []}', 400),
+        ("POST", "/gradio_api/queue/join", {}, b'{"fn_index": 7, "data": []}', 400),  # JavaScript
         ("POST", "/gradio_api/queue/join", {}, b"[" * 50_000, 400),
         ("POST", "/gradio_api/queue/join", {}, b" " * 200_000, 413),
     ],
@@ -233,24 +266,35 @@ def test_requests_that_never_end_are_closed(page, monkeypatch):
         assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), answer
 
 
-def test_the_page_in_a_browser(page, tmp_path):
+@contextmanager
+def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
     binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
     if binary is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")
-
-    def generate_in(tab, text):
-        tab.get_by_label("Starting text").fill(text)
-        tab.get_by_role("button", name="Generate").click()
-
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=binary, args=["--no-sandbox"])
-        users = [browser.new_page(viewport={"width": 1200, "height": 900}) for _ in range(2)]
+        yield browser
+        browser.close()
+
+
+def generate_in(tab, text, length=24):
+    tab.get_by_label("Starting text").fill(text)
+    tab.get_by_label("Length in bytes").fill(str(length))
+    tab.get_by_role("button", name="Generate").click()
+
+
+def text_of(tab):
+    return tab.get_by_label("Text", exact=True).input_value()
+
+
+def test_the_page_in_a_browser(page, tmp_path):
+    with chromium() as browser:
+        users = [browser.new_page(viewport={"width": 1280, "height": 900}) for _ in range(2)]
         foreign = []
         for number, tab in enumerate(users):
             tab.on("request", lambda sent: foreign.append(sent.url))
             tab.goto(page)
-            tab.get_by_label("Length in bytes").fill("24")
             tab.get_by_label("Seed").fill(str(number))
         for number, tab in enumerate(users):  # at once
             generate_in(tab, f"user {number} é ")
@@ -259,24 +303,106 @@ def test_the_page_in_a_browser(page, tmp_path):
             data, marks, _ = bare(tab.inner_html(".cells"))
             assert data.startswith(f"user {number} é ".encode()) and len(data) == 34
             assert ["p" in mark for mark in marks] == [at % 4 == 0 for at in range(34)]
-            colours = "() => getComputedStyle(document.querySelector('.cells span'))"
-            red, green, blue = map(
-                int, re.findall(r"\d+", tab.evaluate(colours + ".backgroundColor"))
-            )
-            assert 120 <= red <= 240 and 120 <= green <= 240 and blue == 138
-            assert tab.evaluate(colours + ".borderLeftWidth") == "2px"
-            assert (
-                tab.get_by_label("Text", exact=True).input_value().startswith(f"user {number} é ")
-            )
+            (names,) = {
+                one for one in tab.get_attribute(".cells span", "class").split() if one != "p"
+            }
+            style = "([part, of]) => getComputedStyle(document.querySelector('.p'), part)[of]"
+            colour = tab.evaluate(style, [None, "backgroundColor"])
+            assert colour == "rgb({}, {}, {})".format(*cells.shade(int(names[1:]) / 2))
+            assert tab.evaluate(style, ["::before", "width"]) == "2px"  # the bar
+            assert text_of(tab).startswith(f"user {number} é ")
             assert "bits of surprise a byte" in tab.inner_text("body")
+            assert "a patch begins" in tab.inner_text(".legend")
         users[0].screenshot(path=tmp_path / "page.png", full_page=True)
-        generate_in(users[1], "x" * 50)
-        users[1].get_by_text("starting text: 50 bytes; at most 40").wait_for(timeout=60_000)
-        users[1].wait_for_timeout(500)  # until it has slid in
-        users[1].screenshot(path=tmp_path / "refused.png")
-        browser.close()
-    local = (page, f"ws{page[4:]}", "data:", "blob:")
-    assert foreign and not [url for url in foreign if not url.startswith(local)]
+        tab = users[1]
+        generate_in(tab, "x" * 50)
+        says = tab.get_by_text("starting text: 50 bytes; at most 40")
+        says.first.wait_for(timeout=60_000)
+        tab.wait_for_timeout(500)  # until it has slid in
+        tab.screenshot(path=tmp_path / "refused.png")
+        assert sum(one.is_visible() for one in tab.get_by_text("Error", exact=True).all()) == 1
+        for user in users:
+            user.close()
+        local = (page, f"ws{page[4:]}", "data:", "blob:")
+        assert foreign and not [url for url in foreign if not url.startswith(local)]
+
+
+def test_stop_keeps_the_text_and_clear_removes_it(page, monkeypatch):
+    with chromium() as browser:
+        quick = app.stream
+
+        def slow(*request, **options):
+            for piece in quick(*request, **options):
+                yield piece
+                time.sleep(0.7)
+
+        monkeypatch.setattr(app, "stream", slow)
+        tab = browser.new_page()
+        tab.goto(page)
+        area = "document.querySelector('#out textarea').value"
+        for button in ("Stop", "Clear"):
+            generate_in(tab, "ab", 48)
+            tab.wait_for_function(f"() => {area} && !document.querySelector('.cells')")
+            tab.locator("#buttons").get_by_role("button", name=button).click()
+            if button == "Stop":
+                tab.wait_for_timeout(1000)
+                soon = text_of(tab)
+                tab.wait_for_selector(".cells", timeout=60_000)
+                assert text_of(tab) == soon and "stopped by you" in tab.inner_text("#status")
+                shown = bare(tab.inner_html(".cells"))[0]
+                assert shown.startswith(b"ab") and 2 < len(shown) < 50
+            else:
+                tab.wait_for_function(f"() => !{area}")
+                tab.wait_for_timeout(1500)  # two more pieces, if it went on
+                assert text_of(tab) == tab.inner_text("#status").strip() == ""
+                assert tab.locator(".cells").count() == 0
+        assert tab.get_by_label("Starting text").input_value() == ""
+        monkeypatch.setattr(app, "stream", quick)
+        generate_in(tab, "again")  # what was stopped leaves nothing behind
+        tab.wait_for_selector(".cells", timeout=60_000)
+        assert len(bare(tab.inner_html(".cells"))[0]) == 29
+        tab.close()
+
+
+def test_settings_without_an_effect_are_off_and_generate_is_above_them(page):
+    with chromium() as browser:
+        context = browser.new_context(
+            viewport={"width": 390, "height": 844},
+            permissions=["clipboard-read", "clipboard-write"],
+        )
+        tab = context.new_page()
+        tab.goto(page)
+        names = ["Temperature", "Top-k", "Top-p", "Seed", "Length in bytes"]
+
+        def wait_for(*off):
+            for name in names:
+                state = ":disabled" if name in off else ":enabled"
+                tab.locator(f"#settings input[aria-label^='{name}']{state}").wait_for()
+
+        wait_for()
+        tab.get_by_label("Temperature").fill("0")
+        wait_for("Top-k", "Top-p", "Seed")
+        tab.get_by_label("Temperature").fill("1")
+        for sampler, off in (("greedy", names[:4]), ("entropy", [])):
+            tab.get_by_label("Sampler").click()
+            tab.get_by_role("option", name=sampler).click()
+            wait_for(*off)
+        generate_in(tab, "<copied>")
+        tab.wait_for_selector(".cells", timeout=60_000)
+        tab.get_by_role("button", name="Copy").click()
+        tab.get_by_role("button", name="Copied").wait_for()
+        assert tab.evaluate("() => navigator.clipboard.readText()") == text_of(tab) != ""
+        heights = [
+            one.bounding_box()["y"]
+            for one in (
+                tab.get_by_role("button", name="Generate"),
+                tab.get_by_label("Text", exact=True),
+                tab.get_by_label("Length in bytes"),
+            )
+        ]
+        assert heights == sorted(heights)
+        assert tab.evaluate("() => document.documentElement.scrollWidth") == 390
+        context.close()
 
 
 def test_the_command(params, tmp_path, capsys, monkeypatch):

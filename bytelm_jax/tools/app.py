@@ -2,10 +2,9 @@
 
 `Service` holds all the logic and knows nothing of the page; `build_page` wraps it in Gradio, from
 the extra `app`, which provides the queue: one request runs at a time, a bounded number wait in
-order.
+order. `tools.cells` paints the bytes.
 """
 
-import html
 import importlib
 import os
 import time
@@ -15,13 +14,13 @@ from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
-from bytelm.inspection import Inspection
 from bytelm.sampling import SamplerConfig
 from bytelm.serving.server import Server, own_names
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
 from bytelm_jax.models import Params
-from bytelm_jax.tools.inspection import characters, inspect, shade
+from bytelm_jax.tools.cells import legend, paint_cells, style_sheet
+from bytelm_jax.tools.inspection import inspect
 from bytelm_jax.tools.server import PageGuard
 from bytelm_jax.training.pretrained import model_of
 
@@ -30,7 +29,6 @@ Number = int | float | None
 """The value of a number field; None if somebody cleared it."""
 
 _CHUNK = 16  # bytes per device call: a reader sees this many appear at once
-_SHADES = 16  # classes of the style sheet, two per bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +45,32 @@ class Limits:
         require(self.seconds > 0, f"seconds={self.seconds}: must be above 0")
 
 
+class Unfinished(NamedTuple):
+    """What there is of a text while it is generated: prompt and new bytes, and a status line."""
+
+    data: bytes
+    prompt_bytes: int
+    status: str
+
+
 class Reply(NamedTuple):
     """The contents of the page: prompt and text so far, its coloured bytes, and a status line."""
 
     text: str
     cells: str
     status: str
+    unfinished: Unfinished | None = None
+    """What `Service.finish` needs to end a text that is stopped here; None for the last reply."""
+
+
+class Halt:
+    """Whether the reader of one page wants no more of the text that is being generated."""
+
+    asked = False
+
+    def ask(self) -> None:
+        """Ends the generation after the bytes that are being computed."""
+        self.asked = True
 
 
 class Service:
@@ -102,22 +120,30 @@ class Service:
             generated += piece
             text += decoder.push(self._tokenizer.encode(piece))
             clock.count(len(piece))
-            yield Reply(text, "", clock.say())
+            yield Reply(text, "", clock.say(), Unfinished(data + generated, len(data), clock.say()))
             stopped = clock.running() > limits.seconds
             if stopped:
                 break
-        text += decoder.finish()
         status = clock.say()
         if stopped:
             status += f"; stopped after {limits.seconds:g} seconds"
         elif len(generated) < count:
             status += "; the model ended the text"
-        if not data + generated:
-            yield Reply("", "", status)
-            return
-        inspected = inspect(self._model, data + generated)
-        status += f". {inspected.describe()}"
-        yield Reply(text, paint_cells(inspected, len(data)), status)
+        yield self._last(Unfinished(data + generated, len(data), status))
+
+    def finish(self, stopped: Unfinished) -> Reply:
+        """The last reply of a text that its reader stopped: what there was of it, coloured."""
+        return self._last(stopped._replace(status=f"{stopped.status}; stopped by you"))
+
+    def _last(self, ended: Unfinished) -> Reply:
+        data, prompt_bytes, status = ended
+        if not data:
+            return Reply("", "", status)
+        decoder = StreamingDecoder(self.recipe.model.vocab)
+        text = decoder.push(self._tokenizer.encode(data)) + decoder.finish()
+        inspected = inspect(self._model, data)
+        painted = legend(inspected.starts is not None) + paint_cells(inspected, prompt_bytes)
+        return Reply(text, painted, f"{status}. {inspected.describe()}")
 
 
 class _Clock:
@@ -157,54 +183,6 @@ def _whole(name: str, value: Number) -> int:
     return int(number)
 
 
-# ---- coloured bytes -----------------------------------------------------------------------------
-
-
-def style_sheet() -> str:
-    """The colours of surprises, from 0 to 8 bits, and the marks of patches."""
-    shades = [
-        f".b{i}{{background:rgb({red},{green},{blue})}}"
-        for i in range(_SHADES + 1)
-        for red, green, blue in [shade(i / 2)]
-    ]
-    rules = [
-        ".cells{font-family:monospace;line-height:1.9;overflow-wrap:anywhere;direction:ltr}",
-        ".cells span{color:#000;padding:1px 0;unicode-bidi:isolate;white-space:pre}",
-        ".cells .p{border-left:2px solid #333;margin-left:2px}",
-        ".cells .o{text-decoration:underline}",
-    ]
-    return "\n".join([*rules, *shades])
-
-
-def paint_cells(inspected: Inspection, prompt_bytes: int) -> str:
-    """HTML with one span per byte: colour by surprise, both values on hover, a bar before a patch.
-
-    A character is in the span of its first byte, with a dot in those of its other bytes; a byte
-    that is not part of a character is escaped. Generated bytes are underlined.
-    """
-    spans = []
-    for at, piece, character in characters(inspected.data):
-        for offset, byte in enumerate(piece, at):
-            bits, nats = float(inspected.surprise[offset]), float(inspected.entropy[offset])
-            names = [f"b{min(max(round(2 * bits), 0), _SHADES)}"]
-            names += ["p"] if inspected.starts is not None and inspected.starts[offset] else []
-            names += ["o"] if offset >= prompt_bytes else []
-            shown = _shown(character, byte) if offset == at else "·"
-            tooltip = f"byte {byte:02x}, surprise {bits:.2f} bits, entropy {nats:.2f} bits"
-            spans.append(f'<span class="{" ".join(names)}" title="{tooltip}">{shown}</span>')
-        if character == "\n":
-            spans.append("<br>")
-    return f'<div class="cells">{"".join(spans)}</div>'
-
-
-def _shown(character: str | None, byte: int) -> str:
-    if character == "\n":
-        return "⏎"
-    if character is None or not character.isprintable():
-        return f"\\x{byte:02x}"
-    return html.escape(character)
-
-
 # ---- the page -----------------------------------------------------------------------------------
 
 
@@ -215,38 +193,142 @@ def build_page(service: Service) -> Any:
         gr: Any = importlib.import_module("gradio")
     except ImportError:
         raise ValueError("gradio: is not installed; pip install 'bytelm[app]'") from None
-    limits, model = service.limits, service.recipe.model
+    with gr.Blocks(title="bytelm", analytics_enabled=False) as page:
+        _connect(gr, service, _lay_out(gr, service))
+    page.queue(max_size=service.limits.queue, default_concurrency_limit=1)
+    return page
 
-    def answer(request: tuple[Any, ...]) -> Iterator[Reply]:
+
+class _Parts(NamedTuple):
+    """The components of the page."""
+
+    prompt: Any
+    settings: list[Any]
+    buttons: list[Any]
+    text: Any
+    cells: Any
+    status: Any
+
+
+def _lay_out(gr: Any, service: Service) -> _Parts:
+    """Three areas in the order of a phone; a wide screen has the settings below the prompt."""
+    limits, model = service.limits, service.recipe.model
+    size = f"{model.architecture}, {model.parameter_count():,} parameters"
+    gr.Markdown(f"# bytelm: {service.recipe.name}\n{size}")
+    with gr.Row(elem_id="sheet"):
+        with gr.Column(elem_id="ask"):
+            label = f"Starting text, at most {limits.prompt_bytes:,} bytes"
+            prompt = gr.Textbox(label=label, lines=4, buttons=[])
+            with gr.Row(elem_id="buttons"):
+                buttons = [
+                    gr.Button("Generate", variant="primary", min_width=80),
+                    gr.Button("Stop", variant="stop", min_width=60),
+                    gr.Button("Clear", min_width=60),
+                ]
+        with gr.Column(elem_id="out"):
+            text = gr.Textbox(label="Text", lines=8, interactive=False, buttons=[])
+            with gr.Row(elem_id="below"):
+                status = gr.Markdown(label="Status", elem_id="status", min_height=24)
+                buttons.append(gr.Button("Copy", size="sm", min_width=80, scale=0))
+            cells = gr.HTML(label="Cells")
+        with gr.Column(elem_id="settings"):
+            settings = _controls(gr, limits)
+    return _Parts(prompt, settings, buttons, text, cells, status)
+
+
+def _connect(gr: Any, service: Service, parts: _Parts) -> None:
+    """What the buttons do. Stop and Clear end what runs or waits; neither waits for the model."""
+
+    def answer(halt: Halt, *request: Any) -> Iterator[Reply]:
+        halt.asked = False
         try:
-            yield from service.reply(*request)
+            for reply in service.reply(*request):
+                if halt.asked:
+                    return
+                yield reply
         except ValueError as error:
             options = {"title": "Bad input", "duration": None, "print_exception": False}
             raise gr.Error(str(error), **options) from None
 
-    # Gradio streams only genuine generator functions; the tests' type checks wrap `answer`.
-    generate = lambda *request: (yield from answer(request))  # noqa: E731
+    # Gradio streams only genuine generator functions, and the tests' type checks wrap `answer`;
+    # clients of Gradio know the arguments by these names.
+    generate = lambda prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed, halt: (  # noqa: E731
+        yield from answer(  # type: ignore[misc]  (a generator, whatever a lambda should return)
+            halt, prompt, max_new_bytes, temperature, top_k, top_p, sampler, seed
+        )
+    )
+    prompt, settings, (start, stop, clear, copy), text, cells, status = parts
+    unfinished, halt = gr.State(None), gr.State(Halt())
+    outputs = [text, cells, status, unfinished]
+    model = {"concurrency_limit": 1, "concurrency_id": "model"}
+    private = {"api_visibility": "private"}
+    at_once = {"concurrency_limit": None, "show_progress": "hidden", **private}
+    running = gr.on(
+        [start.click, prompt.submit],
+        generate,
+        [prompt, *settings, halt],
+        outputs,
+        api_name="generate",
+        show_progress="minimal",
+        show_progress_on=status,  # alone: otherwise every output repeats an error
+        **model,
+    )
 
-    with gr.Blocks(title="bytelm", analytics_enabled=False) as page:
-        size = f"{model.architecture}, {model.parameter_count():,} parameters"
-        gr.Markdown(f"# bytelm: {service.recipe.name}\n{size}")
-        with gr.Row():
-            with gr.Column(scale=1):
-                prompt = gr.Textbox(
-                    label=f"Starting text, at most {limits.prompt_bytes:,} bytes", lines=4
-                )
-                inputs = [prompt, *_controls(gr, limits)]
-                button = gr.Button("Generate", variant="primary")
-            with gr.Column(scale=2):
-                text = gr.Textbox(label="Text", lines=8, interactive=False)
-                status = gr.Markdown()
-                cells = gr.HTML(label="Bytes: hover for bits; a bar begins a patch")
-        outputs = [text, cells, status]
-        shared = {"concurrency_limit": 1, "concurrency_id": "model"}
-        button.click(generate, inputs, outputs, api_name="generate", **shared)
-        prompt.submit(generate, inputs, outputs, api_visibility="private", **shared)
-    page.queue(max_size=limits.queue, default_concurrency_limit=1)
-    return page
+    def finish(stopped: Unfinished | None) -> Any:
+        return [gr.skip()] * 4 if stopped is None else list(service.finish(stopped))
+
+    # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
+    ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
+    ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
+    copied = copy.click(None, text, copy, js=_COPY, **private)
+    copied.then(None, None, copy, js=_COPY_AGAIN, **private)
+    _, temperature, top_k, top_p, sampler, seed = settings
+    gr.on(
+        [sampler.change, temperature.change],
+        None,
+        [sampler, temperature],
+        [temperature, top_k, top_p, seed],
+        js=_SWITCH,
+        **private,
+    )
+
+
+_SWITCH = """(sampler, temperature) => {
+    const greedy = sampler === "greedy", sure = greedy || temperature === 0;
+    const set = (off) => ({__type__: "update", interactive: !off});
+    return [set(greedy), set(sure), set(sure), set(sure)];
+}"""
+"""Switches off what the sampler ignores: greedy ignores all four, temperature 0 all but itself."""
+
+_COPY = """async (text) => {
+    try {
+        await navigator.clipboard.writeText(text);
+    } catch {  // not over plain HTTP from another machine
+        const box = document.createElement("textarea");
+        box.value = text;
+        document.body.append(box);
+        box.select();
+        const done = document.execCommand("copy");
+        box.remove();
+        if (!done) return "Not copied";
+    }
+    return "Copied";
+}"""
+
+_COPY_AGAIN = '() => new Promise((done) => setTimeout(() => done("Copy"), 2000))'
+
+_LAYOUT = """
+#sheet{display:grid;gap:16px;grid-template:"ask out" auto "settings out" 1fr / 1fr 2fr}
+#ask{grid-area:ask} #out{grid-area:out} #settings{grid-area:settings}
+#sheet>*{min-width:0}
+#buttons,#below{flex-wrap:nowrap;align-items:center}
+#status .error,#status .clear-status{display:none}
+#out .html-container{padding:0}
+#settings input:disabled{opacity:.45;cursor:not-allowed}
+@media (max-width:700px){#sheet{grid-template:"ask" "out" "settings" / 1fr}}
+"""
 
 
 def _controls(gr: Any, limits: Limits) -> list[Any]:
@@ -283,8 +365,9 @@ def launch(
         enable_monitoring=False,
         footer_links=[],
         theme=local_fonts,
-        css=style_sheet(),
+        css=_LAYOUT + style_sheet(),
     )
     body_bytes = 8 * limits.prompt_bytes + 2**16  # a byte takes six characters as a JSON escape
-    guard = PageGuard(mounted, own_names(host), set(page.fns), body_bytes, api_body_bytes)
+    functions = {number for number, one in page.fns.items() if one.fn}  # not those of the browser
+    guard = PageGuard(mounted, own_names(host), functions, body_bytes, api_body_bytes)
     return Server(guard, host, port)
