@@ -7,6 +7,8 @@ scheduler hands all new pieces to the loop, which sorts them into the inboxes of
 import asyncio
 import contextlib
 import hmac
+import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +40,7 @@ class Api:
         self._fastapi = import_for_api("fastapi")
         self._responses = import_for_api("fastapi.responses")
         self._engine, self._name, self.limits, self._key = engine, name, limits, key
-        self._created = int(time.time())
+        self._created, self._queue = int(time.time()), queue
         self._loop: asyncio.AbstractEventLoop | None = None
         counts = lambda: self.scheduler.counts  # noqa: E731
         self.metrics = Metrics(engine.slots, counts, lambda: engine.device_bytes)
@@ -74,6 +76,7 @@ class Api:
     async def _completions(self, request: Any) -> Any:
         self._require_key(request)
         found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
+        self._require_places(found)
         answer, began = Answer(found, self._name), time.perf_counter()
         scores = await self._prompt_scores(found)
         inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
@@ -121,6 +124,14 @@ class Api:
         raise ApiError(404, "this address is not served; there are /v1/completions and /v1/models")
 
     # ---- one request ----------------------------------------------------------------------------
+
+    def _require_places(self, found: CompletionRequest) -> None:
+        """Refuses what would not find place even if nobody else asked."""
+        count, most = len(found.prompts) * found.n, self._engine.slots + self._queue
+        if count > most:
+            field = "n" if found.n > 1 else "prompt"
+            message = f"{field}: the request is for {count} texts; this server takes at most {most}"
+            raise ApiError(400, message, field)
 
     def _texts(self, found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
         if found.settings.max_new_bytes == 0:
@@ -172,9 +183,8 @@ class Api:
             for choice in answer.choices:
                 number = choice.index // found.n
                 prompt = found.prompts[number] if found.echo else b""
-                if not texts:
-                    choice.finish_reason = "length"
-                entries.append(choice.start(prompt, scores[number]))
+                end = None if texts else "length"
+                entries.append(choice.start(prompt, scores[number], end))
             yield entries
         left, heard = len(texts), set()
         while left:
@@ -249,6 +259,10 @@ class Api:
                     response.headers["Retry-After"] = "1"
                 if error.status == 401:
                     response.headers["WWW-Authenticate"] = "Bearer"
+            except Exception as error:
+                logging.getLogger(__name__).exception("a request failed")
+                message = f"the server failed: {type(error).__name__}"
+                response = self._json(500, error_body(500, message))
             self.metrics.requests.labels(str(response.status_code)).inc()
             return response
 
@@ -271,7 +285,9 @@ class Api:
         }
 
     def _json(self, status: int, found: dict[str, Any]) -> Any:
-        return self._responses.JSONResponse(found, status)
+        # In ASCII: what clients send may hold half a surrogate pair, which UTF-8 cannot.
+        text = json.dumps(found, allow_nan=False)
+        return self._responses.Response(text, status, media_type="application/json")
 
 
 def _route(request_type: Any, handler: Callable[[Any], Any]) -> Callable[..., Any]:

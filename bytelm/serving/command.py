@@ -35,6 +35,8 @@ def make_api(
 ) -> Api:
     """The API of an engine, with everything compiled."""
     limits = Limits(prompt_bytes=prompt_bytes, new_bytes=new_bytes, capacity=engine.capacity)
+    if engine.capacity < prompt_bytes + new_bytes:
+        print(f"note: a text may have {engine.capacity} bytes with its prompt, as the model has")
     api = Api(engine, name, limits, queue, key)
     print("compiling", flush=True)
     engine.warm_up()

@@ -37,7 +37,7 @@ class Metrics:
         )
         in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
         in_use.set_function(device_bytes)
-        for status in ("200", "400", "429"):
+        for status in ("200", "400", "429", "500"):
             self.requests.labels(status)
         for end in ("stop", "length", "cancelled", "error"):
             self.texts.labels(end)

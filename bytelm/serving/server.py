@@ -8,12 +8,12 @@ of the extras `api` and `app`, is imported where it is used.
 import asyncio
 import ipaddress
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from bytelm.serving.errors import error_body
 
@@ -23,6 +23,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 _SECONDS = 15.0
 """How long the head of a request may take, and its body, and a reader that reads nothing."""
+
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::[0-9]{0,5})?", re.ASCII)
 
 _CONNECTIONS = 512
 """Connections at once; more are answered with status 503."""
@@ -66,7 +68,7 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self._hosts is not None and _name(host) not in self._hosts:
             return 421, "Host: this server does not go by that name"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return 403, "Origin: pages of other sites may not ask this server"
         length = headers.get(b"content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > most:
@@ -97,8 +99,12 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name in a `Host` header, without its port and the brackets of IPv6."""
-    return (urlsplit(f"//{host}").hostname or "") if host else ""
+    """The name in a `Host` header, without its port and the brackets of IPv6.
+
+    Empty if the header is not a name with at most a port.
+    """
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _is_api(scope: Message) -> bool:

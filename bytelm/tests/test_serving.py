@@ -18,7 +18,8 @@ from bytelm.serving import server as serving
 from bytelm.serving.answers import Choice, merged
 from bytelm.serving.api import NO_CHAT, Api
 from bytelm.serving.engine import TOP, Scores, Settings, Written
-from bytelm.serving.requests import Limits
+from bytelm.serving.errors import ApiError
+from bytelm.serving.requests import Limits, parse_request
 from bytelm.serving.scheduler import Piece, QueueFull, Scheduler, Text
 from bytelm.serving.server import Guard, Server, own_names
 
@@ -201,14 +202,43 @@ def test_scoring_alone(address, engine):
     assert not engine.joined
 
 
+def test_a_prompt_that_ends_inside_a_character_is_scored_to_its_end(address):
+    body = {"prompt": [97, 240], "max_tokens": 0, "echo": True, "logprobs": 1}
+    (choice,) = ask(address, body)[1]["choices"]
+    assert choice["text"] == "a\ufffd" and choice["finish_reason"] == "length"
+    assert choice["logprobs"]["tokens"] == ["a", r"bytes:\xf0"]
+
+
+def test_limits_are_no_more_than_the_model_takes():
+    limits = Limits(prompt_bytes=9_999_999, new_bytes=2048, capacity=1024)
+    assert (limits.prompt_bytes, limits.new_bytes) == (1024, 1024)
+    assert limits.body_bytes < 2**20
+    with pytest.raises(ApiError, match="prompt: 1100 bytes; at most 1024") as caught:
+        parse_request(json.dumps({"prompt": "a" * 1100}).encode(), "m", Echo.config, limits)
+    assert caught.value.param == "prompt"
+
+
+def test_a_fault_of_the_server_is_a_counted_500(address, engine, monkeypatch):
+    before = metric(address, 'requests_total{status="500"}')
+    monkeypatch.setattr(engine, "score", lambda text: 1 / 0)
+    body = {"prompt": "hi", "max_tokens": 0, "echo": True, "logprobs": 1}
+    status, found = ask(address, body)
+    assert status == 500 and found["error"]["message"] == "the server failed: ZeroDivisionError"
+    assert metric(address, 'requests_total{status="500"}') == before + 1
+
+
 HOSTILE = {
     "nothing": (b"", 400, "body: is not JSON"),
-    "deep": (b"[" * 50_000, 400, "body: is not JSON"),
+    "deep": (b"[" * 50_000, 400, "body: is nested too deeply"),
+    "deep prompt": (b'{"prompt":' + b"[" * 9000 + b"]" * 9000 + b"}", 400, "nested too deeply"),
+    "half a field": (b'{"\\ud800": 1}', 400, "is no field of a completion"),
+    "no place": ({"prompt": "a", "n": 5}, 400, "n: the request is for 5 texts; this server takes"),
+    "no place for prompts": ({"prompt": ["a"] * 5}, 400, "prompt: the request is for 5 texts"),
     "no text": (b'{"prompt": "\xff"}', 400, "body: is not JSON"),
     "array": (b"[]", 400, "must be a JSON object"),
     "NaN": (b'{"temperature": NaN}', 400, "NaN is not a number of JSON"),
     "infinite": (b'{"temperature": 1e999}', 400, "temperature: must be a number"),
-    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "body: is not JSON"),
+    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "has too many digits"),
     "negative": ({"temperature": -1}, 400, "temperature=-1.0"),
     "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09"),
     "top_p": ({"top_p": 0}, 400, "top_p=0.0: must be above 0"),
@@ -265,7 +295,14 @@ def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, nam
         ("POST", "/v1/chat/completions", {}, b"{}", 404, NO_CHAT),
         ("POST", "/v1/embeddings", {}, b"{}", 404, "not served"),
         ("POST", "/v1/completions", {"Host": "evil.example"}, b"{}", 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "[::1"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "evil@localhost"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "localhost:abc"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "[::1]:80"}, None, 200, ""),
+        ("GET", "/v1/models", {"Host": "LOCALHOST"}, None, 200, ""),
         ("POST", "/v1/completions", {"Origin": "http://evil.example"}, b"{}", 403, "other sites"),
+        ("GET", "/v1/models", {"Origin": "http://[evil"}, None, 403, "other sites"),
+        ("GET", "/v1/models", {"Origin": "null"}, None, 403, "other sites"),
         ("POST", "/v1/completions", {"Content-Length": "9" * 12}, b"{}", 413, "body: at most"),
         ("POST", "/v1/completions", {}, b" " * 200_000, 413, "body: at most"),
     ],
