@@ -11,16 +11,16 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from bytelm.serving.answers import DONE, Answer, event, merged
-from bytelm.serving.engine import Engine, Scores
+from bytelm.serving.engine import Engine
 from bytelm.serving.errors import ApiError, error_body
 from bytelm.serving.metrics import Metrics, import_for_api
 from bytelm.serving.requests import CompletionRequest, Limits, parse_request
 from bytelm.serving.scheduler import Failed, Piece, QueueFull, Scheduler, Text
+from bytelm.serving.scoring import Scorer, Scoring
 
 NO_CHAT = (
     "There is no chat endpoint: this is a base model, which continues text; use /v1/completions."
@@ -43,15 +43,18 @@ class Api:
         self._created, self._queue = int(time.time()), queue
         self._loop: asyncio.AbstractEventLoop | None = None
         counts = lambda: self.scheduler.counts  # noqa: E731
-        self.metrics = Metrics(engine.slots, counts, lambda: engine.device_bytes)
+        # Looked up when they are used: a test replaces an engine's methods.
+        self.scorer = Scorer(lambda text: engine.score(text), lambda: engine.slots + queue)
+        self.metrics = Metrics(
+            engine.slots, counts, lambda: self.scorer.waiting, lambda: engine.device_bytes
+        )
         self.scheduler = Scheduler(engine, queue, self._deliver)
-        self._scorer = ThreadPoolExecutor(1, "bytelm scorer")
         self._events = _event_stream(self._responses.StreamingResponse)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; whatever is not complete by then is answered by an error."""
         self.scheduler.close()
-        self._scorer.shutdown(wait=True, cancel_futures=True)
+        self.scorer.close()
 
     def app(self) -> Any:
         """The FastAPI application."""
@@ -78,19 +81,18 @@ class Api:
         found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
         self._require_places(found)
         answer, began = Answer(found, self._name), time.perf_counter()
-        scores = await self._prompt_scores(found)
         inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         texts = self._texts(found, inbox)
-        self._submit(texts)
+        scoring = self._submit(found, texts)
         self.metrics.prompt_bytes.inc(answer.usage.prompt)
-        parts = self._parts(found, answer, scores, texts, inbox, began)
+        parts = self._parts(found, answer, scoring, texts, inbox, began)
         if found.stream:
             stream = _as_events(found, answer, parts)
-            return self._events(stream, lambda: self._leave(texts))
+            return self._events(stream, lambda: self._leave(texts, scoring))
         try:
             return await self._whole(request, answer, parts)
         finally:
-            self._leave(texts)
+            self._leave(texts, scoring)
 
     async def _models(self, request: Any) -> Any:
         self._require_key(request)
@@ -149,36 +151,39 @@ class Api:
             for sample in range(found.n)
         ]
 
-    def _submit(self, texts: list[Text]) -> None:
+    def _submit(self, found: CompletionRequest, texts: list[Text]) -> Scoring:
+        """Takes all places that a request needs, or none; nothing is computed before."""
         self._loop = asyncio.get_running_loop()
+        scoring = None
         try:
+            scored = found.echo and found.logprobs is not None
+            scoring = self.scorer.add(found.prompts if scored else ())
             self.scheduler.submit(texts)
+            return scoring
         except QueueFull:
+            if scoring is not None:
+                scoring.leave()
             raise ApiError(429, "too many requests are waiting; try again later") from None
         except Failed as error:
-            raise ApiError(503, f"the model does not answer any more: {error}") from None
-
-    async def _prompt_scores(self, found: CompletionRequest) -> list[Scores | None]:
-        """Of every prompt, if the request asks for them."""
-        if not found.echo or found.logprobs is None:
-            return [None] * len(found.prompts)
-        run = asyncio.get_running_loop().run_in_executor
-        return [
-            await run(self._scorer, self._engine.score, prompt) if prompt else None
-            for prompt in found.prompts
-        ]
+            if scoring is not None:
+                scoring.leave()
+            raise ApiError(503, str(error)) from None
 
     async def _parts(
         self,
         found: CompletionRequest,
         answer: Answer,
-        scores: list[Scores | None],
+        scoring: Scoring,
         texts: list[Text],
         inbox: asyncio.Queue,
         began: float,
     ) -> AsyncIterator[list[dict[str, Any]]]:
         """The choices as they grow; raises `ApiError` if a text cannot go on."""
         if found.echo or not texts:
+            try:
+                scores = await scoring.scores() or [None] * len(found.prompts)
+            except Failed as error:
+                raise ApiError(503, str(error)) from None
             entries = []
             for choice in answer.choices:
                 number = choice.index // found.n
@@ -194,7 +199,7 @@ class Api:
             entries = []
             for index, piece in pieces:
                 if piece.error is not None:
-                    raise ApiError(500, piece.error)
+                    raise ApiError(503 if self.scheduler.closed else 500, piece.error)
                 if index not in heard:
                     heard.add(index)
                     self.metrics.first_byte.observe(time.perf_counter() - began)
@@ -226,8 +231,9 @@ class Api:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _leave(self, texts: list[Text]) -> None:
+    def _leave(self, texts: list[Text], scoring: Scoring) -> None:
         """Gives up what is not complete."""
+        scoring.leave()
         left = [text for text in texts if not text.complete]
         if left:
             self.scheduler.cancel(left)

@@ -14,6 +14,7 @@ import pytest
 
 from bytelm.config import ByteVocab
 from bytelm.sampling import SamplerConfig
+from bytelm.serving import scheduler as scheduling
 from bytelm.serving import server as serving
 from bytelm.serving.answers import Choice, merged
 from bytelm.serving.api import NO_CHAT, Api
@@ -225,6 +226,77 @@ def test_a_fault_of_the_server_is_a_counted_500(address, engine, monkeypatch):
     status, found = ask(address, body)
     assert status == 500 and found["error"]["message"] == "the server failed: ZeroDivisionError"
     assert metric(address, 'requests_total{status="500"}') == before + 1
+
+
+SCORED = {"prompt": ["ab", "cd"], "max_tokens": 0, "echo": True, "logprobs": 1}
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_scoring_has_a_limit_and_ends_with_its_client(address, engine, monkeypatch, stream):
+    scored, gate, score = [], threading.Event(), engine.score
+
+    def slow(text):
+        scored.append(text)
+        assert gate.wait(20)
+        return score(text)
+
+    monkeypatch.setattr(engine, "score", slow)
+    both = [http.client.HTTPConnection(address, timeout=20) for _ in range(2)]
+    for connection in both:  # two slots and two that wait
+        body = json.dumps(SCORED | {"stream": stream})
+        connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer secret"})
+    until(lambda: metric(address, "scoring_prompts") == 4 and scored)
+    engine.joined.clear()
+    status, _ = ask(address, SCORED | {"max_tokens": 5})
+    assert status == 429 and scored == [b"ab"] and not engine.joined
+    for connection in both:
+        connection.close()
+    until(lambda: metric(address, "scoring_prompts") == 0)
+    gate.set()
+    time.sleep(0.05)
+    assert scored == [b"ab"]
+    assert ask(address, SCORED)[0] == 200
+
+
+def test_a_full_batch_refuses_before_it_scores(address, engine, monkeypatch):
+    scored, score = [], engine.score
+    monkeypatch.setattr(engine, "score", lambda text: scored.append(text) or score(text))
+    engine.gate.clear()
+    streams = [start_stream(address, FOREVER | {"n": 4})]
+    assert ask(address, SCORED | {"max_tokens": 5})[0] == 429
+    assert not scored and metric(address, "scoring_prompts") == 0
+    for connection, answer in streams:
+        answer.close()
+        connection.close()
+    engine.gate.set()
+    until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
+
+
+@pytest.mark.parametrize("scoring", [False, True])
+def test_a_server_that_stops_answers_what_is_open(monkeypatch, scoring):
+    monkeypatch.setattr(scheduling, "STOP_SECONDS", 0.2)
+    engine = Echo(2)
+    score = engine.score
+    engine.score = lambda text: time.sleep(0.3) or score(text)
+    api = Api(engine, "echo", LIMITS, 2)
+    server = Server(Guard(api.app(), None, 2**16, 2**16), "127.0.0.1", 0)
+    address = server.address.removeprefix("http://").rstrip("/")
+    long = SCORED | {"prompt": ["ab"] * 4} if scoring else FOREVER
+    stream, whole = (http.client.HTTPConnection(address, timeout=20) for _ in range(2))
+    whole.request("POST", "/v1/completions", json.dumps(long | {"stream": False}))
+    if not scoring:
+        stream.request("POST", "/v1/completions", json.dumps(long))
+    until(lambda: api.scorer.waiting == 4 if scoring else len(engine.texts) == 2)
+    api.close()
+    answer = whole.getresponse()
+    assert answer.status == 503 and b"the server is stopping" in answer.read()
+    if not scoring:
+        assert b'"message": "the server is stopping"' in stream.getresponse().read()
+    assert ask(address, {"prompt": "a"})[0] == 503
+    for connection in (stream, whole):
+        connection.close()
+    server.close()
+    api.close()
 
 
 HOSTILE = {

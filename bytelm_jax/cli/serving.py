@@ -64,6 +64,8 @@ def serve_command(
         served = _make_api(stack, run, recipe, params, limits, slots, key) if api else None
         server = _listen(host, port, limits, blocks, served)
         stack.callback(server.close)
+        if served is not None:  # first, so that no request is cut without an answer
+            stack.callback(served.close)
         is_open = "page; it has no password" if page else "" if key else "API; it has no key"
         command.announce(f"{run} (step {step})", server.address, host, port, is_open)
         command.wait_for_interrupt()
