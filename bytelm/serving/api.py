@@ -43,8 +43,7 @@ class Api:
         self._created, self._queue = int(time.time()), queue
         self._loop: asyncio.AbstractEventLoop | None = None
         counts = lambda: self.scheduler.counts  # noqa: E731
-        # Looked up when they are used: a test replaces an engine's methods.
-        self.scorer = Scorer(lambda text: engine.score(text), lambda: engine.slots + queue)
+        self.scorer = Scorer(engine, queue)
         self.metrics = Metrics(
             engine.slots, counts, lambda: self.scorer.waiting, lambda: engine.device_bytes
         )
@@ -69,15 +68,25 @@ class Api:
         methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
         request_type = self._fastapi.Request
         for method, path, handler in routes:
-            app.add_api_route(path, _route(request_type, self._answered(handler)), methods=[method])
-        other = _route(request_type, self._answered(self._nothing))
-        app.add_api_route("/v1/{rest:path}", other, methods=methods)
+            taken = ["GET", "HEAD"] if method == "GET" else [method]
+            app.add_api_route(path, _route(request_type, self._answered(handler)), methods=taken)
+        other = self._answered(self._nothing)
+        for path in ("/v1/{rest:path}", "/health", "/metrics"):
+            app.add_api_route(path, _route(request_type, other), methods=methods)
+
+        async def not_found(request: Any, error: Exception) -> Any:
+            return await other(request)
+
+        app.add_exception_handler(404, not_found)
+        app.add_exception_handler(405, not_found)
         return app
 
     # ---- routes ---------------------------------------------------------------------------------
 
     async def _completions(self, request: Any) -> Any:
         self._require_key(request)
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "Content-Encoding: send the body as it is, not compressed")
         found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
         self._require_places(found)
         answer, began = Answer(found, self._name), time.perf_counter()
@@ -120,9 +129,9 @@ class Api:
         path = request.url.path
         if path.startswith("/v1/chat"):
             raise ApiError(404, NO_CHAT)
-        if path in ("/v1/completions", "/v1/models"):
-            method = "POST" if path == "/v1/completions" else "GET"
-            raise ApiError(405, f"{path}: takes {method} alone")
+        taken = _method_of(path)
+        if taken is not None and request.method not in (taken, taken.replace("GET", "HEAD")):
+            raise ApiError(405, f"{path if path.isascii() else 'this'}: takes {taken} alone")
         raise ApiError(404, "this address is not served; there are /v1/completions and /v1/models")
 
     # ---- one request ----------------------------------------------------------------------------
@@ -255,6 +264,10 @@ class Api:
                 self.metrics.texts.labels(piece.end).inc()
             text.inbox(text.index, piece)
 
+    def count(self, status: int) -> None:
+        """One more request that was answered with that status."""
+        self.metrics.requests.labels(str(status)).inc()
+
     def _answered(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
         async def answer(request: Any) -> Any:
             try:
@@ -265,19 +278,21 @@ class Api:
                     response.headers["Retry-After"] = "1"
                 if error.status == 401:
                     response.headers["WWW-Authenticate"] = "Bearer"
+                if error.status == 405:
+                    response.headers["Allow"] = _method_of(request.url.path) or "GET"
             except Exception as error:
                 logging.getLogger(__name__).exception("a request failed")
                 message = f"the server failed: {type(error).__name__}"
                 response = self._json(500, error_body(500, message))
-            self.metrics.requests.labels(str(response.status_code)).inc()
+            self.count(response.status_code)
             return response
 
         return answer
 
     def _require_key(self, request: Any) -> None:
-        given = request.headers.get("authorization", "")
-        wanted = f"Bearer {self._key}"
-        if self._key and not hmac.compare_digest(given.encode(), wanted.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.encode(), self._key.encode())
+        if self._key and not (scheme.lower() == "bearer" and right):
             message = "Authorization: send the key of this server as 'Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key")
 
@@ -304,6 +319,14 @@ def _route(request_type: Any, handler: Callable[[Any], Any]) -> Callable[..., An
 
     answer.__annotations__ = {"request": request_type}
     return answer
+
+
+def _method_of(path: str) -> str | None:
+    """The one method that an address takes; None for an address that is not served."""
+    if path == "/v1/completions":
+        return "POST"
+    known = path in ("/v1/models", "/health", "/metrics") or path.startswith("/v1/models/")
+    return "GET" if known else None
 
 
 async def _gone(request: Any) -> None:

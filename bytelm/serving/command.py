@@ -14,12 +14,16 @@ from bytelm.serving.server import Guard, Server, is_loopback, own_names
 KEY_VARIABLE = "BYTELM_API_KEY"
 
 
-def check_options(port: int, slots: int) -> None:
+def check_options(port: int, slots: int, prompt_bytes: int, new_bytes: int, queue: int) -> None:
     """Raises `UsageError` for numbers that cannot be."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
     if not 1 <= slots <= 4096:
         raise UsageError(f"--slots {slots}: must be from 1 to 4096")
+    counts = {"max-prompt-bytes": prompt_bytes, "max-new-bytes": new_bytes, "queue": queue}
+    for option, value in counts.items():
+        if value < 1:
+            raise UsageError(f"--{option} {value}: must be at least 1")
 
 
 def key_of(given: str) -> str:
@@ -45,7 +49,8 @@ def make_api(
 
 def listen(api: Api, host: str, port: int) -> Server:
     """The running server of the API alone."""
-    return Server(Guard(api.app(), own_names(host), 2**16, api.limits.body_bytes), host, port)
+    guard = Guard(api.app(), own_names(host), 2**16, api.limits.body_bytes, api.count)
+    return Server(guard, host, port)
 
 
 def announce(what: str, address: str, host: str, port: int, is_open: str) -> None:

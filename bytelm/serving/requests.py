@@ -78,6 +78,7 @@ class CompletionRequest:
 def parse_request(body: bytes, name: str, config: ModelConfig, limits: Limits) -> CompletionRequest:
     """The request in a body, to the model called `name`; raises `ApiError`."""
     fields = _Fields(_json(body))
+    fields.get("user", str, "")  # nothing depends on it
     model = fields.get("model", str, name)
     if model != name:
         raise ApiError(404, f"model: {_shown(model)} is not here; this is {name}", "model")
@@ -136,7 +137,8 @@ def _json(body: bytes) -> dict[str, Any]:
         first = _shown(unknown[0])
         raise ApiError(400, f"{first}: is no field of a completion here", first[1:-1])
     for field, allowed in _NOTHING.items():
-        if found.get(field) not in allowed:
+        value = found.get(field)
+        if isinstance(value, bool) or value not in allowed:  # false equals 0
             raise ApiError(400, f"{field}: is not supported; leave it out", field)
     return found
 

@@ -1,28 +1,28 @@
 """Prompts whose bytes are scored: one after another, in a thread of their own."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from bytelm.serving.engine import Scores
+from bytelm.serving.engine import Engine, Scores
 from bytelm.serving.scheduler import STOPPING, Failed, QueueFull
 
 
 class Scorer:
-    """Scores prompts; `waiting` of them, at most `most()`, wait or are at work.
+    """Scores prompts; `waiting` of them, at most the slots and `queue`, wait or are at work.
 
     All of it but `score` runs in the server's event loop.
     """
 
-    def __init__(self, score: Callable[[bytes], Scores], most: Callable[[], int]) -> None:
-        self._score, self._most = score, most
+    def __init__(self, engine: Engine, queue: int) -> None:
+        self._engine, self._queue = engine, queue
         self._threads = ThreadPoolExecutor(1, "bytelm scorer")
         self._closed = False
         self.waiting = 0
 
     def add(self, prompts: Sequence[bytes]) -> "Scoring":
         """Places for prompts, all of them or, by `QueueFull`, none."""
-        if self.waiting + len(prompts) > self._most():
+        if self.waiting + len(prompts) > self._engine.slots + self._queue:
             raise QueueFull
         self.waiting += len(prompts)
         return Scoring(self, prompts)
@@ -38,7 +38,7 @@ class Scorer:
         def run() -> Scores:
             if self._closed:
                 raise Failed(STOPPING)
-            return self._score(prompt)
+            return self._engine.score(prompt)
 
         if self._closed:
             raise Failed(STOPPING)

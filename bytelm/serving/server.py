@@ -34,13 +34,19 @@ class Guard:
     """An ASGI application in front of another: refuses requests in one line.
 
     `hosts` are the names by which this server may be addressed, None for any; a body may have
-    `body_bytes`, and below /v1/ `api_body_bytes`.
+    `body_bytes`, and one for the API `api_body_bytes`. `count` hears the status of every request to
+    the API that is refused here.
     """
 
     def __init__(
-        self, app: Any, hosts: Container[str] | None, body_bytes: int, api_body_bytes: int = 0
+        self,
+        app: Any,
+        hosts: Container[str] | None,
+        body_bytes: int,
+        api_body_bytes: int = 0,
+        count: Callable[[int], None] | None = None,
     ):
-        self._app, self._hosts = app, hosts
+        self._app, self._hosts, self._count = app, hosts, count
         self._body_bytes, self._api_body_bytes = body_bytes, api_body_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -54,6 +60,8 @@ class Guard:
             body = await self._body(receive, most)
             refused = body if isinstance(body, tuple) else self.refused_call(scope, body)
         if refused is not None:
+            if self._count is not None and _is_api(scope):
+                self._count(refused[0])
             await _answer(scope, send, *refused)
             return
         parts = [{"type": "http.request", "body": body, "more_body": False}]
@@ -108,7 +116,7 @@ def _name(host: str) -> str:
 
 
 def _is_api(scope: Message) -> bool:
-    return scope["path"].startswith("/v1/")
+    return scope["path"].startswith("/v1/") or scope["path"] in ("/health", "/metrics")
 
 
 async def _answer(scope: Message, send: Send, status: int, text: str) -> None:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bytelm.arguments import UsageError
 from bytelm.config import ByteVocab
 from bytelm.sampling import SamplerConfig
 from bytelm.serving import scheduler as scheduling
 from bytelm.serving import server as serving
 from bytelm.serving.answers import Choice, merged
 from bytelm.serving.api import NO_CHAT, Api
+from bytelm.serving.command import check_options
 from bytelm.serving.engine import TOP, Scores, Settings, Written
 from bytelm.serving.errors import ApiError
 from bytelm.serving.requests import Limits, parse_request
@@ -92,7 +94,7 @@ def engine():
 @pytest.fixture(scope="module")
 def address(engine, request):
     api = Api(engine, "echo", LIMITS, 2, "secret")
-    guard = Guard(api.app(), own_names("127.0.0.1"), 2**16, LIMITS.body_bytes)
+    guard = Guard(api.app(), own_names("127.0.0.1"), 2**16, LIMITS.body_bytes, api.count)
     server = Server(guard, "127.0.0.1", 0)
     request.addfinalizer(api.close)
     request.addfinalizer(server.close)
@@ -118,6 +120,12 @@ def metric(address, name):
     _, text = ask(address, None, "/metrics", "GET")
     (value,) = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)
     return float(value)
+
+
+def count_of(address, status):
+    _, text = ask(address, None, "/metrics", "GET")
+    found = re.search(rf'^bytelm_requests_total{{status="{status}"}} (\S+)$', text.decode(), re.M)
+    return float(found[1]) if found else 0.0
 
 
 def events(data):
@@ -338,6 +346,8 @@ HOSTILE = {
     "stream": ({"stream": "yes"}, 400, "stream: must be true or false"),
     "options": ({"stream_options": {"include_usage": True}}, 400, "for stream=true alone"),
     "unknown": ({"promt\n": "a"}, 400, "'promt\\n': is no field of a completion here"),
+    "user": ({"user": 5}, 400, "user: must be a string"),
+    "false penalty": ({"presence_penalty": False}, 400, "presence_penalty: is not supported"),
     "penalty": ({"presence_penalty": 1}, 400, "presence_penalty: is not supported"),
     "model": ({"model": "gpt-4"}, 404, "model: 'gpt-4' is not here; this is echo"),
 }  # fmt: skip
@@ -364,6 +374,15 @@ def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, nam
         ("GET", "/metrics", {"Authorization": ""}, None, 401, "key of this server"),
         ("POST", "/v1/completions", {"Authorization": ""}, b"{}", 401, "key of this server"),
         ("GET", "/v1/completions", {}, None, 405, "takes POST alone"),
+        ("DELETE", "/v1/models/echo", {}, None, 405, "takes GET alone"),
+        ("POST", "/v1/models/other", {}, b"{}", 405, "takes GET alone"),
+        ("POST", "/health", {}, b"{}", 405, "/health: takes GET alone"),
+        ("POST", "/metrics", {}, b"{}", 405, "/metrics: takes GET alone"),
+        ("HEAD", "/health", {}, None, 200, ""),
+        ("GET", "/foo", {}, None, 404, "not served"),
+        ("GET", "/v1/models", {"Authorization": "bearer secret"}, None, 200, ""),
+        ("GET", "/v1/models", {"Authorization": "Basic secret"}, None, 401, "key of this server"),
+        ("POST", "/v1/completions", {"Content-Encoding": "gzip"}, b"{}", 415, "not compressed"),
         ("POST", "/v1/chat/completions", {}, b"{}", 404, NO_CHAT),
         ("POST", "/v1/embeddings", {}, b"{}", 404, "not served"),
         ("POST", "/v1/completions", {"Host": "evil.example"}, b"{}", 421, "does not go by"),
@@ -380,9 +399,11 @@ def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, nam
     ],
 )
 def test_who_may_ask_what(address, engine, method, path, headers, body, status, says):
-    before = len(engine.joined)
+    before, counted = len(engine.joined), count_of(address, status)
     got, found = ask(address, body, path, method, **headers)
     assert got == status and len(engine.joined) == before
+    of_metrics = status == 200  # the two requests for metrics are counted, too
+    assert count_of(address, status) == counted + 1 + of_metrics
     assert status == 200 or says in found["error"]["message"]
 
 
@@ -418,6 +439,13 @@ def test_a_client_that_goes_frees_its_slot(address, engine, stream):
     until(lambda: not engine.texts)
     assert metric(address, 'texts_total{end="cancelled"}') == before + 1
     assert metric(address, "advances_total") == engine.advances
+
+
+@pytest.mark.parametrize("name", ["max-prompt-bytes", "max-new-bytes", "queue", "slots", "port"])
+def test_a_refused_option_has_its_name(name):
+    numbers = {"port": 80, "slots": 1, "max-prompt-bytes": 1, "max-new-bytes": 1, "queue": 1}
+    with pytest.raises(UsageError, match=f"--{name} -1: must be"):
+        check_options(*(numbers | {name: -1}).values())
 
 
 def test_a_cancelled_text_is_gone_before_the_next_advance():

@@ -48,7 +48,9 @@ def serve_command(
     """
     from bytelm.serving import command
 
-    command.check_options(port, slots)
+    command.check_options(port, slots, max_prompt_bytes, max_new_bytes, queue)
+    if not time_limit > 0:
+        raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
     key = _checked_key(page, api, api_key)
 
     from bytelm_jax.tools import app
@@ -111,4 +113,4 @@ def _listen(host: str, port: int, limits: Any, blocks: Any, served: Any) -> Any:
         return app.launch(blocks, host, port, limits)
     if blocks is None:
         return command.listen(served, host, port)
-    return app.launch(blocks, host, port, limits, served.app(), served.limits.body_bytes)
+    return app.launch(blocks, host, port, limits, served)

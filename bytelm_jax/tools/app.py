@@ -17,6 +17,7 @@ from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
 from bytelm.inspection import Inspection
 from bytelm.sampling import SamplerConfig
+from bytelm.serving.api import Api
 from bytelm.serving.server import Server, own_names
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
@@ -261,19 +262,17 @@ def _controls(gr: Any, limits: Limits) -> list[Any]:
     ]
 
 
-def launch(
-    page: Any, host: str, port: int, limits: Limits, app: Any = None, api_body_bytes: int = 0
-) -> Server:
+def launch(page: Any, host: str, port: int, limits: Limits, api: Api | None = None) -> Server:
     """Starts the page in threads of this process; raises `OSError` if the port is taken.
 
-    A page on this machine's own address answers to the names of this machine alone. `app` is a
-    FastAPI application that answers beside it, with bodies of up to `api_body_bytes` below /v1/.
+    A page on this machine's own address answers to the names of this machine alone. `api` answers
+    beside it.
     """
     gr: Any = importlib.import_module("gradio")
     fastapi: Any = importlib.import_module("fastapi")
     local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     mounted = gr.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None) if app is None else app,
+        fastapi.FastAPI(openapi_url=None) if api is None else api.app(),
         page,
         path="/",
         server_name=host,
@@ -286,5 +285,6 @@ def launch(
         css=style_sheet(),
     )
     body_bytes = 8 * limits.prompt_bytes + 2**16  # a byte takes six characters as a JSON escape
-    guard = PageGuard(mounted, own_names(host), set(page.fns), body_bytes, api_body_bytes)
+    of_api = (0, None) if api is None else (api.limits.body_bytes, api.count)
+    guard = PageGuard(mounted, own_names(host), set(page.fns), body_bytes, *of_api)
     return Server(guard, host, port)
