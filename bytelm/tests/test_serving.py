@@ -1,137 +1,27 @@
 """The API without a model: an engine that writes what it is told to, and everything around it."""
 
-import http.client
 import json
-import re
-import socket
-import threading
-import time
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from bytelm.arguments import UsageError
-from bytelm.config import ByteVocab
-from bytelm.sampling import SamplerConfig
-from bytelm.serving import scheduler as scheduling
-from bytelm.serving import server as serving
 from bytelm.serving.answers import Choice, merged
-from bytelm.serving.api import NO_CHAT, Api
+from bytelm.serving.api import NO_CHAT
 from bytelm.serving.command import check_options
-from bytelm.serving.engine import TOP, Scores, Settings, Written
 from bytelm.serving.errors import ApiError
 from bytelm.serving.requests import Limits, parse_request
-from bytelm.serving.scheduler import Piece, QueueFull, Scheduler, Text
-from bytelm.serving.server import Guard, Server, own_names
+from bytelm.serving.scheduler import Piece
+from bytelm.tests.api_client import (
+    Echo,
+    ask,
+    count_of,
+    events,
+    metric,
+)
 
 pytest.importorskip("fastapi", reason="needs the extra api")
 # Libraries of the server warn of each other.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-LIMITS = Limits(prompt_bytes=64, new_bytes=400, capacity=440)
-FOREVER = {"prompt": "forever", "max_tokens": 400, "stream": True}
-
-
-class Echo:
-    """Writes the prompt over and over, a byte an advance; `gate` holds it back."""
-
-    config = SimpleNamespace(vocab=ByteVocab())
-    capacity, most_rounds, device_bytes = LIMITS.capacity, 4, 0
-
-    def __init__(self, slots: int = 2) -> None:
-        self.slots, self.advances, self.joined, self.joined_after = slots, 0, [], []
-        self.texts: dict[int, list] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def warm_up(self):
-        pass
-
-    def join(self, slot, prompt, settings):
-        assert slot not in self.texts
-        self.joined.append((prompt, settings))
-        self.joined_after.append(self.advances)
-        self.texts[slot] = [prompt, settings, 0]
-
-    def leave(self, slot):
-        del self.texts[slot]
-
-    def advance(self, rounds, meanwhile=lambda: None):
-        meanwhile()
-        self.gate.wait(20)
-        time.sleep(0.002)
-        self.advances += 1
-        written = []
-        for slot, text in list(self.texts.items()):
-            prompt, settings, count = text
-            if prompt == b"broken":
-                written.append(Written(slot, b"", None, None, "the model's logits are not finite"))
-                del self.texts[slot]
-                continue
-            if prompt == b"crash":
-                raise RuntimeError("out of memory\nand a trace")
-            text[2] = count + 1
-            end = "length" if count + 1 == settings.max_new_bytes else None
-            scores = self.score(b"?") if settings.scores else None
-            written.append(Written(slot, prompt[count % len(prompt) :][:1], scores, end))
-            if end:
-                del self.texts[slot]
-        return written, 1
-
-    def score(self, text):
-        shape = (len(text), TOP)
-        top = np.broadcast_to(np.array([256, 65, 66, 200, 0], np.int32), shape)
-        return Scores(np.full(len(text), -1, np.float32), top, np.full(shape, -2, np.float32))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Echo()
-
-
-@pytest.fixture(scope="module")
-def address(engine, request):
-    api = Api(engine, "echo", LIMITS, 2, "secret")
-    guard = Guard(api.app(), own_names("127.0.0.1"), 2**16, LIMITS.body_bytes, api.count)
-    server = Server(guard, "127.0.0.1", 0)
-    request.addfinalizer(api.close)
-    request.addfinalizer(server.close)
-    request.addfinalizer(engine.gate.set)
-    return server.address.removeprefix("http://").rstrip("/")
-
-
-def ask(address, body, path="/v1/completions", method="POST", **headers) -> tuple[int, Any]:
-    """Status and body of one request; `body` may be an object or bytes."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection(address, timeout=20)
-    headers = {"Authorization": "Bearer secret"} | {
-        k.replace("_", "-"): v for k, v in headers.items()
-    }
-    connection.request(method, path, data, headers)
-    answer = connection.getresponse()
-    found = answer.read()
-    connection.close()
-    return answer.status, json.loads(found) if found[:1] == b"{" else found
-
-
-def metric(address, name):
-    _, text = ask(address, None, "/metrics", "GET")
-    (value,) = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)
-    return float(value)
-
-
-def count_of(address, status):
-    _, text = ask(address, None, "/metrics", "GET")
-    found = re.search(rf'^bytelm_requests_total{{status="{status}"}} (\S+)$', text.decode(), re.M)
-    return float(found[1]) if found else 0.0
-
-
-def events(data):
-    lines = data.decode().strip().split("\n\n")
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_a_completion_has_openais_shape(address):
@@ -236,77 +126,6 @@ def test_a_fault_of_the_server_is_a_counted_500(address, engine, monkeypatch):
     assert metric(address, 'requests_total{status="500"}') == before + 1
 
 
-SCORED = {"prompt": ["ab", "cd"], "max_tokens": 0, "echo": True, "logprobs": 1}
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_scoring_has_a_limit_and_ends_with_its_client(address, engine, monkeypatch, stream):
-    scored, gate, score = [], threading.Event(), engine.score
-
-    def slow(text):
-        scored.append(text)
-        assert gate.wait(20)
-        return score(text)
-
-    monkeypatch.setattr(engine, "score", slow)
-    both = [http.client.HTTPConnection(address, timeout=20) for _ in range(2)]
-    for connection in both:  # two slots and two that wait
-        body = json.dumps(SCORED | {"stream": stream})
-        connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer secret"})
-    until(lambda: metric(address, "scoring_prompts") == 4 and scored)
-    engine.joined.clear()
-    status, _ = ask(address, SCORED | {"max_tokens": 5})
-    assert status == 429 and scored == [b"ab"] and not engine.joined
-    for connection in both:
-        connection.close()
-    until(lambda: metric(address, "scoring_prompts") == 0)
-    gate.set()
-    time.sleep(0.05)
-    assert scored == [b"ab"]
-    assert ask(address, SCORED)[0] == 200
-
-
-def test_a_full_batch_refuses_before_it_scores(address, engine, monkeypatch):
-    scored, score = [], engine.score
-    monkeypatch.setattr(engine, "score", lambda text: scored.append(text) or score(text))
-    engine.gate.clear()
-    streams = [start_stream(address, FOREVER | {"n": 4})]
-    assert ask(address, SCORED | {"max_tokens": 5})[0] == 429
-    assert not scored and metric(address, "scoring_prompts") == 0
-    for connection, answer in streams:
-        answer.close()
-        connection.close()
-    engine.gate.set()
-    until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
-
-
-@pytest.mark.parametrize("scoring", [False, True])
-def test_a_server_that_stops_answers_what_is_open(monkeypatch, scoring):
-    monkeypatch.setattr(scheduling, "STOP_SECONDS", 0.2)
-    engine = Echo(2)
-    score = engine.score
-    engine.score = lambda text: time.sleep(0.3) or score(text)
-    api = Api(engine, "echo", LIMITS, 2)
-    server = Server(Guard(api.app(), None, 2**16, 2**16), "127.0.0.1", 0)
-    address = server.address.removeprefix("http://").rstrip("/")
-    long = SCORED | {"prompt": ["ab"] * 4} if scoring else FOREVER
-    stream, whole = (http.client.HTTPConnection(address, timeout=20) for _ in range(2))
-    whole.request("POST", "/v1/completions", json.dumps(long | {"stream": False}))
-    if not scoring:
-        stream.request("POST", "/v1/completions", json.dumps(long))
-    until(lambda: api.scorer.waiting == 4 if scoring else len(engine.texts) == 2)
-    api.close()
-    answer = whole.getresponse()
-    assert answer.status == 503 and b"the server is stopping" in answer.read()
-    if not scoring:
-        assert b'"message": "the server is stopping"' in stream.getresponse().read()
-    assert ask(address, {"prompt": "a"})[0] == 503
-    for connection in (stream, whole):
-        connection.close()
-    server.close()
-    api.close()
-
-
 HOSTILE = {
     "nothing": (b"", 400, "body: is not JSON"),
     "deep": (b"[" * 50_000, 400, "body: is nested too deeply"),
@@ -407,124 +226,8 @@ def test_who_may_ask_what(address, engine, method, path, headers, body, status, 
     assert status == 200 or says in found["error"]["message"]
 
 
-def start_stream(address, body=FOREVER):
-    connection = http.client.HTTPConnection(address, timeout=20)
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Authorization": "Bearer secret"}
-    )
-    answer = connection.getresponse()
-    assert answer.status == 200
-    return connection, answer
-
-
-def until(holds, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert holds()
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_slot(address, engine, stream):
-    connection = http.client.HTTPConnection(address, timeout=20)
-    body = json.dumps(FOREVER | {"stream": stream})
-    connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer secret"})
-    until(lambda: engine.texts)
-    before = metric(address, 'texts_total{end="cancelled"}')
-    if stream:
-        answer = connection.getresponse()
-        answer.read(10)
-        answer.close()
-    connection.close()
-    until(lambda: not engine.texts)
-    assert metric(address, 'texts_total{end="cancelled"}') == before + 1
-    assert metric(address, "advances_total") == engine.advances
-
-
 @pytest.mark.parametrize("name", ["max-prompt-bytes", "max-new-bytes", "queue", "slots", "port"])
 def test_a_refused_option_has_its_name(name):
     numbers = {"port": 80, "slots": 1, "max-prompt-bytes": 1, "max-new-bytes": 1, "queue": 1}
     with pytest.raises(UsageError, match=f"--{name} -1: must be"):
         check_options(*(numbers | {name: -1}).values())
-
-
-def test_a_cancelled_text_is_gone_before_the_next_advance():
-    engine, heard = Echo(1), []
-    scheduler = Scheduler(engine, 1, heard.extend)
-    settings = Settings(max_new_bytes=400, sampler=SamplerConfig(), seed=0)
-    first, second = (Text(i, b"ab", settings, (), lambda *_: None) for i in range(2))
-    engine.gate.clear()
-    scheduler.submit([first])
-    until(lambda: engine.texts)
-    scheduler.submit([second])
-    scheduler.cancel([first])
-    engine.gate.set()
-    until(lambda: len(engine.joined) == 2)
-    assert engine.joined_after == [0, 1]  # the one advance that was under way
-    with pytest.raises(QueueFull):
-        scheduler.submit([first, second])
-    scheduler.cancel([second])
-    until(lambda: not engine.texts)
-    scheduler.close()
-
-
-def test_a_full_queue_answers_429(address, engine):
-    engine.gate.clear()
-    streams = [start_stream(address) for _ in range(2)]
-    until(lambda: engine.texts)
-    streams += [start_stream(address) for _ in range(2)]  # two slots and two that wait
-    status, found = ask(address, {"prompt": "x"})
-    assert status == 429 and found["error"]["type"] == "rate_limit_error"
-    for connection, answer in streams:
-        answer.close()
-        connection.close()
-    engine.gate.set()
-    until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
-
-
-def test_logits_that_are_not_finite_are_an_error_of_one_request(address):
-    status, found = ask(address, {"prompt": "broken"})
-    assert status == 500 and "not finite" in found["error"]["message"]
-    status, data = ask(address, {"prompt": "broken", "stream": True})
-    assert status == 200 and b"not finite" in data and b"[DONE]" not in data
-    assert ask(address, {"prompt": "ab"})[0] == 200
-
-
-def test_slow_clients_are_cut(address, engine, monkeypatch):
-    monkeypatch.setattr(serving, "_SECONDS", 0.2)
-    host, port = address.split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
-    for part in ("", head, f"{head}Content-Length: 9\r\n\r\n{{"):
-        with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(part.encode())
-            answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), answer
-
-
-def test_a_client_that_does_not_read_is_cut(address, engine, monkeypatch):
-    monkeypatch.setattr(serving, "_SECONDS", 0.2)
-    host, port = address.split(":")
-    body = json.dumps(FOREVER | {"n": 100, "logprobs": 5})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
-    monkeypatch.setattr(engine, "slots", 100)
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        slow.connect((host, int(port)))
-        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        until(lambda: engine.texts)
-        until(lambda: not engine.texts, 20)
-        assert metric(address, 'texts_total{end="cancelled"}') >= 1
-
-
-def test_a_failed_engine_is_said(monkeypatch):
-    engine = Echo()
-    api = Api(engine, "echo", LIMITS, 2)
-    server = Server(Guard(api.app(), None, 2**16, 2**16), "127.0.0.1", 0)
-    address = server.address.removeprefix("http://").rstrip("/")
-    assert ask(address, {"prompt": "ab"})[0] == 200
-    status, found = ask(address, {"prompt": "crash"})
-    assert (status, found["error"]["message"]) == (500, "RuntimeError: out of memory")
-    assert ask(address, {"prompt": "ab"})[0] == 503
-    assert ask(address, None, "/health", "GET")[0] == 503
-    server.close()
-    api.close()
