@@ -88,10 +88,10 @@ class Api:
         if request.headers.get("content-encoding", "identity").lower() != "identity":
             raise ApiError(415, "Content-Encoding: send the body as it is, not compressed")
         found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
-        self._require_places(found)
+        _require_places(found, self._engine.slots + self._queue)
         answer, began = Answer(found, self._name), time.perf_counter()
         inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        texts = self._texts(found, inbox)
+        texts = _texts(found, inbox)
         scoring = self._submit(found, texts)
         self.metrics.prompt_bytes.inc(answer.usage.prompt)
         parts = self._parts(found, answer, scoring, texts, inbox, began)
@@ -99,7 +99,10 @@ class Api:
             stream = _as_events(found, answer, parts)
             return self._events(stream, lambda: self._leave(texts, scoring))
         try:
-            return await self._whole(request, answer, parts)
+            whole = await _whole(request, answer, parts)
+            if whole is None:
+                return self._json(499, error_body(499, "the client has gone"))  # nobody reads it
+            return self._json(200, whole)
         finally:
             self._leave(texts, scoring)
 
@@ -135,30 +138,6 @@ class Api:
         raise ApiError(404, "this address is not served; there are /v1/completions and /v1/models")
 
     # ---- one request ----------------------------------------------------------------------------
-
-    def _require_places(self, found: CompletionRequest) -> None:
-        """Refuses what would not find place even if nobody else asked."""
-        count, most = len(found.prompts) * found.n, self._engine.slots + self._queue
-        if count > most:
-            field = "n" if found.n > 1 else "prompt"
-            message = f"{field}: the request is for {count} texts; this server takes at most {most}"
-            raise ApiError(400, message, field)
-
-    def _texts(self, found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
-        if found.settings.max_new_bytes == 0:
-            return []
-        put = lambda index, piece: inbox.put_nowait((index, piece))  # noqa: E731
-        return [
-            Text(
-                number * found.n + sample,
-                prompt,
-                replace(found.settings, sample=sample),
-                found.stop,
-                put,
-            )
-            for number, prompt in enumerate(found.prompts)
-            for sample in range(found.n)
-        ]
 
     def _submit(self, found: CompletionRequest, texts: list[Text]) -> Scoring:
         """Takes all places that a request needs, or none; nothing is computed before."""
@@ -218,27 +197,6 @@ class Api:
                     entries.append(entry)
             if entries:
                 yield entries
-
-    async def _whole(self, request: Any, answer: Answer, parts: AsyncIterator) -> Any:
-        """The whole answer; gives up when the client has gone."""
-
-        async def collect() -> Any:
-            each: list[list[dict[str, Any]]] = [[] for _ in answer.choices]
-            async for entries in parts:
-                for entry in entries:
-                    each[entry["index"]].append(entry)
-            return self._json(200, answer.body(list(map(merged, each)), answer.usage))
-
-        tasks = [asyncio.create_task(collect()), asyncio.create_task(_gone(request))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done():
-                return tasks[0].result()
-            return self._json(499, error_body(499, "the client has gone"))  # nobody reads it
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _leave(self, texts: list[Text], scoring: Scoring) -> None:
         """Gives up what is not complete."""
@@ -307,7 +265,7 @@ class Api:
 
     def _json(self, status: int, found: dict[str, Any]) -> Any:
         # In ASCII: what clients send may hold half a surrogate pair, which UTF-8 cannot.
-        text = json.dumps(found, allow_nan=False)
+        text = json.dumps(found, allow_nan=False, separators=(",", ":"))
         return self._responses.Response(text, status, media_type="application/json")
 
 
@@ -327,6 +285,52 @@ def _method_of(path: str) -> str | None:
         return "POST"
     known = path in ("/v1/models", "/health", "/metrics") or path.startswith("/v1/models/")
     return "GET" if known else None
+
+
+def _require_places(found: CompletionRequest, most: int) -> None:
+    """Refuses what would not find place even if nobody else asked."""
+    count = len(found.prompts) * found.n
+    if count > most:
+        field = "n" if found.n > 1 else "prompt"
+        message = f"{field}: the request is for {count} texts; this server takes at most {most}"
+        raise ApiError(400, message, field)
+
+
+def _texts(found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
+    if found.settings.max_new_bytes == 0:
+        return []
+    put = lambda index, piece: inbox.put_nowait((index, piece))  # noqa: E731
+    return [
+        Text(
+            number * found.n + sample,
+            prompt,
+            replace(found.settings, sample=sample),
+            found.stop,
+            put,
+        )
+        for number, prompt in enumerate(found.prompts)
+        for sample in range(found.n)
+    ]
+
+
+async def _whole(request: Any, answer: Answer, parts: AsyncIterator) -> dict[str, Any] | None:
+    """The whole answer; None, and nothing goes on, once the client has gone."""
+
+    async def collect() -> dict[str, Any]:
+        each: list[list[dict[str, Any]]] = [[] for _ in answer.choices]
+        async for entries in parts:
+            for entry in entries:
+                each[entry["index"]].append(entry)
+        return answer.body(list(map(merged, each)), answer.usage)
+
+    whole, gone = asyncio.create_task(collect()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait([whole, gone], return_when=asyncio.FIRST_COMPLETED)
+        return whole.result() if whole.done() else None
+    finally:
+        for task in (whole, gone):
+            task.cancel()
+        await asyncio.gather(whole, gone, return_exceptions=True)
 
 
 async def _gone(request: Any) -> None:

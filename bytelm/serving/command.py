@@ -14,7 +14,14 @@ from bytelm.serving.server import Guard, Server, is_loopback, own_names
 KEY_VARIABLE = "BYTELM_API_KEY"
 
 
-def check_options(port: int, slots: int, prompt_bytes: int, new_bytes: int, queue: int) -> None:
+def check_options(
+    port: int,
+    slots: int,
+    prompt_bytes: int,
+    new_bytes: int,
+    queue: int,
+    time_limit: float | None = None,
+) -> None:
     """Raises `UsageError` for numbers that cannot be."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
@@ -24,6 +31,8 @@ def check_options(port: int, slots: int, prompt_bytes: int, new_bytes: int, queu
     for option, value in counts.items():
         if value < 1:
             raise UsageError(f"--{option} {value}: must be at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
 
 
 def key_of(given: str) -> str:

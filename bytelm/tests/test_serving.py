@@ -1,6 +1,7 @@
 """The API without a model: an engine that writes what it is told to, and everything around it."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -112,8 +113,9 @@ def test_limits_are_no_more_than_the_model_takes():
     limits = Limits(prompt_bytes=9_999_999, new_bytes=2048, capacity=1024)
     assert (limits.prompt_bytes, limits.new_bytes) == (1024, 1024)
     assert limits.body_bytes < 2**20
+    config: Any = Echo.config
     with pytest.raises(ApiError, match="prompt: 1100 bytes; at most 1024") as caught:
-        parse_request(json.dumps({"prompt": "a" * 1100}).encode(), "m", Echo.config, limits)
+        parse_request(json.dumps({"prompt": "a" * 1100}).encode(), "m", config, limits)
     assert caught.value.param == "prompt"
 
 
@@ -226,8 +228,11 @@ def test_who_may_ask_what(address, engine, method, path, headers, body, status, 
     assert status == 200 or says in found["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["max-prompt-bytes", "max-new-bytes", "queue", "slots", "port"])
+@pytest.mark.parametrize(
+    "name", ["port", "slots", "max-prompt-bytes", "max-new-bytes", "queue", "time-limit"]
+)
 def test_a_refused_option_has_its_name(name):
     numbers = {"port": 80, "slots": 1, "max-prompt-bytes": 1, "max-new-bytes": 1, "queue": 1}
+    numbers["time-limit"] = 1
     with pytest.raises(UsageError, match=f"--{name} -1: must be"):
         check_options(*(numbers | {name: -1}).values())
