@@ -104,7 +104,9 @@ def _listen(stack: ExitStack, host: str, port: int, limits: Any, blocks: Any, se
     from bytelm.serving import command
     from bytelm_jax.tools import app
 
-    if blocks is None:
+    if served is None:
+        server = app.launch(blocks, host, port, limits)
+    elif blocks is None:
         server = command.listen(served, host, port)
     else:
         server = app.launch(blocks, host, port, limits, served)
