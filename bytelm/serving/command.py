@@ -49,7 +49,7 @@ def make_api(
     """The API of an engine, with everything compiled."""
     limits = Limits(prompt_bytes=prompt_bytes, new_bytes=new_bytes, capacity=engine.capacity)
     if engine.capacity < prompt_bytes + new_bytes:
-        print(f"note: a text may have {engine.capacity} bytes with its prompt, as the model has")
+        print(f"note: a text may have {engine.capacity} bytes with its prompt, the model's limit")
     api = Api(engine, name, limits, queue, key)
     print("compiling", flush=True)
     engine.warm_up()
