@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from bytelm.config import require
 from bytelm_torch.compress import Device, run_command
 
 __all__ = ["main"]
@@ -54,11 +53,8 @@ def _serve(
     from bytelm_torch.inference.slots import TorchSlots
     from bytelm_torch.interop.export import from_pretrained
 
-    command.check_options(port, slots)
+    command.check_options(port, slots, max_prompt_bytes, max_new_bytes, queue)
     key = command.key_of(api_key)
-    for name, value in (("prompt", max_prompt_bytes), ("new", max_new_bytes), ("queue", queue)):
-        option = name if name == "queue" else f"max-{name}-bytes"
-        require(value >= 1, f"--{option} {value}: must be at least 1")
     loaded = from_pretrained(model, device=device, checkpoint=checkpoint)
     with ExitStack() as stack:
         engine = TorchSlots(loaded, slots, max_prompt_bytes + max_new_bytes)
@@ -67,6 +63,7 @@ def _serve(
         stack.callback(api.close)
         server = command.listen(api, host, port)
         stack.callback(server.close)
+        stack.callback(api.close)  # first, so that no request is cut without an answer
         is_open = "" if key else "API; it has no key"
         command.announce(str(model), server.address, host, port, is_open)
         command.wait_for_interrupt()

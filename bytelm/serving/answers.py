@@ -39,9 +39,10 @@ class Choice:
         self._characters = 0
         self._held: list[_Token] = []
 
-    def start(self, prompt: bytes, scores: Scores | None) -> dict[str, Any]:
-        """The prompt, for `echo`."""
-        return self._new(prompt, scores, final=False)
+    def start(self, prompt: bytes, scores: Scores | None, end: str | None = None) -> dict[str, Any]:
+        """The prompt, for `echo`; `end` is why nothing comes after it."""
+        self.finish_reason = end
+        return self._new(prompt, scores, final=end is not None)
 
     def add(self, piece: Piece) -> dict[str, Any]:
         """What is new: an entry of `choices`."""

@@ -7,18 +7,20 @@ scheduler hands all new pieces to the loop, which sorts them into the inboxes of
 import asyncio
 import contextlib
 import hmac
+import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 from bytelm.serving.answers import DONE, Answer, event, merged
-from bytelm.serving.engine import Engine, Scores
+from bytelm.serving.engine import Engine
 from bytelm.serving.errors import ApiError, error_body
 from bytelm.serving.metrics import Metrics, import_for_api
 from bytelm.serving.requests import CompletionRequest, Limits, parse_request
 from bytelm.serving.scheduler import Failed, Piece, QueueFull, Scheduler, Text
+from bytelm.serving.scoring import Scorer, Scoring
 
 NO_CHAT = (
     "There is no chat endpoint: this is a base model, which continues text; use /v1/completions."
@@ -38,18 +40,20 @@ class Api:
         self._fastapi = import_for_api("fastapi")
         self._responses = import_for_api("fastapi.responses")
         self._engine, self._name, self.limits, self._key = engine, name, limits, key
-        self._created = int(time.time())
+        self._created, self._queue = int(time.time()), queue
         self._loop: asyncio.AbstractEventLoop | None = None
         counts = lambda: self.scheduler.counts  # noqa: E731
-        self.metrics = Metrics(engine.slots, counts, lambda: engine.device_bytes)
+        self.scorer = Scorer(engine, queue)
+        self.metrics = Metrics(
+            engine.slots, counts, lambda: self.scorer.waiting, lambda: engine.device_bytes
+        )
         self.scheduler = Scheduler(engine, queue, self._deliver)
-        self._scorer = ThreadPoolExecutor(1, "bytelm scorer")
         self._events = _event_stream(self._responses.StreamingResponse)
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads; whatever is not complete by then is answered by an error."""
         self.scheduler.close()
-        self._scorer.shutdown(wait=True, cancel_futures=True)
+        self.scorer.close()
 
     def app(self) -> Any:
         """The FastAPI application."""
@@ -64,30 +68,43 @@ class Api:
         methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
         request_type = self._fastapi.Request
         for method, path, handler in routes:
-            app.add_api_route(path, _route(request_type, self._answered(handler)), methods=[method])
-        other = _route(request_type, self._answered(self._nothing))
-        app.add_api_route("/v1/{rest:path}", other, methods=methods)
+            taken = ["GET", "HEAD"] if method == "GET" else [method]
+            app.add_api_route(path, _route(request_type, self._answered(handler)), methods=taken)
+        other = self._answered(self._nothing)
+        for path in ("/v1/{rest:path}", "/health", "/metrics"):
+            app.add_api_route(path, _route(request_type, other), methods=methods)
+
+        async def not_found(request: Any, error: Exception) -> Any:
+            return await other(request)
+
+        app.add_exception_handler(404, not_found)
+        app.add_exception_handler(405, not_found)
         return app
 
     # ---- routes ---------------------------------------------------------------------------------
 
     async def _completions(self, request: Any) -> Any:
         self._require_key(request)
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise ApiError(415, "Content-Encoding: send the body as it is, not compressed")
         found = parse_request(await request.body(), self._name, self._engine.config, self.limits)
+        _require_places(found, self._engine.slots + self._queue)
         answer, began = Answer(found, self._name), time.perf_counter()
-        scores = await self._prompt_scores(found)
         inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-        texts = self._texts(found, inbox)
-        self._submit(texts)
+        texts = _texts(found, inbox)
+        scoring = self._submit(found, texts)
         self.metrics.prompt_bytes.inc(answer.usage.prompt)
-        parts = self._parts(found, answer, scores, texts, inbox, began)
+        parts = self._parts(found, answer, scoring, texts, inbox, began)
         if found.stream:
             stream = _as_events(found, answer, parts)
-            return self._events(stream, lambda: self._leave(texts))
+            return self._events(stream, lambda: self._leave(texts, scoring))
         try:
-            return await self._whole(request, answer, parts)
+            whole = await _whole(request, answer, parts)
+            if whole is None:
+                return self._json(499, error_body(499, "the client has gone"))  # nobody reads it
+            return self._json(200, whole)
         finally:
-            self._leave(texts)
+            self._leave(texts, scoring)
 
     async def _models(self, request: Any) -> Any:
         self._require_key(request)
@@ -115,66 +132,52 @@ class Api:
         path = request.url.path
         if path.startswith("/v1/chat"):
             raise ApiError(404, NO_CHAT)
-        if path in ("/v1/completions", "/v1/models"):
-            method = "POST" if path == "/v1/completions" else "GET"
-            raise ApiError(405, f"{path}: takes {method} alone")
+        taken = _method_of(path)
+        if taken is not None and request.method not in (taken, taken.replace("GET", "HEAD")):
+            raise ApiError(405, f"{path if path.isascii() else 'this'}: takes {taken} alone")
         raise ApiError(404, "this address is not served; there are /v1/completions and /v1/models")
 
     # ---- one request ----------------------------------------------------------------------------
 
-    def _texts(self, found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
-        if found.settings.max_new_bytes == 0:
-            return []
-        put = lambda index, piece: inbox.put_nowait((index, piece))  # noqa: E731
-        return [
-            Text(
-                number * found.n + sample,
-                prompt,
-                replace(found.settings, sample=sample),
-                found.stop,
-                put,
-            )
-            for number, prompt in enumerate(found.prompts)
-            for sample in range(found.n)
-        ]
-
-    def _submit(self, texts: list[Text]) -> None:
+    def _submit(self, found: CompletionRequest, texts: list[Text]) -> Scoring:
+        """Takes all places that a request needs, or none; nothing is computed before."""
         self._loop = asyncio.get_running_loop()
+        scoring = None
         try:
+            scored = found.echo and found.logprobs is not None
+            scoring = self.scorer.add(found.prompts if scored else ())
             self.scheduler.submit(texts)
+            return scoring
         except QueueFull:
+            if scoring is not None:
+                scoring.leave()
             raise ApiError(429, "too many requests are waiting; try again later") from None
         except Failed as error:
-            raise ApiError(503, f"the model does not answer any more: {error}") from None
-
-    async def _prompt_scores(self, found: CompletionRequest) -> list[Scores | None]:
-        """Of every prompt, if the request asks for them."""
-        if not found.echo or found.logprobs is None:
-            return [None] * len(found.prompts)
-        run = asyncio.get_running_loop().run_in_executor
-        return [
-            await run(self._scorer, self._engine.score, prompt) if prompt else None
-            for prompt in found.prompts
-        ]
+            if scoring is not None:
+                scoring.leave()
+            raise ApiError(503, str(error)) from None
 
     async def _parts(
         self,
         found: CompletionRequest,
         answer: Answer,
-        scores: list[Scores | None],
+        scoring: Scoring,
         texts: list[Text],
         inbox: asyncio.Queue,
         began: float,
     ) -> AsyncIterator[list[dict[str, Any]]]:
         """The choices as they grow; raises `ApiError` if a text cannot go on."""
         if found.echo or not texts:
+            try:
+                scores = await scoring.scores() or [None] * len(found.prompts)
+            except Failed as error:
+                raise ApiError(503, str(error)) from None
             entries = []
             for choice in answer.choices:
                 number = choice.index // found.n
                 prompt = found.prompts[number] if found.echo else b""
-                if not texts:
-                    choice.finish_reason = "length"
-                entries.append(choice.start(prompt, scores[number]))
+                end = None if texts else "length"
+                entries.append(choice.start(prompt, scores[number], end))
             yield entries
         left, heard = len(texts), set()
         while left:
@@ -184,7 +187,7 @@ class Api:
             entries = []
             for index, piece in pieces:
                 if piece.error is not None:
-                    raise ApiError(500, piece.error)
+                    raise ApiError(503 if self.scheduler.closed else 500, piece.error)
                 if index not in heard:
                     heard.add(index)
                     self.metrics.first_byte.observe(time.perf_counter() - began)
@@ -195,29 +198,9 @@ class Api:
             if entries:
                 yield entries
 
-    async def _whole(self, request: Any, answer: Answer, parts: AsyncIterator) -> Any:
-        """The whole answer; gives up when the client has gone."""
-
-        async def collect() -> Any:
-            each: list[list[dict[str, Any]]] = [[] for _ in answer.choices]
-            async for entries in parts:
-                for entry in entries:
-                    each[entry["index"]].append(entry)
-            return self._json(200, answer.body(list(map(merged, each)), answer.usage))
-
-        tasks = [asyncio.create_task(collect()), asyncio.create_task(_gone(request))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done():
-                return tasks[0].result()
-            return self._json(499, error_body(499, "the client has gone"))  # nobody reads it
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    def _leave(self, texts: list[Text]) -> None:
+    def _leave(self, texts: list[Text], scoring: Scoring) -> None:
         """Gives up what is not complete."""
+        scoring.leave()
         left = [text for text in texts if not text.complete]
         if left:
             self.scheduler.cancel(left)
@@ -239,6 +222,10 @@ class Api:
                 self.metrics.texts.labels(piece.end).inc()
             text.inbox(text.index, piece)
 
+    def count(self, status: int) -> None:
+        """One more request that was answered with that status."""
+        self.metrics.requests.labels(str(status)).inc()
+
     def _answered(self, handler: Callable[[Any], Any]) -> Callable[[Any], Any]:
         async def answer(request: Any) -> Any:
             try:
@@ -249,15 +236,21 @@ class Api:
                     response.headers["Retry-After"] = "1"
                 if error.status == 401:
                     response.headers["WWW-Authenticate"] = "Bearer"
-            self.metrics.requests.labels(str(response.status_code)).inc()
+                if error.status == 405:
+                    response.headers["Allow"] = _method_of(request.url.path) or "GET"
+            except Exception as error:
+                logging.getLogger(__name__).exception("a request failed")
+                message = f"the server failed: {type(error).__name__}"
+                response = self._json(500, error_body(500, message))
+            self.count(response.status_code)
             return response
 
         return answer
 
     def _require_key(self, request: Any) -> None:
-        given = request.headers.get("authorization", "")
-        wanted = f"Bearer {self._key}"
-        if self._key and not hmac.compare_digest(given.encode(), wanted.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        right = hmac.compare_digest(given.encode(), self._key.encode())
+        if self._key and not (scheme.lower() == "bearer" and right):
             message = "Authorization: send the key of this server as 'Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key")
 
@@ -271,7 +264,9 @@ class Api:
         }
 
     def _json(self, status: int, found: dict[str, Any]) -> Any:
-        return self._responses.JSONResponse(found, status)
+        # In ASCII: what clients send may hold half a surrogate pair, which UTF-8 cannot.
+        text = json.dumps(found, allow_nan=False, separators=(",", ":"))
+        return self._responses.Response(text, status, media_type="application/json")
 
 
 def _route(request_type: Any, handler: Callable[[Any], Any]) -> Callable[..., Any]:
@@ -282,6 +277,60 @@ def _route(request_type: Any, handler: Callable[[Any], Any]) -> Callable[..., An
 
     answer.__annotations__ = {"request": request_type}
     return answer
+
+
+def _method_of(path: str) -> str | None:
+    """The one method that an address takes; None for an address that is not served."""
+    if path == "/v1/completions":
+        return "POST"
+    known = path in ("/v1/models", "/health", "/metrics") or path.startswith("/v1/models/")
+    return "GET" if known else None
+
+
+def _require_places(found: CompletionRequest, most: int) -> None:
+    """Refuses what would not find place even if nobody else asked."""
+    count = len(found.prompts) * found.n
+    if count > most:
+        field = "n" if found.n > 1 else "prompt"
+        message = f"{field}: the request is for {count} texts; this server takes at most {most}"
+        raise ApiError(400, message, field)
+
+
+def _texts(found: CompletionRequest, inbox: asyncio.Queue) -> list[Text]:
+    if found.settings.max_new_bytes == 0:
+        return []
+    put = lambda index, piece: inbox.put_nowait((index, piece))  # noqa: E731
+    return [
+        Text(
+            number * found.n + sample,
+            prompt,
+            replace(found.settings, sample=sample),
+            found.stop,
+            put,
+        )
+        for number, prompt in enumerate(found.prompts)
+        for sample in range(found.n)
+    ]
+
+
+async def _whole(request: Any, answer: Answer, parts: AsyncIterator) -> dict[str, Any] | None:
+    """The whole answer; None, and nothing goes on, once the client has gone."""
+
+    async def collect() -> dict[str, Any]:
+        each: list[list[dict[str, Any]]] = [[] for _ in answer.choices]
+        async for entries in parts:
+            for entry in entries:
+                each[entry["index"]].append(entry)
+        return answer.body(list(map(merged, each)), answer.usage)
+
+    whole, gone = asyncio.create_task(collect()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait([whole, gone], return_when=asyncio.FIRST_COMPLETED)
+        return whole.result() if whole.done() else None
+    finally:
+        for task in (whole, gone):
+            task.cancel()
+        await asyncio.gather(whole, gone, return_exceptions=True)
 
 
 async def _gone(request: Any) -> None:

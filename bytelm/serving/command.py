@@ -14,12 +14,25 @@ from bytelm.serving.server import Guard, Server, is_loopback, own_names
 KEY_VARIABLE = "BYTELM_API_KEY"
 
 
-def check_options(port: int, slots: int) -> None:
+def check_options(
+    port: int,
+    slots: int,
+    prompt_bytes: int,
+    new_bytes: int,
+    queue: int,
+    time_limit: float | None = None,
+) -> None:
     """Raises `UsageError` for numbers that cannot be."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
     if not 1 <= slots <= 4096:
         raise UsageError(f"--slots {slots}: must be from 1 to 4096")
+    counts = {"max-prompt-bytes": prompt_bytes, "max-new-bytes": new_bytes, "queue": queue}
+    for option, value in counts.items():
+        if value < 1:
+            raise UsageError(f"--{option} {value}: must be at least 1")
+    if time_limit is not None and not time_limit > 0:
+        raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
 
 
 def key_of(given: str) -> str:
@@ -35,6 +48,8 @@ def make_api(
 ) -> Api:
     """The API of an engine, with everything compiled."""
     limits = Limits(prompt_bytes=prompt_bytes, new_bytes=new_bytes, capacity=engine.capacity)
+    if engine.capacity < prompt_bytes + new_bytes:
+        print(f"note: a text may have {engine.capacity} bytes with its prompt, the model's limit")
     api = Api(engine, name, limits, queue, key)
     print("compiling", flush=True)
     engine.warm_up()
@@ -43,7 +58,8 @@ def make_api(
 
 def listen(api: Api, host: str, port: int) -> Server:
     """The running server of the API alone."""
-    return Server(Guard(api.app(), own_names(host), 2**16, api.limits.body_bytes), host, port)
+    guard = Guard(api.app(), own_names(host), 2**16, api.limits.body_bytes, api.count)
+    return Server(guard, host, port)
 
 
 def announce(what: str, address: str, host: str, port: int, is_open: str) -> None:

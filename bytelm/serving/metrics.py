@@ -10,13 +10,18 @@ from bytelm.serving.scheduler import Counts
 class Metrics:
     """Counters of one server, in a registry of their own.
 
-    `counts` says how many texts there are, `device_bytes` what they take on the device.
+    `counts` says how many texts there are, `scoring` how many prompts are scored or wait for it,
+    `device_bytes` what is in use on the device.
 
     Raises `ValueError` if prometheus_client is not installed.
     """
 
     def __init__(
-        self, slots: int, counts: Callable[[], Counts], device_bytes: Callable[[], int]
+        self,
+        slots: int,
+        counts: Callable[[], Counts],
+        scoring: Callable[[], int],
+        device_bytes: Callable[[], int],
     ) -> None:
         p = self._library = import_for_api("prometheus_client")
         p.disable_created_metrics()
@@ -32,12 +37,14 @@ class Metrics:
         waiting = p.Gauge("waiting_texts", "Texts that wait for a slot", **to)
         active.set_function(lambda: counts().active)
         waiting.set_function(lambda: counts().waiting)
+        scored = p.Gauge("scoring_prompts", "Prompts that are scored, or wait for it", **to)
+        scored.set_function(scoring)
         self._registry.register(
             _Advances(import_for_api("prometheus_client.core").CounterMetricFamily, counts)
         )
         in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
         in_use.set_function(device_bytes)
-        for status in ("200", "400", "429"):
+        for status in ("200", "400", "429", "500"):
             self.requests.labels(status)
         for end in ("stop", "length", "cancelled", "error"):
             self.texts.labels(end)

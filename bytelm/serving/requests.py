@@ -40,11 +40,18 @@ _KNOWN = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What requests may ask for; `capacity` are the bytes of the longest text with its prompt."""
+    """What requests may ask for; `capacity` are the bytes of the longest text with its prompt.
+
+    No prompt and no continuation may be longer than that, whatever is given.
+    """
 
     prompt_bytes: int
     new_bytes: int
     capacity: int
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_bytes", "new_bytes"):
+            object.__setattr__(self, name, min(getattr(self, name), self.capacity))
 
     @property
     def body_bytes(self) -> int:
@@ -71,6 +78,7 @@ class CompletionRequest:
 def parse_request(body: bytes, name: str, config: ModelConfig, limits: Limits) -> CompletionRequest:
     """The request in a body, to the model called `name`; raises `ApiError`."""
     fields = _Fields(_json(body))
+    fields.get("user", str, "")  # nothing depends on it
     model = fields.get("model", str, name)
     if model != name:
         raise ApiError(404, f"model: {_shown(model)} is not here; this is {name}", "model")
@@ -116,16 +124,21 @@ def _json(body: bytes) -> dict[str, Any]:
 
     try:
         found = json.loads(body, parse_constant=no_number)
-    except (ValueError, RecursionError):
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ApiError(400, "body: is not JSON in UTF-8") from None
+    except RecursionError:
+        raise ApiError(400, "body: is nested too deeply") from None
+    except ValueError:  # Python's bound on the digits of an integer
+        raise ApiError(400, "body: a number has too many digits") from None
     if not isinstance(found, dict):
         raise ApiError(400, "body: must be a JSON object")
     unknown = sorted(set(found) - _KNOWN)
     if unknown:
         first = _shown(unknown[0])
-        raise ApiError(400, f"{first}: is no field of a completion here", unknown[0][:64])
+        raise ApiError(400, f"{first}: is no field of a completion here", first[1:-1])
     for field, allowed in _NOTHING.items():
-        if found.get(field) not in allowed:
+        value = found.get(field)
+        if isinstance(value, bool) or value not in allowed:  # false equals 0
             raise ApiError(400, f"{field}: is not supported; leave it out", field)
     return found
 

@@ -16,6 +16,11 @@ from bytelm.serving.engine import Engine, Scores, Settings, Written
 SECONDS = 0.1
 """How long an advance should take when all slots are busy: so long a reader waits."""
 
+STOP_SECONDS = 2.0
+"""How long texts may go on once the server is to stop."""
+
+STOPPING = "the server is stopping"
+
 End = Literal["stop", "length", "error"]
 
 
@@ -98,7 +103,7 @@ class Scheduler:
         self._waiting: deque[Text] = deque()
         self._active: dict[int, Text] = {}
         self._pieces: list[tuple[Text, Piece]] = []
-        self._closed = False
+        self._closed, self._until = False, 0.0
         self._seconds_per_round, self._advances = 0.0, 0
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
@@ -113,7 +118,9 @@ class Scheduler:
         """Adds texts, all of them or, by `QueueFull` and `Failed`, none."""
         with self._changed:
             if self.failure is not None or self._closed:
-                raise Failed(self.failure or "the server is closing")
+                if self._closed:
+                    raise Failed(STOPPING)
+                raise Failed(f"the model does not answer any more: {self.failure}")
             free = self._engine.slots - len(self._active)
             if len(self._waiting) + len(texts) > self._queue + free:
                 raise QueueFull
@@ -127,10 +134,18 @@ class Scheduler:
                 text.cancelled = True
             self._changed.notify()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no texts any more because it is to stop."""
+        return self._closed
+
     def close(self) -> None:
-        """Ends the thread after the advance that it is in."""
+        """Takes no texts any more, and ends the thread.
+
+        Texts that are not complete `STOP_SECONDS` later end with an error.
+        """
         with self._changed:
-            self._closed = True
+            self._closed, self._until = True, time.monotonic() + STOP_SECONDS
             self._changed.notify()
         self._thread.join(30)
 
@@ -143,6 +158,7 @@ class Scheduler:
                     self._advance()
                 else:
                     self._hand_out()
+            self._end_all(STOPPING)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -151,7 +167,10 @@ class Scheduler:
         with self._changed:
             while not (self._closed or self._waiting or self._active or self._pieces):
                 self._changed.wait()
-            return not self._closed
+            if not self._closed:
+                return True
+            left = self._waiting or self._active or self._pieces
+            return bool(left) and time.monotonic() < self._until
 
     def _drop_cancelled(self) -> None:
         for slot in [slot for slot, text in self._active.items() if text.cancelled]:
@@ -208,6 +227,11 @@ class Scheduler:
     def _fail(self, error: str) -> None:
         with self._changed:
             self.failure = error
+        self._end_all(error)
+
+    def _end_all(self, error: str) -> None:
+        """Tells everybody who still waits."""
+        with self._changed:
             texts = [*self._active.values(), *self._waiting]
             self._active.clear()
             self._waiting.clear()

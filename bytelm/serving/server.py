@@ -8,12 +8,12 @@ of the extras `api` and `app`, is imported where it is used.
 import asyncio
 import ipaddress
 import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Container, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from bytelm.serving.errors import error_body
 
@@ -24,6 +24,8 @@ Send = Callable[[Message], Awaitable[None]]
 _SECONDS = 15.0
 """How long the head of a request may take, and its body, and a reader that reads nothing."""
 
+_HOST = re.compile(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::[0-9]{0,5})?", re.ASCII)
+
 _CONNECTIONS = 512
 """Connections at once; more are answered with status 503."""
 
@@ -32,13 +34,19 @@ class Guard:
     """An ASGI application in front of another: refuses requests in one line.
 
     `hosts` are the names by which this server may be addressed, None for any; a body may have
-    `body_bytes`, and below /v1/ `api_body_bytes`.
+    `body_bytes`, and one for the API `api_body_bytes`. `count` hears the status of every request to
+    the API that is refused here.
     """
 
     def __init__(
-        self, app: Any, hosts: Container[str] | None, body_bytes: int, api_body_bytes: int = 0
+        self,
+        app: Any,
+        hosts: Container[str] | None,
+        body_bytes: int,
+        api_body_bytes: int = 0,
+        count: Callable[[int], None] | None = None,
     ):
-        self._app, self._hosts = app, hosts
+        self._app, self._hosts, self._count = app, hosts, count
         self._body_bytes, self._api_body_bytes = body_bytes, api_body_bytes
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -52,6 +60,8 @@ class Guard:
             body = await self._body(receive, most)
             refused = body if isinstance(body, tuple) else self.refused_call(scope, body)
         if refused is not None:
+            if self._count is not None and _is_api(scope):
+                self._count(refused[0])
             await _answer(scope, send, *refused)
             return
         parts = [{"type": "http.request", "body": body, "more_body": False}]
@@ -66,7 +76,7 @@ class Guard:
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self._hosts is not None and _name(host) not in self._hosts:
             return 421, "Host: this server does not go by that name"
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
             return 403, "Origin: pages of other sites may not ask this server"
         length = headers.get(b"content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > most:
@@ -97,12 +107,16 @@ class Guard:
 
 
 def _name(host: str) -> str:
-    """The name in a `Host` header, without its port and the brackets of IPv6."""
-    return (urlsplit(f"//{host}").hostname or "") if host else ""
+    """The name in a `Host` header, without its port and the brackets of IPv6.
+
+    Empty if the header is not a name with at most a port.
+    """
+    found = _HOST.fullmatch(host)
+    return (found[1] or found[2]).lower() if found else ""
 
 
 def _is_api(scope: Message) -> bool:
-    return scope["path"].startswith("/v1/")
+    return scope["path"].startswith("/v1/") or scope["path"] in ("/health", "/metrics")
 
 
 async def _answer(scope: Message, send: Send, status: int, text: str) -> None:

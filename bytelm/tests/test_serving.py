@@ -1,127 +1,28 @@
 """The API without a model: an engine that writes what it is told to, and everything around it."""
 
-import http.client
 import json
-import re
-import socket
-import threading
-import time
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
-from bytelm.config import ByteVocab
-from bytelm.sampling import SamplerConfig
-from bytelm.serving import server as serving
+from bytelm.arguments import UsageError
 from bytelm.serving.answers import Choice, merged
-from bytelm.serving.api import NO_CHAT, Api
-from bytelm.serving.engine import TOP, Scores, Settings, Written
-from bytelm.serving.requests import Limits
-from bytelm.serving.scheduler import Piece, QueueFull, Scheduler, Text
-from bytelm.serving.server import Guard, Server, own_names
+from bytelm.serving.api import NO_CHAT
+from bytelm.serving.command import check_options
+from bytelm.serving.errors import ApiError
+from bytelm.serving.requests import Limits, parse_request
+from bytelm.serving.scheduler import Piece
+from bytelm.tests.api_client import (
+    Echo,
+    ask,
+    count_of,
+    events,
+    metric,
+)
 
 pytest.importorskip("fastapi", reason="needs the extra api")
 # Libraries of the server warn of each other.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-LIMITS = Limits(prompt_bytes=64, new_bytes=400, capacity=440)
-FOREVER = {"prompt": "forever", "max_tokens": 400, "stream": True}
-
-
-class Echo:
-    """Writes the prompt over and over, a byte an advance; `gate` holds it back."""
-
-    config = SimpleNamespace(vocab=ByteVocab())
-    capacity, most_rounds, device_bytes = LIMITS.capacity, 4, 0
-
-    def __init__(self, slots: int = 2) -> None:
-        self.slots, self.advances, self.joined, self.joined_after = slots, 0, [], []
-        self.texts: dict[int, list] = {}
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def warm_up(self):
-        pass
-
-    def join(self, slot, prompt, settings):
-        assert slot not in self.texts
-        self.joined.append((prompt, settings))
-        self.joined_after.append(self.advances)
-        self.texts[slot] = [prompt, settings, 0]
-
-    def leave(self, slot):
-        del self.texts[slot]
-
-    def advance(self, rounds, meanwhile=lambda: None):
-        meanwhile()
-        self.gate.wait(20)
-        time.sleep(0.002)
-        self.advances += 1
-        written = []
-        for slot, text in list(self.texts.items()):
-            prompt, settings, count = text
-            if prompt == b"broken":
-                written.append(Written(slot, b"", None, None, "the model's logits are not finite"))
-                del self.texts[slot]
-                continue
-            if prompt == b"crash":
-                raise RuntimeError("out of memory\nand a trace")
-            text[2] = count + 1
-            end = "length" if count + 1 == settings.max_new_bytes else None
-            scores = self.score(b"?") if settings.scores else None
-            written.append(Written(slot, prompt[count % len(prompt) :][:1], scores, end))
-            if end:
-                del self.texts[slot]
-        return written, 1
-
-    def score(self, text):
-        shape = (len(text), TOP)
-        top = np.broadcast_to(np.array([256, 65, 66, 200, 0], np.int32), shape)
-        return Scores(np.full(len(text), -1, np.float32), top, np.full(shape, -2, np.float32))
-
-
-@pytest.fixture(scope="module")
-def engine():
-    return Echo()
-
-
-@pytest.fixture(scope="module")
-def address(engine, request):
-    api = Api(engine, "echo", LIMITS, 2, "secret")
-    guard = Guard(api.app(), own_names("127.0.0.1"), 2**16, LIMITS.body_bytes)
-    server = Server(guard, "127.0.0.1", 0)
-    request.addfinalizer(api.close)
-    request.addfinalizer(server.close)
-    request.addfinalizer(engine.gate.set)
-    return server.address.removeprefix("http://").rstrip("/")
-
-
-def ask(address, body, path="/v1/completions", method="POST", **headers) -> tuple[int, Any]:
-    """Status and body of one request; `body` may be an object or bytes."""
-    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-    connection = http.client.HTTPConnection(address, timeout=20)
-    headers = {"Authorization": "Bearer secret"} | {
-        k.replace("_", "-"): v for k, v in headers.items()
-    }
-    connection.request(method, path, data, headers)
-    answer = connection.getresponse()
-    found = answer.read()
-    connection.close()
-    return answer.status, json.loads(found) if found[:1] == b"{" else found
-
-
-def metric(address, name):
-    _, text = ask(address, None, "/metrics", "GET")
-    (value,) = re.findall(rf"^bytelm_{re.escape(name)} (\S+)$", text.decode(), re.M)
-    return float(value)
-
-
-def events(data):
-    lines = data.decode().strip().split("\n\n")
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_a_completion_has_openais_shape(address):
@@ -201,14 +102,44 @@ def test_scoring_alone(address, engine):
     assert not engine.joined
 
 
+def test_a_prompt_that_ends_inside_a_character_is_scored_to_its_end(address):
+    body = {"prompt": [97, 240], "max_tokens": 0, "echo": True, "logprobs": 1}
+    (choice,) = ask(address, body)[1]["choices"]
+    assert choice["text"] == "a\ufffd" and choice["finish_reason"] == "length"
+    assert choice["logprobs"]["tokens"] == ["a", r"bytes:\xf0"]
+
+
+def test_limits_are_no_more_than_the_model_takes():
+    limits = Limits(prompt_bytes=9_999_999, new_bytes=2048, capacity=1024)
+    assert (limits.prompt_bytes, limits.new_bytes) == (1024, 1024)
+    assert limits.body_bytes < 2**20
+    config: Any = Echo.config
+    with pytest.raises(ApiError, match="prompt: 1100 bytes; at most 1024") as caught:
+        parse_request(json.dumps({"prompt": "a" * 1100}).encode(), "m", config, limits)
+    assert caught.value.param == "prompt"
+
+
+def test_a_fault_of_the_server_is_a_counted_500(address, engine, monkeypatch):
+    before = metric(address, 'requests_total{status="500"}')
+    monkeypatch.setattr(engine, "score", lambda text: 1 / 0)
+    body = {"prompt": "hi", "max_tokens": 0, "echo": True, "logprobs": 1}
+    status, found = ask(address, body)
+    assert status == 500 and found["error"]["message"] == "the server failed: ZeroDivisionError"
+    assert metric(address, 'requests_total{status="500"}') == before + 1
+
+
 HOSTILE = {
     "nothing": (b"", 400, "body: is not JSON"),
-    "deep": (b"[" * 50_000, 400, "body: is not JSON"),
+    "deep": (b"[" * 50_000, 400, "body: is nested too deeply"),
+    "deep prompt": (b'{"prompt":' + b"[" * 9000 + b"]" * 9000 + b"}", 400, "nested too deeply"),
+    "half a field": (b'{"\\ud800": 1}', 400, "is no field of a completion"),
+    "no place": ({"prompt": "a", "n": 5}, 400, "n: the request is for 5 texts; this server takes"),
+    "no place for prompts": ({"prompt": ["a"] * 5}, 400, "prompt: the request is for 5 texts"),
     "no text": (b'{"prompt": "\xff"}', 400, "body: is not JSON"),
     "array": (b"[]", 400, "must be a JSON object"),
     "NaN": (b'{"temperature": NaN}', 400, "NaN is not a number of JSON"),
     "infinite": (b'{"temperature": 1e999}', 400, "temperature: must be a number"),
-    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "body: is not JSON"),
+    "long number": (b'{"seed": ' + b"9" * 5000 + b"}", 400, "has too many digits"),
     "negative": ({"temperature": -1}, 400, "temperature=-1.0"),
     "cold": ({"temperature": 1e-9}, 400, "temperature=1e-09"),
     "top_p": ({"top_p": 0}, 400, "top_p=0.0: must be above 0"),
@@ -236,6 +167,8 @@ HOSTILE = {
     "stream": ({"stream": "yes"}, 400, "stream: must be true or false"),
     "options": ({"stream_options": {"include_usage": True}}, 400, "for stream=true alone"),
     "unknown": ({"promt\n": "a"}, 400, "'promt\\n': is no field of a completion here"),
+    "user": ({"user": 5}, 400, "user: must be a string"),
+    "false penalty": ({"presence_penalty": False}, 400, "presence_penalty: is not supported"),
     "penalty": ({"presence_penalty": 1}, 400, "presence_penalty: is not supported"),
     "model": ({"model": "gpt-4"}, 404, "model: 'gpt-4' is not here; this is echo"),
 }  # fmt: skip
@@ -262,132 +195,44 @@ def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, nam
         ("GET", "/metrics", {"Authorization": ""}, None, 401, "key of this server"),
         ("POST", "/v1/completions", {"Authorization": ""}, b"{}", 401, "key of this server"),
         ("GET", "/v1/completions", {}, None, 405, "takes POST alone"),
+        ("DELETE", "/v1/models/echo", {}, None, 405, "takes GET alone"),
+        ("POST", "/v1/models/other", {}, b"{}", 405, "takes GET alone"),
+        ("POST", "/health", {}, b"{}", 405, "/health: takes GET alone"),
+        ("POST", "/metrics", {}, b"{}", 405, "/metrics: takes GET alone"),
+        ("HEAD", "/health", {}, None, 200, ""),
+        ("GET", "/foo", {}, None, 404, "not served"),
+        ("GET", "/v1/models", {"Authorization": "bearer secret"}, None, 200, ""),
+        ("GET", "/v1/models", {"Authorization": "Basic secret"}, None, 401, "key of this server"),
+        ("POST", "/v1/completions", {"Content-Encoding": "gzip"}, b"{}", 415, "not compressed"),
         ("POST", "/v1/chat/completions", {}, b"{}", 404, NO_CHAT),
         ("POST", "/v1/embeddings", {}, b"{}", 404, "not served"),
         ("POST", "/v1/completions", {"Host": "evil.example"}, b"{}", 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "[::1"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "evil@localhost"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "localhost:abc"}, None, 421, "does not go by"),
+        ("GET", "/v1/models", {"Host": "[::1]:80"}, None, 200, ""),
+        ("GET", "/v1/models", {"Host": "LOCALHOST"}, None, 200, ""),
         ("POST", "/v1/completions", {"Origin": "http://evil.example"}, b"{}", 403, "other sites"),
+        ("GET", "/v1/models", {"Origin": "http://[evil"}, None, 403, "other sites"),
+        ("GET", "/v1/models", {"Origin": "null"}, None, 403, "other sites"),
         ("POST", "/v1/completions", {"Content-Length": "9" * 12}, b"{}", 413, "body: at most"),
         ("POST", "/v1/completions", {}, b" " * 200_000, 413, "body: at most"),
     ],
 )
 def test_who_may_ask_what(address, engine, method, path, headers, body, status, says):
-    before = len(engine.joined)
+    before, counted = len(engine.joined), count_of(address, status)
     got, found = ask(address, body, path, method, **headers)
     assert got == status and len(engine.joined) == before
+    of_metrics = status == 200  # the two requests for metrics are counted, too
+    assert count_of(address, status) == counted + 1 + of_metrics
     assert status == 200 or says in found["error"]["message"]
 
 
-def start_stream(address, body=FOREVER):
-    connection = http.client.HTTPConnection(address, timeout=20)
-    connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Authorization": "Bearer secret"}
-    )
-    answer = connection.getresponse()
-    assert answer.status == 200
-    return connection, answer
-
-
-def until(holds, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not holds() and time.monotonic() < end:
-        time.sleep(0.005)
-    assert holds()
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_frees_its_slot(address, engine, stream):
-    connection = http.client.HTTPConnection(address, timeout=20)
-    body = json.dumps(FOREVER | {"stream": stream})
-    connection.request("POST", "/v1/completions", body, {"Authorization": "Bearer secret"})
-    until(lambda: engine.texts)
-    before = metric(address, 'texts_total{end="cancelled"}')
-    if stream:
-        answer = connection.getresponse()
-        answer.read(10)
-        answer.close()
-    connection.close()
-    until(lambda: not engine.texts)
-    assert metric(address, 'texts_total{end="cancelled"}') == before + 1
-    assert metric(address, "advances_total") == engine.advances
-
-
-def test_a_cancelled_text_is_gone_before_the_next_advance():
-    engine, heard = Echo(1), []
-    scheduler = Scheduler(engine, 1, heard.extend)
-    settings = Settings(max_new_bytes=400, sampler=SamplerConfig(), seed=0)
-    first, second = (Text(i, b"ab", settings, (), lambda *_: None) for i in range(2))
-    engine.gate.clear()
-    scheduler.submit([first])
-    until(lambda: engine.texts)
-    scheduler.submit([second])
-    scheduler.cancel([first])
-    engine.gate.set()
-    until(lambda: len(engine.joined) == 2)
-    assert engine.joined_after == [0, 1]  # the one advance that was under way
-    with pytest.raises(QueueFull):
-        scheduler.submit([first, second])
-    scheduler.cancel([second])
-    until(lambda: not engine.texts)
-    scheduler.close()
-
-
-def test_a_full_queue_answers_429(address, engine):
-    engine.gate.clear()
-    streams = [start_stream(address) for _ in range(2)]
-    until(lambda: engine.texts)
-    streams += [start_stream(address) for _ in range(2)]  # two slots and two that wait
-    status, found = ask(address, {"prompt": "x"})
-    assert status == 429 and found["error"]["type"] == "rate_limit_error"
-    for connection, answer in streams:
-        answer.close()
-        connection.close()
-    engine.gate.set()
-    until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
-
-
-def test_logits_that_are_not_finite_are_an_error_of_one_request(address):
-    status, found = ask(address, {"prompt": "broken"})
-    assert status == 500 and "not finite" in found["error"]["message"]
-    status, data = ask(address, {"prompt": "broken", "stream": True})
-    assert status == 200 and b"not finite" in data and b"[DONE]" not in data
-    assert ask(address, {"prompt": "ab"})[0] == 200
-
-
-def test_slow_clients_are_cut(address, engine, monkeypatch):
-    monkeypatch.setattr(serving, "_SECONDS", 0.2)
-    host, port = address.split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
-    for part in ("", head, f"{head}Content-Length: 9\r\n\r\n{{"):
-        with socket.create_connection((host, int(port)), timeout=20) as slow:
-            slow.sendall(part.encode())
-            answer = b"".join(iter(lambda: slow.recv(4096), b""))  # until the server closes
-        assert answer == b"" or answer.startswith(b"HTTP/1.1 408"), answer
-
-
-def test_a_client_that_does_not_read_is_cut(address, engine, monkeypatch):
-    monkeypatch.setattr(serving, "_SECONDS", 0.2)
-    host, port = address.split(":")
-    body = json.dumps(FOREVER | {"n": 100, "logprobs": 5})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer secret\r\n"
-    monkeypatch.setattr(engine, "slots", 100)
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        slow.connect((host, int(port)))
-        slow.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        until(lambda: engine.texts)
-        until(lambda: not engine.texts, 20)
-        assert metric(address, 'texts_total{end="cancelled"}') >= 1
-
-
-def test_a_failed_engine_is_said(monkeypatch):
-    engine = Echo()
-    api = Api(engine, "echo", LIMITS, 2)
-    server = Server(Guard(api.app(), None, 2**16, 2**16), "127.0.0.1", 0)
-    address = server.address.removeprefix("http://").rstrip("/")
-    assert ask(address, {"prompt": "ab"})[0] == 200
-    status, found = ask(address, {"prompt": "crash"})
-    assert (status, found["error"]["message"]) == (500, "RuntimeError: out of memory")
-    assert ask(address, {"prompt": "ab"})[0] == 503
-    assert ask(address, None, "/health", "GET")[0] == 503
-    server.close()
-    api.close()
+@pytest.mark.parametrize(
+    "name", ["port", "slots", "max-prompt-bytes", "max-new-bytes", "queue", "time-limit"]
+)
+def test_a_refused_option_has_its_name(name):
+    numbers = {"port": 80, "slots": 1, "max-prompt-bytes": 1, "max-new-bytes": 1, "queue": 1}
+    numbers["time-limit"] = 1
+    with pytest.raises(UsageError, match=f"--{name} -1: must be"):
+        check_options(*(numbers | {name: -1}).values())

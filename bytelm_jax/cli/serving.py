@@ -48,7 +48,7 @@ def serve_command(
     """
     from bytelm.serving import command
 
-    command.check_options(port, slots)
+    command.check_options(port, slots, max_prompt_bytes, max_new_bytes, queue, time_limit)
     key = _checked_key(page, api, api_key)
 
     from bytelm_jax.tools import app
@@ -62,8 +62,7 @@ def serve_command(
     with ExitStack() as stack:
         blocks = app.build_page(app.Service(recipe, params, limits)) if page else None
         served = _make_api(stack, run, recipe, params, limits, slots, key) if api else None
-        server = _listen(host, port, limits, blocks, served)
-        stack.callback(server.close)
+        server = _listen(stack, host, port, limits, blocks, served)
         is_open = "page; it has no password" if page else "" if key else "API; it has no key"
         command.announce(f"{run} (step {step})", server.address, host, port, is_open)
         command.wait_for_interrupt()
@@ -100,13 +99,18 @@ def _checked_key(page: bool, api: bool, given: str) -> str:
     return key
 
 
-def _listen(host: str, port: int, limits: Any, blocks: Any, served: Any) -> Any:
+def _listen(stack: ExitStack, host: str, port: int, limits: Any, blocks: Any, served: Any) -> Any:
     """The running server of the page, of the API, or of both."""
     from bytelm.serving import command
     from bytelm_jax.tools import app
 
     if served is None:
-        return app.launch(blocks, host, port, limits)
-    if blocks is None:
-        return command.listen(served, host, port)
-    return app.launch(blocks, host, port, limits, served.app(), served.limits.body_bytes)
+        server = app.launch(blocks, host, port, limits)
+    elif blocks is None:
+        server = command.listen(served, host, port)
+    else:
+        server = app.launch(blocks, host, port, limits, served)
+    stack.callback(server.close)
+    if served is not None:  # ends before the server, so that no request is cut without an answer
+        stack.callback(served.close)
+    return server

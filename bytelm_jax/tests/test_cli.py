@@ -218,19 +218,6 @@ def test_a_prompt_file_of_one_hyphen_is_standard_input(run, capsysbinary, monkey
     assert refusal.out == b"" and b"prompts: 60 bytes and max_new_bytes=10 make 70" in refusal.err
 
 
-def test_a_character_that_the_prompt_began_is_printed_whole(run, capsysbinary, tmp_path):
-    half = tmp_path / "half"
-    half.write_bytes("ab€".encode()[:-1])
-    argv = ["generate", str(run), "--prompt-file", str(half), "--valid-utf8", "--max-new-bytes"]
-    assert cli.main([*argv, "9"]) == 0
-    printed = capsysbinary.readouterr().out.decode("utf-8")
-    assert printed.startswith("ab") and "\ufffd" not in printed
-    assert cli.main([*argv, "9", "--json", "--samples", "2"]) == 0
-    rows = [json.loads(line) for line in capsysbinary.readouterr().out.splitlines()]
-    assert f"ab{rows[0]['text']}\n" == printed and len(rows) == 2
-    assert len(rows[0]["log_probs"]) == len(bytes.fromhex(rows[0]["bytes"])) == 9
-
-
 def test_export_import_there_and_back(run, export, tmp_path, text, capsys):
     again = tmp_path / "again"
     assert cli.main(["import", str(export), "--out", str(again)]) == 0

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
 from bytelm.sampling import SamplerConfig
+from bytelm.serving.api import Api
 from bytelm.serving.server import Server, own_names
 from bytelm.tokenizer import ByteTokenizer, StreamingDecoder
 from bytelm_jax.inference.generate import stream
@@ -343,19 +344,17 @@ def _controls(gr: Any, limits: Limits) -> list[Any]:
     ]
 
 
-def launch(
-    page: Any, host: str, port: int, limits: Limits, app: Any = None, api_body_bytes: int = 0
-) -> Server:
+def launch(page: Any, host: str, port: int, limits: Limits, api: Api | None = None) -> Server:
     """Starts the page in threads of this process; raises `OSError` if the port is taken.
 
-    A page on this machine's own address answers to the names of this machine alone. `app` is a
-    FastAPI application that answers beside it, with bodies of up to `api_body_bytes` below /v1/.
+    A page on this machine's own address answers to the names of this machine alone. `api` answers
+    beside it.
     """
     gr: Any = importlib.import_module("gradio")
     fastapi: Any = importlib.import_module("fastapi")
     local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     mounted = gr.mount_gradio_app(
-        fastapi.FastAPI(openapi_url=None) if app is None else app,
+        fastapi.FastAPI(openapi_url=None) if api is None else api.app(),
         page,
         path="/",
         server_name=host,
@@ -369,5 +368,6 @@ def launch(
     )
     body_bytes = 8 * limits.prompt_bytes + 2**16  # a byte takes six characters as a JSON escape
     functions = {number for number, one in page.fns.items() if one.fn}  # not those of the browser
-    guard = PageGuard(mounted, own_names(host), functions, body_bytes, api_body_bytes)
+    of_api = (0, None) if api is None else (api.limits.body_bytes, api.count)
+    guard = PageGuard(mounted, own_names(host), functions, body_bytes, *of_api)
     return Server(guard, host, port)

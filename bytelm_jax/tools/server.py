@@ -1,7 +1,7 @@
 """What Gradio serves and the page does not need: uploads, and ways past its queue."""
 
 import json
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 from bytelm.serving.server import Guard, Message
@@ -20,8 +20,9 @@ class PageGuard(Guard):
         functions: Container[int],
         body_bytes: int,
         api_body_bytes: int = 0,
+        count: Callable[[int], None] | None = None,
     ):
-        super().__init__(app, hosts, body_bytes, api_body_bytes)
+        super().__init__(app, hosts, body_bytes, api_body_bytes, count)
         self._functions = functions
 
     def refused_path(self, scope: Message) -> tuple[int, str] | None:

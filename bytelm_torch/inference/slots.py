@@ -73,10 +73,6 @@ class TorchSlots:
         self._last: tuple[bytes, Any, Tensor] | None = None
         with inference(model):
             zeros = torch.zeros(slots, dtype=torch.long, device=self._at)
-            self._allowed = {
-                ends: torch.from_numpy(allowed_candidates(constraints, vocab, ends)).to(self._at)
-                for ends in (True, False)
-            }
             self._rows = Rows(
                 torch.zeros(slots, self._length, device=self._at, dtype=torch.float32),
                 zeros.clone(),
