@@ -166,7 +166,12 @@ def test_a_command_that_is_stopped_says_so_in_one_line(monkeypatch, capsys, tmp_
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(front, "_command", stopped_by(signal.SIGINT))
-    assert front.main(["eval"]) == 130
+    # Tests that a shell runs in the background ignore SIGINT, which is inherited.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert front.main(["eval"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert capsys.readouterr().err == "bytelm eval: interrupted\n"
     monkeypatch.setattr(front, "_command", stopped_by(signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
