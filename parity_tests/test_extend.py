@@ -12,7 +12,7 @@ from bytelm_jax.parity.twins import make_twin
 from bytelm_jax.tests.test_extend import random_params
 from parity_tests.blocks import LENGTH, MODELS, PROMPT, check_blocks, texts
 
-NAMES = ("in_action, newline", "lfbyte, newline", "bytropix, newline, small budget")
+NAMES = ("in_action, newline", "lfbyte, newline", "blt, space")
 
 
 @pytest.mark.parametrize("name", NAMES)
