@@ -11,12 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from bytelm.config import ByteVocab, require
+from bytelm.config import require
 from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
 from bytelm.generation.completion import Completion
 from bytelm.generation.draft_table import DRAFT_BYTES
 from bytelm.generation.stops import StopScanner
-from bytelm.sampling import SamplerConfig, check_request, require_sampled
+from bytelm.sampling import SamplerConfig, check_request
+from bytelm.writing import Texts, written_bytes
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.rounds import (
     Run,
@@ -157,23 +158,14 @@ class _Writing:
     ) -> None:
         uniforms = functools.partial(random_uniforms, settings.mode, seed)
         self._run: Run = begin(model, prompts, max_new_bytes, settings, uniforms)
-        self._state, self._pads, self._vocab = (
-            self._run.state,
-            model.round_length,
-            model.config.vocab,
-        )
+        self._state, self._pads = self._run.state, model.round_length
         self._drafted = DRAFT_BYTES if settings.drafter else 0
-        self._starts = [len(prompt) for prompt in prompts]
-        self._read = list(self._starts)
-        self._ended = [False] * len(prompts)
-        self._scanners = [StopScanner(stop) for _ in prompts]
-        self._met = [False] * len(prompts)
-        self._texts = [b""] * len(prompts)
+        self._texts = Texts(prompts, max_new_bytes, stop, model.config.vocab)
 
     @property
     def done(self) -> bool:
         """Whether every text is complete."""
-        return all(self._ended)
+        return self._texts.done
 
     def advance(self, count: int) -> list[bytes]:
         """Writes about `count` bytes in each row; gives what of each text is new and certain."""
@@ -181,45 +173,19 @@ class _Writing:
         begun = np.asarray(state.index)
         self._state = state = self._run.advance(state, begun + np.int32(count))
         ids, index, done = (np.asarray(part) for part in (state.ids, state.index, state.done))
-        pieces = [self._piece(row, ids[row, self._pads :], index, done) for row in range(self.rows)]
-        if any(self._met):
-            met = np.zeros_like(done)
-            met[: self.rows] = self._met
-            self._state = state._replace(done=jax.numpy.asarray(done | met))
+        pieces, met = self._texts.read(ids[:, self._pads :], index, done), self._texts.met
+        if any(met):
+            ended = done.copy()
+            ended[: len(met)] |= met
+            self._state = state._replace(done=jax.numpy.asarray(ended))
         return pieces
-
-    @property
-    def rows(self) -> int:
-        """The texts, without the rows that only fill the batch."""
-        return len(self._starts)
-
-    def _piece(self, row: int, ids: np.ndarray, index: np.ndarray, done: np.ndarray) -> bytes:
-        if self._ended[row]:
-            return b""
-        end = min(int(index[row]), int(self._run.ends[row]))
-        fresh = _new_bytes(ids[self._read[row] : end], self._vocab)
-        self._read[row] = max(end, self._read[row])
-        piece, self._met[row] = self._scanners[row].feed(fresh)
-        if done[row] and not self._met[row]:
-            piece += self._scanners[row].finish()
-        self._ended[row] = bool(done[row]) or self._met[row]
-        self._texts[row] += piece
-        return piece
 
     def completions(self) -> list[Completion]:
         """The texts, once all of them are complete."""
         state = self._state
-        ids, kept = np.asarray(state.ids)[:, self._pads :], np.asarray(state.log_probs)
-        rounds, accepted = np.asarray(state.rounds), np.asarray(state.accepted)
-        found = []
-        for row, (start, text) in enumerate(zip(self._starts, self._texts, strict=True)):
-            written = ids[row, start : self._run.ends[row]]
-            at_eos = len(text) < len(written) and written[len(text)] == self._vocab.eos_id
-            end = "stop" if self._met[row] else "eos" if at_eos else "length"
-            log_probs = kept[row, start : start + len(text)] if kept.shape[1] else None
-            counts = int(rounds[row]), int(rounds[row]) * self._drafted, int(accepted[row])
-            found.append(Completion(text, log_probs, end, *counts))
-        return found
+        ids = np.asarray(state.ids)[:, self._pads :]
+        counts = np.asarray(state.rounds), np.asarray(state.accepted), self._drafted
+        return self._texts.completions(ids, np.asarray(state.log_probs), *counts)
 
 
 def generate_uncached(
@@ -262,7 +228,7 @@ def generate_uncached(
         if done.all():
             break
     return [
-        _new_bytes(row[length : length + max_new_bytes], vocab)
+        written_bytes(row[length : length + max_new_bytes], vocab)
         for row, length in zip(ids, lengths, strict=True)
     ]
 
@@ -326,11 +292,3 @@ def _capacity(model: Any, rows: int) -> int:
     while 2 * length <= 2**30 and batch_bytes(model, batch, 2 * length) <= memory:
         length *= 2
     return length
-
-
-def _new_bytes(ids: np.ndarray, vocab: ByteVocab) -> bytes:
-    """The bytes up to end-of-sequence; raises `ValueError` where logits were not finite."""
-    ended = np.flatnonzero(ids == vocab.eos_id)
-    kept = ids[: ended[0]] if ended.size else ids
-    require_sampled(kept.tolist(), vocab)
-    return (kept - vocab.offset).astype(np.uint8).tobytes()

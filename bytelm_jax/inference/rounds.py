@@ -75,7 +75,6 @@ class Run(NamedTuple):
 
     state: State
     advance: Callable[[State, np.ndarray], State]
-    ends: np.ndarray
 
 
 class Settings(NamedTuple):
@@ -144,7 +143,7 @@ def begin(
     def advance(state: State, stop: np.ndarray) -> State:
         return program(params, arguments, rows, stop, state)
 
-    return Run(state, advance, ends)
+    return Run(state, advance)
 
 
 @functools.lru_cache(maxsize=64)

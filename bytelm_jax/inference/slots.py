@@ -105,7 +105,7 @@ class JaxSlots:
         limit = self.config.longest_input
         self.capacity = capacity if limit is None else min(capacity, limit)
         self._patch, self._length = model.round_length, padded(model, self.capacity)
-        self._batch = padded_rows(1) if slots == 1 else max(padded_rows(1), slots)
+        self._batch = max(padded_rows(1), slots)
         size = batch_bytes(model, self._batch, self._length)
         require(
             size <= device_memory(),

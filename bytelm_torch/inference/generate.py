@@ -4,7 +4,6 @@ The mirror of `bytelm_jax/inference/generate.py`. Axes: B rows, L bytes of the l
 vocabulary.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from bytelm.config import ByteVocab, require
+from bytelm.config import require
 from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
 from bytelm.generation.completion import Completion
 from bytelm.generation.draft_table import DRAFT_BYTES
 from bytelm.generation.stops import StopScanner
 from bytelm.memory import host_memory
-from bytelm.sampling import SamplerConfig, check_request, require_sampled
+from bytelm.sampling import SamplerConfig, check_request
+from bytelm.writing import Texts, written_bytes
 from bytelm_torch.inference.rounds import (
     Run,
     Settings,
@@ -153,67 +153,32 @@ class _Writing:
     ) -> None:
         uniforms = partial(random_uniforms, seed)
         self._run: Run = begin(model, prompts, max_new_bytes, settings, uniforms)
-        self._state, self._pads, self._vocab = (
-            self._run.state,
-            model.round_length,
-            model.config.vocab,
-        )
+        self._state, self._pads = self._run.state, model.round_length
         self._drafted = DRAFT_BYTES if settings.drafter else 0
-        self._starts = [len(prompt) for prompt in prompts]
-        self._read = list(self._starts)
-        self._ended = [False] * len(prompts)
-        self._scanners = [StopScanner(stop) for _ in prompts]
-        self._met = [False] * len(prompts)
-        self._texts = [b""] * len(prompts)
+        self._texts = Texts(prompts, max_new_bytes, stop, model.config.vocab)
 
     @property
     def done(self) -> bool:
         """Whether every text is complete."""
-        return all(self._ended)
+        return self._texts.done
 
     def advance(self, count: int) -> list[bytes]:
         """Writes about `count` bytes in each row; gives what of each text is new and certain."""
         state = self._state
         self._state = state = self._run.advance(state, state.index + count)
         ids, index, done = (_on_host(part) for part in (state.ids, state.index, state.done))
-        pieces = [self._piece(row, ids[row, self._pads :], index, done) for row in range(self.rows)]
-        if any(self._met):
-            met = torch.tensor(self._met, device=state.done.device)
+        pieces, met = self._texts.read(ids[:, self._pads :], index, done), self._texts.met
+        if any(met):
+            met = torch.tensor(met, device=state.done.device)
             self._state = state._replace(done=state.done | met)
         return pieces
-
-    @property
-    def rows(self) -> int:
-        """The number of texts."""
-        return len(self._starts)
-
-    def _piece(self, row: int, ids: np.ndarray, index: np.ndarray, done: np.ndarray) -> bytes:
-        if self._ended[row]:
-            return b""
-        end = min(int(index[row]), int(self._run.ends[row]))
-        fresh = _new_bytes(ids[self._read[row] : end], self._vocab)
-        self._read[row] = max(end, self._read[row])
-        piece, self._met[row] = self._scanners[row].feed(fresh)
-        if done[row] and not self._met[row]:
-            piece += self._scanners[row].finish()
-        self._ended[row] = bool(done[row]) or self._met[row]
-        self._texts[row] += piece
-        return piece
 
     def completions(self) -> list[Completion]:
         """The texts, once all of them are complete."""
         state = self._state
-        ids, kept = _on_host(state.ids)[:, self._pads :], _on_host(state.log_probs)
-        rounds, accepted = _on_host(state.rounds), _on_host(state.accepted)
-        found = []
-        for row, (start, text) in enumerate(zip(self._starts, self._texts, strict=True)):
-            written = ids[row, start : self._run.ends[row]]
-            at_eos = len(text) < len(written) and written[len(text)] == self._vocab.eos_id
-            end = "stop" if self._met[row] else "eos" if at_eos else "length"
-            log_probs = kept[row, start : start + len(text)] if kept.shape[1] else None
-            counts = int(rounds[row]), int(rounds[row]) * self._drafted, int(accepted[row])
-            found.append(Completion(text, log_probs, end, *counts))
-        return found
+        ids = _on_host(state.ids)[:, self._pads :]
+        counts = _on_host(state.rounds), _on_host(state.accepted), self._drafted
+        return self._texts.completions(ids, _on_host(state.log_probs), *counts)
 
 
 def generate_uncached(
@@ -254,7 +219,7 @@ def generate_uncached(
             if done.all():
                 break
     return [
-        _new_bytes(row[length : length + max_new_bytes], vocab)
+        written_bytes(row[length : length + max_new_bytes], vocab)
         for row, length in zip(_on_host(ids), lengths.tolist(), strict=True)
     ]
 
@@ -307,10 +272,3 @@ def _capacity(model: Any, rows: int) -> int:
 
 def _on_host(x: Tensor) -> np.ndarray:
     return x.cpu().numpy()
-
-
-def _new_bytes(ids: np.ndarray, vocab: ByteVocab) -> bytes:
-    """The bytes up to end-of-sequence; raises `ValueError` where logits were not finite."""
-    kept = list(itertools.takewhile(lambda item: item != vocab.eos_id, ids.tolist()))
-    require_sampled(kept, vocab)
-    return bytes(item - vocab.offset for item in kept)

@@ -74,7 +74,6 @@ class Run(NamedTuple):
 
     state: State
     advance: Callable[[State, Tensor], State]
-    ends: list[int]
 
 
 class Settings(NamedTuple):
@@ -142,7 +141,7 @@ def begin(
         with _inference(model, drafter):
             return append(model, rows, stop, state, propose)
 
-    return Run(state, advance, ends.tolist())
+    return Run(state, advance)
 
 
 def _prefill(model: Any, prompt: Tensor, length: int, by_byte: bool) -> Any:
