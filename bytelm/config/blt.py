@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
 from bytelm.config.base import (
@@ -14,6 +14,13 @@ from bytelm.config.base import (
     require_number,
     require_numbers,
     require_positive,
+)
+from bytelm.config.block import (
+    BlockConfig,
+    attention_parameters,
+    layer_parameters,
+    mean_keys,
+    require_heads,
 )
 
 HASH_PRIMES = (
@@ -88,13 +95,13 @@ class EntropyConfig(ArchitectureConfig):
 
     def parameter_count(self) -> int:
         """Number of parameters, in closed form."""
-        layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
+        layer = layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
         return self.layers * layer + 2 * self.vocab.size * self.dim + self.dim
 
     def flops_per_byte(self, length: int) -> float:
         """Forward floating-point operations per byte at `length` bytes; causal attention half."""
-        layer = _layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
-        keys = _mean_keys(length, self.window)
+        layer = layer_parameters(self.dim, self.heads, self.kv_heads, self.hidden_dim)
+        keys = mean_keys(length, self.window)
         return 2 * (self.layers * (layer + 2 * self.dim * keys) + self.dim * self.vocab.size)
 
     def patch_rule(self, threshold: float | None = None) -> str:
@@ -187,6 +194,7 @@ class BLTConfig(ArchitectureConfig):
     """Its key/value heads; 0 means as many as heads."""
     global_hidden_dim: int = 5632
     """Hidden width of its feed-forward layers."""
+    global_block: BlockConfig = field(default_factory=BlockConfig)
     feedforward: Literal["gated", "spline"] = "gated"
     """A gated layer, or one learned spline per channel."""
     entropy_attention: bool = False
@@ -234,9 +242,12 @@ class BLTConfig(ArchitectureConfig):
         if not self.ngram_sizes:
             tables = ("ngram_functions", "ngram_rows", "ngram_combine")
             found |= dict.fromkeys(tables, "no-ngram-sizes")
+        block = self.global_block.ineffective
         if self.positions != "rotary":
             found["rope_theta"] = f"positions={self.positions}"
-        return found
+            rotary = (f.name for f in fields(BlockConfig) if f.name.startswith("rope_"))
+            block = dict.fromkeys(rotary, found["rope_theta"])
+        return found | {f"global_block.{name}": setting for name, setting in block.items()}
 
     @property
     def needs_entropy_model(self) -> bool:
@@ -303,7 +314,7 @@ class BLTConfig(ArchitectureConfig):
         count += (self.vocab.size + self.ngram_tables * self.ngram_rows) * local
         count += self.encoder_layers * self._encoder_layer() + self._encoder_cross()
         count += self.decoder_layers * (self._decoder_layer() + self._decoder_cross())
-        count += self.global_layers * self._global_layer()
+        count += self.global_layers * self._global_layer() + wide * self.global_block.final_norm
         count += queries * local * (local + wide)  # into queries, back into keys
         if queries * local != wide:
             count += queries * local * wide
@@ -312,7 +323,7 @@ class BLTConfig(ArchitectureConfig):
     def flops_per_byte(self, length: int) -> float:
         """Forward operations per byte at this mean patch length; causal attention counts half."""
         local, wide, queries = self.local_dim, self.global_dim, self.patch_queries
-        keys, patches = _mean_keys(length, self.local_window), length / self.bytes_per_patch
+        keys, patches = mean_keys(length, self.local_window), length / self.bytes_per_patch
         byte = self.encoder_layers * (self._encoder_layer() + 2 * local * keys)
         byte += self.decoder_layers * (self._decoder_layer() + 2 * local * keys)
         byte += 2 * local * queries * (1 + self.decoder_layers)  # scores and values of both reads
@@ -320,7 +331,9 @@ class BLTConfig(ArchitectureConfig):
         byte += self._encoder_cross() - 2 * square + self.decoder_layers * 2 * square
         patch = 2 * square * queries + queries * local * (local + wide)
         patch += self.decoder_layers * queries * (self._decoder_cross() - 2 * square)
-        patch += self.global_layers * (self._global_layer() + wide * patches)
+        mixed = self.global_heads * self.global_block.head_width(wide, self.global_heads)
+        patch += self.global_layers * (self._global_layer() + mixed * patches)
+        patch += wide * self.global_block.final_norm
         if queries * local != wide:
             patch += queries * local * wide
         work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
@@ -344,19 +357,20 @@ class BLTConfig(ArchitectureConfig):
     def _global_layer(self) -> int:
         heads = (self.global_heads, self.global_kv_heads)
         guide = 2 * self.global_heads if self.entropy_attention else 0
-        return self._layer(self.global_dim, *heads, self.global_hidden_dim) + guide
+        more = guide + self.global_block.more_parameters(self.global_dim, *heads)
+        return self._layer(self.global_dim, *heads, self.global_hidden_dim) + more
 
     def _layer(self, width: int, heads: int, kv_heads: int, hidden: int) -> int:
         if self.feedforward == "gated":
-            return _layer_parameters(width, heads, kv_heads, hidden)
+            return layer_parameters(width, heads, kv_heads, hidden)
         splines = hidden * (1 + SPLINE_BASES)
-        return _cross_parameters(width, heads, kv_heads) + 2 * width * hidden + splines
+        return attention_parameters(width, heads, kv_heads) + 2 * width * hidden + splines
 
     def _encoder_cross(self) -> int:
-        return _cross_parameters(self.local_dim, self.encoder_heads, self.encoder_kv_heads)
+        return attention_parameters(self.local_dim, self.encoder_heads, self.encoder_kv_heads)
 
     def _decoder_cross(self) -> int:
-        return _cross_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+        return attention_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
 
 
 def _check(c: BLTConfig) -> None:
@@ -368,7 +382,12 @@ def _check(c: BLTConfig) -> None:
     require_positive(c, *sizes, *heads, *hidden)
     require_heads("encoder_heads", c.local_dim, c.encoder_heads, c.encoder_kv_heads)
     require_heads("decoder_heads", c.local_dim, c.decoder_heads, c.decoder_kv_heads)
-    require_heads("global_heads", c.global_dim, c.global_heads, c.global_kv_heads)
+    wide = (c.global_dim, c.global_heads, c.global_kv_heads)
+    require_heads("global_heads", *wide, c.global_block.head_dim)
+    plain = (c.global_block.norm, c.global_block.norm_eps) == ("before", BlockConfig.norm_eps)
+    where = f"global_block.{'norm' if c.global_block.norm == 'after' else 'norm_eps'}"
+    why = "has no effect on feedforward=spline; use feedforward=gated"
+    require(plain or c.feedforward == "gated", f"{where}: {why}")
     require(c.local_window >= 0, f"local_window={c.local_window}: must be at least 0")
     require(c.rope_theta > 0, f"rope_theta={c.rope_theta}: must be above 0")
     require_fraction(c, "dropout")
@@ -449,38 +468,11 @@ def _transformers_problem(c: BLTConfig) -> str | None:
         value = getattr(c, name)
         if value != known:
             return f"{name}={value!r}: transformers only supports {known!r}"
+    different = c.global_block.difference
+    if different is not None:
+        return f"global_block.{different}: transformers' BLT has no such layers"
     if c.ngram_tables == 0:
         return "ngram_sizes=(): transformers needs at least one"
     if c.dropout != 0:
         return f"dropout={c.dropout}: transformers applies it elsewhere; set it to 0"
     return None
-
-
-def require_heads(name: str, width: int, heads: int, kv_heads: int) -> None:
-    """Raises `ValueError` unless heads divide the width evenly, have even width and form groups."""
-    require(
-        width % heads == 0 and width // heads % 2 == 0,
-        f"{name}={heads}: must divide the width {width} into heads of even width",
-    )
-    grouped = name.replace("heads", "kv_heads")
-    require(
-        kv_heads == 0 or (kv_heads > 0 and heads % kv_heads == 0),
-        f"{grouped}={kv_heads}: must be 0 or divide {name}={heads}",
-    )
-
-
-def _cross_parameters(width: int, heads: int, kv_heads: int) -> int:
-    """Parameters of a cross-attention: two norms, then q, k, v and o."""
-    grouped = width // heads * (kv_heads or heads)
-    return 2 * width + 2 * width * width + 2 * width * grouped
-
-
-def _layer_parameters(width: int, heads: int, kv_heads: int, hidden: int) -> int:
-    """Parameters of a self-attention and a gated feed-forward, each with its norm."""
-    return _cross_parameters(width, heads, kv_heads) + 3 * width * hidden
-
-
-def _mean_keys(length: int, window: int) -> float:
-    """Mean number of keys a byte attends to in `length` bytes; the causal half counts T / 2."""
-    window = min(window or length, length)
-    return window - window * window / (2 * length) if length else 0.0

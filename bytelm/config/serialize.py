@@ -38,6 +38,10 @@ _ALWAYS_WRITTEN = {DataConfig: {"paths", "sequence_length", "split_seed", "shuff
 """Fields without which a file was written by a person, who leaves out what has its default."""
 
 
+_ONLY_IF_CHANGED = {"global_block"}
+"""Fields that are left out while they have their default, so that older versions read the file."""
+
+
 _VERSIONED, _PATCHER_VERSION = "blt", 2
 """Written with every BLT. Files without it have version 1, whose `space` is the patcher `word`."""
 
@@ -50,7 +54,7 @@ def recipe_text(recipe: Any) -> bytes:
 def to_dict(config: Any) -> Any:
     """JSON-ready form of a config; one of a tagged union begins with its tag."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
-        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in _written(config)}
         tag = _TAGS.get(type(config))
         if tag and getattr(config, tag) == _VERSIONED:
             fields["patcher_version"] = _PATCHER_VERSION
@@ -58,6 +62,15 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, (tuple, list)):
         return [to_dict(item) for item in config]
     return config
+
+
+def _written(config: Any) -> list[Any]:
+    """The fields of `config` that a file holds."""
+    return [
+        f
+        for f in dataclasses.fields(config)
+        if f.name not in _ONLY_IF_CHANGED or getattr(config, f.name) != f.default_factory()  # pyright: ignore[reportCallIssue]
+    ]
 
 
 def from_dict(kind: Any, value: Any, where: str = "config") -> Any:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
-from bytelm_jax.kernels.normalization import rescale, standardize
+from bytelm_jax.kernels.normalization import EPSILON, rescale, standardize
 from bytelm_jax.kernels.rows import computed_whole
 
 _ROWS = 4
@@ -36,6 +36,8 @@ class Norm(Protocol):
 
     centred: ClassVar[bool]
     """Whether the mean is subtracted and a bias `bias` added."""
+    epsilon: float
+    """What is added to the variance or the mean square."""
     scale: Any
 
     def __call__(self, x: Any, /) -> Any:
@@ -55,7 +57,7 @@ def normalized_linears(
     if not plain or not is_low_precision(x) or count < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
-    rows = normalized(x.reshape(count, x.shape[-1]), norm.centred)
+    rows = normalized(x.reshape(count, x.shape[-1]), norm.centred, norm.epsilon)
     outputs = (folded(norm, linear, rows) for linear in linears)
     return tuple(out.reshape(*x.shape[:-1], out.shape[-1]) for out in outputs)
 
@@ -103,27 +105,31 @@ def _scaled(kernel: Array, scale: Array) -> Array:
     return (wide * scale.astype(wide.dtype)[:, None]).astype(kernel.dtype)
 
 
-def normalized(x: Float[Array, "*batch D"], centred: bool) -> Float[Array, "*batch D"]:
+def normalized(
+    x: Float[Array, "*batch D"], centred: bool, epsilon: float = EPSILON
+) -> Float[Array, "*batch D"]:
     """A norm of x before its scale and bias: LayerNorm if `centred`, otherwise RMSNorm.
 
     The backward pass reads the result, in its own dtype, instead of a wider copy.
     """
-    return _normalized(x, centred)
+    return _normalized(x, centred, epsilon)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalized(x: Array, centred: bool) -> Array:
-    return _normalized_forward(x, centred)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _normalized(x: Array, centred: bool, epsilon: float) -> Array:
+    return _normalized_forward(x, centred, epsilon)[0]
 
 
-def _normalized_forward(x: Array, centred: bool) -> tuple[Array, tuple[Array, Array]]:
-    values, inverse = standardize(x) if centred else rescale(x)
+def _normalized_forward(
+    x: Array, centred: bool, epsilon: float
+) -> tuple[Array, tuple[Array, Array]]:
+    values, inverse = standardize(x) if centred else rescale(x, epsilon)
     out = values.astype(x.dtype)
     return out, (out, inverse)
 
 
 def _normalized_backward(
-    centred: bool, residuals: tuple[Array, Array], gradient: Array
+    centred: bool, epsilon: float, residuals: tuple[Array, Array], gradient: Array
 ) -> tuple[Array]:
     out, inverse = residuals
     wide, gradient = out.astype(inverse.dtype), gradient.astype(inverse.dtype)

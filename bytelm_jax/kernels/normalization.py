@@ -23,9 +23,9 @@ def standardize(
 
 
 def rescale(
-    x: Float[Array, "*batch D"],
+    x: Float[Array, "*batch D"], epsilon: float = EPSILON
 ) -> tuple[Float[Array, "*batch D"], Float[Array, "*batch 1"]]:
     """x / root mean square over the last axis and 1 / that root, both in at least float32."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    inverse = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + EPSILON)
+    inverse = jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + epsilon)
     return wide * inverse, inverse

@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.decoding import attend_once
-from bytelm_jax.kernels.low_precision import normalized_linears
+from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
 from bytelm_jax.layers.initializers import fan_in_normal
@@ -127,6 +128,7 @@ class GroupedAttention(nnx.Module):
     """RMSNorm → causal attention → Linear, all linear layers without bias; K = D / heads.
 
     `guided` adds γ and β per head, initially 0, by which `patch_entropy` guides it (`guide`).
+    `block` may set K, give biases, normalise queries and keys, and put the norm at the end.
     """
 
     def __init__(
@@ -136,22 +138,30 @@ class GroupedAttention(nnx.Module):
         kv_heads: int,
         window: int,
         guided: bool = False,
+        block: BlockConfig = PAPER,
         *,
         rngs: nnx.Rngs,
     ):
         self.guided = guided
         self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim, self.window = dim // heads, window
-        grouped, init = self.kv_heads * self.head_dim, fan_in_normal(dim)
+        self.head_dim, self.window = block.head_width(dim, heads), window
+        inner, grouped = self.heads * self.head_dim, self.kv_heads * self.head_dim
 
-        def linear(outputs: int) -> nnx.Linear:
-            return nnx.Linear(dim, outputs, use_bias=False, kernel_init=init, rngs=rngs)
+        def linear(inputs: int, outputs: int, bias: bool) -> nnx.Linear:
+            init = fan_in_normal(inputs)
+            return nnx.Linear(inputs, outputs, use_bias=bias, kernel_init=init, rngs=rngs)
 
-        self.norm = RMSNorm(dim)
-        self.to_q = linear(dim)
-        self.to_k = linear(grouped)
-        self.to_v = linear(grouped)
-        self.to_out = linear(dim)
+        biased = block.bias != "none"
+        self.norm, self.normed = RMSNorm(dim, block.norm_eps), block.norm
+        self.to_q = linear(dim, inner, biased)
+        self.to_k = linear(dim, grouped, biased)
+        self.to_v = linear(dim, grouped, biased)
+        self.to_out = linear(inner, dim, block.bias == "all")
+        self.qk_norm = block.qk_norm
+        if block.qk_norm != "none":
+            by_head = block.qk_norm == "head"
+            self.q_norm = RMSNorm(self.head_dim if by_head else inner, block.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if by_head else grouped, block.norm_eps)
         if guided:
             self.gamma = nnx.Param(jnp.zeros((heads,), jnp.float32))
             self.beta = nnx.Param(jnp.zeros((heads,), jnp.float32))
@@ -236,8 +246,16 @@ class GroupedAttention(nnx.Module):
     def _project(
         self, x: Array, rope: Rotation | None, patch_entropy: Array | None = None
     ) -> tuple[Array, Array, Array]:
-        projected = normalized_linears(self.norm, x, self.to_q, self.to_k, self.to_v)
+        linears = (self.to_q, self.to_k, self.to_v)
+        if self.normed == "after":
+            projected = tuple(linear_of_rows(linear, x) for linear in linears)
+        else:
+            projected = normalized_linears(self.norm, x, *linears)
+        if self.qk_norm == "projection":
+            projected = (self.q_norm(projected[0]), self.k_norm(projected[1]), projected[2])
         q, k, v = (split_heads(part, self.head_dim) for part in projected)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if patch_entropy is not None:
@@ -245,4 +263,5 @@ class GroupedAttention(nnx.Module):
         return q, k, v
 
     def _out(self, x: Array) -> Array:
-        return self.to_out(join_heads(x))
+        out = self.to_out(join_heads(x))
+        return self.norm(out) if self.normed == "after" else out

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.normalization import rescale, standardize
+from bytelm_jax.kernels.normalization import EPSILON, rescale, standardize
 
 
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5."""
 
     centred: ClassVar[bool] = True
+    epsilon: ClassVar[float] = EPSILON
 
     def __init__(self, dim: int):
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
@@ -26,14 +27,18 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), eps 1e-5."""
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019).
+
+    `epsilon` is added to the mean square.
+    """
 
     centred: ClassVar[bool] = False
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, epsilon: float = EPSILON):
+        self.epsilon = epsilon
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        values, _ = rescale(x)
+        values, _ = rescale(x, self.epsilon)
         return (values * scale).astype(x.dtype)

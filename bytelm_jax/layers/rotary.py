@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm.positions import rope_frequencies
 
 
@@ -20,10 +21,14 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    positions: Int[Array, "B T"], head_dim: int, theta: float, dtype: jnp.dtype
+    positions: Int[Array, "B T"],
+    head_dim: int,
+    theta: float,
+    dtype: jnp.dtype,
+    block: BlockConfig = PAPER,
 ) -> Rotation:
-    """Angles position · theta^(−2i / K) of pair i, in at least float32."""
-    frequencies = rope_frequencies(head_dim, theta)
+    """Angles of pair i, in at least float32: position · theta^(−2i / K), or slower by `block`."""
+    frequencies = rope_frequencies(head_dim, theta, block)
     wide = jnp.promote_types(dtype, jnp.float32)
     angles = positions[..., None].astype(wide) * jnp.asarray(frequencies, wide)[None, None, :]
     return Rotation(jnp.cos(angles), jnp.sin(angles))

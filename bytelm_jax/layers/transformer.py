@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.caches import positions_from
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.feedforward import GatedFeedForward
 from bytelm_jax.layers.grouped_attention import GroupedAttention
+from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotation
 from bytelm_jax.layers.spline import SplineFeedForward
 
@@ -22,7 +24,7 @@ Caches = tuple[KeyValueCache, ...]
 
 
 class TransformerLayer(nnx.Module):
-    """Pre-norm residual layer: x += attention(x); x += feedforward(x)."""
+    """Residual layer: x += attention(x); x += feedforward(x), each with its norm."""
 
     def __init__(
         self,
@@ -34,13 +36,16 @@ class TransformerLayer(nnx.Module):
         rate: float,
         feedforward: str = "gated",
         guided: bool = False,
+        block: BlockConfig = PAPER,
         *,
         rngs: nnx.Rngs,
     ):
         self.rate = rate
-        self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, rngs=rngs)
-        kind = GatedFeedForward if feedforward == "gated" else SplineFeedForward
-        self.feedforward = kind(dim, hidden_dim, rngs=rngs)
+        self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, block, rngs=rngs)
+        if feedforward == "gated":
+            self.feedforward = GatedFeedForward(dim, hidden_dim, block, rngs=rngs)
+        else:
+            self.feedforward = SplineFeedForward(dim, hidden_dim, rngs=rngs)
 
     def __call__(
         self,
@@ -89,10 +94,11 @@ class TransformerLayer(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A stack of layers without a final norm.
+    """A stack of layers, without a final norm unless `block` says so.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention takes `patch_entropy`, one value per position (`grouped_attention.guide`).
+    `block` says what else differs from the paper's layers; its `rope_theta` replaces `theta`.
     `segment_starts` holds the first position of each position's segment: positions count from there
     and nothing before it is seen. Without it the row is one text.
     """
@@ -109,12 +115,16 @@ class Transformer(nnx.Module):
         rate: float,
         feedforward: str = "gated",
         guided: bool = False,
+        block: BlockConfig = PAPER,
         *,
         rngs: nnx.Rngs,
     ):
-        self.head_dim, self.theta = dim // heads, theta
-        sizes = (dim, heads, kv_heads, hidden_dim, window, rate, feedforward, guided)
+        self.head_dim, self.block = block.head_width(dim, heads), block
+        self.theta = theta and (block.rope_theta or theta)
+        sizes = (dim, heads, kv_heads, hidden_dim, window, rate, feedforward, guided, block)
         self.layers = nnx.List([TransformerLayer(*sizes, rngs=rngs) for _ in range(layers)])
+        if block.final_norm:
+            self.norm = RMSNorm(dim, block.norm_eps)
 
     def __call__(
         self,
@@ -130,7 +140,7 @@ class Transformer(nnx.Module):
             run = jax.checkpoint(layer) if remat else layer
             x, cache = run(x, rope, fold_rows(keys, i), patch_entropy, segment_starts)
             written.append(cache)
-        return x, tuple(written)
+        return self._end(x), tuple(written)
 
     def extend(
         self,
@@ -148,7 +158,7 @@ class Transformer(nnx.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)
             written.append(cache)
-        return x, tuple(written)
+        return self._end(x), tuple(written)
 
     def extend_rows(
         self,
@@ -164,11 +174,16 @@ class Transformer(nnx.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)
             new_caches.append(new)
-        return x, tuple(new_caches)
+        return self._end(x), tuple(new_caches)
 
     def rope(self, positions: Int[Array, "B T"], dtype: jnp.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None if `theta` is 0."""
-        return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
+        if not self.theta:
+            return None
+        return rotation(positions, self.head_dim, self.theta, dtype, self.block)
+
+    def _end(self, x: Array) -> Array:
+        return self.norm(x) if self.block.final_norm else x
 
     def empty_caches(self, batch: int, length: int, dtype: jnp.dtype) -> Caches:
         """One empty cache per layer for `length` positions."""

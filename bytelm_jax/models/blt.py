@@ -56,7 +56,7 @@ class BLT(ByteModel, nnx.Module):
             )
         heads = (c.global_heads, c.global_kv_heads)
         sizes = (c.global_dim, c.global_layers, *heads, c.global_hidden_dim, 0)
-        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
+        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention, c.global_block)
         self.global_transformer = Transformer(*sizes, *kind, rngs=rngs)
         self.decoder = Decoder(c, rngs=rngs)
         self.to_logits = LogitsLinear(

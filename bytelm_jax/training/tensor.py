@@ -27,6 +27,10 @@ CUTS = (
     Cut("to_k", "kernel", _OUTPUTS),
     Cut("to_v", "kernel", _OUTPUTS),
     Cut("to_out", "kernel", _INPUTS),
+    Cut("to_q", "bias", 0),
+    Cut("to_k", "bias", 0),
+    Cut("to_v", "bias", 0),
+    Cut("to_out", "bias", None),
     # γ and β of guided attention (Bytropix), one for each head.
     Cut("attention", "gamma", 0),
     Cut("attention", "beta", 0),

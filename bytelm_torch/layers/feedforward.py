@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import LayerNorm, RMSNorm
 
@@ -25,11 +26,14 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """RMSNorm → down(SiLU(gate(x)) · up(x)), hidden width F, no bias (Shazeer 2020, SwiGLU)."""
+    """RMSNorm → down(SiLU(gate(x)) · up(x)), hidden width F, no bias (Shazeer 2020, SwiGLU).
 
-    def __init__(self, dim: int, hidden_dim: int):
+    `block` may put the norm at the end.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, block: BlockConfig = PAPER):
         super().__init__()
-        self.norm = RMSNorm(dim)
+        self.norm, self.normed = RMSNorm(dim, block.norm_eps), block.norm
         self.gate = nn.Linear(dim, hidden_dim, bias=False)
         self.up = nn.Linear(dim, hidden_dim, bias=False)
         self.down = nn.Linear(hidden_dim, dim, bias=False)
@@ -37,5 +41,7 @@ class GatedFeedForward(nn.Module):
             fan_in_normal(linear.in_features)(linear.weight)
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        if self.normed == "after":
+            return self.norm(self.down(F.silu(self.gate(x)) * self.up(x)))
         x = self.norm(x)
         return self.down(F.silu(self.gate(x)) * self.up(x))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_torch.layers.attention import KeyValueCache, fused_attention
 from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
@@ -103,21 +104,38 @@ class GroupedAttention(nn.Module):
     """RMSNorm → causal attention → Linear, all linear layers without bias; K = D / heads.
 
     `guided` adds γ and β per head, initially 0, by which `patch_entropy` guides it (`guide`).
+    `block` may set K, give biases, normalise queries and keys, and put the norm at the end.
     """
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, window: int, guided: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        window: int,
+        guided: bool = False,
+        block: BlockConfig = PAPER,
+    ):
         super().__init__()
         self.guided = guided
         self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_dim, self.window = dim // heads, window
-        grouped = self.kv_heads * self.head_dim
-        self.norm = RMSNorm(dim)
-        self.to_q = nn.Linear(dim, dim, bias=False)
-        self.to_k = nn.Linear(dim, grouped, bias=False)
-        self.to_v = nn.Linear(dim, grouped, bias=False)
-        self.to_out = nn.Linear(dim, dim, bias=False)
+        self.head_dim, self.window = block.head_width(dim, heads), window
+        inner, grouped = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biased = block.bias != "none"
+        self.norm, self.normed = RMSNorm(dim, block.norm_eps), block.norm
+        self.to_q = nn.Linear(dim, inner, bias=biased)
+        self.to_k = nn.Linear(dim, grouped, bias=biased)
+        self.to_v = nn.Linear(dim, grouped, bias=biased)
+        self.to_out = nn.Linear(inner, dim, bias=block.bias == "all")
         for linear in (self.to_q, self.to_k, self.to_v, self.to_out):
-            fan_in_normal(dim)(linear.weight)
+            fan_in_normal(linear.in_features)(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.qk_norm = block.qk_norm
+        if block.qk_norm != "none":
+            by_head = block.qk_norm == "head"
+            self.q_norm = RMSNorm(self.head_dim if by_head else inner, block.norm_eps)
+            self.k_norm = RMSNorm(self.head_dim if by_head else grouped, block.norm_eps)
         if guided:
             self.gamma = nn.Parameter(torch.zeros(heads))
             self.beta = nn.Parameter(torch.zeros(heads))
@@ -208,11 +226,14 @@ class GroupedAttention(nn.Module):
     def _project(
         self, x: Tensor, rope: Rotation | None, patch_entropy: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        x = self.norm(x)
-        q = self.to_q(x).unflatten(-1, (self.heads, self.head_dim))
-        k, v = (
-            to(x).unflatten(-1, (self.kv_heads, self.head_dim)) for to in (self.to_k, self.to_v)
-        )
+        x = x if self.normed == "after" else self.norm(x)
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        if self.qk_norm == "projection":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.unflatten(-1, (self.heads, self.head_dim))
+        k, v = (part.unflatten(-1, (self.kv_heads, self.head_dim)) for part in (k, v))
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if patch_entropy is not None:
@@ -220,4 +241,5 @@ class GroupedAttention(nn.Module):
         return q, k, v
 
     def _out(self, x: Tensor) -> Tensor:
-        return self.to_out(x.flatten(-2))
+        out = self.to_out(x.flatten(-2))
+        return self.norm(out) if self.normed == "after" else out

@@ -19,13 +19,17 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019), eps 1e-5."""
+    """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019).
 
-    def __init__(self, dim: int):
+    `epsilon` is added to the mean square.
+    """
+
+    def __init__(self, dim: int, epsilon: float = 1e-5):
         super().__init__()
+        self.epsilon = epsilon
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         power = wide.square().mean(dim=-1, keepdim=True)
-        return (wide * torch.rsqrt(power + 1e-5) * self.weight.to(wide.dtype)).to(x.dtype)
+        return (wide * torch.rsqrt(power + self.epsilon) * self.weight.to(wide.dtype)).to(x.dtype)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm.positions import rope_frequencies
 
 
@@ -20,10 +21,14 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    positions: Int[Tensor, "B T"], head_dim: int, theta: float, dtype: torch.dtype
+    positions: Int[Tensor, "B T"],
+    head_dim: int,
+    theta: float,
+    dtype: torch.dtype,
+    block: BlockConfig = PAPER,
 ) -> Rotation:
-    """Angles position · theta^(−2i / K) of pair i, in at least float32."""
-    frequencies = torch.from_numpy(rope_frequencies(head_dim, theta))
+    """Angles of pair i, in at least float32: position · theta^(−2i / K), or slower by `block`."""
+    frequencies = torch.from_numpy(rope_frequencies(head_dim, theta, block))
     wide = torch.promote_types(dtype, torch.float32)
     angles = positions[..., None].to(wide) * frequencies.to(positions.device, wide)
     return Rotation(angles.cos(), angles.sin())

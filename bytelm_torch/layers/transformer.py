@@ -9,11 +9,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bytelm.config.block import PAPER, BlockConfig
 from bytelm_torch.layers.attention import KeyValueCache
 from bytelm_torch.layers.caches import Index, positions_from
 from bytelm_torch.layers.dropout import dropout
 from bytelm_torch.layers.feedforward import GatedFeedForward
 from bytelm_torch.layers.grouped_attention import GroupedAttention
+from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.rotary import Rotation, rotation
 from bytelm_torch.layers.spline import SplineFeedForward
 
@@ -22,7 +24,7 @@ Caches = tuple[KeyValueCache, ...]
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm residual layer: x += attention(x); x += feedforward(x)."""
+    """Residual layer: x += attention(x); x += feedforward(x), each with its norm."""
 
     def __init__(
         self,
@@ -34,12 +36,15 @@ class TransformerLayer(nn.Module):
         rate: float,
         feedforward: str = "gated",
         guided: bool = False,
+        block: BlockConfig = PAPER,
     ):
         super().__init__()
         self.rate = rate
-        self.attention = GroupedAttention(dim, heads, kv_heads, window, guided)
-        kind = GatedFeedForward if feedforward == "gated" else SplineFeedForward
-        self.feedforward = kind(dim, hidden_dim)
+        self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, block)
+        if feedforward == "gated":
+            self.feedforward = GatedFeedForward(dim, hidden_dim, block)
+        else:
+            self.feedforward = SplineFeedForward(dim, hidden_dim)
 
     def forward(
         self,
@@ -87,10 +92,11 @@ class TransformerLayer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A stack of layers without a final norm.
+    """A stack of layers, without a final norm unless `block` says so.
 
     `theta` is the base of the rotary frequencies, 0 for none; `feedforward` is gated or spline;
     `guided` attention takes `patch_entropy`, one value per position (`grouped_attention.guide`).
+    `block` says what else differs from the paper's layers; its `rope_theta` replaces `theta`.
     `segment_starts` holds the first position of each position's segment: positions count from there
     and nothing before it is seen. Without it the row is one text.
     """
@@ -107,11 +113,15 @@ class Transformer(nn.Module):
         rate: float,
         feedforward: str = "gated",
         guided: bool = False,
+        block: BlockConfig = PAPER,
     ):
         super().__init__()
-        self.head_dim, self.theta = dim // heads, theta
-        sizes = (dim, heads, kv_heads, hidden_dim, window, rate, feedforward, guided)
+        self.head_dim, self.block = block.head_width(dim, heads), block
+        self.theta = theta and (block.rope_theta or theta)
+        sizes = (dim, heads, kv_heads, hidden_dim, window, rate, feedforward, guided, block)
         self.layers = nn.ModuleList([TransformerLayer(*sizes) for _ in range(layers)])
+        if block.final_norm:
+            self.norm = RMSNorm(dim, block.norm_eps)
 
     def forward(
         self,
@@ -130,7 +140,7 @@ class Transformer(nn.Module):
             else:
                 x, cache = layer(x, rope, patch_entropy, segment_starts)
             written.append(cache)
-        return x, tuple(written)
+        return self._end(x), tuple(written)
 
     def extend(
         self,
@@ -148,7 +158,7 @@ class Transformer(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, cache = layer.extend(x, rope, cache, index, segment_starts)  # pyright: ignore[reportCallIssue]
             written.append(cache)
-        return x, tuple(written)
+        return self._end(x), tuple(written)
 
     def extend_rows(
         self,
@@ -164,11 +174,16 @@ class Transformer(nn.Module):
         for layer, cache in zip(self.layers, caches, strict=True):
             x, new = layer.extend_rows(x, rope, cache, index, patch_entropy, segment_starts)  # pyright: ignore[reportCallIssue]
             new_caches.append(new)
-        return x, tuple(new_caches)
+        return self._end(x), tuple(new_caches)
 
     def rope(self, positions: Int[Tensor, "B T"], dtype: torch.dtype) -> Rotation | None:
         """The rotation of keys and queries at these positions; None if `theta` is 0."""
-        return rotation(positions, self.head_dim, self.theta, dtype) if self.theta else None
+        if not self.theta:
+            return None
+        return rotation(positions, self.head_dim, self.theta, dtype, self.block)
+
+    def _end(self, x: Tensor) -> Tensor:
+        return self.norm(x) if self.block.final_norm else x
 
     def empty_caches(self, batch: int, length: int, dtype: torch.dtype) -> Caches:
         """One empty cache per layer for `length` positions."""

@@ -39,7 +39,7 @@ class BLT(ByteModel, nn.Module):
             self.to_global = bias_free(pooled, c.global_dim)
         heads = (c.global_heads, c.global_kv_heads)
         sizes = (c.global_dim, c.global_layers, *heads, c.global_hidden_dim, 0)
-        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention)
+        kind = (c.rotation_base, c.dropout, c.feedforward, c.entropy_attention, c.global_block)
         self.global_transformer = Transformer(*sizes, *kind)
         self.decoder = Decoder(c)
         self.to_logits = bias_free(c.local_dim, c.vocab.size, LogitsLinear)
