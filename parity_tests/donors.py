@@ -1,5 +1,6 @@
 """Tiny random token models of transformers, and their exact forms in float64."""
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from flax import nnx
 
-from bytelm.config import BLTConfig
+from bytelm.config import BLTConfig, to_dict
+from bytelm_jax.cli import main as cli
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.interop.llama import (
     STACK,
@@ -166,3 +168,29 @@ def _in_torch(sizes: Any, params: Any, x: np.ndarray, weights: np.ndarray) -> An
 def _gradient(tensor: torch.Tensor) -> np.ndarray:
     assert tensor.grad is not None
     return tensor.grad.numpy()
+
+
+def write_local(folder: Path) -> Path:
+    """A recipe file with `LOCAL`, trained for a step on two short rows."""
+    train = {"steps": 1, "batch_size": 2, "devices": 1, "eval_every": 0, "eval_windows": 2}
+    recipe = {"model": to_dict(LOCAL), "train": train, "data": {"sequence_length": 32}}
+    file = folder / "local.json"
+    file.write_text(json.dumps(recipe))
+    return file
+
+
+def pass_through(donor: Path, folder: Path) -> dict[str, Path]:
+    """The donor through import, a train step and export by commands; what these wrote, by name."""
+    local, text = write_local(folder), folder / "text.txt"
+    text.write_text("Words of a text, which is not long. " * 60)
+    wrote = {name: folder / name for name in ("imported", "trained", "exported")}
+    run = ["import", str(donor), "--format", "llama", "--local", str(local)]
+    commands = [[*run, "--out", str(wrote["imported"])]]
+    run = ["train", str(local), "--init-from", str(wrote["imported"]), "--data", str(text)]
+    commands += [[*run, "--run-dir", str(wrote["trained"])]]
+    out = ["--format", "hf", "--out", str(wrote["exported"])]
+    commands += [["export", str(wrote["trained"]), *out]]
+    for command in commands:
+        status = cli.main(command)
+        assert status == 0, (command, status)
+    return wrote

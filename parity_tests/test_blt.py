@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bytelm.config import BLTConfig, EntropyConfig, ModelConfig
+from bytelm.config.block import BlockConfig
 from bytelm.tolerances import GRADIENTS, LOGITS, OTHER_PLACE
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, abstract_params, define_model, patching
@@ -60,9 +61,36 @@ CONFIGS: dict[str, ModelConfig] = {
         global_kv_heads=0,
         entropy_attention=True,
     ),
-    "fixed": dataclasses.replace(SMALL, patcher="fixed", patch_queries=4, ngram_sizes=()),
+    "fixed": dataclasses.replace(
+        SMALL,
+        patcher="fixed",
+        patch_queries=4,
+        ngram_sizes=(),
+        global_block=BlockConfig(
+            norm="after",
+            qk_norm="projection",
+            bias="all",
+            final_norm=True,
+            rope_scaling="llama3",
+            rope_length=16,
+        ),
+    ),
     "byte": dataclasses.replace(
-        SMALL, patcher="byte", local_window=0, global_dim=32, global_heads=4, global_kv_heads=0
+        SMALL,
+        patcher="byte",
+        local_window=0,
+        global_dim=32,
+        global_heads=4,
+        global_kv_heads=0,
+        global_block=BlockConfig(
+            head_dim=6,
+            norm_eps=1e-3,
+            qk_norm="head",
+            bias="qkv",
+            rope_theta=100.0,
+            rope_scaling="linear",
+            rope_factor=3.0,
+        ),
     ),
     "bytropix": dataclasses.replace(
         SMALL,
@@ -91,6 +119,7 @@ TINY_MODELS: dict[str, ModelConfig] = {
         global_layers=1,
         global_heads=2,
         global_hidden_dim=8,
+        global_block=BlockConfig(head_dim=6, qk_norm="head", bias="qkv", final_norm=True),
     ),
     "entropy": _TINY_ENTROPY,
 }

@@ -1,15 +1,29 @@
 """Token models of the Llama family as BLT's global transformer, against transformers' layers."""
 
 import functools
+import json
 
 import jax
+import numpy as np
 import pytest
 import torch
 
+import bytelm_torch
+from bytelm.config import BLTConfig
 from bytelm.tolerances import GRADIENTS, LOGITS
+from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import llama
 from bytelm_jax.models import abstract_params
-from parity_tests.donors import FAMILIES, compare_layers, make_donor, make_exact, save_donor
+from bytelm_jax.training import checkpoint
+from parity_tests.donors import (
+    FAMILIES,
+    compare_layers,
+    make_donor,
+    make_exact,
+    pass_through,
+    save_donor,
+    write_local,
+)
 
 pytest.importorskip(
     "transformers", minversion="5.23", reason="the reference, transformers 5.23, is not installed"
@@ -34,3 +48,65 @@ def test_the_layers_are_those_of_transformers(family, dtype, tmp_path):
         for what, error in compare_layers(reference, tmp_path, dtype):
             bound = GRADIENTS if "gradient" in what else LOGITS
             assert error <= bound[dtype], what
+
+
+def test_a_donor_goes_through_import_a_step_and_export(tmp_path, capsys):
+    """Its layers arrive as they were saved, in shards of bfloat16; all of them train."""
+    donor = make_donor("llama", dtype=torch.bfloat16)
+    save_donor(donor, tmp_path / "donor", max_shard_size="4KB")
+    assert len(list((tmp_path / "donor").glob("*.safetensors"))) > 2
+    wrote = pass_through(tmp_path / "donor", tmp_path)
+    assert "of them from llama" in capsys.readouterr().out
+    recipe, params, _ = checkpoint.load_run(wrote["imported"])
+    after = checkpoint.load_run(wrote["trained"])[1]
+    config = recipe.model
+    assert isinstance(config, BLTConfig) and config.global_block.head_dim == 8
+    held = {name: tensor.float().numpy() for name, tensor in donor.state_dict().items()}
+    moved = set()
+    for name, value in params.items():
+        if name.startswith(llama.STACK):
+            expected = llama.in_our_layout(name, held[llama.donor_name(name, config)], config)
+            np.testing.assert_array_equal(value, expected)
+        moved |= {name} if (after[name] != value).any() else set()
+    assert moved == set(params)
+    exported = bytelm_torch.from_pretrained(wrote["exported"])
+    assert exported.config.global_block == config.global_block
+
+
+REFUSED = {
+    "model_type": ("gemma", "only llama, qwen2, qwen3, olmo2 can be imported"),
+    "hidden_act": ("gelu", "only 'silu' can be imported"),
+    "mlp_bias": (True, "mlp_bias=True: only False can be imported"),
+    "rope_parameters": ({"rope_type": "yarn", "factor": 2.0}, "rope_type='yarn': only 'default'"),
+    "layer_types": (["sliding_attention"], "layer_types: holds 'sliding_attention'"),
+    "quantization_config": ({"bits": 4}, "quantization_config="),
+    "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),
+    "num_hidden_layers": (10**6, "num_hidden_layers=1000000: the files hold"),
+    "vocab_size": (41, "model.embed_tokens.weight: shape (40, 16); expected (41, 16)"),
+    "attention_bias": (False, "self_attn.k_proj.bias: unexpected"),
+}
+
+
+def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(tmp_path, capsys):
+    donor, out = save_donor(make_donor("llama"), tmp_path / "donor"), tmp_path / "out"
+    local, config = write_local(tmp_path), json.loads((donor / "config.json").read_text())
+    command = ["import", str(donor), "--out", str(out), "--local", str(local)]
+
+    def refused(*command):
+        assert cli.main([*command]) == 2
+        assert not out.exists()
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    for field, (value, why) in REFUSED.items():
+        (donor / "config.json").write_text(json.dumps(config | {field: value}))
+        assert why in refused(*command, "--format", "llama"), field
+    (donor / "config.json").write_text(json.dumps(config))
+    assert "--local: name a recipe of BLT" in refused(*command[:-2])
+    assert "is megabyte; name a recipe of blt" in refused(*command[:-1], "megabyte_tiny")
+    assert "needs a trained entropy model" in refused(*command, "--patcher", "entropy")
+    assert "positions='sinusoidal'" in refused(*command[:-1], "bytropix_tiny", "--patcher", "space")
+    assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
+    start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
+    assert "bytelm import --format llama" in refused(*start)

@@ -18,6 +18,7 @@ from bytelm.config import (
     SGDConfig,
     TrainConfig,
 )
+from bytelm.config.block import BlockConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.kernels.lookup import look_up
 from bytelm_jax.kernels.partitioned import by_rows
@@ -44,6 +45,10 @@ MODELS: dict[str, Any] = {
     "in_action": replace(MEGABYTES["in_action"], **_SMALL),
     "plain": replace(MEGABYTES["paper"], **_SMALL | {"local_layers": 0}, patch_size=1),
     "blt": replace(_BLT, ngram_rows=302, global_kv_heads=2),
+    "donor": replace(
+        _BLT, global_kv_heads=2,
+        global_block=BlockConfig(norm="after", qk_norm="projection", bias="all", final_norm=True),
+    ),
     "bytropix": replace(
         _BLT, patcher="histogram", ngram_rows=301, feedforward="spline", entropy_attention=True,
         positions="sinusoidal", ngram_combine="mean",

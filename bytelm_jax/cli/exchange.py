@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bytelm.arguments import UsageError
-from bytelm.config import Recipe, to_dict
+from bytelm.config import BLTConfig, Recipe, to_dict
 from bytelm.export import patching_of
 from bytelm.remote.copies import local_copy
 from bytelm.runs import find_export
@@ -210,13 +210,22 @@ def _export_adapter(run: Path, out: Path, checkpoint: str, average: bool) -> int
 
 
 def import_command(
-    source: Path, /, out: Path, format: Literal["auto", "bytelm", "megabyte", "hf-blt"] = "auto"
+    source: Path,
+    /,
+    out: Path,
+    format: Literal["auto", "bytelm", "megabyte", "hf-blt", "llama"] = "auto",
+    local: str = "",
+    patcher: Literal["", "entropy", "histogram", "space", "word", "fixed", "byte"] = "",
+    entropy_from: str = "",
+    seed: int = 0,
 ) -> int:
     """Makes a run folder from an export or from weights of other projects.
 
-    Those are a checkpoint of the PyTorch MEGABYTE code, or a folder of transformers'
-    `BltForCausalLM`, in one file or in shards. The run's parameters are float32: float16 and
-    bfloat16 fit exactly, float64 is rounded, and a line on stderr says by how much.
+    Those are a checkpoint of the PyTorch MEGABYTE code, a folder of transformers'
+    `BltForCausalLM`, in one file or in shards, or a folder of a token model (Llama, Qwen2, Qwen3,
+    OLMo 2, SmolLM), whose layers become the global transformer of a BLT that is otherwise new. The
+    run's parameters are float32: float16 and bfloat16 fit exactly, float64 is rounded, and a line
+    on stderr says by how much.
 
     Example: bytelm import exports/megabyte_tiny --out runs/imported
 
@@ -225,6 +234,12 @@ def import_command(
             .safetensors file with a state dict.
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto detects it.
+        local: of a token model: the recipe of BLT, by name or file, whose byte encoder, byte
+            decoder and patches the byte model gets.
+        patcher: of a token model: what ends a patch, if not what the recipe says.
+        entropy_from: of a token model, for patches by entropy: a calibrated run of an entropy
+            model.
+        seed: of a token model: draws the parameters that are new.
     """
     from bytelm_jax.interop import convert, formats
     from bytelm_jax.training import checkpoint as checkpoints
@@ -236,9 +251,15 @@ def import_command(
         if folder is None:
             why = "is a run folder already; every command reads it, and --init-from starts from it"
             raise ValueError(f"{source}: {why}")
-        config, params = formats.import_any(folder, format, cast)
-        patching = patching_of(formats.stored_extra(folder))
-    recipe = Recipe(name="imported", model=config, patching=patching)
+        if format == "llama" or (format == "auto" and formats.is_token_model(folder)):
+            recipe, params, note = _from_donor(folder, local, patcher, entropy_from, seed, cast)
+        else:
+            options = {"local": local, "patcher": patcher, "entropy_from": entropy_from}
+            _refuse_local(options | {"seed": str(seed) if seed else ""})
+            config, params = formats.import_any(folder, format, cast)
+            patching = patching_of(formats.stored_extra(folder))
+            recipe, note = Recipe(name="imported", model=config, patching=patching), ""
+    config = recipe.model
     if config.longest_input is not None:
         length = min(recipe.data.sequence_length, config.longest_input)
         recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
@@ -249,7 +270,42 @@ def import_command(
             f"{cast.rounding:.1e} (in {cast.rounded})",
             file=sys.stderr,
         )
-    print(
-        f"wrote run folder {out} ({config.architecture}, {config.parameter_count():,} parameters)"
-    )
+    size = f"{config.parameter_count():,} parameters{note}"
+    print(f"wrote run folder {out} ({config.architecture}, {size})")
     return 0
+
+
+def _refuse_local(options: dict[str, str]) -> None:
+    """Raises `UsageError` for the first option that only a token model has a use for."""
+    for name, value in options.items():
+        if value:
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option}: needs --format llama; leave it out or add that")
+
+
+def _from_donor(
+    folder: Path, local: str, patcher: str, entropy_from: str, seed: int, cast: Any
+) -> tuple[Recipe, Any, str]:
+    """Recipe and parameters of a byte model around a token model, and how many are its."""
+    from bytelm.recipe_files import find_recipe
+    from bytelm_jax.interop import llama
+    from bytelm_jax.training import patch_calibration
+
+    if not local:
+        hint = "whose byte encoder and decoder the model gets, such as blt_132m"
+        raise UsageError(f"--local: name a recipe of BLT, {hint}")
+    recipe, donor = find_recipe(local), llama.read_donor(folder)
+    if not isinstance(recipe.model, BLTConfig):
+        raise ValueError(f"--local {local}: is {recipe.model.architecture}; name a recipe of blt")
+    if patcher:
+        recipe = replace(recipe, model=replace(recipe.model, patcher=patcher))
+    train = replace(recipe.train, entropy_from=entropy_from)
+    recipe = patch_calibration.adopt(replace(recipe, train=train), folder / "none")
+    entropy_model = patch_calibration.load_entropy_model(recipe) if entropy_from else None
+    config, params = llama.import_llama(
+        folder, recipe.model, seed=seed, patcher=entropy_model, cast=cast
+    )
+    train = replace(recipe.train, entropy_from="")
+    recipe = replace(recipe, name="imported", model=config, train=train)
+    theirs = sum(value.size for name, value in params.items() if name.startswith(llama.STACK))
+    return recipe, params, f", {theirs:,} of them from {donor.fields['model_type']}"

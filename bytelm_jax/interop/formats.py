@@ -7,6 +7,7 @@ from bytelm.config import ModelConfig, require
 from bytelm.export import CONFIG_FILE, INDEX_FILE, LIBRARY, read_description, read_json
 from bytelm_jax.interop.convert import Cast, Float32Cast, load_export
 from bytelm_jax.interop.hf_blt import import_hf_blt, read_hf_blt_config
+from bytelm_jax.interop.llama import is_donor
 from bytelm_jax.interop.megabyte import FOREIGN_FILES, import_megabyte, read_megabyte_config
 from bytelm_jax.models import Params
 
@@ -21,15 +22,18 @@ def import_any(
     Parameters are float32, whatever the file holds, unless `cast` is not `Float32Cast`. Raises
     `ValueError` as `cast`, `load_export`, `import_megabyte` and `import_hf_blt` do.
     """
+    folder = Path(path)
+    require(format != "auto" or not is_token_model(folder), f"{path}: {_TOKENS}")
     readers = {"bytelm": load_export, "megabyte": import_megabyte, "hf-blt": import_hf_blt}
     known = ", ".join(("auto", *readers))
     require(format in ("auto", *readers), f"format={format!r}: choose one of {known}")
-    reader = readers[_recognise(Path(path)) if format == "auto" else format]
+    reader = readers[_recognise(folder) if format == "auto" else format]
     return reader(path, cast=Float32Cast() if cast is None else cast)
 
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration that `import_any` finds; no weights are read, and JAX is not started."""
+    require(not is_token_model(Path(path)), f"{path}: {_TOKENS}")
     match _recognise(Path(path)):
         case "megabyte":
             return read_megabyte_config(path)
@@ -37,6 +41,14 @@ def read_config(path: str | Path) -> ModelConfig:
             return read_hf_blt_config(path)
         case _:
             return read_description(path).config
+
+
+_TOKENS = "holds a token model; make a byte model of it by `bytelm import --format llama`"
+
+
+def is_token_model(path: Path) -> bool:
+    """Whether a folder holds a model that `import_llama` reads."""
+    return path.is_dir() and is_donor(_fields(path))
 
 
 def _recognise(path: Path) -> str:
