@@ -27,6 +27,8 @@ COMMANDS = {
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
     "import": "make a run folder from other weights",
+    "align-data": "cut text into a token model's tokens, for align",
+    "align": "teach a byte encoder what a token model's words look like",
     "parity": "compare the JAX and torch twins",
     "calibrate": "find the entropy threshold for a mean patch length",
     "plot": "plot a run: PNG and one HTML file",
@@ -45,12 +47,13 @@ _MODULES = {
     "compress": "compression", "decompress": "compression",
     "export": "exchange", "import": "exchange", "draft-table": "drafts",
     "generate": "generation", "bench": "generation",
+    "align-data": "alignment", "align": "alignment",
 }  # fmt: skip
 """The modules of the commands that are not in `model`."""
 
 _COMPILING = {
     "train", "eval", "generate", "compress", "decompress", "inspect", "parity", "calibrate",
-    "serve",
+    "serve", "align",
 }  # fmt: skip
 """The commands that keep what they compile."""
 

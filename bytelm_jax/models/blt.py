@@ -17,6 +17,8 @@ Bytropix is the same skeleton with other parts, each a field of the configuratio
 entropy of byte histograms, splines, entropy-guided attention, sinusoidal positions.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,20 @@ from bytelm_jax.models.blt_decoding import BLTCache
 from bytelm_jax.models.blt_local import Decoder, Encoder
 from bytelm_jax.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
 from bytelm_jax.models.interface import ByteModel, ModelOutput
+
+
+class Encoded(NamedTuple):
+    """The byte encoder's part of a pass over s."""
+
+    states: Float[Array, "B T D"]
+    pooled: Float[Array, "B N W"]
+    """The patches, which `BLT.widen` projects to the global width."""
+    plan: patching.PatchPlan
+    shifted: Int[Array, "B T"]
+    """s itself."""
+    counted: Bool[Array, "B T"]
+    """Which positions of s are no padding."""
+    segment_starts: Int[Array, "B T"] | None
 
 
 class BLT(ByteModel, nnx.Module):
@@ -104,22 +120,9 @@ class BLT(ByteModel, nnx.Module):
             logits = jnp.zeros((batch, length, c.vocab.size), dtype)
             names = "patch_length", "patch_overflow", *["histogram_entropy"] * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        segment_starts = segment_starts_of(ids, c)
-        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
-        if starts is None:
-            starts = patching.patch_starts(
-                c, shifted, self.entropies(shifted, segment_starts), segment_starts
-            )
-        counted = patching.present(shifted, c.vocab, segment_starts)
-        plan = patching.plan_patches(starts, counted, c.budget(length), segment_starts)
-
-        states, _ = self.encoder.transformer(
-            self.embed(shifted, segment_starts),
-            fold_rows(dropout_keys, 0),
-            remat,
-            segment_starts=segment_starts,
+        states, patches, plan, shifted, counted, segment_starts = self.encode(
+            ids, dropout_keys, remat, starts
         )
-        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget, segment_starts is None)
         histograms = self.histograms(shifted, counted, segment_starts)
         patches, _ = self.global_transformer(
             self.widen(patches),
@@ -141,6 +144,33 @@ class BLT(ByteModel, nnx.Module):
             bits = (histograms.astype(wide) / patch_rules.BIT).sum(axis=1)
             metrics["histogram_entropy"] = bits / counted.sum(axis=1)
         return ModelOutput(self.to_logits(x), jnp.zeros((batch,)), metrics)
+
+    def encode(
+        self,
+        ids: Int[Array, "B T"],
+        dropout_keys: Key[Array, " B"] | None = None,
+        remat: bool = False,
+        starts: Bool[Array, "B S"] | None = None,
+    ) -> "Encoded":
+        """What the byte encoder makes of `ids`, which are checked and not empty; see `outputs`."""
+        c = self.config
+        segment_starts = segment_starts_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
+        if starts is None:
+            starts = patching.patch_starts(
+                c, shifted, self.entropies(shifted, segment_starts), segment_starts
+            )
+        counted = patching.present(shifted, c.vocab, segment_starts)
+        plan = patching.plan_patches(starts, counted, c.budget(ids.shape[1]), segment_starts)
+
+        states, _ = self.encoder.transformer(
+            self.embed(shifted, segment_starts),
+            fold_rows(dropout_keys, 0),
+            remat,
+            segment_starts=segment_starts,
+        )
+        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget, segment_starts is None)
+        return Encoded(states, patches, plan, shifted, counted, segment_starts)
 
     def entropies(
         self, shifted: Int[Array, "B T"], segment_starts: Int[Array, "B T"] | None = None

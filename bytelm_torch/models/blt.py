@@ -5,6 +5,8 @@ together), G key heads, K head width, D width, V vocabulary. The mirror of
 `bytelm_jax/models/blt.py`, which lists the differences from the published form.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
@@ -23,6 +25,20 @@ from bytelm_torch.models.blt_decoding import BLTCache
 from bytelm_torch.models.blt_local import Decoder, Encoder, bias_free
 from bytelm_torch.models.entropy import EntropyModel, entropy, segment_starts_of, shift_right
 from bytelm_torch.models.interface import ByteModel, ModelOutput
+
+
+class Encoded(NamedTuple):
+    """The byte encoder's part of a pass over s."""
+
+    states: Float[Tensor, "B T D"]
+    pooled: Float[Tensor, "B N W"]
+    """The patches, which `BLT.widen` projects to the global width."""
+    plan: patching.PatchPlan
+    shifted: Int[Tensor, "B T"]
+    """s itself."""
+    counted: Bool[Tensor, "B T"]
+    """Which positions of s are no padding."""
+    segment_starts: Int[Tensor, "B T"] | None
 
 
 class BLT(ByteModel, nn.Module):
@@ -74,19 +90,7 @@ class BLT(ByteModel, nn.Module):
             names = ("patch_length", "patch_overflow")
             names += ("histogram_entropy",) * c.reads_histograms
             return ModelOutput(logits, empty, dict.fromkeys(names, empty))
-        segment_starts = segment_starts_of(ids, c)
-        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
-        if starts is None:
-            starts = patching.patch_starts(
-                c, shifted, self.entropies(shifted, segment_starts), segment_starts
-            )
-        counted = patching.present(shifted, c.vocab, segment_starts)
-        plan = patching.plan_patches(starts, counted, c.budget(length), segment_starts)
-
-        states, _ = self.encoder.transformer(
-            self.embed(shifted, segment_starts), remat, segment_starts=segment_starts
-        )
-        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget)
+        states, patches, plan, shifted, counted, segment_starts = self.encode(ids, remat, starts)
         histograms = self.histograms(shifted, counted, segment_starts)
         patch_entropy = self.patch_entropy(histograms, shifted, plan, patches.dtype)
         patches, _ = self.global_transformer(
@@ -103,6 +107,29 @@ class BLT(ByteModel, nn.Module):
             bits = (histograms.to(wide) / patch_rules.BIT).sum(dim=1)
             metrics["histogram_entropy"] = bits / counted.sum(dim=1)
         return ModelOutput(self.to_logits(x), x.new_zeros(batch), metrics)
+
+    def encode(
+        self,
+        ids: Int[Tensor, "B T"],
+        remat: bool = False,
+        starts: Bool[Tensor, "B S"] | None = None,
+    ) -> "Encoded":
+        """What the byte encoder makes of `ids`, which are checked and not empty; see `outputs`."""
+        c = self.config
+        segment_starts = segment_starts_of(ids, c)
+        shifted = shift_right(ids, c.vocab.bos_id, segment_starts)
+        if starts is None:
+            starts = patching.patch_starts(
+                c, shifted, self.entropies(shifted, segment_starts), segment_starts
+            )
+        counted = patching.present(shifted, c.vocab, segment_starts)
+        plan = patching.plan_patches(starts, counted, c.budget(ids.shape[1]), segment_starts)
+
+        states, _ = self.encoder.transformer(
+            self.embed(shifted, segment_starts), remat, segment_starts=segment_starts
+        )
+        patches, _ = self.encoder.pool(states, plan.patch_of, plan.budget)
+        return Encoded(states, patches, plan, shifted, counted, segment_starts)
 
     def entropies(
         self, shifted: Int[Tensor, "B T"], segment_starts: Int[Tensor, "B T"] | None = None

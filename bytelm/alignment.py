@@ -1,0 +1,230 @@
+"""Text beside the tokens of a token model, from which a byte encoder learns what tokens look like.
+
+A prepared file is a safetensors file with these tensors:
+
+    text        uint8 [bytes]         documents, one after the other
+    token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
+    embeddings  float32 [rows, width]  of every token that occurs
+
+Its metadata say which token model it is of and which row stands for the beginning of a text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int32, UInt8
+
+from bytelm.config import require
+from bytelm.data.shuffle import shuffled_index
+from bytelm.files import errors_about
+
+TOKENIZER_FILE = "tokenizer.json"
+_KIND, _BEGIN = "bytelm_alignment", "begin"
+_BATCH = 256  # pieces that are tokenized at once
+_PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
+_HELD_OUT = 50  # one window in so many
+
+
+class Prepared(NamedTuple):
+    """How much a prepared file holds."""
+
+    bytes: int
+    tokens: int
+    rows: int
+    skipped: int
+    """Documents without a token, because they are not UTF-8."""
+
+
+class Aligned(NamedTuple):
+    """A prepared file, of which only the embeddings are in memory."""
+
+    text: UInt8[np.ndarray, " bytes"]
+    token: np.ndarray
+    embeddings: Float32[np.ndarray, "rows width"]
+    begin: int
+    """The row, plus 1, of the token that begins a text; 0 if there is none."""
+    identity: str
+
+    def windows(self, length: int) -> int:
+        """How many windows of so many bytes there are."""
+        return len(self.text) // length
+
+    def rows(
+        self, indices: Iterable[int], length: int, offset: int
+    ) -> tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B T"]]:
+        """Ids of the bytes of these windows, and the token that ends at each; see `Aligned`."""
+        spans = [slice(i * length, (i + 1) * length) for i in indices]
+        ids = np.stack([self.text[span] for span in spans]).astype(np.int32) + np.int32(offset)
+        return ids, np.stack([self.token[span] for span in spans]).astype(np.int32)
+
+    def training(self, length: int) -> int:
+        """How many windows, the first ones, are trained on; the others are held out."""
+        count = self.windows(length)
+        return count - max(1, count // _HELD_OUT)
+
+    def batch(self, step: int, rows: int, length: int, seed: int) -> list[int]:
+        """The windows of step `step`, counted from 0: a function of its arguments alone."""
+        count = self.training(length)
+        return [shuffled_index(step * rows + i, count, seed) for i in range(rows)]
+
+
+# ---- preparation ----------------------------------------------------------------------------
+
+
+def prepare(
+    documents: Iterable[bytes], tokenizer: Any, embeddings: np.ndarray, begin: int | None, out: Path
+) -> Prepared:
+    """Writes the prepared file `out` of `documents`, complete or not at all.
+
+    `tokenizer` is one of the tokenizers library, `begin` the id of the token that begins a text.
+    Raises `ValueError` for tokens without an embedding, and for text without tokens.
+    """
+    texts, ends, skipped = list[bytes](), list[np.ndarray](), 0
+    for text, found in _tokenized(documents, tokenizer):
+        texts.append(text)
+        ends.append(found)
+        skipped += bool(text) and not found.any()
+    text, ids = b"".join(texts), np.concatenate([*ends, np.zeros(0, np.uint32)])
+    used = np.unique(ids[ids > 0] - 1)
+    require(used.size > 0, "data: holds no text in UTF-8 that has tokens; give some")
+    if begin is not None:
+        used = np.union1d(used, [begin])
+    most = int(used[-1])
+    hint = f"the weights have {len(embeddings)} embeddings; give the tokenizer that belongs to them"
+    require(most < len(embeddings), f"{TOKENIZER_FILE}: has token {most}, and {hint}")
+    kind = np.uint16 if used.size < 2**16 else np.uint32
+    row_of = np.zeros(most + 2, kind)
+    row_of[used.astype(np.int64) + 1] = np.arange(1, used.size + 1)
+    rows = row_of[ids]
+    first = 0 if begin is None else int(np.searchsorted(used, begin)) + 1
+    tensors = {"text": np.frombuffer(text, np.uint8), "token": rows}
+    tensors["embeddings"] = np.ascontiguousarray(embeddings[used], np.float32)
+    _write(out, tensors, {_KIND: "1", _BEGIN: str(first)})
+    return Prepared(len(text), int((ids > 0).sum()), len(used), skipped)
+
+
+def _tokenized(documents: Iterable[bytes], tokenizer: Any) -> Iterator[tuple[bytes, np.ndarray]]:
+    """Each document, and for each of its bytes the token that ends there plus 1, or 0."""
+    for batch in _batches(documents):
+        texts = [_as_text(document) for document in batch]
+        encodings = tokenizer.encode_batch([t or "" for t in texts], add_special_tokens=False)
+        for document, text, encoding in zip(batch, texts, encodings, strict=True):
+            found = np.zeros(len(document), np.uint32)
+            if text:
+                # Offsets count characters of the original text.
+                sizes = [len(character.encode()) for character in text]
+                after = np.concatenate([[0], np.cumsum(sizes)])
+                for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
+                    if stop > start:
+                        found[after[stop] - 1] = number + 1
+            yield document, found
+
+
+def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch = list[bytes]()
+    for document in documents:
+        for piece in _pieces(document):
+            batch.append(piece)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+    yield batch
+
+
+def _pieces(document: bytes) -> Iterator[bytes]:
+    """A document, cut behind lines, or else before spaces, into pieces of bounded length."""
+    start = 0
+    while len(document) - start > _PIECE:
+        stop = document.rfind(b"\n", start + _PIECE // 2, start + _PIECE) + 1
+        stop = stop or document.rfind(b" ", start + _PIECE // 2, start + _PIECE)
+        stop = stop if stop > start else start + _PIECE
+        yield document[start:stop]
+        start = stop
+    yield document[start:]
+
+
+def _as_text(document: bytes) -> str | None:
+    try:
+        return document.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _write(out: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    from safetensors.numpy import save_file
+
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata)
+        os.replace(partial, out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
+    """The tokenizer in a token model's folder, and the id of the token that begins a text.
+
+    Raises `ValueError` if there is none, or if the tokenizers library is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        hint = "pip install tokenizers"
+        raise ValueError(
+            f"{folder}: reading its tokenizer needs the tokenizers library; {hint}"
+        ) from None
+    file = folder / TOKENIZER_FILE
+    require(file.is_file(), f"{file}: missing; give the donor's folder with its tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises this very class
+        raise ValueError(f"{file}: is no tokenizer ({error})") from None
+    with errors_about(folder / "config.json", "give a folder of transformers' save_pretrained"):
+        begin = json.loads((folder / "config.json").read_text("utf-8")).get("bos_token_id")
+    return tokenizer, begin if type(begin) is int else None
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+
+def open_aligned(path: Path) -> Aligned:
+    """A prepared file; raises `ValueError` for anything else."""
+    from safetensors import safe_open
+
+    with errors_about(path, "give a file that `bytelm align-data` wrote"):
+        with safe_open(path, framework="np") as opened:
+            metadata = opened.metadata() or {}
+            require(metadata.get(_KIND) == "1", "is no text with tokens")
+            embeddings = opened.get_tensor("embeddings")
+        header, data = _header(path)
+        text, token = (_mapped(path, header[name], data) for name in ("text", "token"))
+        good = len(text) == len(token) and embeddings.ndim == 2
+        require(good, "its parts do not fit each other")
+        require(int(token.max(initial=0)) <= len(embeddings), "names embeddings that it lacks")
+        digest = blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=8)
+        digest.update(np.ascontiguousarray(text[:: max(1, len(text) >> 20)]).tobytes())
+        begin = int(metadata.get(_BEGIN, "0"))
+        return Aligned(text, token, embeddings, begin, digest.hexdigest())
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and where its data begin."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)), 8 + size
+
+
+def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:
+    kinds = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
+    kind, (begin, _) = kinds[tensor["dtype"]], tensor["data_offsets"]
+    return np.memmap(path, kind, "r", data + begin, tuple(tensor["shape"]))

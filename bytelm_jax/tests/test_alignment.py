@@ -1,0 +1,122 @@
+"""Alignment of a byte encoder with a token model: prepared text, the loss, the stage."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bytelm import alignment
+from bytelm.config import BLTConfig, Recipe, TrainConfig
+from bytelm_jax.cli import main as cli
+from bytelm_jax.models import define_model
+from bytelm_jax.training import checkpoint
+from bytelm_jax.training.alignment import alignment_loss
+
+TEXT = "the café of\nthe 日本 end"
+MODEL = BLTConfig(
+    patcher="space", ngram_sizes=(3,), ngram_rows=11, local_dim=8, local_window=8,
+    encoder_heads=2, encoder_hidden_dim=8, decoder_layers=1, decoder_heads=2,
+    decoder_hidden_dim=8, global_dim=12, global_layers=1, global_heads=2, global_hidden_dim=8,
+    patch_budget=1.0,
+)  # fmt: skip
+WIDTH = 12
+
+
+@pytest.fixture
+def tokenizer():
+    tokenizers = pytest.importorskip("tokenizers", reason="the tokenizers library is not installed")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet)
+    made.train_from_iterator([TEXT] * 9, trainer)
+    return made
+
+
+def table(rows):
+    return np.random.default_rng(0).normal(size=(rows, WIDTH)).astype(np.float32)
+
+
+def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
+    """Of a text with characters of several bytes, in pieces; what is not UTF-8 has no tokens."""
+    file, embeddings = tmp_path / "x.tokens", table(300)
+    documents = [TEXT.encode(), b"\xff\xfe the", b"", (TEXT + "\n").encode() * 4000]
+    made = alignment.prepare(documents, tokenizer, embeddings, 7, file)
+    aligned = alignment.open_aligned(file)
+    assert aligned.text.tobytes() == b"".join(documents) and made.skipped == 1
+    np.testing.assert_array_equal(aligned.embeddings[aligned.begin - 1], embeddings[7])
+    first = len(TEXT.encode())
+    position, expected = 0, {}
+    for number, (_, stop) in zip(*[getattr(tokenizer.encode(TEXT), n) for n in ("ids", "offsets")]):
+        position = len(TEXT[:stop].encode())
+        expected[position - 1] = embeddings[number]
+    assert position == first
+    for at in range(first):
+        row = aligned.token[at]
+        assert (row > 0) == (at in expected)
+        if row:
+            np.testing.assert_array_equal(aligned.embeddings[row - 1], expected[at])
+    assert not aligned.token[first : first + 6].any()
+    last = aligned.token[-first - 1 : -1]
+    np.testing.assert_array_equal(last, aligned.token[:first])
+
+
+def test_the_loss_is_that_of_the_words_one_by_one():
+    """Against a plain loop over patches, which are cut by hand."""
+    bind, init = define_model(MODEL)
+    params, embeddings = jax.jit(init, static_argnums=0)(0), table(5)
+    text = b"ab cd efg h"
+    ids = np.frombuffer(text, np.uint8)[None].astype(np.int32) + MODEL.vocab.offset
+    token = np.zeros(ids.shape, np.int32)
+    token[0, [0, 1, 4, 7, 10]] = [1, 2, 3, 5, 4]  # that of the last byte is in an open patch
+
+    @jax.jit
+    def run(params):
+        model = bind(params)
+        encoded = model.encode(ids)
+        return model.widen(encoded.pooled), alignment_loss(model, ids, token, embeddings, 4)
+
+    patches, (loss, cosine) = run(params)
+    # BOS, "ab ", "cd ", "efg ", and "h", which is open.
+    targets = [embeddings[3], embeddings[:2].mean(axis=0), embeddings[2], embeddings[4]]
+    errors, cosines = [], []
+    for patch, target in zip(np.asarray(patches[0]), targets, strict=False):
+        errors.append(np.square(patch - target).mean())
+        cosines.append(patch @ target / np.linalg.norm(patch) / np.linalg.norm(target))
+    np.testing.assert_allclose(loss, np.mean(errors) / np.square(embeddings).mean(), rtol=1e-5)
+    np.testing.assert_allclose(cosine, np.mean(cosines), rtol=1e-5)
+
+
+def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, capsys):
+    """Three steps and two more are five steps, bit for bit; what does not fit is refused."""
+    bind, init = define_model(MODEL)
+    train = TrainConfig(batch_size=4, devices=1, log_every=1, eval_every=0, checkpoint_every=0)
+    recipe = Recipe(name="imported", model=MODEL, train=train)
+    checkpoint.create_run(tmp_path / "run", recipe, jax.jit(init, static_argnums=0)(0))
+    tokens = tmp_path / "x.tokens"
+    alignment.prepare([TEXT.encode() * 40], tokenizer, table(300), None, tokens)
+
+    def align(folder, steps, *more):
+        command = ["align", str(tmp_path / "run"), "--tokens", str(tokens), "--steps", str(steps)]
+        command += ["--sequence-length", "24", "--learning-rate", "0.01", *more]
+        return cli.main([*command, "--run-dir", str(tmp_path / folder)])
+
+    assert align("whole", 5) == 0 and align("parts", 5, "--checkpoint-every", "3") == 0
+    for newer in (tmp_path / "parts" / "checkpoints").glob("5"):
+        newer.rename(tmp_path / "gone")
+    assert align("parts", 5, "--checkpoint-every", "3") == 0
+    assert "resuming aligned" in capsys.readouterr().out
+    _, before, _ = checkpoint.load_run(tmp_path / "run")
+    whole, parts = (checkpoint.load_run(tmp_path / name)[1] for name in ("whole", "parts"))
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, parts[name])
+        trained = name.startswith(("encoder.", "to_global."))
+        assert (value != before[name]).any() == trained, name
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open()]
+    losses = [line["alignment_loss"] for line in lines if "alignment_loss" in line]
+    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert lines[-1]["validation_alignment_loss"] > 0
+    assert align("new", 5, "--sequence-length", "9999") == 2
+    assert "less than two windows" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

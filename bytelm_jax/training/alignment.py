@@ -1,0 +1,256 @@
+"""Teaching a byte encoder to make of each patch what a token model's embeddings say of its tokens.
+
+The first stage of making a byte model out of a token model (`docs/donors.md`): of the parameters of
+a BLT only the byte encoder's are trained, and the global transformer, which they will feed, takes
+no part. The text comes with the token that ends at each byte (`bytelm/alignment.py`).
+
+Axes: B batch, T bytes, N patches, D global width, E rows of the embeddings.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from bytelm.alignment import Aligned
+from bytelm.config import Recipe, require
+from bytelm.metrics import MetricsLog
+from bytelm.runs import (
+    Outcome,
+    RunLock,
+    prepare_run_dir,
+    require_ahead,
+    require_lock,
+    require_same_data,
+)
+from bytelm.trainable import Trainable
+from bytelm_jax.kernels.segment_sum import segment_sum
+from bytelm_jax.models import Params, cast_params, define_model
+from bytelm_jax.optimizers.build import (
+    build_optimizer,
+    global_norm,
+    learning_rate_schedule,
+    without,
+)
+from bytelm_jax.training import checkpoint, processes
+from bytelm_jax.training import mesh as meshes
+from bytelm_jax.training import step as steps
+
+_TRAINED = ("encoder.", "to_global.")
+"""What the names of the parameters that are trained begin with."""
+
+_EVALUATED = 32  # batches of windows that are held out
+
+
+def alignment_loss(
+    model: Any,
+    ids: Int[Array, "B T"],
+    token: Int[Array, "B T"],
+    embeddings: Float[Array, "E D"],
+    begin: int,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean squared error of patches, and the mean cosine between them and what they should be.
+
+    A patch should be the mean of the embeddings of the tokens that end in it: row `token` − 1 for
+    the token that ends at a byte, none for 0. Patches in which no token ends do not count. BOS is a
+    patch of its own, for which row `begin` − 1 stands, if any. The error is relative to the mean
+    square of the embeddings: 1 is what vectors of zeros have.
+    """
+    encoded = model.encode(ids)
+    patches = model.widen(encoded.pooled)
+    wide = jnp.promote_types(patches.dtype, jnp.float32)
+    embeddings = embeddings.astype(wide)
+    # s is BOS and then the bytes.
+    ends = jnp.concatenate([jnp.full_like(token[:, :1], begin), token[:, :-1]], axis=1)
+    is_end = (ends > 0).astype(wide)[:, :, None]
+    rows = embeddings[jnp.maximum(ends - 1, 0)] * is_end
+    both = segment_sum(
+        jnp.concatenate([rows, is_end], axis=-1), encoded.plan.patch_of, encoded.plan.budget
+    )
+    count = both[:, :, -1]
+    target = both[:, :, :-1] / jnp.maximum(count, 1)[:, :, None]
+    weight = (count > 0).astype(wide)
+    total = jnp.maximum(weight.sum(), 1)
+    patches = patches.astype(wide)
+    error = jnp.square(patches - target).mean(axis=-1)
+    size = jnp.sqrt(jnp.square(patches).sum(axis=-1) * jnp.square(target).sum(axis=-1))
+    cosine = (patches * target).sum(axis=-1) / jnp.maximum(size, 1e-30)
+    power = jnp.square(embeddings).mean()
+    return (weight * error).sum() / total / power, (weight * cosine).sum() / total
+
+
+def alignment_parts(params: Any) -> Trainable:
+    """What the stage trains of a BLT: its byte encoder."""
+    return Trainable(frozenset(name for name in params if not name.startswith(_TRAINED)))
+
+
+def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Params]) -> Outcome:
+    """Trains the byte encoder of `recipe` in `run_dir`, from its latest checkpoint if there is one.
+
+    `params` reads those of the run's beginning. Writes what `train` does, and to `metrics.jsonl`
+    `alignment_loss`, `alignment_cosine` and, of windows that are held out, the same with
+    `validation_`. Raises `ValueError` for data, settings or checkpoints that do not fit. SIGINT and
+    SIGTERM end it with everything saved.
+    """
+    with processes.StopSignal() as stop, RunLock(run_dir) as lock:
+        return _Stage(recipe, data, run_dir).run(stop, lock, params)
+
+
+class _Stage:
+    """A run of this stage: what it trains, and on what."""
+
+    def __init__(self, recipe: Recipe, data: Aligned, run_dir: Path) -> None:
+        require(jax.process_count() == 1, "bytelm align: runs in one process; start one")
+        self.recipe, self.data, self.run_dir = recipe, data, run_dir
+        self.length = recipe.data.sequence_length
+        model: Any = recipe.model
+        width, wide = data.embeddings.shape[1], model.global_dim
+        require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
+        few = data.windows(self.length) < 2
+        hint = "give more text, or a shorter sequence_length"
+        require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")
+        self.mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
+        meshes.check_batch(self.mesh, recipe.train)
+        bind, self.init = define_model(recipe.model)
+        abstract = jax.eval_shape(partial(self.init, recipe.train.seed))
+        self.parts = alignment_parts(abstract)
+        run = recipe.train
+        self.optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, self.parts)
+        self.template = steps.abstract_init(self.mesh, self.optimizer, abstract)
+        self.embeddings = jax.device_put(data.embeddings, meshes.replicated(self.mesh))
+        dtype = steps.compute_dtype(run, self.mesh)
+
+        def loss(moving: Params, fixed: Params, ids: Array, token: Array, table: Array) -> Any:
+            whole = cast_params(meshes.gather(self.mesh, moving | fixed), dtype)
+            with meshes.layers_on(self.mesh):
+                return alignment_loss(bind(whole), ids, token, table, data.begin)
+
+        self._step = jax.jit(partial(_step, loss, self.optimizer, self.parts), donate_argnums=0)
+        self._look = jax.jit(loss)
+
+    def batch(self, windows: list[int]) -> tuple[Array, ...]:
+        """The arrays of these windows, on the devices."""
+        rows = self.data.rows(windows, self.length, self.recipe.model.vocab.offset)
+        return (*(meshes.put_batch(self.mesh, each) for each in rows), self.embeddings)
+
+    def validate(self, params: Params) -> dict[str, float]:
+        """Loss and cosine of windows that are held out, as a record of metrics."""
+        first, rows = self.data.training(self.length), self.recipe.train.batch_size
+        count = self.data.windows(self.length) - first
+        batches = min(_EVALUATED, math.ceil(count / rows))
+        found = []
+        for number in range(batches):
+            windows = [first + (number * rows + i) % count for i in range(rows)]
+            found.append(jax.device_get(self._look(params, {}, *self.batch(windows))))
+        loss, cosine = (sum(float(each[i]) for each in found) / batches for i in (0, 1))
+        return {"validation_alignment_loss": loss, "validation_alignment_cosine": cosine}
+
+    def run(self, stop: Any, lock: RunLock, params: Callable[[], Params]) -> Outcome:
+        """See `align`."""
+        run, template, run_dir = self.recipe.train, self.template, self.run_dir
+        prepare_run_dir(run_dir, self.recipe)
+        require_lock(lock.take(run_dir), str(run_dir))
+        found = checkpoint.recover(run_dir, template.params, template.opt_state)
+        start = found.step if found else 0
+        require_ahead(self.recipe, start, run_dir)
+        if found:
+            require_same_data(found.metadata["data"], self.data.identity, run_dir)
+            at = jax.device_put(start, template.step.sharding).astype(template.step.dtype)
+            state = steps.TrainState(at, found.params, found.opt_state)
+        else:
+            given = meshes.place(self.mesh, params())
+            init = partial(self.init, run.seed)
+            state = steps.compile_init(self.optimizer, init, template, given)()
+        schedule = learning_rate_schedule(self.recipe.optimizer, run.steps)
+        log, saved, step = MetricsLog(run_dir / "metrics.jsonl", start), start, start
+        manager = checkpoint.open_checkpoints(run_dir, run)
+        lock.save_recipe(self.recipe)
+        how = "resuming" if found else "aligning"
+        print(f"{how} {self.recipe.name} in {run_dir}, step {start}", flush=True)
+        try:
+            while step < run.steps and not stop.agreed():
+                batch = self.batch(self.data.batch(step, run.batch_size, self.length, run.seed))
+                state, report = self._step(state, *batch)
+                step += 1
+                last = step == run.steps
+                if last or step % run.log_every == 0:
+                    values = {name: float(v) for name, v in jax.device_get(report).items()}
+                    good = math.isfinite(values["alignment_loss"])
+                    hint = "lower the learning rate; the last checkpoint is from before"
+                    require(good, f"step {step}: the loss is not finite; {hint}")
+                    rate = {"learning_rate": float(schedule(step - 1))}
+                    log.write({"step": step, **values, **rate})
+                    print(_line(step, run.steps, values), flush=True)
+                if last or (run.eval_every and step % run.eval_every == 0):
+                    record = self.validate(state.params)
+                    log.write({"step": step, **record})
+                    loss = record["validation_alignment_loss"]
+                    print(f"step {step}: validation {loss:.4f}", flush=True)
+                if last or (run.checkpoint_every and step % run.checkpoint_every == 0):
+                    self._save(manager, step, state)
+                    saved = step
+            if step > saved:
+                self._save(manager, step, state)
+            checkpoint.finish(manager)
+        finally:
+            log.close()
+            manager.close()
+        return Outcome(step, bool(stop) and step < run.steps)
+
+    def _save(self, manager: Any, step: int, state: Any) -> None:
+        identity = self.data.identity
+        checkpoint.save(manager, step, state.params, state.opt_state, self.recipe, identity, None)
+
+
+def _step(
+    loss: Callable[..., Any],
+    optimizer: optax.GradientTransformationExtraArgs,
+    parts: Trainable,
+    state: steps.TrainState,
+    *batch: Array,
+) -> tuple[steps.TrainState, dict[str, Array]]:
+    """One step; one whose loss or gradient norm is not finite changes nothing but the count."""
+    moving = without(state.params, parts.frozen)
+    fixed = {name: value for name, value in state.params.items() if name not in moving}
+    differentiate = jax.value_and_grad(loss, has_aux=True)
+    (value, cosine), gradients = differentiate(moving, fixed, *batch)
+    norm = global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=value)
+    params = jax.tree.map(jnp.add, moving, updates) | fixed
+    sound = jnp.isfinite(value) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(sound, new, old),
+        (params, opt_state),
+        (state.params, state.opt_state),
+    )
+    report = {"alignment_loss": value, "alignment_cosine": cosine, "grad_norm": norm}
+    return steps.TrainState(state.step + 1, params, opt_state), report
+
+
+def _line(step: int, count: int, values: dict[str, float]) -> str:
+    loss, cosine = values["alignment_loss"], values["alignment_cosine"]
+    return f"step {step}/{count}: alignment {loss:.4f}, cosine {cosine:.4f}"
+
+
+def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
+    """The recipe of this stage for the model of `source`, which `named` names.
+
+    `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
+    evaluates and saves; those that are 0 are as in `source`.
+    """
+    given = {name: value for name, value in changes.items() if value}
+    train = {"init_from": named, "seed": given.pop("seed", source.train.seed)}
+    data, optimizer = source.data, source.optimizer
+    if "sequence_length" in given:
+        data = replace(data, sequence_length=given.pop("sequence_length"))
+    if "learning_rate" in given:
+        optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
+    run = replace(source.train, **train, **given)
+    return replace(source, name="aligned", data=data, optimizer=optimizer, train=run)
