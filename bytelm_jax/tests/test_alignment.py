@@ -48,7 +48,8 @@ def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
     np.testing.assert_array_equal(aligned.embeddings[aligned.begin - 1], embeddings[7])
     first = len(TEXT.encode())
     position, expected = 0, {}
-    for number, (_, stop) in zip(*[getattr(tokenizer.encode(TEXT), n) for n in ("ids", "offsets")]):
+    encoding = tokenizer.encode(TEXT)
+    for number, (_, stop) in zip(encoding.ids, encoding.offsets, strict=True):
         position = len(TEXT[:stop].encode())
         expected[position - 1] = embeddings[number]
     assert position == first
@@ -90,7 +91,7 @@ def test_the_loss_is_that_of_the_words_one_by_one():
 
 def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, capsys):
     """Three steps and two more are five steps, bit for bit; what does not fit is refused."""
-    bind, init = define_model(MODEL)
+    _, init = define_model(MODEL)
     train = TrainConfig(batch_size=4, devices=1, log_every=1, eval_every=0, checkpoint_every=0)
     recipe = Recipe(name="imported", model=MODEL, train=train)
     checkpoint.create_run(tmp_path / "run", recipe, jax.jit(init, static_argnums=0)(0))
