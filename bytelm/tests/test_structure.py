@@ -20,9 +20,9 @@ FLOORS = (
 SHARED_FLOORS = (
     "serving", "hub", "model_card", "shards", "folders", "modeling", "bundle", "bundle_names",
     "train_options", "harness", "arguments", "sweeps", "recipe_files", "recipes", "schedules",
-    "starting", "alignment", "run_data", "breakdown", "perturb", "runs", "remote", "data", "lora", "trainable",
-    "export", "inspection", "patience", "metrics", "goodput", "tracking", "writing", "sampling",
-    "compression", "storage", "progress", "memory", "tokenizer", "leaves", "positions",
+    "starting", "run_data", "breakdown", "perturb", "runs", "remote", "alignment", "data", "lora",
+    "trainable", "export", "inspection", "patience", "metrics", "goodput", "tracking", "writing",
+    "sampling", "compression", "storage", "progress", "memory", "tokenizer", "leaves", "positions",
     "patch_rules", "q_table", "torch_files", "generation", "files", "config", "callable_module",
     "tolerances", "chips",
 )  # fmt: skip

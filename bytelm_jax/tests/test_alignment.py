@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,7 +69,7 @@ def test_the_loss_is_that_of_the_words_one_by_one():
     bind, init = define_model(MODEL)
     params, embeddings = jax.jit(init, static_argnums=0)(0), table(5)
     text = b"ab cd efg h"
-    ids = np.frombuffer(text, np.uint8)[None].astype(np.int32) + MODEL.vocab.offset
+    ids = jnp.asarray(np.frombuffer(text, np.uint8)[None].astype(np.int32) + MODEL.vocab.offset)
     token = np.zeros(ids.shape, np.int32)
     token[0, [0, 1, 4, 7, 10]] = [1, 2, 3, 5, 4]  # that of the last byte is in an open patch
 
@@ -76,7 +77,8 @@ def test_the_loss_is_that_of_the_words_one_by_one():
     def run(params):
         model = bind(params)
         encoded = model.encode(ids)
-        return model.widen(encoded.pooled), alignment_loss(model, ids, token, embeddings, 4)
+        loss = alignment_loss(model, ids, jnp.asarray(token), jnp.asarray(embeddings), 4)
+        return model.widen(encoded.pooled), loss
 
     patches, (loss, cosine) = run(params)
     # BOS, "ab ", "cd ", "efg ", and "h", which is open.

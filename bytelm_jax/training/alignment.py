@@ -8,6 +8,7 @@ Axes: B batch, T bytes, N patches, D global width, E rows of the embeddings.
 """
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -95,8 +96,8 @@ def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Par
     """Trains the byte encoder of `recipe` in `run_dir`, from its latest checkpoint if there is one.
 
     `params` reads those of the run's beginning. Writes what `train` does, and to `metrics.jsonl`
-    `alignment_loss`, `alignment_cosine` and, of windows that are held out, the same with
-    `validation_`. Raises `ValueError` for data, settings or checkpoints that do not fit. SIGINT and
+    `alignment_loss`, `alignment_cosine`, `seconds` since the first step of this process and, of
+    windows that are held out, loss and cosine with `validation_`. Raises `ValueError` for data, settings or checkpoints that do not fit. SIGINT and
     SIGTERM end it with everything saved.
     """
     with processes.StopSignal() as stop, RunLock(run_dir) as lock:
@@ -170,6 +171,7 @@ class _Stage:
             state = steps.compile_init(self.optimizer, init, template, given)()
         schedule = learning_rate_schedule(self.recipe.optimizer, run.steps)
         log, saved, step = MetricsLog(run_dir / "metrics.jsonl", start), start, start
+        begun = time.monotonic()
         manager = checkpoint.open_checkpoints(run_dir, run)
         lock.save_recipe(self.recipe)
         how = "resuming" if found else "aligning"
@@ -179,14 +181,18 @@ class _Stage:
                 batch = self.batch(self.data.batch(step, run.batch_size, self.length, run.seed))
                 state, report = self._step(state, *batch)
                 step += 1
+                if step == start + 1:  # compiled
+                    jax.block_until_ready(state)
+                    begun = time.monotonic()
                 last = step == run.steps
                 if last or step % run.log_every == 0:
                     values = {name: float(v) for name, v in jax.device_get(report).items()}
                     good = math.isfinite(values["alignment_loss"])
                     hint = "lower the learning rate; the last checkpoint is from before"
                     require(good, f"step {step}: the loss is not finite; {hint}")
-                    rate = {"learning_rate": float(schedule(step - 1))}
-                    log.write({"step": step, **values, **rate})
+                    values["learning_rate"] = float(schedule(jnp.asarray(step - 1)))
+                    values["seconds"] = time.monotonic() - begun
+                    log.write({"step": step, **values})
                     print(_line(step, run.steps, values), flush=True)
                 if last or (run.eval_every and step % run.eval_every == 0):
                     record = self.validate(state.params)
