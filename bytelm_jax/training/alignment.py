@@ -97,8 +97,8 @@ def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Par
 
     `params` reads those of the run's beginning. Writes what `train` does, and to `metrics.jsonl`
     `alignment_loss`, `alignment_cosine`, `seconds` since the first step of this process and, of
-    windows that are held out, loss and cosine with `validation_`. Raises `ValueError` for data, settings or checkpoints that do not fit. SIGINT and
-    SIGTERM end it with everything saved.
+    windows that are held out, loss and cosine with `validation_`. Raises `ValueError` for data,
+    settings or checkpoints that do not fit. SIGINT and SIGTERM end it with everything saved.
     """
     with processes.StopSignal() as stop, RunLock(run_dir) as lock:
         return _Stage(recipe, data, run_dir).run(stop, lock, params)
