@@ -134,8 +134,8 @@ def configuration_page() -> str:
         + f"; `data` is {link(config.DataConfig)}, `train` is {link(config.TrainConfig)}.",
     ]
     kinds = [config.DataConfig, config.TrainConfig, *config.MODEL_CONFIGS]
-    kinds += [*config.OPTIMIZER_CONFIGS.values(), config.ByteVocab, config.PatchingContract]
-    kinds += [config.Recipe, bytelm.SamplerConfig]
+    kinds += [*config.OPTIMIZER_CONFIGS.values(), config.ByteVocab, config.BlockConfig]
+    kinds += [config.PatchingContract, config.Recipe, bytelm.SamplerConfig]
     for kind in dict.fromkeys(kinds):
         parts += [f"## {kind.__name__}", *configuration(kind)]
     return "\n\n".join(parts) + "\n"

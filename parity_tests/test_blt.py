@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bytelm.config import BLTConfig, EntropyConfig, ModelConfig
-from bytelm.config.block import BlockConfig
+from bytelm.config import BlockConfig, BLTConfig, EntropyConfig, ModelConfig
 from bytelm.tolerances import GRADIENTS, LOGITS, OTHER_PLACE
 from bytelm_jax.interop.convert import to_torch
 from bytelm_jax.models import Params, abstract_params, define_model, patching

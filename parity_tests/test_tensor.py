@@ -12,13 +12,13 @@ import pytest
 from bytelm import recipes, tolerances
 from bytelm.config import (
     OPTIMIZER_CONFIGS,
+    BlockConfig,
     BLTConfig,
     EntropyConfig,
     Recipe,
     SGDConfig,
     TrainConfig,
 )
-from bytelm.config.block import BlockConfig
 from bytelm_jax.cli import main as cli
 from bytelm_jax.kernels.lookup import look_up
 from bytelm_jax.kernels.partitioned import by_rows

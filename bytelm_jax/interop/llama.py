@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm import export
-from bytelm.config import BLTConfig, require
-from bytelm.config.block import BlockConfig
+from bytelm.config import BlockConfig, BLTConfig, require
 from bytelm.leaves import torch_name
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params, define_model
