@@ -56,12 +56,12 @@ LOCAL = BLTConfig(
 """The byte encoder and decoder; its global transformer gives way to the donor's layers."""
 
 
-def make_donor(family: str, seed: int = 0, dtype: Any = torch.float64) -> Any:
+def make_donor(family: str, seed: int = 0, dtype: Any = torch.float64, **sizes: Any) -> Any:
     """A model with random weights, norms and biases included, so that none of them can hide."""
     import transformers
 
     stem, changes = FAMILIES[family]
-    config = getattr(transformers, f"{stem}Config")(**SIZES | changes)
+    config = getattr(transformers, f"{stem}Config")(**SIZES | changes | sizes)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{stem}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
@@ -73,6 +73,18 @@ def make_donor(family: str, seed: int = 0, dtype: Any = torch.float64) -> Any:
 def save_donor(model: Any, folder: Path, **options: Any) -> Path:
     model.save_pretrained(folder, **options)
     return folder
+
+
+def save_tokenizer(folder: Path, text: str, size: int = 300) -> None:
+    """A byte-level BPE of `size` tokens, as transformers saves it."""
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def make_exact(model: Any) -> Any:

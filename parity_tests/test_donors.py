@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import llama
 from bytelm_jax.models import abstract_params
+from bytelm_jax.tests.test_docs import blocks, run_line, small_latent  # noqa: F401, a fixture
 from bytelm_jax.training import checkpoint
 from parity_tests.donors import (
     FAMILIES,
@@ -22,6 +24,7 @@ from parity_tests.donors import (
     make_exact,
     pass_through,
     save_donor,
+    save_tokenizer,
     write_local,
 )
 
@@ -110,3 +113,22 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
     start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
     assert "bytelm import --format llama" in refused(*start)
+
+
+@pytest.mark.slow
+def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys, small_latent):
+    """One after the other, as a reader does, with tiny models and few steps."""
+    monkeypatch.chdir(tmp_path)
+    text = "Some words of a text, and some more of them. " * 90
+    save_donor(make_donor("llama", dtype=torch.float32, vocab_size=300), tmp_path / "donor")
+    save_tokenizer(tmp_path / "donor", text)
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "one.txt").write_text(text)
+    for line in blocks("donors.md", "bash").splitlines():
+        few = line.replace(" 200", " 4").replace(" 100", " 2")
+        assert run_line(few) == 0, (line, capsys.readouterr().err)
+    records = [json.loads(line) for line in Path("runs/aligned/metrics.jsonl").open()]
+    assert any("validation_alignment_loss" in record for record in records)
+    before, after = (checkpoint.load_run(Path("runs") / n)[1] for n in ("aligned", "bytes"))
+    moved = {name for name, value in after.items() if (value != before[name]).any()}
+    assert moved == {name for name in before if not name.startswith(llama.STACK)}
