@@ -11,11 +11,12 @@ import torch
 
 import bytelm_torch
 from bytelm.config import BLTConfig
+from bytelm.metrics import read_metrics
 from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import llama
 from bytelm_jax.models import abstract_params
-from bytelm_jax.tests.test_docs import blocks, run_line, small_latent  # noqa: F401, a fixture
+from bytelm_jax.tests.test_docs import blocks, run_line
 from bytelm_jax.training import checkpoint
 from parity_tests.donors import (
     FAMILIES,
@@ -116,7 +117,7 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys, small_latent):
+def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys):
     """One after the other, as a reader does, with tiny models and few steps."""
     monkeypatch.chdir(tmp_path)
     text = "Some words of a text, and some more of them. " * 90
@@ -127,7 +128,7 @@ def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys, small_latent)
     for line in blocks("donors.md", "bash").splitlines():
         few = line.replace(" 200", " 4").replace(" 100", " 2")
         assert run_line(few) == 0, (line, capsys.readouterr().err)
-    records = [json.loads(line) for line in Path("runs/aligned/metrics.jsonl").open()]
+    records = read_metrics(Path("runs/aligned/metrics.jsonl"))
     assert any("validation_alignment_loss" in record for record in records)
     before, after = (checkpoint.load_run(Path("runs") / n)[1] for n in ("aligned", "bytes"))
     moved = {name for name, value in after.items() if (value != before[name]).any()}

@@ -149,6 +149,8 @@ class ArchitectureConfig:
     has_tied_gradients: ClassVar[bool] = False
     """Whether rounding chooses where a gradient goes when bytes repeat: a maximum of equal values.
     """
+    takes_donor: ClassVar[bool] = False
+    """Whether the layers of a token model can be its global transformer."""
     causal: bool = True
     """Whether logits depend on earlier bytes alone, so that the model can generate."""
     vocab: ByteVocab

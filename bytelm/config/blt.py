@@ -138,7 +138,7 @@ class BLTConfig(ArchitectureConfig):
     architecture: ClassVar[str] = "blt"
     cut_stacks: ClassVar[tuple[str, ...]] = ("encoder_", "decoder_", "global_")
     frozen_prefixes: ClassVar[tuple[str, ...]] = ("patcher.",)
-    has_patching_contract = has_tied_gradients = True
+    has_patching_contract = has_tied_gradients = takes_donor = True
     transformers_type: ClassVar[str | None] = "blt"
     vocab: ByteVocab = field(default_factory=_blt_vocab)
     patcher: Literal["entropy", "histogram", "space", "word", "fixed", "byte"] = "entropy"
@@ -231,23 +231,7 @@ class BLTConfig(ArchitectureConfig):
 
     @property
     def ineffective(self) -> dict[str, str]:
-        users = {
-            "threshold": ("entropy", "histogram"),
-            "patch_size": ("fixed",),
-            "whole_characters": ("entropy", "histogram", "word", "fixed"),
-            "entropy": ("entropy",),
-        }
-        chosen = f"patcher={self.patcher}"
-        found = {name: chosen for name, patchers in users.items() if self.patcher not in patchers}
-        if not self.ngram_sizes:
-            tables = ("ngram_functions", "ngram_rows", "ngram_combine")
-            found |= dict.fromkeys(tables, "no-ngram-sizes")
-        block = self.global_block.ineffective
-        if self.positions != "rotary":
-            found["rope_theta"] = f"positions={self.positions}"
-            rotary = (f.name for f in fields(BlockConfig) if f.name.startswith("rope_"))
-            block = dict.fromkeys(rotary, found["rope_theta"])
-        return found | {f"global_block.{name}": setting for name, setting in block.items()}
+        return _ineffective(self)
 
     @property
     def needs_entropy_model(self) -> bool:
@@ -371,6 +355,26 @@ class BLTConfig(ArchitectureConfig):
 
     def _decoder_cross(self) -> int:
         return attention_parameters(self.local_dim, self.decoder_heads, self.decoder_kv_heads)
+
+
+def _ineffective(c: BLTConfig) -> dict[str, str]:
+    users = {
+        "threshold": ("entropy", "histogram"),
+        "patch_size": ("fixed",),
+        "whole_characters": ("entropy", "histogram", "word", "fixed"),
+        "entropy": ("entropy",),
+    }
+    chosen = f"patcher={c.patcher}"
+    found = {name: chosen for name, patchers in users.items() if c.patcher not in patchers}
+    if not c.ngram_sizes:
+        tables = ("ngram_functions", "ngram_rows", "ngram_combine")
+        found |= dict.fromkeys(tables, "no-ngram-sizes")
+    block = c.global_block.ineffective
+    if c.positions != "rotary":
+        found["rope_theta"] = f"positions={c.positions}"
+        rotary = (f.name for f in fields(BlockConfig) if f.name.startswith("rope_"))
+        block = dict.fromkeys(rotary, found["rope_theta"])
+    return found | {f"global_block.{name}": setting for name, setting in block.items()}
 
 
 def _check(c: BLTConfig) -> None:

@@ -89,7 +89,7 @@ def align_command(
         checkpoint_every: steps between checkpoints.
     """
     recipe = load_recipe(run)
-    if recipe.model.architecture != "blt":
+    if not recipe.model.takes_donor:
         raise ValueError(f"{run}: is {recipe.model.architecture}; only blt has patches to align")
     data = alignment.open_aligned(tokens)
     from bytelm_jax.training import alignment as stage

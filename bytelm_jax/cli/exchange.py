@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bytelm.arguments import UsageError
-from bytelm.config import BLTConfig, Recipe, to_dict
+from bytelm.config import Recipe, to_dict
 from bytelm.export import patching_of
 from bytelm.remote.copies import local_copy
 from bytelm.runs import find_export
@@ -264,15 +264,20 @@ def import_command(
         length = min(recipe.data.sequence_length, config.longest_input)
         recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
     checkpoints.create_run(out, recipe, params)
+    _note_rounding(cast)
+    size = f"{config.parameter_count():,} parameters{note}"
+    print(f"wrote run folder {out} ({config.architecture}, {size})")
+    return 0
+
+
+def _note_rounding(cast: Any) -> None:
+    """Says on standard error by how much float64 was rounded, if it was."""
     if cast.rounded:
         print(
             f"bytelm import: float64 was rounded to float32, by a relative error of at most "
             f"{cast.rounding:.1e} (in {cast.rounded})",
             file=sys.stderr,
         )
-    size = f"{config.parameter_count():,} parameters{note}"
-    print(f"wrote run folder {out} ({config.architecture}, {size})")
-    return 0
 
 
 def _refuse_local(options: dict[str, str]) -> None:
@@ -295,15 +300,17 @@ def _from_donor(
         hint = "whose byte encoder and decoder the model gets, such as blt_132m"
         raise UsageError(f"--local: name a recipe of BLT, {hint}")
     recipe, donor = find_recipe(local), llama.read_donor(folder)
-    if not isinstance(recipe.model, BLTConfig):
+    if not recipe.model.takes_donor:
         raise ValueError(f"--local {local}: is {recipe.model.architecture}; name a recipe of blt")
     if patcher:
-        recipe = replace(recipe, model=replace(recipe.model, patcher=patcher))
+        model: Any = recipe.model
+        recipe = replace(recipe, model=replace(model, patcher=patcher))
     train = replace(recipe.train, entropy_from=entropy_from)
     recipe = patch_calibration.adopt(replace(recipe, train=train), folder / "none")
     entropy_model = patch_calibration.load_entropy_model(recipe) if entropy_from else None
+    local_model: Any = recipe.model
     config, params = llama.import_llama(
-        folder, recipe.model, seed=seed, patcher=entropy_model, cast=cast
+        folder, local_model, seed=seed, patcher=entropy_model, cast=cast
     )
     train = replace(recipe.train, entropy_from="")
     recipe = replace(recipe, name="imported", model=config, train=train)
