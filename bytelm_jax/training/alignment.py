@@ -21,7 +21,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from bytelm.alignment import Aligned
-from bytelm.config import Recipe, require
+from bytelm.config import Recipe, TrainConfig, require
 from bytelm.metrics import MetricsLog
 from bytelm.runs import (
     Outcome,
@@ -252,11 +252,16 @@ def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
     evaluates and saves; those that are 0 are as in `source`.
     """
     given = {name: value for name, value in changes.items() if value}
-    train = {"init_from": named, "seed": given.pop("seed", source.train.seed)}
     data, optimizer = source.data, source.optimizer
     if "sequence_length" in given:
         data = replace(data, sequence_length=given.pop("sequence_length"))
     if "learning_rate" in given:
         optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
-    run = replace(source.train, **train, **given)
+    kept = {name: getattr(source.train, name) for name in _KEPT}
+    run = TrainConfig(**kept | given, init_from=named)
     return replace(source, name="aligned", data=data, optimizer=optimizer, train=run)
+
+
+_KEPT = ("steps", "batch_size", "seed", "devices", "fsdp", "compute_dtype", "log_every")
+_KEPT += ("eval_every", "checkpoint_every", "keep_last", "keep_best")
+"""Fields of `TrainConfig` that the stage uses; the others have their defaults in its recipe."""
