@@ -117,7 +117,7 @@ class NgramEmbedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (count, dim), jnp.float32))
 
     def __call__(
-        self, rows: Int[Array, "*batch E"], like: Float[Array, "*batch D"]
+        self, rows: Int[Array, "*batch E"], like: Float[Array, "..."]
     ) -> Float[Array, "*batch D"]:
         """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding).
 
