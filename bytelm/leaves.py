@@ -85,6 +85,11 @@ def is_norm(name: str) -> bool:
     return name.split(".")[-2].endswith("norm")
 
 
+def is_ngram_table(name: str) -> bool:
+    """Whether the parameter called `name` is a table of n-grams, of which a step reads few rows."""
+    return name.endswith("ngrams.embedding")
+
+
 def decays(name: str) -> bool:
     """Whether weight decay applies to the parameter called `name`: not to norms and biases.
 

@@ -45,12 +45,18 @@ def _scaled(frequencies: np.ndarray, block: BlockConfig) -> np.ndarray:
     return np.where(medium, between, chosen)
 
 
-def alibi_bias(heads: int, length: int) -> np.ndarray:
-    """ALiBi (Press et al. 2022): slope_h · j for key position j, float32[H, S].
+def alibi_slopes(heads: int) -> np.ndarray:
+    """ALiBi's slopes (Press et al. 2022), float32[H]: 2^(−8 i / n) for head i of n, counted from 1.
 
-    Head i of n, counted from 1, has slope 2^(−8 i / n). Slopes and products are rounded to float32
-    whatever the model's dtype, as in published MEGABYTE checkpoints. Adding slope · j equals the
-    usual slope · (j − i), since softmax ignores what is constant over the keys.
+    They are rounded to float32 whatever the model's dtype, as in published MEGABYTE checkpoints.
     """
-    slopes = np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
-    return slopes[:, None] * np.arange(length, dtype=np.float32)[None, :]
+    return np.array([2.0 ** (-8.0 * (i + 1) / heads) for i in range(heads)], dtype=np.float32)
+
+
+def alibi_bias(heads: int, length: int) -> np.ndarray:
+    """ALiBi: slope_h · j for key position j, float32[H, S]; products are rounded to float32, too.
+
+    Adding slope · j equals the usual slope · (j − i), since softmax ignores what is constant over
+    the keys.
+    """
+    return alibi_slopes(heads)[:, None] * np.arange(length, dtype=np.float32)[None, :]

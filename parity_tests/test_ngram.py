@@ -95,12 +95,20 @@ def test_embedding_sums_rows_and_padding_adds_nothing(x64):
     upstream = rng.normal(size=(3, 5, 6))
 
     def loss(table):
-        actual = bind({"embedding": table})(jnp.asarray(rows))
+        actual = bind({"embedding": table})(jnp.asarray(rows), jnp.zeros((), dtype))
         return (actual * upstream).sum(), actual
 
+    dtype = "float64"
     gradient, actual = jax.grad(loss, has_aux=True)(jnp.asarray(table))
     other = twin(torch.from_numpy(rows))
     (other * torch.from_numpy(upstream)).sum().backward()
     assert (actual[1] == 0).all() and twin.weight.grad is not None
     np.testing.assert_allclose(actual, other.detach(), rtol=0, atol=LOGITS["float64"])
     np.testing.assert_allclose(gradient, twin.weight.grad, rtol=0, atol=GRADIENTS["float64"])
+    # A table that is wider than what is computed: sums are rounded once, its gradient is as wide.
+    dtype = "bfloat16"
+    exact, (wide, rounded) = gradient, jax.grad(loss, has_aux=True)(jnp.asarray(table, "float32"))
+    assert rounded.dtype == dtype and wide.dtype == "float32"
+    eps = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(rounded.astype("float64"), actual, rtol=eps, atol=0)
+    assert np.linalg.norm(wide - exact) <= eps * np.linalg.norm(exact)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend, is_pretended, target
@@ -61,31 +62,43 @@ def fused_or_plain(
     v: Float[Array, "B T G K"],
     window: int,
     plain: Callable[[], Float[Array, "B T H K"]],
+    slopes: Float[np.ndarray, " H"] | None = None,
 ) -> Float[Array, "B T H K"]:
     """Causal softmax attention by `fused_attention`, or by `plain()` if that is not available."""
-    out = fused_attention(q, k, v, window)
+    out = fused_attention(q, k, v, window, slopes)
     return plain() if out is None else out
 
 
 def fused_attention(
-    q: Float[Array, "B T H J"], k: Float[Array, "B T G J"], v: Float[Array, "B T G K"], window: int
+    q: Float[Array, "B T H J"],
+    k: Float[Array, "B T G J"],
+    v: Float[Array, "B T G K"],
+    window: int,
+    slopes: Float[np.ndarray, " H"] | None = None,
 ) -> Float[Array, "B T H K"] | None:
     """Causal attention that never stores the scores; None if it is not available.
 
     It is available for 16-bit dtypes on an NVIDIA GPU, for heads whose width is a multiple of 8 and
-    at most 128, from 64 positions on; and on a TPU from 256 positions on. Each
+    at most 128, from 64 positions on; and on a TPU from 256 positions on, without `slopes`. Each
     position sees itself and the `window` − 1 positions before it, or with `window=0` everything
-    before it; scale K^-0.5.
+    before it; scale K^-0.5. `slopes` add slope_h · j to the scores of key j (ALiBi); they take 8 of
+    the 128. J, not below K, is what counts.
     """
-    width, length = q.shape[-1], q.shape[1]
+    width, length = q.shape[-1] + (slopes is not None) * _ALIBI_FEATURES, q.shape[1]
     if backend() == "tpu":
+        if slopes is not None:
+            return None
         # The kernel is not divided by heads, as layers that devices share need it.
         if length < SHORTEST or not is_low_precision(q) or is_partitioned():
             return None
         return traced_attention(q, k, v) if is_pretended() else splash_attention(q, k, v, window)
-    fits = is_low_precision(q) and width == v.shape[-1] and width % 8 == 0 and width <= 128
+    fits = is_low_precision(q) and width % 8 == 0 and width <= 128
     if length < 64 or not fits or not has_fused_attention():
         return None
+    if slopes is not None:
+        q, k = with_alibi(q, k, slopes)
+    # cuDNN's backward pass wants values as wide as queries; a layer cuts off what zeros give.
+    values, v = v.shape[-1], jnp.pad(v, ((0, 0),) * 3 + ((0, width - v.shape[-1]),))
     if length % 2:
         # JAX has its gradient for even lengths only. One more key after all others is seen by one
         # more query only, whose output is dropped: nothing else changes.
@@ -95,6 +108,36 @@ def fused_attention(
     else:
         near = (window - 1, 0) if 0 < window < length else None
         out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=near, implementation="cudnn"
-        )
-    return out[:, :length] if length % 2 else out
+            q, k, v, is_causal=True, local_window_size=near, scale=values**-0.5,
+            implementation="cudnn",
+        )  # fmt: skip
+    return out[:, :length, :, :values]
+
+
+_ALIBI_FEATURES = 8
+"""Features by which `with_alibi` widens queries and keys: six, and two that keep multiples of 8."""
+
+
+def with_alibi(
+    q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], slopes: Float[np.ndarray, " H"]
+) -> tuple[Float[Array, "B T H J"], Float[Array, "B T G J"]]:
+    """Queries and keys whose scores are q_i·k_j / √K + slope_h · j, in any floating-point dtype.
+
+    Below 65,536 positions nothing of the slopes' float32 is lost in 16-bit dtypes: √K times a slope
+    is the sum of three numbers of 8 digits, and j of a multiple of 256 and a rest. Their products
+    are exact where they are added up in float32, as in every product of matrices.
+    """
+    position = np.arange(k.shape[1])
+    rest, parts = slopes.astype(np.float64) * q.shape[-1] ** 0.5, []
+    for _ in range(3):
+        parts.append(rest.astype(q.dtype))
+        rest = rest - parts[-1].astype(np.float64)
+    low = position % 256
+    more = [jnp.stack([x for part in parts for x in (part, part)], axis=-1)[None, None]]
+    more.append(jnp.asarray(np.stack([position - low, low] * 3, axis=-1), k.dtype)[None, :, None])
+    wider = []
+    for x, features in zip((q, k), more, strict=True):
+        features = jnp.broadcast_to(features, (*x.shape[:-1], features.shape[-1]))
+        empty = ((0, 0),) * 3 + ((0, _ALIBI_FEATURES - features.shape[-1]),)
+        wider.append(jnp.concatenate([x, jnp.pad(features, empty)], axis=-1))
+    return wider[0], wider[1]

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -77,6 +78,27 @@ def unrounded_linear(linear: nnx.Linear, x: Float[Array, "*batch D"]) -> Float[A
         return out if linear.bias is None else out + linear.bias[...].astype(out.dtype)[None]
 
     return _on_rows(on_matrix, x)
+
+
+def linears_at_once(
+    x: Float[Array, "*batch D"], *linears: nnx.Linear
+) -> tuple[Float[Array, "*batch _"], ...]:
+    """Each of `linears` applied to x, in at least float32, by one product.
+
+    For layers with few outputs, whose time is that of reading x.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    kernel = jnp.concatenate([linear.kernel[...] for linear in linears], axis=1)
+    biases = [linear.bias[...] for linear in linears if linear.bias is not None]
+    assert len(biases) == len(linears)
+    if is_low_precision(x):
+        out = _on_rows(lambda rows: _wide_product(rows, vary_like(kernel, rows)), x)
+    else:
+        out = x @ kernel
+    bias = jnp.concatenate(biases).astype(wide)
+    out = out + bias.reshape((1,) * (out.ndim - 1) + bias.shape)
+    ends = np.cumsum([linear.out_features for linear in linears[:-1]])
+    return tuple(jnp.split(out, ends, axis=-1))
 
 
 def _on_rows(function: Callable[[Array], Array], x: Array) -> Array:

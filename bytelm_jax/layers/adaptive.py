@@ -7,7 +7,7 @@ of a, as in lfm-torch 0.0.2. `low_rank` (default): ΔW = U diag(S a + s) V, like
 Axes: B batch, T positions, D width, A adaptation width, R rank, I inputs and O outputs of a linear.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.kernels.adaptation import sum_of_products
 from bytelm_jax.kernels.gelu import gelu
 from bytelm_jax.kernels.running_mean import prefix_mean
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
@@ -42,13 +43,21 @@ class AdaptiveWeights(NamedTuple):
 
 
 def adaptive_linear(
-    weights: AdaptiveWeights, x: Float[Array, "B T I"], a: Float[Array, "B S A"]
+    weights: AdaptiveWeights,
+    x: Float[Array, "B T I"],
+    a: Float[Array, "B S A"],
+    scale: Float[Array, "B S R"] | None = None,
 ) -> Float[Array, "B T O"]:
-    """Applies the linear layer; S is T (one vector per position) or 1 (one per row)."""
+    """Applies the linear layer; S is T (one vector per position) or 1 (one per row).
+
+    `scale` is S a + s of the low-rank form, where it is known already.
+    """
     bias = weights.bias.reshape(1, 1, -1)
     if weights.down is not None and weights.up is not None:
-        narrow = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)) * (x @ weights.down)
-        return x @ weights.base + narrow @ weights.up + bias
+        if scale is None:
+            scale = a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)
+        narrow = scale * (x @ weights.down)
+        return sum_of_products(x, narrow, weights.base, weights.up, jnp.matmul) + bias
     if a.shape[1] == 1:
         change = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)).reshape(
             a.shape[0], *weights.base.shape[::-1]
@@ -107,8 +116,13 @@ class AdaptiveLinear(nnx.Module):
         else:
             self.adapt = nnx.Linear(adapt_dim, outputs * inputs, kernel_init=zeros, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T I"], a: Float[Array, "B S A"]) -> Float[Array, "B T O"]:
-        return adaptive_linear(self._weights(), x, a)
+    def __call__(
+        self,
+        x: Float[Array, "B T I"],
+        a: Float[Array, "B S A"],
+        scale: Float[Array, "B S R"] | None = None,
+    ) -> Float[Array, "B T O"]:
+        return adaptive_linear(self._weights(), x, a, scale)
 
     def _weights(self) -> AdaptiveWeights:
         base, adapt = self.base, self.adapt
@@ -191,11 +205,12 @@ class TokenMixing(nnx.Module):
         x: Float[Array, "B T D"],
         a: Float[Array, "B S A"],
         segment_positions: Int[Array, "B T"] | None = None,
+        scale: Float[Array, "B S R"] | None = None,
     ) -> Float[Array, "B T D"]:
         x = x if self.norm is None else self.norm(x)
-        return self.linear(
-            x if self.convolution is None else self.convolution(x, segment_positions), a
-        )
+        if self.convolution is not None:
+            x = self.convolution(x, segment_positions)
+        return self.linear(x, a, scale)
 
     def extend(
         self,
@@ -204,6 +219,7 @@ class TokenMixing(nnx.Module):
         past: Float[Array, "B S D"] | None,
         index: Int[Array, " B"] | None,
         segment_positions: Int[Array, "B T"] | None = None,
+        scale: Float[Array, "B T R"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B S D"] | None]:
         """Cached version of `__call__`: T positions of each row, from `index` on.
 
@@ -212,7 +228,7 @@ class TokenMixing(nnx.Module):
         x = x if self.norm is None else self.norm(x)
         if self.convolution is not None and past is not None:
             x, past = self.convolution.extend(x, past, index, segment_positions)
-        return self.linear(x, a), past
+        return self.linear(x, a, scale), past
 
 
 class ChannelMixing(nnx.Module):
@@ -237,8 +253,14 @@ class ChannelMixing(nnx.Module):
         self.to_hidden = linear(dim, hidden) if hidden else None
         self.linear = linear(hidden or dim, dim)
 
-    def __call__(self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        a: Float[Array, "B S A"],
+        scales: Sequence[Float[Array, "B S R"] | None] = (None, None),
+    ) -> Float[Array, "B T D"]:
+        """`scales` are those of `to_hidden`, if there is one, and of `linear`."""
         x = x if self.norm is None else self.norm(x)
         if self.to_hidden is not None:
-            x = gelu(self.to_hidden(x, a))
-        return self.linear(x, a)
+            x = gelu(self.to_hidden(x, a, scales[0]))
+        return self.linear(x, a, scales[-1])

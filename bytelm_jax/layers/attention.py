@@ -3,7 +3,7 @@
 Axes: B batch, T query positions, S key positions, H heads, K head width, D width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm.positions import alibi_bias
+from bytelm.positions import alibi_bias, alibi_slopes
 from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.kernels.patch_attention import patch_attention, suits
@@ -98,10 +98,11 @@ class MultiQueryAttention(nnx.Module):
         if scope is not None:
             return self._attend(q, k, v, *scope)
         mask = np.tri(x.shape[-2], dtype=bool)
-        if x.ndim != 3 or self.alibi:
+        if x.ndim != 3:
             return self._attend(q, k, v, mask)
-        plain = lambda: multi_query_attention(q, k, v, mask)  # noqa: E731
-        return self._back(fused_or_plain(q, k[:, :, None], v[:, :, None], 0, plain))
+        plain = lambda: multi_query_attention(q, k, v, mask, self._bias(q, k))  # noqa: E731
+        slopes = alibi_slopes(q.shape[-2]) if self.alibi else None
+        return self._back(fused_or_plain(q, k[:, :, None], v[:, :, None], 0, plain, slopes))
 
     def extend(
         self,
@@ -141,10 +142,13 @@ class MultiQueryAttention(nnx.Module):
         mask: Array | np.ndarray,
         segment_positions: Array | None = None,
     ) -> Array:
-        bias = alibi_bias(q.shape[-2], k.shape[-2]) if self.alibi else None
+        bias: Any = self._bias(q, k)
         if bias is not None and segment_positions is not None:
             bias = jnp.moveaxis(jnp.asarray(bias)[:, segment_positions], 0, -2)
         return self._back(multi_query_attention(q, k, v, mask, bias))
+
+    def _bias(self, q: Array, k: Array) -> np.ndarray | None:
+        return alibi_bias(q.shape[-2], k.shape[-2]) if self.alibi else None
 
     def _back(self, out: Array) -> Array:
         """[..., T, H, K] → [..., T, D]."""

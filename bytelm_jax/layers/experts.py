@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from bytelm_jax.kernels.adaptation import sum_of_products
 from bytelm_jax.kernels.grouped_matmul import (
     grouped_bias,
     grouped_matmul,
@@ -21,6 +22,7 @@ from bytelm_jax.kernels.grouped_matmul import (
     mix,
     spread,
 )
+from bytelm_jax.kernels.low_precision import linears_at_once
 from bytelm_jax.kernels.rows import on_each_device
 from bytelm_jax.layers.adaptive import AdaptiveWeights, adaptive_linear, full_adaptation
 from bytelm_jax.layers.initializers import normal
@@ -130,7 +132,7 @@ def _dispatch(
     if weights.down is not None and weights.up is not None:
         scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
         narrow = scale * product(inputs, weights.down)
-        outputs = product(inputs, weights.base) + product(narrow, weights.up)
+        outputs = sum_of_products(inputs, narrow, weights.base, weights.up, product)
     else:
         outputs = full_adaptation(weights, inputs, contexts, product)
     return mix(outputs, weights.bias, gates, chosen, groups)
@@ -161,10 +163,14 @@ class MixtureOfExperts(nnx.Module):
         self.experts = AdaptiveExperts(experts, dim, adapt_dim, rank, init_std, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], a: Float[Array, "B S A"]
+        self,
+        x: Float[Array, "B T D"],
+        a: Float[Array, "B S A"],
+        logits: Float[Array, "B S E"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
+        """`logits` are those of the gate, where they are known already."""
         x = x if self.norm is None else self.norm(x)
-        probabilities = self.probabilities(a, x.shape[1])
+        probabilities = self.probabilities(a, x.shape[1], logits)
         if not self.top_k:
             return self.experts.dense(x, a, probabilities), _routing(probabilities, probabilities)
         chosen, gates, share = choose_experts(probabilities, self.top_k)
@@ -172,14 +178,16 @@ class MixtureOfExperts(nnx.Module):
         mixed = self.experts.sparse(*(_positions(values) for values in (x, a, chosen, gates)))
         return mixed.reshape(x.shape), _routing(probabilities, share)
 
-    def probabilities(self, a: Float[Array, "B S A"], length: int) -> Float[Array, "B T E"]:
-        """The gates at `length` positions."""
-        wide = jnp.promote_types(a.dtype, jnp.float32)
-        kernel, bias = self.gate.kernel[...].astype(wide), self.gate.bias
-        assert bias is not None
-        gate = jax.nn.softmax(
-            a.astype(wide) @ kernel + bias[...].astype(wide).reshape(1, 1, -1), axis=-1
-        )
+    def probabilities(
+        self,
+        a: Float[Array, "B S A"],
+        length: int,
+        logits: Float[Array, "B S E"] | None = None,
+    ) -> Float[Array, "B T E"]:
+        """The gates at `length` positions; `logits` as in `__call__`."""
+        if logits is None:
+            (logits,) = linears_at_once(a, self.gate)
+        gate = jax.nn.softmax(logits, axis=-1)
         return jnp.broadcast_to(gate, (a.shape[0], length, gate.shape[-1]))
 
 
@@ -191,8 +199,17 @@ def _positions(values: Array) -> Array:
 def choose_experts(
     probabilities: Float[Array, "B T E"], top_k: int
 ) -> tuple[Int[Array, "B T k"], Float[Array, "B T k"], Float[Array, "B T E"]]:
-    """(experts by decreasing gate, their normalised gates, each expert's share of the pairs)."""
-    _, chosen = jax.lax.top_k(probabilities, top_k)
+    """(experts by decreasing gate, their normalised gates, each expert's share of the pairs).
+
+    Of equal gates the expert with the smaller number comes first.
+    """
+    # Few of few: sorting all of them, as `jax.lax.top_k` does on a GPU, would take longer.
+    left, found = jax.lax.stop_gradient(probabilities), []
+    for _ in range(top_k):
+        found.append(jnp.argmax(left, axis=-1))
+        taken = jnp.arange(left.shape[-1])[None, None, :] == found[-1][..., None]
+        left = jnp.where(taken, -jnp.inf, left)
+    chosen = jnp.stack(found, axis=-1)
     hot = jax.nn.one_hot(chosen, probabilities.shape[-1], dtype=probabilities.dtype)
     gates = jnp.sum(hot * probabilities[:, :, None], axis=-1)
     return chosen, gates / gates.sum(axis=-1, keepdims=True), hot.mean(axis=2)

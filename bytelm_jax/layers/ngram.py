@@ -6,6 +6,8 @@ three ids on the definition relies on wrapping, and JAX without its 64-bit mode 
 int64 int32; so the sum is held in two uint32 limbs, exact on every device.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -76,20 +78,24 @@ def ngram_rows(grams: Integer[Array, "*batch n"], config: BLTConfig) -> Int32[Ar
     return jnp.stack(rows, axis=-1)
 
 
-def _lookup(table: Array, rows: Array) -> Array:
-    return table.at[rows].get(mode="fill", fill_value=0).sum(axis=-2)
+def _lookup(table: Array, rows: Array, dtype: jnp.dtype) -> Array:
+    return table.at[rows].get(mode="fill", fill_value=0).sum(axis=-2).astype(dtype)
 
 
-@jax.custom_vjp
-def _low_precision_lookup(table: Array, rows: Array) -> Array:
-    return _lookup(table, rows)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _low_precision_lookup(table: Array, rows: Array, dtype: jnp.dtype) -> Array:
+    return _lookup(table, rows, dtype)
 
 
-def _lookup_forward(table: Array, rows: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _lookup(table, rows), (table, rows)
+def _lookup_forward(
+    table: Array, rows: Array, dtype: jnp.dtype
+) -> tuple[Array, tuple[Array, Array]]:
+    return _lookup(table, rows, dtype), (table, rows)
 
 
-def _lookup_backward(residual: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+def _lookup_backward(
+    _: jnp.dtype, residual: tuple[Array, Array], gradient: Array
+) -> tuple[Array, None]:
     # Unlike for bytes, a scatter-add is right here: the tables are large and rows seldom collide.
     # It adds in float32, in which frequent n-grams lose no digits; rows outside are dropped.
     table, rows = residual
@@ -110,8 +116,17 @@ class NgramEmbedding(nnx.Module):
         self.dim, init = dim, fan_in_normal(dim)
         self.embedding = nnx.Param(init(rngs.params(), (count, dim), jnp.float32))
 
-    def __call__(self, rows: Int[Array, "*batch E"]) -> Float[Array, "*batch D"]:
-        """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding)."""
+    def __call__(
+        self, rows: Int[Array, "*batch E"], like: Float[Array, "..."]
+    ) -> Float[Array, "*batch D"]:
+        """Embeddings of `rows` from `ngram_rows`; a row past the table adds nothing (padding).
+
+        They have the dtype of `like`; that of the table may be wider.
+        """
         table = vary_like(self.embedding[...], rows)
-        find = _low_precision_lookup if is_low_precision(table) else _lookup
-        return by_columns(find, table, rows, self.dim)
+        find = _low_precision_lookup if is_low_precision(like) else _lookup
+
+        def rounded(table: Array, rows: Array) -> Array:
+            return find(table, rows, like.dtype)
+
+        return by_columns(rounded, table, rows, self.dim)

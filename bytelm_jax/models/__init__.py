@@ -18,7 +18,7 @@ from bytelm.config import (
     Recipe,
     require_number,
 )
-from bytelm.leaves import is_norm
+from bytelm.leaves import is_ngram_table, is_norm
 from bytelm.lora import LoRA, lora_of
 from bytelm_jax.layers.initializers import deferring, draw_all
 from bytelm_jax.layers.lora import WithDropout, add_adapters, init_adapters
@@ -112,9 +112,16 @@ def adapters_of(recipe: Recipe) -> LoRA | None:
     return lora_of(recipe, abstract_params(recipe.model)) if recipe.train.lora_rank else None
 
 
-def cast_params(params: Params, dtype: jnp.dtype | type) -> Params:
-    """The parameters in the compute dtype; norms keep theirs because they compute in float32."""
-    return {name: value if is_norm(name) else value.astype(dtype) for name, value in params.items()}
+def cast_params(params: Params, dtype: jnp.dtype | type, tables: bool = True) -> Params:
+    """The parameters in the compute dtype; norms keep theirs because they compute in float32.
+
+    Without `tables`, tables of n-grams keep theirs, too: a model casts what it reads of them.
+    """
+
+    def keeps(name: str) -> bool:
+        return is_norm(name) or (is_ngram_table(name) and not tables)
+
+    return {name: value if keeps(name) else value.astype(dtype) for name, value in params.items()}
 
 
 def _flat(state: Any) -> dict[str, Any]:

@@ -277,7 +277,7 @@ class BLT(ByteModel, nnx.Module):
         self, x: Float[Array, "B T D"], rows: Int[Array, "B T E"]
     ) -> Float[Array, "B T D"]:
         """Embeddings of bytes and of their n-grams, whose rows of the fused table are given."""
-        total = x + self.encoder.ngrams(rows)
+        total = x + self.encoder.ngrams(rows, x)
         mean = self.config.ngram_combine == "mean"
         return total / (self.config.ngram_tables + 1) if mean else total
 

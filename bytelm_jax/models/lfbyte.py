@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from bytelm.config import LFByteConfig
+from bytelm_jax.kernels.low_precision import linears_at_once
 from bytelm_jax.layers.adaptive import (
     ChannelMixing,
     TokenMixing,
@@ -50,6 +51,16 @@ class LayerCache(NamedTuple):
 
     sums: Array
     past: Array | None
+
+
+class Adaptation(NamedTuple):
+    """The adaptation vector of each position, and what is computed from nothing else."""
+
+    a: Float[Array, "B S A"]
+    scales: list[Float[Array, "B S R"] | None]
+    """Those of the adaptive linear layers before the experts, in order; None in the full form."""
+    logits: Float[Array, "B S E"] | None
+    """Those of the experts' gate."""
 
 
 class LFByteCache(NamedTuple):
@@ -92,9 +103,9 @@ class LFByteLayer(nnx.Module):
         else:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             context = x.mean(axis=1, keepdims=True, dtype=wide).astype(x.dtype)
-        a = self.featurizer(context)
-        x = self._join(x, self.token_mixing(x, a, segment_positions), fold_rows(keys, 0))
-        return self._at_each_position(x, a, keys)
+        read = self._read(context)
+        mixed = self.token_mixing(x, read.a, segment_positions, read.scales[0])
+        return self._at_each_position(self._join(x, mixed, fold_rows(keys, 0)), read, keys)
 
     def extend(
         self,
@@ -106,9 +117,11 @@ class LFByteLayer(nnx.Module):
         """Cached version of `__call__`: T positions of each row from `index` on; None: from 0."""
         start = jnp.zeros((x.shape[0],), jnp.int32) if index is None else index
         context, sums = extend_running_mean(x, cache.sums, start, segment_positions)
-        a = self.featurizer(context)
-        mixed, past = self.token_mixing.extend(x, a, cache.past, index, segment_positions)
-        x, _ = self._at_each_position(self._join(x, mixed, None), a, None)
+        read = self._read(context)
+        mixed, past = self.token_mixing.extend(
+            x, read.a, cache.past, index, segment_positions, read.scales[0]
+        )
+        x, _ = self._at_each_position(self._join(x, mixed, None), read, None)
         return x, LayerCache(sums, past)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LayerCache:
@@ -119,10 +132,27 @@ class LFByteLayer(nnx.Module):
         past = None if convolution is None else convolution.empty_past(batch, length, dtype)
         return LayerCache(sums, past)
 
-    def _at_each_position(self, x: Array, a: Array, keys: Array | None) -> tuple[Array, Routing]:
+    def _read(self, context: Array) -> Adaptation:
+        """What the layer reads of its context, [B, S, D]; its narrow products are computed as one.
+
+        Together they read the adaptation vector once: 2.7 % of a layer of `lfbyte_130m` on an H100.
+        """
+        a, mixing = self.featurizer(context), self.channel_mixing
+        adaptive = [self.token_mixing.linear, *filter(None, [mixing.to_hidden]), mixing.linear]
+        if self.config.adaptation == "full":
+            return Adaptation(a, [None] * len(adaptive), None)
+        *scales, logits = linears_at_once(
+            a, *(linear.adapt for linear in adaptive), self.mixture.gate
+        )
+        return Adaptation(a, [scale.astype(a.dtype) for scale in scales], logits)
+
+    def _at_each_position(
+        self, x: Array, read: Adaptation, keys: Array | None
+    ) -> tuple[Array, Routing]:
         """The part after token mixing, which works on each position alone."""
-        x = self._join(x, self.channel_mixing(x, a), fold_rows(keys, 1))
-        mixed, routing = self.mixture(x, a)
+        mixed = self.channel_mixing(x, read.a, read.scales[1:])
+        x = self._join(x, mixed, fold_rows(keys, 1))
+        mixed, routing = self.mixture(x, read.a, read.logits)
         x = self._join(x, mixed, fold_rows(keys, 2))
         return (x if self.output is None else self.output(x)), routing
 

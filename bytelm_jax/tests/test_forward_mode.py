@@ -84,7 +84,7 @@ def test_the_pieces_with_gradients_of_their_own(x64: None) -> None:
     group = chosen.reshape(-1)
     pieces: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
         (lambda table: look_up(table, ids[:, :3]), (normal(4, 3),)),
-        (lambda table: _lookup(table, rows), (normal(5, 3),)),
+        (lambda table: _lookup(table, rows, table.dtype), (normal(5, 3),)),
         (lambda x: take_once(x, index, inverse), (normal(1, 4, 3),)),
         (lambda x: take_segments(x, patch_of), (normal(1, 3, 2),)),
         (lambda x: segment_max(x, patch_of, 3), (normal(1, 5, 2),)),

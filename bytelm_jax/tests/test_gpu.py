@@ -15,17 +15,19 @@ import pytest
 
 from bytelm import recipes, tolerances
 from bytelm.config.blt import EntropyConfig
+from bytelm.positions import alibi_bias, alibi_slopes
 from bytelm.trainable import trainable
 from bytelm_jax.kernels import backend
-from bytelm_jax.kernels.attention import fused_attention, has_fused_attention
+from bytelm_jax.kernels.attention import fused_attention, has_fused_attention, with_alibi
+from bytelm_jax.layers.attention import multi_query_attention
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 
-WRITTEN_OUT = {"transformer_tiny", "megabyte_in_action_132m"}
-"""Their attention is not fused: heads of a width that it does not take, ALiBi."""
+WRITTEN_OUT = {"transformer_tiny"}
+"""Its attention is not fused: heads of a width that it does not take."""
 
 
 @pytest.fixture
@@ -94,8 +96,11 @@ def test_a_gpu_takes_odd_lengths_in_shard_map(name, length, gpu):
     assert forward == backward > 0
 
 
-@pytest.mark.parametrize(("length", "window"), [(65, 0), (67, 3)])
-def test_fused_attention_at_odd_lengths_is_the_written_out_one(length, window, gpu, monkeypatch):
+@pytest.mark.parametrize(
+    ("length", "window", "kind"),
+    [(65, 0, "plain"), (67, 3, "plain"), (301, 0, "alibi"), (64, 0, "guided")],
+)
+def test_fused_attention_is_the_written_out_one(length, window, kind, gpu, monkeypatch):
     """JAX's own formula stands for cuDNN, which a CPU does not have."""
     real, lengths = jax.nn.dot_product_attention, []
 
@@ -106,20 +111,35 @@ def test_fused_attention_at_odd_lengths_is_the_written_out_one(length, window, g
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", without_cudnn)
     source = np.random.default_rng(length)
-    shapes = (2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8), (2, length, 4, 8)
+    wide = 16 if kind == "guided" else 8
+    shapes = (2, length, 4, wide), (2, length, 1, wide), (2, length, 1, 8), (2, length, 4, 8)
     *inputs, weights = (jnp.asarray(source.normal(size=s), jnp.bfloat16) for s in shapes)
     ahead = np.arange(length)[:, None] - np.arange(length)[None, :]
     mask = (ahead >= 0) & (ahead < (window or length))
-    results = []
-    for form in (
-        lambda q, k, v: fused_attention(q, k, v, window),
-        lambda q, k, v: grouped_attention(q, k, v, mask),
-    ):
+    results, slopes, bias = [], None, None
+    if kind == "alibi":
+        slopes, bias = alibi_slopes(4), alibi_bias(4, length)
+
+    def written_out(q, k, v):
+        if kind == "guided":
+            return grouped_attention(q, k, v, mask)
+        return multi_query_attention(q, k[:, :, 0], v[:, :, 0], mask, bias)
+
+    for form in (lambda q, k, v: fused_attention(q, k, v, window, slopes), written_out):
         out, pull = jax.vjp(jax.jit(form), *inputs)
         results.append([np.asarray(x, np.float32) for x in (out, *pull(weights))])
-    assert lengths == [length + 1]
+    assert lengths == [length + length % 2]
     for ours, theirs in zip(*results, strict=True):
         assert relative_error(ours, theirs) <= tolerances.BF16_LINEAR
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_alibi_in_sixteen_bits_is_that_of_float32(dtype):
+    count, heads, width = 9_000, 12, 8  # neither the slopes nor √8 are powers of two
+    q, k = (jnp.zeros((1, count, h, width), dtype) for h in (heads, 1))
+    q, k = (np.asarray(x, np.float64) for x in with_alibi(q, k, alibi_slopes(heads)))
+    scores = np.einsum("hj,sj->hs", q[0, 1], k[0, :, 0]) * width**-0.5
+    assert relative_error(scores, alibi_bias(heads, count)) <= np.finfo(np.float32).eps
 
 
 @pytest.mark.parametrize(

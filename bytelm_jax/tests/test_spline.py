@@ -41,7 +41,13 @@ def spline():
     return source.standard_normal(CHANNELS), source.standard_normal((CHANNELS, SPLINE_BASES))
 
 
-def test_values_and_derivatives_are_scipy_s(spline, x64):
+@pytest.fixture(params=["cpu", "gpu"])
+def machine(request, monkeypatch):
+    """The machine whose form is computed."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+def test_values_and_derivatives_are_scipy_s(spline, machine, x64):
     gain, coefficients = spline
     x = np.repeat(places()[:, None], CHANNELS, axis=1)
     exact = reference(coefficients)
@@ -58,7 +64,7 @@ def test_values_and_derivatives_are_scipy_s(spline, x64):
     np.testing.assert_allclose(whole, gain * silu + value, rtol=0, atol=LOGITS["float64"])
 
 
-def test_gradients_of_gain_and_coefficients(spline, x64):
+def test_gradients_of_gain_and_coefficients(spline, machine, x64):
     gain, coefficients = map(jnp.asarray, spline)
     x = jnp.asarray(np.repeat(places()[:, None], CHANNELS, axis=1))
     weight = jnp.asarray(np.random.default_rng(2).standard_normal(x.shape))

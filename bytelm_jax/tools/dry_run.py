@@ -28,7 +28,7 @@ from bytelm_jax.kernels.backend import (
     simulate_devices,
 )
 from bytelm_jax.kernels.dtypes import array_bytes
-from bytelm_jax.models import adapters_of, cast_params, define_model
+from bytelm_jax.models import adapters_of, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.compiled import (
@@ -307,7 +307,7 @@ def estimate_memory(
     dtype = steps.compute_dtype(run, mesh)
     # The layers of one device: what it holds and computes follows from the shapes of its parts.
     layers = meshes.layer_shapes(mesh, state.params)
-    cast = partial(jax.eval_shape, lambda params: cast_params(params, dtype))
+    cast = partial(jax.eval_shape, lambda params: steps.cast_for(mesh, params, dtype))
     working, traced = cast(layers), cast(meshes.layer_shapes(mesh, state.params, traced=True))
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(

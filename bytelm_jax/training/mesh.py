@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array
 
 from bytelm.config import TrainConfig
+from bytelm.leaves import is_ngram_table
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.partitioned import Find, by_rows, partitioned
 from bytelm_jax.kernels.rows import split_rows
@@ -51,10 +52,6 @@ _MIN_SCATTERED_SIZE = 1 << 20
 
 _MIN_COLUMN_ROWS = 1 << 16
 """Tables of n-grams with fewer rows are gathered, as other parameters are: a step reads most."""
-
-
-_NGRAMS = "ngrams.embedding"
-"""The end of the name of a table of n-grams."""
 
 
 def make_mesh(
@@ -160,7 +157,11 @@ def stays_cut(mesh: Mesh, shape: tuple[int, ...], name: str) -> bool:
     is summed; a step of 2,048 bytes a device reads 12,288 of its 3 million rows.
     """
     parts = mesh.shape[FSDP]
-    large = name.endswith(_NGRAMS) and len(shape) == 2 and shape[0] >= _MIN_COLUMN_ROWS
+    return is_ngram_table(name) and _fits_columns(shape, parts)
+
+
+def _fits_columns(shape: tuple[int, ...], parts: int) -> bool:
+    large = len(shape) == 2 and shape[0] >= _MIN_COLUMN_ROWS
     return large and parts > 1 and shape[1] % parts == 0
 
 
@@ -324,7 +325,7 @@ class _Columns:
         rows, parts = len(table), tensor_parts(self._mesh)
         if self._inside:
             return _by_columns(find, table, ids) if table.shape[1] < width else find(table, ids)
-        if not stays_cut(self._mesh, table.shape, _NGRAMS):
+        if not _fits_columns(table.shape, self._mesh.shape[FSDP]):
             return by_rows(find, table, ids, 0.0)
         cut = rows % parts == 0 and parts > 1
         on_device = functools.partial(_in_own_rows, find, 0.0) if cut else find

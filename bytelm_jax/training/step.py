@@ -85,6 +85,15 @@ def compute_dtype(train: TrainConfig, mesh: Mesh | None = None) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def cast_for(mesh: Mesh, params: Params, dtype: jnp.dtype) -> Params:
+    """The parameters as the model of a step over `mesh` computes with them.
+
+    On several devices all are cast before the transfer, which halves the bytes. On one, a table of
+    n-grams is not: a step reads few of its rows, and would copy all of them and their gradient.
+    """
+    return cast_params(params, dtype, tables=mesh.size > 1)
+
+
 def init_state(mesh: Mesh, optimizer: optax.GradientTransformation, init: Callable) -> TrainState:
     """`init() -> params`, run once under jit so that every array is created with its sharding."""
     return compile_init(optimizer, init, abstract_init(mesh, optimizer, jax.eval_shape(init)))()
@@ -264,6 +273,7 @@ class _Form(NamedTuple):
     """What differs between the two forms of the step, inside the compiled program."""
 
     over_devices: Callable[[Any], Any]
+    cast: Callable[[Params, jnp.dtype], Params]
     gather: Callable[[Params], Params]
     """Parameters gathered on every device; their gradients come back partitioned."""
     first_row: Any
@@ -287,13 +297,14 @@ def _make_gradients(
     Summed over all devices; gradients are partitioned like the parameters.
     """
     find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed), names)
+    cast = partial(cast_for, mesh)
 
     def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
         rows = batch.ids.shape[0]
         shifts = row_shifts(mesh, rows)
         first_row = 0 if shifts is None else np.repeat(shifts, rows // len(shifts))
         layers = partial(layers_on, mesh)
-        form = _Form(lambda x: x, partial(gather, mesh), first_row, rows, layers)
+        form = _Form(lambda x: x, cast, partial(gather, mesh), first_row, rows, layers)
         return find(form, step, moving, fixed, batch)
 
     def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
@@ -307,6 +318,7 @@ def _make_gradients(
                 first_row += jnp.asarray(shifts)[position]
             form = _Form(
                 lambda x: jax.lax.psum(x, ROWS),
+                cast,
                 lambda params: gather_parts(params, axes),
                 first_row,
                 rows * mesh.size,
@@ -343,8 +355,7 @@ def _gradients(
     """Loss, report and gradients of the rows that this program sees, summed over all devices."""
 
     def mean_loss(params: Params, batch: _Rows, keys: Array):
-        # Cast before the transfer: half the bytes.
-        whole = form.gather(cast_params(params | fixed, dtype))
+        whole = form.gather(form.cast(params | fixed, dtype))
         with form.layers():
             output = bind(whole).outputs(batch.ids, keys, train.remat)
         by_source = None

@@ -32,15 +32,20 @@ from bytelm_torch.optimizers.q_wrapper import q_learning
 def global_norm(tensors: Iterable[Tensor]) -> Float[Tensor, ""]:
     """Euclidean norm over all tensors, in at least float32."""
     wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
-    return torch.sqrt(torch.stack([x.square().sum() for x in wide]).sum())
+    return nn.utils.get_total_norm(wide)  # a few kernels for all of them
 
 
-def clip_by_global_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """grad · min(1, max_norm / ‖grad‖) in place; `max_norm=0` leaves it unchanged."""
+def clip_by_global_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, norm: Tensor | None = None
+) -> None:
+    """grad · min(1, max_norm / ‖grad‖) in place; `max_norm=0` leaves it unchanged.
+
+    `norm` is that of all gradients, where it is known.
+    """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if max_norm == 0 or not gradients:
         return
-    norm = global_norm(gradients)
+    norm = global_norm(gradients) if norm is None else norm
     scale = (max_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale.to(gradient.dtype))

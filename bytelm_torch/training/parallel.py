@@ -278,5 +278,5 @@ def _move(
         return
     if not torch.isfinite(loss + norm):
         return
-    clip_by_global_norm(model.parameters(), max_grad_norm)
+    clip_by_global_norm(model.parameters(), max_grad_norm, norm)
     optimizer.step()

@@ -2,15 +2,19 @@
 
     python scripts/bench/bench_train.py --rows megabyte_132m:32 megabyte_132m:128 blt_767m:8:2048:4
 
-A row is RECIPE:BATCH[:LENGTH[:PATCH]][@DEVICES[xFSDP][xFORM]]; bytes are random, windows as long as
-the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of that
-many bytes instead of its patcher. BATCH is that of all DEVICES (1 if left out), of which each
-FSDP hold the parameters together; FORM is jit or shard_map. The compute dtype is bfloat16 on an
+A row is RECIPE[,FIELD=VALUE…]:BATCH[:LENGTH[:PATCH]][@DEVICES[xFSDP][xFORM]]; windows are as long
+as the recipe's if LENGTH is left out or 0, and PATCH gives a Byte Latent Transformer patches of
+that many bytes instead of its patcher. FIELD is one of the recipe's, as `bytelm train` takes it:
+`transformer_132m,model.global_heads=8:8` has heads of 128. BATCH is that of all DEVICES (1 if left
+out), of which each FSDP hold the parameters together; FORM is jit or shard_map. Bytes are random,
+or with `--data` those of a text, on which an entropy model, which nobody trained, gets the
+threshold that makes patches as long as the recipe's. The compute dtype is bfloat16 on an
 accelerator. Every row has a process of its own; only one at a time is on the devices. The time of a
 step is the median over repeats of ten steps in a row, each repeat waited for at its end, after
 warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
 half) against the chip's data sheet; `executed_over_own` is what is executed for all patches that
-the budget has room for, over that. `--profile N` adds the N longest kernels of a step and the
+the budget has room for, over that. `--losses N` adds those of N steps from the start, which no two
+windows share. `--profile N` adds the N longest kernels of a step and the
 time in collectives, from another process, whose kernels are launched one by one: within CUDA
 graphs, which XLA calls command buffers, a profile of jax 0.11 shows no kernel.
 """
@@ -18,6 +22,7 @@ graphs, which XLA calls command buffers, a profile of jax 0.11 shows no kernel.
 import argparse
 import fcntl
 import json
+import math
 import os
 import re
 import statistics
@@ -36,7 +41,8 @@ import flax
 import jax
 import numpy as np
 
-from bytelm import recipes
+from bytelm import data, recipes
+from bytelm.arguments import parse_recipe
 from bytelm.chips import peak_flops
 from bytelm.config import BLTConfig, Recipe, training_flops_per_byte
 from bytelm.config.models import executed_training_flops_per_byte
@@ -46,6 +52,7 @@ from bytelm_jax.optimizers.build import build_optimizer
 from bytelm_jax.tools import collectives
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
+from bytelm_jax.training.patch_calibration import calibrate
 
 STEPS = 10
 
@@ -60,10 +67,12 @@ _ONE_BY_ONE = {
 def read_row(row: str) -> Recipe:
     """The recipe that a row names, with the row's batch, length, patches and devices."""
     what, _, where = row.partition("@")
-    name, *numbers = what.split(":")
+    named, *numbers = what.split(":")
+    name, *fields = named.split(",")
     batch, length, patch = (*map(int, numbers), *(0,) * (3 - len(numbers)))
     devices, fsdp, form = (*where.split("x"), *("", "", "")[where.count("x") + 1 :])
-    recipe = recipes.get(name)
+    overrides = [f"--{field}" for field in fields]
+    recipe = parse_recipe(recipes.get(name), overrides, name, "")
     if patch and isinstance(recipe.model, BLTConfig):
         model = replace(
             recipe.model, patcher="fixed", patch_size=patch, whole_characters=False,
@@ -74,8 +83,8 @@ def read_row(row: str) -> Recipe:
         recipe.train, batch_size=batch or 32, eval_every=0, devices=int(devices or 1),
         fsdp=int(fsdp or 1), parallel="shard_map" if form == "shard_map" else "jit",
     )  # fmt: skip
-    data = replace(recipe.data, sequence_length=length or recipe.data.sequence_length)
-    return replace(recipe, train=run, data=data)
+    window = replace(recipe.data, sequence_length=length or recipe.data.sequence_length)
+    return replace(recipe, train=run, data=window)
 
 
 def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
@@ -104,6 +113,33 @@ def longest_kernels(trace: Path, steps: int, count: int) -> dict[str, float]:
     return {name: round(ms / parts, 3) for name, ms in sums.items()} | kernels
 
 
+def read_windows(recipe: Recipe, text: Path | None, count: int) -> np.ndarray:
+    """`count` batches of ids, [count, B, T]: of random bytes, or of the beginning of a text."""
+    shape = (count, recipe.train.batch_size, recipe.data.sequence_length)
+    if text is None:
+        values = np.random.default_rng(0).integers(0, 256, shape, np.int32)
+    else:
+        values = np.fromfile(text, np.uint8, math.prod(shape))
+        missing = math.prod(shape) - len(values)
+        if missing:
+            raise SystemExit(f"--data {text}: {missing} bytes too short for {count} batches")
+        values = values.reshape(shape).astype(np.int32)
+    return values + recipe.model.vocab.offset
+
+
+def calibrated(recipe: Recipe, text: Path | None) -> Recipe:
+    """The recipe with the threshold that its untrained entropy model needs on this text."""
+    if text is None or not recipe.model.needs_entropy_model:
+        return recipe
+    params = define_model(recipe.model)[1](recipe.train.seed)
+    windows = data.Windows(
+        data.open_corpus([str(text)]), recipe.model.vocab, recipe.data.sequence_length
+    )
+    model: Any = recipe.model
+    found: Any = calibrate(recipe, params, windows, model.bytes_per_patch, 32).model
+    return replace(recipe, model=replace(model, threshold=found.threshold))
+
+
 class Prepared(NamedTuple):
     """A row, compiled; the devices hold nothing of it yet."""
 
@@ -115,9 +151,9 @@ class Prepared(NamedTuple):
     seconds: float
 
 
-def prepare(row: str, remat: bool = False) -> Prepared:
+def prepare(row: str, remat: bool = False, text: Path | None = None) -> Prepared:
     """Compiles a row's step and its first state."""
-    recipe = read_row(row)
+    recipe = calibrated(read_row(row), text)
     recipe = replace(recipe, train=replace(recipe.train, remat=remat))
     run, start = recipe.train, time.perf_counter()
     mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
@@ -134,17 +170,21 @@ def prepare(row: str, remat: bool = False) -> Prepared:
     return Prepared(row, recipe, mesh, compiled, make_state, time.perf_counter() - start)
 
 
+def first_losses(prepared: Prepared, count: int, text: Path | None) -> list[float]:
+    """Losses of the first `count` steps, each on a batch of its own."""
+    state, losses = prepared.make_state(), []
+    for rows in read_windows(prepared.recipe, text, count):
+        state, report = prepared.step(state, meshes.put_batch(prepared.mesh, rows))
+        losses.append(report["loss"])
+    return [float(loss) for loss in jax.device_get(losses)]
+
+
 def measure(
-    prepared: Prepared, repeats: int, trace: Path | None
+    prepared: Prepared, repeats: int, trace: Path | None, text: Path | None = None
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Seconds per step, bytes of memory; a profile of ten steps goes to `trace`."""
-    recipe, mesh, run = prepared.recipe, prepared.mesh, prepared.recipe.train
-    shape = (run.batch_size, recipe.data.sequence_length)
-    offset, source = recipe.model.vocab.offset, np.random.default_rng(0)
-    batches = [
-        meshes.put_batch(mesh, source.integers(offset, offset + 256, shape, np.int32))
-        for _ in range(4)
-    ]
+    mesh = prepared.mesh
+    batches = [meshes.put_batch(mesh, x) for x in read_windows(prepared.recipe, text, 4)]
     report: dict[str, Any] = {}
     state = prepared.make_state()
 
@@ -167,6 +207,7 @@ def measure(
             some_steps()
     spread, loss = max(times) - min(times), float(report["loss"])
     timing = {"seconds": statistics.median(times), "spread": spread, "loss": loss}
+    timing |= {k: float(v) for k, v in report.items() if k in ("patch_length", "patch_overflow")}
     peak = max(m.get("peak_bytes_in_use", 0) for m in used)
     return timing, {"peak": peak, "state": state_bytes}
 
@@ -191,7 +232,7 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
         "peak_gib": round(sizes["peak"] / 2**30, 2),
         "step_gib": round(sum(step) / 2**30, 2),
         "state_gib": round(sizes["state"] / 2**30, 4),
-        "loss": round(times["loss"], 4),
+        **{k: round(v, 4) for k, v in times.items() if k.startswith(("loss", "patch_"))},
         "dtype": str(steps.compute_dtype(run)),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
@@ -200,14 +241,16 @@ def describe(prepared: Prepared, times: dict[str, Any], sizes: dict[str, int]) -
     }
 
 
-def run_row(row: str, remat: bool, repeats: int, lock: Path, trace: Path | None) -> dict[str, Any]:
+def run_row(row: str, options: argparse.Namespace) -> dict[str, Any]:
     """Compiles a row, waits for the devices and measures; the devices are its own until it ends."""
-    prepared = prepare(row, remat)
-    fcntl.flock(os.open(lock, os.O_RDWR), fcntl.LOCK_EX)
-    times, sizes = measure(prepared, repeats, trace)
-    if trace:
-        (trace / "hlo.txt").write_text(prepared.step.as_text() or "")
-    return describe(prepared, times, sizes)
+    prepared = prepare(row, options.remat, options.data)
+    fcntl.flock(os.open(options.lock, os.O_RDWR), fcntl.LOCK_EX)
+    losses = first_losses(prepared, options.losses, options.data) if options.losses else []
+    times, sizes = measure(prepared, options.repeats, options.trace, options.data)
+    if options.trace:
+        (options.trace / "hlo.txt").write_text(prepared.step.as_text() or "")
+    more = {"losses": [round(loss, 6) for loss in losses]} if losses else {}
+    return describe(prepared, times, sizes) | more
 
 
 def measure_all(
@@ -255,6 +298,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=["megabyte_132m:32"], metavar="ROW")
     parser.add_argument("--repeats", type=int, default=7, help="of ten steps each")
     parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--data", type=Path, metavar="TEXT", help="take its bytes, not random ones")
+    parser.add_argument("--losses", type=int, default=0, metavar="N")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
     parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
@@ -262,13 +307,14 @@ def main() -> None:
     parser.add_argument("--trace", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile:
-        seconds = prepare(options.rows[0], options.remat).seconds
+        seconds = prepare(options.rows[0], options.remat, options.data).seconds
         print(json.dumps({"compile_seconds": round(seconds, 1)}))
     elif options.lock:
-        settings = options.remat, options.repeats, options.lock, options.trace
-        print(json.dumps(run_row(options.rows[0], *settings)), flush=True)
+        print(json.dumps(run_row(options.rows[0], options)), flush=True)
     else:
-        rest = ["--repeats", str(options.repeats)] + ["--remat"] * options.remat
+        rest = ["--repeats", str(options.repeats), "--losses", str(options.losses)]
+        rest += ["--remat"] * options.remat
+        rest += ["--data", str(options.data)] if options.data else []
         for row in measure_all(options.rows, rest, options.workers, options.profile):
             print(json.dumps(row), flush=True)
 
