@@ -7,7 +7,7 @@
 
 Tiny models with random weights of every architecture, one JSON line for each with a package, dtype
 and sampler: every draft, with and without stop texts and valid UTF-8, for prompts of every length
-from 0 to 4P in one ragged batch. "equal" counts the texts that are those of plain cached
+from 0 to 4P (P = 3 where there are no patches), a line's end in them, in one ragged batch. "equal" counts the texts that are those of plain cached
 generation, "uncached" those of full passes. "chi2" is the p-value of the second byte that is
 sampled under one of the drafts, against the model's own probabilities.
 
@@ -31,14 +31,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Most of the time goes into compiling. XLA's own passes are those of every run; LLVM's are not.
-_CHEAP = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
-    _CHEAP += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{_CHEAP} {os.environ.get('XLA_FLAGS', '')}"
+if __name__ == "__main__" and os.environ.get("JAX_PLATFORMS") == "cpu":
+    # Most of the time goes into compiling. XLA's own passes are those of every run; LLVM's are not.
+    cheap = (
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+        "--xla_cpu_parallel_codegen_split_count=1"
+    )
+    if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+        cheap += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{cheap} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -87,8 +88,9 @@ class Case:
         self.drafts: dict[str, Any] = {"ngram": "ngram", "table": TABLE, "model": self.model}
         if hasattr(self.model, "draft"):
             self.drafts["self"] = "self"
-        patch = max(self.model.round_length, getattr(self.config, "patch_size", 1))
-        self.prompts = [TEXT[:length] for length in range(4 * min(patch, 4) + 1)]
+        patch = max(self.model.round_length, getattr(self.config, "patch_size", 3))
+        text = TEXT[TEXT.index(b"\n") - 5 :]  # where models that reset do so
+        self.prompts = [text[:length] for length in range(4 * min(patch, 4) + 1)]
 
     def texts(self, prompts: list[bytes] | None = None, **options: Any) -> list[bytes]:
         """What is written after the prompts."""
@@ -179,31 +181,42 @@ def _in_bfloat16(case: Case) -> dict[str, Any]:
 
 
 def gap(case: Case, row: int, first: bytes, second: bytes) -> float:
-    """How far apart two bytes lie at which texts part, in units of bfloat16's own error there.
+    """How far apart two bytes lie at which texts part, in units of bfloat16's own error there."""
+    at = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
+    text, sampler = case.prompts[row] + first[:at], case.sampler
+    both = case.logits(text, case.exact), case.logits(text, case.twin)
+    if sampler.sampler == "greedy":
+        return distance(*both, (first[at], second[at]))
+    position, rows = len(text), len(case.prompts)
+    numbers = (
+        np.asarray(jax_uniforms("plain", SEED, rows, position + 1))
+        if case.package == "jax"
+        else torch_uniforms(SEED, rows, position + 1).numpy()
+    )
+    uniform = float(numbers[row, position])
+    return distance(*both, (first[at], second[at]), sampler.temperature, uniform)
+
+
+def distance(
+    exact: np.ndarray,
+    rounded: np.ndarray,
+    pair: tuple[int, int],
+    temperature: float = 0.0,
+    uniform: float = 0.0,
+) -> float:
+    """How far from a tie two bytes are, in units of the largest error of the rounded logits [256].
 
     Greedy: the difference of their logits. Sampled: how much further the random number would have
-    to lie for the byte that is further from it.
+    to lie for the byte that is further from it, in units of the cumulated probabilities' error.
     """
-    at = next(i for i, (a, b) in enumerate(zip(first, second, strict=True)) if a != b)
-    text, pair = case.prompts[row] + first[:at], (first[at], second[at])
-    exact, rounded = case.logits(text, case.exact), case.logits(text, case.twin)
-    if case.sampler.sampler == "greedy":
-        distance = abs(exact[pair[0]] - exact[pair[1]])
+    if temperature == 0:
+        apart = abs(exact[pair[0]] - exact[pair[1]])
     else:
-        exact, rounded = (
-            np.cumsum(np.exp((x - np.logaddexp.reduce(x / 0.9) * 0.9) / 0.9))
-            for x in (exact, rounded)
-        )
-        position, rows = len(text), len(case.prompts)
-        numbers = (
-            np.asarray(jax_uniforms("plain", SEED, rows, position + 1))
-            if case.package == "jax"
-            else torch_uniforms(SEED, rows, position + 1).numpy()
-        )
-        u = float(numbers[row, position])
+        exact, rounded = (np.exp((x - x.max()) / temperature).cumsum() for x in (exact, rounded))
+        exact, rounded = exact / exact[-1], rounded / rounded[-1]
         lower = np.append(0.0, exact)
-        distance = max(max(lower[x] - u, u - exact[x], 0.0) for x in pair)
-    return float(distance / max(np.abs(exact - rounded).max(), 1e-12))
+        apart = max(max(lower[x] - uniform, uniform - exact[x], 0.0) for x in pair)
+    return float(apart / max(np.abs(exact - rounded).max(), 1e-12))
 
 
 def chi2(case: Case, speculate: Any) -> float:
