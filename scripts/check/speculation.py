@@ -7,9 +7,10 @@
 
 Tiny models with random weights of every architecture, one JSON line for each with a package, dtype
 and sampler: every draft, with and without stop texts and valid UTF-8, for prompts of every length
-from 0 to 4P (P = 3 where there are no patches), a line's end in them, in one ragged batch. "equal" counts the texts that are those of plain cached
-generation, "uncached" those of full passes. "chi2" is the p-value of the second byte that is
-sampled under one of the drafts, against the model's own probabilities.
+from 0 to 4P (P = 3 where there are no patches), a line's end in them, in one ragged batch. "equal"
+counts the texts that are those of plain cached generation, "uncached" those of full passes. "chi2"
+is the p-value of the second byte that is sampled under one of the drafts, against the model's own
+probabilities.
 
 In bfloat16 programs of different shapes round differently. There "equal" is counted only, "gap" is
 the largest distance between two bytes at which texts part, in units of what bfloat16 itself moves
@@ -41,21 +42,21 @@ if __name__ == "__main__" and os.environ.get("JAX_PLATFORMS") == "cpu":
         cheap += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{cheap} {os.environ.get('XLA_FLAGS', '')}"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from scipy.stats import chisquare  # noqa: E402
+import jax
+import numpy as np
+import torch
+from scipy.stats import chisquare
 
-from bytelm.generation.draft_table import build_table  # noqa: E402
-from bytelm.sampling import SamplerConfig  # noqa: E402
-from bytelm_jax.inference import generate as jax_generation  # noqa: E402
-from bytelm_jax.inference.sampling import random_uniforms as jax_uniforms  # noqa: E402
-from bytelm_jax.models import define_model  # noqa: E402
-from bytelm_jax.parity.twins import make_twin  # noqa: E402
-from bytelm_jax.tests.test_extend import random_params  # noqa: E402
-from bytelm_torch.inference import generate as torch_generation  # noqa: E402
-from bytelm_torch.inference.sampling import random_uniforms as torch_uniforms  # noqa: E402
-from parity_tests.blocks import MODELS, TEXT  # noqa: E402
+from bytelm.generation.draft_table import build_table
+from bytelm.sampling import SamplerConfig
+from bytelm_jax.inference import generate as jax_generation
+from bytelm_jax.inference.sampling import random_uniforms as jax_uniforms
+from bytelm_jax.models import define_model
+from bytelm_jax.parity.twins import make_twin
+from bytelm_jax.tests.test_extend import random_params
+from bytelm_torch.inference import generate as torch_generation
+from bytelm_torch.inference.sampling import random_uniforms as torch_uniforms
+from parity_tests.blocks import MODELS, TEXT
 
 NEW, SEED = 12, 3
 SAMPLERS = {"greedy": SamplerConfig(sampler="greedy"), "sampled": SamplerConfig(temperature=0.9)}
