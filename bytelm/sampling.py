@@ -6,6 +6,8 @@ from typing import Literal
 
 from bytelm.config import ByteVocab, ModelConfig, require, require_number
 from bytelm.config.base import LARGEST_INTEGER
+from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
+from bytelm.generation.stops import StopScanner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +64,14 @@ def check_request(
     prompts: Sequence[bytes],
     max_new_bytes: int,
     seed: int,
+    valid_utf8_only: bool,
+    stop: Sequence[bytes],
     capacity: Callable[[int], int],
-) -> None:
-    """Raises `ValueError` for what generation cannot do, before anything is built.
+) -> Automaton:
+    """The constraint of a request's bytes.
 
-    `capacity` gives the positions for which the caches of so many rows fit into memory.
+    Raises `ValueError` for what generation cannot do, before anything is built. `capacity` gives
+    the positions for which the caches of so many rows fit into memory.
     """
     rows = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
     rows = rows and all(isinstance(prompt, bytes) for prompt in prompts)
@@ -90,6 +95,16 @@ def check_request(
             f"max_new_bytes={max_new_bytes}: the model's cache for so many does not fit into "
             f"memory; give at most {most}",
         )
+    StopScanner(stop)
+    automaton = valid_utf8() if valid_utf8_only else free()
+    for prompt in prompts if max_new_bytes else ():
+        least = least_bytes(automaton, start_state(automaton, prompt))
+        require(
+            least <= max_new_bytes,
+            f"max_new_bytes={max_new_bytes}: the prompt ends inside a character that needs {least} "
+            "more bytes; give at least as many, or leave valid_utf8 off",
+        )
+    return automaton
 
 
 def require_sampled(ids: Sequence[int], vocab: ByteVocab) -> None:

@@ -12,10 +12,9 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import require
-from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
+from bytelm.generation.automaton import Automaton, start_state
 from bytelm.generation.completion import Completion
 from bytelm.generation.draft_table import DRAFT_BYTES
-from bytelm.generation.stops import StopScanner
 from bytelm.sampling import SamplerConfig, check_request
 from bytelm.writing import Texts, written_bytes
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
@@ -95,7 +94,7 @@ def complete(
     With `log_probs` also the logarithm of each byte's probability under the model, whatever the
     sampler made of it.
     """
-    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, stop)
+    automaton = _check(model, prompts, max_new_bytes, seed, speculate, valid_utf8, stop)
     if not prompts or max_new_bytes == 0:
         empty = np.zeros(0, np.float32) if log_probs else None
         return [Completion(b"", empty, "length", 0, 0, 0)] * len(prompts)
@@ -126,7 +125,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. One piece is one device call.
     A piece may end inside a UTF-8 character, and never holds a part of a stop text.
     """
-    automaton = _check(model, [prompt], max_new_bytes, seed, valid_utf8, stop)
+    automaton = _check(model, [prompt], max_new_bytes, seed, speculate, valid_utf8, stop)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -203,7 +202,7 @@ def generate_uncached(
     The pass runs over the sequence so far, padded to a bucket (at most twice the length, or
     16 rounds), and not over the whole length asked for.
     """
-    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, ())
+    automaton = _check(model, prompts, max_new_bytes, seed, None, valid_utf8, ())
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, lengths = model.config.vocab, np.array([len(prompt) for prompt in prompts])
@@ -238,21 +237,13 @@ def _check(
     prompts: Sequence[bytes],
     max_new_bytes: int,
     seed: int,
-    valid_utf8_only: bool,
+    speculate: Any,
+    valid_utf8: bool,
     stop: Sequence[bytes],
 ) -> Automaton:
-    """The constraint; raises `ValueError` for what cannot be generated."""
-    check_request(model.config, prompts, max_new_bytes, seed, functools.partial(_capacity, model))
-    StopScanner(stop)
-    automaton = valid_utf8() if valid_utf8_only else free()
-    for prompt in prompts if max_new_bytes else ():
-        least = least_bytes(automaton, start_state(automaton, prompt))
-        require(
-            least <= max_new_bytes,
-            f"max_new_bytes={max_new_bytes}: the prompt ends inside a character that needs {least} "
-            "more bytes; give at least as many, or leave valid_utf8 off",
-        )
-    return automaton
+    """`check_request` with the memory of the device that generates."""
+    capacity = functools.partial(_capacity, model, speculate)
+    return check_request(model.config, prompts, max_new_bytes, seed, valid_utf8, stop, capacity)
 
 
 def _settings(
@@ -285,10 +276,21 @@ def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array
     return step
 
 
-def _capacity(model: Any, rows: int) -> int:
+def _capacity(model: Any, speculate: Any, rows: int) -> int:
     """Positions, a power of two of rounds, for which caches and random numbers fit into memory."""
     batch, memory = padded_rows(rows), device_memory()
+    drafting = speculate not in (None, "none")
+
+    def size(length: int) -> int:
+        models = [model, speculate] if hasattr(speculate, "init_cache") else [model]
+        return sum(batch_bytes(each, batch, _at_most(each, length), drafting) for each in models)
+
     length = padded(model, 1)
-    while 2 * length <= 2**30 and batch_bytes(model, batch, 2 * length) <= memory:
+    while 2 * length <= 2**30 and size(2 * length) <= memory:
         length *= 2
     return length
+
+
+def _at_most(model: Any, length: int) -> int:
+    """`length`, or what the model can hold: a draft's limit is refused elsewhere."""
+    return min(length, model.config.longest_input or length)

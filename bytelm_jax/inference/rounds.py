@@ -334,9 +334,13 @@ def padded_rows(count: int) -> int:
     return max(min_rows(), power_of_two(count))
 
 
-def batch_bytes(model: Any, batch: int, length: int) -> int:
-    """Bytes of memory that the caches, ids and random numbers of a batch take."""
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_cache(batch, length)))
+def batch_bytes(model: Any, batch: int, length: int, by_byte: bool = False) -> int:
+    """Bytes of memory that the caches, ids and random numbers of a batch take.
+
+    Caches that are read `by_byte` serve drafts, and may be larger.
+    """
+    cache = jax.eval_shape(lambda: model.init_cache(batch, length, by_byte=by_byte))
+    leaves = jax.tree.leaves(cache)
     return sum(array_bytes(leaf.shape, leaf.dtype) for leaf in leaves) + 8 * batch * length
 
 

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from bytelm.config import require
 from bytelm.generation.draft_table import (
     CHECK,
     DRAFT_BYTES,
@@ -27,6 +26,7 @@ from bytelm.generation.draft_table import (
     ORDERS,
     DraftTable,
 )
+from bytelm.generation.drafts import draft_kind
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.layers.caches import read_at, take_at
 
@@ -56,45 +56,18 @@ def make_drafter(model: Any, speculate: Any, longest: int) -> Drafter | None:
 
     Raises `ValueError` for a draft that this model cannot use.
     """
-    if speculate is None or isinstance(speculate, str):
-        match speculate:
-            case None | "none":
-                return None
-            case "ngram":
-                return Drafter(_propose_ngram, ())
-            case "self":
-                name = type(model).__name__
-                require(
-                    hasattr(model, "draft"),
-                    f"speculate='self': {name} has no part that could draft alone; only a Byte "
-                    "Latent Transformer's local stacks do; give ngram, table or a smaller model",
-                )
-                return Drafter(_propose_self, ())
-        raise ValueError(
-            f"speculate={speculate!r}: give none, ngram, self, a draft table or a model"
-        )
-    require(
-        model.has_cached_decoding,
-        f"speculate: {type(model).__name__} decodes without a cache, which drafts cannot speed up",
-    )
-    if isinstance(speculate, DraftTable):
-        return Drafter(_propose_table, tuple(jnp.asarray(part) for part in speculate))
-    known = "give none, ngram, self, a draft table or a model"
-    require(hasattr(speculate, "config"), f"speculate={speculate!r}: {known}")
-    mine, theirs = model.config.vocab, speculate.config.vocab
-    require(
-        mine == theirs,
-        f"speculate: the drafting model's vocabulary {theirs} is not this model's, {mine}",
-    )
-    limit = speculate.config.longest_input
-    require(
-        limit is None or longest <= limit,
-        f"speculate: the drafting model has max_length={limit}, but prompt and new bytes make "
-        f"{longest}; give fewer, or a draft without that limit",
-    )
-    require(speculate.config.causal, "speculate: the drafting model is not causal")
-    structure, params = split_cached(speculate)
-    return Drafter(_propose_model(structure), params, speculate, structure, params)
+    match draft_kind(model, speculate, longest):
+        case "none":
+            return None
+        case "ngram":
+            return Drafter(_propose_ngram, ())
+        case "self":
+            return Drafter(_propose_self, ())
+        case "table":
+            return Drafter(_propose_table, tuple(jnp.asarray(part) for part in speculate))
+        case "model":
+            structure, params = split_cached(speculate)
+            return Drafter(_propose_model(structure), params, speculate, structure, params)
 
 
 def _propose_ngram(

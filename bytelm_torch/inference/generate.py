@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from bytelm.config import require
-from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
+from bytelm.generation.automaton import Automaton, start_state
 from bytelm.generation.completion import Completion
 from bytelm.generation.draft_table import DRAFT_BYTES
-from bytelm.generation.stops import StopScanner
 from bytelm.memory import host_memory
 from bytelm.sampling import SamplerConfig, check_request
 from bytelm.writing import Texts, written_bytes
@@ -90,7 +89,7 @@ def complete(
     With `log_probs` also the logarithm of each byte's probability under the model, whatever the
     sampler made of it.
     """
-    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, stop)
+    automaton = _check(model, prompts, max_new_bytes, seed, speculate, valid_utf8, stop)
     if not prompts or max_new_bytes == 0:
         empty = np.zeros(0, np.float32) if log_probs else None
         return [Completion(b"", empty, "length", 0, 0, 0)] * len(prompts)
@@ -121,7 +120,7 @@ def stream(
     The pieces add up to what `generate` returns; no piece is empty. A piece may end
     inside a UTF-8 character, and never holds a part of a stop text.
     """
-    automaton = _check(model, [prompt], max_new_bytes, seed, valid_utf8, stop)
+    automaton = _check(model, [prompt], max_new_bytes, seed, speculate, valid_utf8, stop)
     require(chunk_bytes >= 1, f"chunk_bytes={chunk_bytes}: must be at least 1")
     if max_new_bytes == 0:
         return iter(())
@@ -192,7 +191,7 @@ def generate_uncached(
     valid_utf8: bool = False,
 ) -> list[bytes]:
     """As `generate`, by a full forward pass for every byte: the reference, slow and plain."""
-    automaton = _check(model, prompts, max_new_bytes, seed, valid_utf8, ())
+    automaton = _check(model, prompts, max_new_bytes, seed, None, valid_utf8, ())
     if not prompts or max_new_bytes == 0:
         return [b""] * len(prompts)
     vocab, device, batch = model.config.vocab, device_of(model), len(prompts)
@@ -229,21 +228,13 @@ def _check(
     prompts: Sequence[bytes],
     max_new_bytes: int,
     seed: int,
-    valid_utf8_only: bool,
+    speculate: Any,
+    valid_utf8: bool,
     stop: Sequence[bytes],
 ) -> Automaton:
-    """The constraint; raises `ValueError` for what cannot be generated."""
-    check_request(model.config, prompts, max_new_bytes, seed, partial(_capacity, model))
-    StopScanner(stop)
-    automaton = valid_utf8() if valid_utf8_only else free()
-    for prompt in prompts if max_new_bytes else ():
-        least = least_bytes(automaton, start_state(automaton, prompt))
-        require(
-            least <= max_new_bytes,
-            f"max_new_bytes={max_new_bytes}: the prompt ends inside a character that needs {least} "
-            "more bytes; give at least as many, or leave valid_utf8 off",
-        )
-    return automaton
+    """`check_request` with the memory of the device that generates."""
+    capacity = partial(_capacity, model, speculate)
+    return check_request(model.config, prompts, max_new_bytes, seed, valid_utf8, stop, capacity)
 
 
 def _settings(
@@ -256,18 +247,30 @@ def _settings(
     return Settings(sampler, stop_at_eos, automaton, drafter, log_probs)
 
 
-def _capacity(model: Any, rows: int) -> int:
+def _capacity(model: Any, speculate: Any, rows: int) -> int:
     """Positions for which caches and random numbers fit into the memory of the model's device."""
     device = device_of(model)
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host_memory()
 
+    drafting = speculate not in (None, "none")
+    models = [model, speculate] if hasattr(speculate, "init_cache") else [model]
+
     def size(length: int) -> int:
-        leaves, _ = tree_flatten(model.init_cache(max(rows, 1), length))
+        caches = [
+            each.init_cache(max(rows, 1), _at_most(each, length), by_byte=drafting)
+            for each in models
+        ]
+        leaves, _ = tree_flatten(caches)
         return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
 
     short = 64 * model.round_length
     per_position = (size(2 * short) - size(short)) / short + 12 * max(rows, 1)
     return int(memory / per_position)
+
+
+def _at_most(model: Any, length: int) -> int:
+    """`length`, or what the model can hold: a draft's limit is refused elsewhere."""
+    return min(length, model.config.longest_input or length)
 
 
 def _on_host(x: Tensor) -> np.ndarray:

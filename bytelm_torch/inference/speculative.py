@@ -27,8 +27,8 @@ from bytelm.generation.draft_table import (
     LONGEST_MATCH,
     MIX,
     ORDERS,
-    DraftTable,
 )
+from bytelm.generation.drafts import draft_kind
 from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at
 
 _REPEATED = 6
@@ -54,49 +54,25 @@ def make_drafter(model: Any, speculate: Any, longest: int) -> Drafter | None:
 
     Raises `ValueError` for a draft that this model cannot use.
     """
-    if speculate is None or isinstance(speculate, str):
-        match speculate:
-            case None | "none":
-                return None
-            case "ngram":
-                return Drafter(_propose_ngram)
-            case "self":
-                name = type(model).__name__
-                require(
-                    hasattr(model, "draft"),
-                    f"speculate='self': {name} has no part that could draft alone; only a Byte "
-                    "Latent Transformer's local stacks do; give ngram, table or a smaller model",
-                )
-                return Drafter(_propose_self)
-        raise ValueError(
-            f"speculate={speculate!r}: give none, ngram, self, a draft table or a model"
-        )
-    require(
-        model.has_cached_decoding,
-        f"speculate: {type(model).__name__} decodes without a cache, which drafts cannot speed up",
-    )
     device = next(model.parameters()).device
-    if isinstance(speculate, DraftTable):
-        # Torch has no arithmetic of uint32; int64 holds every product of the hash.
-        keys, drafts = (torch.from_numpy(part.astype("int64")).to(device) for part in speculate)
-        return Drafter(partial(_propose_table, keys, drafts))
-    known = "give none, ngram, self, a draft table or a model"
-    require(hasattr(speculate, "config"), f"speculate={speculate!r}: {known}")
-    mine, theirs = model.config.vocab, speculate.config.vocab
-    require(
-        mine == theirs,
-        f"speculate: the drafting model's vocabulary {theirs} is not this model's, {mine}",
-    )
-    limit = speculate.config.longest_input
-    require(
-        limit is None or longest <= limit,
-        f"speculate: the drafting model has max_length={limit}, but prompt and new bytes make "
-        f"{longest}; give fewer, or a draft without that limit",
-    )
-    require(speculate.config.causal, "speculate: the drafting model is not causal")
-    there = next(speculate.parameters()).device
-    require(there == device, f"speculate: the drafting model is on {there}, this model on {device}")
-    return Drafter(partial(_propose_model, speculate), speculate)
+    match draft_kind(model, speculate, longest):
+        case "none":
+            return None
+        case "ngram":
+            return Drafter(_propose_ngram)
+        case "self":
+            return Drafter(_propose_self)
+        case "table":
+            # Torch has no arithmetic of uint32; int64 holds every product of the hash.
+            keys, drafts = (torch.from_numpy(part.astype("int64")).to(device) for part in speculate)
+            return Drafter(partial(_propose_table, keys, drafts))
+        case "model":
+            there = next(speculate.parameters()).device
+            require(
+                there == device,
+                f"speculate: the drafting model is on {there}, this model on {device}",
+            )
+            return Drafter(partial(_propose_model, speculate), speculate)
 
 
 def _propose_ngram(

@@ -35,7 +35,7 @@ def write_at(buffers: Any, values: Any, index: Index | Int[Tensor, "B T"]) -> An
 
     What would lie past the end is dropped.
     """
-    places: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+    places: dict[tuple[int, int], _Places] = {}
 
     def write(buffer: Tensor, new: Tensor) -> Tensor:
         size, count = buffer.shape[1], new.shape[1]
@@ -44,13 +44,30 @@ def write_at(buffers: Any, values: Any, index: Index | Int[Tensor, "B T"]) -> An
             return buffer
         if (size, count) not in places:
             at = positions_from(index, count) if index.ndim == 1 else index
-            rows, kept = (at < size).nonzero(as_tuple=True)
-            places[size, count] = rows, kept, at[rows, kept]
-        rows, kept, slots = places[size, count]
-        buffer[rows, slots] = new[rows, kept].to(buffer.dtype)  # wider than under autocast
+            places[size, count] = _places(at, size)
+        rows, slots, taken, some = places[size, count]
+        kept = some.reshape(*some.shape, *(1,) * (buffer.ndim - 2))
+        new = new[rows, taken].to(buffer.dtype)  # wider than under autocast
+        buffer[rows, slots] = new.where(kept, buffer[rows, slots])
         return buffer
 
     return _map(write, buffers, values)
+
+
+_Places = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _places(at: Tensor, size: int) -> _Places:
+    """Rows [B, 1], slots and entries [B, T] of a write that drops what lies past the end.
+
+    An entry that is dropped writes another one of its row once more; the last tensor says [B, 1]
+    whether there is one. A list of those that are kept would make a GPU wait for the host.
+    """
+    inside = at < size
+    some, first = inside.any(dim=1, keepdim=True), inside.long().argmax(dim=1, keepdim=True)
+    taken = torch.arange(at.shape[1], device=at.device).where(inside, first)
+    slots = at.gather(1, taken).where(some, 0)
+    return torch.arange(len(at), device=at.device)[:, None], slots, taken, some
 
 
 def read_at(buffers: Any, index: Index, count: int) -> Any:

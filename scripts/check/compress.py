@@ -4,13 +4,17 @@
 
 Trains a tiny recipe of each architecture with the command, then compresses every file in one
 process and restores it in another, and compares bit for bit; damages a compressed file in three
-ways and expects one line for each. Prints one JSON object per file and a total per model. `--model
-NAME=RUN` takes a run that exists.
+ways, asks another model for it, and expects one line each time. Prints one JSON object per file,
+with the sizes that xz -9, zstd -19 and brotli -11 make of it, and a total per model. `--model
+NAME=RUN` takes a run that exists. More `--streams` make large files faster.
 """
 
 import argparse
 import gzip
+import importlib
+import importlib.util
 import json
+import lzma
 import math
 import random
 import struct
@@ -19,6 +23,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import unicodedata
 import wave
 import zlib
 from pathlib import Path
@@ -42,6 +47,14 @@ PHRASES = {
     "emoji": "👩‍👩‍👧‍👦🎉🇺🇳✌🏽 ",
 }
 
+SCRIPTS = (
+    "LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW", "ARABIC", "SYRIAC", "THAANA", "NKO",
+    "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL", "TELUGU", "KANNADA",
+    "MALAYALAM", "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "GEORGIAN", "HANGUL", "ETHIOPIC",
+    "CHEROKEE", "CANADIAN", "KHMER", "MONGOLIAN", "HIRAGANA", "KATAKANA", "BOPOMOFO", "CJK",
+)  # fmt: skip
+"""The 34 scripts of one of the files, as the first words of their letters' names."""
+
 
 def main() -> int:
     """Runs everything, or one of the two parts that it starts as processes."""
@@ -50,10 +63,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--source-bytes", type=int, default=5_000_000, help="of the largest file")
     parser.add_argument("--file-bytes", type=int, default=8_000, help="of most other files")
+    parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--model", nargs="*", default=[], help="NAME=RUN in place of training")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--packages", nargs="*", default=["jax", "torch"])
-    parser.add_argument("--part", nargs=5, help="for the processes that this one starts")
+    parser.add_argument("--part", nargs=6, help="for the processes that this one starts")
     options = parser.parse_args()
     if options.part:
         return run_part(*options.part)
@@ -75,7 +89,7 @@ def check(options: argparse.Namespace, root: Path) -> int:
         bytelm("export", run, "--out", export)
         for package in options.packages:
             model = run if package == "jax" else export
-            failed += round_trip(package, recipe, model, files, root)
+            failed += round_trip(package, recipe, model, files, root, options.streams)
     print(json.dumps({"failed": failed}))
     return int(failed > 0)
 
@@ -89,14 +103,14 @@ def train(recipe: str, options: argparse.Namespace, root: Path) -> Path:
     return run
 
 
-def round_trip(package: str, name: str, model: Path, files: Path, root: Path) -> int:
+def round_trip(package: str, name: str, model: Path, files: Path, root: Path, streams: int) -> int:
     """Compresses in one process, restores in another; returns the number of failures."""
     packed, restored = root / f"{name}.{package}.packed", root / f"{name}.{package}.restored"
     packed.mkdir()
     restored.mkdir()
     seconds = [
-        part(package, "compress", model, files, packed),
-        part(package, "decompress", model, packed, restored),
+        part(package, "compress", model, files, packed, streams),
+        part(package, "decompress", model, packed, restored, streams),
     ]
     failed = before = after = 0
     for file in sorted(files.iterdir()):
@@ -104,7 +118,8 @@ def round_trip(package: str, name: str, model: Path, files: Path, root: Path) ->
         same = (restored / file.name).read_bytes() == file.read_bytes()
         failed, before, after = failed + (not same), before + size, after + small
         row = {"package": package, "model": name, "file": file.name, "bytes": size}
-        print(json.dumps(row | {"compressed": small, "same": same}), flush=True)
+        row |= {"compressed": small, "same": same, **other_sizes(file.read_bytes())}
+        print(json.dumps(row), flush=True)
     total = {"package": package, "model": name, "files": len(list(files.iterdir()))}
     total |= {"bytes": before, "compressed": after, "ratio": round(after / before, 4)}
     total["kB_per_second"] = [round(before / s / 1e3, 1) for s in seconds]
@@ -112,17 +127,34 @@ def round_trip(package: str, name: str, model: Path, files: Path, root: Path) ->
     return failed + damages(package, model, packed / "latin.txt", root)
 
 
+def other_sizes(content: bytes) -> dict[str, int]:
+    """What other programs make of a file, as far as Python has them here."""
+    sizes = {"xz -9": len(lzma.compress(content, preset=9))}
+    if importlib.util.find_spec("zstandard"):
+        zstandard = importlib.import_module("zstandard")
+        sizes["zstd -19"] = len(zstandard.ZstdCompressor(level=19).compress(content))
+    if importlib.util.find_spec("brotli"):
+        brotli = importlib.import_module("brotli")
+        sizes["brotli -11"] = len(brotli.compress(content, quality=11))
+    return sizes
+
+
 def damages(package: str, model: Path, packed: Path, root: Path) -> int:
-    """A flipped bit, a file cut short and one that goes on: one line each, and nothing written."""
+    """Files that cannot be restored, and one by another model: a line each, nothing written."""
     good, failed = packed.read_bytes(), 0
     flipped = bytearray(good)
     flipped[len(good) * 3 // 4] ^= 1
     out = root / "damaged.out"
-    for what, content in ("flipped", bytes(flipped)), ("cut", good[:-3]), ("longer", good + b"x"):
+    for what, content, by in (
+        ("flipped", bytes(flipped), model),
+        ("cut", good[:-3], model),
+        ("longer", good + b"x", model),
+        ("another model", good, another(root)),
+    ):
         (root / "damaged").write_bytes(content)
         program = ["bytelm_jax", "decompress"] if package == "jax" else ["bytelm_torch.decompress"]
         done = subprocess.run(
-            [sys.executable, "-m", *program, root / "damaged", "--model", model, "--out", out],
+            [sys.executable, "-m", *program, root / "damaged", "--model", by, "--out", out],
             capture_output=True,
             text=True,
             timeout=600,
@@ -133,14 +165,28 @@ def damages(package: str, model: Path, packed: Path, root: Path) -> int:
     return failed
 
 
-def part(package: str, verb: str, model: Path, source: Path, target: Path) -> float:
+def another(root: Path) -> Path:
+    """An export of a model that compressed nothing."""
+    run, export = root / "another", root / "another.export"
+    if not export.exists():
+        code = "print('another')\n" * 200
+        (root / "another.txt").write_text(code, "utf-8")
+        sizes = ("--batch-size", 1, "--sequence-length", 64, "--steps", 1)
+        bytelm("train", "megabyte_tiny", "--run-dir", run, *sizes, "--data", root / "another.txt")
+        bytelm("export", run, "--out", export)
+    return export
+
+
+def part(package: str, verb: str, model: Path, source: Path, target: Path, streams: int) -> float:
     """Runs one process over all files; the seconds of its coding."""
-    program = [sys.executable, __file__, "--part", package, verb, model, source, target]
-    done = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True, timeout=36_000)
+    program = [sys.executable, __file__, "--part", package, verb, model, source, target, streams]
+    done = subprocess.run(
+        [*map(str, program)], check=True, stdout=subprocess.PIPE, text=True, timeout=36_000
+    )
     return float(done.stdout.splitlines()[-1])
 
 
-def run_part(package: str, verb: str, model: str, source: str, target: str) -> int:
+def run_part(package: str, verb: str, model: str, source: str, target: str, streams: str) -> int:
     """What those processes do; prints the seconds."""
     from bytelm.compression import codec
 
@@ -153,7 +199,7 @@ def run_part(package: str, verb: str, model: str, source: str, target: str) -> i
     place, begin = compression_place(from_pretrained(model)), time.perf_counter()
     for file in sorted(Path(source).iterdir()):
         if verb == "compress":
-            codec.compress_file(file, Path(target) / file.name, place, 512)
+            codec.compress_file(file, Path(target) / file.name, place, 512, int(streams))
         else:
             codec.decompress_file(file, Path(target) / file.name, place)
     print(time.perf_counter() - begin)
@@ -177,7 +223,7 @@ def contents(size: int, source_size: int) -> dict[str, bytes]:
     return text | {
         "empty": b"",
         "one": b"\x00",
-        "two": b"\xff\x00",
+        "scripts.txt": scripts(size),
         "zeros": bytes(size),
         "newlines": b"\n" * size,
         "all_values": bytes(range(256)) * (size // 256),
@@ -199,10 +245,30 @@ def repeated(phrase: str, size: int) -> bytes:
     return "".join(f"{phrase}{i}\n" for i in range(count)).encode()[:size]
 
 
+def scripts(size: int) -> bytes:
+    """Words of letters of each of 34 scripts, in turn, a line each."""
+    rng, lines, length = random.Random(1), [], 0
+    letters = {script: letters_of(script) for script in SCRIPTS}
+    while length < size:
+        for each in letters.values():
+            words = ("".join(rng.choices(each, k=rng.randint(2, 7))) for _ in range(5))
+            lines.append(" ".join(words) + "\n")
+            length += len(lines[-1].encode())
+    return "".join(lines).encode()
+
+
+def letters_of(script: str) -> list[str]:
+    """The letters whose names in Unicode begin with that word; of the many Chinese ones, some."""
+    points = range(0x4E00, 0x4F00) if script == "CJK" else range(0x20, 0x3200)
+    points = range(0xAC00, 0xAD00) if script == "HANGUL" else points
+    named = ((chr(p), unicodedata.name(chr(p), "")) for p in points if chr(p).isalpha())
+    return [letter for letter, name in named if name.startswith(f"{script} ")]
+
+
 def python_source(size: int) -> bytes:
     """The first bytes of Python's standard library."""
     found, length = [], 0
-    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+    for file in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         found.append(file.read_bytes())
         length += len(found[-1])
         if length >= size:
