@@ -1,7 +1,5 @@
 """The scripts that start runs on clusters, with stand-ins for the clusters' own commands."""
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from bytelm.elastic import layout_on
 
 LAUNCH = Path(__file__).parent.parent.parent / "scripts" / "launch"
 
@@ -29,8 +29,17 @@ def stand_in(tmp_path):
     return make
 
 
+SRUN = 'while [[ "$1" == --* ]]; do shift; done; "$@"'
+JOB = {
+    "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_JOB_NODELIST": "[a-b]",
+}  # fmt: skip
+
+
 def environment(tmp_path, **more):
-    return dict(os.environ) | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"} | more
+    """With the stand-ins, and this interpreter as `python`, first on the PATH."""
+    path = f"{tmp_path}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return dict(os.environ) | {"PATH": path, "PYTHONPATH": str(LAUNCH.parent.parent)} | more
 
 
 def calls(tmp_path):
@@ -51,20 +60,21 @@ def calls(tmp_path):
 def test_slurm_queues_a_run_again_that_is_unfinished(
     tmp_path, stand_in, ends, restarts, status, again
 ):
-    stand_in("srun", 'shift; "$@"')
+    stand_in("srun", SRUN)
     stand_in("scontrol", "")
+    stand_in("sinfo", 'printf "a alloc\\nb mix\\n"')
     stand_in("bytelm", f'if [ "$1" = train ]; then {ends}; fi')
     (tmp_path / "bin" / "activate").write_text("")
     process = subprocess.run(
         ["bash", LAUNCH / "slurm.sh", "megabyte_tiny", "--steps", "9"],
         env=environment(
-            tmp_path, VENV=str(tmp_path), RUN_DIR=f"{tmp_path}/run", SLURM_JOB_ID="7",
-            SLURM_RESTART_COUNT=restarts,
+            tmp_path, VENV=str(tmp_path), RUN_DIR=f"{tmp_path}/run",
+            SLURM_RESTART_COUNT=restarts, **JOB,
         ),
         capture_output=True, timeout=30,
     )  # fmt: skip
     assert process.returncode == status, process.stderr
-    commands = [call for call in calls(tmp_path) if not call.startswith("srun")]
+    commands = [call for call in calls(tmp_path) if call.split()[0] in ("bytelm", "scontrol")]
     where = f"--distributed --run-dir {tmp_path}/run"
     assert commands[:2] == [
         f"bytelm doctor {where}", f"bytelm train megabyte_tiny --steps 9 {where}",
@@ -72,11 +82,37 @@ def test_slurm_queues_a_run_again_that_is_unfinished(
     assert commands[2:] == (["scontrol requeue 7"] if again else [])
 
 
+def test_slurm_goes_on_with_the_nodes_that_are_left(tmp_path, stand_in):
+    """Node b of three fails; of two nodes with 4 processes each, 12 rows each take 3 at a time."""
+    run = tmp_path / "run"
+    fails = f"[ -e {tmp_path}/lost ] || {{ touch {tmp_path}/lost; exit 1; }}"
+    stand_in("srun", SRUN)
+    stand_in("sinfo", 'printf "a alloc\\na alloc\\nb down*\\nc mix\\n"')
+    stand_in("bytelm", f'if [ "$1" = train ]; then {fails}; echo "done: step 9"; fi')
+    (tmp_path / "bin" / "activate").write_text("")
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"train": TRAIN | {"batch_size": 96}}))
+    job = JOB | {"SLURM_JOB_NUM_NODES": "3", "SLURM_JOB_NODELIST": "[a-c]"}
+    done = subprocess.run(
+        ["bash", LAUNCH / "slurm.sh", "megabyte_tiny"],
+        env=environment(tmp_path, VENV=str(tmp_path), RUN_DIR=str(run), **job),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    where = f"--distributed --run-dir {run}"
+    srun, two = "srun --kill-on-bad-exit=0", "--nodes=2 --ntasks=8 --nodelist=a,c"
+    assert [call for call in calls(tmp_path) if call.startswith("srun")] == [
+        f"{srun} bytelm doctor {where}", f"{srun} bytelm train megabyte_tiny {where}",
+        f"{srun} {two} bytelm train megabyte_tiny --accumulation-steps 2 {where}",
+    ]  # fmt: skip
+    assert "2 of 3 nodes are left: starting again on 2, 2 micro-batches" in done.stdout
+
+
 def test_nothing_is_started_on_a_cluster_that_is_not_well(tmp_path, stand_in):
-    stand_in("srun", 'shift; "$@"')
+    stand_in("srun", SRUN)
     stand_in("bytelm", "exit 1")
     (tmp_path / "bin" / "activate").write_text("")
-    where = {"VENV": str(tmp_path), "RUN_DIR": f"{tmp_path}/run", "SLURM_JOB_ID": "7"}
+    where = JOB | {"VENV": str(tmp_path), "RUN_DIR": f"{tmp_path}/run"}
     process = subprocess.run(
         ["bash", LAUNCH / "slurm.sh", "megabyte_tiny"],
         env=environment(tmp_path, **where), timeout=30, check=False,
@@ -90,7 +126,7 @@ def test_a_tpu_pod_starts_again_after_a_hang_and_keeps_words_whole(tmp_path, sta
     stand_in(
         "gcloud",
         f'case "$*" in *train*) [ -e {tmp_path}/once ] || {{ touch {tmp_path}/once; exit 75; }};; '
-        "esac",
+        "*state*) echo READY;; *acceleratorType*) echo v5litepod-16;; esac",
     )
     process = subprocess.run(
         ["bash", LAUNCH / "tpu_pod.sh", "megabyte_tiny", "--data", "my books"],
@@ -102,9 +138,40 @@ def test_a_tpu_pod_starts_again_after_a_hang_and_keeps_words_whole(tmp_path, sta
     )
     where = "--distributed --run-dir /mnt/shared/runs/pod"
     trains = rf"{on_hosts} train megabyte_tiny --data my\ books {where}"
-    assert [call for call in calls(tmp_path) if call.startswith("gcloud")] == [
+    assert [call for call in calls(tmp_path) if " ssh " in call] == [
         f"{on_hosts} doctor {where}", trains, trains,
     ]  # fmt: skip
+
+
+def test_a_tpu_run_whose_slice_is_lost_goes_on_with_the_next(tmp_path, stand_in):
+    """A v5e of 16 chips is preempted: on the 8 of a v4-16, two micro-batches take the rows."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"train": TRAIN | {"batch_size": 64}}))
+    stand_in("sleep", "")
+    stand_in("python", f'exec {sys.executable} "$@"')
+    stand_in("bytelm", "")
+    stand_in(
+        "gcloud",
+        f"""case "$*" in
+        *"describe big"*state*) [ -e {tmp_path}/lost ] && echo PREEMPTED || echo READY;;
+        *"describe small"*state*) echo READY;;
+        *"describe big"*) echo v5litepod-16;;
+        *"describe small"*) echo v4-16;;
+        *"ssh big"*train*) touch {tmp_path}/lost; exit 255;;
+        *ssh*) for word; do case $word in --command=*) bash -c "${{word#--command=}}";; esac; done;;
+        esac""",
+    )
+    done = subprocess.run(
+        ["bash", LAUNCH / "tpu_pod.sh", "megabyte_tiny"],
+        env=environment(tmp_path, TPU="big small", ZONE="here", RUN_DIR=str(run), VENV=".")
+        | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"},
+        cwd=tmp_path, timeout=60, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [call for call in calls(tmp_path) if call.startswith("bytelm train")] == [
+        f"bytelm train megabyte_tiny --accumulation-steps 2 --distributed --run-dir {run}"
+    ]
 
 
 def jobset_container():
@@ -113,26 +180,31 @@ def jobset_container():
     job = workers["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    variables = {each["name"]: each["value"] for each in container["env"]}
+    variables = {each["name"]: each.get("value", "first") for each in container["env"]}
     name, subdomain = jobset["metadata"]["name"], jobset["spec"]["network"]["subdomain"]
-    host = f"{name}-{workers['name']}-0-0.{subdomain}"
-    assert variables["COORDINATOR"].split(":")[0] == host
+    assert (variables["HOSTS"], variables["SERVICE"]) == (f"{name}-{workers['name']}-0-", subdomain)
     assert job["parallelism"] == job["completions"] == int(variables["PODS"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(variables["GPUS"])
     assert job["completionMode"] == "Indexed" and pod["restartPolicy"] == "Never"
     return container, variables
 
 
-def test_a_pod_that_is_told_to_stop_says_that_it_is_unfinished(tmp_path, stand_in):
+def pod_process(tmp_path, index, **more):
+    """One pod of the jobset; the run folder is in `tmp_path`."""
     container, variables = jobset_container()
+    own = variables | {"JOB_COMPLETION_INDEX": str(index), "RUN_DIR": f"{tmp_path}/run"}
+    return subprocess.Popen(
+        [*container["command"], *container["args"]], env=environment(tmp_path, **own | more)
+    )
+
+
+def test_a_pod_that_is_told_to_stop_says_that_it_is_unfinished(tmp_path, stand_in):
     stand_in(
         "bytelm",
         f'[ "$1" = doctor ] && exit 0\ntrap "touch {tmp_path}/saved; exit 0" TERM\n'
         f"touch {tmp_path}/training\nfor i in $(seq 300); do sleep 0.1; done",
     )
-    process = subprocess.Popen(
-        [*container["command"], *container["args"]],
-        env=environment(tmp_path, JOB_COMPLETION_INDEX="2", **variables),
-    )
+    process = pod_process(tmp_path, 0, PODS="1")
     try:
         deadline = time.monotonic() + 30
         while not (tmp_path / "training").exists() and time.monotonic() < deadline:
@@ -142,32 +214,32 @@ def test_a_pod_that_is_told_to_stop_says_that_it_is_unfinished(tmp_path, stand_i
     finally:
         process.kill()
     assert (tmp_path / "saved").exists()
-    processes = f"--coordinator {variables['COORDINATOR']} --num-processes 4 --process-id 2"
+    processes = "--coordinator bytelm-workers-0-0.bytelm:8476 --num-processes 1 --process-id 0"
     assert calls(tmp_path) == [
-        f"bytelm doctor {processes} --run-dir {variables['RUN_DIR']}",
-        f"bytelm train megabyte_132m --batch-size 1024 --run-dir {variables['RUN_DIR']} "
-        + processes,
+        f"bytelm doctor {processes} --run-dir {tmp_path}/run",
+        f"bytelm train megabyte_132m --batch-size 1024 --run-dir {tmp_path}/run {processes}",
     ]
 
 
-@pytest.mark.parametrize("status", [0, 2, 75])
+@pytest.mark.parametrize("status", [0, 2])
 def test_a_pod_ends_as_its_run_does(tmp_path, stand_in, status):
-    container, variables = jobset_container()
     stand_in("bytelm", f'[ "$1" = doctor ] || exit {status}')
-    process = subprocess.run(
-        [*container["command"], *container["args"]], timeout=30, check=False,
-        env=environment(tmp_path, JOB_COMPLETION_INDEX="0", **variables),
-    )  # fmt: skip
-    assert process.returncode == status
+    assert pod_process(tmp_path, 0, PODS="1").wait(30) == status
 
 
-def local_launcher():
-    loader = importlib.machinery.SourceFileLoader("local", str(LAUNCH / "local"))
-    spec = importlib.util.spec_from_loader("local", loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+def test_pods_go_on_without_one_that_stays_away(tmp_path, stand_in):
+    """Of three pods, number 0 is missing; one that comes later makes all start again."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"train": TRAIN | {"batch_size": 48}}))
+    stand_in("bytelm", "")
+    sizes = {"PODS": "3", "GPUS": "2", "WAIT": "2"}
+    started = [pod_process(tmp_path, index, **sizes) for index in (1, 2)]
+    assert [process.wait(60) for process in started] == [0, 0]
+    assert pod_process(tmp_path, 0, **sizes).wait(60) == 75
+    processes = "--coordinator bytelm-workers-0-1.bytelm:8476 --num-processes 2 --process-id {}"
+    trains = f"bytelm train megabyte_132m --batch-size 1024 --run-dir {tmp_path}/run "
+    found = sorted(call for call in calls(tmp_path) if call.startswith("bytelm train"))
+    assert found == [trains + f"--accumulation-steps 2 {processes.format(i)}" for i in (0, 1)]
 
 
 TRAIN = {"batch_size": 12, "accumulation_steps": 1, "fsdp": 1, "tensor": 1}
@@ -189,7 +261,8 @@ TRAIN = {"batch_size": 12, "accumulation_steps": 1, "fsdp": 1, "tensor": 1}
 def test_fewer_processes_keep_the_batch_and_the_rows_of_a_device(
     left, devices, changes, rows, expected
 ):
-    assert local_launcher().layout_on(left, devices, TRAIN | changes, rows) == expected
+    train = TRAIN | changes
+    assert layout_on(left, devices, train, rows, train["accumulation_steps"]) == expected
 
 
 STAND_IN = """
@@ -217,7 +290,8 @@ def test_a_run_goes_on_with_the_processes_that_are_left(tmp_path, elastic):
     command = [sys.executable, LAUNCH / "local", "3", "--cpu-devices", "1"]
     command += ["--elastic"] * elastic + ["--", "megabyte_tiny", "--run-dir", run]
     done = subprocess.run(
-        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        command, cwd=tmp_path, 
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{LAUNCH.parent.parent}"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     joining = "--coordinator --num-processes {} --process-id {}"

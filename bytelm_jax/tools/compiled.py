@@ -1,11 +1,10 @@
-"""A train step compiled by a TPU's own compiler, on a machine that has none: `libtpu` is a library.
+"""A train step compiled for TPUs or GPUs by their own compilers, on a machine that has none.
 
-The figures are of one device: the memory that the program needs, its operations, its collectives
-and the bytes that the layouts of its arrays add.
+`libtpu` and JAX's CUDA plugin are libraries. The figures are of one device: the memory that the
+program needs, its operations, its collectives and the bytes that the layouts of its arrays add.
 """
 
 import importlib.util
-import math
 import re
 from typing import Any, NamedTuple
 
@@ -19,7 +18,9 @@ from bytelm_jax.tools.collectives import (
     read_collectives,
     run_counts,
 )
+from bytelm_jax.tools.gpu_targets import gpu_devices, has_cuda_plugin
 from bytelm_jax.tools.targets import Target
+from bytelm_jax.tools.work import Work, read_work
 from bytelm_jax.training import mesh as meshes
 
 ENVIRONMENT = {
@@ -34,10 +35,6 @@ ENVIRONMENT = {
 """What libtpu needs where there is no TPU: it asks no metadata server, and no lock keeps it out."""
 
 
-COMPILED_PLATFORMS = ("tpu",)
-"""Platforms whose compiler a dry run asks."""
-
-
 class Compiled(NamedTuple):
     """A compiled step, by its compiler's own figures. Bytes and operations are of one device."""
 
@@ -45,10 +42,7 @@ class Compiled(NamedTuple):
     """Bytes of the state and the batch."""
     temporaries: int
     program: int
-    flops: float
-    """The compiler's count, and the closed forms of attention kernels, whole blocks counted."""
-    kernel_flops: float
-    """The part of `flops` that is closed forms."""
+    work: Work
     written: int
     """Bytes that the program's operations write, as their shapes say."""
     padding: int
@@ -64,6 +58,11 @@ class Compiled(NamedTuple):
 def has_libtpu() -> bool:
     """Whether the TPU's compiler is installed (the extra `aot`)."""
     return importlib.util.find_spec("libtpu") is not None
+
+
+def has_compiler(platform: str) -> bool:
+    """Whether the compiler of this platform, "tpu" or "gpu", is installed."""
+    return has_libtpu() if platform == "tpu" else has_cuda_plugin()
 
 
 def slice_devices(chip: str, shape: str, slices: int = 1) -> list[Any]:
@@ -82,8 +81,9 @@ def slice_devices(chip: str, shape: str, slices: int = 1) -> list[Any]:
 
 
 def topology_mesh(target: Target, fsdp: int, tensor: int = 1) -> Mesh:
-    """A mesh over the devices of a slice that this machine does not have."""
-    devices = slice_devices(target.chip.name, target.shape)
+    """A mesh over devices that this machine does not have."""
+    on_tpu = target.chip.platform == "tpu"
+    devices = slice_devices(target.chip.name, target.shape) if on_tpu else gpu_devices(target)
     return meshes.make_mesh(0, fsdp, tensor, devices=devices)
 
 
@@ -96,50 +96,17 @@ def compile_lowered(lowered: Any, devices: int, options: Any = None) -> Compiled
             return None
         raise
     memory, text = compiled.memory_analysis(), compiled.as_text()
-    kernels = kernel_flops(text)
     written, padding = padded_bytes(text)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(
         arguments=memory.argument_size_in_bytes + max(outputs, 0),
         temporaries=memory.temp_size_in_bytes,
         program=memory.generated_code_size_in_bytes,
-        flops=compiled.cost_analysis()["flops"] + kernels,
-        kernel_flops=kernels,
+        work=read_work(text, (compiled.cost_analysis() or {}).get("flops", 0.0)),
         written=written,
         padding=padding,
         collectives=read_collectives(text, devices),
     )
-
-
-_KERNEL = re.compile(r"%splash_\w*?_(fwd|dq|dkv)_[\w.]* = .*operand_layout_constraints=\{(.*?\})\}")
-_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
-_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
-"""Attention kernel → its products of a block over the width of keys, and over that of values."""
-
-
-def kernel_flops(text: str) -> float:
-    """Operations of the attention kernels in a program's text, which the compiler does not count.
-
-    A kernel computes whole blocks: of queries in block i, those of keys up to i, or in a window the
-    last few of them. Their number stands in the shape of its first operand, [1, blocks, blocks].
-    """
-    bodies, entry = computations(text)
-    times, total = run_counts(bodies, entry), 0.0
-    for name, lines in bodies.items():
-        for match in (_KERNEL.search(line) for line in lines if times[name]):
-            if match is None:
-                continue
-            shapes = [tuple(map(int, x.split(","))) for x in _SHAPE.findall(match[2]) if x]
-            blocks, seen = max(shapes[0]), min(shapes[0][1:])
-            *rows, length, wide = shapes[2]  # [B, H, T, K]; a batch of one row has no axis
-            width = shapes[4][-1]
-            computed = sum(min(i + 1, seen) for i in range(blocks))
-            over_keys, over_values = _PRODUCTS[match[1]]
-            area = computed * (length // blocks) ** 2
-            total += times[name] * 2.0 * math.prod(rows) * area * (
-                over_keys * wide + over_values * width
-            )  # fmt: skip
-    return total
 
 
 _RESULT = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (.*?) ([\w-]+)\(")

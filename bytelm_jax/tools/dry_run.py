@@ -3,7 +3,7 @@
 The sharded step is compiled for simulated devices, which shows its collectives. Memory is estimated
 for the accelerator, not the CPU: parameters, gradients and optimizer state by their shapes and
 shardings, activations by what the backward pass needs (`memory.py`) when the model is traced for
-that accelerator. With a target (`--compile-for`) a TPU's own compiler takes the simulated devices'
+that accelerator. With a target (`--compile-for`) its own compiler takes the simulated devices'
 place, and its figures stand beside the estimate. Nothing is computed, read or written.
 """
 
@@ -32,10 +32,9 @@ from bytelm_jax.models import adapters_of, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.compiled import (
-    COMPILED_PLATFORMS,
     Compiled,
     compile_lowered,
-    has_libtpu,
+    has_compiler,
     topology_mesh,
 )
 from bytelm_jax.tools.machine import Machine
@@ -150,7 +149,7 @@ def dry_run(
     frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
     if can_compile(target):
         compiled = compiled or compile_lowered(lower_step(recipe, mesh, state), mesh.size)
-        if compiled is None:
+        if compiled is None or compiled.peak > find_chip(machine.chip).memory:
             raise ValueError(
                 f"batch_size={run.batch_size}: a step does not fit the memory of a "
                 f"{machine.chip}, as its compiler says; lower it, add --remat or --fsdp, or --fit"
@@ -182,7 +181,7 @@ def dry_run(
 
 def can_compile(target: Target | None) -> bool:
     """Whether the target's own compiler is here; otherwise a dry run is an estimate."""
-    return target is not None and target.chip.platform in COMPILED_PLATFORMS and has_libtpu()
+    return target is not None and has_compiler(target.chip.platform)
 
 
 def _prepare(recipe: Recipe, machine: Machine, target: Target | None) -> tuple[Recipe, Mesh]:

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Any
 
 from bytelm.chips import find_chip
-from bytelm_jax.tools.compiled import COMPILED_PLATFORMS
 from bytelm_jax.tools.dry_run import Estimate
 
 
@@ -57,18 +56,21 @@ def _about_compiled(estimate: Estimate) -> list[str]:
     if not estimate.target:
         return []
     if compiled is None:
-        why = "install libtpu (pip install 'bytelm[aot]') for the compiler's own figures"
-        why = why if chip.platform in COMPILED_PLATFORMS else "a GPU's compiler is not asked"
+        library, extra = ("libtpu", "aot") if chip.platform == "tpu" else ("CUDA's plugin", "cuda")
+        why = f"install {library} (pip install 'bytelm[{extra}]') for the compiler's own figures"
         return [f"an estimate for {estimate.target}, of {estimate.devices} simulated CPUs: {why}"]
-    peak, kernels = compiled.peak / 2**30, compiled.kernel_flops / 1e9
+    peak, work = compiled.peak / 2**30, compiled.work
+    by_element = f"{work.elementwise / 1e9:,.1f} by the element"
+    if chip.platform == "gpu":
+        by_element = "what is done by the element is not counted"
     return [
         f"compiled for {estimate.target}",
         f"  needs            {peak:9.3f} GiB of {chip.memory / 2**30:g}: "
         f"{compiled.arguments / 2**30:.3f} of state, {compiled.temporaries / 2**30:.3f} of "
         f"temporaries, {compiled.program / 2**30:.3f} of program",
-        f"  work             {compiled.flops / 1e9:9,.1f} GFLOP, {kernels:,.1f} of them in "
-        f"attention kernels: {compiled.flops / estimate.flops:.2f} x the model's own "
-        f"{estimate.flops / 1e9:,.1f}",
+        f"  work             {work.total / 1e9:9,.1f} GFLOP, {work.total / estimate.flops:.2f} x "
+        f"the model's own {estimate.flops / 1e9:,.1f}: {work.products / 1e9:,.1f} in products, "
+        f"{work.kernels / 1e9:,.1f} in kernels, {by_element}",
         f"  padding          {100 * compiled.padding / max(compiled.written, 1):9.1f} % of the "
         f"{compiled.written / 1e9:,.2f} GB that are written, added by layouts",
     ]
@@ -104,6 +106,7 @@ def as_json(name: str, estimate: Estimate) -> dict[str, Any]:
     fields |= {"machine": estimate.machine._asdict()}
     if estimate.compiled is not None:
         whole = estimate.compiled._asdict() | {"peak": estimate.compiled.peak}
+        whole |= {"flops": estimate.compiled.work.total, "work": estimate.compiled.work._asdict()}
         fields["compiled"] = {k: v for k, v in whole.items() if k != "collectives"}
     speed = 1e9 * estimate.machine.link_gbytes
     fields["collectives"] = [

@@ -2,14 +2,15 @@
 """Compiles the train step of every recipe with a TPU's own compiler; needs libtpu, and no TPU.
 
     pip install 'bytelm[aot]'
-    python scripts/check/tpu_compile.py --lines tpu.jsonl            # goes on where it stopped
-    python scripts/check/tpu_compile.py --lines tpu.jsonl --table    # prints the lines as a table
+    python scripts/check/tpu_compile.py            # continues with what its lines lack
+    python scripts/check/tpu_compile.py --table    # prints the lines as a table
 
-Each cell is a process and one line of the file: memory of a chip, work against the model's own,
-collectives. The first form of each family (jit, fsdp 1, its smallest recipe) is compiled in full
-depth; the others with one layer in each stack and with two in one stack after another, from which
-the figures of the full depth are extrapolated, and called so. Smaller recipes come first.
-`--effort -1` compiles quickly and less well; what a line was compiled with stands in it.
+Each recipe is a process, and each cell (a form, a size of fsdp) a line of the file: memory of a
+chip and the dry run's estimate of it, work against the model's own, collectives. Recipes of few
+layers are compiled in full depth; the others with one layer in each stack and with two in one stack
+after another, from which the figures of the full depth are extrapolated, and called so. Smaller
+recipes come first. `--effort -1` compiles quickly and less well; what a line was compiled with
+stands in it.
 """
 
 import argparse
@@ -29,7 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bytelm import recipes
 from bytelm.config.blt import EntropyConfig
 
-FIGURES = ("arguments", "temporaries", "program", "flops", "kernel_flops", "written", "padding")
+FIGURES = ("arguments", "temporaries", "program", "written", "padding")
+LINES = Path(__file__).with_suffix(".jsonl")
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def stacks(config: Any) -> dict[str, int]:
@@ -50,118 +53,140 @@ def with_depth(config: Any, depth: dict[str, int]) -> Any:
     return replace(config, **changes)
 
 
-def measure(name: str, form: Any, fsdp: int, rows: int, target: str, effort: float, full: bool):
-    """The figures of one cell, extrapolated unless `full`."""
-    model = recipes.get(name).model
-    depth = stacks(model)
-    compile_one = lambda depth: one_depth(name, form, fsdp, rows, target, effort, depth)  # noqa: E731
-    if full or all(size <= 1 for size in depth.values()):
-        return compile_one(depth) | {"depth": "full"}
+def measure(cell: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one cell, extrapolated where that takes fewer layers than compiling all."""
+    depth = stacks(recipes.get(cell["name"]).model)
+    deep = [stack for stack, size in depth.items() if size > 1]
+    # Compiled for an extrapolation: one layer of each, and as many and one for each deep stack.
+    if sum(depth.values()) <= len(depth) * (1 + len(deep)) + len(deep):
+        return one_depth(cell, depth) | {"depth": "full"}
     shallow = dict.fromkeys(depth, 1)
-    base = compile_one(shallow)
+    base = one_depth(cell, shallow)
     result = dict(base)
-    keys = [k for k in base if isinstance(base[k], int | float)]
-    for stack, size in depth.items():
-        if size > 1:
-            deeper = compile_one(shallow | {stack: 2})
-            result |= {k: result[k] + (size - 1) * (deeper[k] - base[k]) for k in keys}
+    for stack in deep:
+        deeper = one_depth(cell, shallow | {stack: 2})
+        result |= {k: result[k] + (depth[stack] - 1) * (deeper[k] - base[k]) for k in base}
     return result | {"depth": "extrapolated"}
 
 
-def one_depth(
-    name: str, form: Any, fsdp: int, rows: int, target: str, effort: float, depth: dict[str, int]
-) -> dict[str, Any]:
-    """The compiler's figures for these numbers of layers."""
-    from bytelm.config import training_flops_per_byte
-    from bytelm_jax.tools import dry_run
-    from bytelm_jax.tools.compiled import compile_lowered, topology_mesh
+def shaped(cell: dict[str, Any], depth: dict[str, int]) -> tuple[Any, Any]:
+    """The recipe of a cell with these numbers of layers, and its mesh."""
+    from bytelm_jax.tools.compiled import topology_mesh
     from bytelm_jax.tools.targets import read_target
 
-    where = read_target(target)
-    recipe = recipes.get(name)
+    target, recipe = read_target(cell["target"]), recipes.get(cell["name"])
     run = replace(
-        recipe.train, parallel=form, fsdp=fsdp, devices=where.devices, accumulation_steps=1,
-        batch_size=rows * where.devices, compute_dtype="bfloat16",
+        recipe.train, parallel=cell["form"], fsdp=cell["fsdp"], devices=target.devices,
+        accumulation_steps=1, batch_size=cell["rows"] * target.devices, compute_dtype="bfloat16",
+        tensor=cell.get("tensor", 1),
     )  # fmt: skip
     recipe = replace(recipe, model=with_depth(recipe.model, depth), train=run)
-    mesh = topology_mesh(where, fsdp)
-    lowered = dry_run.lower_step(recipe, mesh, dry_run.abstract_state(recipe, mesh))
+    return recipe, topology_mesh(target, run.fsdp, run.tensor)
+
+
+def one_depth(cell: dict[str, Any], depth: dict[str, int]) -> dict[str, Any]:
+    """The compiler's figures for these numbers of layers."""
+    from bytelm.config import training_flops_per_byte
+    from bytelm.config.models import executed_training_flops_per_byte
+    from bytelm_jax.tools import dry_run
+    from bytelm_jax.tools.compiled import compile_lowered
+
+    recipe, mesh = shaped(cell, depth)
+    state = dry_run.abstract_state(recipe, mesh)
+    lowered = dry_run.lower_step(recipe, mesh, state)
+    effort = cell["effort"]
     options = {"exec_time_optimization_effort": effort} if effort else None
-    compiled = compile_lowered(lowered, where.devices, options)
+    compiled = compile_lowered(lowered, mesh.size, options)
     if compiled is None:
         raise SystemExit("RESOURCE_EXHAUSTED: the step does not fit the chip")
     length = recipe.data.sequence_length
+    count = recipe.train.batch_size * length // mesh.size
     found: dict[str, Any] = {key: getattr(compiled, key) for key in FIGURES}
-    found["model_flops"] = training_flops_per_byte(recipe.model, length) * rows * length
+    found |= compiled.work._asdict()
+    found["estimated"] = dry_run.estimate_memory(recipe, mesh, state, "tpu").peak
+    found["model_flops"] = training_flops_per_byte(recipe.model, length) * count
+    found["executed_flops"] = executed_training_flops_per_byte(recipe.model, length) * count
+    found |= dict.fromkeys((*KINDS, *(f"{kind} count" for kind in KINDS)), 0)
     for each in compiled.collectives:
-        found[each.kind] = found.get(each.kind, 0) + each.bytes
-        found[f"{each.kind} count"] = found.get(f"{each.kind} count", 0) + each.count
-    for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
-        found.setdefault(kind, 0)
-        found.setdefault(f"{kind} count", 0)
+        found[each.kind] += each.bytes
+        found[f"{each.kind} count"] += each.count
     return found
 
 
-def cells(names: list[str], rows: int, target: str, effort: float) -> list[dict[str, Any]]:
-    """All cells, those of small models first."""
+def cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells that are asked for, those of small models first."""
+    names = asked.recipes or list(recipes.names())
+    rest = {"rows": asked.rows, "target": asked.target, "effort": asked.effort}
+    rest |= {"tensor": asked.tensor} if asked.tensor > 1 else {}
     sizes = {each.name: each.parameters for each in recipes.summaries()}
-    found, families = [], set()
-    for name in sorted(names, key=lambda name: sizes[name]):
-        family = type(recipes.get(name).model).__name__
-        for form in ("jit", "shard_map"):
-            for fsdp in (1, 8):
-                full = family not in families
-                families.add(family)
-                found.append(
-                    {"name": name, "form": form, "fsdp": fsdp, "rows": rows, "target": target,
-                     "effort": effort, "full": full}
-                )  # fmt: skip
-    return found
+    return [
+        {"name": name, "form": form, "fsdp": fsdp} | rest
+        for name in sorted(names, key=lambda name: sizes[name])
+        for form in asked.forms
+        for fsdp in asked.fsdp
+    ]
 
 
 def run(lines: Path, todo: list[dict[str, Any]], seconds: int) -> None:
-    """Measures what `lines` lacks, one process a cell."""
+    """Measures what `lines` lacks, in one process for each recipe."""
     from bytelm_jax.tools.compiled import ENVIRONMENT
 
-    known = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    done = [each["cell"] for each in known]
-    for cell in todo:
-        if cell in done:
-            continue
-        begun = time.monotonic()
+    known = read_lines(lines)
+    missing = [cell for cell in todo if cell not in [each["cell"] for each in known]]
+    for name in dict.fromkeys(cell["name"] for cell in missing):
+        own = [cell for cell in missing if cell["name"] == name]
+        command = [sys.executable, __file__, "--lines", str(lines), "--cells", json.dumps(own)]
         try:
             answer = subprocess.run(
-                [sys.executable, __file__, "--cell", json.dumps(cell)],
-                env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=seconds,
+                command, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True,
+                timeout=seconds * len(own),
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            print(f"{cell}: no answer in {seconds} s; left out", flush=True)
+            print(f"{name}: no answer in {seconds} s for each cell; left out", flush=True)
             continue
         if answer.returncode:
-            print(f"{cell}: {answer.stderr.strip().splitlines()[-1:]}", flush=True)
-            continue
-        versions = {"jax": version("jax"), "libtpu": version("libtpu")}
-        line = {"cell": cell, "date": date.today().isoformat(), **versions}
-        line |= {"seconds": round(time.monotonic() - begun), **json.loads(answer.stdout)}
+            print(f"{name}: {answer.stderr.strip().splitlines()[-1:]}", flush=True)
+
+
+def measure_all(lines: Path, todo: list[dict[str, Any]]) -> None:
+    """Measures these cells in this process, and adds a line for each."""
+    versions = {"jax": version("jax"), "libtpu": version("libtpu")}
+    for cell in todo:
+        begun = time.process_time()
+        found = measure(cell)
+        seconds = round(time.process_time() - begun)
+        line = {"cell": cell, "date": date.today().isoformat(), **versions, "cpu": seconds, **found}
         with lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{cell['name']} {cell['form']} fsdp {cell['fsdp']}: {line['seconds']} s", flush=True)
+        print(f"{cell['name']} {cell['form']} fsdp {cell['fsdp']}: {seconds} CPU-s", flush=True)
+
+
+def read_lines(lines: Path) -> list[dict[str, Any]]:
+    """What was measured before."""
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+
+HEAD = (
+    "recipe", "form", "fsdp", "depth", "GiB", "estimated", "GFLOP", "of them in kernels",
+    "by element", "/ own", "/ executed", "padding", "all-reduce", "all-gather", "reduce-scatter",
+)  # fmt: skip
 
 
 def table(lines: Path) -> str:
-    """The lines as a Markdown table."""
-    found = [json.loads(line) for line in lines.read_text().splitlines()]
-    head = "recipe | form | fsdp | depth | GiB a chip | GFLOP | the model's own | × | padding"
-    head += " | all-reduce | all-gather | reduce-scatter"
-    rows = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
+    """The lines as a Markdown table, those of a recipe together."""
+    found = read_lines(lines)
+    order = {name: at for at, name in enumerate(dict.fromkeys(x["cell"]["name"] for x in found))}
+    found.sort(key=lambda x: (order[x["cell"]["name"]], x["cell"]["form"], x["cell"]["fsdp"]))
+    rows = [f"| {' | '.join(HEAD)} |", "|" + " --- |" * len(HEAD)]
     for each in found:
-        cell = each["cell"]
-        peak = (each["arguments"] + each["temporaries"] + each["program"]) / 2**30
-        work, own = each["flops"] / 1e9, each["model_flops"] / 1e9
-        values = [cell["name"], cell["form"], cell["fsdp"], each["depth"], f"{peak:.2f}"]
-        values += [f"{work:,.0f}", f"{own:,.0f}", f"{work / own:.2f}"]
+        cell, work = each["cell"], each["products"] + each["kernels"] + each["elementwise"]
+        peak = each["arguments"] + each["temporaries"] + each["program"]
+        values = [cell["name"], cell["form"], cell["fsdp"], each["depth"], f"{peak / 2**30:.2f}"]
+        values += [f"{100 * (each['estimated'] / peak - 1):+.0f} %", f"{work / 1e9:,.1f}"]
+        values += [f"{100 * each[part] / work:.0f} %" for part in ("kernels", "elementwise")]
+        values += [f"{work / each[part]:.2f}" for part in ("model_flops", "executed_flops")]
         values += [f"{100 * each['padding'] / each['written']:.0f} %"]
-        for kind in ("all-reduce", "all-gather", "reduce-scatter"):
+        for kind in KINDS[:3]:
             values.append(f"{each[kind] / 1e6:,.0f} MB in {each[f'{kind} count']}")
         rows.append("| " + " | ".join(map(str, values)) + " |")
     return "\n".join(rows)
@@ -171,21 +196,23 @@ def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser(description="Compiles every recipe for a TPU.")
     parser.add_argument("recipes", nargs="*", help="recipes (default: all)")
-    parser.add_argument("--lines", type=Path, default=Path("tpu_compile.jsonl"))
+    parser.add_argument("--lines", type=Path, default=LINES)
+    parser.add_argument("--forms", nargs="+", default=["jit", "shard_map"])
+    parser.add_argument("--fsdp", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--rows", type=int, default=4, help="rows of the batch on each chip")
     parser.add_argument("--target", default="v5e:16x16")
     parser.add_argument("--effort", type=float, default=0, help="-1: quick, less optimised")
-    parser.add_argument("--seconds", type=int, default=7200, help="most seconds of a cell")
+    parser.add_argument("--seconds", type=int, default=7200, help="most seconds for each cell")
     parser.add_argument("--table", action="store_true", help="print the lines as a table")
-    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    parser.add_argument("--cells", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    if asked.cell:
-        print(json.dumps(measure(**json.loads(asked.cell))))
+    if asked.cells:
+        measure_all(asked.lines, json.loads(asked.cells))
     elif asked.table:
         print(table(asked.lines))
     else:
-        names = asked.recipes or list(recipes.names())
-        run(asked.lines, cells(names, asked.rows, asked.target, asked.effort), asked.seconds)
+        run(asked.lines, cells(asked), asked.seconds)
 
 
 if __name__ == "__main__":
