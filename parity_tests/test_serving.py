@@ -47,10 +47,12 @@ def written(engine, texts, rounds=3):
     waiting, slots = list(enumerate(texts)), {}
     found = [(b"", []) for _ in texts]
     while waiting or slots:
-        for slot in range(engine.slots):
-            if slot not in slots and waiting:
-                slots[slot], (prompt, settings) = waiting.pop(0)
-                engine.join(slot, prompt, settings)
+        free = [slot for slot in range(engine.slots) if slot not in slots][: len(waiting)]
+        texts, waiting = waiting[: len(free)], waiting[len(free) :]
+        slots |= dict(zip(free, (number for number, _ in texts), strict=True))
+        engine.join([(slot, *text) for slot, (_, text) in zip(free, texts, strict=True)])
+        while engine.read():
+            pass
         for new in engine.advance(rounds)[0]:
             number = slots[new.slot]
             assert new.error is None
@@ -124,7 +126,8 @@ def test_a_slot_that_was_left_is_as_good_as_new():
     engine = JaxSlots(model_of(MODEL), 2, 64)
     settings = Settings(max_new_bytes=40, sampler=SamplerConfig(), seed=1)
     (wanted,) = written(engine, [(b"x", settings)])
-    engine.join(0, b"something else, and longer", settings)
+    engine.join([(0, b"something else, and longer", settings)])
+    engine.read()
     engine.advance(2)
     engine.leave(0)
     assert engine.advance(1) == ([], 0)
@@ -140,7 +143,8 @@ def test_logits_that_are_not_finite_end_one_text():
     model = model_of(MODEL)
     engine = JaxSlots(model, 2, 64)
     engine._params = [leaf * jnp.nan for leaf in engine._params]
-    engine.join(1, b"x", Settings(max_new_bytes=4, sampler=SamplerConfig(), seed=0))
+    engine.join([(1, b"x", Settings(max_new_bytes=4, sampler=SamplerConfig(), seed=0))])
+    engine.read()
     ((new,), _) = engine.advance(1)
     assert new.slot == 1 and "not finite" in (new.error or "")
     assert engine.advance(1)[0] == []

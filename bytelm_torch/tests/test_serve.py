@@ -45,10 +45,12 @@ def written(engine, texts, rounds=3):
     waiting, slots = list(enumerate(texts)), {}
     found = [(b"", []) for _ in texts]
     while waiting or slots:
-        for slot in range(engine.slots):
-            if slot not in slots and waiting:
-                slots[slot], (prompt, settings) = waiting.pop(0)
-                engine.join(slot, prompt, settings)
+        free = [slot for slot in range(engine.slots) if slot not in slots][: len(waiting)]
+        texts, waiting = waiting[: len(free)], waiting[len(free) :]
+        slots |= dict(zip(free, (number for number, _ in texts), strict=True))
+        engine.join([(slot, *text) for slot, (_, text) in zip(free, texts, strict=True)])
+        while engine.read():
+            pass
         for new in engine.advance(rounds)[0]:
             number = slots[new.slot]
             assert new.error is None
@@ -113,7 +115,8 @@ def test_samples_are_rows_of_their_seed_and_slots_are_as_good_as_new():
     engine = TorchSlots(model, 2, 64)
     engine.warm_up()
     settings = Settings(max_new_bytes=9, sampler=SamplerConfig(), seed=5, valid_utf8=False)
-    engine.join(0, b"something else, and longer", settings)
+    engine.join([(0, b"something else, and longer", settings)])
+    engine.read()
     engine.advance(1)
     engine.leave(0)
     assert engine.advance(1) == ([], 0)
@@ -127,7 +130,8 @@ def test_logits_that_are_not_finite_end_one_text():
     engine = TorchSlots(model, 2, 64)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
-    engine.join(1, b"x", Settings(max_new_bytes=4, sampler=SamplerConfig(), seed=0))
+    engine.join([(1, b"x", Settings(max_new_bytes=4, sampler=SamplerConfig(), seed=0))])
+    engine.read()
     ((new,), _) = engine.advance(1)
     assert new.slot == 1 and "not finite" in (new.error or "")
     assert engine.advance(1) == ([], 0)
