@@ -1,9 +1,7 @@
 """Texts that share a batch of slots are those of `generate`, in both packages."""
 
-import functools
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,35 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from bytelm.config import BLTConfig, MegabyteConfig
+from bytelm.config import BLTConfig
 from bytelm.sampling import SamplerConfig
 from bytelm.serving.engine import Settings
 from bytelm.serving.prompts import Prompts
-from bytelm_jax.inference import generate as jax_generation
-from bytelm_jax.inference import slots as jax_slots
-from bytelm_jax.models import abstract_params, define_model
+from bytelm_jax.models import abstract_params
 from bytelm_jax.parity.twins import make_twin
-from bytelm_torch.inference import generate as torch_generation
-from bytelm_torch.inference import slots as torch_slots
+from parity_tests.packages import MODEL, PACKAGES, model_of
 from parity_tests.tiny_models import CONFIGS
 
-
-class Package(NamedTuple):
-    """One of the two."""
-
-    engine: Callable[[Any, int, int], Any]
-    module: Any
-    generation: Any
-
-
-PACKAGES = {
-    "jax": Package(jax_slots.JaxSlots, jax_slots, jax_generation),
-    "torch": Package(torch_slots.TorchSlots, torch_slots, torch_generation),
-}
-MODEL = MegabyteConfig(
-    patch_size=4, global_dim=8, local_dim=16, global_heads=2, local_heads=2, global_layers=1,
-    local_layers=1, max_length=128,
-)  # fmt: skip
 # A budget that no patches overflow: how many fit otherwise depends on the longest text.
 BLT = replace(cast(BLTConfig, CONFIGS["blt"]), patch_budget=1.0)
 CASES = {
@@ -63,16 +41,6 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@functools.cache
-def model_of(package, config):
-    source = np.random.default_rng(0)
-    params = {
-        name: jnp.asarray(source.normal(0, 0.3, leaf.shape), leaf.dtype)
-        for name, leaf in abstract_params(config).items()
-    }
-    return define_model(config)[0](params) if package == "jax" else make_twin(config, params)
 
 
 def written(engine, texts, rounds=3):
@@ -202,10 +170,11 @@ def build_broken():
     return broken
 
 
-def test_what_does_not_fit_into_memory_is_refused():
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_does_not_fit_into_memory_is_refused(package):
+    model = model_of(package, replace(MODEL, variant="in_action"))
     with pytest.raises(ValueError, match=r"slots=4096: caches of 4096 texts of .* give fewer"):
-        config = replace(MODEL, variant="in_action")
-        jax_slots.JaxSlots(model_of("jax", config), 4096, 1 << 26)
+        PACKAGES[package].engine(model, 4096, 1 << 26)
 
 
 def plan(prompts, part=8):
