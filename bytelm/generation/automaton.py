@@ -4,6 +4,7 @@ Strict UTF-8 is RFC 3629, which is table 3-7 of the Unicode standard: no overlon
 surrogates, nothing above U+10FFFF.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -42,12 +43,14 @@ class Automaton(NamedTuple):
     """int32[S, 256]: the state after byte v, which need not be an allowed one."""
 
 
+@functools.lru_cache(maxsize=1)
 def free() -> Automaton:
     """The automaton that allows everything, in the shapes of `valid_utf8`."""
     states = len(_MISSING)
     return Automaton(np.ones((_LONGEST, states, 257), bool), np.zeros((states, 256), np.int32))
 
 
+@functools.lru_cache(maxsize=1)
 def valid_utf8() -> Automaton:
     """The automaton of strict UTF-8.
 

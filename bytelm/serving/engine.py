@@ -8,8 +8,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Float32, Int32
 
+from bytelm.config import ByteVocab
 from bytelm.generation.automaton import Automaton, free, least_bytes, start_state, valid_utf8
 from bytelm.sampling import SamplerConfig
+from bytelm.writing import written_bytes
 
 TOP = 5
 """How many of the most likely bytes are reported with each byte, at most."""
@@ -62,6 +64,20 @@ class Written(NamedTuple):
     """The text cannot go on, and why."""
 
 
+def written_by(
+    slot: int, ids: np.ndarray, done: bool, scores: Scores | None, vocab: ByteVocab
+) -> Written:
+    """What the new ids of a row say, of which each has a score if there are any."""
+    try:
+        data = written_bytes(ids, vocab)
+    except ValueError as error:
+        return Written(slot, b"", None, None, str(error))
+    end: Literal["eos", "length"] | None = None
+    if done:
+        end = "eos" if len(data) < len(ids) else "length"
+    return Written(slot, data, None if scores is None else scores.cut(0, len(data)), end)
+
+
 def nothing() -> None:
     """What there is to do meanwhile, by default."""
 
@@ -98,8 +114,12 @@ class Engine(Protocol):
         """Compiles what `join` and `advance` need, so that no request waits for it."""
         ...
 
-    def join(self, slot: int, prompt: bytes, settings: Settings) -> None:
-        """Puts a text into a free slot."""
+    def join(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
+        """Puts texts with these prompts into free slots, where their prompts are to be read."""
+        ...
+
+    def read(self) -> bool:
+        """Reads prompts or parts of them in one short pass; whether more is to be read."""
         ...
 
     def leave(self, slot: int) -> None:
@@ -111,7 +131,8 @@ class Engine(Protocol):
     ) -> tuple[list[Written], int]:
         """Writes up to that many rounds of every text, and says how many it were.
 
-        A text that ends frees its slot. `meanwhile` is called while the device works.
+        A text whose prompt is not read yet waits, and one that ends frees its slot. `meanwhile` is
+        called while the device works.
         """
         ...
 

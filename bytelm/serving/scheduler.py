@@ -105,6 +105,7 @@ class Scheduler:
         self._pieces: list[tuple[Text, Piece]] = []
         self._closed, self._until = False, 0.0
         self._seconds_per_round, self._advances = 0.0, 0
+        self._reading = self._writing = False
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
         self._thread.start()
@@ -154,6 +155,7 @@ class Scheduler:
             while self._wait():
                 self._drop_cancelled()
                 self._join()
+                self._read()
                 if self._active:
                     self._advance()
                 else:
@@ -181,33 +183,36 @@ class Scheduler:
                 self._waiting = deque(text for text in self._waiting if not text.cancelled)
 
     def _join(self) -> None:
-        """Fills free slots, but reads no more prompts than take about as long as an advance."""
-        until = time.perf_counter() + SECONDS
-        for slot in range(self._engine.slots):
-            if slot in self._active:
-                continue
-            with self._changed:
-                if not self._waiting:
-                    return
-                text = self._waiting.popleft()
-                self._active[slot] = text
-            self._engine.join(slot, text.prompt, text.settings)
-            if time.perf_counter() > until:
-                return
+        """Fills free slots."""
+        free = [slot for slot in range(self._engine.slots) if slot not in self._active]
+        with self._changed:
+            new = {slot: self._waiting.popleft() for slot in free[: len(self._waiting)]}
+            self._active.update(new)
+        if new:
+            self._engine.join([(slot, text.prompt, text.settings) for slot, text in new.items()])
+            self._reading = True
+
+    def _read(self) -> None:
+        """Reads prompts, but for no longer than an advance takes; half of it if others wait."""
+        until = time.perf_counter() + SECONDS / (2 if self._writing else 1)
+        while self._reading and time.perf_counter() < until:
+            self._reading = self._engine.read()
 
     def _advance(self) -> None:
         rounds = 1
         if self._seconds_per_round:
-            # Short while there is room, so that those who come soon wait little.
-            busy = len(self._active) / self._engine.slots
+            # Short while there is room or prompts are to be read, so that nobody waits long.
+            busy = 0.0 if self._reading else len(self._active) / self._engine.slots
             rounds = int(SECONDS * (1 + 3 * busy) / 4 / self._seconds_per_round)
         rounds = max(1, min(rounds, self._engine.most_rounds))
         began = time.perf_counter()
         # Handed out once the device is at work: whoever reads them takes the host's time.
         written, rounds = self._engine.advance(rounds, self._hand_out)
         self._advances += 1
-        took, known = (time.perf_counter() - began) / max(1, rounds), self._seconds_per_round
-        self._seconds_per_round = known + (took - known) / 5 if known else took
+        self._writing = bool(written)
+        if rounds:
+            took, known = (time.perf_counter() - began) / rounds, self._seconds_per_round
+            self._seconds_per_round = known + (took - known) / 5 if known else took
         for new in written:
             text = self._active[new.slot]
             piece = text.piece(new)

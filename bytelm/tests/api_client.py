@@ -33,11 +33,15 @@ class Echo:
     def warm_up(self):
         pass
 
-    def join(self, slot, prompt, settings):
-        assert slot not in self.texts
-        self.joined.append((prompt, settings))
-        self.joined_after.append(self.advances)
-        self.texts[slot] = [prompt, settings, 0]
+    def join(self, texts):
+        for slot, prompt, settings in texts:
+            assert slot not in self.texts
+            self.joined.append((prompt, settings))
+            self.joined_after.append(self.advances)
+            self.texts[slot] = [prompt, settings, 0]
+
+    def read(self):
+        return False
 
     def leave(self, slot):
         del self.texts[slot]

@@ -4,15 +4,17 @@ What a text reads is its own: its row of the caches, its random numbers, its sam
 and its end. Its bytes are those of `generate` for its seed, whatever else the batch holds, but
 where rounding decides between two of them.
 
-A prompt is read in one pass, between advances; samples of one prompt read it once. Everything is
-compiled before the first request.
+Prompts are read between advances, short ones several at a time and long ones in parts
+(`bytelm.serving.prompts`). An advance runs the first rows alone if no others are in use. Everything
+is compiled before the first request.
 
 Axes: B slots, C bytes of the longest text, P bytes per round, W bytes that one advance can write, K
 likely bytes that are reported, S states of the constraints.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bytelm.config import ByteVocab, require
-from bytelm.sampling import SamplerConfig, require_sampled
+from bytelm.sampling import SamplerConfig
 from bytelm.serving.engine import (
     TOP,
     Scores,
@@ -30,7 +32,9 @@ from bytelm.serving.engine import (
     both_constraints,
     nothing,
     state_after,
+    written_by,
 )
+from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.rounds import (
     Rows,
@@ -50,7 +54,7 @@ from bytelm_jax.inference.sampling import (
     numbers_of_a_row,
     random_row,
 )
-from bytelm_jax.layers.caches import positions_from, take_at, write_at
+from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
 
 _MOST_BYTES = 256  # of an advance and a row, or one round if that is longer
 
@@ -66,7 +70,10 @@ class _Device(NamedTuple):
 
 
 class _Host(NamedTuple):
-    """What the host knows of every slot, numpy arrays [B]; a free slot is done."""
+    """What the host knows of every slot, numpy arrays [B].
+
+    A free slot is done, and so is one whose prompt is still to be read.
+    """
 
     position: np.ndarray
     """Of the next byte."""
@@ -106,13 +113,16 @@ class JaxSlots:
         self.capacity = capacity if limit is None else min(capacity, limit)
         self._patch, self._length = model.round_length, padded(model, self.capacity)
         self._batch = max(padded_rows(1), slots)
-        size = batch_bytes(model, self._batch, self._length)
+        size = batch_bytes(model, self._batch + GROUP, self._length)
         require(
             size <= device_memory(),
             f"slots={slots}: caches of {slots} texts of {self._length} bytes take "
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
         self.most_rounds = max(1, _MOST_BYTES // self._patch)
+        few = max(padded_rows(1), math.isqrt(self._batch))
+        self._counts = sorted({few, self._batch})
+        """Rows that an advance may run."""
         self._structure, self._params = split_cached(model)
         constraints = both_constraints()
         allowed = allowed_candidates(constraints, self.config.vocab)
@@ -120,7 +130,9 @@ class JaxSlots:
         self._device = self._empty()
         self._host = _free_slots(self._batch)
         self._read = [0] * self._batch
-        self._last: tuple[bytes, Any, Any] | None = None
+        self._part = min(PART_BYTES // self._patch * self._patch, self._length)
+        goes_on = self._part > 0 and model.prefills_in_parts
+        self._prompts = Prompts(self._patch, self._part if goes_on else None)
 
     @property
     def device_bytes(self) -> int:
@@ -132,66 +144,118 @@ class JaxSlots:
     def warm_up(self) -> None:
         """Compiles everything but `score`."""
         settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
-        longest = self.capacity - 1
+        longest, part = self.capacity - 1, self._prompts.part or self.capacity
         lengths, length = [0], padded(self._model, 1)
-        while lengths[-1] < longest:
-            lengths.append(min(length, longest))
+        while lengths[-1] < min(longest, part):
+            lengths.append(min(length, longest, part))
             length *= 2
+        if longest > part:
+            lengths.append(longest)
+        slots = range(min(2, self.slots))
         for length in lengths:
-            self.join(0, b"\0" * length, settings)
-        self.advance(1)
-        self.leave(0)
-        self._last = None
+            for count in slots:  # alone, and with another one
+                texts = [(slot, bytes([slot]) * length, settings) for slot in slots[: count + 1]]
+                self.join(texts)
+                while self.read():
+                    pass
+                self.advance(1)
+        for slot in slots:
+            self.leave(slot)
+            self._prompts.forget(slot)
 
-    def join(self, slot: int, prompt: bytes, settings: Settings) -> None:
-        """Reads the prompt, unless the last one to join was the same, and writes the slot's row."""
-        cache, ids = self._prefilled(prompt)
-        uniforms = random_row(np.uint32(settings.seed), np.int32(settings.sample), self._length)
-        self._device = _join_program()(self._device, np.int32(slot), cache, ids, uniforms)
-        host, size = self._host, len(prompt)
-        host.position[slot] = size // self._patch * self._patch
-        host.lengths[slot], host.ends[slot] = size, size + settings.max_new_bytes
-        host.done[slot], host.scored[slot] = False, settings.scores
-        host.constraint[slot] = state_after(prompt, settings.valid_utf8)
-        numbers = numbers_of_a_row(settings.sampler, settings.stop_at_eos)
-        for column, number in zip(host.numbers, numbers, strict=True):
-            column[slot] = number
-        self._read[slot] = size
+    def join(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
+        """Writes the rows of slots, but for their caches."""
+        host, rows = self._host, np.full(GROUP, self._batch, np.int32)
+        for start in range(0, len(texts), GROUP):
+            some = texts[start : start + GROUP]
+            prompts = [prompt for _, prompt, _ in some]
+            shape = (GROUP, self._patch + self._length)
+            ids = prompt_ids(prompts, self.config.vocab, shape, self._patch)
+            slots, seeds, samples = rows.copy(), np.zeros(GROUP, np.uint32), np.zeros_like(rows)
+            for at, (slot, prompt, settings) in enumerate(some):
+                slots[at], seeds[at], samples[at] = slot, settings.seed, settings.sample
+                self._read[slot] = size = len(prompt)
+                host.position[slot] = size // self._patch * self._patch
+                host.lengths[slot], host.ends[slot] = size, size + settings.max_new_bytes
+                host.done[slot], host.scored[slot] = True, settings.scores
+                host.constraint[slot] = state_after(prompt, settings.valid_utf8)
+                numbers = numbers_of_a_row(settings.sampler, settings.stop_at_eos)
+                for column, number in zip(host.numbers, numbers, strict=True):
+                    column[slot] = number
+                self._prompts.join(slot, prompt)
+            self._device = _join_program()(self._device, slots, ids, seeds, samples)
+
+    def read(self) -> bool:
+        """One pass over prompts, and waits for it."""
+        work = self._prompts.next()
+        if work is None:
+            return False
+        slots = np.full(1 if len(work.slots) == 1 else GROUP, self._batch, np.int32)
+        slots[: len(work.slots)] = work.slots
+        if work.sources:
+            sources = np.resize(np.array(work.sources, np.int32), len(slots))
+            self._device = _copy_program()(self._device, slots, sources)
+        else:
+            self._device = self._after_pass(work, slots)
+        jax.block_until_ready(self._device)
+        for slot in self._prompts.done(work):
+            self._host.done[slot] = False
+        return self._prompts.waiting
+
+    def _after_pass(self, work: Pass, slots: np.ndarray) -> _Device:
+        """The caches with a part of the prompts of these slots; a slot past the end is nobody's."""
+        if work.start:
+            program = _further_program(self._structure, self._part)
+            return program(self._params, self._device, slots, np.int32(work.start))
+        prefix = padded(self._model, max(1, work.size))
+        program = _first_program(self._structure, prefix)
+        return program(self._params, self._device, slots)
 
     def leave(self, slot: int) -> None:
         """Frees a slot."""
         self._host.done[slot] = True
+        self._prompts.leave(slot)
 
     def advance(
         self, rounds: int, meanwhile: Callable[[], None] = nothing
     ) -> tuple[list[Written], int]:
         """Writes rounds of every text until all have ended, and waits for them."""
-        program = _advance_program(self._structure, self.most_rounds)
         host = self._host
+        busy = np.flatnonzero(~host.done).tolist()
+        if not busy:
+            meanwhile()
+            return [], 0
+        count = next(count for count in self._counts if busy[-1] < count)
         # Copies: the arrays that were given may be read after the call has returned.
-        given = jax.tree.map(np.copy, host)
+        given = jax.tree.map(lambda column: column[:count].copy(), host)
+        program = _advance_program(self._structure, self.most_rounds)
         self._device, out = program(
             self._params, self._device, given, self._tables, np.int32(rounds)
         )
         meanwhile()
         jax.block_until_ready(out)
         index, done, constraint, ids = (
-            np.array(part) for part in (out.position, out.done, out.constraint, out.ids)
+            np.asarray(part) for part in (out.position, out.done, out.constraint, out.ids)
         )
-        busy = np.flatnonzero(~host.done)
         scores = None
         if host.scored[busy].any():
             scores = Scores(*(np.asarray(part) for part in out.scores))
         written = []
-        for slot in busy.tolist():
+        for slot in busy:
             start = self._read[slot] - int(host.position[slot])
             end = min(int(index[slot]), int(host.ends[slot])) - int(host.position[slot])
-            mine = None if scores is None or not host.scored[slot] else scores
-            written.append(self._written(slot, ids[slot], start, end, bool(done[slot]), mine))
-            self._read[slot] += max(0, end - start)
-        failed = [each.slot for each in written if each.error]
-        done[failed] = True
-        self._host = host._replace(position=index, done=done, constraint=constraint)
+            mine = None
+            if scores is not None and host.scored[slot]:
+                mine = Scores(*(part[slot, start:end] for part in scores))
+            fresh = ids[slot, start : max(start, end)]
+            written.append(written_by(slot, fresh, bool(done[slot]), mine, self.config.vocab))
+            self._read[slot] += len(fresh)
+        host.position[:count], host.done[:count] = index, done
+        host.constraint[:count] = constraint
+        for each in written:
+            if each.error:
+                host.done[each.slot] = True
+                self._prompts.forget(each.slot)
         return written, int(out.rounds)
 
     def score(self, text: bytes) -> Scores:
@@ -199,35 +263,6 @@ class JaxSlots:
         ids = prompt_ids([text], self.config.vocab, (1, padded(self._model, max(1, len(text)))), 0)
         found = _score_program(self._structure)(self._params, ids)
         return Scores(*(np.asarray(part)[0, : len(text)] for part in found))
-
-    def _written(
-        self, slot: int, ids: np.ndarray, start: int, end: int, done: bool, scores: Scores | None
-    ) -> Written:
-        """The new bytes of a row, which are `ids[start:end]` up to its end of sequence."""
-        vocab, fresh = self.config.vocab, ids[start:end]
-        at_eos = np.flatnonzero(fresh == vocab.eos_id)
-        kept = fresh[: at_eos[0]] if at_eos.size else fresh
-        why = ("eos" if at_eos.size else "length") if done else None
-        try:
-            require_sampled(kept.tolist(), vocab)
-        except ValueError as error:
-            return Written(slot, b"", None, None, str(error))
-        mine = None
-        if scores is not None:
-            mine = Scores(*(part[slot, start : start + len(kept)] for part in scores))
-        return Written(slot, (kept - vocab.offset).astype(np.uint8).tobytes(), mine, why)
-
-    def _prefilled(self, prompt: bytes) -> tuple[Any, Any]:
-        """One row's cache and ids, with the prompt."""
-        if self._last is not None and self._last[0] == prompt:
-            return self._last[1:]
-        patch, rows = self._patch, padded_rows(1)
-        ids = prompt_ids([prompt], self.config.vocab, (rows, patch + self._length), patch)
-        start = len(prompt) // patch * patch
-        prefix = padded(self._model, start) if start else 0
-        program = prefill_program(self._structure, False)
-        self._last = (prompt, program(self._params, ids[:, patch:], prefix), ids[0])
-        return self._last[1:]
 
     def _empty(self) -> _Device:
         """Nothing in any slot."""
@@ -250,18 +285,67 @@ def _free_slots(batch: int) -> _Host:
 @functools.lru_cache(maxsize=1)
 def _join_program() -> Callable[..., _Device]:
     @functools.partial(jax.jit, donate_argnums=0)
-    def join(device: _Device, slot: Array, cache: Any, ids: Array, uniforms: Array) -> _Device:
-        """Overwrites all of a row, so that nothing of the text before it is left."""
-
-        def put(buffer: Array, row: Array) -> Array:
-            if buffer.ndim == 0:  # a count that no row reads
-                return buffer
-            return jax.lax.dynamic_update_slice_in_dim(buffer, row[:1], slot, axis=0)
-
-        rows = (cache, ids[None], uniforms[None])
-        return _Device(*jax.tree.map(put, tuple(device), rows))
+    def join(device: _Device, slots: Array, ids: Array, seeds: Array, samples: Array) -> _Device:
+        """Overwrites the ids and random numbers of rows, so that nothing is left in them."""
+        length = device.uniforms.shape[1]
+        uniforms = jax.vmap(lambda seed, row: random_row(seed, row, length))(seeds, samples)
+        return _Device(device.cache, *_put((device.ids, device.uniforms), (ids, uniforms), slots))
 
     return join
+
+
+@functools.lru_cache(maxsize=1)
+def _copy_program() -> Callable[..., _Device]:
+    @functools.partial(jax.jit, donate_argnums=0)
+    def copy(device: _Device, slots: Array, sources: Array) -> _Device:
+        rows = _rows_at(device.cache, sources)
+        return device._replace(cache=_put(device.cache, rows, slots))
+
+    return copy
+
+
+@functools.lru_cache(maxsize=64)
+def _first_program(structure: CompiledModelKey, prefix: int) -> Callable[..., _Device]:
+    @functools.partial(jax.jit, donate_argnums=1)
+    def first(params: list[Array], device: _Device, slots: Array) -> _Device:
+        """Overwrites all of the rows, so that nothing of the texts before is left in them."""
+        model = structure.model(params)
+        patch, length = model.round_length, device.uniforms.shape[1]
+        ids = _rows_at(device.ids, slots)[:, patch : patch + prefix]
+        rows = model.prefill(ids, model.init_cache(len(slots), length))
+        return device._replace(cache=_put(device.cache, rows, slots))
+
+    return first
+
+
+@functools.lru_cache(maxsize=8)
+def _further_program(structure: CompiledModelKey, part: int) -> Callable[..., _Device]:
+    @functools.partial(jax.jit, donate_argnums=1)
+    def further(params: list[Array], device: _Device, slots: Array, start: Array) -> _Device:
+        model = structure.model(params)
+        rows, starts = _rows_at(device.cache, slots), jnp.full(len(slots), start)
+        # The ids start with a round of pads, so that this is the round before.
+        previous = read_at(_rows_at(device.ids, slots), starts, part)
+        rows = model.prefill_further(previous, rows, starts // model.round_length)
+        return device._replace(cache=_put(device.cache, rows, slots))
+
+    return further
+
+
+def _rows_at(buffers: Any, slots: Array) -> Any:
+    """Rows of every array of a tree; any row for a slot past the end."""
+    take = lambda buffer: buffer.at[slots].get(mode="clip") if buffer.ndim else buffer  # noqa: E731
+    return jax.tree.map(take, buffers)
+
+
+def _put(buffers: Any, rows: Any, slots: Array | slice) -> Any:
+    """The arrays of a tree with these rows; a slot past the end is dropped."""
+
+    def put(buffer: Array, new: Array) -> Array:
+        # An array without rows is a count that no row reads.
+        return buffer.at[slots].set(new, mode="drop") if buffer.ndim else buffer
+
+    return jax.tree.map(put, buffers, rows)
 
 
 @functools.lru_cache(maxsize=8)
@@ -270,10 +354,12 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(
-        params: list[Array], device: _Device, host: _Host, tables: Any, rounds: Array
+        params: list[Array], whole: _Device, host: _Host, tables: Any, rounds: Array
     ) -> tuple[_Device, _Out]:
+        """Advances the first rows, as many as `host` has."""
         model = structure.model(params)
         vocab, patch, batch = model.config.vocab, model.round_length, host.position.shape[0]
+        device = jax.tree.map(lambda buffer: buffer[:batch] if buffer.ndim else buffer, whole)
         width = most_rounds * patch
         rows = Rows(device.uniforms, host.lengths, host.ends, host.numbers, *tables)
         zeros, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), jnp.float32)
@@ -301,9 +387,10 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
 
         carry = (begun, _no_scores((batch, width)), jnp.int32(0))
         state, scores, count = jax.lax.while_loop(unfinished, body, carry)
-        ids = take_at(state.ids, positions_from(start + patch, width))
-        out = _Out(state.index, state.done, state.constraint, count, ids, scores)
-        return _Device(state.cache, state.ids, device.uniforms), out
+        fresh = take_at(state.ids, positions_from(start + patch, width))
+        out = _Out(state.index, state.done, state.constraint, count, fresh, scores)
+        cache, ids = _put((whole.cache, whole.ids), (state.cache, state.ids), slice(batch))
+        return _Device(cache, ids, whole.uniforms), out
 
     return advance
 

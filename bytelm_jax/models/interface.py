@@ -63,6 +63,19 @@ class ByteModel:
         """Writes a prompt, which may be padded: later rounds overwrite the padding."""
         return write_at(cache, jnp.asarray(ids, cache.dtype), 1)
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """Whether `prefill_further` takes less work than `prefill` of everything again."""
+        return True
+
+    def prefill_further(
+        self, previous: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> Any:
+        """Writes T more bytes of a prompt; `previous` holds the byte before each of them."""
+        if not self.has_cached_decoding:
+            return write_at(cache, jnp.asarray(previous, cache.dtype), index)
+        return self.extend(previous, cache, index)[1]
+
     def extend(
         self, before: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
     ) -> tuple[Float[Array, "B T V"], Any]:
@@ -139,11 +152,26 @@ class Decoder(Protocol):
         """
         ...
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """Whether `prefill_further` takes less work than `prefill` of everything again."""
+        ...
+
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Any) -> Any:
         """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass.
 
         The prompt may be padded, and decoding continue from its true end: a cache keeps its state
         by position, and later rounds overwrite what the padding left.
+        """
+        ...
+
+    def prefill_further(
+        self, previous: Integer[Array | np.ndarray, "B T"], cache: Any, index: Index
+    ) -> Any:
+        """Writes more of a prompt, from round number `index` on, of all rows or of each.
+
+        `previous` holds the T bytes that lie a round before them (pads at first); T is a multiple
+        of `round_length`. What follows the prompt's true end is overwritten later, as in `prefill`.
         """
         ...
 

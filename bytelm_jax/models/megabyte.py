@@ -255,6 +255,14 @@ class Megabyte(ByteModel, nnx.Module):
         """
         return megabyte_decoding.prefill(self, ids, cache)
 
+    def prefill_further(
+        self, previous: Integer[Array | np.ndarray, "B T"], cache: Cache, index: Index
+    ) -> Cache:
+        """Writes more rounds of a prompt, from number `index` on, each after the one before it."""
+        if isinstance(cache, ByteCache):
+            return super().prefill_further(previous, cache, index)
+        return megabyte_decoding.prefill_further(self, previous, cache, index)
+
     def decode_round(
         self,
         cache: Cache,

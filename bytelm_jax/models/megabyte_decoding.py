@@ -96,6 +96,22 @@ def prefill(model: "Megabyte", ids: Integer[Array | np.ndarray, "B T"], cache: C
     return MegabyteCache(layers)
 
 
+def prefill_further(
+    model: "Megabyte",
+    previous: Integer[Array | np.ndarray, "B T"],
+    cache: MegabyteCache,
+    index: Index,
+) -> MegabyteCache:
+    """Runs more patches through the global transformer, each after its `previous` one."""
+    c, batch = model.config, previous.shape[0]
+    patches = as_ids(previous).reshape(batch, -1, c.patch_size)
+    index = in_each_row(index, batch)
+    numbers = positions_from(index, patches.shape[1])
+    inputs = model.global_input_at(patches, numbers, c.patches(c.max_length))
+    _, layers = model.global_transformer.extend(inputs, cache.layers, index)
+    return MegabyteCache(layers)
+
+
 def decode_round(
     model: "Megabyte",
     cache: MegabyteCache,

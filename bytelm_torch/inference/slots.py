@@ -4,18 +4,18 @@ The mirror of `bytelm_jax/inference/slots.py`, without compiled programs. Axes: 
 the longest text, P bytes per round, K likely bytes that are reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bytelm.config import ByteVocab, require
 from bytelm.memory import host_memory
-from bytelm.sampling import SamplerConfig, require_sampled
+from bytelm.sampling import SamplerConfig
 from bytelm.serving.engine import (
     TOP,
     Scores,
@@ -24,7 +24,9 @@ from bytelm.serving.engine import (
     both_constraints,
     nothing,
     state_after,
+    written_by,
 )
+from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts
 from bytelm_torch.inference.rounds import (
     Rows,
     State,
@@ -70,7 +72,8 @@ class TorchSlots:
         }
         self._settings = [_FREE] * slots
         self._read = [0] * slots
-        self._last: tuple[bytes, Any, Tensor] | None = None
+        part = PART_BYTES // self._patch * self._patch
+        self._prompts = Prompts(self._patch, part if part and model.prefills_in_parts else None)
         with inference(model):
             zeros = torch.zeros(slots, dtype=torch.long, device=self._at)
             self._rows = Rows(
@@ -105,57 +108,108 @@ class TorchSlots:
 
     def warm_up(self) -> None:
         """Runs everything once but `score`, as a GPU loads its kernels when they are first used."""
-        self.join(0, b"\0" * (self._patch + 1), replace(_FREE, max_new_bytes=1))
+        self.join([(0, b"\0" * (self._patch + 1), replace(_FREE, max_new_bytes=1))])
+        self.read()
         self.advance(1)
         self.leave(0)
-        self._last = None
+        self._prompts.forget(0)
 
-    def join(self, slot: int, prompt: bytes, settings: Settings) -> None:
-        """Reads the prompt, unless the last one to join was the same, and writes the slot's row."""
-        state, rows, size = self._state, self._rows, len(prompt)
+    def join(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
+        """Writes the rows of slots, but for their caches."""
+        state, rows, vocab = self._state, self._rows, self.config.vocab
+        slots, prompts, settings = zip(*texts, strict=True)
+        at = torch.tensor(slots, device=self._at)
+        sizes = torch.tensor([len(prompt) for prompt in prompts])
+        ends = sizes + torch.tensor([each.max_new_bytes for each in settings])
+        uniforms = [random_row(each.seed, each.sample, self._length) for each in settings]
+        after = map(state_after, prompts, [each.valid_utf8 for each in settings])
         with inference(self._model):
-            cache, ids = self._prefilled(prompt)
-            for buffer, row in zip(tree_leaves(state.cache), tree_leaves(cache), strict=True):
-                if isinstance(buffer, Tensor) and buffer.ndim:
-                    buffer[slot] = row[0]
-            state.ids[slot] = ids[0]
-            uniforms = random_row(settings.seed, settings.sample, self._length)
-            rows.uniforms[slot] = uniforms.to(self._at)
-            rows.lengths[slot], rows.ends[slot] = size, size + settings.max_new_bytes
-            state.index[slot] = size // self._patch * self._patch
-            state.done[slot] = False
-            state.constraint[slot] = state_after(prompt, settings.valid_utf8)
-        self._settings[slot], self._read[slot] = settings, size
+            shape = (len(texts), self._patch + self._length)
+            state.ids[at] = prompt_ids(prompts, vocab, shape, self._patch).to(self._at)
+            rows.uniforms[at] = torch.stack(uniforms).to(self._at)
+            rows.lengths[at], rows.ends[at] = sizes.to(self._at), ends.to(self._at)
+            state.index[at] = (sizes // self._patch * self._patch).to(self._at)
+            state.done[at] = True
+            state.constraint[at] = torch.tensor(list(after), device=self._at)
+        for slot, prompt, each in texts:
+            self._settings[slot], self._read[slot] = each, len(prompt)
+            self._prompts.join(slot, prompt)
+
+    def read(self) -> bool:
+        """One pass over prompts."""
+        work = self._prompts.next()
+        if work is None:
+            return False
+        with inference(self._model):
+            if work.sources:
+                slots, sources = list(work.slots), list(work.sources)
+                _put(self._state.cache, tree_map(_rows_at(sources), self._state.cache), slots)
+            else:
+                self._prefill(work)
+            ready = self._prompts.done(work)
+            if ready:
+                self._state.done[torch.tensor(ready, device=self._at)] = False
+            if self._at.type == "cuda":
+                torch.cuda.synchronize(self._at)
+        return self._prompts.waiting
+
+    def _prefill(self, work: Pass) -> None:
+        """Reads a part of the prompts of these slots."""
+        model, ids, slots, end = self._model, self._state.ids, list(work.slots), work.size
+        if work.start:
+            (slot,) = slots
+            row = tree_map(_rows_at(slice(slot, slot + 1)), self._state.cache)
+            # The ids start with a round of pads, so that this is the round before.
+            previous = ids[slot : slot + 1, work.start : work.start + work.size]
+            _put(
+                self._state.cache,
+                model.prefill_further(previous, row, work.start // self._patch),
+                slots,
+            )
+            return
+        rows = model.init_cache(len(slots), self._length)
+        if end:
+            rows = model.prefill(ids[slots, self._patch : self._patch + end], rows)
+        _put(self._state.cache, rows, slots)
 
     def leave(self, slot: int) -> None:
         """Frees a slot."""
         with torch.inference_mode():
             self._state.done[slot] = True
         self._settings[slot] = _FREE
+        self._prompts.leave(slot)
 
     def advance(
         self, rounds: int, meanwhile: Callable[[], None] = nothing
     ) -> tuple[list[Written], int]:
         """Writes rounds of every text until all have ended, and waits for them."""
-        vocab, begun = self.config.vocab, self._state
-        busy = (~begun.done).nonzero()[:, 0].tolist()
+        vocab, busy = self.config.vocab, (~self._state.done).nonzero()[:, 0].tolist()
+        meanwhile()
+        if not busy:
+            return [], 0
         scored = any(self._settings[slot].scores for slot in busy)
         heard: list[Scores] = []
-        meanwhile()
 
         def observe(logits: Tensor, chosen: Tensor) -> None:
             heard.append(_scores(logits, chosen, vocab))
 
+        first, rows = _rows_at(slice(busy[-1] + 1)), self._rows
+        begun, parts = tree_map(first, self._state), (rows.uniforms, rows.lengths, rows.ends)
+        uniforms, lengths, row_ends = map(first, parts)
+        rows = rows._replace(uniforms=uniforms, lengths=lengths, ends=row_ends)
         with inference(self._model):
-            stop, count = begun.index + rounds * self._patch, begun.rounds
+            stop = begun.index + rounds * self._patch
             state = append(
-                self._model, self._rows, stop, begun, None, self._pick, observe if scored else None
+                self._model, rows, stop, begun, None, self._pick, observe if scored else None
             )
-            done = int((state.rounds - count).max())
-            # In place: `join` and `leave` write into these tensors.
-            self._state = state._replace(rounds=torch.zeros_like(count))
-        start, index, ended = (each.tolist() for each in (begun.index, state.index, state.done))
-        ends = self._rows.ends.tolist()
+            done = int((state.rounds - begun.rounds).max())
+            start = begun.index.tolist()
+            for mine, new in zip(tree_leaves(begun), tree_leaves(state), strict=True):
+                if isinstance(mine, Tensor) and mine.ndim and mine is not new:
+                    mine.copy_(new)  # most are written in place
+            self._state.rounds.zero_()
+        index, ended, ends = (each.tolist() for each in (state.index, state.done, row_ends))
+        fresh = state.ids[:, self._patch :].cpu().numpy()
         scores = (
             Scores(*(np.stack(part, axis=1) for part in zip(*heard, strict=True)))
             if heard
@@ -164,15 +218,17 @@ class TorchSlots:
         written = []
         for slot in busy:
             first, last = self._read[slot], min(index[slot], ends[slot])
-            ids = state.ids[slot, self._patch + first : self._patch + last].tolist()
+            last = max(first, last)
             mine = None
             if scores is not None and self._settings[slot].scores:
-                at = slice(first - start[slot], max(first, last) - start[slot])
+                at = slice(first - start[slot], last - start[slot])
                 mine = Scores(*(part[slot, at] for part in scores))
-            written.append(self._written(slot, ids, ended[slot], mine))
-            self._read[slot] = max(first, last)
+            written.append(written_by(slot, fresh[slot, first:last], ended[slot], mine, vocab))
+            self._read[slot] = last
             if written[-1].end or written[-1].error:
                 self.leave(slot)
+            if written[-1].error:
+                self._prompts.forget(slot)
         return written, done
 
     def score(self, text: bytes) -> Scores:
@@ -181,25 +237,13 @@ class TorchSlots:
         with inference(self._model):
             return _scores(self._model(ids)[0], ids[0], self.config.vocab)
 
-    def _written(self, slot: int, ids: list[int], done: bool, scores: Scores | None) -> Written:
-        """The new bytes of a row, up to its end of sequence."""
-        vocab = self.config.vocab
-        count = ids.index(vocab.eos_id) if vocab.eos_id in ids else len(ids)
-        why = ("eos" if count < len(ids) else "length") if done else None
-        try:
-            require_sampled(ids[:count], vocab)
-        except ValueError as error:
-            return Written(slot, b"", None, None, str(error))
-        data = bytes(each - vocab.offset for each in ids[:count])
-        return Written(slot, data, None if scores is None else scores.cut(0, count), why)
-
     def _pick(
         self, logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows,
         vocab: ByteVocab,
     ) -> Tensor:  # fmt: skip
         """`pick_ids`, for the rows of each sampler."""
         groups: dict[tuple[SamplerConfig, bool], list[int]] = {}
-        for slot, each in enumerate(self._settings):
+        for slot, each in enumerate(self._settings[: len(states)]):
             groups.setdefault((each.sampler, each.stop_at_eos), []).append(slot)
         chosen = torch.empty_like(states)
         for (sampler, allow_eos), slots in groups.items():
@@ -208,24 +252,27 @@ class TorchSlots:
             chosen[at] = pick_ids(logits[at], uniforms[at], states[at], left[at], mine, vocab)
         return chosen
 
-    def _prefilled(self, prompt: bytes) -> tuple[Any, Tensor]:
-        """One row's cache and ids, with the prompt."""
-        if self._last is not None and self._last[0] == prompt:
-            return self._last[1:]
-        patch = self._patch
-        ids = prompt_ids([prompt], self.config.vocab, (1, patch + self._length), patch)
-        ids = ids.to(self._at)
-        cache, size = self._model.init_cache(1, self._length), len(prompt) // patch * patch
-        if size:
-            cache = self._model.prefill(ids[:, patch : patch + size], cache)
-        self._last = (prompt, cache, ids)
-        return self._last[1:]
-
     def _bytes(self) -> int:
-        """Memory for the caches of all slots, and of one more."""
+        """Memory for the caches of all slots, and of prompts that are read."""
         one = tree_leaves(self._model.init_cache(1, self._length))
         row = sum(each.nbytes for each in one if isinstance(each, Tensor)) + 12 * self._length
-        return row * (self.slots + 1)
+        return row * (self.slots + GROUP)
+
+
+def _rows_at(rows: Any) -> Callable[[Any], Any]:
+    """Takes some rows of a tensor; of a slice of rows it is a view."""
+
+    def take(buffer: Any) -> Any:
+        return buffer[rows] if isinstance(buffer, Tensor) and buffer.ndim else buffer
+
+    return take
+
+
+def _put(buffers: Any, rows: Any, slots: list[int]) -> None:
+    """Writes these rows into the tensors of a tree."""
+    for buffer, new in zip(tree_leaves(buffers), tree_leaves(rows), strict=True):
+        if isinstance(buffer, Tensor) and buffer.ndim:
+            buffer[slots] = new
 
 
 def _memory(device: torch.device) -> int:

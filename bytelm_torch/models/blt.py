@@ -164,6 +164,11 @@ class BLT(ByteModel, nn.Module):
         """An empty cache for sequences of up to `length` bytes."""
         return blt_decoding.init_cache(self, batch, length)
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """No: `extend` is made for few bytes, after each of which a patch may end."""
+        return False
+
     def prefill(self, ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCache:
         """Writes a prompt into an empty cache in one pass.
 

@@ -67,6 +67,17 @@ class ByteModel:
         """Writes a prompt, which may be padded: later rounds overwrite the padding."""
         return write_at(cache, ids, 1)
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """Whether `prefill_further` takes less work than `prefill` of everything again."""
+        return True
+
+    def prefill_further(self, previous: Integer[Tensor, "B T"], cache: Any, index: Index) -> Any:
+        """Writes T more bytes of a prompt; `previous` holds the byte before each of them."""
+        if not self.has_cached_decoding:
+            return write_at(cache, previous, index)
+        return self.extend(previous, cache, index)[1]
+
     def extend(
         self, before: Integer[Tensor, "B T"], cache: Any, index: Index
     ) -> tuple[Float[Tensor, "B T V"], Any]:
@@ -150,11 +161,24 @@ class Decoder(Protocol):
         """
         ...
 
+    @property
+    def prefills_in_parts(self) -> bool:
+        """Whether `prefill_further` takes less work than `prefill` of everything again."""
+        ...
+
     def prefill(self, ids: Integer[Tensor, "B T"], cache: Any) -> Any:
         """Writes a prompt, T a multiple of `round_length`, into an empty cache in one pass.
 
         The prompt may be padded, and decoding continue from its true end: a cache keeps its state
         by position, and later rounds overwrite what the padding left.
+        """
+        ...
+
+    def prefill_further(self, previous: Integer[Tensor, "B T"], cache: Any, index: Index) -> Any:
+        """Writes more of a prompt, from round number `index` on, of all rows or of each.
+
+        `previous` holds the T bytes that lie a round before them (pads at first); T is a multiple
+        of `round_length`. What follows the prompt's true end is overwritten later, as in `prefill`.
         """
         ...
 

@@ -98,6 +98,21 @@ def prefill(model: "Megabyte", ids: Integer[Tensor, "B T"], cache: Cache) -> Cac
     return MegabyteCache(layers)
 
 
+def prefill_further(
+    model: "Megabyte",
+    previous: Integer[Tensor, "B T"],
+    cache: MegabyteCache,
+    index: Index,
+) -> MegabyteCache:
+    """Runs more patches through the global transformer, each after its `previous` one."""
+    c, batch = model.config, previous.shape[0]
+    patches = as_ids(previous).reshape(batch, -1, c.patch_size)
+    numbers = positions_from(index, patches.shape[1], previous.device).expand(batch, -1)
+    inputs = model.global_input_at(patches, numbers, c.patches(c.max_length))
+    _, layers = model.global_transformer.extend(inputs, cache.layers, index)
+    return MegabyteCache(layers)
+
+
 def decode_round(
     model: "Megabyte",
     cache: MegabyteCache,

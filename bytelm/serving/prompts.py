@@ -1,0 +1,135 @@
+"""Which prompts of a batch are read next: a plan that both packages carry out.
+
+Short prompts are read several at a time and long ones in parts, so that no pass takes long. What a
+slot has read of the same prompt is copied, and of a prompt that begins alike if that saves a pass.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+PART_BYTES = 512
+"""Bytes of a prompt that one pass reads, if the model can go on behind them."""
+
+GROUP = 8
+"""Prompts that one pass reads at most."""
+
+_GROUP_BYTES = 128  # of each of these prompts
+
+
+class Pass(NamedTuple):
+    """The next work. All of its slots go on at `start`, for up to `size` bytes.
+
+    If there are `sources`, the slots take over what these have read, and nothing is computed.
+    """
+
+    slots: Sequence[int]
+    start: int
+    size: int
+    sources: Sequence[int] = ()
+
+
+class Prompts:
+    """The prompts of all slots; `part` is the longest part of one, and None if it is all of it.
+
+    A prompt is read up to its last whole round of `round_length` bytes.
+    """
+
+    def __init__(self, round_length: int, part: int | None) -> None:
+        self._round, self.part = round_length, part
+        self._known: dict[int, bytes] = {}
+        """What the row of each slot holds at least; also of texts that have ended."""
+        self._waiting: dict[int, bytes] = {}
+        """What is to be read, in this order."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something is left to read."""
+        return bool(self._waiting)
+
+    def join(self, slot: int, prompt: bytes) -> None:
+        """A prompt to be read into a slot, of which nothing is known any more."""
+        self._known.pop(slot, None)
+        self._waiting[slot] = prompt[: self._whole(len(prompt))]
+
+    def leave(self, slot: int) -> None:
+        """The slot's prompt is not read on."""
+        self._waiting.pop(slot, None)
+
+    def forget(self, slot: int) -> None:
+        """The slot's row may not be copied."""
+        self._known.pop(slot, None)
+
+    def next(self) -> Pass | None:
+        """What to do next; `done` must follow."""
+        if not self._waiting:
+            return None
+        return self._copies() or self._computed()
+
+    def done(self, work: Pass) -> list[int]:
+        """Notes that it has been done; gives the slots whose prompts have been read."""
+        ready = []
+        for at, slot in enumerate(work.slots):
+            prompt = self._waiting[slot]
+            known = prompt[: work.start + work.size]
+            if work.sources:
+                known = prompt[: self._shared(prompt, work.sources[at])]
+            self._known[slot] = known
+            del self._waiting[slot]
+            if len(known) == len(prompt):
+                ready.append(slot)
+            else:  # behind the others
+                self._waiting[slot] = prompt
+        return ready
+
+    def _copies(self) -> Pass | None:
+        """Slots that take over what others have read."""
+        found = {}
+        whole = {slot: known for slot, known in self._known.items() if slot not in self._waiting}
+        for slot, prompt in self._waiting.items():
+            if slot in self._known or not prompt or len(found) == GROUP:
+                continue
+            least = self._least(prompt)
+            sources = [other for other, known in whole.items() if known.startswith(least)]
+            if sources:
+                shared = lambda other, prompt=prompt: self._shared(prompt, other)  # noqa: E731
+                found[slot] = max(sources, key=shared)
+        return Pass(list(found), 0, 0, list(found.values())) if found else None
+
+    def _computed(self) -> Pass:
+        """The part of the prompt that has waited longest, or several short prompts."""
+        ready, ahead = [], [prompt for slot, prompt in self._waiting.items() if slot in self._known]
+        for slot, prompt in self._waiting.items():
+            if slot in self._known:
+                ready.append(slot)
+                continue
+            least = self._least(prompt)  # what another one is about to read, is copied then
+            if not prompt or not any(other.startswith(least) for other in ahead):
+                ready.append(slot)
+            ahead.append(prompt)
+        first, size = ready[0], len(self._waiting[ready[0]])
+        start, part = len(self._known.get(first, b"")), self.part or size
+        short = min(_GROUP_BYTES, self.part or _GROUP_BYTES)
+        if first in self._known or size > short:
+            return Pass([first], start, min(size - start, part))
+        sizes = {slot: len(self._waiting[slot]) for slot in ready if slot not in self._known}
+        slots = [slot for slot, size in sizes.items() if size <= short][:GROUP]
+        return Pass(slots, 0, max(sizes[slot] for slot in slots))
+
+    def _least(self, prompt: bytes) -> bytes:
+        """The beginning that another slot must have read for its copy to save a pass."""
+        part = self.part or max(1, len(prompt))
+        return prompt[: len(prompt) - max(0, -(-len(prompt) // part) - 1) * part]
+
+    def _shared(self, prompt: bytes, other: int) -> int:
+        """Bytes at the beginning of a prompt that another slot's row holds, in whole rounds."""
+        most = min(len(prompt), len(self._known[other]))
+        mine, theirs = (
+            np.frombuffer(each[:most], np.uint8) for each in (prompt, self._known[other])
+        )
+        differs = np.flatnonzero(mine != theirs)
+        return self._whole(int(differs[0]) if differs.size else most)
+
+    def _whole(self, size: int) -> int:
+        return size // self._round * self._round
