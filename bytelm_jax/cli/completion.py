@@ -1,4 +1,4 @@
-"""`bytelm --print-completion SHELL`: a script that completes commands, recipes, options and choices.
+"""`bytelm --print-completion SHELL`: a script that completes commands, recipes and options.
 
 It is text made from the parsers, so that a press of the tab key starts no Python. Where nothing of
 ours fits, the shell completes file names.
@@ -134,10 +134,11 @@ def _bash(commands: dict[str, Options]) -> Iterator[str]:
 
 
 def _fish(commands: dict[str, Options]) -> Iterator[str]:
+    first = "complete -c bytelm -n __fish_use_subcommand"
     for name, what in cli.COMMANDS.items():
-        yield f"complete -c bytelm -n __fish_use_subcommand -f -a {name} -d '{what}'"
-    yield f"complete -c bytelm -n __fish_use_subcommand -l print-completion -xa '{' '.join(SHELLS)}'"
-    yield "complete -c bytelm -n __fish_use_subcommand -l version"
+        yield f"{first} -f -a {name} -d '{what}'"
+    yield f"{first} -l print-completion -xa '{' '.join(SHELLS)}'"
+    yield f"{first} -l version"
     for name, options in commands.items():
         seen = f"complete -c bytelm -n '__fish_seen_subcommand_from {name}'"
         if name in ("train", "sweep"):

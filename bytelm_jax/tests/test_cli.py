@@ -141,7 +141,7 @@ HUGE = {
     "eval RUN --data TEXT --window 100000": "length=100000: this model sees at most",
     "export RUN --out OUT --format stablehlo --length 0": "--length 0: must be at least 1",
     "export RUN --out OUT --format stablehlo --batch 0": "--batch 0: must be at least 1",
-    "export RUN --out no/folder --format stablehlo": "--out no/folder: name a file in a folder that",
+    "export RUN --out no/folder --format stablehlo": "--out no/folder: name a file in a folder",
     "export RUN --out OUT --vocab-size 2147483647": "vocab.size=2147483647: does not fit into mem",
     "calibrate RUN --data TEXT --windows 10000000000": "windows=10000000000: must be at most 214",
     "inspect hi --model RUN --max-bytes 10000000000": "max_bytes=10000000000: must be at most 214",
