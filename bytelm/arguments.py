@@ -55,6 +55,7 @@ def parse_call(function: Callable[..., int], argv: Sequence[str], prog: str) -> 
     hints = {name: hints[name] for name in inspect.signature(function).parameters}
     lists = [_option(name) for name, kind in hints.items() if typing.get_origin(kind) is tuple]
     args = join_lists(argv, lists)
+    _refuse_unknown(inspect.signature(function), args)
     _refuse_empty(hints, args)
     import tyro
 
@@ -233,6 +234,19 @@ def _not_empty(value: str, option: str) -> str:
     return value
 
 
+def _refuse_unknown(signature: inspect.Signature, argv: Sequence[str]) -> None:
+    """Raises `UsageError` for an option that no parameter has, with the nearest name."""
+    options = [p for p in signature.parameters.values() if p.kind is not p.POSITIONAL_ONLY]
+    known = {_option(p.name) for p in options} | {"help"}
+    known |= {f"no-{_option(p.name)}" for p in options if isinstance(p.default, bool)}
+    for argument in argv:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and _option(name) not in known:
+            near = get_close_matches(_option(name), known, n=1)
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
+            raise UsageError(f"{name}: no such option; {hint}")
+
+
 def _refuse_empty(hints: dict[str, Any], argv: Sequence[str]) -> None:
     """Raises `UsageError` for an empty value except of a text: as a path it would be this folder.
 
@@ -354,6 +368,16 @@ def _deferred(function: Callable[..., int]) -> Callable[..., Callable[[], int]]:
     return remember
 
 
+_WORDINGS = {
+    r"Unrecognized options: (\S+)": "{}: not expected here; see --help",
+    r"Missing from [^:]+: (\S+)": "{}: is required; see --help",
+    r"invalid choice '(.*)' for argument '(--[\w.-]+).*'\. Expected one of \((.*)\)": (
+        "{1} {0}: choose one of {2}"
+    ),
+}
+"""tyro's reports that are common, and what is said in their place."""
+
+
 def _parse(parse: Callable[[], T], edit_help: Callable[[str], str] = str) -> T:
     """Runs a tyro parse and turns its boxed error report into a one-line `UsageError`.
 
@@ -376,6 +400,9 @@ def _parse(parse: Callable[[], T], edit_help: Callable[[str], str] = str) -> T:
         lines = [line for line in rows if line]
         # The first line is the box's title ("Value error"); the rest says what is wrong.
         message = " ".join(" ".join(lines[1:] if len(lines) > 1 else lines).split())
+        for wording, ours in _WORDINGS.items():
+            if found := re.match(wording, message):
+                raise UsageError(ours.format(*found.groups()).replace("'", "")) from None
         message, wrong = re.subn(r"^Error parsing ([\w.]+): (?=\w+[=:])", r"\1.", message)
         if wrong:  # a value that its field refuses, by name
             raise UsageError(message) from None

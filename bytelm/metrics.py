@@ -31,7 +31,11 @@ def comparable(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def bits_per_byte(nats: float, count: int) -> float:
-    """Mean code length in bits of `count` bytes that cost `nats` in total; NaN of none."""
+    """Mean code length in bits of `count` bytes that cost `nats` in total; NaN of none.
+
+    >>> round(bits_per_byte(nats=math.log(256) * 10, count=10), 6)
+    8.0
+    """
     return nats / count / math.log(2) if count else math.nan
 
 

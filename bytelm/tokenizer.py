@@ -14,7 +14,14 @@ _UNPAIRED_SURROGATE = re.compile("[\ud800-\udc7f\udd00-\udfff]")
 
 
 class ByteTokenizer:
-    """Byte b has id b + `vocab.offset`; all other ids of the vocabulary stand for no byte."""
+    """Byte b has id b + `vocab.offset`; all other ids of the vocabulary stand for no byte.
+
+    >>> tokenizer = ByteTokenizer(ByteVocab())
+    >>> tokenizer.encode("né").tolist()
+    [110, 195, 169]
+    >>> tokenizer.decode([110, 195, 169, 258])
+    'né'
+    """
 
     def __init__(self, vocab: ByteVocab) -> None:
         self.vocab = vocab
@@ -61,6 +68,10 @@ class StreamingDecoder:
 
     However the ids are divided, the results of `push` followed by that of `finish` add up to
     `ByteTokenizer.decode` of all ids.
+
+    >>> decoder = StreamingDecoder(ByteVocab())
+    >>> [decoder.push([byte]) for byte in "né".encode()]
+    ['n', '', 'é']
     """
 
     def __init__(self, vocab: ByteVocab) -> None:

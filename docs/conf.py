@@ -1,12 +1,16 @@
 """The site: `scripts/docs` builds it. Pages are Markdown; two of the reference are generated."""
 
+import re
 import sys
 from pathlib import Path
+
+from sphinx.errors import ExtensionError
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import generate_reference  # noqa: E402
+import notebooks  # noqa: E402
 
 import bytelm  # noqa: E402
 
@@ -15,8 +19,14 @@ author = "The bytelm authors"
 copyright = "2026, the bytelm authors"
 version = release = bytelm.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "Thumbs.db", ".DS_Store"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "executed", "Thumbs.db", ".DS_Store"]
+
+# Tutorials show what `scripts/docs --execute` printed; a build executes nothing.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(DOCS / "_build" / "jupyter-cache")
+nb_execution_raise_on_error = True
+nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 nitpicky = False
@@ -50,6 +60,9 @@ SEARCH = {
     "tutorial-train": ["tutorial", "getting started", "plot"],
     "tutorial-convert": ["convert", "export", "import"],
     "tutorial-blt": ["patch length"],
+    "tutorial-names": ["names", "lines", "reset"],
+    "tutorial-fine-tune": ["forgetting"],
+    "tutorial-pytorch": ["training loop"],
     "concepts": ["logits", "surprise", "patches", "tokenizer-free"],
     "training": ["resume", "NaN", "run folder", "diverged", "crash", "checkpoint", "epochs",
                  "TensorBoard", "Weights & Biases", "wandb", "sweep", "recipe file"],
@@ -81,13 +94,22 @@ SEARCH = {
 def add_index_entries(app, name: str, source: list[str]) -> None:
     """Puts the entries of `SEARCH` below the title of a page."""
     if name in SEARCH:
-        title, _, rest = source[0].partition("\n")
+        top, title, rest = re.split(r"^(# .*)$", source[0], maxsplit=1, flags=re.MULTILINE)
         entries = "".join(f"```{{index}} ! single: {entry}\n```\n\n" for entry in SEARCH[name])
-        source[0] = f"{title}\n\n{entries}{rest}"
+        source[0] = f"{top}{title}\n\n{entries}{rest}"
+
+
+def take_outputs(app, config) -> None:
+    """Gives the tutorials what they printed; ends the build where their cells were changed."""
+    try:
+        notebooks.fill_cache(Path(config.nb_execution_cache_path))
+    except ValueError as error:
+        raise ExtensionError(str(error)) from None
 
 
 def setup(app):
     """Writes the generated pages before Sphinx looks for sources."""
     app.connect("config-inited", lambda app, config: generate_reference.write(DOCS / "reference"))
+    app.connect("config-inited", take_outputs)
     app.connect("source-read", add_index_entries)
     app.connect("autodoc-process-docstring", generate_reference.as_restructured_text)

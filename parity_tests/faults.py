@@ -244,8 +244,11 @@ class Bench:
                 }
                 convert.export_model(config, params, folder / name)
 
-    def run(self, name: str, plant: Callable[..., None] | None) -> tuple[int, str]:
-        """Exit code and last line of `bytelm parity` on a model, its twin under `plant`."""
+    def run(self, name: str, plant: Callable[..., None] | None, *more: str) -> tuple[int, str]:
+        """Exit code and last line of `bytelm parity` on a model, its twin under `plant`.
+
+        `more` are further options, such as `--json`.
+        """
         load = bytelm_torch.from_pretrained
         with contextlib.ExitStack() as patches, contextlib.redirect_stdout(io.StringIO()) as output:
 
@@ -268,7 +271,7 @@ class Bench:
             patches.enter_context(
                 patch.object(parity, "ArrayStore", lambda: contextlib.nullcontext({}))
             )
-            options = ["--data", str(self.folder / "text"), "--length", "19"]
+            options = ["--data", str(self.folder / "text"), "--length", "19", *more]
             code = cli.main(["parity", str(self.folder / name), *options])
         return code, output.getvalue().splitlines()[-1]
 

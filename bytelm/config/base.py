@@ -114,7 +114,9 @@ class ByteVocab:
         require_numbers(self, "vocab.")
         require(self.offset >= 0, f"vocab.offset={self.offset}: must be at least 0")
         least = self.offset + 256
-        require(self.size >= least, f"vocab.size={self.size}: 256 bytes need at least {least}")
+        needed = max(least, 259)
+        ids = f"256 bytes, pad_id, bos_id and eos_id need at least {needed}"
+        require(self.size >= needed, f"vocab.size={self.size}: {ids}")
         specials = {"pad_id": self.pad_id, "bos_id": self.bos_id, "eos_id": self.eos_id}
         for name, value in specials.items():
             inside = 0 <= value < self.size and not self.offset <= value < least

@@ -62,7 +62,7 @@ def test_recipes_are_found_by_name():
         (MegabyteConfig, "dropout", 1.0, "dropout=1.0: must be at least 0 and below 1"),
         (MegabyteConfig, "max_length", 2047, "multiple of patch_size=8"),
         (MegabyteConfig, "local_heads", 999, "local_heads=999: must be at most the width 256"),
-        (ByteVocab, "size", 255, "256 bytes need at least 256"),
+        (ByteVocab, "size", 256, "256 bytes, pad_id, bos_id and eos_id need at least 259"),
         (ByteVocab, "pad_id", 65, "vocab.pad_id=65: choose an id from"),
         (ByteVocab, "pad_id", 258, "must differ"),
         (AdamWConfig, "learning_rate", 0.0, "learning_rate=0.0: must be above 0"),

@@ -30,6 +30,7 @@ def eval_command(
     dtype: Literal["float32", "bfloat16", "float64"] = "float32",
     json: bool = False,
     by: Literal["none", "source", "file", "document", "script", "position"] = "none",
+    window: int = 0,
     stride: int = 0,
     robustness: bool = False,
     average: bool = True,
@@ -50,14 +51,15 @@ def eval_command(
 
     Args:
         runs: one run folder or several.
-        data: files and folders of any form; their bytes are cut into windows of the training
-            length.
+        data: files and folders of any form; their bytes are cut into windows.
         checkpoint: latest, best or a step.
         batch_size: windows per step, rounded up to a multiple of the number of devices.
         dtype: precision of the arithmetic.
         json: print JSON: one object, and for several models a list of them.
         by: the rows: source is a path as given, file each file in it, script that of the character
             by its Unicode name, position that in the window.
+        window: bytes that the model sees at once; 0 takes the training length, and for an imported
+            model 512 bytes, or the longest input if that is less.
         stride: start windows this many bytes apart, so that each byte is counted where it has most
             before it; 0 is their length, and costs least.
         robustness: also evaluate the data with swapped case, letters swapped and dropped (5 %), and
@@ -76,7 +78,9 @@ def eval_command(
     fields = prompt_field, completion_field, chat_field
     corpus = open_data(data, text_field, raw, cache_dir, *fields)
     kind = "source" if by == "none" and len(data) > 1 else by
-    how = _How(checkpoint, batch_size, dtype, average, reset_on, stride, kind, robustness)
+    if window < 0:
+        raise UsageError(f"--window {window}: must be at least 1, or 0 for the training length")
+    how = _How(checkpoint, batch_size, dtype, average, reset_on, window, stride, kind, robustness)
     _print(runs, _evaluate_runs(runs, corpus, how), by, json)
     return 0
 
@@ -120,6 +124,7 @@ class _How(NamedTuple):
     dtype: str
     average: bool
     reset_on: str
+    window: int
     stride: int
     kind: str
     robustness: bool
@@ -160,7 +165,7 @@ def _evaluate_run(
     recipe, params, step = checkpoints.load_run(run, how.checkpoint, how.average)
     recipe = with_resets(recipe, how.reset_on)
     require_prediction(recipe.model)
-    length = recipe.data.sequence_length
+    length = how.window or recipe.data.sequence_length
     windows, end_id = corpora.scored_windows(recipe.model, corpus, length, how.stride)
     parts = breakdown.Breakdown(windows, how.kind) if how.kind != "none" else None
     result = _evaluate(recipe, params, windows, end_id, how, parts and parts.add)

@@ -30,8 +30,8 @@ def export_command(
     check: bool = False,
     push: str = "",
     public: bool = False,
-    length: int = 0,
-    batch: int = 0,
+    length: int | None = None,
+    batch: int | None = None,
     vocab_size: int = -1,
     vocab_offset: int = -1,
     pad_id: int = -1,
@@ -61,8 +61,8 @@ def export_command(
         check: with --format hf, compare what transformers loads with JAX, for the model card.
         push: with --format hf or hf-blt, USER/NAME on the Hugging Face Hub; OUT is uploaded there.
         public: with --push, make a repository that is new there public, in place of private.
-        length: with --format stablehlo, ids of a row; 0 is the training length.
-        batch: with --format stablehlo, the number of rows; 0 leaves it open.
+        length: with --format stablehlo, ids of a row; by default the training length.
+        batch: with --format stablehlo, the number of rows; by default any number.
         vocab_size: number of ids of the export; -1, here and below, keeps the model's value.
         vocab_offset: the id of byte 0; the model stays the same, its rows move with their ids.
         pad_id: the id of padding.
@@ -125,12 +125,14 @@ def _export(source: _Source, out: Path, format: str, adapter: bool, folder: _Fol
 
 
 def _refuse(
-    format: str, adapter: bool, asked: dict[str, int], folder: _Folder, **sizes: int
+    format: str, adapter: bool, asked: dict[str, int], folder: _Folder, **sizes: int | None
 ) -> None:
     """Raises `UsageError` for options that have no effect beside the others."""
     for name, value in sizes.items():
-        if value and format != "stablehlo":
+        if value is not None and format != "stablehlo":
             raise UsageError(f"--{name}: needs --format stablehlo; leave it out or add that")
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} {value}: must be at least 1")
     for name, value in folder._asdict().items():
         known = ("hf",) if name == "check" else ("hf", "hf-blt")
         if value and format not in known:
@@ -172,12 +174,14 @@ def _export_folder(source: _Source, out: Path, own_code: bool, folder: _Folder) 
     return 0
 
 
-def _export_program(source: _Source, out: Path, length: int, batch: int) -> int:
+def _export_program(source: _Source, out: Path, length: int | None, batch: int | None) -> int:
+    if not out.absolute().parent.is_dir() or out.is_dir():
+        raise UsageError(f"--out {out}: name a file in a folder that exists")
     from bytelm_jax.interop.stablehlo import export_stablehlo
 
     recipe, params, step, _ = source.load()
     length = length or recipe.data.sequence_length
-    export_stablehlo(recipe.model, params, out, length, batch or None)
+    export_stablehlo(recipe.model, params, out, length, batch)
     print(f"wrote {out}, for rows of {length} ids (step {step})")
     return 0
 

@@ -76,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"bytelm {bytelm.__version__}")
         return 0
+    if name == "--print-completion":
+        return _print_completion(arguments[1:])
     if name not in COMMANDS:
         print(f"bytelm: {_unknown(name)}", file=sys.stderr)
         return 2
@@ -138,6 +140,17 @@ def _command(name: str) -> Callable[[list[str]], int]:
     return lambda argv: parse_call(function, argv, f"bytelm {name}")
 
 
+def _print_completion(shells: list[str]) -> int:
+    from bytelm_jax.cli import completion
+
+    try:
+        print(completion.script(" ".join(shells)), end="")
+    except ValueError as error:
+        print(f"bytelm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _unknown(name: str) -> str:
     near = get_close_matches(name, COMMANDS, n=1)
     hint = f"did you mean {near[0]}? The commands are" if near else "choose one of"
@@ -151,6 +164,7 @@ def _overview() -> str:
     ]
     lines += [f"  {name:11} {what}" for name, what in COMMANDS.items()]
     lines += ["", "bytelm --version prints the version."]
+    lines += ["bytelm --print-completion SHELL prints a script for bash, zsh or fish."]
     return "\n".join(lines)
 
 

@@ -35,7 +35,13 @@ Model = Megabyte | LFByteTransformer | EntropyModel | BLT
 
 
 def build_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> Model:
-    """The model that `config` describes, float32, initialised from `rngs` (default seed 0)."""
+    """The model that `config` describes, float32, initialised from `rngs` (default seed 0).
+
+    >>> import jax.numpy as jnp
+    >>> model = build_model(EntropyConfig(dim=8, layers=1, heads=1, hidden_dim=8))
+    >>> model(jnp.array([list(b"any bytes")])).shape
+    (1, 9, 512)
+    """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     match config:
         case MegabyteConfig():

@@ -121,6 +121,22 @@ def test_an_empty_path_is_not_the_working_directory(line, capsys):
     assert error == f"bytelm {line.split()[0]}: {EMPTY[line]}\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    {
+        "eval x --strid 3": "--strid: no such option; did you mean --stride?",
+        "recipes --nothing-like-it": "--nothing-like-it: no such option; see --help",
+        "recipes more": "more: not expected here; see --help",
+        "train megabyte_tiny more": "more: not expected here; see --help",
+        "eval x": "--data: is required; see --help",
+        "eval x --data y --dtype f32": "--dtype f32: choose one of float32, bfloat16, float64",
+    }.items(),
+)
+def test_what_is_not_understood_is_named(line, says, capsys):
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err == f"bytelm {line.split()[0]}: {says}\n"
+
+
 @pytest.mark.parametrize("name", ["bytropix_tiny", "megabyte_tiny", "lfbyte_tiny", "entropy_tiny"])
 def test_help_has_a_sentence_for_every_option_and_folds_what_has_no_effect(
     name, monkeypatch, capsys

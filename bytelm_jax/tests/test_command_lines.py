@@ -1,6 +1,9 @@
 """Command lines: what help says, how names of fields are found, and what is refused from them."""
 
 import importlib
+import re
+import shlex
+import subprocess
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from bytelm.arguments import UsageError, expand_names, take_option
 from bytelm.config import BLTConfig
 from bytelm.run_data import open_windows
 from bytelm.runs import Outcome
+from bytelm_jax.cli import completion
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import model as commands
 from bytelm_jax.cli import run as commands_run
@@ -40,6 +44,46 @@ def test_every_command_has_help_with_an_example(capsys):
     names = [name for module in modules for name in vars(module)]
     functions = {name.removesuffix("_command") for name in names if name.endswith("_command")}
     assert functions == {name.replace("-", "_") for name in cli.COMMANDS}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    {
+        "bytelm e": "eval export",
+        "bytelm train blt_t": "blt_tiny",
+        "bytelm train blt_tiny --optimizer q": "q_learning_sgd q_learning_adamw",
+        "bytelm train blt_tiny --sched": "--schedule",
+        "bytelm eval runs --dtype f": "float32 float64",
+        "bytelm eval runs --ra": "--raw",
+        "bytelm eval ru": "",  # the shell's own completion of file names
+    }.items(),
+)
+def test_the_tab_key_completes_a_command_line(words, found, completion_script):
+    last = len(words.split()) - 1
+    line = f"COMP_WORDS=({shlex.join(words.split())}) COMP_CWORD={last}; _bytelm"
+    script = f'{completion_script}\n{line}; echo "${{COMPREPLY[@]}}"'
+    shell = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert shell.stdout.strip() == found
+
+
+@pytest.fixture(scope="module")
+def completion_script():
+    return completion.script("bash")
+
+
+def test_completion_knows_every_option_and_shell(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    named = set(re.findall(r"--[a-z]\w*(?:-\w+)*", capsys.readouterr().out))
+    known = completion.options_of("train").keys()
+    assert {name.replace("_", "-") for name in named} - {"--save-path", "--help"} <= known | {
+        "--optimizer.name", "--train.batch-size",
+    }  # fmt: skip
+    for shell in completion.SHELLS:
+        assert cli.main(["--print-completion", shell]) == 0
+        assert "megabyte_in_action_132m" in capsys.readouterr().out
+    assert cli.main(["--print-completion", "tcsh"]) == 2
+    says = "bytelm: --print-completion tcsh: choose one of bash, zsh, fish\n"
+    assert capsys.readouterr().err == says
 
 
 def test_fields_are_found_by_their_bare_names():

@@ -1,4 +1,7 @@
-"""Every command of the guides is run; of training, all that comes before the first step."""
+"""Every command of two guides is run; of the guide to data, up to the first step of training.
+
+`scripts/docs --execute` runs those of the other pages.
+"""
 
 import io
 import json
@@ -116,28 +119,6 @@ def small_megabyte(monkeypatch):
     monkeypatch.setattr(recipes, "megabyte_tiny", megabyte_tiny)
 
 
-@pytest.fixture
-def small_latent(monkeypatch):
-    """`entropy_tiny` and `blt_tiny` are smaller still."""
-    sizes = {"dim": 8, "layers": 1, "heads": 1, "hidden_dim": 8}
-    entropy = recipes.entropy_tiny()
-    model = replace(entropy.model, **sizes)
-    data = replace(entropy.data, sequence_length=32)
-    entropy = replace(entropy, model=model, data=data, train=replace(entropy.train, devices=1))
-    blt = recipes.blt_tiny()
-    model = replace(blt.model, entropy=entropy.model, global_layers=1, decoder_layers=1)
-    blt = replace(blt, model=model, data=data, train=replace(blt.train, devices=1))
-
-    def entropy_tiny() -> Recipe:
-        return entropy
-
-    def blt_tiny() -> Recipe:
-        return blt
-
-    for small in (entropy_tiny, blt_tiny):
-        monkeypatch.setattr(recipes, small.__name__, small)
-
-
 def run_line(line: str) -> int:
     """Runs a line of a guide; its exit code. Our own commands run in this process."""
     words = shlex.split(line)
@@ -165,29 +146,3 @@ def test_every_command_of_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys
         ids = torch.tensor([[97, 98, 99]])
         merged = names["hf"].from_native(bytelm_torch.from_pretrained("exports/lora"))
         torch.testing.assert_close(names["model"](ids).logits, merged.eval()(ids).logits)
-
-
-@pytest.mark.slow
-def test_every_command_of_the_tutorial_about_patches(tmp_path, monkeypatch, capsys, small_latent):
-    """With smaller models, as a reader does."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("bytelm_jax", "docs"):
-        (tmp_path / name).symlink_to(DOCS.parent / name)
-    for line in blocks("tutorial-blt.md", "bash").splitlines():
-        assert run_line(line) == 0, (line, capsys.readouterr())
-
-
-@pytest.mark.slow
-def test_every_command_of_the_tutorials(tmp_path, monkeypatch, capsys, small_megabyte):
-    """One after the other, as a reader does, with a smaller model."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("LICENSE", "examples", "bytelm"):
-        (tmp_path / name).symlink_to(DOCS.parent / name)
-    for page in ("tutorial-train.md", "tutorial-convert.md"):
-        for line in blocks(page, "bash").splitlines():
-            refused = line.endswith("exports/damaged") and line.startswith("bytelm")
-            assert run_line(line) == (2 if refused else 0), (line, capsys.readouterr().err)
-    assert "differ from those that were written (SHA-256)" in capsys.readouterr().err
-    exec(blocks("tutorial-convert.md", "python"), {})
-    _, jax_text, _, torch_text = capsys.readouterr().out.splitlines()
-    assert jax_text == torch_text

@@ -1,6 +1,5 @@
 """Q-learning SGD as an optax transformation: conventions, and one step against plain formulas."""
 
-import doctest
 import functools
 import math
 import re
@@ -15,7 +14,6 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-import bytelm_jax.optimizers.q_learning
 from bytelm.tolerances import GRADIENTS
 from bytelm_jax.optimizers import threefry
 from bytelm_jax.optimizers.q_agent import QLearningConfig
@@ -84,12 +82,6 @@ def close(a, b, bound):
 
 
 # ---- conventions of optax ---------------------------------------------------------------------
-
-
-def test_the_examples_in_the_docstrings_run():
-    result = doctest.testmod(bytelm_jax.optimizers.q_learning)
-    assert result.attempted >= 10
-    assert result.failed == 0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -52,13 +52,15 @@ def test_the_readme_is_short():
 
 
 def code(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 def commands():
-    """(page, words) of every command in a bash block; a pipe's parts are commands of their own."""
+    """(page, words) of every command in a bash block or cell; a pipe's parts are commands too."""
     for page, text in PAGES.items():
-        for line in "".join(code(text, "bash")).splitlines():
+        cells = [cell for cell in code(text, "{code-cell}") if cell.startswith("%%bash\n")]
+        blocks = code(text, "bash") + [cell.removeprefix("%%bash\n") for cell in cells]
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while "|" in words:
                 yield page, words[: words.index("|")]
@@ -162,7 +164,8 @@ def test_the_command_lists_every_recipe(capsys):
 
 def test_the_python_in_the_readme_runs_and_that_of_the_guides_compiles():
     for page, text in PAGES.items():
-        for block in code(text, "python"):
+        cells = [cell for cell in code(text, "{code-cell}") if not cell.startswith("%%")]
+        for block in code(text, "python") + cells:
             compile(block, str(page), "exec")
     [first] = code(README, "python")
     names: dict = {}

@@ -1,6 +1,16 @@
-"""What the site is made from: generated reference pages and drawings. `scripts/docs` builds it."""
+"""What the site is made from: generated reference pages, drawings, executed tutorials, examples.
 
+`scripts/docs` builds it.
+"""
+
+import ast
+import doctest
+import http.server
+import importlib
 import re
+import socket
+import sys
+import threading
 from dataclasses import fields
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -60,3 +70,96 @@ def test_the_drawings_are_those_of_the_code():
     for draw in load("scripts/figures").DRAWINGS:
         path = ROOT / "docs" / "figures" / f"{draw.__name__}.svg"
         assert path.read_text("utf-8") == draw().svg(), f"{path.name}: run scripts/figures"
+
+
+def test_the_tutorials_are_those_that_were_executed(monkeypatch):
+    notebooks = load("docs/notebooks.py")
+    assert not notebooks.stale()
+    assert {page.name for page in notebooks.pages()} == {
+        page.name for page in (ROOT / "docs").glob("tutorial-*.md")
+    }
+    page = next(iter(notebooks.pages()))
+    changed = page.read_text("utf-8").replace("--steps 300", "--steps 301")
+    monkeypatch.setattr(Path, "read_text", lambda path, *_: changed if path == page else READ(path))
+    hint = "its cells differ from those executed; run scripts/docs --execute tutorial-train"
+    assert notebooks.stale() == [f"docs/tutorial-train.md: {hint}"]
+
+
+READ = Path.read_text
+
+
+@pytest.mark.parametrize("package", ["bytelm", "bytelm_jax", "bytelm_torch"])
+def test_the_examples_in_docstrings_run(package):
+    attempted = 0
+    for file in sorted((ROOT / package).rglob("*.py")):
+        if ">>>" not in file.read_text("utf-8") or "tests" in file.parts:
+            continue
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        importlib.import_module(name)
+        result = doctest.testmod(sys.modules[name])
+        assert not result.failed, name
+        attempted += result.attempted
+    assert attempted >= 5
+
+
+def test_every_command_that_is_not_run_has_a_reason_that_applies():
+    commands = load("docs/run_commands.py")
+    lines = [
+        line for page in commands.pages() for kind, line in commands.blocks(page) if kind == "bash"
+    ]
+    for pattern in commands.NOT_RUN:
+        assert any(re.search(pattern, line) for line in lines), pattern
+    assert sum(not commands.reason(line) for line in lines) > 100
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """Answers with the status that the path names."""
+
+    def do_GET(self):
+        self.send_response(int(self.path.strip("/")))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_an_address_that_cannot_be_reached_is_not_called_broken(tmp_path, capsys):
+    links = load("docs/check_links.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/"
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    here = f"http://127.0.0.1:{server.server_port}"
+    page = tmp_path / "page.md"
+    page.write_text(f"[a]({here}/200#part) [b]({here}/503) [c]({closed})\n")
+    try:
+        assert links.main([str(page)]) == 0
+        output = capsys.readouterr().out
+        assert f"unreachable: {here}/503 (status 503; in page.md)" in output
+        assert f"unreachable: {closed} (" in output
+        assert output.endswith("1 ok, 0 broken, 2 unreachable\n")
+        page.write_text(f"[a]({here}/200) <{here}/404>\n")
+        assert links.main([str(page)]) == 1
+        assert f"broken: {here}/404 (status 404; in page.md)" in capsys.readouterr().out
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_every_error_message_of_the_guide_is_one_of_the_code():
+    constants = set()
+    for package in ("bytelm", "bytelm_jax", "bytelm_torch"):
+        for file in (ROOT / package).rglob("*.py"):
+            if "tests" not in file.parts:
+                nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+                values = (node.value for node in nodes if isinstance(node, ast.Constant))
+                constants |= {" ".join(v.split()) for v in values if isinstance(v, str)}
+    page = (ROOT / "docs" / "faq.md").read_text("utf-8").split("## Error messages")[1]
+    messages = re.findall(r"^\| (``?)(.*?)\1(?: \(|,| \|)", page, re.MULTILINE)
+    assert len(messages) > 50
+    for _, message in messages:
+        parts = [part.strip() for part in re.split(r"…|\S*[=:'\d]\S*", message)]
+        told = [text for text in constants if len(text) >= 10 and " " in text and text in message]
+        told += [part for part in parts if len(part) >= 10 and any(part in c for c in constants)]
+        assert told, message

@@ -21,6 +21,10 @@ def build_model(config: ModelConfig) -> Model:
     """The model that `config` describes, float32, initialised from torch's generator.
 
     Its parameters carry their names in the JAX twin, as `name_parameters` puts them there.
+
+    >>> model = build_model(EntropyConfig(dim=8, layers=1, heads=1, hidden_dim=8))
+    >>> model(torch.tensor([list(b"any bytes")])).shape
+    torch.Size([1, 9, 512])
     """
     match config:
         case MegabyteConfig():

@@ -1,14 +1,12 @@
 """Every optimizer as torch's are: copied, saved, given new groups; Lion and Muon by hand."""
 
 import copy
-import doctest
 import pickle
 from typing import Any
 
 import pytest
 import torch
 
-import bytelm_torch.optimizers.lion
 from bytelm.config.q_learning import QLearningConfig
 from bytelm_torch.optimizers.lion import Lion
 from bytelm_torch.optimizers.muon import Muon, orthogonalize
@@ -181,10 +179,6 @@ def test_a_scheduler_and_a_gradient_scaler_work_with_a_copy_too(make):
     if hasattr(optimizer, "agent"):  # which would set the momentum that the scheduler had set
         with pytest.raises(ValueError, match="cycle_momentum"):
             one_cycle(optimizer, max_lr=0.1, total_steps=9)
-
-
-def test_the_example_in_the_docstring_runs():
-    assert doctest.testmod(bytelm_torch.optimizers.lion).failed == 0
 
 
 def test_newton_schulz_keeps_the_singular_vectors_of_each_matrix():

@@ -1,7 +1,6 @@
 """`EnhancedSGD` as a torch optimizer: what it accepts, saves, refuses, and one step by hand."""
 
 import copy
-import doctest
 import math
 import pickle
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bytelm_torch.optimizers import q_learning, q_wrapper, threefry
+from bytelm_torch.optimizers import q_learning, threefry
 from bytelm_torch.optimizers.q_agent import QLearningConfig, q_learning_metrics
 from bytelm_torch.optimizers.q_learning import EnhancedSGD, _layout
 from bytelm_torch.optimizers.q_wrapper import QLearning
@@ -43,12 +42,6 @@ def train(network, optimizer, steps):
 def equal(one, other):
     pairs = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_the_example_in_the_docstring_runs():
-    results = [doctest.testmod(module) for module in (q_learning, q_wrapper)]
-    assert all(result.attempted >= 5 for result in results)
-    assert not any(result.failed for result in results)
 
 
 def test_closure_and_loss_are_the_same_and_one_of_them_is_needed():
