@@ -89,12 +89,12 @@ def calibrate_command(
     how = text_field, raw, cache_dir, prompt_field, completion_field, chat_field
     recipe, params, step = checkpoints.load_run(run)
     limit = windows or None
-    calibrated = patch_calibration.calibrate(
+    calibrated, counts = patch_calibration.calibrate_and_count(
         recipe, params, _cut(recipe, data, *how), bytes_per_patch, limit
     )
     contract = calibrated.patching
     assert contract is not None
-    lines = [_threshold_line(contract, step)]
+    lines = [_threshold_line(contract, step), *_room_lines(recipe, counts)]
     if check:
         seen = patch_calibration.measure_again(calibrated, params, _cut(recipe, check, *how), limit)
         lines += [f"{seen.mean_length:.3f} bytes per patch over {seen.sampled_bytes} of --check"]
@@ -125,6 +125,21 @@ def _threshold_line(contract: PatchingContract, step: int) -> str:
         f"threshold {contract.threshold:.9g} {unit} (step {step}): {contract.mean_length:.3f} "
         f"bytes per patch over {contract.sampled_bytes} bytes of --data"
     )
+
+
+def _room_lines(recipe: Recipe, counts: Any) -> list[str]:
+    """What budget of patches the windows need, if there are enough of them to say."""
+    from bytelm_jax.training import patch_calibration
+
+    length = recipe.data.sequence_length
+    if len(counts) * patch_calibration.OVERFLOW < 1:
+        return []
+    room = patch_calibration.room_for(counts)
+    rate = max(room - 8, 1) / length  # a budget adds 8
+    return [
+        f"room for {room} patches is enough for {1 - patch_calibration.OVERFLOW:.1%} of windows of "
+        f"{length} bytes, {counts.mean():.1f} on average: --model.patch-budget {rate:.6f}"
+    ]
 
 
 def prepare_command(

@@ -25,7 +25,7 @@ from bytelm.config import (
 )
 from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
-from bytelm_jax.models import define_model
+from bytelm_jax.models import define_model, patching
 from bytelm_jax.tests.test_cli import contents, refused
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training import patch_calibration as patch_contract
@@ -87,6 +87,20 @@ def test_the_threshold_gives_the_mean_through_the_model_s_own_patcher(calibrated
     windows = data.Windows(data.open_corpus([text]), config.vocab, 64, append_eos=True)
     assert patch_contract.measure(config, params, windows, None) == contract
     assert patch_contract.measure(config, params, windows).sampled_bytes == 64 * 64
+
+
+def test_room_for_all_but_a_thousandth_of_windows():
+    """Patches are counted as a budget counts them: the one that starts after a window is none."""
+    source = np.random.default_rng(0)
+    scores = np.where(np.arange(32) < 2, np.inf, source.random((2_500, 32))).astype("float32")
+    counts = patch_contract.patch_counts(scores.reshape(-1)[:-5], 0.7, 32)
+    starts = np.pad(scores[:-1] > 0.7, ((0, 0), (0, 1)), constant_values=True)
+    plan = patching.plan_patches(jnp.asarray(starts), jnp.ones((2_499, 32), bool), 32)
+    np.testing.assert_array_equal(counts, plan.numbers[:, -1])
+    for overflow in (0.0, 0.001, 0.2):
+        room = patch_contract.room_for(counts, overflow)
+        assert room % 8 == 0 and (counts > room).mean() <= overflow
+        assert room < 8 + np.quantile(counts, 1 - overflow)
 
 
 def test_blt_takes_over_what_was_calibrated(calibrated, blt_run, capsys):

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from bytelm import patch_rules, runs
 from bytelm.config import BLTConfig, PatchingContract, Recipe, require
@@ -33,6 +33,9 @@ BAND = 2.0
 
 TOLERANCE = 0.02
 """How far, relatively, a calibrated mean may lie from the one asked for."""
+
+OVERFLOW = 0.001
+"""The share of windows that may have more patches than there is room for."""
 
 _LONGEST = 32  # bytes; the histogram's last entry counts these and all longer patches
 _SAMPLE, _ROWS = 64, 16  # windows that stand for a corpus, and how many run at once
@@ -155,6 +158,20 @@ def calibrate(
 ) -> Recipe:
     """`recipe` with the threshold at which patches have `bytes_per_patch` bytes on average.
 
+    As `calibrate_and_count`.
+    """
+    return calibrate_and_count(recipe, params, windows, bytes_per_patch, limit)[0]
+
+
+def calibrate_and_count(
+    recipe: Recipe,
+    params: Params,
+    windows: Windows,
+    bytes_per_patch: float,
+    limit: int | None,
+) -> tuple[Recipe, Int[np.ndarray, " windows"]]:
+    """The calibrated recipe, and how many patches each window has (`patch_counts`).
+
     Of an entropy model's run only the contract changes, which a BLT run then takes over; of a BLT
     run the threshold of its model as well. Raises `ValueError` for a model without a threshold and
     for a mean that the data cannot give within `TOLERANCE`.
@@ -175,10 +192,31 @@ def calibrate(
         f"bytes_per_patch={bytes_per_patch}: the nearest that these data allow is "
         f"{contract.mean_length:.3f}; give that, or more and other data",
     )
+    counts = patch_counts(scores, config.threshold, recipe.data.sequence_length)
     if recipe.model.has_patching_contract:
         config = replace(config, bytes_per_patch=round(contract.mean_length, 3))
-        return replace(recipe, model=config, patching=contract)
-    return replace(recipe, patching=contract)
+        return replace(recipe, model=config, patching=contract), counts
+    return replace(recipe, patching=contract), counts
+
+
+def patch_counts(
+    scores: Float32[np.ndarray, " bytes"], threshold: float, length: int
+) -> Int[np.ndarray, " windows"]:
+    """The patches of each window of `length` bytes that a budget needs room for, by their scores.
+
+    Those that end before the byte after the window, which may start another.
+    """
+    whole = scores[: scores.size // length * length].reshape(-1, length)
+    return np.maximum((whole > threshold).sum(axis=1), min(2, length))
+
+
+def room_for(counts: Int[np.ndarray, " windows"], overflow: float = OVERFLOW) -> int:
+    """The smallest budget that at most the share `overflow` of windows exceeds.
+
+    A multiple of 8, as matrix products like it.
+    """
+    allowed = int(overflow * len(counts))
+    return -(-int(np.sort(counts)[len(counts) - 1 - allowed]) // 8) * 8
 
 
 def measure_again(

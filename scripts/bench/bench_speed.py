@@ -72,13 +72,12 @@ def twin(row: str, form: str = "graphs", tree: str = "this") -> Job:
 def stages(tiny: bool, losses: int) -> list[list[Job]]:
     """What is measured; `tiny` is a plan for a CPU, to see that all of it runs."""
     if tiny:
-        mega, plain, lfbyte = "megabyte_tiny:2:64", "transformer_tiny:2:64", "lfbyte_tiny:2:64"
-        blt, fields = "blt_tiny,model.patcher=space", ",model.patcher=space"
-        rows = [mega, lfbyte]
-        twins, best = [twin(mega), twin(lfbyte, "eager")], [mega]
-        changed, shipped = [lfbyte], [(f"{blt}:2:64", f"blt_tiny{fields}:2:64")]
-        heads, flagged = [f"{plain.replace(':', ',model.global_heads=2:', 1)}", plain], [mega]
-        flags = ("--xla_cpu_enable_fast_math=false",)
+        mega = "megabyte_tiny,model.global_layers=1,model.local_layers=1:2:64"
+        blt = "blt_tiny,model.patcher=space,model.global_layers=1,model.decoder_layers=1:2:64"
+        twins, rows, best, changed = [twin(mega, "eager")], [mega], [], [mega]
+        shipped = [(blt, blt)]
+        heads = [mega.replace(":", ",model.global_heads=2:", 1), mega]
+        flagged, flags = [mega], ("--xla_cpu_enable_fast_math=false",)
     else:
         twins = [
             twin("megabyte_132m:32"), twin("transformer_132m:8"), twin("lfbyte_130m:32", "eager"),

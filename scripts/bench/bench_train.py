@@ -133,7 +133,10 @@ def calibrated(recipe: Recipe, text: Path | None) -> Recipe:
         return recipe
     params = define_model(recipe.model)[1](recipe.train.seed)
     windows = data.Windows(
-        data.open_corpus([str(text)]), recipe.model.vocab, recipe.data.sequence_length
+        data.open_corpus([str(text)]),
+        recipe.model.vocab,
+        recipe.data.sequence_length,
+        append_eos=False,
     )
     model: Any = recipe.model
     found: Any = calibrate(recipe, params, windows, model.bytes_per_patch, 32).model
