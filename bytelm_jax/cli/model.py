@@ -135,7 +135,7 @@ def _room_lines(recipe: Recipe, counts: Any) -> list[str]:
     if len(counts) * patch_calibration.OVERFLOW < 1:
         return []
     room = patch_calibration.room_for(counts)
-    rate = max(room - 8, 1) / length  # a budget adds 8
+    rate = max(room - 8, 1) * 1_000_000 // length / 1_000_000  # a budget rounds up and adds 8
     return [
         f"room for {room} patches is enough for {1 - patch_calibration.OVERFLOW:.1%} of windows of "
         f"{length} bytes, {counts.mean():.1f} on average: --model.patch-budget {rate:.6f}"

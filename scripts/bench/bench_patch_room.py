@@ -89,7 +89,8 @@ def main() -> None:
         for text in options.data:
             counts = needed(config, params, text, length, options.windows)
             room = room or -(-room_for(counts) // options.multiple) * options.multiple
-            mean, rate = length / counts.mean(), max(room - 8, 1) / length
+            mean = length / counts.mean()
+            rate = max(room - 8, 1) * 1_000_000 // length / 1_000_000
             budgets = {"room": room, "default": config.budget(length)}
             row: dict[str, Any] = {
                 "patcher": name,
@@ -98,7 +99,7 @@ def main() -> None:
                 "bytes_per_patch": round(float(mean), 3),
                 "patches": round(float(counts.mean()), 1),
                 "largest": int(counts.max()),
-                "patch_budget": round(rate, 6),
+                "patch_budget": rate,
             }
             for kind, budget in budgets.items():
                 done = replace(config, bytes_per_patch=length / budget).flops_per_byte(length)
