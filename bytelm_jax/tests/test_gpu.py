@@ -86,7 +86,7 @@ def test_a_gpu_takes_the_train_step_of_every_recipe_as_shipped(name, gpu):
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [("megabyte_132m", 2040), ("transformer_132m", 2047), ("entropy_100m", 2047)],
+    [("megabyte_in_action_132m", 2040), ("transformer_132m", 2047), ("entropy_100m", 2047)],
 )
 def test_a_gpu_takes_odd_lengths_in_shard_map(name, length, gpu):
     recipe = recipes.get(name)
