@@ -280,7 +280,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         options.data = plain_text(options.data, folder)
         runner = Runner(options, folder)
-        for jobs in [[job for jobs in plan for job in jobs]] if options.tiny else plan:
+        for jobs in [[job for stage in plan for job in stage]] if options.tiny else plan:
             runner.stage(jobs)
     for line in comparisons(plan, runner.results):
         print(json.dumps(line), flush=True)
