@@ -269,21 +269,26 @@ def _mark(
     summed, new = None, take_at(cache.histograms, positions) if c.reads_histograms else None
     if c.patcher == "histogram":
         summed = jnp.where(_in_patch(cache, number, index - 1), cache.histograms, 0).sum(axis=1)
+    is_first, is_byte = inside == 0, byte != c.vocab.pad_id
+    # Only the histogram's sums depend on where the patch before ended.
+    marked = None if summed is not None else patching.boundary_after(c, values, inside, entropies)
     numbers, ends = [], []
     for t in range(count):
         if segment_starts is not None:
             # A segment starts with a patch, whatever the patcher decided before it.
-            starts = (inside[:, t] == 0) & (positions[:, t] > 0)
+            starts = is_first[:, t] & (positions[:, t] > 0)
             next_one = jnp.minimum(before + 1, capacity)
             if summed is not None:
                 summed = jnp.where(starts & (number == before), 0, summed)
             number = jnp.where(starts, next_one, number)
-        entropy_t = None if entropies is None else entropies[:, t]
         if summed is not None and new is not None:
             summed = summed + new[:, t]
-        after = patching.boundary_after(c, values[:, t], inside[:, t], entropy_t, summed)
-        after = (after | (inside[:, t] == 0)) & (byte[:, t] != c.vocab.pad_id)
-        ended = after & (number < capacity)
+        after = (
+            patching.boundary_after(c, values[:, t], inside[:, t], None, summed)
+            if marked is None
+            else marked[:, t]
+        )
+        ended = (after | is_first[:, t]) & is_byte[:, t] & (number < capacity)
         numbers.append(number)
         ends.append(ended)
         before, number = number, number + ended

@@ -259,21 +259,26 @@ def _mark(
         # What the patch has before the first of the T bytes, if that byte starts no segment.
         summed = cache.histograms.where(in_patch, 0).sum(dim=1)
     new = read_at(cache.histograms, index, count) if summed is not None else None
+    is_first, is_byte = inside == 0, byte != c.vocab.pad_id
+    # Only the histogram's sums depend on where the patch before ended.
+    marked = None if summed is not None else patching.boundary_after(c, values, inside, entropies)
     numbers, ends = [], []
     for t in range(count):
         if segment_starts is not None:
             # A segment starts with a patch, whatever the patcher decided before it.
-            starts = (inside[:, t] == 0) & (positions[:, t] > 0)
+            starts = is_first[:, t] & (positions[:, t] > 0)
             next_one = (before + 1).clamp(max=capacity)
             if summed is not None:
                 summed = summed.masked_fill(starts & (number == before), 0)
             number = next_one.where(starts, number)
-        entropy_t = None if entropies is None else entropies[:, t]
         if summed is not None and new is not None:
             summed = summed + new[:, t]
-        after = patching.boundary_after(c, values[:, t], inside[:, t], entropy_t, summed)
-        after = (after | (inside[:, t] == 0)) & (byte[:, t] != c.vocab.pad_id)
-        ended = after & (number < capacity)
+        after = (
+            patching.boundary_after(c, values[:, t], inside[:, t], None, summed)
+            if marked is None
+            else marked[:, t]
+        )
+        ended = (after | is_first[:, t]) & is_byte[:, t] & (number < capacity)
         numbers.append(number)
         ends.append(ended)
         before, number = number, number + ended

@@ -121,8 +121,6 @@ def windows(options: argparse.Namespace, count: int, length: int) -> np.ndarray:
 
 def parity(options: argparse.Namespace, work: Path) -> bool:
     """The twins on hostile bytes."""
-    import jax
-
     from bytelm import data
     from bytelm.config import Recipe
     from bytelm_jax.parity.report import compare
@@ -130,7 +128,7 @@ def parity(options: argparse.Namespace, work: Path) -> bool:
     from parity_tests.tiny_models import CONFIGS
     from parity_tests.twins import random_params
 
-    good = True
+    good, corpus = True, data.open_corpus([options.valid])
     for name, config in list(CONFIGS.items())[: 1 if options.small else None]:
         run = work / "tiny" / name
         if not run.exists():
@@ -138,12 +136,7 @@ def parity(options: argparse.Namespace, work: Path) -> bool:
                 run, Recipe(name=name, model=config), random_params(config, "float32")
             )
         for dtype in ("float32", "float64"):
-            with (
-                jax.enable_x64(dtype == "float64"),
-                jax.default_matmul_precision("highest"),
-                data.open_corpus([options.valid]) as corpus,
-            ):
-                report = compare(run, dtype, corpus, 2, 0, "latest", "hostile")
+            report = compare(run, dtype, corpus, 2, 0, "latest", "hostile")
             past = [line for line in report.lines if line.startswith("PAST")]
             good &= report.passed
             say("parity", name, dtype=dtype, values=len(report.rows), past=past)
