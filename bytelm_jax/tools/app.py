@@ -280,6 +280,10 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
 
     # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
     ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    # A request that waited says no more that it waits; `finish` itself waits for the model.
+    ended = ended.then(
+        lambda text: "" if text is None else gr.skip(), unfinished, status, **at_once
+    )
     ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
     ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
