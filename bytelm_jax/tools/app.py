@@ -289,6 +289,11 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
     copied = copy.click(None, text, copy, js=_COPY, **private)
     copied.then(None, None, copy, js=_COPY_AGAIN, **private)
+    _switch(gr, settings)
+
+
+def _switch(gr: Any, settings: list[Any]) -> None:
+    """Switches off the settings that the others make ineffective, in the browser."""
     _, temperature, top_k, top_p, sampler, seed = settings
     gr.on(
         [sampler.change, temperature.change],
@@ -296,7 +301,7 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
         [sampler, temperature],
         [temperature, top_k, top_p, seed],
         js=_SWITCH,
-        **private,
+        api_visibility="private",
     )
 
 
