@@ -256,8 +256,9 @@ class JaxSlots:
             fresh = ids[slot, start : max(start, end)]
             written.append(written_by(slot, fresh, bool(done[slot]), mine, self.config.vocab))
             self._read[slot] += len(fresh)
-        host.position[:count], host.done[:count] = index, done
-        host.constraint[:count] = constraint
+        # Of the others not even the constraint stays as it was.
+        host.position[busy], host.done[busy] = index[busy], done[busy]
+        host.constraint[busy] = constraint[busy]
         for each in written:
             if each.error:
                 host.done[each.slot] = True

@@ -204,6 +204,8 @@ class TorchSlots:
             )
             done = int((state.rounds - begun.rounds).max())
             start = begun.index.tolist()
+            waiting = begun.constraint.where(begun.done, state.constraint)
+            state = state._replace(constraint=waiting)
             for mine, new in zip(tree_leaves(begun), tree_leaves(state), strict=True):
                 if isinstance(mine, Tensor) and mine.ndim and mine is not new:
                     mine.copy_(new)  # most are written in place
