@@ -177,7 +177,7 @@ def test_what_does_not_fit_into_memory_is_refused(package):
         PACKAGES[package].engine(model, 4096, 1 << 26)
 
 
-def plan(prompts, part=8):
+def plan(prompts, part: int | None = 8):
     """The passes that read these prompts, each with the slots that were ready behind it."""
     reader, found = Prompts(4, part), []
     for slot, prompt in enumerate(prompts):
