@@ -182,6 +182,12 @@ async def stream(port: int, asked: dict[str, Any]) -> tuple[str, list[float]]:
     return text, times
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process so far: on a busy machine a better measure than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def streams(port: int, asked: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:
     return await asyncio.gather(*[stream(port, each) for each in asked])
 
@@ -200,6 +206,8 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
     assert worker.stdin and worker.stdout and worker.stdout.readline(), "generate did not start"
     asyncio.run(streams(served.port, asked))
     found, by_generate, by_api, first, between = [], [], [], [], []
+    pids = {"generate": worker.pid, "server": served.process.pid, "client": os.getpid()}
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     for _ in range(options.turns):
         print("next", file=worker.stdin, flush=True)
         by_generate.append(wanted / float(worker.stdout.readline()))
@@ -209,6 +217,7 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         for _, times in found:
             first.append(times[0])
             between += np.diff(times).tolist()
+    cpu = {n: round((cpu_seconds(p) - before[n]) / options.turns, 3) for n, p in pids.items()}
     print("", file=worker.stdin, flush=True)
     texts = json.loads(worker.stdout.readline())
     worker.wait(60)
@@ -219,6 +228,7 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         "bytes/s through the API": round(api),
         "bytes/s by generate": round(alone),
         "share": round(api / alone, 3),
+        "CPU seconds of a turn": cpu,
         "first byte, ms": percentiles(first),
         "between events, ms": percentiles(between),
         "of 4 texts equal to generate's": sum(
