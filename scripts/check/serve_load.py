@@ -336,7 +336,9 @@ def main() -> None:
     parser.add_argument("--recipe", default="", help="whose parameters are random")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--bytes", type=int, default=192)
-    parser.add_argument("--long", type=int, default=1024, help="bytes of the longest prompts")
+    parser.add_argument(
+        "--long", type=int, default=1024, help="bytes of the longest prompts; 0: none"
+    )
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -355,13 +357,16 @@ def main() -> None:
             command = [sys.executable, "-c", make, str(options.model), options.recipe]
             folder = Path(__file__).parent
             subprocess.run([*command, options.package], check=True, cwd=folder, env=ENVIRONMENT)
-        served = Served(options, options.streams, options.long)
-        say("server", {"package": options.package, "seconds until ready": served.seconds})
-        try:
-            at_once(served, options)
-            beside_long_prompts(served, options)
-        finally:
-            served.end()
+        # A server of its own: every byte costs as much as the longest text that is served.
+        for measure, prompt_bytes in ((at_once, PROMPT_BYTES), (beside_long_prompts, options.long)):
+            if not prompt_bytes:
+                continue
+            served = Served(options, options.streams, prompt_bytes)
+            say("server", {"package": options.package, "seconds until ready": served.seconds})
+            try:
+                measure(served, options)
+            finally:
+                served.end()
         if not options.requests:
             return
         served = Served(options, SLOTS, PROMPT_BYTES)
