@@ -146,8 +146,7 @@ def test_the_commands_of_the_guide_run_as_they_are_written(served):
     assert len(commands) >= 4
     for command in commands:
         words = shlex.split(command.replace("127.0.0.1:7860", served.address))
-        options = {"capture_output": True, "text": True, "check": True}
-        heard = subprocess.run([*words, "-sS", "--max-time", "60"], **options).stdout
+        heard = subprocess.check_output([*words, "-sS", "--max-time", "60"], text=True)
         assert "error" not in heard and heard, (command, heard)
         if "-N" in command:
             lines = heard.strip().split("\n\n")

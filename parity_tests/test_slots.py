@@ -177,7 +177,7 @@ def test_what_does_not_fit_into_memory_is_refused(package):
         PACKAGES[package].engine(model, 4096, 1 << 26)
 
 
-def plan(prompts, part=8):
+def plan(prompts, part: int | None = 8):
     """The passes that read these prompts, each with the slots that were ready behind it."""
     reader, found = Prompts(4, part), []
     for slot, prompt in enumerate(prompts):
@@ -194,9 +194,13 @@ def test_prompts_are_read_in_groups_parts_and_copies():
         ([2], 0, 0, [0], [2]),
     ]
     long = bytes(range(128, 128 + 20)) * 8
-    head = [([0], 0, 8, [], []), ([1], 0, 4, [], [1])]
-    assert plan([long, b"abcd"])[:2] == head
-    assert plan([long, b"abcd"])[2:4] == [([0], 8, 8, [], []), ([0], 16, 8, [], [])]
+    short = [b"%04d" % i for i in range(10)]  # in turns with the long one
+    assert plan([long, *short])[:4] == [
+        ([1, 2, 3, 4, 5, 6, 7, 8], 0, 4, [], [1, 2, 3, 4, 5, 6, 7, 8]),
+        ([0], 0, 8, [], []),
+        ([9, 10], 0, 4, [], [9, 10]),
+        ([0], 8, 8, [], []),
+    ]
     assert plan([long, long[:140] + b"z" * 20], None) == [
         ([0], 0, 160, [], [0]),
         ([1], 0, 160, [], [1]),

@@ -41,7 +41,8 @@ class Prompts:
         self._known: dict[int, bytes] = {}
         """What the row of each slot holds at least; also of texts that have ended."""
         self._waiting: dict[int, bytes] = {}
-        """What is to be read, in this order."""
+        """What is to be read, in the order in which it came."""
+        self._short_next = True
 
     @property
     def waiting(self) -> bool:
@@ -76,11 +77,9 @@ class Prompts:
             if work.sources:
                 known = prompt[: self._shared(prompt, work.sources[at])]
             self._known[slot] = known
-            del self._waiting[slot]
             if len(known) == len(prompt):
+                del self._waiting[slot]
                 ready.append(slot)
-            else:  # behind the others
-                self._waiting[slot] = prompt
         return ready
 
     def _copies(self) -> Pass | None:
@@ -98,7 +97,7 @@ class Prompts:
         return Pass(list(found), 0, 0, list(found.values())) if found else None
 
     def _computed(self) -> Pass:
-        """The part of the prompt that has waited longest, or several short prompts."""
+        """A part of the long prompt that came first or, in turns, several short prompts."""
         ready, ahead = [], [prompt for slot, prompt in self._waiting.items() if slot in self._known]
         for slot, prompt in self._waiting.items():
             if slot in self._known:
@@ -108,14 +107,15 @@ class Prompts:
             if not prompt or not any(other.startswith(least) for other in ahead):
                 ready.append(slot)
             ahead.append(prompt)
-        first, size = ready[0], len(self._waiting[ready[0]])
-        start, part = len(self._known.get(first, b"")), self.part or size
-        short = min(_GROUP_BYTES, self.part or _GROUP_BYTES)
-        if first in self._known or size > short:
-            return Pass([first], start, min(size - start, part))
-        sizes = {slot: len(self._waiting[slot]) for slot in ready if slot not in self._known}
-        slots = [slot for slot, size in sizes.items() if size <= short][:GROUP]
-        return Pass(slots, 0, max(sizes[slot] for slot in slots))
+        most = min(_GROUP_BYTES, self.part or _GROUP_BYTES)
+        fits = lambda slot: slot not in self._known and len(self._waiting[slot]) <= most  # noqa: E731
+        short, long = [slot for slot in ready if fits(slot)], [s for s in ready if not fits(s)]
+        if short and (self._short_next or not long):
+            self._short_next = False
+            return Pass(short[:GROUP], 0, max(len(self._waiting[slot]) for slot in short[:GROUP]))
+        self._short_next = True
+        start, size = len(self._known.get(long[0], b"")), len(self._waiting[long[0]])
+        return Pass(long[:1], start, min(size - start, self.part or size))
 
     def _least(self, prompt: bytes) -> bytes:
         """The beginning that another slot must have read for its copy to save a pass."""

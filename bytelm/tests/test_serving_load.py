@@ -137,6 +137,28 @@ def test_a_cancelled_text_is_gone_before_the_next_advance():
     scheduler.close()
 
 
+def test_a_long_prompt_is_read_beside_a_text_that_is_written():
+    engine, reads = Echo(2), []
+    scheduler = Scheduler(engine, 1, lambda _: None)
+    settings = Settings(max_new_bytes=400, sampler=SamplerConfig(), seed=0)
+    first, second = (Text(i, b"ab", settings, (), lambda *_: None) for i in range(2))
+    scheduler.submit([first])
+    until(lambda: engine.advances > 2)
+
+    def read():
+        reads.append(engine.advances)
+        time.sleep(scheduling.SECONDS / 5)
+        return len(reads) < 12
+
+    engine.read = read
+    scheduler.submit([second])
+    until(lambda: len(reads) == 12)
+    assert max(map(reads.count, reads)) <= 3  # half of an advance's time, and what was begun
+    scheduler.cancel([first, second])
+    until(lambda: not engine.texts)
+    scheduler.close()
+
+
 def test_a_full_queue_answers_429(address, engine):
     engine.gate.clear()
     streams = [start_stream(address) for _ in range(2)]

@@ -209,12 +209,12 @@ def _log_probs(logits: Array, ids: Array) -> Array:
 def _places(state: State) -> tuple[Array, Array]:
     """Where each row's next bytes go in the cache and among the ids; nowhere, if it is done.
 
-    A row that is done reads pads at position 1, where no patch starts, so that it never makes a
-    model do more than the others need.
+    A row that is done reads pads behind what it has written, whose cache stays as it is. It reads
+    them at an odd position, where patches seldom start, so that it hardly ever makes a model do
+    more than the others need.
     """
-    return jnp.where(state.done, 1, state.index), jnp.where(
-        state.done, state.ids.shape[1], state.index
-    )
+    behind, nowhere = state.index | 1, state.ids.shape[1]
+    return jnp.where(state.done, behind, state.index), jnp.where(state.done, nowhere, state.index)
 
 
 def append_round(

@@ -142,26 +142,31 @@ class JaxSlots:
         return sum(array.nbytes for array in jax.live_arrays()) if used is None else used
 
     def warm_up(self) -> None:
-        """Compiles everything but `score`."""
+        """Compiles everything but `score`: prompts of every length and what few and all rows do."""
         settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
         longest, part = self.capacity - 1, self._prompts.part or self.capacity
-        lengths, length = [0], padded(self._model, 1)
+        lengths = [min(padded(self._model, 1), longest, part)]
         while lengths[-1] < min(longest, part):
-            lengths.append(min(length, longest, part))
-            length *= 2
+            lengths.append(min(2 * lengths[-1], longest, part))
         if longest > part:
             lengths.append(longest)
-        slots = range(min(2, self.slots))
+        slots = sorted({0, self.slots - 1})
         for length in lengths:
-            for count in slots:  # alone, and with another one
-                texts = [(slot, bytes([slot]) * length, settings) for slot in slots[: count + 1]]
-                self.join(texts)
-                while self.read():
-                    pass
-                self.advance(1)
+            texts = [
+                (slot, bytes([number]) * length, settings) for number, slot in enumerate(slots)
+            ]
+            for some in (texts[:1], texts):
+                self._read_and_advance(some)
+        self._read_and_advance([(slot, b"\0" * lengths[0], settings) for slot in slots])  # copies
         for slot in slots:
             self.leave(slot)
             self._prompts.forget(slot)
+
+    def _read_and_advance(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
+        self.join(texts)
+        while self.read():
+            pass
+        self.advance(1)
 
     def join(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
         """Writes the rows of slots, but for their caches."""
@@ -190,10 +195,11 @@ class JaxSlots:
         work = self._prompts.next()
         if work is None:
             return False
-        slots = np.full(1 if len(work.slots) == 1 else GROUP, self._batch, np.int32)
+        alone = len(work.slots) == 1 and not work.sources
+        slots = np.full(1 if alone else GROUP, self._batch, np.int32)
         slots[: len(work.slots)] = work.slots
         if work.sources:
-            sources = np.resize(np.array(work.sources, np.int32), len(slots))
+            sources = np.resize(np.array(work.sources, np.int32), GROUP)
             self._device = _copy_program()(self._device, slots, sources)
         else:
             self._device = self._after_pass(work, slots)
@@ -250,8 +256,9 @@ class JaxSlots:
             fresh = ids[slot, start : max(start, end)]
             written.append(written_by(slot, fresh, bool(done[slot]), mine, self.config.vocab))
             self._read[slot] += len(fresh)
-        host.position[:count], host.done[:count] = index, done
-        host.constraint[:count] = constraint
+        # Of the others not even the constraint stays as it was.
+        host.position[busy], host.done[busy] = index[busy], done[busy]
+        host.constraint[busy] = constraint[busy]
         for each in written:
             if each.error:
                 host.done[each.slot] = True

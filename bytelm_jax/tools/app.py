@@ -280,11 +280,20 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
 
     # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
     ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
+    # A request that waited says no more that it waits; `finish` itself waits for the model.
+    ended = ended.then(
+        lambda text: "" if text is None else gr.skip(), unfinished, status, **at_once
+    )
     ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
     ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
     copied = copy.click(None, text, copy, js=_COPY, **private)
     copied.then(None, None, copy, js=_COPY_AGAIN, **private)
+    _switch(gr, settings)
+
+
+def _switch(gr: Any, settings: list[Any]) -> None:
+    """Switches off the settings that the others make ineffective, in the browser."""
     _, temperature, top_k, top_p, sampler, seed = settings
     gr.on(
         [sampler.change, temperature.change],
@@ -292,7 +301,7 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
         [sampler, temperature],
         [temperature, top_k, top_p, seed],
         js=_SWITCH,
-        **private,
+        api_visibility="private",
     )
 
 

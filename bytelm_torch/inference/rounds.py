@@ -202,13 +202,14 @@ def _log_probs(logits: Tensor, ids: Tensor) -> Tensor:
 def _places(state: State, index: int | None) -> tuple[Index, Index]:
     """Where each row's next bytes go in the cache and among the ids: `index`, if it serves all.
 
-    Otherwise a row that is done writes nowhere, and reads pads at position 1, where no patch
-    starts, so that it never makes a model do more than the others need.
+    Otherwise a row that is done reads pads behind what it has written, whose cache stays as it is.
+    It reads them at an odd position, where patches seldom start, so that it hardly ever makes a
+    model do more than the others need.
     """
     if index is not None:
         return index, index
-    nowhere = state.ids.shape[1]
-    return state.index.masked_fill(state.done, 1), state.index.masked_fill(state.done, nowhere)
+    behind, nowhere = state.index | 1, state.ids.shape[1]
+    return behind.where(state.done, state.index), state.index.masked_fill(state.done, nowhere)
 
 
 def append_round(

@@ -161,11 +161,7 @@ class TorchSlots:
             row = tree_map(_rows_at(slice(slot, slot + 1)), self._state.cache)
             # The ids start with a round of pads, so that this is the round before.
             previous = ids[slot : slot + 1, work.start : work.start + work.size]
-            _put(
-                self._state.cache,
-                model.prefill_further(previous, row, work.start // self._patch),
-                slots,
-            )
+            _keep(row, model.prefill_further(previous, row, work.start // self._patch))
             return
         rows = model.init_cache(len(slots), self._length)
         if end:
@@ -193,9 +189,9 @@ class TorchSlots:
         def observe(logits: Tensor, chosen: Tensor) -> None:
             heard.append(_scores(logits, chosen, vocab))
 
-        first, rows = _rows_at(slice(busy[-1] + 1)), self._rows
-        begun, parts = tree_map(first, self._state), (rows.uniforms, rows.lengths, rows.ends)
-        uniforms, lengths, row_ends = map(first, parts)
+        take, rows = _rows_at(slice(busy[-1] + 1)), self._rows
+        begun, parts = tree_map(take, self._state), (rows.uniforms, rows.lengths, rows.ends)
+        uniforms, lengths, row_ends = map(take, parts)
         rows = rows._replace(uniforms=uniforms, lengths=lengths, ends=row_ends)
         with inference(self._model):
             stop = begun.index + rounds * self._patch
@@ -204,9 +200,9 @@ class TorchSlots:
             )
             done = int((state.rounds - begun.rounds).max())
             start = begun.index.tolist()
-            for mine, new in zip(tree_leaves(begun), tree_leaves(state), strict=True):
-                if isinstance(mine, Tensor) and mine.ndim and mine is not new:
-                    mine.copy_(new)  # most are written in place
+            waiting = begun.constraint.where(begun.done, state.constraint)
+            state = state._replace(constraint=waiting)
+            _keep(begun, state)
             self._state.rounds.zero_()
         index, ended, ends = (each.tolist() for each in (state.index, state.done, row_ends))
         fresh = state.ids[:, self._patch :].cpu().numpy()
@@ -266,6 +262,13 @@ def _rows_at(rows: Any) -> Callable[[Any], Any]:
         return buffer[rows] if isinstance(buffer, Tensor) and buffer.ndim else buffer
 
     return take
+
+
+def _keep(views: Any, found: Any) -> None:
+    """Writes what was not written in place into the views, from which it was made."""
+    for view, new in zip(tree_leaves(views), tree_leaves(found), strict=True):
+        if isinstance(view, Tensor) and view.ndim and view is not new:
+            view.copy_(new)
 
 
 def _put(buffers: Any, rows: Any, slots: list[int]) -> None:

@@ -182,6 +182,12 @@ async def stream(port: int, asked: dict[str, Any]) -> tuple[str, list[float]]:
     return text, times
 
 
+def cpu_seconds(pid: int) -> float:
+    """Of a process so far: on a busy machine a better measure than the clock."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def streams(port: int, asked: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:
     return await asyncio.gather(*[stream(port, each) for each in asked])
 
@@ -200,6 +206,8 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
     assert worker.stdin and worker.stdout and worker.stdout.readline(), "generate did not start"
     asyncio.run(streams(served.port, asked))
     found, by_generate, by_api, first, between = [], [], [], [], []
+    pids = {"generate": worker.pid, "server": served.process.pid, "client": os.getpid()}
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     for _ in range(options.turns):
         print("next", file=worker.stdin, flush=True)
         by_generate.append(wanted / float(worker.stdout.readline()))
@@ -209,6 +217,7 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         for _, times in found:
             first.append(times[0])
             between += np.diff(times).tolist()
+    cpu = {n: round((cpu_seconds(p) - before[n]) / options.turns, 3) for n, p in pids.items()}
     print("", file=worker.stdin, flush=True)
     texts = json.loads(worker.stdout.readline())
     worker.wait(60)
@@ -219,6 +228,7 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         "bytes/s through the API": round(api),
         "bytes/s by generate": round(alone),
         "share": round(api / alone, 3),
+        "CPU seconds of a turn": cpu,
         "first byte, ms": percentiles(first),
         "between events, ms": percentiles(between),
         "of 4 texts equal to generate's": sum(
@@ -326,7 +336,9 @@ def main() -> None:
     parser.add_argument("--recipe", default="", help="whose parameters are random")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--bytes", type=int, default=192)
-    parser.add_argument("--long", type=int, default=1024, help="bytes of the longest prompts")
+    parser.add_argument(
+        "--long", type=int, default=1024, help="bytes of the longest prompts; 0: none"
+    )
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -345,13 +357,16 @@ def main() -> None:
             command = [sys.executable, "-c", make, str(options.model), options.recipe]
             folder = Path(__file__).parent
             subprocess.run([*command, options.package], check=True, cwd=folder, env=ENVIRONMENT)
-        served = Served(options, options.streams, options.long)
-        say("server", {"package": options.package, "seconds until ready": served.seconds})
-        try:
-            at_once(served, options)
-            beside_long_prompts(served, options)
-        finally:
-            served.end()
+        # A server of its own: every byte costs as much as the longest text that is served.
+        for measure, prompt_bytes in ((at_once, PROMPT_BYTES), (beside_long_prompts, options.long)):
+            if not prompt_bytes:
+                continue
+            served = Served(options, options.streams, prompt_bytes)
+            say("server", {"package": options.package, "seconds until ready": served.seconds})
+            try:
+                measure(served, options)
+            finally:
+                served.end()
         if not options.requests:
             return
         served = Served(options, SLOTS, PROMPT_BYTES)
