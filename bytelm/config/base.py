@@ -165,6 +165,10 @@ class ArchitectureConfig:
         """Forward operations per byte for rows of `length` bytes; multiply-add counts as two."""
         raise NotImplementedError(f"{type(self).__name__}.flops_per_byte")
 
+    def uses_per_byte(self, name: str, length: int) -> float:
+        """How often the kernel called `name` multiplies something, per byte."""
+        return 1.0
+
     def executed_flops_per_byte(self, length: int) -> float:
         """As `flops_per_byte`, with what is computed for capacity that stays empty."""
         return self.flops_per_byte(length)

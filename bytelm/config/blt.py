@@ -323,6 +323,21 @@ class BLTConfig(ArchitectureConfig):
         work = 2 * (byte + patch / self.bytes_per_patch + local * self.vocab.size)
         return work + self.frozen_flops_per_byte(length)
 
+    def uses_per_byte(self, name: str, length: int) -> float:
+        """As the base class says; 0 for the entropy model, which has no backward pass anyway."""
+        read = name.startswith("decoder.cross_attentions.") and (
+            ".to_k." in name or ".to_v." in name
+        )
+        pooled = name.startswith("encoder.cross_attention.") and (
+            ".to_q." in name or ".to_out." in name
+        )
+        if read or pooled:  # of each vector of a patch
+            return self.patch_queries / self.bytes_per_patch
+        rare = ("global_transformer.", "to_global.", "decoder.to_memory.", "encoder.to_queries.")
+        if name.startswith("patcher."):
+            return 0.0
+        return 1 / self.bytes_per_patch if name.startswith(rare) else 1.0
+
     def executed_flops_per_byte(self, length: int) -> float:
         return replace(self, bytes_per_patch=length / self.budget(length)).flops_per_byte(length)
 

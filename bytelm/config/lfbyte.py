@@ -189,6 +189,13 @@ class LFByteConfig(ArchitectureConfig):
             work += dim * dim
         return 2 * (self.num_layers * work + dim * self.logit_width)
 
+    def uses_per_byte(self, name: str, length: int) -> float:
+        """As the base class says: experts run for the bytes that are routed to them."""
+        if self.sparse and ".experts." in name:
+            return self.top_k / self.num_experts
+        shared = self.context == "sequence" and (".adapt." in name or not self._low_rank)
+        return 1 / length if shared and not name.startswith("to_logits.") else 1.0
+
     def cache_bytes(self, length: int, itemsize: int) -> int:
         """Bytes per row of a cache for `length` positions, with `itemsize` bytes per value."""
         sums = (length + 1) * max(itemsize, 4)

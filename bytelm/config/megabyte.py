@@ -137,6 +137,10 @@ class MegabyteConfig(ArchitectureConfig):
         work += 2 * self.local_dim * (self.global_dim + self.vocab.size)
         return work + (2 * self.global_dim * self.local_dim if self.variant == "in_action" else 0)
 
+    def uses_per_byte(self, name: str, length: int) -> float:
+        """As the base class says: the global transformer runs once per patch."""
+        return 1 / self.patch_size if name.startswith("global_transformer.") else 1.0
+
 
 def _block_parameters(width: int, heads: int) -> int:
     """Parameters of a multi-query attention block and its feed-forward layer of fourfold width."""

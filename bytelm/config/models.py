@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import get_args
 
@@ -26,14 +27,29 @@ def models_with(field_name: str) -> list[str]:
     ]
 
 
-def training_flops_per_byte(config: ModelConfig, length: int) -> float:
+def training_flops_per_byte(
+    config: ModelConfig, length: int, frozen: Mapping[str, int] | None = None
+) -> float:
     """Operations per byte of a training step: the backward pass costs twice the forward pass.
 
-    A frozen entropy model only runs forward.
+    A frozen entropy model only runs forward. `frozen` holds the parameters that the run does not
+    train, by name, with their numbers of elements: their kernels have no gradient, which is half of
+    the backward pass, but pass one on to what is below them.
     """
-    return 3 * config.flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)
+    work = 3 * config.flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)
+    return work - _gradients_left_out(config, length, frozen)
 
 
-def executed_training_flops_per_byte(config: ModelConfig, length: int) -> float:
+def executed_training_flops_per_byte(
+    config: ModelConfig, length: int, frozen: Mapping[str, int] | None = None
+) -> float:
     """As `training_flops_per_byte`, with what is computed for capacity that stays empty."""
-    return 3 * config.executed_flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)
+    work = 3 * config.executed_flops_per_byte(length) - 2 * config.frozen_flops_per_byte(length)
+    return work - _gradients_left_out(config, length, frozen)
+
+
+def _gradients_left_out(
+    config: ModelConfig, length: int, frozen: Mapping[str, int] | None
+) -> float:
+    kernels = {k: v for k, v in (frozen or {}).items() if k.endswith((".kernel", ".kernels"))}
+    return 2 * sum(v * config.uses_per_byte(k, length) for k, v in kernels.items())

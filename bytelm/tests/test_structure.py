@@ -18,7 +18,8 @@ FLOORS = (
 """The folders of the two framework packages, from the top down; below them all is `bytelm`."""
 
 SHARED_FLOORS = (
-    "serving", "hub", "model_card", "shards", "folders", "modeling", "bundle", "bundle_names",
+    "elastic", "serving", "hub", "model_card", "shards", "folders", "modeling", "bundle",
+    "bundle_names",
     "train_options", "harness", "arguments", "sweeps", "recipe_files", "recipes", "schedules",
     "starting", "run_data", "breakdown", "perturb", "runs", "remote", "alignment", "data", "lora",
     "trainable", "export", "inspection", "patience", "metrics", "goodput", "tracking", "writing",

@@ -8,9 +8,10 @@ from bytelm import recipes
 from bytelm.chips import find_chip
 from bytelm_jax.cli import main as cli
 from bytelm_jax.tools import dry_run
-from bytelm_jax.tools.compiled import Compiled, kernel_flops, padded_bytes
+from bytelm_jax.tools.compiled import Compiled, padded_bytes
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.targets import TOPOLOGIES, read_target
+from bytelm_jax.tools.work import Work, kernel_flops, read_work
 from bytelm_jax.training import mesh as meshes
 
 RUN = ["train", "megabyte_tiny", "--dry-run"]
@@ -56,9 +57,9 @@ def test_its_options_need_a_dry_run(capsys):
 
 
 def test_without_the_compiler_it_is_an_estimate_that_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(dry_run, "has_libtpu", lambda: False)
+    monkeypatch.setattr(dry_run, "has_compiler", lambda platform: False)
     monkeypatch.setattr(dry_run, "compile_step", lambda *_: "")
-    for target, why in (("v5e:2x4", "install libtpu"), ("h100:8", "GPU's compiler is not asked")):
+    for target, why in (("v5e:2x4", "install libtpu"), ("h100:8", "install CUDA's plugin")):
         assert cli.main([*RUN, "--compile-for", target, "--batch-size", "8"]) == 0
         out = capsys.readouterr().out
         assert f"an estimate for {target}, of 8 simulated CPUs" in out and why in out
@@ -95,9 +96,9 @@ def test_what_fits_is_compiled_once(monkeypatch):
 
     def compile_lowered(rows, *_):
         asked.append(rows)
-        return Compiled(rows * 2**30, 0, 0, 1.0, 0.0, 1, 0, []) if rows <= 24 else None
+        return Compiled(rows * 2**30, 0, 0, Work(1.0, 0.0, 0.0), 1, 0, []) if rows <= 24 else None
 
-    monkeypatch.setattr(dry_run, "has_libtpu", lambda: True)
+    monkeypatch.setattr(dry_run, "has_compiler", lambda platform: True)
     monkeypatch.setattr(dry_run, "topology_mesh", lambda *_: meshes.make_mesh(4))
     monkeypatch.setattr(dry_run, "lower_step", lambda recipe, *_: recipe.train.batch_size // 4)
     monkeypatch.setattr(dry_run, "compile_lowered", compile_lowered)
@@ -153,15 +154,51 @@ def test_the_work_of_attention_kernels_is_that_of_their_blocks():
     assert kernel_flops(one_row) == (causal + window) / 2
 
 
+PRODUCTS = """
+%branch (p.1: bf16[2048,384,1], p.2: bf16[6,64,384]) -> bf16[2048,6,64] {
+  %p.1 = bf16[2048,384,1]{1,0,2} parameter(0)
+  %p.2 = bf16[6,64,384]{2,1,0} parameter(1)
+  ROOT %c.1 = bf16[2048,6,64]{2,0,1:T(8,128)} convolution(%p.1, %p.2), window={size=6 pad=5_5 rhs_reversal=1}, dim_labels=bf0_0oi->b0f, metadata={op_name="jit(step)/dot_general"}
+}
+
+ENTRY %main (a: bf16[32,64], b: bf16[64,16]) -> bf16[32,16] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[64,16]{1,0} parameter(1)
+  %fusion.1 = bf16[2048,6,64]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%branch
+  %dot.1 = bf16[32,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %custom-call.1 = (bf16[32,16]{1,0}, s8[100]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %gmm.1 = bf16[2048,128]{1,0} custom-call(%a), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], s32[5]{0}, s32[19]{0}, s32[19]{0}, s32[1]{0}, bf16[2048,64]{1,0}, bf16[4,64,128]{2,1,0}}, frontend_attributes={}
+  %tgmm.1 = bf16[4,64,128]{2,1,0} custom-call(%a), custom_call_target="tpu_custom_call", operand_layout_constraints={s32[], s32[5]{0}, s32[19]{0}, s32[19]{0}, s32[1]{0}, bf16[2048,64]{1,0}, bf16[2048,128]{1,0}}, frontend_attributes={}
+  %fwd.1 = (bf16[2,4,256,64]{3,1,2,0}, f32[2,4,256]{2,1,0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[2,256,4,64]{3,2,1,0}, bf16[2,256,1,64]{3,2,1,0}, bf16[2,256,1,64]{3,2,1,0}}, backend_config={"sliding_window_length": 0}
+  ROOT %bwd.1 = (bf16[2,4,256,64]{3,1,2,0}, bf16[2]{0}) custom-call(%a), custom_call_target="__cudnn$fmhaSoftmaxBackward", operand_layout_constraints={bf16[2,256,4,64]{3,2,1,0}, bf16[2,256,1,64]{3,2,1,0}, bf16[2,256,1,64]{3,2,1,0}}, backend_config={"sliding_window_length": 100}
+}
+"""  # noqa: E501
+
+
+def test_the_work_of_a_program_is_told_apart():
+    """Of a window that is mostly padding, only what lies on numbers counts."""
+    products = 2 * 2048 * 384 * 384 + 2 * (2 * 32 * 64 * 16)
+    grouped = 2 * (2 * 2048 * 64 * 128)
+    causal, window = 256 * 257 // 2, 100 * 101 // 2 + 156 * 100
+    attention = 2 * 2 * 4 * 64 * (2 * causal + 5 * window)
+    found = read_work(PRODUCTS, products + grouped + 5.0)
+    # Groups end within tiles: 16 tiles are up to 19.
+    assert found == Work(products, attention + grouped * 19 / 16, 5.0)
+    assert found.total == sum(found)
+
+
 def test_padding_is_what_whole_tiles_add_to_what_is_written():
     plain = 400 * 2 + 400 * 4 + 2 * 16 * 2048 * 64 * 2 + 2 * 2
     padding = (8 * 128 - 400) * 2 + (8 * 128 - 400) * 4
     assert padded_bytes(HLO) == (plain, padding)
 
 
-def test_a_tiny_recipe_by_the_compiler(monkeypatch, capfd):
-    pytest.importorskip("libtpu")
-    assert cli.main([*RUN, "--compile-for", "v5e:2x2", "--batch-size", "4", "--json"]) == 0
+@pytest.mark.parametrize(
+    ("target", "library"), [("v5e:2x2", "libtpu"), ("h200:4", "jax_plugins.xla_cuda13")]
+)
+def test_a_tiny_recipe_by_the_compiler(target, library, capfd):
+    pytest.importorskip(library)
+    assert cli.main([*RUN, "--compile-for", target, "--batch-size", "4", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     compiled = found["compiled"]
     assert 0 < compiled["peak"] < 2**30 and compiled["flops"] > found["flops"]

@@ -13,10 +13,16 @@ import jax.numpy as jnp
 import pytest
 
 from bytelm import recipes, tolerances
-from bytelm.config import DataConfig, MegabyteConfig, Recipe, TrainConfig
+from bytelm.config import (
+    DataConfig,
+    MegabyteConfig,
+    Recipe,
+    TrainConfig,
+    training_flops_per_byte,
+)
 from bytelm_jax.cli import main as cli
 from bytelm_jax.cli import run as commands_run
-from bytelm_jax.models import cast_params
+from bytelm_jax.models import abstract_params, cast_params
 from bytelm_jax.tools import dry_run, dry_run_text
 from bytelm_jax.tools.collectives import Collective, read_collectives
 from bytelm_jax.tools.machine import Machine
@@ -207,6 +213,16 @@ def test_collectives_are_read_with_their_groups_and_loops():
     scatter, reduce, gather, permute = (each.seconds(8.0) for each in collectives)
     assert scatter == 384 * 3 / 4 / 8 and reduce == 2 * 68 * 3 / 4 / 8
     assert gather == 64 * 7 / 8 / 8 and permute == 40 / 8
+
+
+@pytest.mark.parametrize("name", ["megabyte_tiny", "blt_tiny", "lfbyte_tiny", "entropy_tiny"])
+def test_frozen_kernels_need_no_gradient(name):
+    """All of them together are the forward pass, but for attention, norms and the frozen model."""
+    model = recipes.get(name).model
+    forward = model.flops_per_byte(32) - model.frozen_flops_per_byte(32)
+    sizes = {name: leaf.size for name, leaf in abstract_params(model).items()}
+    whole, still = (training_flops_per_byte(model, 32, frozen) for frozen in ({}, sizes))
+    assert 0.95 * forward < whole - still <= forward
 
 
 def test_the_command_estimates_data_parallel_training_and_writes_nothing(tmp_path):

@@ -141,12 +141,13 @@ def dry_run(
     meshes.check_batch(mesh, run)
     state = abstract_state(recipe, mesh)
     count = run.batch_size * recipe.data.sequence_length
+    sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
+    still = {name: sizes[name] for name in trainable(recipe, sizes).frozen}
+    frozen = sum(still.values())
     flops, executed = (
-        work(recipe.model, recipe.data.sequence_length) * count / mesh.size
+        work(recipe.model, recipe.data.sequence_length, still) * count / mesh.size
         for work in (training_flops_per_byte, executed_training_flops_per_byte)
     )
-    sizes = {name: math.prod(leaf.shape) for name, leaf in state.params.items()}
-    frozen = sum(sizes[name] for name in trainable(recipe, sizes).frozen)
     if can_compile(target):
         compiled = compiled or compile_lowered(lower_step(recipe, mesh, state), mesh.size)
         if compiled is None or compiled.peak > find_chip(machine.chip).memory:

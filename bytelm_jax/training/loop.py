@@ -229,7 +229,9 @@ def _train(recipe: Recipe, lock: Holder, stop: processes.StopSignal, clock: Wall
             lock.save_recipe(recipe)
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = stack.enter_context(processes.Watchdog(run_dir / "progress", run.step_timeout))
-        reporter = StepReporter(recipe, start, mesh.size, log, display, watchdog, manager, clock)
+        frozen = {name: template.params[name].size for name in parts.frozen}
+        shown = (log, display, watchdog, manager, clock, frozen)
+        reporter = StepReporter(recipe, start, mesh.size, *shown)
         batches = clock.batches(batches, reporter.is_idle)
         traced = stack.enter_context(Tracing(step_function, run, start, run_dir, display.say))
         patience = Patience(run.patience, log.records, processes.as_first_says, display.say)

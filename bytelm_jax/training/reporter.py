@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,10 @@ class StepReporter:
     def __init__(
         self, recipe: Recipe, start: int, devices: int, log: MetricsLog, display: Display,
         watchdog: processes.Watchdog, manager: ocp.CheckpointManager, clock: WallClock,
+        frozen: Mapping[str, int],
     ):  # fmt: skip
+        """`frozen`: parameters that the run does not train, and their numbers of elements."""
+        self._frozen = frozen
         self._recipe, self._log, self._display = recipe, log, display
         self._watchdog, self._manager, self._clock = watchdog, manager, clock
         clock.resume(log.records, log.last, start)
@@ -69,7 +72,7 @@ class StepReporter:
         if sequence_length:  # most of the step's time
             self._clock.count_as("compile")
         self._counted = step
-        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
+        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1, self._frozen)
         self._rates.restart(cost if sequence_length else None)
 
     def evaluated(self, step: int, record: dict[str, float]) -> None:

@@ -8,6 +8,8 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from bytelm.chips import unknown_peak
 from bytelm.config import (
     Recipe,
@@ -40,6 +42,7 @@ from bytelm.starting import (
 )
 from bytelm.storage.stores import require_local
 from bytelm.tracking import check_trackers, open_trackers
+from bytelm_torch.models import parameter_paths
 from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint, parallel, starting
 from bytelm_torch.training.average import Average
@@ -94,6 +97,12 @@ def _check(recipe: Recipe, run_dir: Path, group: parallel.Group) -> None:
     )
 
 
+def _frozen_sizes(model: nn.Module) -> dict[str, int]:
+    """The parameters that do not train, by the names of `parameter_paths`, and their elements."""
+    paths, named = parameter_paths(model), model.named_parameters()
+    return {paths[name]: each.numel() for name, each in named if not each.requires_grad}
+
+
 def _train(
     recipe: Recipe,
     run_dir: Path,
@@ -144,7 +153,7 @@ def _train(
     notes += [] if start else start_notes(recipe)
     log = _open_log(recipe, run_dir, start, lock if first else None)
     display = ProgressLines(run.steps, first)
-    reporter = StepReporter(recipe, start, group, log, display, clock)
+    reporter = StepReporter(recipe, start, group, log, display, clock, _frozen_sizes(model))
     batches = clock.batches(batches, reporter.is_idle)
     agree = partial(parallel.as_first_says, group)
     patience = Patience(run.patience, log.records, agree, display.say)

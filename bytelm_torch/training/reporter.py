@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,13 +23,15 @@ class StepReporter:
 
     def __init__(
         self, recipe: Recipe, start: int, group: Group, log: MetricsLog, display: ProgressLines,
-        clock: WallClock,
+        clock: WallClock, frozen: Mapping[str, int],
     ):  # fmt: skip
+        """`frozen`: parameters that the run does not train, and their numbers of elements."""
+        self._frozen = frozen
         self._recipe, self._log, self._display, self._clock = recipe, log, display, clock
         clock.resume(log.records, log.last, start)
         self._group, cuda = group, group.device.type == "cuda"
         self.device = torch.cuda.get_device_name(group.device) if cuda else "cpu"
-        cost = training_flops_per_byte(recipe.model, recipe.data.sequence_length)
+        cost = training_flops_per_byte(recipe.model, recipe.data.sequence_length, frozen)
         self._rates = Throughput(cost, group.size, self.device)
         self._schedule = learning_rate_schedule(recipe.optimizer, recipe.train.steps)
         self._guess, self._skipped = GuessWarning(recipe), log.skipped
@@ -64,7 +67,7 @@ class StepReporter:
         `sequence_length` is that of the steps from now on, if it changes.
         """
         self.drain(0)
-        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1)
+        cost = training_flops_per_byte(self._recipe.model, sequence_length or 1, self._frozen)
         self._rates.restart(cost if sequence_length else None)
 
     def evaluated(self, step: int, record: dict[str, float]) -> None:

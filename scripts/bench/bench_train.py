@@ -257,19 +257,20 @@ def run_row(row: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_all(
-    rows: list[str], rest: list[str], workers: int, profile: int
+    rows: list[str], rest: list[str], workers: int, profile: int, kept: Path | None = None
 ) -> Iterator[dict[str, Any]]:
     """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
 
     First all are compiled, `workers` side by side: the compiler tries out kernels on the devices
     and keeps memory there. Then other processes take the programs from the cache, a few ahead of
-    the one that is on the devices. Rows come as they are measured.
+    the one that is on the devices. Rows come as they are measured. `kept` is a folder in which the
+    cache of programs stays.
     """
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         lock = Path(folder, "lock")
         lock.touch()
         cache = {
-            "JAX_COMPILATION_CACHE_DIR": folder,
+            "JAX_COMPILATION_CACHE_DIR": str(kept or folder),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 

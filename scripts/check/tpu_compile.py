@@ -62,6 +62,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         return one_depth(cell, depth) | {"depth": "full"}
     shallow = dict.fromkeys(depth, 1)
     base = one_depth(cell, shallow)
+    if cell.get("at_most"):
+        deeper, more = one_depth(cell, dict.fromkeys(depth, 2)), max(depth.values()) - 1
+        return {k: base[k] + more * (deeper[k] - base[k]) for k in base} | {"depth": "at most"}
     result = dict(base)
     for stack in deep:
         deeper = one_depth(cell, shallow | {stack: 2})
@@ -118,6 +121,7 @@ def cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     names = asked.recipes or list(recipes.names())
     rest = {"rows": asked.rows, "target": asked.target, "effort": asked.effort}
     rest |= {"tensor": asked.tensor} if asked.tensor > 1 else {}
+    rest |= {"at_most": True} if asked.at_most else {}
     sizes = {each.name: each.parameters for each in recipes.summaries()}
     return [
         {"name": name, "form": form, "fsdp": fsdp} | rest
@@ -204,6 +208,10 @@ def main() -> None:
     parser.add_argument("--target", default="v5e:16x16")
     parser.add_argument("--effort", type=float, default=0, help="-1: quick, less optimised")
     parser.add_argument("--seconds", type=int, default=7200, help="most seconds for each cell")
+    parser.add_argument(
+        "--at-most", action="store_true",
+        help="one and two layers in all stacks, and as many of all as the deepest has: a bound",
+    )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the lines as a table")
     parser.add_argument("--cells", help=argparse.SUPPRESS)
     asked = parser.parse_args()
