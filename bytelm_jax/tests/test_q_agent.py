@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bytelm.config.q_learning import QLearningConfig
-from bytelm.q_table import CELLS, EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, log_memory
+from bytelm.q_table import EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, cells, log_memory
 from bytelm.tolerances import AFTER_200_STEPS
 from bytelm_jax.optimizers import q_agent
 from bytelm_jax.optimizers.q_agent import init_agent, step_agent
@@ -53,28 +53,29 @@ def test_the_table_has_the_specified_shape():
     agent = init_agent(EVERY_STEP, 0.9, 0, jnp.float32)
     assert (agent.q_learning_rate.shape, agent.q_momentum.shape) == ((2058, 9), (2058, 7))
     assert agent.q_learning_rate.dtype == agent.q_momentum.dtype == jnp.float32
-    for actions in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS):
+    for actions in (*LEARNING_RATE_ACTIONS.values(), MOMENTUM_ACTIONS):
         assert sorted(actions) == sorted(-action for action in actions)
         assert list(map(abs, actions)) == sorted(map(abs, actions))
 
 
 def test_every_cell_is_reached_by_its_own_bins():
-    between = [[e - 0.01 for e in edges] + [edges[-1] + 0.01] for edges in EDGES]
+    between = [[e - 0.01 for e in edges] + [edges[-1] + 0.01] for edges in EDGES["trend"]]
     grid = np.stack(np.meshgrid(*between, indexing="ij"), -1).reshape(-1, 4)
 
     def cell(row):
         agent = init_agent(EVERY_STEP, 0.9, 0, jnp.float32)
-        return q_agent._cell(agent._replace(position=row[:2], trend=row[2], stability=row[3]))
+        agent = agent._replace(position=row[:2], trend=row[2], stability=row[3])
+        return q_agent._cell(agent, EVERY_STEP)
 
-    cells = jax.jit(jax.vmap(cell))(jnp.asarray(grid, jnp.float32))
-    np.testing.assert_array_equal(cells, np.arange(CELLS))
+    found = jax.jit(jax.vmap(cell))(jnp.asarray(grid, jnp.float32))
+    np.testing.assert_array_equal(found, np.arange(cells(EVERY_STEP)))
 
 
 def test_no_start_and_no_bound_lies_on_an_edge():
     config = QLearningConfig()
     scales = [0.0, math.log(config.min_scale), math.log(config.max_scale)]
     momenta = [log_memory(x) for x in (0.9, config.min_momentum, config.max_momentum)]
-    for values, edges in zip((scales, momenta), EDGES[:2], strict=True):
+    for values, edges in zip((scales, momenta), EDGES["trend"][:2], strict=True):
         assert min(abs(value - edge) for value in values for edge in edges) > 0.1
 
 
@@ -107,7 +108,7 @@ def test_positions_are_the_sum_of_actions_less_what_is_undone():
     _, (agents, _) = traced(losses, norms)
     position, undone = np.array([0.0, -np.log1p(-np.float32(0.9))], np.float32), 0
     low, high = np.log([[0.1, 2.0], [10.0, 200.0]]).astype(np.float32)
-    moves = [np.array(a, np.float32) for a in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS)]
+    moves = [np.array(a, np.float32) for a in (LEARNING_RATE_ACTIONS["trend"], MOMENTUM_ACTIONS)]
     for now in range(STEPS):
         if now and agents.reward[now] <= EVERY_STEP.undo_margin:
             back = agents.explored[now - 1]

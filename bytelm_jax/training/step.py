@@ -234,12 +234,19 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, parts.frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
+        rows = _Rows(as_ids(ids), sources, counted)
         with compiling_for(mesh.devices.flat[0]):
-            (loss, report), gradients = find(
-                state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)
-            )
+            (loss, report), gradients = find(state.step, moving, fixed, rows)
+
+        def loss_at(params: Params) -> Array:
+            """The loss of the same rows, with the same dropout, at other parameters."""
+            with compiling_for(mesh.devices.flat[0]):
+                return find(state.step, params, fixed, rows, differentiate=False)
+
         norm = global_norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, moving, value=loss, value_fn=loss_at
+        )
         params = jax.tree.map(jnp.add, moving, updates) | fixed
         optimizer_report = optimizer_metrics(opt_state)
         if "skipped_steps" not in optimizer_report:
@@ -291,23 +298,28 @@ def _make_gradients(
     mesh: Mesh,
     dtype: jnp.dtype,
     names: tuple[str, ...],
-) -> Callable[[Array, Params, Params, _Rows], tuple[tuple[Array, dict[str, Array]], Params]]:
+) -> Callable[..., Any]:
     """`(step, moving, fixed, rows) -> ((loss, report), gradients of moving)`, as jit or shard_map.
 
-    Summed over all devices; gradients are partitioned like the parameters.
+    Summed over all devices; gradients are partitioned like the parameters. With a keyword
+    `differentiate=False` it gives the loss alone.
     """
-    find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed), names)
+    parts = (bind, train, pad_id, dtype, jax.random.key(train.seed), names)
     cast = partial(cast_for, mesh)
 
-    def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
+    def in_jit(
+        step: Array, moving: Params, fixed: Params, batch: _Rows, differentiate: bool = True
+    ):
         rows = batch.ids.shape[0]
         shifts = row_shifts(mesh, rows)
         first_row = 0 if shifts is None else np.repeat(shifts, rows // len(shifts))
         layers = partial(layers_on, mesh)
         form = _Form(lambda x: x, cast, partial(gather, mesh), first_row, rows, layers)
-        return find(form, step, moving, fixed, batch)
+        return _gradients(*parts, differentiate, form, step, moving, fixed, batch)
 
-    def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
+    def in_shard_map(
+        step: Array, moving: Params, fixed: Params, batch: _Rows, differentiate: bool = True
+    ):
         axes = gathered_axes(mesh, moving | fixed)
 
         def on_device(step: Array, moving: Params, fixed: Params, batch: _Rows):
@@ -324,7 +336,7 @@ def _make_gradients(
                 rows * mesh.size,
                 partial(parts_on, mesh),
             )
-            return find(form, step, moving, fixed, batch)
+            return _gradients(*parts, differentiate, form, step, moving, fixed, batch)
 
         specs = {k: partition(mesh, leaf.shape, k) for k, leaf in (moving | fixed).items()}
         of_moving = {name: specs[name] for name in moving}
@@ -333,7 +345,7 @@ def _make_gradients(
             on_device,
             mesh=mesh,
             in_specs=(jax.P(), of_moving, of_fixed, jax.P(ROWS)),
-            out_specs=(jax.P(), of_moving),
+            out_specs=(jax.P(), of_moving) if differentiate else jax.P(),
         )(step, moving, fixed, batch)
 
     return in_shard_map if train.parallel == "shard_map" else in_jit
@@ -346,13 +358,17 @@ def _gradients(
     dtype: jnp.dtype,
     seed: Array,
     names: tuple[str, ...],
+    differentiate: bool,
     form: _Form,
     step: Array,
     moving: Params,
     fixed: Params,
     batch: _Rows,
-) -> tuple[tuple[Array, dict[str, Array]], Params]:
-    """Loss, report and gradients of the rows that this program sees, summed over all devices."""
+) -> Any:
+    """Loss, report and gradients of the rows that this program sees, summed over all devices.
+
+    The loss alone if it is not to `differentiate`.
+    """
 
     def mean_loss(params: Params, batch: _Rows, keys: Array):
         whole = form.gather(form.cast(params | fixed, dtype))
@@ -382,9 +398,12 @@ def _gradients(
     keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
     counted = counted_ids(batch.ids, pad_id, batch.counted)
     count = jnp.maximum(form.over_devices(jnp.sum(counted)), 1)
-    differentiate = jax.value_and_grad(mean_loss, has_aux=True)
+    parts = train.accumulation_steps
+    if not differentiate:
+        return _over_micro_batches(lambda *part: mean_loss(moving, *part)[0], (batch, keys), parts)
+    with_gradients = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (nats, metrics, by_source)), gradients = _over_micro_batches(
-        lambda *part: differentiate(moving, *part), (batch, keys), train.accumulation_steps
+        lambda *part: with_gradients(moving, *part), (batch, keys), parts
     )
     report = {k: v / form.total_rows for k, v in metrics.items()} | {"loss": nats / count}
     if batch.sources is not None:

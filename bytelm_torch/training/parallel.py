@@ -148,6 +148,9 @@ def require_agreement(group: Group, found: dict[str, Any]) -> None:
 Report = dict[str, Tensor]
 """The metrics of a step, by name."""
 
+OBJECTIVE = "objective"
+"""What is differentiated, the loss and a model's extra loss: part of no report outside of here."""
+
 
 class RowLoss(nn.Module):
     """Sums of rows: nats, extra loss, metrics, nats by source; the module that DDP wraps."""
@@ -198,12 +201,17 @@ def make_train_step(
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
     whole = _over_processes(group, RowLoss(model, pad_id, train.remat, len(names)), compiled)
 
-    def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
+    def forward(batch: dict[str, Tensor], count: Tensor, rows: int) -> tuple[Any, ...]:
         with autocast(group.device, dtype):
             nats, extra, metrics, by_source = whole(**batch)
+        return nats, nats / count + extra / rows, metrics, by_source
+
+    def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
+        nats, objective, metrics, by_source = forward(batch, count, rows)
         # DDP averages the gradients of the processes, but they should be summed.
-        ((nats / count + extra / rows) * group.size).backward()
+        (objective * group.size).backward()
         report = {"loss": nats / count, **{k: v / rows for k, v in metrics.items()}}
+        report |= {OBJECTIVE: objective}
         if by_source is not None:
             report |= {f"loss/{name}": x for name, x in zip(names, by_source / each, strict=True)}
         return {name: value.detach() for name, value in report.items()}
@@ -214,20 +222,30 @@ def make_train_step(
     ) -> Report:  # fmt: skip
         mixed = np.random.SeedSequence((train.seed, count, group.rank)).generate_state(1, np.uint64)
         torch.manual_seed(int(mixed[0]))
+        every_row = len(rows) * group.size
         batch = {name: torch.from_numpy(each).to(group.device) for name, each in rest.items()}
         batch["ids"] = as_ids(torch.from_numpy(rows)).to(group.device)
         total, each = _counts(group, batch, pad_id, len(names))
         optimizer.zero_grad()
+        cut = [{name: value[i::parts] for name, value in batch.items()} for i in range(parts)]
         reports = []
-        for part in range(parts):
-            quiet = isinstance(whole, DistributedDataParallel) and part + 1 < parts
+        for ours in cut:
+            quiet = isinstance(whole, DistributedDataParallel) and ours is not cut[-1]
             with whole.no_sync() if quiet else nullcontext():  # pyright: ignore
-                ours = {name: value[part::parts] for name, value in batch.items()}
-                reports.append(backward(ours, total, len(rows) * group.size, each))
+                reports.append(backward(ours, total, every_row, each))
+
+        def loss_now() -> Tensor:
+            """The loss of the same rows, with the same dropout, at the parameters of now."""
+            with torch.random.fork_rng([group.device] if group.device.type == "cuda" else []):
+                torch.manual_seed(int(mixed[0]))
+                with torch.no_grad():
+                    return all_sum(group, sum(forward(ours, total, every_row)[1] for ours in cut))
+
         report = _add_up(group, reports, stop)
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         report["grad_norm"] = global_norm(gradients)
-        _move(optimizer, model, report, learning_rate, max_grad_norm)
+        set_rate(optimizer, learning_rate)
+        _move(optimizer, model, report, max_grad_norm, loss_now)
         return report
 
     return step
@@ -268,13 +286,12 @@ def _move(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     report: dict[str, Tensor],
-    learning_rate: float,
     max_grad_norm: float,
+    loss_now: Callable[[], Tensor],
 ) -> None:
-    set_rate(optimizer, learning_rate)
-    loss, norm = report["loss"], report["grad_norm"]
-    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips and skips itself
-        optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]
+    objective, loss, norm = report.pop(OBJECTIVE), report["loss"], report["grad_norm"]
+    if "value_fn" in inspect.signature(optimizer.step).parameters:  # an agent clips and skips itself
+        optimizer.step(loss=objective, value_fn=loss_now)  # pyright: ignore[reportCallIssue]
         return
     if not torch.isfinite(loss + norm):
         return

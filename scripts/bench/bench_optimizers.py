@@ -77,16 +77,25 @@ def make_run(config: OptimizerConfig, steps: int, held_out: jax.Array) -> Any:
     def run(rate: Any, seed: Any, batches: Any) -> Any:
         optimizer, params = build_optimizer(config, steps, seed), init(seed)
 
+        def scaled(updates: Any) -> Any:
+            return jax.tree.map(lambda u: rate * u, updates)
+
         def step(carry: Any, ids: Any) -> tuple[Any, None]:
             params, state = carry
             loss, gradients = jax.value_and_grad(mean_loss)(params, ids)
-            updates, state = optimizer.update(gradients, state, params, value=loss)
-            return (jax.tree.map(lambda p, u: p + rate * u, params, updates), state), None
+            updates, state = optimizer.update(
+                gradients, state, params, value=loss,
+                value_fn=lambda params: mean_loss(params, ids), applied_fn=scaled,
+            )  # fmt: skip
+            return (jax.tree.map(jnp.add, params, scaled(updates)), state), None
 
         (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
         return cross_entropy(bind(params)(held_out), held_out, pad_id)[0]
 
-    return jax.jit(jax.vmap(run, in_axes=(0, None, None)))
+    # One after another, so that a trust ratio is computed only where it is read.
+    return jax.jit(
+        lambda rates, seed, batches: jax.lax.map(lambda rate: run(rate, seed, batches), rates)
+    )
 
 
 def measure(
