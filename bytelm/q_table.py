@@ -46,15 +46,15 @@ LEARNING_RATE_ACTIONS = {
 COUNTS = len(LEARNING_RATE_ACTIONS["trend"]), len(MOMENTUM_ACTIONS)
 
 TRUST_MOVES = {
-    RISING: (1 / 2, 1 / 1.5, 1 / 1.1, 1.0, 1.0, 1.0, 1.0),
+    RISING: (1.0,) * 7,
     STEADY: (1 / 2, 1 / 1.5, 1 / 1.25, 1.0, 1.1, 1.25, 1.5),
     HELD: (1.0,) * 7,
 }
 """By phase, the factor of the learning rate that each bin of the trust ratio asks for at first."""
 TRUST_START = 0.3
 """The trust ratio before the first reading: in the bin that asks for no change."""
-TRUST_LIMITS = -1.0, 2.0
-"""A single reading counts as no more than this, so that an outlier does not stay in the pool."""
+TRUST_LIMITS = -1.0, 1.5
+"""A reading counts as no less and no more, so that an outlier does not stay in the running mean."""
 PRIOR = 4.0
 """First value that an action loses per unit of its distance, in the logarithm, from that factor:
 neighbours differ by more than `indifference`, and by more than a few rewards change."""

@@ -22,10 +22,10 @@ from bytelm.q_table import (
     COUNTS,
     EDGES,
     FALL_LIMIT,
-    HELD,
     LEAST_SHARE,
     LEAST_SPREAD,
     STABILITIES,
+    STEADY,
     TINY,
     TREND_LIMIT,
     TRENDS,
@@ -34,7 +34,7 @@ from bytelm.q_table import (
     first_values,
     moves,
 )
-from bytelm_jax.optimizers.q_trust import TrustState, init_trust, trust_ratio
+from bytelm_jax.optimizers.q_trust import TrustState, init_trust
 from bytelm_jax.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]
@@ -251,7 +251,7 @@ def _cell(state: QLearningState, config: QLearningConfig) -> Int[Array, ""]:
     """Index of the table row for the current observation."""
     second, third = state.position[1], state.trend
     if state.trust is not None:
-        second, third = state.trust.phase.astype(third.dtype), trust_ratio(state.trust)
+        second, third = state.trust.phase.astype(third.dtype), state.trust.ratio
     signals = (state.position[0], second, third, state.stability)
     cell = jnp.int32(0)
     for signal, edges in zip(signals, EDGES[config.signal], strict=True):
@@ -298,8 +298,8 @@ def _choose(
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position, (low, high) = state.position, jnp.asarray(bounds(config), state.position.dtype)
     if state.trust is not None:
-        held = state.trust.phase == HELD
-        actions, explored = jnp.where(held, 0, actions), explored & ~held
+        steady = state.trust.phase == STEADY
+        actions, explored = jnp.where(steady, actions, 0), explored & steady
     steps = jnp.asarray(moves(config), position.dtype)[jnp.arange(2), actions]
     moved = jnp.clip(position + steps, low, high)
     if not steers_momentum or state.trust is not None:

@@ -29,7 +29,7 @@ from bytelm_jax.optimizers.q_agent import (
     init_agent,
     step_agent,
 )
-from bytelm_jax.optimizers.q_trust import Step, read_trust, trust_ratio
+from bytelm_jax.optimizers.q_trust import Step, read_trust
 from bytelm_jax.optimizers.threefry import fold_in, normals
 
 _DEFAULT_CONTROLLER = QLearningConfig()
@@ -216,7 +216,7 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
         jnp.exp(jnp.asarray(actions, agent.position.dtype)[agent.actions[i]])
         for i, actions in enumerate(moves)
     ]
-    trust = {} if agent.trust is None else {"trust_ratio": trust_ratio(agent.trust)}
+    trust = {} if agent.trust is None else {"trust_ratio": agent.trust.ratio}
     return trust | {
         "learning_rate": agent.learning_rate,
         "learning_rate_scale": jnp.exp(agent.position[0]),

@@ -3,7 +3,8 @@
 Predicted is the raw gradient times the applied update, with momentum, clipping and decay; actual is
 what the loss of the same rows, with the same dropout, does. Named after the ratio by which
 trust-region methods judge a step (Conn, Gould & Toint 2000). A reading is noisy, so that several
-are pooled: the sum of the actual falls over the sum of the predicted ones.
+are pooled, as a running mean of ratios within `TRUST_LIMITS`: falls of the loss shrink by orders
+of magnitude while a model trains, so that a ratio of sums would be that of long ago.
 """
 
 from collections.abc import Callable
@@ -22,10 +23,9 @@ Scalar = Float[Array, ""]
 
 
 class TrustState(NamedTuple):
-    """The pooled falls of the loss, and where the schedule stands."""
+    """The running mean of the readings, and where the schedule stands."""
 
-    actual: Scalar
-    predicted: Scalar
+    ratio: Scalar
     phase: Int[Array, ""]
     peak: Scalar
     """The highest base learning rate so far."""
@@ -47,15 +47,7 @@ def init_trust(config: QLearningConfig, dtype: DTypeLike) -> TrustState | None:
     """The state before the first step; None for another signal."""
     if config.signal != "trust":
         return None
-    real = jnp.zeros((), dtype)
-    return TrustState(real, real, jnp.int32(0), real)
-
-
-def trust_ratio(trust: TrustState) -> Scalar:
-    """Actual over predicted fall of the loss; 0 where steps lead up the gradient."""
-    ratio = jnp.clip(trust.actual / jnp.maximum(trust.predicted, TINY), *TRUST_LIMITS)
-    read = (trust.actual != 0) | (trust.predicted != 0)
-    return jnp.where(read, jnp.where(trust.predicted > 0, ratio, 0.0), TRUST_START)
+    return TrustState(jnp.asarray(TRUST_START, dtype), jnp.int32(RISING), jnp.zeros((), dtype))
 
 
 def read_trust(
@@ -70,6 +62,9 @@ def read_trust(
 ) -> TrustState | None:
     """The state after `step`, the last of `count`; a reading is due at the last before a decision.
 
+    Only near the schedule's peak: elsewhere the agent changes nothing, and the loss would be
+    computed for nothing.
+
     `value_fn` gives the loss at other parameters, `applied_fn` what is made of the updates, where
     that differs from them.
     """
@@ -81,7 +76,8 @@ def read_trust(
             "value_fn=None: signal=trust needs the loss at other parameters; "
             "update(grads, state, params, value=loss, value_fn=loss_of)"
         )
-    dtype, due = trust.peak.dtype, step.finite & (count % config.interval == 0)
+    dtype, steady = trust.peak.dtype, trust.phase == STEADY
+    due = step.finite & steady & (count % config.interval == 0)
     applied = step.updates if applied_fn is None else applied_fn(step.updates)
 
     def read() -> tuple[Scalar, Scalar]:
@@ -105,13 +101,13 @@ def _pooled(
     due: Bool[Array, ""],
     config: QLearningConfig,
 ) -> TrustState:
-    low, high = (limit * jnp.abs(predicted) for limit in TRUST_LIMITS)
-    actual = jnp.where(jnp.isfinite(actual), jnp.clip(actual, low, high), low)
-    known, kept = due & jnp.isfinite(predicted), 1 - 1 / config.readings
-    return trust._replace(
-        actual=jnp.where(known, kept * trust.actual + actual, trust.actual),
-        predicted=jnp.where(known, kept * trust.predicted + predicted, trust.predicted),
-    )
+    """With one more reading: 0 where the step leads up the gradient, as momentum may."""
+    low, high = TRUST_LIMITS
+    reading = jnp.clip(actual / jnp.maximum(predicted, TINY), low, high)
+    reading = jnp.where(jnp.isfinite(actual), reading, low)
+    reading = jnp.where(predicted > 0, reading, 0.0)
+    ratio = trust.ratio + (reading - trust.ratio) / config.readings
+    return trust._replace(ratio=jnp.where(due & jnp.isfinite(predicted), ratio, trust.ratio))
 
 
 def _in_phase(trust: TrustState, base: ArrayLike, config: QLearningConfig) -> TrustState:

@@ -24,12 +24,13 @@ from bytelm.q_table import (
     COUNTS,
     EDGES,
     FALL_LIMIT,
-    HELD,
     LEARNING_RATE_ACTIONS,
     LEAST_SHARE,
     LEAST_SPREAD,
     MOMENTUM_ACTIONS,
+    RISING,
     STABILITIES,
+    STEADY,
     TINY,
     TREND_LIMIT,
     TRENDS,
@@ -38,7 +39,7 @@ from bytelm.q_table import (
     first_values,
     moves,
 )
-from bytelm_torch.optimizers.q_trust import TrustState, init_trust, trust_ratio
+from bytelm_torch.optimizers.q_trust import TrustState, init_trust
 from bytelm_torch.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]
@@ -263,7 +264,7 @@ def _cell(state: QLearningState, config: QLearningConfig) -> Int[Tensor, ""]:
     """Index of the table row for the current observation."""
     second, third = state.position[1], state.trend
     if state.trust is not None:
-        second, third = state.trust.phase.to(third.dtype), trust_ratio(state.trust)
+        second, third = third.new_full((), state.trust.phase), state.trust.ratio
     signals = (state.position[0], second, third, state.stability)
     cell = torch.zeros_like(state.cell)
     for signal, edges in zip(signals, EDGES[config.signal], strict=True):
@@ -312,9 +313,8 @@ def _choose(
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position = state.position
     low, high = (_constant(b, position.dtype, position.device) for b in bounds(config))
-    if state.trust is not None:
-        held = state.trust.phase == HELD
-        actions, explored = torch.where(held, 0, actions), explored & ~held
+    if state.trust is not None and state.trust.phase != STEADY:
+        actions, explored = torch.zeros_like(actions), torch.zeros_like(explored)
     steps = [_constant(m, position.dtype, position.device) for m in moves(config)]
     steps = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(steps)]
     moved = (position + torch.cat(steps)).clamp(low, high)
@@ -380,7 +380,7 @@ def q_learning_metrics(optimizer: Steered) -> dict[str, Tensor]:
         torch.exp(agent.position.new_tensor(actions)[agent.actions[i]])
         for i, actions in enumerate(moves)
     ]
-    trust = {} if agent.trust is None else {"trust_ratio": trust_ratio(agent.trust)}
+    trust = {} if agent.trust is None else {"trust_ratio": agent.trust.ratio}
     return trust | {
         "learning_rate": agent.learning_rate,
         "learning_rate_scale": torch.exp(agent.position[0]),
@@ -405,7 +405,9 @@ def save_agent(agent: QLearningState) -> dict[str, Any]:
         for name, value in agent._asdict().items()
     }
     trust = saved.pop("trust")
-    return saved if trust is None else saved | {"trust": trust._asdict()}
+    if trust is None:
+        return saved
+    return saved | {"trust": {**trust._asdict(), "ratio": trust.ratio.clone()}}
 
 
 def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
@@ -416,7 +418,7 @@ def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
     }
     trust = agent.pop("trust", None)
     if trust is not None:
-        trust = TrustState(**{name: value.to(device, copy=True) for name, value in trust.items()})
+        trust = TrustState(**{**trust, "ratio": trust["ratio"].to(device, copy=True)})
     return QLearningState(**{**agent, "key": tuple(agent["key"])}, trust=trust)
 
 
@@ -429,8 +431,7 @@ def begin_counting(saved: dict[str, Any]) -> None:
     surge = saved["last_surge"] - saved["count"]
     saved |= {"count": 0, "skipped": zero, "surges": zero.clone(), "last_surge": surge}
     if "trust" in saved:
-        again = {name: torch.zeros_like(saved["trust"][name]) for name in ("phase", "peak")}
-        saved |= {"trust": saved["trust"] | again}
+        saved |= {"trust": saved["trust"] | {"phase": RISING, "peak": 0.0}}
 
 
 def require_agent(state_dict: dict[str, Any], kind: str) -> None:

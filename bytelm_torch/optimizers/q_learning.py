@@ -212,7 +212,7 @@ class EnhancedSGD(torch.optim.Optimizer):
         self, leaves: list[_Leaf], loss: Scalar | None, value_fn: Callable[[], Any] | None
     ) -> None:
         settings, old = self._settings, self.agent
-        reads = loss is not None and reads_trust(settings.controller, old.count)
+        reads = loss is not None and reads_trust(old.trust, old.count, settings.controller)
         gradients = [wide(leaf.gradient) for leaf in leaves]
         if settings.centralize:
             gradients = [_centred(g, leaf) for g, leaf in zip(gradients, leaves, strict=True)]

@@ -3,14 +3,15 @@
 Predicted is the raw gradient times the applied update, with momentum, clipping and decay; actual is
 what the loss of the same rows, with the same dropout, does. Named after the ratio by which
 trust-region methods judge a step (Conn, Gould & Toint 2000). A reading is noisy, so that several
-are pooled: the sum of the actual falls over the sum of the predicted ones.
+are pooled, as a running mean of ratios within `TRUST_LIMITS`: falls of the loss shrink by orders
+of magnitude while a model trains, so that a ratio of sums would be that of long ago.
 """
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bytelm.config.q_learning import QLearningConfig
@@ -20,12 +21,11 @@ Scalar = Float[Tensor, ""]
 
 
 class TrustState(NamedTuple):
-    """The pooled falls of the loss, and where the schedule stands."""
+    """The running mean of the readings, and where the schedule stands."""
 
-    actual: Scalar
-    predicted: Scalar
-    phase: Int[Tensor, ""]
-    peak: Scalar
+    ratio: Scalar
+    phase: int
+    peak: float
     """The highest base learning rate so far."""
 
 
@@ -35,21 +35,18 @@ def init_trust(
     """The state before the first step; None for another signal."""
     if config.signal != "trust":
         return None
-    zeros = torch.zeros((3,), dtype=dtype, device=device)
-    phase = torch.zeros((), dtype=torch.int64, device=device)
-    return TrustState(zeros[0].clone(), zeros[1].clone(), phase, zeros[2].clone())
+    ratio = torch.full((), TRUST_START, dtype=dtype, device=device)
+    return TrustState(ratio, RISING, 0.0)
 
 
-def trust_ratio(trust: TrustState) -> Scalar:
-    """Actual over predicted fall of the loss; 0 where steps lead up the gradient."""
-    ratio = (trust.actual / trust.predicted.clamp(min=TINY)).clamp(*TRUST_LIMITS)
-    read = (trust.actual != 0) | (trust.predicted != 0)
-    return torch.where(read, torch.where(trust.predicted > 0, ratio, 0.0), TRUST_START)
+def reads_trust(trust: TrustState | None, count: int, config: QLearningConfig) -> bool:
+    """Whether a reading is due at a step after `count` others: the last before a decision.
 
-
-def reads_trust(config: QLearningConfig, count: int) -> bool:
-    """Whether a reading is due at a step after `count` others: the last before a decision."""
-    return config.signal == "trust" and (count + 1) % config.interval == 0
+    Only near the schedule's peak: elsewhere the agent changes nothing, and the loss would be
+    computed for nothing.
+    """
+    steady = trust is not None and trust.phase == STEADY
+    return steady and (count + 1) % config.interval == 0
 
 
 def pooled(
@@ -59,22 +56,21 @@ def pooled(
     known: Bool[Tensor, ""],
     config: QLearningConfig,
 ) -> TrustState:
-    """The state after a reading, if that is `known` and finite."""
-    low, high = (limit * predicted.abs() for limit in TRUST_LIMITS)
-    actual = torch.where(actual.isfinite(), torch.clamp(actual, low, high), low)
-    known, kept = known & predicted.isfinite(), 1 - 1 / config.readings
-    return trust._replace(
-        actual=torch.where(known, kept * trust.actual + actual, trust.actual),
-        predicted=torch.where(known, kept * trust.predicted + predicted, trust.predicted),
-    )
+    """With one more reading: 0 where the step leads up the gradient, as momentum may."""
+    low, high = TRUST_LIMITS
+    reading = (actual / predicted.clamp(min=TINY)).clamp(low, high)
+    reading = torch.where(actual.isfinite(), reading, low)
+    reading = torch.where(predicted > 0, reading, 0.0)
+    ratio = trust.ratio + (reading - trust.ratio) / config.readings
+    return trust._replace(ratio=torch.where(known & predicted.isfinite(), ratio, trust.ratio))
 
 
 def in_phase(trust: TrustState, base: float | Tensor, config: QLearningConfig) -> TrustState:
     """The state after a step at this learning rate of the schedule."""
-    base = torch.zeros_like(trust.peak) + base
-    phase = torch.where(base < config.hold_below * trust.peak, HELD, STEADY)
-    phase = torch.where(base > trust.peak, RISING, phase)
-    return trust._replace(phase=phase, peak=torch.maximum(base, trust.peak))
+    base = float(base)
+    phase = HELD if base < config.hold_below * trust.peak else STEADY
+    phase = RISING if base > trust.peak else phase
+    return trust._replace(phase=phase, peak=max(base, trust.peak))
 
 
 def evaluate(

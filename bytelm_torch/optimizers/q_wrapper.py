@@ -114,7 +114,7 @@ class QLearning(torch.optim.Optimizer):
             for gradient in gradients:
                 gradient.mul_(clip.to(gradient.device, gradient.dtype))
         known = torch.stack([finite.to(scale.dtype), scale, mu]).tolist()
-        reads = bool(known[0]) and reads_trust(self._controller, agent.count - 1)
+        reads = bool(known[0]) and reads_trust(agent.trust, agent.count - 1, self._controller)
         before = [weight.clone() for weight in moving if reads]
         if known[0]:
             self._step_inner(known[1], known[2] if steered else None)
