@@ -166,9 +166,10 @@ def transformer_132m() -> Recipe:
 
 
 def megabyte_400m() -> Recipe:
-    """MEGABYTE with 410,647,808 parameters, 73,221,120 in local layers: `bytelm train megabyte_400m`.
+    """MEGABYTE with 410,647,808 parameters, 73,221,120 in local layers, for GPUs.
 
-    The recipes of 400M are of one size: they differ by less than 1 % outside of n-gram tables.
+    `bytelm train megabyte_400m`. The recipes of 400M differ in size by less than 1 % outside of
+    n-gram tables.
     """
     return replace(megabyte_132m(), name="megabyte_400m", model=_MEGABYTE_400M)
 

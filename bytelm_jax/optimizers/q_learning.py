@@ -88,8 +88,8 @@ def q_learning_sgd(
     rate means what it means in plain SGD at the initial momentum, and a change of μ leaves the
     length of a step alone. `learning_rate` may be a schedule: it is the base that the agent scales.
     A step whose loss or gradient norm is not finite changes no parameter. A controller with
-    `signal="trust"` needs `value_fn=`, which gives the loss of the same rows, with the same dropout,
-    at other parameters; it is called at the last step before each decision.
+    `signal="trust"` needs `value_fn=`, which gives the loss of the same rows with the same dropout
+    at other parameters; it is called at the last step before a decision.
 
     A leaf's name tells its layout: `kernel` [..., in, out], `kernels` [E, in, out], `embedding`,
     `scale`, `bias`; an index for a name, and two axes or more, is a kernel [..., out]; what has

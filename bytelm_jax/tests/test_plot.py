@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 
 from bytelm import runs
-from bytelm.config import MegabyteConfig, PatchingContract, QLearningSGDConfig, Recipe, TrainConfig
-from bytelm.config import QLearningConfig
+from bytelm.config import (
+    MegabyteConfig,
+    PatchingContract,
+    QLearningConfig,
+    QLearningSGDConfig,
+    Recipe,
+    TrainConfig,
+)
 from bytelm.q_table import cells
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params

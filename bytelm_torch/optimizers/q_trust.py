@@ -1,4 +1,4 @@
-"""The trust ratio that the Q-learning agent observes: the actual over the predicted fall of the loss.
+"""The trust ratio, which the Q-learning agent observes: actual over predicted fall of the loss.
 
 Predicted is the raw gradient times the applied update, with momentum, clipping and decay; actual is
 what the loss of the same rows, with the same dropout, does. Named after the ratio by which

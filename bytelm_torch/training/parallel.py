@@ -290,9 +290,8 @@ def _move(
     loss_now: Callable[[], Tensor],
 ) -> None:
     objective, loss, norm = report.pop(OBJECTIVE), report["loss"], report["grad_norm"]
-    if (
-        "value_fn" in inspect.signature(optimizer.step).parameters
-    ):  # an agent clips and skips itself
+    takes = inspect.signature(optimizer.step).parameters
+    if "value_fn" in takes:  # an optimizer with an agent clips and skips by itself
         optimizer.step(loss=objective, value_fn=loss_now)  # pyright: ignore[reportCallIssue]
         return
     if not torch.isfinite(loss + norm):
