@@ -7,10 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bytelm.config.q_learning import QLearningConfig
-from bytelm.q_table import EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, cells, log_memory
+from bytelm.q_table import (
+    EDGES,
+    HELD,
+    LEARNING_RATE_ACTIONS,
+    MOMENTUM_ACTIONS,
+    cells,
+    log_memory,
+)
 from bytelm.tolerances import AFTER_200_STEPS
 from bytelm_jax.optimizers import q_agent
 from bytelm_jax.optimizers.q_agent import init_agent, step_agent
@@ -98,6 +106,46 @@ def test_no_start_and_no_bound_lies_on_an_edge():
 def test_bad_configurations_are_named(field, value, hint):
     with pytest.raises(ValueError, match=f"^{field}={value}: must be .*{hint}$"):
         QLearningConfig(**{field: value})
+
+
+@pytest.mark.parametrize(("field", "value"), [("readings", 7), ("hold_below", 0.5)])
+def test_fields_of_the_trust_ratio_need_it(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value}: has no effect on signal=trend"):
+        QLearningConfig(**{field: value})
+    assert getattr(QLearningConfig(signal="trust", **{field: value}), field) == value
+
+
+@pytest.mark.parametrize("curvature", [0.01, 1.0, 30.0])
+def test_the_trust_ratio_finds_the_rate_of_a_parabola(curvature):
+    """From a rate of 1, for curvatures that need a larger, about the same and a smaller one."""
+    config = QLearningConfig(signal="trust", interval=5, epsilon=0, epsilon_floor=0, surge=0)
+    schedule = optax.linear_schedule(1.0, 0.0, 400)
+    optimizer = q_learning_sgd(schedule, 0.5, 0.0, 0.0, controller=config)
+    params = {"scale": jnp.ones(4)}
+
+    def value_fn(params, noise):
+        return curvature / 2 * jnp.sum((params["scale"] - noise) ** 2)
+
+    def step(carry, noise):
+        params, state = carry
+        value, grads = jax.value_and_grad(value_fn)(params, noise)
+        updates, state = optimizer.update(
+            grads, state, params, value=value, value_fn=lambda params: value_fn(params, noise)
+        )
+        metrics = q_learning_metrics(state)
+        report = metrics["trust_ratio"], metrics["learning_rate_scale"], metrics["momentum"]
+        return (optax.apply_updates(params, updates), state), report
+
+    noise = jax.random.normal(jax.random.key(0), (400, 4))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))
+    (_, state), (ratios, scales, momenta) = run((params, optimizer.init(params)))
+    steady = 100  # 1 - 0.75 of the schedule, after which the agent holds the factor
+    assert ratios[0] == pytest.approx(0.3) and np.all(scales[steady + 10 :] == scales[-1])
+    wanted = {0.01: (4.0, 10.0), 1.0: (0.3, 1.6), 30.0: (0.09, 0.11)}[curvature]
+    assert wanted[0] <= scales[-1] <= wanted[1]
+    assert np.ptp(momenta) < 1e-6 and int(state.agent.trust.phase) == HELD
+    with pytest.raises(ValueError, match="value_fn=None: signal=trust needs"):
+        optimizer.update(params, state, params, value=jnp.ones(()))
 
 
 # ---- what it does at a decision -----------------------------------------------------------------
