@@ -139,8 +139,7 @@ def q_learning(
     `optax.inject_hyperparams`, the agent steers it too; with a heavy-ball `momentum` the updates
     are rescaled so that changing it does not change the length of a step. A step whose loss or
     gradient norm is not finite changes neither parameters nor the inner state. `update` needs
-    `value=`, the global mean loss, and passes it on to `inner`; with `signal="trust"` `value_fn=`
-    as well, as `q_learning_sgd` says.
+    `value=`, the global mean loss, and, with `signal="trust"`, `value_fn=`; `inner` gets both.
 
     >>> import jax.numpy as jnp, optax
     >>> optimizer = q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9))
@@ -185,10 +184,8 @@ def q_learning(
             lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state
         )
         step = Step(finite, updates, steps, params, _scalar(value, dtype), base)
-        agent = agent._replace(
-            trust=read_trust(agent.trust, agent.count, step, controller, **extra_args)
-        )
-        return steps, QLearningWrapperState(agent, state.initial_momentum, inner_state)
+        trust = read_trust(agent.trust, agent.count, step, controller, **extra_args)
+        return steps, state._replace(agent=agent._replace(trust=trust), inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

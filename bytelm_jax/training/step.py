@@ -227,23 +227,17 @@ def make_train_step(
     """
     check_batch(mesh, train)
     dtype = compute_dtype(train, mesh) if dtype is None else dtype
-    find = _make_gradients(bind, train, pad_id, mesh, dtype, names)
+    find = _compiled_for(mesh, _make_gradients(bind, train, pad_id, mesh, dtype, names))
 
     def step(
         state: TrainState, ids: Array, sources: Array | None = None, counted: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, parts.frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        rows = _Rows(as_ids(ids), sources, counted)
-        with compiling_for(mesh.devices.flat[0]):
-            (loss, report), gradients = find(state.step, moving, fixed, rows)
-
-        def loss_at(params: Params) -> Array:
-            """The loss of the same rows, with the same dropout, at other parameters."""
-            with compiling_for(mesh.devices.flat[0]):
-                return find(state.step, params, fixed, rows, differentiate=False)
-
+        rows = {"fixed": fixed, "batch": _Rows(as_ids(ids), sources, counted)}
+        (loss, report), gradients = find(state.step, moving, **rows)
         norm = global_norm(gradients)
+        loss_at = partial(find, state.step, **rows, differentiate=False)
         updates, opt_state = optimizer.update(
             gradients, state.opt_state, moving, value=loss, value_fn=loss_at
         )
@@ -291,6 +285,16 @@ class _Form(NamedTuple):
     """The context in which layers are traced."""
 
 
+def _compiled_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced for the devices of `mesh`."""
+
+    def traced(*arguments: Any, **named: Any) -> Any:
+        with compiling_for(mesh.devices.flat[0]):
+            return function(*arguments, **named)
+
+    return traced
+
+
 def _make_gradients(
     bind: Callable[[Params], Any],
     train: TrainConfig,
@@ -299,10 +303,10 @@ def _make_gradients(
     dtype: jnp.dtype,
     names: tuple[str, ...],
 ) -> Callable[..., Any]:
-    """`(step, moving, fixed, rows) -> ((loss, report), gradients of moving)`, as jit or shard_map.
+    """`(step, moving, fixed, batch) -> ((loss, report), gradients of moving)`, as jit or shard_map.
 
-    Summed over all devices; gradients are partitioned like the parameters. With a keyword
-    `differentiate=False` it gives the loss alone.
+    Summed over all devices; gradients are partitioned as parameters. The loss alone with a keyword
+    `differentiate=False`.
     """
     parts = (bind, train, pad_id, dtype, jax.random.key(train.seed), names)
     cast = partial(cast_for, mesh)
@@ -365,10 +369,7 @@ def _gradients(
     fixed: Params,
     batch: _Rows,
 ) -> Any:
-    """Loss, report and gradients of the rows that this program sees, summed over all devices.
-
-    The loss alone if it is not to `differentiate`.
-    """
+    """Loss, report and gradients, or the loss alone, of these rows, summed over all devices."""
 
     def mean_loss(params: Params, batch: _Rows, keys: Array):
         whole = form.gather(form.cast(params | fixed, dtype))

@@ -110,7 +110,10 @@ PLANS = {
         optimizer="muon",
     ),
     "check": Plan(
-        arms=("megabyte_tiny --batch-size 2", "lfbyte_tiny --batch-size 2"),
+        arms=(
+            "megabyte_tiny --batch-size 2 --model.global-layers 1 --model.local-layers 1",
+            "lfbyte_tiny --batch-size 2 --model.num-layers 1",
+        ),
         factors=(1.0, 3.0),
         search=3.0,
         final=6.0,
@@ -165,7 +168,7 @@ def open_trainer(cell: Cell, args: argparse.Namespace) -> Any:
 
     from bytelm import data, recipes
 
-    recipe = read_row(cell.arm.partition("@")[0], args.options)
+    recipe = read_row(cell.arm.partition(" @")[0], args.options)
     recipe = recipes.with_optimizer(recipe, cell.optimizer)
     text = replace(recipe.data, paths=tuple(args.train), validation_fraction=0.0)
     recipe, vocab, length = replace(recipe, data=text), recipe.model.vocab, text.sequence_length
@@ -181,7 +184,7 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> None:
     import jax
     from equal_time import machine
 
-    trainer, spent = open_trainer(cells[0], args), cells[0].arm.partition("@")[2]
+    trainer, spent = open_trainer(cells[0], args), cells[0].arm.partition(" @")[2]
     recipe, started = trainer.recipe, time.perf_counter()
     a_step = recipe.train.batch_size * recipe.data.sequence_length
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
@@ -258,6 +261,8 @@ class Arena:
         self.left_out: list[Cell] = []
         self.failed: set[Cell] = set()
         out: Path = args.out
+        if out.exists() and not out.read_bytes().endswith(b"\n"):
+            out.open("a").write("\n")  # after a line that a kill cut short
         for line in read_json_lines(out) if out.exists() else []:
             if line["text"] != args.text:
                 raise SystemExit(f"--out {out}: its runs read another text ({line['text']})")

@@ -6,7 +6,8 @@ The gradient and each update are compiled and timed by themselves, after warm-up
 calls, each waited for; processor time on a CPU, since its cores may be busy, wall time elsewhere.
 `share_over_sgd` is what an update takes beyond that of SGD with momentum, over the gradient's time
 plus SGD's. Under the signal "trust" an update is the mean of those of an interval near the peak of
-the schedule: all but one without, and one with a reading of the loss, `reading_ms`. `state_bytes` is the optimizer's memory.
+the schedule: all but one without, and one with a reading of the loss, `reading_ms`. `state_bytes`
+is the optimizer's memory.
 """
 
 import argparse
