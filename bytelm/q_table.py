@@ -30,7 +30,7 @@ STABILITY_EDGES = (0.05, 0.1, 0.2, 0.3, 0.5)
 RISING, STEADY, HELD = range(3)
 """Phases of the schedule: it reaches a new peak, it is near its peak, it has left it."""
 PHASE_EDGES = (RISING + 0.5, STEADY + 0.5)
-TRUST_EDGES = (0.0, 0.1, 0.2, 0.35, 0.5, 0.65)
+TRUST_EDGES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.8)
 EDGES = {
     "trend": (SCALE_EDGES, MOMENTUM_EDGES, TREND_EDGES, STABILITY_EDGES),
     "trust": (SCALE_EDGES, PHASE_EDGES, TRUST_EDGES, STABILITY_EDGES),
@@ -51,7 +51,7 @@ TRUST_MOVES = {
     HELD: (1.0,) * 7,
 }
 """By phase, the factor of the learning rate that each bin of the trust ratio asks for at first."""
-TRUST_START = 0.3
+TRUST_START = 0.475
 """The trust ratio before the first reading: in the bin that asks for no change."""
 TRUST_LIMITS = -1.0, 1.5
 """A reading counts as no less and no more, so that an outlier does not stay in the running mean."""
