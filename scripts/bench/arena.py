@@ -21,12 +21,14 @@ keeps an arm under an optimizer compiled, one process a GPU at a time.
 
 `--valid` takes `NAME=FILE:BYTES`, name and bytes optional; the first set is the one of the curves
 and of the plan's choices. A point of a line's `curve` is [seconds, bytes, bits per byte on 64
-windows of the first set, on what was trained on since the last point].
+windows of the first set, on what was trained on since the last point]. `--save DIR` keeps each
+model as a run folder.
 """
 
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -199,8 +201,29 @@ def run_cells(cells: list[Cell], args: argparse.Namespace) -> None:
         line = {"cell": cell, **described(trainer, trained), "learning_rate": rate}
         line |= {"text": args.text, **machine()}
         line |= {"seconds_in_all": round(time.perf_counter() - started, 1)}
+        if args.save:
+            save(args.save / folder(cell), trainer, trained)
         started = time.perf_counter()
         print(json.dumps(line), flush=True)
+
+
+def folder(cell: Cell) -> str:
+    """The name of a run's folder."""
+    name = f"{cell.arm} {cell.optimizer} {cell.factor:g} {cell.seconds:g} {cell.seed}"
+    return re.sub(r"[^\w.]+", "-", name + (f" {cell.bytes}" if cell.bytes else ""))
+
+
+def save(run_dir: Path, trainer: Any, trained: Any) -> None:
+    """Keeps a model as the run folder of its recipe."""
+    from bytelm.config import BLTConfig
+    from bytelm_jax.training import checkpoint
+    from bytelm_jax.training import patch_calibration as patch_contract
+
+    recipe = trainer.recipe
+    if isinstance(recipe.model, BLTConfig):
+        contract = patch_contract.measure(recipe.model, trained.params, trainer.windows)
+        recipe = replace(recipe, patching=contract)
+    checkpoint.create_run(run_dir, recipe, trained.params)
 
 
 def described(trainer: Any, trained: Any) -> dict[str, Any]:
@@ -355,6 +378,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--valid", nargs="+", required=True, metavar="[NAME=]FILE[:BYTES]")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--points", type=int, default=24, help="of a curve")
+    parser.add_argument("--save", type=Path, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--cells", help=argparse.SUPPRESS)

@@ -158,17 +158,12 @@ class Trainer:
     ) -> Trained:
         """Trains from `seed` for so many seconds of `clock`; `points` are those of the curve.
 
-        `rate` is the highest learning rate, by default the recipe's; `most_steps` ends a run
-        earlier than a pass over the text would. The curve's points are denser at its beginning.
+        `rate` is the highest learning rate, by default the recipe's; `most_steps` end a run in
+        place of a pass over the text. The curve's points are denser at its beginning.
         """
-        if not self._compiled:  # whose time does not count
-            throwaway = _Run(self, seed, clock)
-            throwaway.step(0.0)
-            jax.block_until_ready(throwaway.state)
-            del throwaway  # or there would be two states on the device
-            self._compiled = True
+        self.compile(seed)
         peak_rate = self.recipe.optimizer.learning_rate if rate is None else rate
-        most = min(most_steps or sys.maxsize, self.steps_of_a_pass)
+        most = most_steps or self.steps_of_a_pass
         run, curve, floor = _Run(self, seed, clock), [], self.recipe.optimizer.final_fraction
 
         def factor(used: float, count: int) -> float:
@@ -184,6 +179,14 @@ class Trainer:
         peak, params = memory.get("peak_bytes_in_use", 0) / 2**30, run.state.params
         sets = {name: self._look(params, each, self._limit) for name, each in self.held_out.items()}
         return Trained(params, run.count, run.bytes, run.used, peak, sets, curve)
+
+    def compile(self, seed: int) -> None:
+        """Compiles the step, if it is not yet, by one whose result is thrown away."""
+        if not self._compiled:
+            throwaway = _Run(self, seed, time.perf_counter)
+            throwaway.step(0.0)
+            jax.block_until_ready(throwaway.state)
+            self._compiled = True
 
     def start(self, seed: int) -> steps.TrainState:
         """The state before the first step."""
