@@ -370,7 +370,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=7200.0, help="of the wall, for all runs")
     parser.add_argument("--arms", nargs="+", default=list(FAMILIES), metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="multiples")
-    parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=OPTIMIZER_CONFIGS)
+    plain = [name for name, kind in OPTIMIZER_CONFIGS.items() if not kind.has_agent]
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"], choices=plain)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--run-seconds", type=float, default=300.0)
     parser.add_argument("--options", default="", help="overrides of every arm, in one string")
@@ -387,8 +388,13 @@ def options() -> argparse.ArgumentParser:
 
 def main() -> None:
     """Prints a short line per run; the whole ones go to `--out`."""
-    args = options().parse_args()
-    args.text = {Path(path).name: Path(path).stat().st_size for path in args.train}
+    parser = options()
+    args = parser.parse_args()
+    try:
+        args.text = {Path(path).name: Path(path).stat().st_size for path in args.train}
+        held_out_texts(args.valid)
+    except (OSError, ValueError) as error:
+        parser.error(f"--train or --valid: {error}")
     args.command = shlex.join(["python", *sys.argv])
     args.deadline = args.deadline or time.time() + args.seconds
     if args.cells:
