@@ -55,7 +55,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def shown(value: float | None) -> str:
     """Bits per byte."""
-    return "diverged" if value is None else f"{value:.4f}"
+    return f"{value:.4f}" if value is not None and math.isfinite(value) else "diverged"
 
 
 def at_equal_seconds(lines: list[dict[str, Any]]) -> str:
