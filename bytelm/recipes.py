@@ -70,6 +70,32 @@ _BYTROPIX = BLTConfig(
 )
 
 
+_MEGABYTE_400M = MegabyteConfig(
+    patch_size=8,
+    global_dim=192,
+    local_dim=768,
+    global_layers=14,
+    global_heads=12,
+    local_layers=12,
+    local_heads=6,
+)
+
+_LATENT_400M = {
+    "local_dim": 768,
+    "encoder_heads": 12,
+    "encoder_hidden_dim": 2048,
+    "decoder_layers": 6,
+    "decoder_heads": 12,
+    "decoder_hidden_dim": 2048,
+    "global_dim": 1536,
+    "global_layers": 12,
+    "global_heads": 12,
+    "global_hidden_dim": 4096,
+}
+"""Sizes of `blt_400m`, and of `bytropix_400m` but for the hidden widths, whose layers have no gate.
+"""
+
+
 def megabyte_tiny() -> Recipe:
     """MEGABYTE that learns on two CPU cores within minutes: `bytelm train megabyte_tiny`."""
     model = MegabyteConfig(
@@ -139,6 +165,35 @@ def transformer_132m() -> Recipe:
     return replace(megabyte_132m(), name="transformer_132m", model=model)
 
 
+def megabyte_400m() -> Recipe:
+    """MEGABYTE with 410,647,808 parameters, 73,221,120 in local layers, for GPUs.
+
+    `bytelm train megabyte_400m`. The recipes of 400M differ in size by less than 1 % outside of
+    n-gram tables.
+    """
+    return replace(megabyte_132m(), name="megabyte_400m", model=_MEGABYTE_400M)
+
+
+def megabyte_400m_p4() -> Recipe:
+    """`megabyte_400m` with patches of 4 bytes: 411,286,784 parameters, twice the global steps."""
+    model = replace(_MEGABYTE_400M, patch_size=4, global_dim=384)
+    return replace(megabyte_132m(), name="megabyte_400m_p4", model=model)
+
+
+def transformer_400m() -> Recipe:
+    """The baseline of the 400M models: a plain byte transformer with 407,584,512 parameters."""
+    model = MegabyteConfig(
+        patch_size=1,
+        global_dim=1280,
+        local_dim=1280,
+        global_layers=24,
+        global_heads=10,
+        local_layers=0,
+        local_heads=1,
+    )
+    return replace(megabyte_132m(), name="transformer_400m", model=model)
+
+
 def entropy_tiny() -> Recipe:
     """The entropy model of `blt_tiny`: `bytelm train entropy_tiny`, then `bytelm calibrate`."""
     train = replace(_TINY_TRAIN, steps=300, eval_every=150, checkpoint_every=150)
@@ -197,6 +252,15 @@ def blt_132m() -> Recipe:
         global_hidden_dim=2048,
     )
     return replace(megabyte_132m(), name="blt_132m", model=model)
+
+
+def blt_400m() -> Recipe:
+    """BLT with 640,205,568 parameters, 230,409,216 of them in n-gram tables; splits after words.
+
+    `bytelm train blt_400m`. The other 409,796,352 are as many as in the other recipes of 400M.
+    """
+    model = replace(blt_132m().model, ngram_rows=50_002, **_LATENT_400M)
+    return replace(megabyte_132m(), name="blt_400m", model=model)
 
 
 def blt_767m() -> Recipe:
@@ -261,6 +325,18 @@ def bytropix() -> Recipe:
     return replace(megabyte_132m(), name="bytropix", model=_BYTROPIX)
 
 
+def bytropix_400m() -> Recipe:
+    """Bytropix with 480,059,424 parameters, 69,120,000 of them in n-gram tables, without dropout.
+
+    `bytelm train bytropix_400m`. The other 410,939,424 are as many as in the other recipes of 400M.
+    """
+    hidden = {"encoder_hidden_dim": 3072, "decoder_hidden_dim": 3072, "global_hidden_dim": 6144}
+    sizes = _LATENT_400M | hidden | {"patch_queries": 2}
+    return replace(
+        megabyte_132m(), name="bytropix_400m", model=replace(_BYTROPIX, dropout=0.0, **sizes)
+    )
+
+
 def lfbyte_tiny() -> Recipe:
     """LFByteTransformer that learns on two CPU cores within minutes: `bytelm train lfbyte_tiny`."""
     model = LFByteConfig(
@@ -284,6 +360,12 @@ def lfbyte_130m() -> Recipe:
     """LFByteTransformer with 48 experts, 2 of them active: 133,826,056 parameters, for GPUs."""
     model = LFByteConfig(num_experts=48, dropout=0.0)
     return replace(megabyte_132m(), name="lfbyte_130m", model=model)
+
+
+def lfbyte_400m() -> Recipe:
+    """LFByteTransformer with 28 experts, 2 of them active: 410,619,264 parameters, for GPUs."""
+    model = LFByteConfig(embed_dim=1024, num_layers=10, num_experts=28, dropout=0.0)
+    return replace(megabyte_132m(), name="lfbyte_400m", model=model)
 
 
 _RATES = {

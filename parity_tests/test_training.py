@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -33,12 +35,15 @@ from bytelm_jax.parity.report import relative_error
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.topology import Feeding
+from bytelm_torch.models import build_model as build_torch_model
 from bytelm_torch.optimizers.build import build_optimizer as build_torch_optimizer
 from bytelm_torch.optimizers.build import clip_by_global_norm, set_rate
 from bytelm_torch.optimizers.q_agent import q_learning_metrics as torch_q_learning_metrics
 from bytelm_torch.optimizers.q_learning import EnhancedSGD
 from bytelm_torch.optimizers.q_wrapper import QLearning
 from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
+from bytelm_torch.training.parallel import Group
+from bytelm_torch.training.parallel import make_train_step as make_torch_step
 from parity_tests.twins import MEGABYTES, random_ids, random_params, twins
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -77,6 +82,11 @@ OPTIMIZERS = {
     "q_learning_sgd": QLearningSGDConfig(
         learning_rate=1e-2, warmup_steps=20, noise_scale=0.1, **STEERED
     ),
+    "trust": QLearningAdamWConfig(
+        learning_rate=3e-4,
+        warmup_steps=20,
+        controller=QLearningConfig(signal="trust", interval=5),
+    ),
     "lion": LionConfig(learning_rate=1e-3, warmup_steps=20),
     "muon": MuonConfig(learning_rate=3e-3, adam_learning_rate=2e-3, warmup_steps=20),
 }
@@ -86,6 +96,7 @@ PARITY = [
     ("paper", "sgd", 200, ()),
     ("paper", "q_learning_adamw", 200, pytest.mark.slow),
     ("paper", "q_learning_sgd", 200, pytest.mark.slow),
+    ("paper", "trust", 200, pytest.mark.slow),
     ("paper", "lion", 200, ()),
     ("paper", "muon", 200, ()),
     ("experts", "muon", 100, ()),
@@ -127,7 +138,7 @@ def test_200_steps_end_at_the_same_parameters(variant, name, count, x64):
             assert report[what] == pytest.approx(value, rel=tolerances.AFTER_200_STEPS), what
     if agent_reports:
         actions = [(m["learning_rate_action"], m["momentum_action"]) for m in agent_reports]
-        assert len(set(actions)) > 10
+        assert len(set(actions)) > (2 if name == "trust" else 10)
 
 
 def run_torch(twin, optimizer, batches, parts=EVERYTHING, after_step=lambda: None):
@@ -142,7 +153,12 @@ def run_torch(twin, optimizer, batches, parts=EVERYTHING, after_step=lambda: Non
         stepper.zero_grad()
         (nats / counted).backward()
         if isinstance(stepper, EnhancedSGD | QLearning):
-            stepper.step(loss=nats / counted)
+
+            def value_fn(tensor=tensor):
+                nats, counted = torch_cross_entropy(twin(tensor), tensor, twin.config.vocab.pad_id)
+                return nats / counted
+
+            stepper.step(loss=nats / counted, value_fn=value_fn)
             metrics = torch_q_learning_metrics(stepper)
             agent_reports.append({what: float(value) for what, value in metrics.items()})
         else:
@@ -156,6 +172,46 @@ SMALL = replace(MEGABYTES["in_action"], init_std=0.05, dropout=0.1, global_layer
 FIVE = ragged_batches(SMALL, 5, 16, 11)
 # Plain SGD: it shows a gradient that is N times too large, which AdamW would hide.
 PLAIN = SGDConfig(momentum=0.0, learning_rate=0.3, max_grad_norm=0.0)
+
+
+def test_the_loss_can_be_asked_for_at_other_parameters():
+    """An optimizer's `value_fn` has the rows, the micro-batches and the dropout of the step."""
+    train = TrainConfig(steps=1, batch_size=16, devices=2, accumulation_steps=2)
+    (bind, init), seen = define_model(SMALL), []
+
+    def update(updates, state, params, value, value_fn):
+        further = jax.tree.map(lambda p: p + 0.01, params)
+        return updates, jnp.stack([value_fn(params) - value, value_fn(further) - value])
+
+    for parallel in ("jit", "shard_map"):
+        mesh = meshes.make_mesh(2)
+        asks = optax.GradientTransformationExtraArgs(lambda params: jnp.zeros(2), update)
+        state = steps.init_state(mesh, asks, lambda: init(0))
+        pad_id = SMALL.vocab.pad_id
+        step = steps.make_train_step(bind, asks, replace(train, parallel=parallel), pad_id, mesh)
+        seen.append(step(state, meshes.put_batch(mesh, FIVE[0]))[0].opt_state)
+    assert abs(seen[0] - seen[1]).max() < 1e-5 < abs(float(seen[0][1]))
+    assert abs(float(seen[0][0])) < 1e-6
+
+
+def test_so_can_the_loss_in_torch():
+    model = build_torch_model(SMALL).train()
+    found = []
+
+    class Asks(torch.optim.SGD):
+        def step(self, *, loss, value_fn):
+            found.append(float(value_fn() - loss))
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.01
+            found.append(float(value_fn() - loss))
+
+    train = TrainConfig(steps=1, batch_size=16, accumulation_steps=2)
+    group = Group(0, 1, torch.device("cpu"))
+    optimizer = Asks(model.parameters(), lr=1.0)
+    step = make_torch_step(model, optimizer, train, SMALL.vocab.pad_id, group)
+    report = step(0, FIVE[0], 1.0, 0.0, False)
+    assert abs(found[0]) < 1e-6 < abs(found[1]) and "objective" not in report
 
 
 @pytest.fixture(scope="module")

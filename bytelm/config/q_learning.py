@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from bytelm.config.base import (
     require,
@@ -21,8 +22,21 @@ class QLearningConfig:
     `undo_margin` let noise move the learning rate. It is a failure when both the loss and the
     smoothed loss exceed `surge` times the first loss: the last decision then earns −1 and the
     learning rate is halved, at most once in `window` steps.
+
+    With `signal="trust"` the agent observes the trust ratio, the actual over the predicted fall of
+    the loss, on the rows of the step itself: near 1 a step is too short to matter, near 0 it
+    overshoots. It is read at the last step before each decision, which costs one more forward pass,
+    so that an `interval` of 20 is advised. It steers the learning rate alone, starts with a table
+    that says what the ratio means, and leaves the rate alone once the schedule has fallen below
+    `hold_below` of its peak.
     """
 
+    signal: Literal["trend", "trust"] = "trend"
+    """What the agent observes: how the loss has been falling, or the trust ratio."""
+    readings: int = 5
+    """Trust ratios that are pooled, each counting less than the next one."""
+    hold_below: float = 0.75
+    """Fraction of the schedule's peak below which a trust ratio no longer changes the rate."""
     interval: int = 10
     """Steps between decisions."""
     alpha: float = 0.1
@@ -54,8 +68,13 @@ class QLearningConfig:
 
     def __post_init__(self) -> None:
         require_numbers(self)
-        require_positive(self, "interval", "memory")
+        require_positive(self, "interval", "memory", "readings")
         require_fraction(self, "gamma", "min_momentum", "max_momentum")
+        held = self.hold_below
+        require(0 <= held <= 1, f"hold_below={held}: must be between 0 and 1")
+        for name in ("readings", "hold_below") if self.signal == "trend" else ():
+            value, default = getattr(self, name), getattr(QLearningConfig, name)
+            require(value == default, f"{name}={value}: has no effect on signal=trend")
         for name in ("alpha", "epsilon_decay"):
             value = getattr(self, name)
             require(0 < value <= 1, f"{name}={value}: must be above 0 and at most 1")

@@ -47,6 +47,19 @@ def test_every_recipe_survives_json_and_its_size_is_the_formula(name):
     assert f"{recipe.model.parameter_count():,}" in documented or name.endswith("tiny")
 
 
+def test_recipes_of_400m_are_of_one_size_outside_of_ngram_tables():
+    sizes = {}
+    for name in recipes.names():
+        model = recipes.get(name).model
+        tables = 0
+        if isinstance(model, BLTConfig):
+            tables = model.ngram_tables * model.ngram_rows * model.local_dim
+        if "400m" in name:
+            sizes[name] = model.parameter_count() - tables
+    assert len(sizes) == 6
+    assert max(sizes.values()) <= 1.01 * min(sizes.values())
+
+
 def test_recipes_are_found_by_name():
     assert recipes.get("megabyte-tiny") == recipes.megabyte_tiny()
     with pytest.raises(ValueError, match="did you mean transformer_tiny"):

@@ -97,11 +97,16 @@ def restrict(
     def init(params: Any) -> optax.OptState:
         return inner.init(without(params, parts.frozen))
 
+    def scaled(moves: Any) -> Any:
+        return moves | {k: parts.scales[k] * moves[k] for k in moves.keys() & parts.scales.keys()}
+
     def update(updates: Any, state: optax.OptState, params: Any = None, **extra: Any):
         moving = None if params is None else without(params, parts.frozen)
         moves: Any
+        if parts.scales:  # for what an agent reads of a step
+            extra["applied_fn"] = scaled
         moves, state = inner.update(without(updates, parts.frozen), state, moving, **extra)
-        moves |= {k: parts.scales[k] * moves[k] for k in moves.keys() & parts.scales.keys()}
+        moves = scaled(moves)
         return {k: moves[k] if k in moves else jnp.zeros_like(v) for k, v in updates.items()}, state
 
     changes = parts.frozen or parts.scales

@@ -3,6 +3,8 @@
 Watkins & Dayan 1992. Every `interval` steps the agent observes a cell of its table (the current
 learning rate and momentum, how the smoothed loss falls, how steady the gradient norm is), picks one
 factor for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
+With `signal="trust"` it observes the schedule's phase and the pooled trust ratio in place of
+momentum and trend (`q_table.py`), and steers the learning rate alone.
 Everything is an array of fixed shape, and a step has no branch: on a GPU a branch waits for the
 host.
 """
@@ -16,22 +18,23 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.q_table import (
-    CELLS,
     CLEAR,
     COUNTS,
     EDGES,
     FALL_LIMIT,
-    LEARNING_RATE_ACTIONS,
     LEAST_SHARE,
     LEAST_SPREAD,
-    MOMENTUM_ACTIONS,
-    MOVES,
     STABILITIES,
+    STEADY,
     TINY,
     TREND_LIMIT,
     TRENDS,
     bounds,
+    cells,
+    first_values,
+    moves,
 )
+from bytelm_jax.optimizers.q_trust import TrustState, init_trust
 from bytelm_jax.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]
@@ -76,6 +79,7 @@ class QLearningState(NamedTuple):
     stability: Scalar
     reward: Scalar
     learning_rate: Scalar
+    trust: TrustState | None = None
 
 
 def init_agent(
@@ -91,8 +95,8 @@ def init_agent(
         last_surge=jnp.int32(-config.window),
         judged=integer,
         key=seed_key(seed),
-        q_learning_rate=jnp.zeros((CELLS, len(LEARNING_RATE_ACTIONS)), jnp.float32),
-        q_momentum=jnp.zeros((CELLS, len(MOMENTUM_ACTIONS)), jnp.float32),
+        q_learning_rate=jnp.asarray(first_values(config)),
+        q_momentum=jnp.zeros((cells(config), COUNTS[1]), jnp.float32),
         position=position,
         before=position,
         actions=jnp.zeros(2, jnp.int32),
@@ -113,6 +117,7 @@ def init_agent(
         stability=real,
         reward=real,
         learning_rate=real,
+        trust=init_trust(config, dtype),
     )
 
 
@@ -120,7 +125,8 @@ def begin_counting(state: QLearningState) -> QLearningState:
     """The agent at the first step of another run: it keeps what it has learned, not its counts."""
     zero = 0 * state.count
     surge = state.last_surge - state.count
-    return state._replace(count=zero, skipped=zero, surges=zero, last_surge=surge)
+    trust = state.trust and state.trust._replace(phase=zero, peak=0 * state.trust.peak)
+    return state._replace(count=zero, skipped=zero, surges=zero, last_surge=surge, trust=trust)
 
 
 def step_agent(
@@ -149,7 +155,7 @@ def step_agent(
     learns = state.pending & (due | ~sound)
     state = _observe(state, loss, norm, finite, config)
     state, alpha = _judge(state, due, sound, config)
-    cell = _cell(state)
+    cell = _cell(state, config)
     state = _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
@@ -241,11 +247,14 @@ def _halved(position: Float[Array, "2"], config: QLearningConfig) -> Float[Array
     return position.at[0].set(jnp.maximum(position[0] - math.log(2), least))
 
 
-def _cell(state: QLearningState) -> Int[Array, ""]:
+def _cell(state: QLearningState, config: QLearningConfig) -> Int[Array, ""]:
     """Index of the table row for the current observation."""
-    signals = (state.position[0], state.position[1], state.trend, state.stability)
+    second, third = state.position[1], state.trend
+    if state.trust is not None:
+        second, third = state.trust.phase.astype(third.dtype), state.trust.ratio
+    signals = (state.position[0], second, third, state.stability)
     cell = jnp.int32(0)
-    for signal, edges in zip(signals, EDGES, strict=True):
+    for signal, edges in zip(signals, EDGES[config.signal], strict=True):
         digit = jnp.sum(signal > jnp.asarray(edges, signal.dtype), dtype=jnp.int32)
         cell = cell * (len(edges) + 1) + digit
     return cell
@@ -288,9 +297,12 @@ def _choose(
     draws = random_bits(state.key, step, jnp.arange(6, dtype=jnp.uint32)).reshape(2, 3)
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position, (low, high) = state.position, jnp.asarray(bounds(config), state.position.dtype)
-    moves = jnp.asarray(MOVES, position.dtype)[jnp.arange(2), actions]
-    moved = jnp.clip(position + moves, low, high)
-    if not steers_momentum:
+    if state.trust is not None:
+        steady = state.trust.phase == STEADY
+        actions, explored = jnp.where(steady, actions, 0), explored & steady
+    steps = jnp.asarray(moves(config), position.dtype)[jnp.arange(2), actions]
+    moved = jnp.clip(position + steps, low, high)
+    if not steers_momentum or state.trust is not None:
         actions, explored = actions.at[1].set(0), explored.at[1].set(False)
         moved = moved.at[1].set(position[1])
     epsilon = jnp.maximum(state.epsilon * config.epsilon_decay, config.epsilon_floor)

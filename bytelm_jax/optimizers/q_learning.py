@@ -22,14 +22,14 @@ from jaxtyping import Array, Float, Int
 from bytelm.config.base import require, require_amount, require_number
 from bytelm.config.optimizer import require_shrinking
 from bytelm.config.q_learning import QLearningConfig
+from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
 from bytelm_jax.optimizers.q_agent import (
-    LEARNING_RATE_ACTIONS,
-    MOMENTUM_ACTIONS,
     QLearningState,
     Scalar,
     init_agent,
     step_agent,
 )
+from bytelm_jax.optimizers.q_trust import Step, read_trust
 from bytelm_jax.optimizers.threefry import fold_in, normals
 
 _DEFAULT_CONTROLLER = QLearningConfig()
@@ -87,7 +87,9 @@ def q_learning_sgd(
     −lr · (m / (1 − `momentum`) + `weight_decay` · p), norms and biases undecayed. So the learning
     rate means what it means in plain SGD at the initial momentum, and a change of μ leaves the
     length of a step alone. `learning_rate` may be a schedule: it is the base that the agent scales.
-    A step whose loss or gradient norm is not finite changes no parameter.
+    A step whose loss or gradient norm is not finite changes no parameter. A controller with
+    `signal="trust"` needs `value_fn=`, which gives the loss of the same rows with the same dropout
+    at other parameters; it is called at the last step before a decision.
 
     A leaf's name tells its layout: `kernel` [..., in, out], `kernels` [E, in, out], `embedding`,
     `scale`, `bias`; an index for a name, and two axes or more, is a kernel [..., out]; what has
@@ -137,7 +139,7 @@ def q_learning(
     `optax.inject_hyperparams`, the agent steers it too; with a heavy-ball `momentum` the updates
     are rescaled so that changing it does not change the length of a step. A step whose loss or
     gradient norm is not finite changes neither parameters nor the inner state. `update` needs
-    `value=`, the global mean loss, and passes it on to `inner`.
+    `value=`, the global mean loss, and, with `signal="trust"`, `value_fn=`; `inner` gets both.
 
     >>> import jax.numpy as jnp, optax
     >>> optimizer = q_learning(optax.inject_hyperparams(optax.adamw)(1e-3, b1=0.9))
@@ -181,7 +183,9 @@ def q_learning(
         inner_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), inner_state, state.inner_state
         )
-        return steps, QLearningWrapperState(agent, state.initial_momentum, inner_state)
+        step = Step(finite, updates, steps, params, _scalar(value, dtype), base)
+        trust = read_trust(agent.trust, agent.count, step, controller, **extra_args)
+        return steps, state._replace(agent=agent._replace(trust=trust), inner_state=inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -194,7 +198,8 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
     the base, `epsilon`, `reward` (−1 at a skipped step and at a surge), the factors that the last
     decision chose (`learning_rate_action`, and `momentum_action` of 1 / (1 − momentum)),
     `smoothed_loss`, `trend` (the fall of the loss over its deviation), `stability` (deviation over
-    mean of the gradient norm), and the counts `decisions`, `skipped_steps` and `surges`.
+    mean of the gradient norm), the counts `decisions`, `skipped_steps` and `surges`, and with
+    `signal="trust"` the pooled `trust_ratio`.
     """
     leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, QLearningState))
     agents = [leaf for leaf in leaves if isinstance(leaf, QLearningState)]
@@ -203,11 +208,13 @@ def q_learning_metrics(state: optax.OptState) -> dict[str, Scalar | Int[Array, "
         f"state: holds {len(agents)} Q-learning agents; pass the state of one optimizer with one",
     )
     agent = agents[0]
+    moves = LEARNING_RATE_ACTIONS["trend" if agent.trust is None else "trust"], MOMENTUM_ACTIONS
     factors = [
         jnp.exp(jnp.asarray(actions, agent.position.dtype)[agent.actions[i]])
-        for i, actions in enumerate((LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS))
+        for i, actions in enumerate(moves)
     ]
-    return {
+    trust = {} if agent.trust is None else {"trust_ratio": agent.trust.ratio}
+    return trust | {
         "learning_rate": agent.learning_rate,
         "learning_rate_scale": jnp.exp(agent.position[0]),
         "momentum": -jnp.expm1(-agent.position[1]),
@@ -285,7 +292,6 @@ def _sgd_update(
     value: ArrayLike | None = None,
     **extra_args: Any,
 ) -> tuple[optax.Updates, QLearningSGDState]:
-    del extra_args
     if params is None:
         raise ValueError("params=None: weight decay needs them; call update(grads, state, params)")
     paths, treedef = jax.tree.flatten_with_path(updates)
@@ -297,8 +303,9 @@ def _sgd_update(
     dtype = state.agent.position.dtype
     squares = _square_norms(gradients, dtype)
     norm = jnp.sqrt(jnp.sum(squares))
+    controller = settings.controller
     agent, finite = step_agent(
-        state.agent, _scalar(value, dtype), norm, settings.controller, steers_momentum=True
+        state.agent, _scalar(value, dtype), norm, controller, steers_momentum=True
     )
     base = settings.learning_rate
     base = base(state.agent.count) if callable(base) else base
@@ -314,8 +321,12 @@ def _sgd_update(
         _descent(m, weight, layout, agent, finite, settings)
         for m, weight, layout in zip(averages, weights, layouts, strict=True)
     ]
-    momentum = treedef.unflatten(averages)
-    return treedef.unflatten(steps), QLearningSGDState(agent, momentum)
+    moves, momentum = treedef.unflatten(steps), treedef.unflatten(averages)
+    step = Step(finite, updates, moves, params, _scalar(value, dtype), base)
+    agent = agent._replace(
+        trust=read_trust(agent.trust, agent.count, step, controller, **extra_args)
+    )
+    return moves, QLearningSGDState(agent, momentum)
 
 
 def _centred(gradient: Float[Array, "..."], layout: _Layout) -> Float[Array, "..."]:

@@ -11,8 +11,15 @@ import numpy as np
 import pytest
 
 from bytelm import runs
-from bytelm.config import MegabyteConfig, PatchingContract, QLearningSGDConfig, Recipe, TrainConfig
-from bytelm.q_table import CELLS
+from bytelm.config import (
+    MegabyteConfig,
+    PatchingContract,
+    QLearningConfig,
+    QLearningSGDConfig,
+    Recipe,
+    TrainConfig,
+)
+from bytelm.q_table import cells
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import abstract_params
 from bytelm_jax.optimizers.build import build_optimizer
@@ -70,7 +77,8 @@ def logged(folder, name):
 @pytest.fixture(scope="module")
 def tables():
     source = np.random.default_rng(3)
-    arrays = np.zeros((CELLS, 9), np.float32), np.zeros((CELLS, 7), np.float32)
+    rows = cells(QLearningConfig())
+    arrays = np.zeros((rows, 9), np.float32), np.zeros((rows, 7), np.float32)
     arrays[0][[5, 77, 2000]] = source.normal(size=(3, 9))
     arrays[1][[5, 300]] = source.normal(size=(2, 7))
     return arrays

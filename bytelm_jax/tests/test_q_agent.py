@@ -7,10 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bytelm.config.q_learning import QLearningConfig
-from bytelm.q_table import CELLS, EDGES, LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS, log_memory
+from bytelm.q_table import (
+    EDGES,
+    HELD,
+    LEARNING_RATE_ACTIONS,
+    MOMENTUM_ACTIONS,
+    cells,
+    log_memory,
+)
 from bytelm.tolerances import AFTER_200_STEPS
 from bytelm_jax.optimizers import q_agent
 from bytelm_jax.optimizers.q_agent import init_agent, step_agent
@@ -53,28 +61,29 @@ def test_the_table_has_the_specified_shape():
     agent = init_agent(EVERY_STEP, 0.9, 0, jnp.float32)
     assert (agent.q_learning_rate.shape, agent.q_momentum.shape) == ((2058, 9), (2058, 7))
     assert agent.q_learning_rate.dtype == agent.q_momentum.dtype == jnp.float32
-    for actions in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS):
+    for actions in (*LEARNING_RATE_ACTIONS.values(), MOMENTUM_ACTIONS):
         assert sorted(actions) == sorted(-action for action in actions)
         assert list(map(abs, actions)) == sorted(map(abs, actions))
 
 
 def test_every_cell_is_reached_by_its_own_bins():
-    between = [[e - 0.01 for e in edges] + [edges[-1] + 0.01] for edges in EDGES]
+    between = [[e - 0.01 for e in edges] + [edges[-1] + 0.01] for edges in EDGES["trend"]]
     grid = np.stack(np.meshgrid(*between, indexing="ij"), -1).reshape(-1, 4)
 
     def cell(row):
         agent = init_agent(EVERY_STEP, 0.9, 0, jnp.float32)
-        return q_agent._cell(agent._replace(position=row[:2], trend=row[2], stability=row[3]))
+        agent = agent._replace(position=row[:2], trend=row[2], stability=row[3])
+        return q_agent._cell(agent, EVERY_STEP)
 
-    cells = jax.jit(jax.vmap(cell))(jnp.asarray(grid, jnp.float32))
-    np.testing.assert_array_equal(cells, np.arange(CELLS))
+    found = jax.jit(jax.vmap(cell))(jnp.asarray(grid, jnp.float32))
+    np.testing.assert_array_equal(found, np.arange(cells(EVERY_STEP)))
 
 
 def test_no_start_and_no_bound_lies_on_an_edge():
     config = QLearningConfig()
     scales = [0.0, math.log(config.min_scale), math.log(config.max_scale)]
     momenta = [log_memory(x) for x in (0.9, config.min_momentum, config.max_momentum)]
-    for values, edges in zip((scales, momenta), EDGES[:2], strict=True):
+    for values, edges in zip((scales, momenta), EDGES["trend"][:2], strict=True):
         assert min(abs(value - edge) for value in values for edge in edges) > 0.1
 
 
@@ -99,6 +108,46 @@ def test_bad_configurations_are_named(field, value, hint):
         QLearningConfig(**{field: value})
 
 
+@pytest.mark.parametrize(("field", "value"), [("readings", 7), ("hold_below", 0.5)])
+def test_fields_of_the_trust_ratio_need_it(field, value):
+    with pytest.raises(ValueError, match=f"^{field}={value}: has no effect on signal=trend"):
+        QLearningConfig(**{field: value})
+    assert getattr(QLearningConfig(signal="trust", **{field: value}), field) == value
+
+
+@pytest.mark.parametrize("curvature", [0.01, 1.0, 30.0])
+def test_the_trust_ratio_finds_the_rate_of_a_parabola(curvature):
+    """From a rate of 1, for curvatures that need a larger, about the same and a smaller one."""
+    config = QLearningConfig(signal="trust", interval=5, epsilon=0, epsilon_floor=0, surge=0)
+    schedule = optax.linear_schedule(1.0, 0.0, 400)
+    optimizer = q_learning_sgd(schedule, 0.5, 0.0, 0.0, controller=config)
+    params = {"scale": jnp.ones(4)}
+
+    def value_fn(params, noise):
+        return curvature / 2 * jnp.sum((params["scale"] - noise) ** 2)
+
+    def step(carry, noise):
+        params, state = carry
+        value, grads = jax.value_and_grad(value_fn)(params, noise)
+        updates, state = optimizer.update(
+            grads, state, params, value=value, value_fn=lambda params: value_fn(params, noise)
+        )
+        metrics = q_learning_metrics(state)
+        report = metrics["trust_ratio"], metrics["learning_rate_scale"], metrics["momentum"]
+        return (optax.apply_updates(params, updates), state), report
+
+    noise = jax.random.normal(jax.random.key(0), (400, 4))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))
+    (_, state), (ratios, scales, momenta) = run((params, optimizer.init(params)))
+    steady = 100  # 1 - 0.75 of the schedule, after which the agent holds the factor
+    assert ratios[0] == pytest.approx(0.3) and np.all(scales[steady + 10 :] == scales[-1])
+    wanted = {0.01: (4.0, 10.0), 1.0: (0.3, 1.6), 30.0: (0.09, 0.11)}[curvature]
+    assert wanted[0] <= scales[-1] <= wanted[1]
+    assert np.ptp(momenta) < 1e-6 and int(state.agent.trust.phase) == HELD
+    with pytest.raises(ValueError, match="value_fn=None: signal=trust needs"):
+        optimizer.update(params, state, params, value=jnp.ones(()))
+
+
 # ---- what it does at a decision -----------------------------------------------------------------
 
 
@@ -107,7 +156,7 @@ def test_positions_are_the_sum_of_actions_less_what_is_undone():
     _, (agents, _) = traced(losses, norms)
     position, undone = np.array([0.0, -np.log1p(-np.float32(0.9))], np.float32), 0
     low, high = np.log([[0.1, 2.0], [10.0, 200.0]]).astype(np.float32)
-    moves = [np.array(a, np.float32) for a in (LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS)]
+    moves = [np.array(a, np.float32) for a in (LEARNING_RATE_ACTIONS["trend"], MOMENTUM_ACTIONS)]
     for now in range(STEPS):
         if now and agents.reward[now] <= EVERY_STEP.undo_margin:
             back = agents.explored[now - 1]

@@ -22,7 +22,7 @@ from bytelm import runs
 from bytelm.config import PatchingContract, Recipe, to_dict
 from bytelm.files import replace_file
 from bytelm.metrics import METRIC, read_metrics
-from bytelm.q_table import LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS
+from bytelm.q_table import MOMENTUM_ACTIONS, moves
 from bytelm.remote.copies import local_copy
 from bytelm.storage.stores import require_local
 from bytelm.trainable import trainable
@@ -177,9 +177,9 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
     agent = read_agent(run_dir, recipe)
     if agent is None:
         return []
-    tables = []
+    tables, controller = [], recipe.optimizer.controller
     for name, table, actions in (
-        ("learning rate", agent.q_learning_rate, LEARNING_RATE_ACTIONS),
+        ("learning rate", agent.q_learning_rate, moves(controller)[0]),
         ("momentum", agent.q_momentum, MOMENTUM_ACTIONS),
     ):
         values = np.asarray(table, np.float32)

@@ -227,19 +227,20 @@ def make_train_step(
     """
     check_batch(mesh, train)
     dtype = compute_dtype(train, mesh) if dtype is None else dtype
-    find = _make_gradients(bind, train, pad_id, mesh, dtype, names)
+    find = _compiled_for(mesh, _make_gradients(bind, train, pad_id, mesh, dtype, names))
 
     def step(
         state: TrainState, ids: Array, sources: Array | None = None, counted: Array | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
         moving = without(state.params, parts.frozen)
         fixed = {k: v for k, v in state.params.items() if k not in moving}
-        with compiling_for(mesh.devices.flat[0]):
-            (loss, report), gradients = find(
-                state.step, moving, fixed, _Rows(as_ids(ids), sources, counted)
-            )
+        rows = {"fixed": fixed, "batch": _Rows(as_ids(ids), sources, counted)}
+        (loss, report), gradients = find(state.step, moving, **rows)
         norm = global_norm(gradients)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=loss)
+        loss_at = partial(find, state.step, **rows, differentiate=False)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, moving, value=loss, value_fn=loss_at
+        )
         params = jax.tree.map(jnp.add, moving, updates) | fixed
         optimizer_report = optimizer_metrics(opt_state)
         if "skipped_steps" not in optimizer_report:
@@ -284,6 +285,16 @@ class _Form(NamedTuple):
     """The context in which layers are traced."""
 
 
+def _compiled_for(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced for the devices of `mesh`."""
+
+    def traced(*arguments: Any, **named: Any) -> Any:
+        with compiling_for(mesh.devices.flat[0]):
+            return function(*arguments, **named)
+
+    return traced
+
+
 def _make_gradients(
     bind: Callable[[Params], Any],
     train: TrainConfig,
@@ -291,23 +302,28 @@ def _make_gradients(
     mesh: Mesh,
     dtype: jnp.dtype,
     names: tuple[str, ...],
-) -> Callable[[Array, Params, Params, _Rows], tuple[tuple[Array, dict[str, Array]], Params]]:
-    """`(step, moving, fixed, rows) -> ((loss, report), gradients of moving)`, as jit or shard_map.
+) -> Callable[..., Any]:
+    """`(step, moving, fixed, batch) -> ((loss, report), gradients of moving)`, as jit or shard_map.
 
-    Summed over all devices; gradients are partitioned like the parameters.
+    Summed over all devices; gradients are partitioned as parameters. The loss alone with a keyword
+    `differentiate=False`.
     """
-    find = partial(_gradients, bind, train, pad_id, dtype, jax.random.key(train.seed), names)
+    parts = (bind, train, pad_id, dtype, jax.random.key(train.seed), names)
     cast = partial(cast_for, mesh)
 
-    def in_jit(step: Array, moving: Params, fixed: Params, batch: _Rows):
+    def in_jit(
+        step: Array, moving: Params, fixed: Params, batch: _Rows, differentiate: bool = True
+    ):
         rows = batch.ids.shape[0]
         shifts = row_shifts(mesh, rows)
         first_row = 0 if shifts is None else np.repeat(shifts, rows // len(shifts))
         layers = partial(layers_on, mesh)
         form = _Form(lambda x: x, cast, partial(gather, mesh), first_row, rows, layers)
-        return find(form, step, moving, fixed, batch)
+        return _gradients(*parts, differentiate, form, step, moving, fixed, batch)
 
-    def in_shard_map(step: Array, moving: Params, fixed: Params, batch: _Rows):
+    def in_shard_map(
+        step: Array, moving: Params, fixed: Params, batch: _Rows, differentiate: bool = True
+    ):
         axes = gathered_axes(mesh, moving | fixed)
 
         def on_device(step: Array, moving: Params, fixed: Params, batch: _Rows):
@@ -324,7 +340,7 @@ def _make_gradients(
                 rows * mesh.size,
                 partial(parts_on, mesh),
             )
-            return find(form, step, moving, fixed, batch)
+            return _gradients(*parts, differentiate, form, step, moving, fixed, batch)
 
         specs = {k: partition(mesh, leaf.shape, k) for k, leaf in (moving | fixed).items()}
         of_moving = {name: specs[name] for name in moving}
@@ -333,7 +349,7 @@ def _make_gradients(
             on_device,
             mesh=mesh,
             in_specs=(jax.P(), of_moving, of_fixed, jax.P(ROWS)),
-            out_specs=(jax.P(), of_moving),
+            out_specs=(jax.P(), of_moving) if differentiate else jax.P(),
         )(step, moving, fixed, batch)
 
     return in_shard_map if train.parallel == "shard_map" else in_jit
@@ -346,13 +362,14 @@ def _gradients(
     dtype: jnp.dtype,
     seed: Array,
     names: tuple[str, ...],
+    differentiate: bool,
     form: _Form,
     step: Array,
     moving: Params,
     fixed: Params,
     batch: _Rows,
-) -> tuple[tuple[Array, dict[str, Array]], Params]:
-    """Loss, report and gradients of the rows that this program sees, summed over all devices."""
+) -> Any:
+    """Loss, report and gradients, or the loss alone, of these rows, summed over all devices."""
 
     def mean_loss(params: Params, batch: _Rows, keys: Array):
         whole = form.gather(form.cast(params | fixed, dtype))
@@ -382,9 +399,12 @@ def _gradients(
     keys = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(rows)
     counted = counted_ids(batch.ids, pad_id, batch.counted)
     count = jnp.maximum(form.over_devices(jnp.sum(counted)), 1)
-    differentiate = jax.value_and_grad(mean_loss, has_aux=True)
+    parts = train.accumulation_steps
+    if not differentiate:
+        return _over_micro_batches(lambda *part: mean_loss(moving, *part)[0], (batch, keys), parts)
+    with_gradients = jax.value_and_grad(mean_loss, has_aux=True)
     (loss, (nats, metrics, by_source)), gradients = _over_micro_batches(
-        lambda *part: differentiate(moving, *part), (batch, keys), train.accumulation_steps
+        lambda *part: with_gradients(moving, *part), (batch, keys), parts
     )
     report = {k: v / form.total_rows for k, v in metrics.items()} | {"loss": nats / count}
     if batch.sources is not None:

@@ -3,6 +3,8 @@
 Watkins & Dayan 1992. Every `interval` steps the agent observes a cell of its table (the current
 learning rate and momentum, how the smoothed loss falls, how steady the gradient norm is), picks one
 factor for the learning rate and one for 1 / (1 - momentum), and is rewarded at its next decision.
+With `signal="trust"` it observes the schedule's phase and the pooled trust ratio in place of
+momentum and trend (`q_table.py`), and steers the learning rate alone.
 It works on tensors on the parameters' device and never asks for their values: no step waits. What
 the optimizers that hold an agent share stands here, too: saving it, reading it, and its metrics.
 """
@@ -18,7 +20,6 @@ from torch import Tensor
 from bytelm.config.base import require
 from bytelm.config.q_learning import QLearningConfig
 from bytelm.q_table import (
-    CELLS,
     CLEAR,
     COUNTS,
     EDGES,
@@ -27,13 +28,18 @@ from bytelm.q_table import (
     LEAST_SHARE,
     LEAST_SPREAD,
     MOMENTUM_ACTIONS,
-    MOVES,
+    RISING,
     STABILITIES,
+    STEADY,
     TINY,
     TREND_LIMIT,
     TRENDS,
     bounds,
+    cells,
+    first_values,
+    moves,
 )
+from bytelm_torch.optimizers.q_trust import TrustState, init_trust
 from bytelm_torch.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Tensor, ""]
@@ -80,6 +86,7 @@ class QLearningState(NamedTuple):
     stability: Scalar
     reward: Scalar
     learning_rate: Scalar
+    trust: TrustState | None = None
 
 
 @functools.cache
@@ -106,8 +113,8 @@ def init_agent(
         last_surge=zeros(kind=torch.int64) - config.window,
         judged=zeros(kind=torch.int64),
         key=seed_key(seed),
-        q_learning_rate=zeros(CELLS, len(LEARNING_RATE_ACTIONS), kind=torch.float32),
-        q_momentum=zeros(CELLS, len(MOMENTUM_ACTIONS), kind=torch.float32),
+        q_learning_rate=torch.tensor(first_values(config), device=device),
+        q_momentum=zeros(cells(config), COUNTS[1], kind=torch.float32),
         position=position,
         before=position.clone(),
         actions=zeros(2, kind=torch.int64),
@@ -128,6 +135,7 @@ def init_agent(
         stability=zeros(),
         reward=zeros(),
         learning_rate=zeros(),
+        trust=init_trust(config, dtype, device),
     )
 
 
@@ -161,7 +169,7 @@ def step_agent(
     state = _observe(state, loss, norm, finite, config.window, half_life)
     carried = 0.5 ** (config.interval / half_life)
     state, alpha = _judge(state, due, sound, carried, config)
-    cell = _cell(state)
+    cell = _cell(state, config)
     _learn(state, cell, learns, alpha, config)
     state = _choose(state, cell, due, config, steers_momentum)
     state = state._replace(
@@ -252,11 +260,14 @@ def _halved(position: Float[Tensor, "2"], config: QLearningConfig) -> Float[Tens
     return torch.stack([(position[0] - math.log(2)).clamp(min=least), position[1]])
 
 
-def _cell(state: QLearningState) -> Int[Tensor, ""]:
+def _cell(state: QLearningState, config: QLearningConfig) -> Int[Tensor, ""]:
     """Index of the table row for the current observation."""
-    signals = (state.position[0], state.position[1], state.trend, state.stability)
+    second, third = state.position[1], state.trend
+    if state.trust is not None:
+        second, third = third.new_full((), state.trust.phase), state.trust.ratio
+    signals = (state.position[0], second, third, state.stability)
     cell = torch.zeros_like(state.cell)
-    for signal, edges in zip(signals, EDGES, strict=True):
+    for signal, edges in zip(signals, EDGES[config.signal], strict=True):
         digit = (signal > _constant(edges, signal.dtype, signal.device)).sum()
         cell = cell * (len(edges) + 1) + digit
     return cell
@@ -302,10 +313,12 @@ def _choose(
     actions, explored = _pick(_rows(state, cell), draws, state.epsilon, config)
     position = state.position
     low, high = (_constant(b, position.dtype, position.device) for b in bounds(config))
-    moves = [_constant(m, position.dtype, position.device) for m in MOVES]
-    moves = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(moves)]
-    moved = (position + torch.cat(moves)).clamp(low, high)
-    if not steers_momentum:
+    if state.trust is not None and state.trust.phase != STEADY:
+        actions, explored = torch.zeros_like(actions), torch.zeros_like(explored)
+    steps = [_constant(m, position.dtype, position.device) for m in moves(config)]
+    steps = [m.index_select(0, actions[i : i + 1]) for i, m in enumerate(steps)]
+    moved = (position + torch.cat(steps)).clamp(low, high)
+    if not steers_momentum or state.trust is not None:
         actions = torch.stack([actions[0], torch.zeros_like(actions[1])])
         explored = torch.stack([explored[0], torch.zeros_like(explored[1])])
         moved = torch.stack([moved[0], position[1]])
@@ -358,15 +371,17 @@ def q_learning_metrics(optimizer: Steered) -> dict[str, Tensor]:
     `learning_rate_scale` over the base, `epsilon`, `reward` (−1 at a skipped step and at a surge),
     the factors that the last decision chose (`learning_rate_action`, and `momentum_action` of
     1 / (1 − momentum)), `smoothed_loss`, `trend` (the fall of the loss over its deviation),
-    `stability` (deviation over mean of the gradient norm), and the counts `decisions`,
-    `skipped_steps` and `surges`.
+    `stability` (deviation over mean of the gradient norm), the counts `decisions`,
+    `skipped_steps` and `surges`, and with `signal="trust"` the pooled `trust_ratio`.
     """
     agent = optimizer.agent
+    moves = LEARNING_RATE_ACTIONS["trend" if agent.trust is None else "trust"], MOMENTUM_ACTIONS
     factors = [
         torch.exp(agent.position.new_tensor(actions)[agent.actions[i]])
-        for i, actions in enumerate((LEARNING_RATE_ACTIONS, MOMENTUM_ACTIONS))
+        for i, actions in enumerate(moves)
     ]
-    return {
+    trust = {} if agent.trust is None else {"trust_ratio": agent.trust.ratio}
+    return trust | {
         "learning_rate": agent.learning_rate,
         "learning_rate_scale": torch.exp(agent.position[0]),
         "momentum": -torch.expm1(-agent.position[1]),
@@ -385,10 +400,14 @@ def q_learning_metrics(optimizer: Steered) -> dict[str, Tensor]:
 
 def save_agent(agent: QLearningState) -> dict[str, Any]:
     """The agent for a state dict, which later steps leave alone."""
-    return {
+    saved = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in agent._asdict().items()
     }
+    trust = saved.pop("trust")
+    if trust is None:
+        return saved
+    return saved | {"trust": {**trust._asdict(), "ratio": trust.ratio.clone()}}
 
 
 def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
@@ -397,7 +416,10 @@ def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
         name: value.to(device, copy=True) if isinstance(value, Tensor) else value
         for name, value in saved.items()
     }
-    return QLearningState(**{**agent, "key": tuple(agent["key"])})
+    trust = agent.pop("trust", None)
+    if trust is not None:
+        trust = TrustState(**{**trust, "ratio": trust["ratio"].to(device, copy=True)})
+    return QLearningState(**{**agent, "key": tuple(agent["key"])}, trust=trust)
 
 
 def begin_counting(saved: dict[str, Any]) -> None:
@@ -408,6 +430,8 @@ def begin_counting(saved: dict[str, Any]) -> None:
     zero = torch.zeros_like(saved["skipped"])
     surge = saved["last_surge"] - saved["count"]
     saved |= {"count": 0, "skipped": zero, "surges": zero.clone(), "last_surge": surge}
+    if "trust" in saved:
+        saved |= {"trust": saved["trust"] | {"phase": RISING, "peak": 0.0}}
 
 
 def require_agent(state_dict: dict[str, Any], kind: str) -> None:

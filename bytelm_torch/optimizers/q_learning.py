@@ -33,6 +33,13 @@ from bytelm_torch.optimizers.q_agent import (
     step_agent,
     wide,
 )
+from bytelm_torch.optimizers.q_trust import (
+    evaluate,
+    in_phase,
+    pooled,
+    reads_trust,
+    require_value,
+)
 from bytelm_torch.optimizers.threefry import fold_in, normals
 
 _DEFAULT_CONTROLLER = QLearningConfig()
@@ -163,16 +170,30 @@ class EnhancedSGD(torch.optim.Optimizer):
         return self._agent
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Loss | None = None) -> Any:
-        """One step; the loss is what `closure` returns, or `loss`. Returns it."""
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Loss | None = None,
+        value_fn: Callable[[], Any] | None = None,
+    ) -> Any:
+        """One step; the loss is what `closure` returns, or `loss`. Returns it.
+
+        A controller with `signal="trust"` asks for the loss once more after the last step before
+        each decision: from `closure`, with the same random numbers, or from `value_fn`.
+        """
         if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            place, controller = self.agent.position.device, self._settings.controller
+            loss, again = evaluate(closure, weights, place, controller)
+            value_fn = again if value_fn is None else value_fn
+        if self._settings.controller.signal == "trust" and loss is not None:
+            require_value(value_fn)
         plain = loss is None and self.loss_is_optional
         value = None if plain else mean_loss(loss, self.agent.position)
         leaves = self._leaves()
         if leaves:
-            self._move(leaves, value)
+            self._move(leaves, value, value_fn)
         return loss
 
     def _leaves(self) -> list[_Leaf]:
@@ -187,8 +208,11 @@ class EnhancedSGD(torch.optim.Optimizer):
                     leaves.append(_Leaf(weight, weight.grad, group["lr"], decay, path, mean_axes))
         return leaves
 
-    def _move(self, leaves: list[_Leaf], loss: Scalar | None) -> None:
+    def _move(
+        self, leaves: list[_Leaf], loss: Scalar | None, value_fn: Callable[[], Any] | None
+    ) -> None:
         settings, old = self._settings, self.agent
+        reads = loss is not None and reads_trust(old.trust, old.count, settings.controller)
         gradients = [wide(leaf.gradient) for leaf in leaves]
         if settings.centralize:
             gradients = [_centred(g, leaf) for g, leaf in zip(gradients, leaves, strict=True)]
@@ -209,13 +233,23 @@ class EnhancedSGD(torch.optim.Optimizer):
         gradients = [g * scale.to(g.device, g.dtype) for g in gradients]
         if settings.noise_scale:
             gradients = _noisy(gradients, leaves, norm * scale, old.key, step, settings)
+        predicted = norm.new_zeros(())
         for gradient, leaf in zip(gradients, leaves, strict=True):
             memory = self.state[leaf.weight]
             if not memory:
                 memory["momentum_buffer"] = torch.zeros_like(gradient)
             average = memory["momentum_buffer"]
             _average(gradient, average, agent, finite)
-            _descend(average, leaf, rate, finite, settings)
+            applied = _descend(average, leaf, rate, finite, settings)
+            if reads:
+                predicted -= (leaf.gradient.to(dtype) * applied.to(dtype)).sum().to(place)
+        if loss is not None and self._agent.trust is not None:
+            trust = self._agent.trust
+            if reads:
+                actual = loss - mean_loss(require_value(value_fn)(), loss)
+                trust = pooled(trust, actual, predicted, finite, settings.controller)
+            trust = in_phase(trust, self.param_groups[0]["lr"], settings.controller)
+            self._agent = self._agent._replace(trust=trust)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything: momenta and groups as torch holds them, agent and settings beside them."""
@@ -334,10 +368,12 @@ def _average(gradient: Tensor, average: Tensor, agent: QLearningState, finite: T
 
 def _descend(
     average: Tensor, leaf: _Leaf, rate: Scalar, finite: Tensor, settings: _Settings
-) -> None:
+) -> Tensor:
+    """Moves a parameter; what it moved by."""
     step = average / (1 - settings.momentum)
     if leaf.weight_decay:
         step = step + leaf.weight_decay * leaf.weight.to(average.dtype)
     rate = (leaf.learning_rate * rate).to(average.device, average.dtype)
-    step = torch.where(finite.to(average.device), -rate * step, 0.0)
-    leaf.weight.add_(step.to(leaf.weight.dtype))
+    step = torch.where(finite.to(average.device), -rate * step, 0.0).to(leaf.weight.dtype)
+    leaf.weight.add_(step)
+    return step

@@ -19,6 +19,13 @@ from bytelm_torch.optimizers.q_agent import (
     step_agent,
     wide,
 )
+from bytelm_torch.optimizers.q_trust import (
+    evaluate,
+    in_phase,
+    pooled,
+    reads_trust,
+    require_value,
+)
 
 _DEFAULT_CONTROLLER = QLearningConfig()
 
@@ -73,14 +80,24 @@ class QLearning(torch.optim.Optimizer):
             check_group(self.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, loss: Loss | None = None) -> Any:
-        """One step; the loss is what `closure` returns, or `loss`. Returns it."""
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        value = mean_loss(loss, self.agent.position)
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        loss: Loss | None = None,
+        value_fn: Callable[[], Any] | None = None,
+    ) -> Any:
+        """One step, as `EnhancedSGD.step`."""
         weights = [weight for group in self.param_groups for weight in group["params"]]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        if closure is not None:
+            place = self.agent.position.device
+            loss, again = evaluate(closure, weights, place, self._controller)
+            value_fn = again if value_fn is None else value_fn
+        value = mean_loss(loss, self.agent.position)
+        if self._controller.signal == "trust":
+            require_value(value_fn)
+        moving = [weight for weight in weights if weight.grad is not None]
+        gradients = [weight.grad for weight in moving if weight.grad is not None]
         if not gradients:
             return loss
         squares = [wide(g).square().sum().to(value.device, value.dtype) for g in gradients]
@@ -90,13 +107,30 @@ class QLearning(torch.optim.Optimizer):
         scale, mu = torch.exp(agent.position[0]), -torch.expm1(-agent.position[1])
         base = self.param_groups[0]["lr"]
         self.agent = agent._replace(learning_rate=base * scale)
+        clip = torch.ones_like(norm)
         if self._max_grad_norm:
             clip = self._max_grad_norm / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+            clip = clip.clamp(max=1.0)
             for gradient in gradients:
-                gradient.mul_(clip.clamp(max=1.0).to(gradient.device, gradient.dtype))
+                gradient.mul_(clip.to(gradient.device, gradient.dtype))
         known = torch.stack([finite.to(scale.dtype), scale, mu]).tolist()
+        reads = bool(known[0]) and reads_trust(agent.trust, agent.count - 1, self._controller)
+        before = [weight.clone() for weight in moving if reads]
         if known[0]:
             self._step_inner(known[1], known[2] if steered else None)
+        if agent.trust is not None:
+            trust = agent.trust
+            if reads:
+                moved = [w - old for w, old in zip(moving, before, strict=True)]
+                products = [
+                    (g.to(value.dtype) * u.to(value.dtype)).sum().to(value.device)
+                    for g, u in zip(gradients, moved, strict=True)
+                ]
+                predicted = -torch.stack(products).sum() / clip
+                actual = value - mean_loss(require_value(value_fn)(), value)
+                trust = pooled(trust, actual, predicted, finite, self._controller)
+            trust = in_phase(trust, base, self._controller)
+            self.agent = self.agent._replace(trust=trust)
         return loss
 
     def _step_inner(self, scale: float, momentum: float | None) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,6 +149,9 @@ def require_agreement(group: Group, found: dict[str, Any]) -> None:
 Report = dict[str, Tensor]
 """The metrics of a step, by name."""
 
+OBJECTIVE = "objective"
+"""What is differentiated, the loss and a model's extra loss: part of no report outside of here."""
+
 
 class RowLoss(nn.Module):
     """Sums of rows: nats, extra loss, metrics, nats by source; the module that DDP wraps."""
@@ -197,13 +201,14 @@ def make_train_step(
     check_batch(group, train)
     dtype, parts = compute_dtype(train, group.device), train.accumulation_steps
     whole = _over_processes(group, RowLoss(model, pad_id, train.remat, len(names)), compiled)
+    forward = partial(_forward, whole, group, dtype)
 
     def backward(batch: dict[str, Tensor], count: Tensor, rows: int, each: Tensor) -> Report:
-        with autocast(group.device, dtype):
-            nats, extra, metrics, by_source = whole(**batch)
+        nats, objective, metrics, by_source = forward(batch, count, rows)
         # DDP averages the gradients of the processes, but they should be summed.
-        ((nats / count + extra / rows) * group.size).backward()
-        report = {"loss": nats / count, **{k: v / rows for k, v in metrics.items()}}
+        (objective * group.size).backward()
+        report = {"loss": nats / count, OBJECTIVE: objective}
+        report |= {k: v / rows for k, v in metrics.items()}
         if by_source is not None:
             report |= {f"loss/{name}": x for name, x in zip(names, by_source / each, strict=True)}
         return {name: value.detach() for name, value in report.items()}
@@ -212,25 +217,50 @@ def make_train_step(
         count: int, rows: np.ndarray, learning_rate: float, max_grad_norm: float, stop: bool,
         **rest: np.ndarray,
     ) -> Report:  # fmt: skip
-        mixed = np.random.SeedSequence((train.seed, count, group.rank)).generate_state(1, np.uint64)
-        torch.manual_seed(int(mixed[0]))
+        seed = _seed(train.seed, count, group.rank)
+        torch.manual_seed(seed)
         batch = {name: torch.from_numpy(each).to(group.device) for name, each in rest.items()}
         batch["ids"] = as_ids(torch.from_numpy(rows)).to(group.device)
         total, each = _counts(group, batch, pad_id, len(names))
         optimizer.zero_grad()
+        cut = [{name: value[i::parts] for name, value in batch.items()} for i in range(parts)]
         reports = []
-        for part in range(parts):
-            quiet = isinstance(whole, DistributedDataParallel) and part + 1 < parts
+        for ours in cut:
+            quiet = isinstance(whole, DistributedDataParallel) and ours is not cut[-1]
             with whole.no_sync() if quiet else nullcontext():  # pyright: ignore
-                ours = {name: value[part::parts] for name, value in batch.items()}
                 reports.append(backward(ours, total, len(rows) * group.size, each))
         report = _add_up(group, reports, stop)
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        report["grad_norm"] = global_norm(gradients)
-        _move(optimizer, model, report, learning_rate, max_grad_norm)
+        report["grad_norm"] = global_norm(p.grad for p in model.parameters() if p.grad is not None)
+        set_rate(optimizer, learning_rate)
+        again = partial(forward, count=total, rows=len(rows) * group.size)
+        _move(optimizer, model, report, max_grad_norm, partial(_loss_now, group, seed, again, cut))
         return report
 
     return step
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _forward(
+    whole: nn.Module, group: Group, dtype: torch.dtype,
+    batch: dict[str, Tensor], count: Tensor, rows: int,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor | None]:  # fmt: skip
+    """Nats, what is differentiated, metrics, and nats by source of a micro-batch."""
+    with autocast(group.device, dtype):
+        nats, extra, metrics, by_source = whole(**batch)
+    return nats, nats / count + extra / rows, metrics, by_source
+
+
+def _loss_now(
+    group: Group, seed: int, forward: Callable[..., Any], cut: list[dict[str, Tensor]]
+) -> Tensor:
+    """The loss of the same micro-batches, with the same dropout, at the parameters of now."""
+    with torch.random.fork_rng([group.device] if group.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return all_sum(group, torch.stack([forward(ours)[1] for ours in cut]).sum())
 
 
 def _over_processes(group: Group, loss: RowLoss, compiled: bool) -> nn.Module:
@@ -268,13 +298,13 @@ def _move(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     report: dict[str, Tensor],
-    learning_rate: float,
     max_grad_norm: float,
+    loss_now: Callable[[], Tensor],
 ) -> None:
-    set_rate(optimizer, learning_rate)
-    loss, norm = report["loss"], report["grad_norm"]
-    if "loss" in inspect.signature(optimizer.step).parameters:  # Q-learning: clips and skips itself
-        optimizer.step(loss=loss)  # pyright: ignore[reportCallIssue]
+    objective, loss, norm = report.pop(OBJECTIVE), report["loss"], report["grad_norm"]
+    takes = inspect.signature(optimizer.step).parameters
+    if "value_fn" in takes:  # an optimizer with an agent clips and skips by itself
+        optimizer.step(loss=objective, value_fn=loss_now)  # pyright: ignore[reportCallIssue]
         return
     if not torch.isfinite(loss + norm):
         return

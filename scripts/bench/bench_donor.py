@@ -337,10 +337,10 @@ class Arms:
     def _trained(self, stage: Stage) -> Any:
         trainer = self._trainer(stage)
         if stage.seconds:
-            done = trainer.train(stage.seed, stage.seconds, time.monotonic, _POINTS)
-            ends = [(seconds, held_out) for seconds, held_out, _ in done.curve]
-            rate = done.steps / done.seconds
-            points = [(round(rate * s), s, bits) for s, bits in ends]
+            clock, endless = time.monotonic, sys.maxsize  # the text may be read several times
+            done = trainer.train(stage.seed, stage.seconds, clock, _POINTS, most_steps=endless)
+            size = self.recipe.train.batch_size * self.recipe.data.sequence_length
+            points = [(read // size, used, bits) for used, read, bits, _ in done.curve]
             return done.params, done.steps, done.seconds, points
         return trainer.count(stage.seed, stage.steps)
 
@@ -355,7 +355,7 @@ class Arms:
 def trainer_class() -> Any:
     """`equal_time.Trainer`, from given parameters, also by a number of steps."""
     import jax
-    from equal_time import Trainer, _Run
+    from equal_time import Trainer, _Run, rate_at
 
     from bytelm_jax.training import mesh as meshes
 
@@ -364,8 +364,8 @@ def trainer_class() -> Any:
             super().__init__(recipe)
             self._given = start
 
-        def _start(self, seed: int) -> Any:
-            state = super()._start(seed)
+        def start(self, seed: int) -> Any:
+            state = super().start(seed)
             if self._given is None:
                 return state
             copies = {name: jax.numpy.array(value) for name, value in self._given.items()}
@@ -373,18 +373,25 @@ def trainer_class() -> Any:
 
         def count(self, seed: int, steps: int) -> Any:
             """Trains so many steps; parameters, steps, seconds, [(steps, seconds, bits)]."""
-            run = _Run(self._start(seed), self._batches(seed), time.monotonic)
-            step = self._program(steps)
-            run.compiles(step)
+            self.compile(seed)
+            run, optimizer = _Run(self, seed, time.monotonic), self.recipe.optimizer
+            rising = min(optimizer.warmup_steps / steps, 0.5)
+
+            def rate(used: float, count: int) -> float:
+                del used
+                falling = rate_at(count / steps, rising, optimizer.final_fraction)
+                return optimizer.learning_rate * falling
+
             points = list[tuple[int, float, float]]()
             for end in ends_of(steps):
-                run.advance(step, math.inf, end)
+                run.advance(rate, math.inf, end)
                 points.append((run.count, run.used, self._point(run)[0]))
             return run.state.params, run.count, run.used, points
 
         def _point(self, run: Any) -> tuple[float, float]:
             run.losses.clear()
-            return self._look(run.state.params, _HELD_OUT).bits_per_byte, math.nan
+            first = next(iter(self.held_out.values()))
+            return self._look(run.state.params, first, _HELD_OUT).bits_per_byte, math.nan
 
     return FromWeights
 

@@ -4,8 +4,8 @@ No command of its own. Compilation and evaluation never count as training. What 
 taken from is the caller's choice: the wall's for a device, the process's for a shared CPU.
 """
 
-import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -15,16 +15,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import flax
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
 
 from bytelm import data, recipes
 from bytelm.arguments import parse_recipe
 from bytelm.config import Recipe
+from bytelm.config.base import require
 from bytelm.metrics import Evaluation, bits_per_byte
 from bytelm.run_data import open_windows
 from bytelm.trainable import trainable
@@ -36,30 +42,23 @@ from bytelm_jax.training import step as steps
 from bytelm_jax.training.batches import training_batches
 from bytelm_jax.training.evaluate import evaluate_batches, make_row_nats
 
-_PROBE = 0.02
-"""The share of the time after which the speed is known, and so the number of steps."""
-
 _QUICK_WINDOWS = 64
 """Held-out windows, evenly spaced, behind each point of a curve."""
 
 
 class Trained(NamedTuple):
-    """What a run left; a point of `curve` is seconds, held-out and training bits per byte."""
+    """What a run left.
+
+    A point of `curve` is seconds, bytes, held-out and training bits per byte.
+    """
 
     params: Params
     steps: int
+    bytes: int
     seconds: float
     peak_gib: float
-    evaluation: Evaluation
-    curve: list[tuple[float, float, float]]
-
-
-def add_options(parser: argparse.ArgumentParser, seconds: float) -> None:
-    """On what is trained and evaluated, for how long, on how many GPUs."""
-    parser.add_argument("--train", default="english_train.txt", help="text to train on")
-    parser.add_argument("--valid", default="english_valid.txt", help="text to evaluate on")
-    parser.add_argument("--seconds", type=float, default=seconds)
-    parser.add_argument("--gpus", type=int, default=1)
+    evaluations: dict[str, Evaluation]
+    curve: list[tuple[float, int, float, float]]
 
 
 def read_row(row: str, options: str = "") -> Recipe:
@@ -81,116 +80,175 @@ def machine() -> dict[str, Any]:
     }
 
 
-class Trainer:
-    """A recipe, compiled for as many runs as are asked for.
+class PacedState(NamedTuple):
+    """The state of `paced`: the learning rate of the next step, and the optimizer's own."""
 
-    It is evaluated on all of `held_out`, or on what the recipe itself holds out.
+    rate: Array
+    inner: Any
+
+
+def paced(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """`inner`, whose learning rate is 1, times a rate in its state, which its user sets."""
+
+    def init(params: Any) -> PacedState:
+        return PacedState(jnp.zeros(()), inner.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any):
+        updates, inner_state = inner.update(updates, state.inner, params, **extra)
+        scaled = jax.tree.map(lambda u: u * state.rate.astype(u.dtype), updates)
+        return scaled, PacedState(state.rate, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def rate_at(done: float, warmup: float, floor: float) -> float:
+    """The factor of the learning rate where the share `done` of a run is over: linear, cosine."""
+    if done < warmup:
+        return done / warmup
+    left = 0.5 * (1 + math.cos(math.pi * min((done - warmup) / (1 - warmup), 1.0)))
+    return floor + (1 - floor) * left
+
+
+class Trainer:
+    """A recipe, compiled once for all its seeds, learning rates and lengths of runs.
+
+    A run ends when its seconds, or its passes over the text, are over, whichever is first. The
+    learning rate follows the share that is over: it rises over `warmup` of it and falls along a
+    cosine to the recipe's `final_fraction`. Every set of `held_out` is evaluated at the end.
     """
 
-    def __init__(self, recipe: Recipe, held_out: data.Windows | None = None) -> None:
-        self.recipe, run, vocab = recipe, recipe.train, recipe.model.vocab
+    def __init__(
+        self, recipe: Recipe, held_out: dict[str, data.Windows] | None = None, warmup: float = 0.05
+    ) -> None:
+        require(
+            not recipe.optimizer.has_agent,
+            f"optimizer={recipe.optimizer.name}: its agent needs the schedule of `bytelm train`",
+        )
+        self.recipe, self._warmup, run = recipe, warmup, recipe.train
         self.windows, validation, _ = open_windows(recipe)
         self._limit, self.held_out = (
-            (run.eval_windows, validation[""]) if held_out is None else (None, held_out)
+            (run.eval_windows, validation) if held_out is None else (None, held_out)
         )
         self._mesh = meshes.make_mesh(1)
-        self._bind, self._init = define_model(recipe.model)
-        self._parts = trainable(recipe, abstract_params(recipe.model))
-        dtype = steps.compute_dtype(run)
-        self._row_nats = make_row_nats(self._bind, vocab.pad_id, self._mesh, dtype)
-        self._programs: dict[int, Callable] = {}
+        bind, self._init = define_model(recipe.model)
+        parts = trainable(recipe, abstract_params(recipe.model))
+        dtype, pad_id = steps.compute_dtype(run), recipe.model.vocab.pad_id
+        self._row_nats = make_row_nats(bind, pad_id, self._mesh, dtype)
+        unit = replace(
+            recipe.optimizer, learning_rate=1.0, schedule="constant", warmup_steps=0,
+            decay_steps=0, final_fraction=type(recipe.optimizer).final_fraction,
+        )  # fmt: skip
+        self._optimizer = paced(build_optimizer(unit, run.steps, parts=parts))
+        self._step = steps.make_train_step(bind, self._optimizer, run, pad_id, self._mesh, parts)
+        self._compiled = False
+
+    @property
+    def steps_of_a_pass(self) -> int:
+        """Steps that read the text once."""
+        return max(1, len(self.windows) // self.recipe.train.batch_size)
 
     def train(
-        self, seed: int, seconds: float, clock: Callable[[], float], points: int = 0
+        self,
+        seed: int,
+        seconds: float,
+        clock: Callable[[], float],
+        points: int = 0,
+        rate: float | None = None,
+        most_steps: int = 0,
     ) -> Trained:
         """Trains from `seed` for so many seconds of `clock`; `points` are those of the curve.
 
-        The learning rate ends its descent when the time is over: the steps are counted from the
-        speed of the first ones, which belong to the warm-up and so are the same whatever that
-        number. The curve's points are denser at its beginning.
+        `rate` is the highest learning rate, by default the recipe's; `most_steps` end a run in
+        place of a pass over the text. The curve's points are denser at its beginning.
         """
-        optimizer, curve = self.recipe.optimizer, []
-        run = _Run(self._start(seed), self._batches(seed), clock)
-        step = self._program(self.recipe.train.steps)
-        run.compiles(step)
-        if optimizer.final_fraction < 1:
-            run.advance(step, _PROBE * seconds, max(2, optimizer.warmup_steps))
-            whole = run.count + 1 + round((seconds - run.used) * (run.count - 1) / run.used)
-            step = self._program(whole)
-            run.compiles(step)
-        for i in range(1, max(points, 1) + 1):
-            until = seconds * (i / max(points, 1)) ** 1.5
-            if until > run.used:
-                run.advance(step, until)
-                if points:
-                    curve.append((run.used, *self._point(run)))
-        if points and run.losses:  # a slow machine's first steps took all the time
-            curve.append((run.used, *self._point(run)))
-        memory = jax.local_devices()[0].memory_stats() or {}
-        peak = memory.get("peak_bytes_in_use", 0) / 2**30
-        params = run.state.params
-        return Trained(params, run.count, run.used, peak, self._look(params, self._limit), curve)
+        self.compile(seed)
+        peak_rate = self.recipe.optimizer.learning_rate if rate is None else rate
+        most = most_steps or self.steps_of_a_pass
+        run, curve, floor = _Run(self, seed, clock), [], self.recipe.optimizer.final_fraction
 
-    def _start(self, seed: int) -> steps.TrainState:
+        def factor(used: float, count: int) -> float:
+            done = max(used / seconds, count / most)
+            return peak_rate * rate_at(done, self._warmup, floor)
+
+        for i in range(1, max(points, 1) + 1):
+            share = (i / max(points, 1)) ** 1.5
+            run.advance(factor, share * seconds, max(1, round(share * most)))
+            if points and run.losses:
+                curve.append((run.used, run.bytes, *self._point(run)))
+        memory = jax.local_devices()[0].memory_stats() or {}
+        peak, params = memory.get("peak_bytes_in_use", 0) / 2**30, run.state.params
+        sets = {name: self._look(params, each, self._limit) for name, each in self.held_out.items()}
+        return Trained(params, run.count, run.bytes, run.used, peak, sets, curve)
+
+    def compile(self, seed: int) -> None:
+        """Compiles the step, if it is not yet, by one whose result is thrown away."""
+        if not self._compiled:
+            throwaway = _Run(self, seed, time.perf_counter)
+            throwaway.step(0.0)
+            jax.block_until_ready(throwaway.state)
+            self._compiled = True
+
+    def start(self, seed: int) -> steps.TrainState:
+        """The state before the first step."""
         recipe = self.recipe
-        optimizer = build_optimizer(recipe.optimizer, recipe.train.steps, parts=self._parts)
-        state = steps.init_state(self._mesh, optimizer, lambda: self._init(seed))
+        state = steps.init_state(self._mesh, self._optimizer, lambda: self._init(seed))
         if recipe.train.entropy_from:
             trained = meshes.place(self._mesh, patch_contract.load_entropy_model(recipe))
             state = state._replace(params=state.params | trained)
         return state
 
-    def _batches(self, seed: int) -> Iterator[Any]:
+    def batches(self, seed: int) -> Iterator[Any]:
+        """Batches of ids on the device, in the order of `seed`."""
         rows = training_batches(self.windows, self.recipe.train.batch_size, seed, 0)
         return (meshes.put_batch(self._mesh, batch.ids) for batch in rows)
 
-    def _program(self, count: int) -> Callable:
-        if count not in self._programs:
-            recipe = self.recipe
-            optimizer = build_optimizer(recipe.optimizer, count, parts=self._parts)
-            pad_id = recipe.model.vocab.pad_id
-            self._programs[count] = steps.make_train_step(
-                self._bind, optimizer, recipe.train, pad_id, self._mesh, self._parts
-            )
-        return self._programs[count]
+    def take_step(self, state: steps.TrainState, ids: Any, rate: float) -> tuple[Any, Any]:
+        """The state after a step at this learning rate, and its report."""
+        on_device = meshes.place(self._mesh, np.float32(rate))
+        return self._step(state._replace(opt_state=state.opt_state._replace(rate=on_device)), ids)
 
-    def _look(self, params: Params, limit: int | None) -> Evaluation:
-        batches = data.evaluation_batches(self.held_out, self.recipe.train.batch_size, limit)
+    def _look(self, params: Params, windows: data.Windows, limit: int | None) -> Evaluation:
+        batches = data.evaluation_batches(windows, self.recipe.train.batch_size, limit)
         return evaluate_batches(self._row_nats, params, batches, self._mesh)
 
     def _point(self, run: "_Run") -> tuple[float, float]:
-        """Held-out and training bits per byte, the latter since the last point."""
+        """Bits per byte of the first held-out set, and of training since the last point."""
         nats = statistics.fmean(jax.device_get(run.losses))
         run.losses.clear()
-        return self._look(run.state.params, _QUICK_WINDOWS).bits_per_byte, bits_per_byte(nats, 1)
+        first = next(iter(self.held_out.values()))
+        looked = self._look(run.state.params, first, _QUICK_WINDOWS)
+        return looked.bits_per_byte, bits_per_byte(nats, 1)
 
 
 class _Run:
     """A run under way: its state, its steps, the seconds used and the losses since last cleared."""
 
-    def __init__(self, state: Any, batches: Iterator[Any], clock: Callable[[], float]) -> None:
-        self.state, self._batches, self._clock = state, batches, clock
+    def __init__(self, trainer: Trainer, seed: int, clock: Callable[[], float]) -> None:
+        self.state, self._batches = trainer.start(seed), trainer.batches(seed)
+        self._trainer, self._clock = trainer, clock
         self.count, self.used = 0, 0.0
         self.losses: list[Any] = []
         self._in_flight = 0 if jax.default_backend() == "cpu" else 4
 
-    def compiles(self, step: Callable) -> None:
-        """The first step of a program: it counts as a step, but not as time."""
-        self._one(step)
-        jax.block_until_ready(self.state)
+    @property
+    def bytes(self) -> int:
+        """Bytes read so far, pads included."""
+        recipe = self._trainer.recipe
+        return self.count * recipe.train.batch_size * recipe.data.sequence_length
 
-    def advance(self, step: Callable, until: float, most: int = sys.maxsize) -> None:
+    def advance(self, factor: Callable[[float, int], float], until: float, most: int) -> None:
         """Steps until `until` seconds are used, or there are `most` steps in all."""
         begin = self._clock() - self.used
         while self._clock() - begin < until and self.count < most:
-            self._one(step)
+            self.step(factor(self._clock() - begin, self.count + 1))
             if len(self.losses) > self._in_flight:
                 jax.block_until_ready(self.losses[-1 - self._in_flight])
         jax.block_until_ready(self.state)
         self.used = self._clock() - begin
 
-    def _one(self, step: Callable) -> None:
-        self.state, report = step(self.state, next(self._batches))
+    def step(self, rate: float) -> None:
+        """One step."""
+        self.state, report = self._trainer.take_step(self.state, next(self._batches), rate)
         self.losses.append(report["loss"])
         self.count += 1
 

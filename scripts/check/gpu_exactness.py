@@ -5,7 +5,7 @@
     python scripts/check/gpu_exactness.py --train README.md --valid README.md --rows megabyte_tiny \
         --seconds 5 --small --work /tmp/exact                                     # on a CPU
 
-Trains each of `--rows` for `--seconds` on a GPU of its own (`bench_five_minutes.py`; runs that
+Trains each of `--rows` for `--seconds` on a GPU of its own (`arena.py`; runs that
 `--work` holds are taken), then runs the parts, `--gpus` beside each other. JSON lines as they come:
 
 - parity: every architecture's tiny model with random weights, JAX here against torch on the CPU, on
@@ -96,15 +96,18 @@ def train(options: argparse.Namespace) -> list[Path]:
     """The run folders, trained if they are not there."""
     sys.path.insert(0, str(ROOT / "scripts/bench"))
     sys.path.insert(0, str(ROOT))
-    from bench_five_minutes import folder
+    from arena import Cell, folder
 
-    runs = [options.work / "runs" / folder(row) for row in options.rows]
+    cells = [Cell(row, "adamw", 1.0, options.seconds) for row in options.rows]
+    runs = [options.work / "runs" / folder(cell) for cell in cells]
     missing = [row for row, run in zip(options.rows, runs, strict=True) if not run.exists()]
     if missing:
-        program = [sys.executable, ROOT / "scripts/bench/bench_five_minutes.py", "--rows", *missing]
+        lines = options.work / "training.jsonl"
+        lines.unlink(missing_ok=True)
+        program = [sys.executable, ROOT / "scripts/bench/arena.py", "--arms", *missing]
         program += ["--train", options.train, "--valid", options.valid, "--gpus", options.gpus]
-        program += ["--seconds", options.seconds, "--save", options.work / "runs"]
-        program += ["--options", "--warmup-steps 1"] if options.small else []
+        program += ["--run-seconds", options.seconds, "--seconds", 1e9, "--points", 0]
+        program += ["--save", options.work / "runs", "--out", lines]
         subprocess.run(list(map(str, program)), env=os.environ | environment(), check=True)
     return runs
 

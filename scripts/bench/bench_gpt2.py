@@ -1,17 +1,16 @@
-"""MEGABYTE (P=8), its "in action" variant and GPT-2 124M trained for the same time on one text.
+"""GPT-2 124M with its BPE, trained for given seconds on one text, as the arena trains our models.
 
-    python scripts/bench/bench_seed_table.py --train english_train.txt \\
-        --valid english_valid.txt --gpus 3
+    python scripts/bench/bench_gpt2.py --train english_train.txt --valid english_valid.txt
+    python scripts/bench/arena.py --arms megabyte_132m megabyte_in_action_132m --run-seconds 300 \\
+        --train english_train.txt --valid english_valid.txt --out seed_table.jsonl    # its rivals
 
-Prints one JSON object per model: parameters, training speed in KB/s, peak memory, evaluation loss
-and bits per byte. One GPU and one process per row, `--seconds` of training each. Ours are rows of
-`bench_five_minutes.py`. GPT-2 is transformers' `GPT2LMHeadModel`, eager, without dropout, bfloat16
-autocast, fused AdamW with our betas and decay, `--gpt2-rate` with warm-up and cosine as ours; its
-byte-level BPE of 50,257 entries is trained with `tokenizers` on the first `--bpe-bytes` of the same
-text and kept in `--tokenizer`. Every byte of the validation text is counted once: its tokens are
-cut into windows of the model's context less one, each begun with <|endoftext|>, from which the
-first token is predicted, and their nats in all are divided by the bytes of the text. Ours start
-over in every window, too.
+Prints one JSON object: parameters, training speed in KB/s, peak memory, evaluation loss and bits
+per byte. GPT-2 is transformers' `GPT2LMHeadModel`, eager, without dropout, bfloat16 autocast, fused
+AdamW with our betas and decay, `--gpt2-rate` with warm-up and cosine as ours; its byte-level BPE of
+50,257 entries is trained with `tokenizers` on the first `--bpe-bytes` of the same text and kept in
+`--tokenizer`. Every byte of the validation text is counted once: its tokens are cut into windows of
+the model's context less one, each begun with <|endoftext|>, from which the first token is
+predicted, and their nats in all are divided by the bytes of the text.
 """
 
 import argparse
@@ -27,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from equal_time import add_options, side_by_side
 
-OURS = ["megabyte_132m", "megabyte_in_action_132m"]
 END = "<|endoftext|>"
 CHUNK = 1 << 16  # characters that are encoded together
 WARMUP = 200
@@ -175,37 +172,19 @@ def gpt2(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def as_in_the_table(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `bench_five_minutes.py` with the columns of this one."""
-    row = {name: value for name, value in row.items() if name != "curve"}
-    loss, speed = row.pop("nats_per_byte"), row.pop("bytes_per_second")
-    named = {"kilobytes_per_second": round(speed / 1e3, 1), "evaluation_loss": loss}
-    return row | named | {"loss_in": "nats a byte"}
-
-
 def main() -> None:
-    """Prints one line per model."""
+    """Prints one line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rows", nargs="*", default=OURS, metavar="'RECIPE OVERRIDES'")
-    parser.add_argument("--options", default="--warmup-steps 200", help="overrides of our rows")
-    add_options(parser, 120.0)
+    parser.add_argument("--train", default="english_train.txt", help="text to train on")
+    parser.add_argument("--valid", default="english_valid.txt", help="text to evaluate on")
+    parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--gpt2-config", default="{}", metavar="JSON", help="fields of GPT2Config")
     parser.add_argument("--gpt2-batch", type=int, default=16)
     parser.add_argument("--gpt2-rate", type=float, default=6e-4)
     parser.add_argument("--bpe-bytes", type=int, default=32_000_000)
     parser.add_argument("--tokenizer", type=Path, default=Path("gpt2_tokenizer.json"))
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.here:
-        print(json.dumps(gpt2(args)), flush=True)
-        return
-    five = str(Path(__file__).with_name("bench_five_minutes.py"))
-    shared = ["--options", args.options, "--train", args.train, "--valid", args.valid]
-    shared += ["--seconds", str(args.seconds), "--points", "0"]
-    calls = [[*sys.argv, "--here"], *([five, *shared, "--here", row] for row in args.rows)]
-    for row in side_by_side(calls, args.gpus):
-        row = as_in_the_table(row) if "curve" in row else row
-        print(json.dumps(row | {"command": shlex.join(["python", *sys.argv])}), flush=True)
+    print(json.dumps(gpt2(args) | {"command": shlex.join(["python", *sys.argv])}), flush=True)
 
 
 if __name__ == "__main__":
