@@ -313,6 +313,7 @@ class Arms:
 
     def _aligned(self, stage: Stage) -> Any:
         """Of an arm by seconds, as many steps as the first tenth of the time tells."""
+        from bytelm.metrics import read_metrics
         from bytelm_jax.training import alignment, checkpoint
 
         place = self.out / "aligning"
@@ -324,7 +325,7 @@ class Arms:
             run = replace(recipe.train, eval_every=0, checkpoint_every=0)
             recipe = replace(recipe, train=run)
             alignment.align(recipe, self.tokens, place, lambda: stage.start)
-            records = [json.loads(line) for line in (place / "metrics.jsonl").open()]
+            records = read_metrics(place / "metrics.jsonl")
             return next(r["seconds"] for r in records[::-1] if "seconds" in r)
 
         steps = stage.steps
