@@ -100,6 +100,7 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     donor, out = save_donor(make_donor("llama"), tmp_path / "donor"), tmp_path / "out"
     local, config = write_local(tmp_path), json.loads((donor / "config.json").read_text())
     command = ["import", str(donor), "--out", str(out), "--local", str(local)]
+    capsys.readouterr()
 
     def refused(*command):
         assert cli.main([*command]) == 2
