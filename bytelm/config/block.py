@@ -77,7 +77,7 @@ class BlockConfig:
         """Parameters of a layer beyond those of `layer_parameters`, in closed form."""
         head, kv_heads = self.head_width(width, heads), kv_heads or heads
         inner, grouped = head * heads, head * kv_heads
-        plain = width // heads * (heads + kv_heads)
+        plain = width + width // heads * kv_heads
         count = 2 * width * (inner + grouped - plain)
         count += {"none": 0, "head": 2 * head, "projection": inner + grouped}[self.qk_norm]
         qkv = inner + 2 * grouped

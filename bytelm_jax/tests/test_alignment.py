@@ -1,7 +1,5 @@
 """Alignment of a byte encoder with a token model: prepared text, the loss, the stage."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 
 from bytelm import alignment
 from bytelm.config import BLTConfig, Recipe, TrainConfig
+from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint
@@ -116,7 +115,7 @@ def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, cap
         np.testing.assert_array_equal(value, parts[name])
         trained = name.startswith(("encoder.", "to_global."))
         assert (value != before[name]).any() == trained, name
-    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").open()]
+    lines = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     losses = [line["alignment_loss"] for line in lines if "alignment_loss" in line]
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert lines[-1]["validation_alignment_loss"] > 0

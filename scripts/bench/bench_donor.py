@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--donor-rate", type=float, default=0.5)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only-donor", action="store_true", help="make the donor and end")
     asked = parser.parse_args()
@@ -95,15 +96,15 @@ def main() -> None:
     lines.once(first, lambda: arms.timed("from scratch", asked.seeds[0]))
     count = lines[first]["steps"]
     for seed in asked.seeds:
-        for arm in ARMS:
+        for arm in asked.arms:
             run = lambda arm=arm, seed=seed: arms.counted(arm, seed, count)  # noqa: E731
             lines.once(f"{arm}, seed {seed}", run)
-    best = sorted(ARMS, key=lambda arm: statistics.mean(finals(lines, arm, asked.seeds)))[:2]
+    best = sorted(asked.arms, key=lambda arm: statistics.mean(finals(lines, arm, asked.seeds)))[:2]
     for arm in best:
         for seed in asked.seeds:
             run = lambda arm=arm, seed=seed: arms.timed(arm, seed)  # noqa: E731
             lines.once(f"{arm}, equal seconds, seed {seed}", run)
-    print_table(lines, asked.seeds, best)
+    print_table(lines, asked.seeds, asked.arms, best)
 
 
 class Lines(dict[str, dict[str, Any]]):
@@ -253,11 +254,16 @@ class Arms:
     """Byte models around the donor, trained in stages."""
 
     def __init__(self, asked: argparse.Namespace, lines: Lines) -> None:
+        import jax
+
         from bytelm.alignment import open_aligned
         from bytelm.recipe_files import find_recipe
         from bytelm_jax.cli import main as cli
         from bytelm_jax.training import checkpoint
 
+        # A restart, and each stage of alignment, finds its programs there.
+        cache = str((asked.out / "programs").absolute())
+        jax.config.update("jax_compilation_cache_dir", cache)
         self.asked, self.out = asked, asked.out
         local = asked.out / "local.json"
         local.write_text(json.dumps(TINY_LOCAL if asked.tiny else LOCAL))
@@ -275,6 +281,7 @@ class Arms:
         paths = tuple(str(path) for path in asked.train)
         data = replace(recipe.data, paths=paths, valid=(str(asked.valid),))
         self.recipe = replace(recipe, model=imported.model, data=data)
+        self._trainers: dict[str, Any] = {}
         lines.once("machine", self.machine)
 
     def machine(self) -> dict[str, Any]:
@@ -313,6 +320,7 @@ class Arms:
 
     def _aligned(self, stage: Stage) -> Any:
         """Of an arm by seconds, as many steps as the first tenth of the time tells."""
+        from bytelm.metrics import read_metrics
         from bytelm_jax.training import alignment, checkpoint
 
         place = self.out / "aligning"
@@ -324,7 +332,7 @@ class Arms:
             run = replace(recipe.train, eval_every=0, checkpoint_every=0)
             recipe = replace(recipe, train=run)
             alignment.align(recipe, self.tokens, place, lambda: stage.start)
-            records = [json.loads(line) for line in (place / "metrics.jsonl").open()]
+            records = read_metrics(place / "metrics.jsonl")
             return next(r["seconds"] for r in records[::-1] if "seconds" in r)
 
         steps = stage.steps
@@ -345,11 +353,17 @@ class Arms:
         return trainer.count(stage.seed, stage.steps)
 
     def _trainer(self, stage: Stage) -> Any:
-        patterns = {"frozen": {"freeze": ("global_transformer.*",)}, "scratch": {}}
-        scaled = (f"global_transformer.*={self.asked.donor_rate}",)
-        changes = patterns.get(stage.kind, {"learning_rate_scale": scaled})
-        recipe = replace(self.recipe, train=replace(self.recipe.train, **changes))
-        return trainer_class()(recipe, stage.start)
+        """One for each kind of stage, whose programs are compiled once."""
+        if stage.kind not in self._trainers:
+            scaled = (f"global_transformer.*={self.asked.donor_rate}",)
+            changes: dict[str, Any] = {"learning_rate_scale": scaled}
+            if stage.kind != "all":
+                frozen = ("global_transformer.*",) if stage.kind == "frozen" else ()
+                changes = {"freeze": frozen}
+            train = replace(self.recipe.train, **changes)
+            self._trainers[stage.kind] = trainer_class()(replace(self.recipe, train=train))
+        self._trainers[stage.kind].given = stage.start
+        return self._trainers[stage.kind]
 
 
 def trainer_class() -> Any:
@@ -360,15 +374,13 @@ def trainer_class() -> Any:
     from bytelm_jax.training import mesh as meshes
 
     class FromWeights(Trainer):
-        def __init__(self, recipe: Any, start: Any) -> None:
-            super().__init__(recipe)
-            self._given = start
+        given: Any = None
 
         def start(self, seed: int) -> Any:
             state = super().start(seed)
-            if self._given is None:
+            if self.given is None:
                 return state
-            copies = {name: jax.numpy.array(value) for name, value in self._given.items()}
+            copies = {name: jax.numpy.array(value) for name, value in self.given.items()}
             return state._replace(params=meshes.place(self._mesh, copies))
 
         def count(self, seed: int, steps: int) -> Any:
@@ -423,7 +435,7 @@ def saved(curve: list[list[float]], bits: float) -> float | None:
     return None
 
 
-def print_table(lines: Lines, seeds: list[int], best: list[str]) -> None:
+def print_table(lines: Lines, seeds: list[int], arms: list[str], best: list[str]) -> None:
     donor = lines["donor"]
     print(
         f"donor: {donor['parameters']:,} parameters, {donor['bytes']:,} bytes in "
@@ -431,7 +443,7 @@ def print_table(lines: Lines, seeds: list[int], best: list[str]) -> None:
     )
     print("| arm | bits per byte, equal bytes | fewer bytes to what scratch ends at | seconds |")
     print("| --- | --- | --- | --- |")
-    for arm in ARMS:
+    for arm in arms:
         bits = finals(lines, arm, seeds)
         shares = [
             saved(lines[f"{arm}, seed {s}"]["curve"], lines[f"from scratch, seed {s}"]["bits"])
