@@ -34,6 +34,8 @@ ENVIRONMENT = {
     "SHELLOPTS": "braceexpand:errexit:hashall:pipefail",  # a command that fails ends its cell
     "COLUMNS": "100",
     "MPLBACKEND": "agg",
+    "TTY_COMPATIBLE": "0",  # lines in place of a progress bar, though Jupyter claims a terminal
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's alarm at a slow compilation tells of the machine alone
 }
 """What the kernel, and so the commands, find in their environment."""
 
@@ -107,7 +109,7 @@ def execute(page: Path) -> None:
                 ]
                 continue
             client.execute_cell(cell, index)
-            cell.outputs = _joined([_tidy(output) for output in cell.outputs])
+            cell.outputs = [_tidy(output) for output in _joined(cell.outputs)]
             made = sorted(map(str, _made() - before))
             cells = [
                 {"source": c.source, "outputs": c.outputs} for c in notebook.cells[: index + 1]
@@ -147,10 +149,16 @@ def _made() -> set[Path]:
 def _tidy(output: Any) -> Any:
     """An output without what differs from machine to machine and says nothing."""
     if output.output_type == "stream":
-        output.text = output.text.replace(f"{PLACE}/", "")
+        output.text = shown(output.text.replace(f"{PLACE}/", ""))
     if "execution_count" in output:
         output.execution_count = None
     return output
+
+
+def shown(text: str) -> str:
+    """What a terminal shows in the end: without colours, and without lines that were replaced."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return re.sub(r"[^\n]*\r(?!\n)", "", text)
 
 
 def _joined(outputs: list[Any]) -> list[Any]:

@@ -83,6 +83,8 @@ def test_the_tutorials_are_those_that_were_executed(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path, *_: changed if path == page else READ(path))
     hint = "its cells differ from those executed; run scripts/docs --execute tutorial-train"
     assert notebooks.stale() == [f"docs/tutorial-train.md: {hint}"]
+    bar = "\x1b[32mstep 1\x1b[0m\r\x1b[2Kvalidation\nstep 2\r"
+    assert notebooks.shown(bar) == "validation\n"
 
 
 READ = Path.read_text
