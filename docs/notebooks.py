@@ -1,4 +1,4 @@
-"""The tutorials are notebooks: what they print was printed by a run, and is kept beside them.
+"""Tutorials are notebooks: what they print was printed by a run, and is kept beside them.
 
     python docs/notebooks.py            executes every tutorial, in the order of the site
     python docs/notebooks.py NAME …     executes these alone, on what the others left
@@ -58,7 +58,8 @@ def sources(page: str) -> list[str]:
 
 def pages() -> list[Path]:
     """The pages that are notebooks, in the order of execution."""
-    return [DOCS / f"tutorial-{name}.md" for name in ORDER]
+    tutorials = [DOCS / f"tutorial-{name}.md" for name in ORDER]
+    return [page for page in tutorials if "file_format: mystnb" in page.read_text("utf-8")]
 
 
 def stale() -> list[str]:
