@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from sphinx.errors import ExtensionError
+from sphinx.errors import ConfigError
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
@@ -104,7 +104,7 @@ def take_outputs(app, config) -> None:
     try:
         notebooks.fill_cache(Path(config.nb_execution_cache_path))
     except ValueError as error:
-        raise ExtensionError(str(error)) from None
+        raise ConfigError(str(error)) from None
 
 
 def setup(app):

@@ -1,4 +1,4 @@
-"""The tutorials are notebooks: what they print was printed by a run, and is kept beside them.
+"""Tutorials are notebooks: what they print was printed by a run, and is kept beside them.
 
     python docs/notebooks.py            executes every tutorial, in the order of the site
     python docs/notebooks.py NAME …     executes these alone, on what the others left
@@ -28,7 +28,18 @@ SEEN = ("LICENSE", "README.md", "bytelm", "bytelm_jax", "docs", "examples")
 ORDER = ("train", "convert", "blt", "names", "fine-tune", "pytorch")
 """The tutorials in the order in which they are executed: later ones use the first one's model."""
 
-SECONDS = 1800
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "SHELLOPTS": "braceexpand:errexit:hashall:pipefail",  # a command that fails ends its cell
+    "COLUMNS": "100",
+    "MPLBACKEND": "agg",
+    "TTY_COMPATIBLE": "0",  # lines in place of a progress bar, though Jupyter claims a terminal
+    "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's alarm at a slow compilation tells of the machine alone
+}
+"""What the kernel, and so the commands, find in their environment."""
+
+SECONDS = 3600
 """The longest that a cell may take."""
 
 CELL = re.compile(r"^```\{code-cell\}[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -47,7 +58,8 @@ def sources(page: str) -> list[str]:
 
 def pages() -> list[Path]:
     """The pages that are notebooks, in the order of execution."""
-    return [DOCS / f"tutorial-{name}.md" for name in ORDER]
+    tutorials = [DOCS / f"tutorial-{name}.md" for name in ORDER]
+    return [page for page in tutorials if "file_format: mystnb" in page.read_text("utf-8")]
 
 
 def stale() -> list[str]:
@@ -73,33 +85,59 @@ def read(page: Path) -> Any:
 
 
 def execute(page: Path) -> None:
-    """Runs the cells of a page, and writes them with their outputs."""
+    """Runs the cells of a page, and writes them with their outputs.
+
+    Where an earlier call failed, it continues behind the commands that had ended well.
+    """
     import nbformat
     from nbclient import NotebookClient
 
     notebook, begin = read(page), time.perf_counter()
-    before = _made()
-    for path in _remembered(page):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    # A command that fails ends its cell, and an example runs on the CPU as the commands do.
-    settings = {"SHELLOPTS": "braceexpand:errexit:hashall:pipefail", "COLUMNS": "100"}
-    os.environ |= settings | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    note = PLACE / f".{page.stem}.json"
+    past = json.loads(note.read_text("utf-8")) if note.is_file() else {"made": [], "cells": []}
+    done = _ended_well(notebook.cells, past["cells"])
+    if not done:
+        for path in map(Path, past["made"]):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    before = _made() - {Path(path) for path in past["made"]}
+    os.environ |= ENVIRONMENT
     client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(PLACE)}})
-    try:
-        client.execute()
-    finally:
-        made = sorted(str(path) for path in (_made() - before) | set(_remembered(page)))
-        (PLACE / f".{page.stem}").write_text("\n".join(made))
+    with client.setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            if index < done:
+                cell.outputs = [
+                    nbformat.from_dict(each) for each in past["cells"][index]["outputs"]
+                ]
+                continue
+            client.execute_cell(cell, index)
+            cell.outputs = [_tidy(output) for output in _joined(cell.outputs)]
+            made = sorted(map(str, _made() - before))
+            cells = [
+                {"source": c.source, "outputs": c.outputs} for c in notebook.cells[: index + 1]
+            ]
+            note.write_text(json.dumps({"made": made, "cells": cells}), "utf-8")
     EXECUTED.mkdir(exist_ok=True)
     kept = nbformat.v4.new_notebook(metadata={"kernelspec": notebook.metadata.kernelspec})
     for number, cell in enumerate(notebook.cells, 1):
-        outputs = _joined([_tidy(output) for output in cell.outputs])
-        clean = nbformat.v4.new_code_cell(cell.source, execution_count=number, outputs=outputs)
+        clean = nbformat.v4.new_code_cell(cell.source, execution_count=number, outputs=cell.outputs)
         clean.id = f"cell-{number}"
         kept.cells.append(clean)
-    text = nbformat.writes(kept)
-    (EXECUTED / f"{page.stem}.ipynb").write_text(text + "\n", "utf-8")
+    (EXECUTED / f"{page.stem}.ipynb").write_text(nbformat.writes(kept) + "\n", "utf-8")
+    note.write_text(json.dumps({"made": made, "cells": []}), "utf-8")
     print(f"executed {page.stem} in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def _ended_well(cells: list[Any], past: list[dict[str, Any]]) -> int:
+    """How many of the first cells are commands that were executed already, as they stand.
+
+    Python is executed again, since it leaves its names in the kernel.
+    """
+    same = 0
+    for cell, old in zip(cells, past, strict=False):
+        if cell.source != old["source"] or not cell.source.startswith("%%bash"):
+            break
+        same += 1
+    return same
 
 
 def _made() -> set[Path]:
@@ -109,19 +147,19 @@ def _made() -> set[Path]:
             if path.name not in ("runs", "exports") and not path.is_symlink()}  # fmt: skip
 
 
-def _remembered(page: Path) -> list[Path]:
-    """What an earlier execution of the page made."""
-    note = PLACE / f".{page.stem}"
-    return [Path(line) for line in note.read_text().splitlines()] if note.is_file() else []
-
-
 def _tidy(output: Any) -> Any:
     """An output without what differs from machine to machine and says nothing."""
     if output.output_type == "stream":
-        output.text = output.text.replace(f"{PLACE}/", "")
+        output.text = shown(output.text.replace(f"{PLACE}/", ""))
     if "execution_count" in output:
         output.execution_count = None
     return output
+
+
+def shown(text: str) -> str:
+    """What a terminal shows in the end: without colours, and without lines that were replaced."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
+    return re.sub(r"[^\n]*\r(?!\n)", "", text)
 
 
 def _joined(outputs: list[Any]) -> list[Any]:

@@ -7,7 +7,7 @@ Each page is followed from top to bottom in a folder of its own, which holds the
 exports that pages name. Recipes are their own, but with the sizes of the tiny one of their
 architecture, one layer a stack, and two steps; everything else is what a reader gets. What cannot
 be run on one computer without a network is in `NOT_RUN` with its reason; a test parses all of it.
-Tutorials are notebooks (notebooks.py); test_docs.py follows two guides with more checks.
+notebooks.py executes the tutorials that are notebooks; test_docs.py follows two guides.
 """
 
 import contextlib
@@ -105,7 +105,8 @@ def _small(recipe: Any, base: Any) -> Any:
 def pages() -> list[Path]:
     """The pages that are followed."""
     guides = [path for path in sorted(DOCS.glob("*.md")) if path.name not in SKIPPED_PAGES]
-    return [ROOT / "README.md", *(p for p in guides if not p.name.startswith("tutorial-"))]
+    notebooks = [page for page in guides if "file_format: mystnb" in page.read_text("utf-8")]
+    return [ROOT / "README.md", *(page for page in guides if page not in notebooks)]
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:

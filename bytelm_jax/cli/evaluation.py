@@ -58,8 +58,7 @@ def eval_command(
         json: print JSON: one object, and for several models a list of them.
         by: the rows: source is a path as given, file each file in it, script that of the character
             by its Unicode name, position that in the window.
-        window: bytes that the model sees at once; 0 takes the training length, and for an imported
-            model 512 bytes, or the longest input if that is less.
+        window: bytes that the model sees at once; 0 takes the training length (imported: 512).
         stride: start windows this many bytes apart, so that each byte is counted where it has most
             before it; 0 is their length, and costs least.
         robustness: also evaluate the data with swapped case, letters swapped and dropped (5 %), and
@@ -78,8 +77,6 @@ def eval_command(
     fields = prompt_field, completion_field, chat_field
     corpus = open_data(data, text_field, raw, cache_dir, *fields)
     kind = "source" if by == "none" and len(data) > 1 else by
-    if window < 0:
-        raise UsageError(f"--window {window}: must be at least 1, or 0 for the training length")
     how = _How(checkpoint, batch_size, dtype, average, reset_on, window, stride, kind, robustness)
     _print(runs, _evaluate_runs(runs, corpus, how), by, json)
     return 0
@@ -153,6 +150,8 @@ def _perturbed(corpus: corpora.Corpus) -> dict[str, corpora.Corpus]:
 def _evaluate_runs(runs: tuple[Path, ...], corpus: corpora.Corpus, how: _How) -> list[_Result]:
     if not runs:
         raise UsageError("RUNS: name at least one run folder")
+    if how.window < 0:
+        raise UsageError(f"--window {how.window}: must be at least 1, or 0 for the training length")
     damaged = _perturbed(corpus) if how.robustness else {}
     return [_evaluate_run(run, corpus, damaged, how) for run in runs]
 

@@ -7,6 +7,7 @@ import ast
 import doctest
 import http.server
 import importlib
+import json
 import re
 import socket
 import sys
@@ -72,20 +73,24 @@ def test_the_drawings_are_those_of_the_code():
         assert path.read_text("utf-8") == draw().svg(), f"{path.name}: run scripts/figures"
 
 
-def test_the_tutorials_are_those_that_were_executed(monkeypatch):
+def test_the_tutorials_are_those_that_were_executed(tmp_path, monkeypatch):
     notebooks = load("docs/notebooks.py")
     assert not notebooks.stale()
-    assert {page.name for page in notebooks.pages()} == {
-        page.name for page in (ROOT / "docs").glob("tutorial-*.md")
-    }
-    page = next(iter(notebooks.pages()))
-    changed = page.read_text("utf-8").replace("--steps 300", "--steps 301")
-    monkeypatch.setattr(Path, "read_text", lambda path, *_: changed if path == page else READ(path))
+    ordered = {f"tutorial-{name}.md" for name in notebooks.ORDER}
+    assert ordered == {page.name for page in (ROOT / "docs").glob("tutorial-*.md")}
+    head, cell = "---\nfile_format: mystnb\n---\n", "```{code-cell}\n:tags: [x]\n\nprint(1)\n```\n"
+    (tmp_path / "tutorial-train.md").write_text(f"{head}# Page\n{cell}text\n{cell}")
+    cells = [{"source": ["print(1)"]}, {"source": ["print(1)"]}]
+    (tmp_path / "tutorial-train.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(notebooks, "DOCS", tmp_path)
+    monkeypatch.setattr(notebooks, "EXECUTED", tmp_path)
+    monkeypatch.setattr(notebooks, "ORDER", ("train",))
+    assert not notebooks.stale()
+    (tmp_path / "tutorial-train.ipynb").write_text(json.dumps({"cells": cells[:1]}))
     hint = "its cells differ from those executed; run scripts/docs --execute tutorial-train"
     assert notebooks.stale() == [f"docs/tutorial-train.md: {hint}"]
-
-
-READ = Path.read_text
+    bar = "\x1b[32mstep 1\x1b[0m\r\x1b[2Kvalidation\nstep 2\r"
+    assert notebooks.shown(bar) == "validation\n"
 
 
 @pytest.mark.parametrize("package", ["bytelm", "bytelm_jax", "bytelm_torch"])
