@@ -166,9 +166,10 @@ def append_program(
     structure: CompiledModelKey, mode: str, propose: Propose | None, form: DecodeForm
 ) -> Callable[..., State]:
     """The loop over rounds, compiled once for a model, a kind of sampler and a kind of draft."""
-    graphs = {"xla_gpu_enable_command_buffer": form.graphs} if form.graphs else None
 
-    @functools.partial(jax.jit, donate_argnames="state", compiler_options=graphs)
+    @functools.partial(
+        jax.jit, donate_argnames="state", compiler_options=dict(form.options) or None
+    )
     def append(
         params: list[Array], weights: Any, drafting: Any, rows: Rows, stop: Array, state: State
     ) -> State:

@@ -20,12 +20,17 @@ class DecodeForm(NamedTuple):
     """Whether one kernel draws a byte from its logits."""
     min_rows: int = 2
     """The smallest batch: with one row XLA's own products are slower, these kernels are not."""
-    graphs: str = ""
-    """What XLA records into command buffers (CUDA graphs): a list of its names, "" for its own."""
+    options: tuple[tuple[str, str | int], ...] = ()
+    """Options of XLA's compiler for the loop over rounds."""
 
 
-WHOLE_LOOP = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
-"""Loops and conditionals too: otherwise the host waits for each of their decisions."""
+_COMMANDS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+
+WHOLE_LOOP = (("xla_gpu_enable_command_buffer", _COMMANDS), ("xla_gpu_graph_min_graph_size", 1))
+"""CUDA graphs hold loops and conditionals too: otherwise the host waits for their decisions."""
+
+ONE_BY_ONE = (("xla_gpu_graph_min_graph_size", 1_000_000),)
+"""No CUDA graphs: a profile shows each kernel."""
 
 _FORMS: dict[str, DecodeForm] = {"gpu": DecodeForm()}
 """What each platform takes; others take the default with one row."""
