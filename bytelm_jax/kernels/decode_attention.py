@@ -8,7 +8,6 @@ itself, whose key it has: nothing waits for what another program writes.
 Axes: M rows, S positions of a cache, H heads in G groups, K head width, C all columns of a cache.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,25 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from bytelm_jax.kernels.decode_linear import kernel_call, wide
+from bytelm_jax.kernels.decode_weights import Columns, Heads, power_of_two
 
 _BLOCK = 64
 """Positions that are read at once."""
-
-
-class Columns(NamedTuple):
-    """Keys or values in a part of an array's last axis: `width` columns from `start` on."""
-
-    array: Array
-    start: int
-    width: int
-
-
-class Heads(NamedTuple):
-    """How many heads there are, how many keys they share and how wide each is."""
-
-    heads: int
-    groups: int
-    width: int
 
 
 class _Shape(NamedTuple):
@@ -72,14 +56,15 @@ def attend(
     else:
         new = (jax.ShapeDtypeStruct((rows, heads.groups * heads.width), projected.dtype),) * 2
     shape = _Shape(heads, length, keys.start, values.start, rope is not None, write)
-    call = kernel_call(
-        functools.partial(_attend_kernel, shape),
+    return kernel_call(
+        _attend_kernel,
+        shape,
+        (projected, index, first, keys.array, values.array, *(rope or ())),
         (heads.heads, rows),
         (out, *new),
         name="decode_attention",
-        aliases={3: 1, 4: 2} if write else None,
+        aliases=((3, 1), (4, 2)) if write else (),
     )
-    return call(projected, index, first, keys.array, values.array, *(rope or ()))
 
 
 def _attend_kernel(shape: _Shape, *refs: Any) -> None:
@@ -158,8 +143,3 @@ def mix(new: Any, caches: Any, where: Any, columns: Any, length: int, width: int
     last = (jnp.minimum(here, length) + block - 1) // block
     _, total, mixed = jax.lax.fori_loop(first // block, last, step, begin)
     return mixed / total
-
-
-def power_of_two(count: int) -> int:
-    """The smallest power of two that is at least `count`: the shapes of Triton's arrays."""
-    return 1 << max(0, count - 1).bit_length()

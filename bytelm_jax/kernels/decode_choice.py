@@ -86,6 +86,7 @@ def weights_of(module: Any, rows: int) -> Any:
     return None if weights is None or rows > MOST_ROWS else weights.get(id(module))
 
 
-def has_stored_weights() -> bool:
-    """Whether a program is being traced whose modules find their weights by output."""
-    return bool(_stored.get())
+def draws_by_kernel(mode: str, rows: int) -> bool:
+    """Whether `decode_draw.draw` draws in this mode of the sampler, for so few rows."""
+    few = rows <= MOST_ROWS and bool(_stored.get())
+    return few and decode_form().draws and mode in ("greedy", "plain")

@@ -3,7 +3,6 @@
 Axes: B rows, V vocabulary, C candidates.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,9 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.kernels.decode_attention import power_of_two
-from bytelm_jax.kernels.decode_choice import MOST_ROWS, decode_form, has_stored_weights
 from bytelm_jax.kernels.decode_linear import kernel_call
+from bytelm_jax.kernels.decode_weights import power_of_two
 
 
 class _Shape(NamedTuple):
@@ -22,12 +20,6 @@ class _Shape(NamedTuple):
     count: int
     nothing: int
     greedy: bool
-
-
-def suits_draw(mode: str, rows: int) -> bool:
-    """Whether `draw` draws in this mode of the sampler, for so few rows."""
-    few = rows <= MOST_ROWS and has_stored_weights()
-    return few and decode_form().draws and mode in ("greedy", "plain")
 
 
 def draw(
@@ -46,13 +38,14 @@ def draw(
     """
     shape = _Shape(low, open_to.shape[1], nothing, greedy)
     warmth = jnp.asarray(temperature, logits.dtype).reshape(-1)
-    call = kernel_call(
-        functools.partial(_draw_kernel, shape),
+    return kernel_call(
+        _draw_kernel,
+        shape,
+        (logits, open_to.astype(jnp.int32), uniform.astype(logits.dtype), warmth),
         (len(logits),),
         jax.ShapeDtypeStruct((len(logits),), jnp.int32),
         name="decode_draw",
     )
-    return call(logits, open_to.astype(jnp.int32), uniform.astype(logits.dtype), warmth)
 
 
 def _draw_kernel(shape: _Shape, logits: Any, open_to: Any, uniform: Any, warmth: Any, out: Any):

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.decode_choice import interpreted
+from bytelm_jax.kernels.decode_weights import Normalization, Product, chunk_of
 from bytelm_jax.kernels.normalization import EPSILON
 
 ROWS = 4
@@ -30,24 +30,6 @@ _PROGRAMS = 256
 """Enough to keep the reads of a whole layer's weights in flight on some 132 multiprocessors."""
 
 _WARPS = 4
-
-
-class Normalization(NamedTuple):
-    """A norm's scale [K], and its bias if it subtracts the mean: LayerNorm, otherwise RMSNorm."""
-
-    scale: Array
-    bias: Array | None
-
-
-class Product(NamedTuple):
-    """A linear layer as decoding reads it: weights [N, K] and a bias [N], or None.
-
-    For a gated activation the gates come first among the N rows, then as many others. Rows of zeros
-    may fill the last block.
-    """
-
-    weight: Array
-    bias: Array | None
 
 
 class _Shape(NamedTuple):
@@ -64,28 +46,6 @@ class _Shape(NamedTuple):
     biased: bool
     activation: str
     residual: int
-
-
-def product_of(*linears: nnx.Linear) -> Product:
-    """Linear layers that share an input, as one product; all of them have a bias, or none."""
-    biases = [linear.bias[...] for linear in linears if linear.bias is not None]
-    weight = jnp.concatenate([linear.kernel[...].T for linear in linears], axis=0)
-    return Product(weight, jnp.concatenate(biases) if biases else None)
-
-
-def padded(x: Array, least: int = 16) -> Array:
-    """x with zeros behind its first axis, up to a multiple of `least`: whole blocks of outputs."""
-    return jnp.pad(x, ((0, -len(x) % least), *((0, 0),) * (x.ndim - 1)))
-
-
-def chunk_of(width: int) -> int:
-    """The elements of a row that are read at once: the largest power of two that divides it."""
-    return min(width & -width, 1024)
-
-
-def suits(width: int) -> bool:
-    """Whether rows of this width can be read in chunks that are worth a read."""
-    return chunk_of(width) >= 32
 
 
 def block_of(outputs: int, least: int = 4) -> int:
@@ -128,34 +88,47 @@ def linear(
         activation=activation,
         residual=times if residual is not None else 0,
     )
-    arrays = (x, *(norm or ()), *product, residual)
-    call = kernel_call(
-        functools.partial(_linear_kernel, shape),
+    return kernel_call(
+        _linear_kernel,
+        shape,
+        (x, *(norm or ()), *product, residual),
         (stored_outputs // block, -(-len(x) // rows)),
         jax.ShapeDtypeStruct((len(x), outputs), dtype or x.dtype),
         name="decode_linear",
     )
-    return call(*(array for array in arrays if array is not None))
 
 
 def kernel_call(
     kernel: Any,
+    shape: Any,
+    arrays: tuple[Array | None, ...],
     grid: tuple[int, ...],
     out_shape: Any,
     name: str,
     warps: int = _WARPS,
-    aliases: dict[int, int] | None = None,
+    aliases: tuple[tuple[int, int], ...] = (),
 ) -> Any:
-    """`pallas_call` for Triton, or interpreted where a test says so (`interpreted`)."""
+    """`kernel(shape, *references)` over a grid, for the arrays that there are.
+
+    By Triton, or interpreted where a test says so. Calls of one shape are traced once.
+    """
+    given = [array for array in arrays if array is not None]
+    how = (kernel, shape, grid, out_shape, name, warps, aliases, interpreted())
+    return _run(how, *given)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(how: tuple[Any, ...], *arrays: Array) -> Any:
+    kernel, shape, grid, out_shape, name, warps, aliases, interpret = how
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, shape),
         out_shape=out_shape,
         grid=grid,
-        interpret=interpreted(),
-        input_output_aliases=aliases or {},
+        interpret=interpret,
+        input_output_aliases=dict(aliases),
         compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=2),
         name=name,
-    )
+    )(*arrays)
 
 
 def wide(x: Array) -> Array:

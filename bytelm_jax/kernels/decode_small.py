@@ -16,26 +16,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.decode_attention import Columns, Heads, mix, power_of_two, store_new
+from bytelm_jax.kernels.decode_attention import mix, store_new
 from bytelm_jax.kernels.decode_linear import (
     ROWS,
-    Normalization,
-    Product,
     activate,
     block_of,
-    chunk_of,
     kernel_call,
     normalize,
     products,
     read_row,
     wide,
 )
-
-_WIDEST = 256
-"""The largest width of a layer whose output projection every program may compute for itself."""
-
-_PART = 64
-"""Outputs of the projection that are computed at once."""
+from bytelm_jax.kernels.decode_weights import (
+    PART,
+    Columns,
+    Heads,
+    Normalization,
+    Product,
+    chunk_of,
+)
 
 _WARPS = 8
 
@@ -48,16 +47,6 @@ class _Shape(NamedTuple):
     values: int = 0
     length: int = 0
     vectors: int = 0
-
-
-def suits_small(width: int, heads: Heads, rope: Any) -> bool:
-    """Whether a layer is small enough, and has heads that these kernels can compute."""
-    return width <= _WIDEST and width % _PART == 0 and suits_heads(heads) and rope is None
-
-
-def suits_heads(heads: Heads) -> bool:
-    """Whether a head's queries can be computed by the program that attends with them."""
-    return heads.width == power_of_two(heads.width) and heads.width <= 128
 
 
 def project_and_attend(
@@ -73,19 +62,20 @@ def project_and_attend(
     """`attend` to what it projects from norm(x) itself, without a rotation; caches are written."""
     rows, length = keys.array.shape[:2]
     shape = _Shape(heads, x.shape[1], norm.bias is not None, keys.start, values.start, length)
-    arrays = (*norm, projection.weight, index, first, keys.array, values.array)
-    arrays = (x, *(array for array in arrays if array is not None))
+    arrays = (x, *norm, projection.weight, index, first, keys.array, values.array)
+    count = sum(array is not None for array in arrays)
     out = jax.ShapeDtypeStruct((rows, heads.heads * heads.width), x.dtype)
     new = tuple(jax.ShapeDtypeStruct(c.array.shape, c.array.dtype) for c in (keys, values))
-    call = kernel_call(
-        functools.partial(_project_kernel, shape),
+    return kernel_call(
+        _project_kernel,
+        shape,
+        arrays,
         (heads.heads, rows),
         (out, *new),
         name="decode_project_attend",
         warps=_WARPS,
-        aliases={len(arrays) - 2: 1, len(arrays) - 1: 2},
+        aliases=((count - 2, 1), (count - 1, 2)),
     )
-    return call(*arrays)
 
 
 def _project_kernel(shape: _Shape, *refs: Any) -> None:
@@ -135,15 +125,15 @@ def query_and_read(
     shape = _Shape(
         heads, x.shape[1], norm.bias is not None, keys.start, values.start, vectors=vectors
     )
-    arrays = (x, *norm, projection.weight, keys.array, values.array)
-    call = kernel_call(
-        functools.partial(_read_kernel, shape),
+    return kernel_call(
+        _read_kernel,
+        shape,
+        (x, *norm, projection.weight, keys.array, values.array),
         (heads.heads, len(x)),
         jax.ShapeDtypeStruct((len(x), heads.heads * heads.width), x.dtype),
         name="decode_read",
         warps=_WARPS,
     )
-    return call(*(array for array in arrays if array is not None))
 
 
 def _read_kernel(shape: _Shape, *refs: Any) -> None:
@@ -202,9 +192,10 @@ def out_and_up(
         up.bias is not None,
         activation,
     )
-    arrays = (attended, out.weight, x, *norm, *up)
-    call = kernel_call(
-        functools.partial(_hidden_kernel, shape),
+    return kernel_call(
+        _hidden_kernel,
+        shape,
+        (attended, out.weight, x, *norm, *up),
         (outputs // block, -(-len(x) // rows)),
         (
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -213,7 +204,6 @@ def out_and_up(
         name="decode_out_up",
         warps=_WARPS,
     )
-    return call(*(array for array in arrays if array is not None))
 
 
 def _hidden_kernel(shape: _Hidden, *refs: Any) -> None:
@@ -226,21 +216,21 @@ def _hidden_kernel(shape: _Hidden, *refs: Any) -> None:
     at = [
         jnp.minimum(pl.program_id(1) * shape.rows + r, shape.count - 1) for r in range(shape.rows)
     ]
-    chunk, parts = chunk_of(shape.width), range(shape.width // _PART)
+    chunk, parts = chunk_of(shape.width), range(shape.width // PART)
     mixed = [read_row(attended, row, range(shape.width // chunk), chunk) for row in at]
     rows: list[list[Array]] = [[] for _ in at]
     for part in parts:
-        here = pl.ds(part * _PART, _PART)
-        for r, total in enumerate(products(weight, part * _PART, _PART, mixed, chunk)):
+        here = pl.ds(part * PART, PART)
+        for r, total in enumerate(products(weight, part * PART, PART, mixed, chunk)):
             value = (total + wide(x[at[r], here])).astype(x.dtype)
-            lanes = part * _PART + jnp.arange(_PART)
+            lanes = part * PART + jnp.arange(PART)
             mask = (lanes >= 0) & (pl.program_id(0) == 0)
             plgpu.store(new_x.at[at[r], lanes], value, mask=mask)
             rows[r].append(wide(value))
-    rows = [normalize(row, shape.width, scale, shift, _PART) for row in rows]
+    rows = [normalize(row, shape.width, scale, shift, PART) for row in rows]
     start = pl.program_id(0) * shape.block
     starts = [start] if shape.activation != "silu" else [start, start + shape.outputs]
-    sums = [products(up, s, shape.block, rows, _PART) for s in starts]
+    sums = [products(up, s, shape.block, rows, PART) for s in starts]
     for r, row in enumerate(at):
         each = [
             total[r] if bias is None else total[r] + wide(bias[pl.ds(s, shape.block)])

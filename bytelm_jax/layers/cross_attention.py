@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from bytelm_jax.kernels.decode_layer import (
+from bytelm_jax.kernels.decode_layer import decode_cross
+from bytelm_jax.kernels.decode_weights import (
     CrossWeights,
     Heads,
     as_vectors,
-    decode_cross,
     layer_weights,
-    suits_cross,
+    product_of,
+    suits_heads,
 )
-from bytelm_jax.kernels.decode_linear import product_of
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
@@ -149,7 +149,7 @@ class CrossAttention(nnx.Module):
 
     def decode_weights(self) -> CrossWeights | None:
         """The weights of `read_each` as decoding kernels read them, if these compute it."""
-        if not suits_cross(self._heads):
+        if not suits_heads(self._heads):
             return None
         norm = self.q_norm.as_stored()
         return CrossWeights(norm, product_of(self.to_q), product_of(self.to_out))

@@ -6,8 +6,11 @@ In bfloat16 the two largest would coincide at about one byte in a hundred.
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.decode_layer import decode_logits, logits_weights
-from bytelm_jax.kernels.decode_linear import Product
+from bytelm_jax.kernels.decode_layer import decode_logits
+from bytelm_jax.kernels.decode_weights import (
+    Product,
+    logits_weights,
+)
 from bytelm_jax.kernels.low_precision import unrounded_linear
 
 

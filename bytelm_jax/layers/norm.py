@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.decode_linear import Normalization
+from bytelm_jax.kernels.decode_weights import Normalization
 from bytelm_jax.kernels.normalization import rescale, standardize
 
 

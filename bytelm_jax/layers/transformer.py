@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bytelm_jax.kernels.decode_layer import (
+from bytelm_jax.kernels.decode_layer import decode_layer
+from bytelm_jax.kernels.decode_weights import (
     Heads,
     LayerWeights,
     as_columns,
-    decode_layer,
     layer_weights,
+    product_of,
 )
-from bytelm_jax.kernels.decode_linear import product_of
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.caches import positions_from
 from bytelm_jax.layers.dropout import dropout, fold_rows

@@ -15,7 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
-from bytelm_jax.kernels.decode_layer import layer_weights, packed_columns
+from bytelm_jax.kernels.decode_weights import (
+    layer_weights,
+    packed_columns,
+)
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.caches import (

@@ -21,14 +21,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import MegabyteConfig
-from bytelm_jax.kernels.decode_layer import (
+from bytelm_jax.kernels.decode_layer import decode_layer
+from bytelm_jax.kernels.decode_weights import (
     Heads,
     LayerWeights,
     as_columns,
-    decode_layer,
     layer_weights,
+    product_of,
 )
-from bytelm_jax.kernels.decode_linear import product_of
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
 from bytelm_jax.layers.caches import Index, in_each_row
 from bytelm_jax.layers.dropout import dropout, fold_rows

@@ -5,6 +5,7 @@ them, and their speed, is for `scripts/bench/bench_decode.py`.
 """
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from bytelm_jax.inference.sampling import candidate_columns, choose_ids, split_s
 from bytelm_jax.inference.stored import stored_by_module, weights_to_store
 from bytelm_jax.kernels import decode_draw, decode_linear, decode_small
 from bytelm_jax.kernels.decode_choice import DecodeForm, choose_form, stored_weights
-from bytelm_jax.kernels.decode_layer import packed_columns
+from bytelm_jax.kernels.decode_weights import Normalization, Product, packed_columns, padded
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.rotary import rotation
@@ -124,8 +125,8 @@ def test_bytes_read_the_vectors_of_their_patch():
 
 def test_a_row_of_a_product_is_the_same_among_any_rows():
     x, kernel = draw(7, 96), draw(96, 40)
-    product = decode_linear.Product(decode_linear.padded(kernel.T), None)
-    norm = decode_linear.Normalization(draw(96), draw(96))
+    product = Product(padded(kernel.T), None)
+    norm = Normalization(draw(96), draw(96))
 
     @jax.jit
     def run(x):
@@ -195,9 +196,9 @@ def model_of(config):
 def test_megabyte_writes_the_same_bytes(monkeypatch):
     model, used, call = model_of(MEGABYTE), set(), decode_linear.kernel_call
 
-    def watched(*arguments, name, **options):
+    def watched(*arguments, name, **rest):
         used.add(name)
-        return call(*arguments, name=name, **options)
+        return call(*arguments, name=name, **rest)
 
     for module in (decode_linear, decode_small, decode_draw):
         monkeypatch.setattr(module, "kernel_call", watched)
@@ -259,7 +260,10 @@ def abstract_gpu():
 )
 def test_a_gpu_takes_the_layers_of_the_large_recipes(module, form, write, kernels):
     graph, state = nnx.split(nnx.eval_shape(module))
-    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)  # noqa: E731
+
+    def struct(*shape) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
     width = state["attention"]["to_out"]["kernel"].shape[1]
     shape = (2, 64, 64) if write else (2, 64, 16, 96)
     cache = KeyValueCache(struct(*shape), struct(*shape))
