@@ -142,7 +142,7 @@ def timed(call: Callable[[], Any], repeats: int) -> float:
 def check_generate(
     each: Model, name: str, before: dict[str, Any], text: bytes, new: int, repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """One line about a form; `before` keeps the first form's text and seconds, the shipped one's."""
+    """One line about a form; `before` keeps text and seconds of the first, the shipped one."""
     found: list[bytes] = []
 
     def call() -> None:
