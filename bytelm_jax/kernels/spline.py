@@ -67,28 +67,31 @@ def _backward(residual: tuple[Array, ...], gradient: Array) -> tuple[Array, Arra
     # Handwritten: differentiated automatically, the loop took five times as long on a CPU.
     dtype, (x, gain, coefficients) = residual[0].dtype, residual
     x, gradient = x.astype(gain.dtype), gradient.astype(gain.dtype)
-    share = jax.nn.sigmoid(x)
+    sum_rows, share = _row_sums(x), jax.nn.sigmoid(x)
 
     def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
         middle, weight = term
         distance = _place(x) - middle
-        return total + weight[None] * _slope(distance), _sum_rows(gradient * bump(distance))
+        return total + weight[None] * _slope(distance), sum_rows(gradient * bump(distance))
 
     slope, by_coefficient = _over_basis(add, jnp.zeros_like(x), coefficients.T)
     slope = slope * _SCALE + gain[None] * share * (1 + x * (1 - share))
     to_x = (gradient * slope).astype(dtype)
-    return to_x, _sum_rows(gradient * x * share), by_coefficient.T
+    return to_x, sum_rows(gradient * x * share), by_coefficient.T
 
 
 _activate.defvjp(_forward, _backward)
 
 
-def _sum_rows(x: Float[Array, "N F"]) -> Float[Array, " F"]:
-    """The sum over the first axis: on a CPU by a product with ones, elsewhere fused with x.
+def _row_sums(like: Float[Array, "N F"]) -> Callable[[Array], Array]:
+    """Sums over the first axis of arrays like this one: on a CPU by a product with ones.
 
-    There a product would have x written first, as wide as it is: twelve times in a layer.
+    Elsewhere a product would have each array written first: twelve times in a layer.
     """
-    return jnp.ones(x.shape[0], x.dtype) @ x if backend() == "cpu" else x.sum(axis=0)
+    if backend() != "cpu":
+        return lambda x: x.sum(axis=0)
+    ones = jnp.ones(like.shape[0], like.dtype)
+    return lambda x: ones @ x
 
 
 def _place(x: Array) -> Array:
