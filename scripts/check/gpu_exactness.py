@@ -215,7 +215,7 @@ def log_probs(options: argparse.Namespace, run: Path) -> bool:
             logs = np.asarray(program(params, ids + model.config.vocab.offset))
             columns = made[..., None] + model.config.vocab.offset
             one_pass = np.take_along_axis(logs[:, prompt:], columns, axis=-1)[..., 0]
-            apart = np.abs(np.stack([each.log_probs for each in written]) - one_pass)
+            apart = np.abs(np.stack([np.asarray(each.log_probs) for each in written]) - one_pass)
             say(
                 "log_probs", run, dtype=dtype, speculate=speculate, bytes=int(apart.size),
                 same_bits=int((apart == 0).sum()), largest_nats=float(apart.max()),
@@ -263,8 +263,9 @@ def drafts(options: argparse.Namespace, run: Path) -> bool:
                     np.asarray(program(params, ids)[0, prompt + at], np.float64)
                     for program, params in programs
                 ]
-                both = [logits[offset : offset + 256] for logits in both]
-                gaps.append(distance(*both, (a[at], b[at]), heat, float(numbers[row, prompt + at])))
+                exact_row, rounded = (logits[offset : offset + 256] for logits in both)
+                pair, uniform = (a[at], b[at]), float(numbers[row, prompt + at])
+                gaps.append(distance(exact_row, rounded, pair, heat, uniform))
             far = sum(gap > NEAR for gap in gaps)
             good &= not far
             say(
