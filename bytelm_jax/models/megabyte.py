@@ -283,10 +283,7 @@ class Megabyte(ByteModel, nnx.Module):
         return megabyte_decoding.init_cache(self, batch, length, by_byte)
 
     def prefill(self, ids: Integer[Array | np.ndarray, "B T"], cache: Cache) -> Cache:
-        """Writes the rounds of `ids` into an empty cache in one pass.
-
-        Rows past the true prompt may hold anything: a later round writes them before it reads them.
-        """
+        """Writes the rounds of `ids`, which may be padded, into an empty cache in one pass."""
         return megabyte_decoding.prefill(self, ids, cache)
 
     def prefill_further(
@@ -335,10 +332,7 @@ class Megabyte(ByteModel, nnx.Module):
     def start_round(
         self, cache: Any, previous: Integer[Array | np.ndarray, "B P"], index: Any
     ) -> tuple[Any, Any, Int[Array, " B"]]:
-        """The part of `decode_round` before its first byte: the cache, the round, a first `before`.
-
-        With `reset_on` a round is one byte.
-        """
+        """The part of `decode_round` before its first byte; the last value is a first `before`."""
         if self.config.reset_on != "none":
             return super().start_round(cache, previous, index)
         return megabyte_decoding.start_round(self, cache, as_ids(previous), index)
