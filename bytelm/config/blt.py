@@ -324,19 +324,7 @@ class BLTConfig(ArchitectureConfig):
         return work + self.frozen_flops_per_byte(length)
 
     def uses_per_byte(self, name: str, length: int) -> float:
-        """As the base class says; 0 for the entropy model, which has no backward pass anyway."""
-        read = name.startswith("decoder.cross_attentions.") and (
-            ".to_k." in name or ".to_v." in name
-        )
-        pooled = name.startswith("encoder.cross_attention.") and (
-            ".to_q." in name or ".to_out." in name
-        )
-        if read or pooled:  # of each vector of a patch
-            return self.patch_queries / self.bytes_per_patch
-        rare = ("global_transformer.", "to_global.", "decoder.to_memory.", "encoder.to_queries.")
-        if name.startswith("patcher."):
-            return 0.0
-        return 1 / self.bytes_per_patch if name.startswith(rare) else 1.0
+        return _uses_per_byte(self, name)
 
     def executed_flops_per_byte(self, length: int) -> float:
         return replace(self, bytes_per_patch=length / self.budget(length)).flops_per_byte(length)
@@ -469,6 +457,20 @@ class PatchingContract:
     def mean_length(self) -> float:
         """Mean length of a patch in bytes."""
         return self.sampled_bytes / sum(self.histogram)
+
+
+def _uses_per_byte(c: BLTConfig, name: str) -> float:
+    """How often a kernel multiplies something; 0 for the entropy model, which has no gradient."""
+    read = name.startswith("decoder.cross_attentions.") and (".to_k." in name or ".to_v." in name)
+    pooled = name.startswith("encoder.cross_attention.") and (
+        ".to_q." in name or ".to_out." in name
+    )
+    if read or pooled:  # of each vector of a patch
+        return c.patch_queries / c.bytes_per_patch
+    rare = ("global_transformer.", "to_global.", "decoder.to_memory.", "encoder.to_queries.")
+    if name.startswith("patcher."):
+        return 0.0
+    return 1 / c.bytes_per_patch if name.startswith(rare) else 1.0
 
 
 def _transformers_problem(c: BLTConfig) -> str | None:

@@ -62,7 +62,7 @@ def has_libtpu() -> bool:
 
 def has_compiler(platform: str) -> bool:
     """Whether the compiler of this platform, "tpu" or "gpu", is installed."""
-    return has_libtpu() if platform == "tpu" else has_cuda_plugin()
+    return {"tpu": has_libtpu, "gpu": has_cuda_plugin}[platform]()
 
 
 def slice_devices(chip: str, shape: str, slices: int = 1) -> list[Any]:
@@ -82,8 +82,8 @@ def slice_devices(chip: str, shape: str, slices: int = 1) -> list[Any]:
 
 def topology_mesh(target: Target, fsdp: int, tensor: int = 1) -> Mesh:
     """A mesh over devices that this machine does not have."""
-    on_tpu = target.chip.platform == "tpu"
-    devices = slice_devices(target.chip.name, target.shape) if on_tpu else gpu_devices(target)
+    described = {"tpu": lambda to: slice_devices(to.chip.name, to.shape), "gpu": gpu_devices}
+    devices = described[target.chip.platform](target)
     return meshes.make_mesh(0, fsdp, tensor, devices=devices)
 
 

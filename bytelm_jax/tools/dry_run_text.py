@@ -6,6 +6,9 @@ from typing import Any
 from bytelm.chips import find_chip
 from bytelm_jax.tools.dry_run import Estimate
 
+_COMPILERS = {"tpu": ("libtpu", "aot"), "gpu": ("CUDA's plugin", "cuda")}
+"""Platform → its compiler, and the extra that installs it."""
+
 
 def describe(name: str, estimate: Estimate) -> str:
     """The estimate as text."""
@@ -56,12 +59,12 @@ def _about_compiled(estimate: Estimate) -> list[str]:
     if not estimate.target:
         return []
     if compiled is None:
-        library, extra = ("libtpu", "aot") if chip.platform == "tpu" else ("CUDA's plugin", "cuda")
+        library, extra = _COMPILERS[chip.platform]
         why = f"install {library} (pip install 'bytelm[{extra}]') for the compiler's own figures"
         return [f"an estimate for {estimate.target}, of {estimate.devices} simulated CPUs: {why}"]
     peak, work = compiled.peak / 2**30, compiled.work
     by_element = f"{work.elementwise / 1e9:,.1f} by the element"
-    if chip.platform == "gpu":
+    if not work.elementwise:  # a GPU's compiler does not say
         by_element = "what is done by the element is not counted"
     return [
         f"compiled for {estimate.target}",

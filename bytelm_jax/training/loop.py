@@ -61,6 +61,8 @@ from bytelm_jax.training.tracing import Tracing
 _IN_FLIGHT = 4
 """Steps queued on the devices: simulated CPU devices deadlock if many are not awaited."""
 
+_HOW = {True: "resuming", False: "training"}
+
 Holder = RunLock | RemoteRun
 """What keeps a second run out of a folder, on a disk or at an address."""
 
@@ -108,12 +110,17 @@ def check_folder(lock: Holder) -> None:
             lock.check()
 
 
+def frozen_sizes(params: Any, parts: Trainable) -> dict[str, int]:
+    """The parameters that do not train, and their numbers of elements."""
+    return {name: params[name].size for name in parts.frozen}
+
+
 def what_it_is(
     recipe: Recipe, data: RunData, params: Any, parts: Trainable, mesh: Any
 ) -> list[str]:
     """The first lines of a run; `params` may be abstract."""
     sizes = {name: leaf.size for name, leaf in params.items()}
-    frozen = sum(sizes[name] for name in parts.frozen)
+    frozen = sum(frozen_sizes(params, parts).values())
     machine = f"{meshes.in_words(mesh)}, {steps.compute_dtype(recipe.train, mesh)}"
     lines = first_lines(recipe, data, sum(sizes.values()), machine, frozen)
     return lines + unknown_peak(mesh.devices.flat[0].device_kind)
@@ -229,14 +236,12 @@ def _train(recipe: Recipe, lock: Holder, stop: processes.StopSignal, clock: Wall
             lock.save_recipe(recipe)
         display = stack.enter_context(Display(recipe.name, start, run.steps, first))
         watchdog = stack.enter_context(processes.Watchdog(run_dir / "progress", run.step_timeout))
-        frozen = {name: template.params[name].size for name in parts.frozen}
-        shown = (log, display, watchdog, manager, clock, frozen)
+        shown = (log, display, watchdog, manager, clock, frozen_sizes(template.params, parts))
         reporter = StepReporter(recipe, start, mesh.size, *shown)
         batches = clock.batches(batches, reporter.is_idle)
         traced = stack.enter_context(Tracing(step_function, run, start, run_dir, display.say))
         patience = Patience(run.patience, log.records, processes.as_first_says, display.say)
-        how = "resuming" if resumed else "training"
-        display.say(f"{how} {recipe.name} in {lock.name}, step {start}")
+        display.say(f"{_HOW[bool(resumed)]} {recipe.name} in {lock.name}, step {start}")
         for line in what_it_is(recipe, found_data, template.params, parts, mesh) + notes:
             display.say(line)
 
