@@ -124,7 +124,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.send_response(int(self.path.strip("/")))
         self.end_headers()
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
