@@ -179,7 +179,7 @@ def test_the_loss_can_be_asked_for_at_other_parameters():
     train = TrainConfig(steps=1, batch_size=16, devices=2, accumulation_steps=2)
     (bind, init), seen = define_model(SMALL), []
 
-    def update(updates, state, params, value, value_fn):
+    def update(updates, state, params=None, *, value, value_fn):
         further = jax.tree.map(lambda p: p + 0.01, params)
         return updates, jnp.stack([value_fn(params) - value, value_fn(further) - value])
 
@@ -199,7 +199,7 @@ def test_so_can_the_loss_in_torch():
     found = []
 
     class Asks(torch.optim.SGD):
-        def step(self, *, loss, value_fn):
+        def step(self, *, loss, value_fn):  # pyright: ignore[reportIncompatibleMethodOverride]
             found.append(float(value_fn() - loss))
             with torch.no_grad():
                 for parameter in model.parameters():

@@ -13,9 +13,9 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis (Ba et al. 2016) with PyTorch's eps 1e-5."""
 
     centred: ClassVar[bool] = True
-    epsilon: ClassVar[float] = EPSILON
 
     def __init__(self, dim: int):
+        self.epsilon = EPSILON
         self.scale = nnx.Param(jnp.ones((dim,), jnp.float32))
         self.bias = nnx.Param(jnp.zeros((dim,), jnp.float32))
 

@@ -10,7 +10,7 @@ host.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
@@ -34,7 +34,7 @@ from bytelm.q_table import (
     first_values,
     moves,
 )
-from bytelm_jax.optimizers.q_trust import TrustState, init_trust
+from bytelm_jax.optimizers.q_trust import init_trust
 from bytelm_jax.optimizers.threefry import random_bits, seed_key
 
 Scalar = Float[Array, ""]
@@ -79,7 +79,8 @@ class QLearningState(NamedTuple):
     stability: Scalar
     reward: Scalar
     learning_rate: Scalar
-    trust: TrustState | None = None
+    trust: Any = None
+    """A `TrustState` under that signal; Optax's type of states has no place for None."""
 
 
 def init_agent(

@@ -39,7 +39,7 @@ class Step(NamedTuple):
     updates: optax.Updates
     params: optax.Params | None
     loss: Scalar
-    base: ArrayLike
+    base: Any
     """The schedule's learning rate."""
 
 

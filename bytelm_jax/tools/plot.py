@@ -177,7 +177,8 @@ def _tables(run_dir: Path, recipe: Recipe) -> list[Panel]:
     agent = read_agent(run_dir, recipe)
     if agent is None:
         return []
-    tables, controller = [], recipe.optimizer.controller
+    optimizer: Any = recipe.optimizer  # one with an agent has the agent's settings
+    tables, controller = [], optimizer.controller
     for name, table, actions in (
         ("learning rate", agent.q_learning_rate, moves(controller)[0]),
         ("momentum", agent.q_momentum, MOMENTUM_ACTIONS),

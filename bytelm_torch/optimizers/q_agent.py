@@ -400,7 +400,7 @@ def q_learning_metrics(optimizer: Steered) -> dict[str, Tensor]:
 
 def save_agent(agent: QLearningState) -> dict[str, Any]:
     """The agent for a state dict, which later steps leave alone."""
-    saved = {
+    saved: dict[str, Any] = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in agent._asdict().items()
     }
@@ -412,7 +412,7 @@ def save_agent(agent: QLearningState) -> dict[str, Any]:
 
 def load_agent(saved: dict[str, Any], device: torch.device) -> QLearningState:
     """The agent that `save_agent` gave, on `device`."""
-    agent = {
+    agent: dict[str, Any] = {
         name: value.to(device, copy=True) if isinstance(value, Tensor) else value
         for name, value in saved.items()
     }

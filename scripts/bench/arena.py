@@ -150,7 +150,7 @@ def stages(plan: Plan, lines: Lines) -> Iterator[list[Cell]]:
     final = {arm: Cell(arm, "adamw", each[0], plan.final) for arm, each in ranked.items()}
     yield list(final.values())
     first = final.get(plan.arms[0])
-    if first in lines:  # as many bytes as the first arm had time for
+    if first is not None and first in lines:  # as many bytes as the first arm had time for
         read = lines[first]["bytes"]
         yield [cell._replace(bytes=read) for cell in final.values() if cell != first]
     if plan.optimizer:

@@ -43,7 +43,7 @@ ARMS: dict[str, list[tuple[str, float]]] = {
 }
 """Arm → its stages: what trains, and which share of the arm's bytes or seconds."""
 
-DONOR = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8}
+DONOR: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8}
 DONOR |= {"num_attention_heads": 10, "num_key_value_heads": 5}
 LOCAL: dict[str, Any] = {
     "base": "blt_132m",
@@ -52,7 +52,7 @@ LOCAL: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 50},
     "train": {"batch_size": 32, "devices": 1},
 }
-TINY_DONOR = dict.fromkeys(DONOR, 2) | {"hidden_size": 16, "intermediate_size": 24}
+TINY_DONOR: dict[str, Any] = dict.fromkeys(DONOR, 2) | {"hidden_size": 16, "intermediate_size": 24}
 TINY_LOCAL: dict[str, Any] = {
     "base": "blt_tiny",
     "model": {
@@ -151,7 +151,8 @@ def make_donor(asked: argparse.Namespace) -> dict[str, Any]:
     )
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.LlamaForCausalLM(config).to(device)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(device)
     length, rows = (32, 4) if asked.tiny else (_TOKEN_LENGTH, _TOKEN_ROWS)
     step, seconds = train_tokens(model, ids, begin, (rows, length), asked.donor_seconds)
     held_out = asked.valid.read_bytes()[: 20_000 if asked.tiny else 2_000_000]

@@ -25,8 +25,13 @@ from typing import Any
 
 from bench_train import measure_all
 
-PODS = ("megabyte_132m:32", "megabyte_132m:128", "blt_767m:8:2048:4", "blt_767m:32:2048:4",
-        "lfbyte_130m:16")  # fmt: skip
+PODS: tuple[str, ...] = (
+    "megabyte_132m:32",
+    "megabyte_132m:128",
+    "blt_767m:8:2048:4",
+    "blt_767m:32:2048:4",
+    "lfbyte_130m:16",
+)
 
 
 def plan(

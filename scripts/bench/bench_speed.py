@@ -156,9 +156,10 @@ class Runner:
         }
         try:
             done = subprocess.run(call, env=environment, **streams)
-            return json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             return {"failed": f"took more than {self.options.limit:.0f} s"}
+        try:
+            return json.loads(done.stdout.splitlines()[-1])
         except (ValueError, IndexError):
             return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
 
