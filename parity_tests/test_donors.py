@@ -91,7 +91,7 @@ REFUSED = {
     "quantization_config": ({"bits": 4}, "quantization_config="),
     "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),
     "num_hidden_layers": (10**6, "num_hidden_layers=1000000: the files hold"),
-    "vocab_size": (41, "model.embed_tokens.weight: shape (40, 16); expected (41, 16)"),
+    "vocab_size": (41, "weight: shape (40, 16); expected (41, 16)"),
     "attention_bias": (False, "self_attn.k_proj.bias: unexpected"),
 }
 
@@ -116,7 +116,7 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     assert "--local: name a recipe of BLT" in refused(*command[:-2])
     assert "is megabyte; name a recipe of blt" in refused(*command[:-1], "megabyte_tiny")
     assert "needs a trained entropy model" in refused(*command, "--patcher", "entropy")
-    assert "positions='sinusoidal'" in refused(*command[:-1], "bytropix_tiny", "--patcher", "space")
+    assert "feedforward='spline'" in refused(*command[:-1], "bytropix_tiny", "--patcher", "space")
     assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
     start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
     assert "bytelm import --format llama" in refused(*start)

@@ -43,8 +43,11 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
-def written(engine, texts, rounds=3):
-    """The bytes and probabilities of texts that come as slots get free."""
+def written(engine, texts, rounds=3, reads=1):
+    """The bytes and probabilities of texts that come as slots get free.
+
+    Few `reads` before each advance, so that texts are written beside prompts that are read.
+    """
     waiting, slots = list(enumerate(texts)), {}
     found = [(b"", []) for _ in texts]
     while waiting or slots:
@@ -53,7 +56,8 @@ def written(engine, texts, rounds=3):
         if joining:
             slots |= {slot: number for slot, (number, _) in zip(free, joining, strict=True)}
             engine.join([(slot, *text) for slot, (_, text) in zip(free, joining, strict=True)])
-        engine.read()  # once, so that texts are written beside prompts that are read
+        for _ in range(reads):
+            engine.read()
         for new in engine.advance(rounds)[0]:
             number = slots[new.slot]
             assert new.error is None
@@ -133,9 +137,10 @@ def test_samples_are_rows_of_their_seed_and_read_their_prompt_once(two, monkeypa
     engine.leave(0)
     assert engine.advance(1) == ([], 0)
     read = passes(engine, monkeypatch)
-    found = written(engine, [(b"prompt", replace(PLAIN, sample=i)) for i in range(4)])
-    assert [data for data, _ in found] == rows
-    assert [len(each.sources) for each in read if each].count(0) == 1
+    samples = [(b"prompt", replace(PLAIN, sample=i)) for i in range(4)]
+    found = [written(engine, samples[i : i + 2], reads=2) for i in (0, 2)]
+    assert [data for pair in found for data, _ in pair] == rows
+    assert [len(each.sources) for each in read if each] == [0, 1, 0, 1]
 
 
 def test_logits_that_are_not_finite_end_one_text_and_leave_nothing(two):
@@ -147,6 +152,7 @@ def test_logits_that_are_not_finite_end_one_text_and_leave_nothing(two):
         engine._model = build_broken()
     engine.join([(1, b"prompt", replace(PLAIN, max_new_bytes=4))])
     engine.read()
+    engine._prompts.forget(0)  # its row is computed with these weights as well
     ((new,), _) = engine.advance(1)
     assert new.slot == 1 and "not finite" in (new.error or "")
     assert engine.advance(1)[0] == []

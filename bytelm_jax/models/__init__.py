@@ -40,7 +40,7 @@ def build_model(config: ModelConfig, rngs: nnx.Rngs | None = None) -> Model:
     >>> import jax.numpy as jnp
     >>> model = build_model(EntropyConfig(dim=8, layers=1, heads=1, hidden_dim=8))
     >>> model(jnp.array([list(b"any bytes")])).shape
-    (1, 9, 512)
+    (1, 9, 260)
     """
     rngs = nnx.Rngs(0) if rngs is None else rngs
     match config:

@@ -16,6 +16,7 @@ from bytelm.q_table import (
     HELD,
     LEARNING_RATE_ACTIONS,
     MOMENTUM_ACTIONS,
+    TRUST_START,
     cells,
     log_memory,
 )
@@ -140,7 +141,7 @@ def test_the_trust_ratio_finds_the_rate_of_a_parabola(curvature):
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, noise))
     (_, state), (ratios, scales, momenta) = run((params, optimizer.init(params)))
     steady = 100  # 1 - 0.75 of the schedule, after which the agent holds the factor
-    assert ratios[0] == pytest.approx(0.3) and np.all(scales[steady + 10 :] == scales[-1])
+    assert ratios[0] == pytest.approx(TRUST_START) and np.all(scales[steady + 10 :] == scales[-1])
     wanted = {0.01: (4.0, 10.0), 1.0: (0.3, 1.6), 30.0: (0.09, 0.11)}[curvature]
     assert wanted[0] <= scales[-1] <= wanted[1]
     assert np.ptp(momenta) < 1e-6 and int(state.agent.trust.phase) == HELD

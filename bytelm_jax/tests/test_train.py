@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, resumed and refused, through the real command."""
 
+import contextlib
 import json
 import logging
 import os
@@ -82,8 +83,10 @@ class Run:
         """Until the metrics show `step`; the run itself is the clock, not the machine's speed."""
         path, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + DEADLINE
         while time.monotonic() < deadline and self.process.poll() is None:
-            if path.exists() and any(r["step"] >= step for r in read_metrics(path)):
-                return
+            # A run that resumes cuts the file, perhaps while it is read here.
+            with contextlib.suppress(ValueError):
+                if path.exists() and any(r["step"] >= step for r in read_metrics(path)):
+                    return
             time.sleep(0.002)
         assert self.process.poll() is None or self.process.returncode == 0, self.finish()
 

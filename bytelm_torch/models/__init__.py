@@ -24,7 +24,7 @@ def build_model(config: ModelConfig) -> Model:
 
     >>> model = build_model(EntropyConfig(dim=8, layers=1, heads=1, hidden_dim=8))
     >>> model(torch.tensor([list(b"any bytes")])).shape
-    torch.Size([1, 9, 512])
+    torch.Size([1, 9, 260])
     """
     match config:
         case MegabyteConfig():
