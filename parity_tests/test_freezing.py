@@ -66,7 +66,8 @@ def test_a_scale_multiplies_the_finished_update(name):
         optimizer = build_optimizer(OPTIMIZERS[name], 9, parts=Trainable(scales=scales))
         state, moves = optimizer.init(params), params
         for _ in range(3):
-            moves, state = optimizer.update(gradients, state, params, value=jnp.ones(()))
+            loss = {"value": jnp.ones(()), "value_fn": lambda params: params["norm.scale"].mean()}
+            moves, state = optimizer.update(gradients, state, params, **loss)
         ends.append(moves)
     np.testing.assert_array_equal(ends[1]["to_q.kernel"], 0.125 * ends[0]["to_q.kernel"])
     np.testing.assert_array_equal(ends[1]["norm.scale"], ends[0]["norm.scale"])
