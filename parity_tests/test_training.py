@@ -179,7 +179,8 @@ def test_the_loss_can_be_asked_for_at_other_parameters():
     train = TrainConfig(steps=1, batch_size=16, devices=2, accumulation_steps=2)
     (bind, init), seen = define_model(SMALL), []
 
-    def update(updates, state, params=None, *, value, value_fn):
+    def update(updates, state, params=None, **more):
+        value, value_fn = more["value"], more["value_fn"]
         further = jax.tree.map(lambda p: p + 0.01, params)
         return updates, jnp.stack([value_fn(params) - value, value_fn(further) - value])
 
