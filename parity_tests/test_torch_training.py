@@ -35,6 +35,7 @@ from bytelm.config import (
     training_flops_per_byte,
 )
 from bytelm.config import Recipe as TorchRecipe
+from bytelm.config.block import PAPER
 from bytelm.data.shuffle import shuffled_index, skips_last_row
 from bytelm.metrics import read_metrics
 from bytelm.runs import start_notes
@@ -89,7 +90,7 @@ def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path,
     model = replace(CONFIGS["blt"], patcher="space")
     entropy = replace(recipe, model=CONFIGS["entropy"])
     assert start_notes(recipe) == start_notes(entropy) == []
-    public = replace(model, patcher="byte")
+    public = replace(model, patcher="byte", global_block=PAPER)
     assert public.transformers_problem is None
     assert start_notes(replace(recipe, model=public)) == []
     adapted = replace(recipe, train=replace(recipe.train, lora_rank=2))
