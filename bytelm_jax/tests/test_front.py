@@ -67,7 +67,7 @@ def processor_seconds(*argv):
 def test_answers_take_little_processor_time():
     """Seconds of a processor that imports numpy in a fifth of one; a slower one has more."""
     slower = max(1.0, processor_seconds("-c", "import numpy") / 0.2)
-    for argv, seconds in (("--help", 0.5), ("trane", 0.5), ("train blt_1b --help", 1.0)):
+    for argv, seconds in (("--help", 0.5), ("trane", 0.5), ("train blt_1b --help", 1.2)):
         used = processor_seconds("-m", "bytelm_jax", *argv.split())
         assert used < seconds * slower, (argv, used, slower)
 
