@@ -73,7 +73,7 @@ def completion_script():
 
 def test_completion_knows_every_option_and_shell(capsys):
     assert cli.main(["train", "--help"]) == 0
-    named = set(re.findall(r"--[a-z][\w.]*(?:-\w+)*", capsys.readouterr().out))
+    named = set(re.findall(r"--[a-z]\w*(?:[-.]\w+)*", capsys.readouterr().out))
     known = completion.options_of("train").keys()
     assert {name.replace("_", "-") for name in named} - {"--save-path", "--help"} <= known | {
         "--optimizer.name", "--train.batch-size",
