@@ -76,7 +76,8 @@ def test_completion_knows_every_option_and_shell(capsys):
     named = set(re.findall(r"--[a-z]\w*(?:[-.]\w+)*", capsys.readouterr().out))
     known = completion.options_of("train").keys()
     assert {name.replace("_", "-") for name in named} - {"--save-path", "--help"} <= known | {
-        "--optimizer.name", "--train.batch-size",
+        "--optimizer.name", "--train.batch-size", "--optimizer.learning-rate",
+        "--data.sequence-length",
     }  # fmt: skip
     for shell in completion.SHELLS:
         assert cli.main(["--print-completion", shell]) == 0
