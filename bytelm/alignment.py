@@ -12,7 +12,6 @@ Its metadata say which token model it is of and which row stands for the beginni
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -23,7 +22,8 @@ from jaxtyping import Float32, Int32, UInt8
 
 from bytelm.config import require
 from bytelm.data.shuffle import shuffled_index
-from bytelm.files import errors_about
+from bytelm.export import read_header
+from bytelm.files import errors_about, read_json, replacing
 
 TOKENIZER_FILE = "tokenizer.json"
 _KIND, _BEGIN = "bytelm_alignment", "begin"
@@ -160,15 +160,12 @@ def _as_text(document: bytes) -> str | None:
 def _write(out: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     from safetensors.numpy import save_file
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        os.replace(partial, out)
+        with replacing(out) as beside:
+            save_file(tensors, beside.name, metadata)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
@@ -190,7 +187,7 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
     except Exception as error:  # the library raises this very class
         raise ValueError(f"{file}: is no tokenizer ({error})") from None
     with errors_about(folder / "config.json", "give a folder of transformers' save_pretrained"):
-        begin = json.loads((folder / "config.json").read_text("utf-8")).get("bos_token_id")
+        begin = read_json(folder / "config.json").get("bos_token_id")
     return tokenizer, begin if type(begin) is int else None
 
 
@@ -206,7 +203,7 @@ def open_aligned(path: Path) -> Aligned:
             metadata = opened.metadata() or {}
             require(metadata.get(_KIND) == "1", "is no text with tokens")
             embeddings = opened.get_tensor("embeddings")
-        header, data = _header(path)
+        header, data = read_header(path)
         text, token = (_mapped(path, header[name], data) for name in ("text", "token"))
         good = len(text) == len(token) and embeddings.ndim == 2
         require(good, "its parts do not fit each other")
@@ -215,13 +212,6 @@ def open_aligned(path: Path) -> Aligned:
         digest.update(np.ascontiguousarray(text[:: max(1, len(text) >> 20)]).tobytes())
         begin = int(metadata.get(_BEGIN, "0"))
         return Aligned(text, token, embeddings, begin, digest.hexdigest())
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and where its data begin."""
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(size)), 8 + size
 
 
 def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:

@@ -302,6 +302,13 @@ class ShardedTensors(dict[str, StoredTensor]):
                 shard.verify(config_sum)
 
 
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file that was checked, and where its data begin, in bytes."""
+    with open(file, "rb") as source:
+        size = int.from_bytes(source.read(8), "little")
+        return json.loads(source.read(size)), 8 + size
+
+
 def list_tensors(file: Path, arrays: ArrayLibrary) -> StoredTensors:
     """The tensors of a safetensors file, read one at a time without a memory map.
 
@@ -310,14 +317,12 @@ def list_tensors(file: Path, arrays: ArrayLibrary) -> StoredTensors:
     """
     with open_safetensors(file, arrays) as tensors:  # checks the header
         known, metadata = dict(tensors), tensors.metadata
-    with open(file, "rb") as source:
-        size = int.from_bytes(source.read(8), "little")
-        header = json.loads(source.read(size))
+    header, start = read_header(file)
 
     def read(name: str, tensor: StoredTensor) -> Any:
         begin, end = header[name]["data_offsets"]
         with errors_about(file, "give a complete safetensors file"):
-            data = np.fromfile(file, np.uint8, end - begin, offset=8 + size + begin)
+            data = np.fromfile(file, np.uint8, end - begin, offset=start + begin)
             return arrays.from_bytes(data, tensor.dtype, tensor.shape)
 
     listed = StoredTensors(metadata, arrays)

@@ -91,7 +91,7 @@ REFUSED = {
     "quantization_config": ({"bits": 4}, "quantization_config="),
     "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),
     "num_hidden_layers": (10**6, "num_hidden_layers=1000000: the files hold"),
-    "vocab_size": (41, "weight: shape (40, 16); expected (41, 16)"),
+    "vocab_size": (41, "lm_head.weight: shape (40, 16); expected (41, 16)"),
     "attention_bias": (False, "self_attn.k_proj.bias: unexpected"),
 }
 

@@ -92,9 +92,8 @@ class Api:
         answer, began = Answer(found, self._name), time.perf_counter()
         inbox: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
         texts = _texts(found, inbox)
-        await asyncio.sleep(
-            0
-        )  # requests that came together are parsed before the first is submitted
+        # Requests that came together are parsed before the first is submitted.
+        await asyncio.sleep(0)
         scoring = self._submit(found, texts)
         self.metrics.prompt_bytes.inc(answer.usage.prompt)
         parts = self._parts(found, answer, scoring, texts, inbox, began)

@@ -78,9 +78,9 @@ def read_trust(
         )
     dtype, steady = trust.peak.dtype, trust.phase == STEADY
     due = step.finite & steady & (count % config.interval == 0)
-    applied = step.updates if applied_fn is None else applied_fn(step.updates)
 
     def read() -> tuple[Scalar, Scalar]:
+        applied = step.updates if applied_fn is None else applied_fn(step.updates)
         products = jax.tree.map(
             lambda g, u: jnp.sum(g.astype(dtype) * u.astype(dtype)), step.gradients, applied
         )

@@ -7,6 +7,7 @@ compiler gives nothing. So products and kernels are counted here, from the progr
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from bytelm_jax.tools.collectives import computations, run_counts
@@ -107,22 +108,18 @@ def kernel_flops(text: str) -> float:
     A kernel computes whole blocks: of queries in block i, those of keys up to i, or in a window the
     last few of them. Their number stands in the shape of its first operand, [1, blocks, blocks].
     """
-    bodies, entry = computations(text)
-    times, total = run_counts(bodies, entry), 0.0
-    for name, lines in bodies.items():
-        for match in (_ATTENTION.search(line) for line in lines if times[name]):
-            if match is None:
-                continue
-            shapes = [_sizes(x) for x in _SHAPE.findall(match[2]) if x]
-            blocks, seen = max(shapes[0]), min(shapes[0][1:])
-            *rows, length, wide = shapes[2]  # [B, H, T, K]; a batch of one row has no axis
-            width = shapes[4][-1]
-            computed = sum(min(i + 1, seen) for i in range(blocks))
-            over_keys, over_values = _PRODUCTS[match[1]]
-            area = computed * (length // blocks) ** 2
-            total += times[name] * 2.0 * math.prod(rows) * area * (
-                over_keys * wide + over_values * width
-            )  # fmt: skip
+    total = 0.0
+    for times, match in _calls(text, _ATTENTION):
+        shapes = [_sizes(x) for x in _SHAPE.findall(match[2]) if x]
+        blocks, seen = max(shapes[0]), min(shapes[0][1:])
+        *rows, length, wide = shapes[2]  # [B, H, T, K]; a batch of one row has no axis
+        width = shapes[4][-1]
+        computed = sum(min(i + 1, seen) for i in range(blocks))
+        over_keys, over_values = _PRODUCTS[match[1]]
+        area = computed * (length // blocks) ** 2
+        total += times * 2.0 * math.prod(rows) * area * (
+            over_keys * wide + over_values * width
+        )  # fmt: skip
     return total
 
 
@@ -134,19 +131,15 @@ _CUDNN = re.compile(
 
 def cudnn_flops(text: str) -> float:
     """Operations of cuDNN's causal attention: two products forward and five backward."""
-    bodies, entry = computations(text)
-    times, total = run_counts(bodies, entry), 0.0
-    for name, lines in bodies.items():
-        for match in (_CUDNN.search(line) for line in lines if times[name]):
-            if match is None:
-                continue
-            query, _, value, *_ = [_sizes(x) for x in _SHAPE.findall(match[2]) if x]
-            rows, length, heads, wide = query
-            window = int(match[3]) or length
-            seen = sum(min(i + 1, window) for i in range(length))
-            over_keys, over_values = (3, 2) if match[1] else (1, 1)
-            features = over_keys * wide + over_values * value[-1]
-            total += times[name] * 2.0 * rows * heads * seen * features
+    total = 0.0
+    for times, match in _calls(text, _CUDNN):
+        query, _, value, *_ = [_sizes(x) for x in _SHAPE.findall(match[2]) if x]
+        rows, length, heads, wide = query
+        window = int(match[3]) or length
+        seen = sum(min(i + 1, window) for i in range(length))
+        over_keys, over_values = (3, 2) if match[1] else (1, 1)
+        features = over_keys * wide + over_values * value[-1]
+        total += times * 2.0 * rows * heads * seen * features
     return total
 
 
@@ -169,20 +162,26 @@ def grouped_flops(text: str) -> Grouped:
     tile has, [tiles + groups - 1]; the last two are rows [M, I] and kernels [groups, I, O], or for
     the gradient of kernels rows [M, I] and [M, O].
     """
-    bodies, entry = computations(text)
-    times, stated, computed = run_counts(bodies, entry), 0.0, 0.0
-    for name, lines in bodies.items():
-        for match in (_GROUPED.search(line) for line in lines if times[name]):
-            if match is None:
-                continue
-            *numbers, rows, other = [_sizes(x) for x in _SHAPE.findall(match[1]) if x]
-            most, groups = numbers[1][0], numbers[0][0] - 1
-            own = times[name] * 2.0 * math.prod(rows) * other[-1]
-            if len(other) == 3:
-                own = times[name] * 2.0 * rows[0] * math.prod(other[1:])
-            stated += own
-            computed += own * most / (most - groups + 1)
+    stated = computed = 0.0
+    for times, match in _calls(text, _GROUPED):
+        *numbers, rows, other = [_sizes(x) for x in _SHAPE.findall(match[1]) if x]
+        most, groups = numbers[1][0], numbers[0][0] - 1
+        own = times * 2.0 * math.prod(rows) * other[-1]
+        if len(other) == 3:
+            own = times * 2.0 * rows[0] * math.prod(other[1:])
+        stated += own
+        computed += own * most / (most - groups + 1)
     return Grouped(stated, computed)
+
+
+def _calls(text: str, kernel: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
+    """How often each call of a kernel runs, and its match."""
+    bodies, entry = computations(text)
+    times = run_counts(bodies, entry)
+    for name, lines in bodies.items():
+        for match in (kernel.search(line) for line in lines if times[name]):
+            if match is not None:
+                yield times[name], match
 
 
 def _sizes(shape: str) -> list[int]:
