@@ -102,9 +102,8 @@ def test_what_lies_past_the_end_is_dropped_and_reads_as_zero():
     write_at((buffer,), (torch.ones(2, 2),), torch.tensor([0, 5]))
     assert buffer.tolist() == [[1, 1, 0], [0, 0, 0]]
     assert write_at(buffer, torch.ones(2, 2), 4) is buffer
+    assert buffer.sum() == 2
     buffer = torch.zeros(2, 4)
     scattered = torch.tensor([[9, 3, 9, 1], [9, 9, 9, 9]])
     write_at(buffer, torch.arange(2.0, 10.0).reshape(2, 4), scattered)
-    assert buffer[0, [1, 3]].tolist() == [5, 3]
-    assert not (buffer == 2).any() and not (buffer > 5).any()
-    assert buffer.sum() == 2
+    assert buffer.tolist() == [[0, 5, 0, 3], [0, 0, 0, 0]]
