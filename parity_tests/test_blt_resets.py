@@ -26,6 +26,7 @@ from bytelm_torch.models import entropy as torch_entropy
 from bytelm_torch.models import patching as torch_patching
 from bytelm_torch.training import loss as torch_loss
 from parity_tests import test_blt
+from parity_tests.cases import quick
 from parity_tests.test_blt import TINY, random_leaves, relative
 
 LENGTH = 40
@@ -131,7 +132,7 @@ def segment_starts(config: Any, row: np.ndarray) -> list[int]:
     return [0, *(np.flatnonzero(row[:-1] == separator(config)) + 1).tolist()]
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", quick(WHOLE, "entropy", "space", "model"))
 def test_a_line_in_a_text_is_the_line_alone(name, x64):
     """In the model without resets, too: what it makes of a line alone is what is wanted."""
     config, params, _ = tiny(name)

@@ -270,6 +270,7 @@ def test_there_and_back_through_the_commands(dtype, tmp_path, capsys):
         assert np.asarray(value).tobytes() == np.asarray(begun[key]).tobytes(), key
 
 
+@pytest.mark.slow
 def test_the_1b_shape_name_by_name():
     config = BLTConfig(whole_characters=False, patch_budget=1.0)
     fields = blt_config_to_hf(config)

@@ -24,6 +24,7 @@ from bytelm_jax.parity.twins import make_twin
 from bytelm_torch import hf
 from bytelm_torch.models import build_model
 from parity_tests import test_blt_resets, test_resets, test_training
+from parity_tests.cases import quick
 from parity_tests.tiny_models import CONFIGS
 from parity_tests.twins import random_ids, random_params
 
@@ -61,7 +62,7 @@ def test_every_architecture_is_built_has_a_recipe_and_a_parity_test(kind):
     assert hasattr(hf, kind.__name__.replace("Config", "ForCausalLM"))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "in_action", "entropy"))
 def test_layers_logits_loss_gradients_and_generation(name, x64):
     config = CONFIGS[name]
     params = random_params(config, "float64")

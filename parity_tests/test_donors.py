@@ -59,6 +59,7 @@ def test_the_layers_are_those_of_transformers(family, dtype, tmp_path):
             assert error <= bound[dtype], what
 
 
+@pytest.mark.slow
 def test_a_donor_goes_through_import_a_step_and_export(tmp_path, capsys):
     """Its layers arrive as they were saved, in shards of bfloat16; all of them train."""
     donor = make_donor("llama", dtype=torch.bfloat16)

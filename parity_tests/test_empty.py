@@ -13,6 +13,7 @@ from bytelm.config import ModelConfig
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.twins import make_twin
 from bytelm_torch.training.loss import cross_entropy
+from parity_tests.cases import quick
 from parity_tests.tiny_models import CONFIGS
 
 SHAPES = ((0, 0), (0, 5), (2, 0))
@@ -23,7 +24,7 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "blt", "lfbyte", "megabyte"))
 def test_nothing_gives_nothing(name: str) -> None:
     config = MODELS[name]
     bind, init = define_model(config)

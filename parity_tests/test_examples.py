@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from parity_tests.examples import EXAMPLES, run_example
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_and_looked_into(tmp_path, monkeypatch, capsys):
     data = tmp_path / "text"
     data.write_bytes(b"def main(argument):\n    return argument\n" * 30)

@@ -35,6 +35,7 @@ from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.parity.report import relative_error
 from bytelm_torch.inference.generate import generate
 from bytelm_torch.interop import transformers as hf
+from parity_tests.cases import quick
 from parity_tests.tiny_models import CONFIGS
 
 TRACED = functools.cache(abstract_params)
@@ -67,7 +68,7 @@ def loaded(folder):
     return model, tokenizer
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "blt", "lfbyte"))
 def test_generation(name, folders):
     model, tokenizer = loaded(folders[name])
     assert issubclass(type(model), hf.ByteLMForCausalLM) and type(tokenizer) is hf.ByteLMTokenizer

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import bytelm_torch
 from bytelm_torch.interop import transformers as hf
+from parity_tests.cases import quick
 from parity_tests.examples import run_example
 from parity_tests.tiny_models import CONFIGS
 
@@ -63,7 +64,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "megabyte"))
 def test_a_run_is_resumed_and_its_best_model_loaded(name: str, tmp_path: Path) -> None:
     model = wrapped(name, seed=0)
     whole = trainer(model, tmp_path, best=True)

@@ -20,6 +20,7 @@ from bytelm_jax.tools.harness import harness_place as place_of_jax
 from bytelm_jax.training import checkpoint
 from bytelm_torch import lm_eval as torch_command
 from bytelm_torch.tools.harness import harness_place as place_of_torch
+from parity_tests.cases import quick
 from parity_tests.tiny_models import CONFIGS
 from parity_tests.twins import random_params
 
@@ -76,7 +77,7 @@ CONTEXTS = [0, 3, WINDOW - 5, WINDOW - 4, WINDOW - 3, 60]
 """Bytes before a continuation of 4: none; below, at and above the window."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "megabyte", "blt"))
 def test_every_architecture_answers_with_its_own_log_likelihoods(name):
     config = MODELS[name]
     params = random_params(config, "float32")

@@ -37,6 +37,7 @@ from bytelm_torch.optimizers.build import build_optimizer
 from bytelm_torch.training import checkpoint as torch_checkpoint
 from bytelm_torch.training import loop as torch_loop
 from bytelm_torch.training.average import Average
+from parity_tests.cases import quick
 from parity_tests.test_training import OPTIMIZERS, ragged_batches, run_jax, run_torch
 from parity_tests.tiny_models import CONFIGS
 from parity_tests.twins import MEGABYTES, random_ids, random_params
@@ -70,7 +71,7 @@ def twin_of(config, lora, params):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "blt", "lfbyte"))
 def test_every_plain_linear_layer_adapts_and_merges(name, x64):
     """Unmerged in JAX = in torch = merged = the weights plus a matrix of that rank, by numpy.
 
@@ -136,6 +137,7 @@ def test_200_steps_train_the_adapters_alike_and_nothing_else(x64):
     print(f"200 steps of LoRA, JAX and torch: {worst:.1e}")
 
 
+@pytest.mark.slow
 def test_dropout_is_the_adapters_alone_and_the_same_on_eight_devices():
     config, lora, params = adapted("megabyte", "float32", lora_rank=2, lora_dropout=0.5)
     still, ids = AdamWConfig(learning_rate=1e-12), ragged_batches(config, 2, 8, 11)
@@ -222,6 +224,7 @@ def folder(tmp_path_factory, compiled_once):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit(folder):
     ends = [checkpoint.load_leaves(folder / name) for name in ("straight", "parts")]
     assert ends[0][1].keys() == ends[1][1].keys() and ends[0][2] == 4

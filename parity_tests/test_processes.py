@@ -100,6 +100,7 @@ def assert_equal_runs(ours, theirs):
         assert error <= tolerances.DEVICES_AFTER_5_STEPS, name
 
 
+@pytest.mark.slow
 def test_eight_devices_of_one_process_train_as_one(one_device, text, tmp_path):
     """Over 2 x 4 devices, by the other form of the step."""
     command = ["train", *RUN, "--data", str(text), "--run-dir", str(tmp_path / "run")]

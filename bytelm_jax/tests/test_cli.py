@@ -455,6 +455,7 @@ def sounds_and_pictures(folder):
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_bytes_that_are_no_text_train_and_evaluate(tmp_path, capsys):
     files, run = tmp_path / "files", tmp_path / "run"
     files.mkdir()

@@ -34,6 +34,7 @@ def text(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_time_or_its_text(equal_time, text, monkeypatch):
     recipe = recipes.megabyte_tiny()
     recipe = replace(

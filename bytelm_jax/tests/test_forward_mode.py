@@ -46,6 +46,7 @@ def loss_of(name: str) -> Callable[[Any], Any]:
     return loss
 
 
+@pytest.mark.slow
 def test_forward_mode_agrees_with_the_backward_pass(x64: None) -> None:
     loss, shapes = loss_of("resets"), abstract_params(MODELS["resets"])
 

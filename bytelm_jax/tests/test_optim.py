@@ -93,6 +93,7 @@ def test_what_is_frozen_costs_nothing_and_counts_in_no_norm(kind):
     np.testing.assert_array_equal(actual["patcher.kernel"], [[0.0, 0.0]])
 
 
+@pytest.mark.slow
 def test_a_frozen_patcher_leaves_every_step_bit_for_bit():
     config = BLTConfig(
         entropy=EntropyConfig(dim=4, layers=1, heads=1, hidden_dim=4, window=4),

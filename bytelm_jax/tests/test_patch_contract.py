@@ -323,6 +323,7 @@ def test_recipes_of_the_specification():
     assert from_dict(Recipe, to_dict(recipe)) == recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reset_on", "mean"),
     [("none", 5.0), pytest.param("newline", 4.0, marks=pytest.mark.slow)],

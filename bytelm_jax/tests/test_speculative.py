@@ -34,9 +34,9 @@ def model_of(name: str, **changes: Any) -> Any:
     ("name", "draft", "sampler"),
     [
         ("megabyte", "ngram", SAMPLED),
-        ("in_action, newline", "model", SAMPLED),
+        pytest.param("in_action, newline", "model", SAMPLED, marks=pytest.mark.slow),
         ("blt", "self", SAMPLED),
-        ("lfbyte, newline", "table", GREEDY),
+        pytest.param("lfbyte, newline", "table", GREEDY, marks=pytest.mark.slow),
     ],
 )
 def test_the_text_of_a_seed_is_the_same_whatever_is_drafted(name, draft, sampler):

@@ -34,6 +34,7 @@ def trained(monkeypatch):
     return rates
 
 
+@pytest.mark.slow
 def test_a_grid_is_trained_once_and_ranked(trained, tmp_path, capsys):
     call = ["sweep", "megabyte_tiny", "--out", str(tmp_path), "--vary", "learning_rate=9,0.3,0.1"]
     call += ["optimizer=sgd,q_learning_sgd", "--steps", "7", "--momentum", "0.8"]

@@ -3,6 +3,8 @@
 import json
 import shlex
 
+import pytest
+
 from bytelm_jax.cli.main import main
 
 TINY = "megabyte_tiny --global-layers 1 --local-layers 1 --global-dim 32 --local-dim 16"
@@ -10,6 +12,7 @@ TINY += " --global-heads 2 --local-heads 2 --sequence-length 32 --batch-size 4"
 TINY += " --devices 1 --validation-fraction 0 --log-every 1 --profile-steps 2:3"
 
 
+@pytest.mark.slow
 def test_some_steps_are_traced_and_all_time_is_counted(tmp_path, capsys):
     text, run = tmp_path / "text", tmp_path / "run"
     text.write_bytes(b"a few bytes to learn from; " * 40)

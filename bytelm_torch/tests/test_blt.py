@@ -11,6 +11,7 @@ from bytelm.config import BLTConfig, EntropyConfig
 from bytelm.tolerances import LOGITS
 from bytelm_torch.models import build_model, patching
 from bytelm_torch.models.entropy import segment_starts_of, shift_right
+from parity_tests.cases import quick
 from parity_tests.patch_thresholds import splitting_threshold
 
 LENGTH = 60
@@ -76,7 +77,14 @@ def model_of(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [(name, rows) for name in CONFIGS for rows in (1, 3)[" lines" in name :]]
+    ("name", "rows"),
+    quick(
+        [(name, rows) for name in CONFIGS for rows in (1, 3)[" lines" in name :]],
+        ("space", 1),
+        ("entropy, small budget", 3),
+        ("entropy, lines", 3),
+        ("bytropix, lines", 3),
+    ),
 )
 @torch.no_grad()
 def test_forced_rounds_give_the_logits_of_the_whole_pass(name, rows):

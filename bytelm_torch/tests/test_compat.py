@@ -162,6 +162,7 @@ def snippets():
     return parts
 
 
+@pytest.mark.slow
 def test_the_examples_run_without_jax(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "text").write_bytes(b"The quick brown fox jumps over the lazy dog. " * 4)

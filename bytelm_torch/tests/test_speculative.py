@@ -14,6 +14,7 @@ from bytelm_torch.inference.generate import complete, generate, generate_uncache
 from bytelm_torch.inference.speculative import ngram_drafts, table_drafts
 from bytelm_torch.tests.test_extend import random_model
 from parity_tests.blocks import MODELS, TEXT
+from parity_tests.cases import quick
 
 NEW = 13
 PROMPTS = [TEXT[:length] for length in (0, 5, 12)]
@@ -27,7 +28,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> A
     return random_model(replace(MODELS[name], **changes)).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", quick([torch.float64, torch.float32], torch.float32))
 @pytest.mark.parametrize(
     ("name", "draft", "sampler"),
     [
