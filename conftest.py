@@ -38,6 +38,7 @@ from parity_tests import shapes
 
 # Shapes in annotations are enforced here and nowhere else, by beartype. Modules imported before the
 # hook would escape it, so it comes before any test imports bytelm.
+shapes.install()
 CHECKED = ["bytelm.data", "bytelm.inspection", "bytelm_jax", "bytelm_torch"]
 install_import_hook(CHECKED, f"{shapes.__name__}.checked")
 
