@@ -6,13 +6,16 @@ A prepared file is a safetensors file with these tensors:
     token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
     embeddings  float32 [rows, width]  of every token that occurs
 
-Its metadata say which token model it is of and which row stands for the beginning of a text.
+Its metadata say which row stands for the beginning of a text. What the stage that trains on such a
+file is, in either package, stands here as well.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +23,25 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from bytelm.config import require
+from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
 from bytelm.export import read_header
 from bytelm.files import errors_about, read_json, replacing
+from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
 _KIND, _BEGIN = "bytelm_alignment", "begin"
 _BATCH = 256  # pieces that are tokenized at once
 _PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
 _HELD_OUT = 50  # one window in so many
+_EVALUATED = 32  # batches of windows that are held out
+
+_TRAINED = ("encoder.", "to_global.")
+"""What the names of the parameters that are trained begin with."""
+
+_KEPT = ("steps", "batch_size", "seed", "devices", "fsdp", "compute_dtype", "log_every")
+_KEPT += ("eval_every", "checkpoint_every", "keep_last", "keep_best")
+"""Fields of `TrainConfig` that the stage uses; the others have their defaults in its recipe."""
 
 
 class Prepared(NamedTuple):
@@ -73,6 +85,13 @@ class Aligned(NamedTuple):
         """The windows of step `step`, counted from 0: a function of its arguments alone."""
         count = self.training(length)
         return [shuffled_index(step * rows + i, count, seed) for i in range(rows)]
+
+    def held_out(self, rows: int, length: int) -> list[list[int]]:
+        """Batches of windows that are held out, the last of which is filled up by the first."""
+        first = self.training(length)
+        count = self.windows(length) - first
+        batches = range(min(_EVALUATED, math.ceil(count / rows)))
+        return [[first + (each * rows + i) % count for i in range(rows)] for each in batches]
 
 
 # ---- preparation ----------------------------------------------------------------------------
@@ -218,3 +237,58 @@ def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:
     kinds = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
     kind, (begin, _) = kinds[tensor["dtype"]], tensor["data_offsets"]
     return np.memmap(path, kind, "r", data + begin, tuple(tensor["shape"]))
+
+
+# ---- the stage ------------------------------------------------------------------------------
+
+
+def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
+    """The recipe of the stage for the model of `source`, which `named` names.
+
+    `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
+    evaluates and saves; those that are 0 are as in `source`.
+    """
+    given = {name: value for name, value in changes.items() if value}
+    data, optimizer = source.data, source.optimizer
+    if "sequence_length" in given:
+        data = replace(data, sequence_length=given.pop("sequence_length"))
+    if "learning_rate" in given:
+        optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
+    kept = {name: getattr(source.train, name) for name in _KEPT}
+    run = TrainConfig(**kept | given, init_from=named)
+    return replace(source, name="aligned", data=data, optimizer=optimizer, train=run)
+
+
+def check_stage(recipe: Recipe, data: Aligned) -> None:
+    """Raises `ValueError` for a model that cannot be aligned, and for a text that does not fit."""
+    model: Any = recipe.model
+    about = f"is {model.architecture}; only blt has patches to align"
+    require(model.takes_donor, f"{recipe.train.init_from}: {about}")
+    width, wide = data.embeddings.shape[1], model.global_dim
+    require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
+    few = data.windows(recipe.data.sequence_length) < 2
+    hint = "give more text, or a shorter sequence_length"
+    require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")
+
+
+def alignment_parts(names: Iterable[str]) -> Trainable:
+    """What the stage trains of the parameters of a BLT: its byte encoder."""
+    return Trainable(frozenset(name for name in names if not name.startswith(_TRAINED)))
+
+
+def require_finite(step: int, loss: float) -> None:
+    """Raises `ValueError` for the loss of a step that is not finite."""
+    hint = "lower the learning rate; the last checkpoint is from before"
+    require(math.isfinite(loss), f"step {step}: the loss is not finite; {hint}")
+
+
+def validation_record(found: list[tuple[float, float]]) -> dict[str, float]:
+    """A record of metrics out of the losses and cosines of batches that are held out."""
+    loss, cosine = (sum(values) / len(found) for values in zip(*found, strict=True))
+    return {"validation_alignment_loss": loss, "validation_alignment_cosine": cosine}
+
+
+def step_line(step: int, count: int, values: dict[str, float]) -> str:
+    """What is printed about a step."""
+    loss, cosine = values["alignment_loss"], values["alignment_cosine"]
+    return f"step {step}/{count}: alignment {loss:.4f}, cosine {cosine:.4f}"

@@ -321,6 +321,7 @@ class Arms:
 
     def _aligned(self, stage: Stage) -> Any:
         """Of an arm by seconds, as many steps as the first tenth of the time tells."""
+        from bytelm.alignment import stage_recipe
         from bytelm.metrics import read_metrics
         from bytelm_jax.training import alignment, checkpoint
 
@@ -329,7 +330,7 @@ class Arms:
         def align(steps: int) -> float:
             shutil.rmtree(place, ignore_errors=True)
             plan = {"steps": steps, "seed": stage.seed + 1, "eval_every": 0, "checkpoint_every": 0}
-            recipe = alignment.stage_recipe(self.recipe, "", **plan, log_every=max(steps - 1, 1))
+            recipe = stage_recipe(self.recipe, "", **plan, log_every=max(steps - 1, 1))
             run = replace(recipe.train, eval_every=0, checkpoint_every=0)
             recipe = replace(recipe, train=run)
             alignment.align(recipe, self.tokens, place, lambda: stage.start)
