@@ -26,7 +26,7 @@ from jaxtyping import Float32, Int32, UInt8
 from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
 from bytelm.export import read_header
-from bytelm.files import errors_about, read_json, replacing
+from bytelm.files import errors_about, read_json, replacing, require_plain_file
 from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -218,6 +218,7 @@ def open_aligned(path: Path) -> Aligned:
     from safetensors import safe_open
 
     with errors_about(path, "give a file that `bytelm align-data` wrote"):
+        require_plain_file(path)
         with safe_open(path, framework="np") as opened:
             metadata = opened.metadata() or {}
             require(metadata.get(_KIND) == "1", "is no text with tokens")

@@ -80,7 +80,7 @@ def _recipe_of(run: Path) -> Recipe:
     if is_run(run):
         return load_recipe(run)
     described = read_description(run)
-    return Recipe("imported", described.config, patching=patching_of(described.extra))
+    return Recipe(name="imported", model=described.config, patching=patching_of(described.extra))
 
 
 if __name__ == "__main__":

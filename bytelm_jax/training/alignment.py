@@ -98,16 +98,19 @@ def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Par
     settings or checkpoints that do not fit. SIGINT and SIGTERM end it with everything saved.
     """
     with processes.StopSignal() as stop, RunLock(run_dir) as lock:
-        return _Stage(recipe, data, run_dir).run(stop, lock, params)
+        return Stage(recipe, data).run(run_dir, stop, lock, params)
 
 
-class _Stage:
-    """A run of this stage: what it trains, and on what."""
+class Stage:
+    """What the stage trains, on what, and how: `step` and `validate` are all of it.
 
-    def __init__(self, recipe: Recipe, data: Aligned, run_dir: Path) -> None:
+    `dtype` is that of products, by default what the recipe says.
+    """
+
+    def __init__(self, recipe: Recipe, data: Aligned, dtype: Any = None) -> None:
         require(jax.process_count() == 1, "bytelm align: runs in one process; start one")
         check_stage(recipe, data)
-        self.recipe, self.data, self.run_dir = recipe, data, run_dir
+        self.recipe, self.data = recipe, data
         self.length = recipe.data.sequence_length
         self.mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(self.mesh, recipe.train)
@@ -118,14 +121,14 @@ class _Stage:
         self.optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, self.parts)
         self.template = steps.abstract_init(self.mesh, self.optimizer, abstract)
         self.embeddings = jax.device_put(data.embeddings, meshes.replicated(self.mesh))
-        dtype = steps.compute_dtype(run, self.mesh)
+        dtype = steps.compute_dtype(run, self.mesh) if dtype is None else dtype
 
         def loss(moving: Params, fixed: Params, ids: Array, token: Array, table: Array) -> Any:
             whole = cast_params(meshes.gather(self.mesh, moving | fixed), dtype)
             with meshes.layers_on(self.mesh):
                 return alignment_loss(bind(whole), ids, token, table, data.begin)
 
-        self._step = jax.jit(partial(_step, loss, self.optimizer, self.parts), donate_argnums=0)
+        self._compiled = jax.jit(partial(_step, loss, self.optimizer, self.parts), donate_argnums=0)
         self._look = jax.jit(loss)
 
     def batch(self, windows: list[int]) -> tuple[Array, ...]:
@@ -141,9 +144,18 @@ class _Stage:
             found.append((float(each[0]), float(each[1])))
         return validation_record(found)
 
-    def run(self, stop: Any, lock: RunLock, params: Callable[[], Params]) -> Outcome:
+    def step(
+        self, state: steps.TrainState, count: int
+    ) -> tuple[steps.TrainState, dict[str, Array]]:
+        """The step after `count` steps, and its report; `state` is donated."""
+        run = self.recipe.train
+        return self._compiled(
+            state, *self.batch(self.data.batch(count, run.batch_size, self.length, run.seed))
+        )
+
+    def run(self, run_dir: Path, stop: Any, lock: RunLock, params: Callable[[], Params]) -> Outcome:
         """See `align`."""
-        run, template, run_dir = self.recipe.train, self.template, self.run_dir
+        run, template = self.recipe.train, self.template
         given = None if saved_steps(run_dir) else params()  # damaged ones leave no folder behind
         prepare_run_dir(run_dir, self.recipe)
         require_lock(lock.take(run_dir), str(run_dir))
@@ -167,8 +179,7 @@ class _Stage:
         print(f"{how} {self.recipe.name} in {run_dir}, step {start}", flush=True)
         try:
             while step < run.steps and not stop.agreed():
-                batch = self.batch(self.data.batch(step, run.batch_size, self.length, run.seed))
-                state, report = self._step(state, *batch)
+                state, report = self.step(state, step)
                 step += 1
                 if step == start + 1:  # compiled
                     jax.block_until_ready(state)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bytelm.alignment import (
     Aligned,
@@ -90,17 +90,17 @@ def align(
     everything saved.
     """
     with StopSignal() as stop, RunLock(run_dir) as lock, parallel.join_group() as group:
-        return _Stage(recipe, data, run_dir, group).run(stop, lock, weights)
+        return Stage(recipe, data, group).run(run_dir, stop, lock, weights)
 
 
-class _Stage:
-    """A run of this stage: what it trains, and on what."""
+class Stage:
+    """What the stage trains, on what, and how: `step` and `validate` are all of it."""
 
-    def __init__(self, recipe: Recipe, data: Aligned, run_dir: Path, group: parallel.Group) -> None:
+    def __init__(self, recipe: Recipe, data: Aligned, group: parallel.Group) -> None:
         require(group.size == 1, "align: runs in one process; start one")
         check_stage(recipe, data)
         parallel.check_batch(group, recipe.train)
-        self.recipe, self.data, self.run_dir = recipe, data, run_dir
+        self.recipe, self.data = recipe, data
         self.length, self.device = recipe.data.sequence_length, group.device
         self.model = build_model(recipe.model).to(self.device).eval()  # without dropout
         parts = alignment_parts(parameter_paths(self.model).values())
@@ -144,10 +144,14 @@ class _Stage:
         return self.loss(windows)[0]
 
     def run(
-        self, stop: StopSignal, lock: RunLock, weights: Callable[[], dict[str, Tensor]]
+        self,
+        run_dir: Path,
+        stop: StopSignal,
+        lock: RunLock,
+        weights: Callable[[], dict[str, Tensor]],
     ) -> Outcome:
         """See `align`."""
-        run, run_dir, average = self.recipe.train, self.run_dir, Average(self.model, 0.0)
+        run, average = self.recipe.train, Average(self.model, 0.0)
         start = (saved_steps(run_dir) or [0])[-1]
         if not start:
             self.model.load_state_dict(weights())  # damaged ones leave no folder behind
@@ -168,6 +172,8 @@ class _Stage:
                 rate = schedule(step)
                 report = self.step(step, rate)
                 step += 1
+                if step == start + 1:
+                    begun = time.monotonic()
                 last = step == run.steps
                 if last or step % run.log_every == 0:
                     values = {name: float(value) for name, value in report.items()}
@@ -181,15 +187,15 @@ class _Stage:
                     loss = record["validation_alignment_loss"]
                     print(f"step {step}: validation {loss:.4f}", flush=True)
                 if last or (run.checkpoint_every and step % run.checkpoint_every == 0):
-                    self._save(step, lock, average)
+                    self._save(run_dir, step, lock, average)
                     saved = step
             if step > saved:
-                self._save(step, lock, average)
+                self._save(run_dir, step, lock, average)
         finally:
             log.close()
         return Outcome(step, bool(stop) and step < run.steps)
 
-    def _save(self, step: int, lock: RunLock, average: Average) -> None:
+    def _save(self, run_dir: Path, step: int, lock: RunLock, average: Average) -> None:
         lock.check()
-        state: tuple[nn.Module, Any] = (self.model, self.optimizer)
-        checkpoint.save(self.run_dir, step, *state, self.recipe, self.data.identity, None, average)
+        state, identity = (self.model, self.optimizer, self.recipe), self.data.identity
+        checkpoint.save(run_dir, step, *state, identity, None, average)
