@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -27,6 +27,8 @@ from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
 from bytelm.export import read_header
 from bytelm.files import errors_about, read_json, replacing, require_plain_file
+from bytelm.runs import saved_recipe
+from bytelm.storage.stores import require_local
 from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -35,6 +37,9 @@ _BATCH = 256  # pieces that are tokenized at once
 _PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
 _HELD_OUT = 50  # one window in so many
 _EVALUATED = 32  # batches of windows that are held out
+
+_NAME = "aligned"
+"""The name of every recipe of the stage."""
 
 _TRAINED = ("encoder.", "to_global.")
 """What the names of the parameters that are trained begin with."""
@@ -105,6 +110,9 @@ def prepare(
     `tokenizer` is one of the tokenizers library, `begin` the id of the token that begins a text.
     Raises `ValueError` for tokens without an embedding, and for text without tokens.
     """
+    count, hint = len(embeddings), "give the tokenizer and the config.json that belong to them"
+    within = begin is None or 0 <= begin < count
+    require(within, f"bos_token_id={begin}: the weights have {count} embeddings; {hint}")
     texts, ends, skipped = list[bytes](), list[np.ndarray](), 0
     for text, found in _tokenized(documents, tokenizer):
         texts.append(text)
@@ -116,8 +124,8 @@ def prepare(
     if begin is not None:
         used = np.union1d(used, [begin])
     most = int(used[-1])
-    hint = f"the weights have {len(embeddings)} embeddings; give the tokenizer that belongs to them"
-    require(most < len(embeddings), f"{TOKENIZER_FILE}: has token {most}, and {hint}")
+    why = f"{TOKENIZER_FILE}: has token {most}, and the weights have {count} embeddings"
+    require(most < count, f"{why}; {hint}")
     kind = np.uint16 if used.size < 2**16 else np.uint32
     row_of = np.zeros(most + 2, kind)
     row_of[used.astype(np.int64) + 1] = np.arange(1, used.size + 1)
@@ -200,7 +208,8 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
             f"{folder}: reading its tokenizer needs the tokenizers library; {hint}"
         ) from None
     file = folder / TOKENIZER_FILE
-    require(file.is_file(), f"{file}: missing; give the donor's folder with its tokenizer")
+    hint = "transformers writes it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+    require(file.is_file(), f"{file}: missing, it has the donor's tokens; {hint}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises this very class
@@ -243,6 +252,21 @@ def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:
 # ---- the stage ------------------------------------------------------------------------------
 
 
+def source_recipe(run_dir: Path, read: Callable[[], Recipe]) -> Recipe:
+    """The recipe of the stage in `run_dir`, or else what `read` reads of the run's beginning.
+
+    A stage that has begun has its own recipe: its source may be gone. Raises `ValueError` for a
+    folder with another run.
+    """
+    require_local(run_dir, "run_dir")
+    saved = saved_recipe(run_dir)
+    if saved is None:
+        return read()
+    why = f"run_dir={run_dir}: holds the run {saved.name}, which is no alignment"
+    require(saved.name == _NAME, f"{why}; name another folder")
+    return saved
+
+
 def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
     """The recipe of the stage for the model of `source`, which `named` names.
 
@@ -257,7 +281,7 @@ def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
         optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
     kept = {name: getattr(source.train, name) for name in _KEPT}
     run = TrainConfig(**kept | given, init_from=named)
-    return replace(source, name="aligned", data=data, optimizer=optimizer, train=run)
+    return replace(source, name=_NAME, data=data, optimizer=optimizer, train=run)
 
 
 def check_stage(recipe: Recipe, data: Aligned) -> None:

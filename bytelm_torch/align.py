@@ -10,8 +10,7 @@ from pathlib import Path
 from bytelm import alignment
 from bytelm.config import Recipe
 from bytelm.export import patching_of, read_description
-from bytelm.runs import is_run, load_recipe, saved_recipe
-from bytelm.storage.stores import require_local
+from bytelm.runs import is_run, load_recipe
 from bytelm_torch.compress import run_command
 
 __all__ = ["main"]
@@ -58,11 +57,10 @@ def _align(
         eval_every: steps between evaluations of text that is held out.
         checkpoint_every: steps between checkpoints.
     """
-    require_local(run_dir, "run_dir")
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
     changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
     changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    source = saved_recipe(run_dir) or _recipe_of(run)  # RUN may be gone when it resumes
+    source = alignment.source_recipe(run_dir, lambda: _recipe_of(run))
     recipe = alignment.stage_recipe(source, str(run), **changes)
     data = alignment.open_aligned(tokens)
     alignment.check_stage(recipe, data)

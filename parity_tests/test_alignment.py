@@ -97,4 +97,4 @@ def test_the_command_of_torch_resumes_and_refuses(tmp_path, capsys):
         assert torch.equal(one, two), name
     capsys.readouterr()
     assert align.main([*command, "--run-dir", str(tmp_path / "new")]) == 2
-    assert "no" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    assert "run" in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -9,8 +9,7 @@ from pathlib import Path
 from bytelm import alignment
 from bytelm.arguments import UsageError
 from bytelm.data import open_corpus
-from bytelm.runs import load_recipe, saved_recipe
-from bytelm.storage.stores import require_local
+from bytelm.runs import load_recipe
 
 
 def align_data_command(
@@ -89,11 +88,10 @@ def align_command(
         eval_every: steps between evaluations of text that is held out.
         checkpoint_every: steps between checkpoints.
     """
-    require_local(run_dir, "run_dir")
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
     changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
     changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    source = saved_recipe(run_dir) or load_recipe(run)  # RUN may be gone when it resumes
+    source = alignment.source_recipe(run_dir, lambda: load_recipe(run))
     recipe = alignment.stage_recipe(source, str(run), **changes)
     data = alignment.open_aligned(tokens)
     alignment.check_stage(recipe, data)
