@@ -6,13 +6,16 @@ A prepared file is a safetensors file with these tensors:
     token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
     embeddings  float32 [rows, width]  of every token that occurs
 
-Its metadata say which token model it is of and which row stands for the beginning of a text.
+Its metadata say which row stands for the beginning of a text. What the stage that trains on such a
+file is, in either package, stands here as well.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,16 +23,30 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from bytelm.config import require
+from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
 from bytelm.export import read_header
-from bytelm.files import errors_about, read_json, replacing
+from bytelm.files import errors_about, read_json, replacing, require_plain_file
+from bytelm.runs import saved_recipe
+from bytelm.storage.stores import require_local
+from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
 _KIND, _BEGIN = "bytelm_alignment", "begin"
 _BATCH = 256  # pieces that are tokenized at once
 _PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
 _HELD_OUT = 50  # one window in so many
+_EVALUATED = 32  # batches of windows that are held out
+
+_NAME = "aligned"
+"""The name of every recipe of the stage."""
+
+_TRAINED = ("encoder.", "to_global.")
+"""What the names of the parameters that are trained begin with."""
+
+_KEPT = ("steps", "batch_size", "seed", "devices", "fsdp", "compute_dtype", "log_every")
+_KEPT += ("eval_every", "checkpoint_every", "keep_last", "keep_best")
+"""Fields of `TrainConfig` that the stage uses; the others have their defaults in its recipe."""
 
 
 class Prepared(NamedTuple):
@@ -74,6 +91,13 @@ class Aligned(NamedTuple):
         count = self.training(length)
         return [shuffled_index(step * rows + i, count, seed) for i in range(rows)]
 
+    def held_out(self, rows: int, length: int) -> list[list[int]]:
+        """Batches of windows that are held out, the last of which is filled up by the first."""
+        first = self.training(length)
+        count = self.windows(length) - first
+        batches = range(min(_EVALUATED, math.ceil(count / rows)))
+        return [[first + (each * rows + i) % count for i in range(rows)] for each in batches]
+
 
 # ---- preparation ----------------------------------------------------------------------------
 
@@ -86,19 +110,23 @@ def prepare(
     `tokenizer` is one of the tokenizers library, `begin` the id of the token that begins a text.
     Raises `ValueError` for tokens without an embedding, and for text without tokens.
     """
+    count, hint = len(embeddings), "give the tokenizer and the config.json that belong to them"
+    within = begin is None or 0 <= begin < count
+    require(within, f"bos_token_id={begin}: the weights have {count} embeddings; {hint}")
     texts, ends, skipped = list[bytes](), list[np.ndarray](), 0
     for text, found in _tokenized(documents, tokenizer):
         texts.append(text)
         ends.append(found)
         skipped += bool(text) and not found.any()
     text, ids = b"".join(texts), np.concatenate([*ends, np.zeros(0, np.uint32)])
+    del texts, ends  # five times the size of the text
     used = np.unique(ids[ids > 0] - 1)
     require(used.size > 0, "data: holds no text in UTF-8 that has tokens; give some")
     if begin is not None:
         used = np.union1d(used, [begin])
     most = int(used[-1])
-    hint = f"the weights have {len(embeddings)} embeddings; give the tokenizer that belongs to them"
-    require(most < len(embeddings), f"{TOKENIZER_FILE}: has token {most}, and {hint}")
+    why = f"{TOKENIZER_FILE}: has token {most}, and the weights have {count} embeddings"
+    require(most < count, f"{why}; {hint}")
     kind = np.uint16 if used.size < 2**16 else np.uint32
     row_of = np.zeros(most + 2, kind)
     row_of[used.astype(np.int64) + 1] = np.arange(1, used.size + 1)
@@ -158,12 +186,12 @@ def _as_text(document: bytes) -> str | None:
 
 
 def _write(out: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save  # `save_file` has errors of its own for a full disk
 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with replacing(out) as beside:
-            save_file(tensors, beside.name, metadata)
+            beside.write(save(tensors, metadata))
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
 
@@ -181,7 +209,8 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
             f"{folder}: reading its tokenizer needs the tokenizers library; {hint}"
         ) from None
     file = folder / TOKENIZER_FILE
-    require(file.is_file(), f"{file}: missing; give the donor's folder with its tokenizer")
+    hint = "transformers writes it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+    require(file.is_file(), f"{file}: missing, it has the donor's tokens; {hint}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises this very class
@@ -199,6 +228,7 @@ def open_aligned(path: Path) -> Aligned:
     from safetensors import safe_open
 
     with errors_about(path, "give a file that `bytelm align-data` wrote"):
+        require_plain_file(path)
         with safe_open(path, framework="np") as opened:
             metadata = opened.metadata() or {}
             require(metadata.get(_KIND) == "1", "is no text with tokens")
@@ -218,3 +248,73 @@ def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:
     kinds = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}
     kind, (begin, _) = kinds[tensor["dtype"]], tensor["data_offsets"]
     return np.memmap(path, kind, "r", data + begin, tuple(tensor["shape"]))
+
+
+# ---- the stage ------------------------------------------------------------------------------
+
+
+def source_recipe(run_dir: Path, read: Callable[[], Recipe]) -> Recipe:
+    """The recipe of the stage in `run_dir`, or else what `read` reads of the run's beginning.
+
+    A stage that has begun has its own recipe: its source may be gone. Raises `ValueError` for a
+    folder with another run.
+    """
+    require_local(run_dir, "run_dir")
+    saved = saved_recipe(run_dir)
+    if saved is None:
+        return read()
+    why = f"run_dir={run_dir}: holds the run {saved.name}, which is no alignment"
+    require(saved.name == _NAME, f"{why}; name another folder")
+    return saved
+
+
+def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
+    """The recipe of the stage for the model of `source`, which `named` names.
+
+    `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
+    evaluates and saves; those that are 0 are as in `source`.
+    """
+    given = {name: value for name, value in changes.items() if value}
+    data, optimizer = source.data, source.optimizer
+    if "sequence_length" in given:
+        data = replace(data, sequence_length=given.pop("sequence_length"))
+    if "learning_rate" in given:
+        optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
+    kept = {name: getattr(source.train, name) for name in _KEPT}
+    run = TrainConfig(**kept | given, init_from=named)
+    return replace(source, name=_NAME, data=data, optimizer=optimizer, train=run)
+
+
+def check_stage(recipe: Recipe, data: Aligned) -> None:
+    """Raises `ValueError` for a model that cannot be aligned, and for a text that does not fit."""
+    model: Any = recipe.model
+    about = f"is {model.architecture}; only blt has patches to align"
+    require(model.takes_donor, f"{recipe.train.init_from}: {about}")
+    width, wide = data.embeddings.shape[1], model.global_dim
+    require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
+    few = data.windows(recipe.data.sequence_length) < 2
+    hint = "give more text, or a shorter sequence_length"
+    require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")
+
+
+def alignment_parts(names: Iterable[str]) -> Trainable:
+    """What the stage trains of the parameters of a BLT: its byte encoder."""
+    return Trainable(frozenset(name for name in names if not name.startswith(_TRAINED)))
+
+
+def require_finite(step: int, loss: float) -> None:
+    """Raises `ValueError` for the loss of a step that is not finite."""
+    hint = "lower the learning rate; the last checkpoint is from before"
+    require(math.isfinite(loss), f"step {step}: the loss is not finite; {hint}")
+
+
+def validation_record(found: list[tuple[float, float]]) -> dict[str, float]:
+    """A record of metrics out of the losses and cosines of batches that are held out."""
+    loss, cosine = (sum(values) / len(found) for values in zip(*found, strict=True))
+    return {"validation_alignment_loss": loss, "validation_alignment_cosine": cosine}
+
+
+def step_line(step: int, count: int, values: dict[str, float]) -> str:
+    """What is printed about a step."""
+    loss, cosine = values["alignment_loss"], values["alignment_cosine"]
+    return f"step {step}/{count}: alignment {loss:.4f}, cosine {cosine:.4f}"

@@ -170,11 +170,13 @@ def read_recipe_json(file: Path) -> Any:
 
 
 def refuse_export(stored: Any, file: Path) -> None:
-    """Raises `ValueError` for what `file` holds if it describes an export."""
+    """Raises `ValueError` for what `file` holds if it describes an export, or a foreign model."""
     if isinstance(stored, dict) and "name" not in stored:
         exported = stored.get("library") == LIBRARY or "bytelm" in stored
         hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
         require(not exported, f"belongs to an export, not to a run; {hint}")
+        foreign = "model_type" in stored
+        require(not foreign, f"belongs to a model of transformers, not to a run; {hint}")
 
 
 def saved_recipe(run_dir: Path) -> Recipe | None:

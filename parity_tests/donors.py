@@ -1,13 +1,13 @@
 """Tiny random token models of transformers, and their exact forms in float64."""
 
+import functools
 import json
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -114,19 +114,42 @@ def hidden_states(dtype: str) -> tuple[np.ndarray, np.ndarray]:
     return x.astype(dtype), weights.astype(dtype)
 
 
-def compare_layers(model: Any, folder: Path, dtype: str) -> Iterator[tuple[str, float]]:
+def read_layers(folder: Path) -> tuple[BLTConfig, Mapping[str, Any]]:
+    """The global transformer that a donor's folder becomes: configuration and parameters."""
+    donor = read_donor(folder)
+    return byte_config(LOCAL, donor), read_stack(donor, LOCAL)[0]
+
+
+def put_back(params: Mapping[str, Any], config: BLTConfig, model: Any) -> None:
+    """Gives the donor `model` the parameters of a global transformer: import, the other way."""
+    held = model.state_dict()
+    for name, value in params.items():
+        if name.startswith(STACK):
+            target = held[donor_name(name, config)]
+            places = np.arange(target.numel()).reshape(target.shape)
+            array = np.empty(target.numel(), value.dtype)
+            array[in_our_layout(name, places, config)] = value
+            target.copy_(torch.from_numpy(array).reshape(target.shape))
+
+
+def compare_layers(
+    model: Any, config: BLTConfig, params: Mapping[str, Any], dtype: str
+) -> Iterator[tuple[str, float]]:
     """(what, relative error) of both twins' global transformer against the donor `model`.
 
-    `folder` holds the donor as transformers saved it. What is compared are outputs, and gradients
-    of inputs and of every parameter, on the same hidden states.
+    `params` are parameters of a byte model with `config`, those of its global transformer among
+    them. What is compared are outputs, and gradients of inputs and of every parameter, on the same
+    hidden states.
     """
-    donor = read_donor(folder)
-    config, (params, _) = byte_config(LOCAL, donor), read_stack(donor, LOCAL)
     x, weights = hidden_states(dtype)
     out, of_x, by_name = _in_transformers(model, x, weights)
     sizes = (config.global_dim, config.global_layers, config.global_heads, config.global_kv_heads)
     sizes += (config.global_hidden_dim, 0, config.rope_theta, 0.0, "gated", False)
-    bare = {name.removeprefix(STACK): value.astype(dtype) for name, value in params.items()}
+    bare = {
+        name.removeprefix(STACK): np.asarray(value, dtype)
+        for name, value in params.items()
+        if name.startswith(STACK)
+    }
     for twin, run in (("JAX", _in_jax), ("torch", _in_torch)):
         ours, ours_of_x, gradients = run((*sizes, config.global_block), bare, x, weights)
         yield f"{twin} output", relative_error(ours, out)
@@ -138,6 +161,7 @@ def compare_layers(model: Any, folder: Path, dtype: str) -> Iterator[tuple[str, 
 
 
 def _in_transformers(model: Any, x: np.ndarray, weights: np.ndarray) -> Any:
+    model.zero_grad()
     states = torch.tensor(x, requires_grad=True)
     out = model.model(inputs_embeds=states, use_cache=False).last_hidden_state
     (out * torch.tensor(weights)).sum().backward()
@@ -147,18 +171,20 @@ def _in_transformers(model: Any, x: np.ndarray, weights: np.ndarray) -> Any:
 
 
 def _in_jax(sizes: Any, params: Any, x: np.ndarray, weights: np.ndarray) -> Any:
+    (_, out), (of_params, of_x) = jax.device_get(_jitted(sizes)(params, x, weights))
+    return out, of_x, of_params
+
+
+@functools.cache
+def _jitted(sizes: Any) -> Callable[..., Any]:
+    """One for all donors of a family, which compile once."""
     bind, _ = split_model(Transformer(*sizes, rngs=nnx.Rngs(0)))
 
-    @jax.jit
-    def run(params: Any, x: Any) -> Any:
-        def loss(params: Any, x: Any) -> Any:
-            out, _ = bind(params)(x)
-            return (out * weights).sum(), out
+    def loss(params: Any, x: Any, weights: Any) -> Any:
+        out, _ = bind(params)(x)
+        return (out * weights).sum(), out
 
-        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
-
-    (_, out), (of_params, of_x) = jax.device_get(run(params, jnp.asarray(x)))
-    return out, of_x, of_params
+    return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
 
 
 def _in_torch(sizes: Any, params: Any, x: np.ndarray, weights: np.ndarray) -> Any:

@@ -21,7 +21,7 @@ SHARED_FLOORS = (
     "elastic", "serving", "hub", "model_card", "shards", "folders", "modeling", "bundle",
     "bundle_names",
     "train_options", "harness", "arguments", "sweeps", "recipe_files", "recipes", "schedules",
-    "starting", "run_data", "breakdown", "perturb", "runs", "remote", "alignment", "data", "lora",
+    "starting", "run_data", "breakdown", "perturb", "alignment", "runs", "remote", "data", "lora",
     "trainable", "export", "inspection", "patience", "metrics", "goodput", "tracking", "writing",
     "sampling", "compression", "storage", "progress", "memory", "tokenizer", "leaves", "positions",
     "patch_rules", "q_table", "torch_files", "generation", "files", "config", "callable_module",

@@ -88,18 +88,17 @@ def align_command(
         eval_every: steps between evaluations of text that is held out.
         checkpoint_every: steps between checkpoints.
     """
-    recipe = load_recipe(run)
-    if not recipe.model.takes_donor:
-        raise ValueError(f"{run}: is {recipe.model.architecture}; only blt has patches to align")
-    data = alignment.open_aligned(tokens)
-    from bytelm_jax.training import alignment as stage
-    from bytelm_jax.training import checkpoint
-
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
     changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
     changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    recipe = stage.stage_recipe(recipe, str(run), **changes)
-    outcome = stage.align(recipe, data, run_dir, lambda: checkpoint.load_run(run)[1])
+    source = alignment.source_recipe(run_dir, lambda: load_recipe(run))
+    recipe = alignment.stage_recipe(source, str(run), **changes)
+    data = alignment.open_aligned(tokens)
+    alignment.check_stage(recipe, data)
+    from bytelm_jax.training import checkpoint
+    from bytelm_jax.training.alignment import align
+
+    outcome = align(recipe, data, run_dir, lambda: checkpoint.load_run(run)[1])
     ended = "interrupted" if outcome.interrupted else "finished"
     print(f"{ended} at step {outcome.step}, saved in {run_dir}")
     return 0

@@ -304,7 +304,10 @@ def read_stack(
 
 def open_donor(donor: Donor) -> export.ShardedTensors:
     """The donor's tensors, of which none is read, without what older versions stored in vain."""
-    tensors = export.ShardedTensors(export.weight_files(donor.folder), convert.NUMPY)
+    files = export.weight_files(donor.folder)
+    hint = "transformers writes it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+    require(len(files) > 1 or files[0].exists(), f"{files[0]}: missing; {hint}")
+    tensors = export.ShardedTensors(files, convert.NUMPY)
     for name in [name for name in tensors if name.endswith(_UNUSED)]:
         del tensors[name]
     layers = donor.sizes["global_layers"]

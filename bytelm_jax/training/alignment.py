@@ -7,10 +7,8 @@ no part. The text comes with the token that ends at each byte (`bytelm/alignment
 Axes: B batch, T bytes, N patches, D global width, E rows of the embeddings.
 """
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from bytelm.alignment import Aligned
-from bytelm.config import Recipe, TrainConfig, require
+from bytelm.alignment import (
+    Aligned,
+    alignment_parts,
+    check_stage,
+    require_finite,
+    step_line,
+    validation_record,
+)
+from bytelm.config import Recipe, require
 from bytelm.metrics import MetricsLog
 from bytelm.runs import (
     Outcome,
@@ -30,6 +35,7 @@ from bytelm.runs import (
     require_ahead,
     require_lock,
     require_same_data,
+    saved_steps,
 )
 from bytelm.trainable import Trainable
 from bytelm_jax.kernels.segment_sum import segment_sum
@@ -38,16 +44,12 @@ from bytelm_jax.optimizers.build import (
     build_optimizer,
     global_norm,
     learning_rate_schedule,
+    optimizer_metrics,
     without,
 )
 from bytelm_jax.training import checkpoint, processes
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
-
-_TRAINED = ("encoder.", "to_global.")
-"""What the names of the parameters that are trained begin with."""
-
-_EVALUATED = 32  # batches of windows that are held out
 
 
 def alignment_loss(
@@ -87,11 +89,6 @@ def alignment_loss(
     return (weight * error).sum() / total / power, (weight * cosine).sum() / total
 
 
-def alignment_parts(params: Any) -> Trainable:
-    """What the stage trains of a BLT: its byte encoder."""
-    return Trainable(frozenset(name for name in params if not name.startswith(_TRAINED)))
-
-
 def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Params]) -> Outcome:
     """Trains the byte encoder of `recipe` in `run_dir`, from its latest checkpoint if there is one.
 
@@ -101,22 +98,20 @@ def align(recipe: Recipe, data: Aligned, run_dir: Path, params: Callable[[], Par
     settings or checkpoints that do not fit. SIGINT and SIGTERM end it with everything saved.
     """
     with processes.StopSignal() as stop, RunLock(run_dir) as lock:
-        return _Stage(recipe, data, run_dir).run(stop, lock, params)
+        return Stage(recipe, data).run(run_dir, stop, lock, params)
 
 
-class _Stage:
-    """A run of this stage: what it trains, and on what."""
+class Stage:
+    """What the stage trains, on what, and how: `step` and `validate` are all of it.
 
-    def __init__(self, recipe: Recipe, data: Aligned, run_dir: Path) -> None:
+    `dtype` is that of products, by default what the recipe says.
+    """
+
+    def __init__(self, recipe: Recipe, data: Aligned, dtype: Any = None) -> None:
         require(jax.process_count() == 1, "bytelm align: runs in one process; start one")
-        self.recipe, self.data, self.run_dir = recipe, data, run_dir
+        check_stage(recipe, data)
+        self.recipe, self.data = recipe, data
         self.length = recipe.data.sequence_length
-        model: Any = recipe.model
-        width, wide = data.embeddings.shape[1], model.global_dim
-        require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
-        few = data.windows(self.length) < 2
-        hint = "give more text, or a shorter sequence_length"
-        require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")
         self.mesh = meshes.make_mesh(recipe.train.devices, recipe.train.fsdp)
         meshes.check_batch(self.mesh, recipe.train)
         bind, self.init = define_model(recipe.model)
@@ -126,14 +121,14 @@ class _Stage:
         self.optimizer = build_optimizer(recipe.optimizer, run.steps, run.seed, self.parts)
         self.template = steps.abstract_init(self.mesh, self.optimizer, abstract)
         self.embeddings = jax.device_put(data.embeddings, meshes.replicated(self.mesh))
-        dtype = steps.compute_dtype(run, self.mesh)
+        dtype = steps.compute_dtype(run, self.mesh) if dtype is None else dtype
 
         def loss(moving: Params, fixed: Params, ids: Array, token: Array, table: Array) -> Any:
             whole = cast_params(meshes.gather(self.mesh, moving | fixed), dtype)
             with meshes.layers_on(self.mesh):
                 return alignment_loss(bind(whole), ids, token, table, data.begin)
 
-        self._step = jax.jit(partial(_step, loss, self.optimizer, self.parts), donate_argnums=0)
+        self._compiled = jax.jit(partial(_step, loss, self.optimizer, self.parts), donate_argnums=0)
         self._look = jax.jit(loss)
 
     def batch(self, windows: list[int]) -> tuple[Array, ...]:
@@ -143,19 +138,25 @@ class _Stage:
 
     def validate(self, params: Params) -> dict[str, float]:
         """Loss and cosine of windows that are held out, as a record of metrics."""
-        first, rows = self.data.training(self.length), self.recipe.train.batch_size
-        count = self.data.windows(self.length) - first
-        batches = min(_EVALUATED, math.ceil(count / rows))
         found = []
-        for number in range(batches):
-            windows = [first + (number * rows + i) % count for i in range(rows)]
-            found.append(jax.device_get(self._look(params, {}, *self.batch(windows))))
-        loss, cosine = (sum(float(each[i]) for each in found) / batches for i in (0, 1))
-        return {"validation_alignment_loss": loss, "validation_alignment_cosine": cosine}
+        for windows in self.data.held_out(self.recipe.train.batch_size, self.length):
+            each = jax.device_get(self._look(params, {}, *self.batch(windows)))
+            found.append((float(each[0]), float(each[1])))
+        return validation_record(found)
 
-    def run(self, stop: Any, lock: RunLock, params: Callable[[], Params]) -> Outcome:
+    def step(
+        self, state: steps.TrainState, count: int
+    ) -> tuple[steps.TrainState, dict[str, Array]]:
+        """The step after `count` steps, and its report; `state` is donated."""
+        run = self.recipe.train
+        return self._compiled(
+            state, *self.batch(self.data.batch(count, run.batch_size, self.length, run.seed))
+        )
+
+    def run(self, run_dir: Path, stop: Any, lock: RunLock, params: Callable[[], Params]) -> Outcome:
         """See `align`."""
-        run, template, run_dir = self.recipe.train, self.template, self.run_dir
+        run, template = self.recipe.train, self.template
+        given = None if saved_steps(run_dir) else params()  # damaged ones leave no folder behind
         prepare_run_dir(run_dir, self.recipe)
         require_lock(lock.take(run_dir), str(run_dir))
         found = checkpoint.recover(run_dir, template.params, template.opt_state)
@@ -166,9 +167,9 @@ class _Stage:
             at = jax.device_put(start, template.step.sharding).astype(template.step.dtype)
             state = steps.TrainState(at, found.params, found.opt_state)
         else:
-            given = meshes.place(self.mesh, params())
+            placed = meshes.place(self.mesh, params() if given is None else given)
             init = partial(self.init, run.seed)
-            state = steps.compile_init(self.optimizer, init, template, given)()
+            state = steps.compile_init(self.optimizer, init, template, placed)()
         schedule = learning_rate_schedule(self.recipe.optimizer, run.steps)
         log, saved, step = MetricsLog(run_dir / "metrics.jsonl", start), start, start
         begun = time.monotonic()
@@ -178,8 +179,7 @@ class _Stage:
         print(f"{how} {self.recipe.name} in {run_dir}, step {start}", flush=True)
         try:
             while step < run.steps and not stop.agreed():
-                batch = self.batch(self.data.batch(step, run.batch_size, self.length, run.seed))
-                state, report = self._step(state, *batch)
+                state, report = self.step(state, step)
                 step += 1
                 if step == start + 1:  # compiled
                     jax.block_until_ready(state)
@@ -187,22 +187,22 @@ class _Stage:
                 last = step == run.steps
                 if last or step % run.log_every == 0:
                     values = {name: float(v) for name, v in jax.device_get(report).items()}
-                    good = math.isfinite(values["alignment_loss"])
-                    hint = "lower the learning rate; the last checkpoint is from before"
-                    require(good, f"step {step}: the loss is not finite; {hint}")
+                    require_finite(step, values["alignment_loss"])
                     values["learning_rate"] = float(schedule(jnp.asarray(step - 1)))
                     values["seconds"] = time.monotonic() - begun
                     log.write({"step": step, **values})
-                    print(_line(step, run.steps, values), flush=True)
+                    print(step_line(step, run.steps, values), flush=True)
                 if last or (run.eval_every and step % run.eval_every == 0):
                     record = self.validate(state.params)
                     log.write({"step": step, **record})
                     loss = record["validation_alignment_loss"]
                     print(f"step {step}: validation {loss:.4f}", flush=True)
                 if last or (run.checkpoint_every and step % run.checkpoint_every == 0):
+                    lock.check()
                     self._save(manager, step, state)
                     saved = step
             if step > saved:
+                lock.check()
                 self._save(manager, step, state)
             checkpoint.finish(manager)
         finally:
@@ -222,46 +222,29 @@ def _step(
     state: steps.TrainState,
     *batch: Array,
 ) -> tuple[steps.TrainState, dict[str, Array]]:
-    """One step; one whose loss or gradient norm is not finite changes nothing but the count."""
+    """One step; one whose loss or gradient norm is not finite changes nothing but the count.
+
+    An optimizer with an agent has its own rule.
+    """
     moving = without(state.params, parts.frozen)
     fixed = {name: value for name, value in state.params.items() if name not in moving}
     differentiate = jax.value_and_grad(loss, has_aux=True)
     (value, cosine), gradients = differentiate(moving, fixed, *batch)
     norm = global_norm(gradients)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, moving, value=value)
-    params = jax.tree.map(jnp.add, moving, updates) | fixed
-    sound = jnp.isfinite(value) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old),
-        (params, opt_state),
-        (state.params, state.opt_state),
+    updates, opt_state = optimizer.update(
+        gradients,
+        state.opt_state,
+        moving,
+        value=value,
+        value_fn=lambda params: loss(params, fixed, *batch)[0],
     )
+    params = jax.tree.map(jnp.add, moving, updates) | fixed
+    if "skipped_steps" not in optimizer_metrics(opt_state):
+        sound = jnp.isfinite(value) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
     report = {"alignment_loss": value, "alignment_cosine": cosine, "grad_norm": norm}
     return steps.TrainState(state.step + 1, params, opt_state), report
-
-
-def _line(step: int, count: int, values: dict[str, float]) -> str:
-    loss, cosine = values["alignment_loss"], values["alignment_cosine"]
-    return f"step {step}/{count}: alignment {loss:.4f}, cosine {cosine:.4f}"
-
-
-def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
-    """The recipe of this stage for the model of `source`, which `named` names.
-
-    `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
-    evaluates and saves; those that are 0 are as in `source`.
-    """
-    given = {name: value for name, value in changes.items() if value}
-    data, optimizer = source.data, source.optimizer
-    if "sequence_length" in given:
-        data = replace(data, sequence_length=given.pop("sequence_length"))
-    if "learning_rate" in given:
-        optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
-    kept = {name: getattr(source.train, name) for name in _KEPT}
-    run = TrainConfig(**kept | given, init_from=named)
-    return replace(source, name="aligned", data=data, optimizer=optimizer, train=run)
-
-
-_KEPT = ("steps", "batch_size", "seed", "devices", "fsdp", "compute_dtype", "log_every")
-_KEPT += ("eval_every", "checkpoint_every", "keep_last", "keep_best")
-"""Fields of `TrainConfig` that the stage uses; the others have their defaults in its recipe."""

@@ -233,7 +233,7 @@ def make_train_step(
         report["grad_norm"] = global_norm(p.grad for p in model.parameters() if p.grad is not None)
         set_rate(optimizer, learning_rate)
         again = partial(forward, count=total, rows=len(rows) * group.size)
-        _move(optimizer, model, report, max_grad_norm, partial(_loss_now, group, seed, again, cut))
+        move(optimizer, model, report, max_grad_norm, partial(_loss_now, group, seed, again, cut))
         return report
 
     return step
@@ -294,13 +294,18 @@ def _add_up(group: Group, reports: list[Report], stop: bool) -> Report:
     return dict(zip([*names, "stop"], sums, strict=True))
 
 
-def _move(
+def move(
     optimizer: torch.optim.Optimizer,
     model: nn.Module,
     report: dict[str, Tensor],
     max_grad_norm: float,
     loss_now: Callable[[], Tensor],
 ) -> None:
+    """Moves the parameters by their gradients, which it clips, unless `report` is not finite.
+
+    `report` has the `loss`, the `grad_norm` and, until this takes it out, `OBJECTIVE`. `loss_now`
+    computes what is differentiated again, for an optimizer that looks at it after its step.
+    """
     objective, loss, norm = report.pop(OBJECTIVE), report["loss"], report["grad_norm"]
     takes = inspect.signature(optimizer.step).parameters
     if "value_fn" in takes:  # an optimizer with an agent clips and skips by itself

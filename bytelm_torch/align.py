@@ -1,0 +1,85 @@
+"""Teaches a byte encoder to make of words what a token model's embeddings say of them.
+
+python -m bytelm_torch.align exports/imported --tokens books.tokens --run-dir runs/aligned
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bytelm import alignment
+from bytelm.config import Recipe
+from bytelm.export import patching_of, read_description
+from bytelm.runs import is_run, load_recipe
+from bytelm_torch.compress import run_command
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code. Bad input: 2 and one line on standard error."""
+    return run_command(_align, "align", argv)
+
+
+def _align(
+    run: Path,
+    /,
+    tokens: Path,
+    run_dir: Path,
+    steps: int = 0,
+    batch_size: int = 0,
+    sequence_length: int = 0,
+    learning_rate: float = 0.0,
+    seed: int = 0,
+    log_every: int = 0,
+    eval_every: int = 0,
+    checkpoint_every: int = 0,
+) -> int:
+    """Teaches a byte encoder to make of words what a token model's embeddings say of them.
+
+    Trains the byte encoder of RUN, a model that `bytelm import --format llama` made and `bytelm
+    export` wrote, and nothing else, as `bytelm align` does. Resumes by itself when the run folder
+    holds a checkpoint. `metrics.jsonl` has `alignment_loss`, the mean squared error relative to the
+    mean square of the embeddings, and `alignment_cosine`.
+
+    Example: python -m bytelm_torch.align exports/imported --tokens books.tokens --run-dir aligned
+
+    Args:
+        run: the export, or run folder of this package, that is begun from.
+        tokens: a file of `bytelm align-data`.
+        run_dir: the run folder to make or to continue.
+        steps: number of steps; 0, here and below, is as in RUN, or the default for an export.
+        batch_size: rows of a step.
+        sequence_length: bytes of a row.
+        learning_rate: the highest learning rate.
+        seed: decides the order of rows.
+        log_every: steps between lines of metrics.
+        eval_every: steps between evaluations of text that is held out.
+        checkpoint_every: steps between checkpoints.
+    """
+    changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
+    changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
+    changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    source = alignment.source_recipe(run_dir, lambda: _recipe_of(run))
+    recipe = alignment.stage_recipe(source, str(run), **changes)
+    data = alignment.open_aligned(tokens)
+    alignment.check_stage(recipe, data)
+    from bytelm_torch.interop.export import from_pretrained
+    from bytelm_torch.training.alignment import align
+
+    outcome = align(recipe, data, run_dir, lambda: from_pretrained(run).float().state_dict())
+    ended = "interrupted" if outcome.interrupted else "finished"
+    print(f"{ended} at step {outcome.step}, saved in {run_dir}")
+    return 0
+
+
+def _recipe_of(run: Path) -> Recipe:
+    """The recipe of a run folder, or one with the model of an export."""
+    if is_run(run):
+        return load_recipe(run)
+    described = read_description(run)
+    return Recipe(name="imported", model=described.config, patching=patching_of(described.extra))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
