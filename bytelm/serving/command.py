@@ -9,12 +9,13 @@ from bytelm.arguments import UsageError
 from bytelm.serving.api import Api
 from bytelm.serving.engine import Engine
 from bytelm.serving.requests import Limits
-from bytelm.serving.server import Guard, Server, is_loopback, own_names
+from bytelm.serving.server import Guard, Server, is_loopback, own_names, require_address
 
 KEY_VARIABLE = "BYTELM_API_KEY"
 
 
 def check_options(
+    host: str,
     port: int,
     slots: int,
     prompt_bytes: int,
@@ -22,7 +23,7 @@ def check_options(
     queue: int,
     time_limit: float | None = None,
 ) -> None:
-    """Raises `UsageError` for numbers that cannot be."""
+    """Raises `UsageError` for numbers that cannot be, `OSError` for an address that is not free."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
     if not 1 <= slots <= 4096:
@@ -33,6 +34,7 @@ def check_options(
             raise UsageError(f"--{option} {value}: must be at least 1")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
+    require_address(host, port)
 
 
 def key_of(given: str) -> str:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
-from bytelm.sampling import SamplerConfig
+from bytelm.sampling import LEAST_TOP_P, SamplerConfig
 
 _NO_LIMIT = 2**31 - 1
 
@@ -49,7 +49,7 @@ def split_settings(sampler: SamplerConfig, allow_eos: bool = True) -> tuple[str,
         allow_eos,
         s.temperature,
         min(s.top_k or _NO_LIMIT, _NO_LIMIT),
-        s.top_p if s.top_p < 1 else math.inf,
+        max(s.top_p, LEAST_TOP_P) if s.top_p < 1 else math.inf,
         *(thresholds if mixed else (-math.inf, -math.inf, math.inf)),
     )
 
