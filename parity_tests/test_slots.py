@@ -180,7 +180,7 @@ def build_broken():
 def test_what_does_not_fit_into_memory_is_refused(package):
     model = model_of(package, replace(MODEL, variant="in_action"))
     with pytest.raises(ValueError, match=r"slots=4096: caches of 4096 texts of .* give fewer"):
-        PACKAGES[package].engine(model, 4096, 1 << 26)
+        PACKAGES[package].engine(model, 4096, 1 << 30)
 
 
 def plan(prompts, part: int | None = 8):

@@ -13,6 +13,8 @@ from bytelm.serving.server import Guard, Server, is_loopback, own_names, require
 
 KEY_VARIABLE = "BYTELM_API_KEY"
 
+_MOST = 2**29  # positions of a text with its prompt are 32-bit integers, padded to a power of two
+
 
 def check_options(
     host: str,
@@ -30,8 +32,8 @@ def check_options(
         raise UsageError(f"--slots {slots}: must be from 1 to 4096")
     counts = {"max-prompt-bytes": prompt_bytes, "max-new-bytes": new_bytes, "queue": queue}
     for option, value in counts.items():
-        if value < 1:
-            raise UsageError(f"--{option} {value}: must be at least 1")
+        if not 1 <= value <= _MOST:
+            raise UsageError(f"--{option} {value}: must be from 1 to {_MOST}")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
     require_address(host, port)

@@ -237,6 +237,9 @@ def test_a_refused_option_has_its_name(name):
     numbers["time-limit"] = 1
     with pytest.raises(UsageError, match=f"--{name} -1: must be"):
         check_options("127.0.0.1", *(numbers | {name: -1}).values())
+    if "max" in name:
+        with pytest.raises(UsageError, match=f"--{name} 1000000000000: must be from 1 to"):
+            check_options("127.0.0.1", *(numbers | {name: 10**12}).values())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         numbers["port"] = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"in use.*{numbers['port']}"):

@@ -441,7 +441,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     run = str(tmp_path / "run")
     for argv, says in (
         ([str(tmp_path)], "no config.json there"),
-        ([run, "--queue", "0"], "--queue 0: must be at least 1"),
+        ([run, "--queue", "0"], "--queue 0: must be from 1 to"),
         ([run, "--no-page"], "--no-page: leaves nothing to serve; add --api"),
         ([run, "--api", "--slots", "0"], "--slots 0: must be from 1 to 4096"),
         ([run, "--api-key", "k"], "--api-key: is for --api"),

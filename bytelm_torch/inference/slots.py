@@ -251,9 +251,17 @@ class TorchSlots:
 
     def _bytes(self) -> int:
         """Memory for the caches of all slots, and of prompts that are read."""
-        one = tree_leaves(self._model.init_cache(1, self._length))
-        row = sum(each.nbytes for each in one if isinstance(each, Tensor)) + 12 * self._length
-        return row * (self.slots + GROUP)
+
+        def size(rounds: int) -> int:
+            one = tree_leaves(self._model.init_cache(1, rounds * self._patch))
+            return sum(each.nbytes for each in one if isinstance(each, Tensor))
+
+        rounds = self._length // self._patch
+        few = min(64, rounds // 2)
+        row = size(few or rounds)
+        if few:  # caches grow evenly, and those of the whole length may not fit into memory
+            row += (size(2 * few) - row) * (rounds - few) // few
+        return (row + 12 * self._length) * (self.slots + GROUP)
 
 
 def _rows_at(rows: Any) -> Callable[[Any], Any]:
