@@ -430,6 +430,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
+    monkeypatch.setattr(command, "require_address", lambda *_: None)  # somebody may be using it
     monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
     assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
