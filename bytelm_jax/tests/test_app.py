@@ -17,6 +17,7 @@ import urllib.request
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -418,15 +419,11 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     checkpoint.create_run(tmp_path / "run", RECIPE, params)
     asked = []
 
-    class Server:
-        address = "http://somewhere/"
-
-        def close(self):
-            asked.append("closed")
+    stub = SimpleNamespace(address="http://somewhere/", close=lambda: asked.append("closed"))
 
     def launch(page, host, port, limits):
         asked.append((host, port))
-        return Server()
+        return stub
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
