@@ -55,6 +55,9 @@ class SamplerConfig:
         )
 
 
+LEAST_TOP_P = 1e-30
+"""A smaller `top_p` means the same, the most likely byte alone, but could be 0 in float32."""
+
 LONG_SEQUENCE = 1 << 20
 """Bytes from which on a sequence is checked for fitting into memory before it is generated."""
 

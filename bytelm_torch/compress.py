@@ -3,6 +3,7 @@
 python -m bytelm_torch.compress README.md --model exports/megabyte_tiny
 """
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -30,6 +31,9 @@ def run_command(command: Callable[..., int], name: str, argv: Sequence[str] | No
     try:
         argv = sys.argv[1:] if argv is None else argv
         return parse_call(command, argv, f"python -m bytelm_torch.{name}")
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         print(f"{name}: {error_line(error)}", file=sys.stderr)
         return 2

@@ -53,7 +53,7 @@ def _serve(
     from bytelm_torch.inference.slots import TorchSlots
     from bytelm_torch.interop.export import from_pretrained
 
-    command.check_options(port, slots, max_prompt_bytes, max_new_bytes, queue)
+    command.check_options(host, port, slots, max_prompt_bytes, max_new_bytes, queue)
     key = command.key_of(api_key)
     loaded = from_pretrained(model, device=device, checkpoint=checkpoint)
     with ExitStack() as stack:

@@ -38,6 +38,7 @@ SAMPLERS = [
     {"temperature": 0.7},
     {"top_k": 10},
     {"top_p": 0.83, "temperature": 1.3},
+    {"top_p": 1e-300},
     {"top_k": 40, "top_p": 0.96},
     {"sampler": "entropy"},
     {"sampler": "entropy", "temperature": 0.6, "top_k": 30, "top_p": 0.87},

@@ -9,12 +9,15 @@ from bytelm.arguments import UsageError
 from bytelm.serving.api import Api
 from bytelm.serving.engine import Engine
 from bytelm.serving.requests import Limits
-from bytelm.serving.server import Guard, Server, is_loopback, own_names
+from bytelm.serving.server import Guard, Server, is_loopback, own_names, require_address
 
 KEY_VARIABLE = "BYTELM_API_KEY"
 
+_MOST = 2**29  # positions of a text with its prompt are 32-bit integers, padded to a power of two
+
 
 def check_options(
+    host: str,
     port: int,
     slots: int,
     prompt_bytes: int,
@@ -22,17 +25,18 @@ def check_options(
     queue: int,
     time_limit: float | None = None,
 ) -> None:
-    """Raises `UsageError` for numbers that cannot be."""
+    """Raises `UsageError` for numbers that cannot be, `OSError` for an address that is not free."""
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
     if not 1 <= slots <= 4096:
         raise UsageError(f"--slots {slots}: must be from 1 to 4096")
     counts = {"max-prompt-bytes": prompt_bytes, "max-new-bytes": new_bytes, "queue": queue}
     for option, value in counts.items():
-        if value < 1:
-            raise UsageError(f"--{option} {value}: must be at least 1")
+        if not 1 <= value <= _MOST:
+            raise UsageError(f"--{option} {value}: must be from 1 to {_MOST}")
     if time_limit is not None and not time_limit > 0:
         raise UsageError(f"--time-limit {time_limit:g}: must be above 0")
+    require_address(host, port)
 
 
 def key_of(given: str) -> str:

@@ -1,7 +1,8 @@
 """Which prompts of a batch are read next: a plan that both packages carry out.
 
 Short prompts are read several at a time and long ones in parts, so that no pass takes long. What a
-slot has read of the same prompt is copied, and of a prompt that begins alike if that saves a pass.
+slot has read of the same prompt is copied, be it the slot itself, and of a prompt that begins alike
+if that saves a pass.
 """
 
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ class Prompts:
         """What the row of each slot holds at least; also of texts that have ended."""
         self._waiting: dict[int, bytes] = {}
         """What is to be read, in the order in which it came."""
+        self._left: dict[int, bytes] = {}
+        """What the rows of slots in `_waiting` still hold of the texts before."""
         self._short_next = True
 
     @property
@@ -50,8 +53,8 @@ class Prompts:
         return bool(self._waiting)
 
     def join(self, slot: int, prompt: bytes) -> None:
-        """A prompt to be read into a slot, of which nothing is known any more."""
-        self._known.pop(slot, None)
+        """A prompt to be read into a slot, in the place of what it holds."""
+        self._left[slot] = self._known.pop(slot, b"")
         self._waiting[slot] = prompt[: self._whole(len(prompt))]
 
     def leave(self, slot: int) -> None:
@@ -61,6 +64,7 @@ class Prompts:
     def forget(self, slot: int) -> None:
         """The slot's row may not be copied."""
         self._known.pop(slot, None)
+        self._left.pop(slot, None)
 
     def next(self) -> Pass | None:
         """What to do next; `done` must follow."""
@@ -75,8 +79,11 @@ class Prompts:
             prompt = self._waiting[slot]
             known = prompt[: work.start + work.size]
             if work.sources:
-                known = prompt[: self._shared(prompt, work.sources[at])]
+                source = work.sources[at]
+                held = self._left[slot] if source == slot else self._known[source]
+                known = prompt[: self._shared(prompt, held)]
             self._known[slot] = known
+            self._left.pop(slot, None)
             if len(known) == len(prompt):
                 del self._waiting[slot]
                 ready.append(slot)
@@ -89,11 +96,14 @@ class Prompts:
         for slot, prompt in self._waiting.items():
             if slot in self._known or not prompt or len(found) == GROUP:
                 continue
-            least = self._least(prompt)
-            sources = [other for other, known in whole.items() if known.startswith(least)]
-            if sources:
-                shared = lambda other, prompt=prompt: self._shared(prompt, other)  # noqa: E731
-                found[slot] = max(sources, key=shared)
+            least, rows = self._least(prompt), whole | {slot: self._left.get(slot, b"")}
+            shared = {
+                other: self._shared(prompt, held)
+                for other, held in rows.items()
+                if held.startswith(least)
+            }
+            if shared:
+                found[slot] = max(shared, key=lambda other: shared[other])
         return Pass(list(found), 0, 0, list(found.values())) if found else None
 
     def _computed(self) -> Pass:
@@ -122,12 +132,10 @@ class Prompts:
         part = self.part or max(1, len(prompt))
         return prompt[: len(prompt) - max(0, -(-len(prompt) // part) - 1) * part]
 
-    def _shared(self, prompt: bytes, other: int) -> int:
-        """Bytes at the beginning of a prompt that another slot's row holds, in whole rounds."""
-        most = min(len(prompt), len(self._known[other]))
-        mine, theirs = (
-            np.frombuffer(each[:most], np.uint8) for each in (prompt, self._known[other])
-        )
+    def _shared(self, prompt: bytes, held: bytes) -> int:
+        """Bytes at the beginning of a prompt that a row holds, in whole rounds."""
+        most = min(len(prompt), len(held))
+        mine, theirs = (np.frombuffer(each[:most], np.uint8) for each in (prompt, held))
         differs = np.flatnonzero(mine != theirs)
         return self._whole(int(differs[0]) if differs.size else most)
 

@@ -193,10 +193,15 @@ class Scheduler:
             self._reading = True
 
     def _read(self) -> None:
-        """Reads prompts, but for no longer than an advance takes; half of it if others wait."""
+        """Reads prompts, but for no longer than an advance takes; half of it if others wait.
+
+        Those that come meanwhile are read as well, so that texts that came together are written
+        together, and the last of them do not keep the whole batch at work.
+        """
         until = time.perf_counter() + SECONDS / (2 if self._writing else 1)
         while self._reading and time.perf_counter() < until:
             self._reading = self._engine.read()
+            self._join()
 
     def _advance(self) -> None:
         rounds = 1

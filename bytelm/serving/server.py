@@ -144,6 +144,16 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def require_address(host: str, port: int) -> None:
+    """Raises `OSError` if the address cannot be taken, before a model is made ready for it."""
+    _listening(host, port).close()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=128)
+
+
 def _timed_protocol() -> type:
     """uvicorn's HTTP protocol, which closes a connection whose request does not arrive.
 
@@ -197,8 +207,7 @@ class Server:
     def __init__(self, app: Any, host: str, port: int):
         import uvicorn
 
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family, backlog=128)
+        self._socket = _listening(host, port)
         named = f"[{host}]" if ":" in host else host
         self.address = f"http://{named}:{self._socket.getsockname()[1]}/"
         config = uvicorn.Config(

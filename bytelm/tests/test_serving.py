@@ -1,6 +1,7 @@
 """The API without a model: an engine that writes what it is told to, and everything around it."""
 
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -235,4 +236,11 @@ def test_a_refused_option_has_its_name(name):
     numbers = {"port": 80, "slots": 1, "max-prompt-bytes": 1, "max-new-bytes": 1, "queue": 1}
     numbers["time-limit"] = 1
     with pytest.raises(UsageError, match=f"--{name} -1: must be"):
-        check_options(*(numbers | {name: -1}).values())
+        check_options("127.0.0.1", *(numbers | {name: -1}).values())
+    if "max" in name:
+        with pytest.raises(UsageError, match=f"--{name} 1000000000000: must be from 1 to"):
+            check_options("127.0.0.1", *(numbers | {name: 10**12}).values())
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        numbers["port"] = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"in use.*{numbers['port']}"):
+            check_options("127.0.0.1", *numbers.values())

@@ -48,7 +48,7 @@ def serve_command(
     """
     from bytelm.serving import command
 
-    command.check_options(port, slots, max_prompt_bytes, max_new_bytes, queue, time_limit)
+    command.check_options(host, port, slots, max_prompt_bytes, max_new_bytes, queue, time_limit)
     key = _checked_key(page, api, api_key)
 
     from bytelm_jax.tools import app

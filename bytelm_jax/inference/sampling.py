@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
-from bytelm.sampling import SamplerConfig
+from bytelm.sampling import LEAST_TOP_P, SamplerConfig
 
 _NO_LIMIT = 2**31 - 1
 
@@ -49,7 +49,7 @@ def split_settings(sampler: SamplerConfig, allow_eos: bool = True) -> tuple[str,
         allow_eos,
         s.temperature,
         min(s.top_k or _NO_LIMIT, _NO_LIMIT),
-        s.top_p if s.top_p < 1 else math.inf,
+        max(s.top_p, LEAST_TOP_P) if s.top_p < 1 else math.inf,
         *(thresholds if mixed else (-math.inf, -math.inf, math.inf)),
     )
 
@@ -74,8 +74,25 @@ def _probabilities(logits: Array, mode: str, numbers: SamplerNumbers) -> Array:
         return jax.nn.one_hot(logits.argmax(axis=-1), size, dtype=logits.dtype)
     # The maximum goes first: a small temperature must not make infinities of finite logits.
     relative = logits - logits.max(axis=-1, keepdims=True)
+    if mode == "ranked":
+        return _ranked(logits, relative, mode, numbers)
+    plain = jax.nn.softmax(relative / numbers.temperature, axis=-1)
     if mode == "plain":
-        return jax.nn.softmax(relative / numbers.temperature, axis=-1)
+        return plain
+    # One question for all rows: asking it costs as much as a softmax. The other rows keep what they
+    # would have alone, so that no row's text depends on whether another one needs ranks.
+    ranked = (numbers.top_k < size) | (numbers.top_p <= 1) | (numbers.low > -math.inf)
+    ranked = ranked | (numbers.medium > -math.inf) | (numbers.high < math.inf)
+
+    def where_ranked() -> Array:
+        return jnp.where(ranked, _ranked(logits, relative, mode, numbers), plain)
+
+    return jax.lax.cond(jnp.any(ranked), where_ranked, lambda: plain)
+
+
+def _ranked(logits: Array, relative: Array, mode: str, numbers: SamplerNumbers) -> Array:
+    """A distribution cut by rank, sum or entropy; `relative` are logits minus their maximum."""
+    size = logits.shape[-1]
     nats = jax.scipy.special.entr(jax.nn.softmax(logits, axis=-1)).sum(axis=-1, keepdims=True)
     bits = nats / math.log(2)
     limit = jnp.where(bits < numbers.low, 1, jnp.where(bits < numbers.medium, 10, numbers.top_k))

@@ -5,7 +5,7 @@ and its end. Its bytes are those of `generate` for its seed, whatever else the b
 where rounding decides between two of them.
 
 Prompts are read between advances, short ones several at a time and long ones in parts
-(`bytelm.serving.prompts`). An advance runs the first rows alone if no others are in use. Everything
+(`bytelm.serving.prompts`). An advance runs few rows alone if no others are in use. Everything
 is compiled before the first request.
 
 Axes: B slots, C bytes of the longest text, P bytes per round, W bytes that one advance can write, K
@@ -231,12 +231,13 @@ class JaxSlots:
         if not busy:
             meanwhile()
             return [], 0
-        count = next(count for count in self._counts if busy[-1] < count)
+        count = next(count for count in self._counts if busy[-1] - busy[0] < count)
+        first = min(busy[0], self._batch - count)
         # Copies: the arrays that were given may be read after the call has returned.
-        given = jax.tree.map(lambda column: column[:count].copy(), host)
+        given = jax.tree.map(lambda column: column[first : first + count].copy(), host)
         program = _advance_program(self._structure, self.most_rounds)
         self._device, out = program(
-            self._params, self._device, given, self._tables, np.int32(rounds)
+            self._params, self._device, given, self._tables, np.int32(first), np.int32(rounds)
         )
         meanwhile()
         jax.block_until_ready(out)
@@ -248,17 +249,19 @@ class JaxSlots:
             scores = Scores(*(np.asarray(part) for part in out.scores))
         written = []
         for slot in busy:
-            start = self._read[slot] - int(host.position[slot])
-            end = min(int(index[slot]), int(host.ends[slot])) - int(host.position[slot])
+            row, at = slot - first, int(host.position[slot])
+            start = self._read[slot] - at
+            end = min(int(index[row]), int(host.ends[slot])) - at
             mine = None
             if scores is not None and host.scored[slot]:
-                mine = Scores(*(part[slot, start:end] for part in scores))
-            fresh = ids[slot, start : max(start, end)]
-            written.append(written_by(slot, fresh, bool(done[slot]), mine, self.config.vocab))
+                mine = Scores(*(part[row, start:end] for part in scores))
+            fresh = ids[row, start : max(start, end)]
+            written.append(written_by(slot, fresh, bool(done[row]), mine, self.config.vocab))
             self._read[slot] += len(fresh)
         # Of the others not even the constraint stays as it was.
-        host.position[busy], host.done[busy] = index[busy], done[busy]
-        host.constraint[busy] = constraint[busy]
+        rows = np.array(busy) - first
+        host.position[busy], host.done[busy] = index[rows], done[rows]
+        host.constraint[busy] = constraint[rows]
         for each in written:
             if each.error:
                 host.done[each.slot] = True
@@ -345,7 +348,17 @@ def _rows_at(buffers: Any, slots: Array) -> Any:
     return jax.tree.map(take, buffers)
 
 
-def _put(buffers: Any, rows: Any, slots: Array | slice) -> Any:
+def _rows_from(buffer: Array, first: Array, count: int) -> Array:
+    """`count` rows of an array that has rows."""
+    return jax.lax.dynamic_slice_in_dim(buffer, first, count) if buffer.ndim else buffer
+
+
+def _put_rows_from(buffer: Array, new: Array, first: Array) -> Array:
+    """The array with these rows from `first` on."""
+    return jax.lax.dynamic_update_slice_in_dim(buffer, new, first, 0) if buffer.ndim else buffer
+
+
+def _put(buffers: Any, rows: Any, slots: Array) -> Any:
     """The arrays of a tree with these rows; a slot past the end is dropped."""
 
     def put(buffer: Array, new: Array) -> Array:
@@ -361,14 +374,20 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
 
     @functools.partial(jax.jit, donate_argnums=1)
     def advance(
-        params: list[Array], whole: _Device, host: _Host, tables: Any, rounds: Array
+        params: list[Array], whole: _Device, host: _Host, tables: Any, first: Array, rounds: Array
     ) -> tuple[_Device, _Out]:
-        """Advances the first rows, as many as `host` has."""
+        """Advances as many rows as `host` has, from row `first` on."""
         model = structure.model(params)
         vocab, patch, batch = model.config.vocab, model.round_length, host.position.shape[0]
-        device = jax.tree.map(lambda buffer: buffer[:batch] if buffer.ndim else buffer, whole)
+        device = jax.tree.map(lambda buffer: _rows_from(buffer, first, batch), whole)
         width = most_rounds * patch
-        rows = Rows(device.uniforms, host.lengths, host.ends, host.numbers, *tables)
+        # Who is not there must not make the others wait for ranks.
+        numbers = jax.tree.map(
+            lambda mine, free: jnp.where(host.done[:, None], free, mine),
+            host.numbers,
+            numbers_of_a_row(SamplerConfig()),
+        )
+        rows = Rows(device.uniforms, host.lengths, host.ends, numbers, *tables)
         zeros, nothing = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, 0), jnp.float32)
         start = jnp.asarray(host.position)
         done, constraint = jnp.asarray(host.done), jnp.asarray(host.constraint)
@@ -380,23 +399,23 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
 
         def body(carry: tuple[State, Scores, Array]) -> tuple[State, Scores, Array]:
             state, scores, number = carry
-            heard: list[Scores] = []
-
-            def observe(logits: Array, chosen: Array) -> None:
-                found = lambda: _scores(logits, chosen, vocab)  # noqa: E731
-                empty = lambda: _no_scores((batch,))  # noqa: E731
-                heard.append(jax.lax.cond(wanted, found, empty))
+            heard: list[tuple[Array, Array]] = []
 
             at = state.index - start
-            state = append_round(model, "mixed", rows, state, observe)
-            new = jax.tree.map(lambda *each: jnp.stack(each, axis=1), *heard)
+            state = append_round(model, "mixed", rows, state, lambda *each: heard.append(each))
+            found = lambda: _scores_of_round(heard, vocab)  # noqa: E731
+            new = jax.lax.cond(wanted, found, lambda: _no_scores((batch, patch)))
             return state, write_at(scores, new, at), number + 1
 
         carry = (begun, _no_scores((batch, width)), jnp.int32(0))
         state, scores, count = jax.lax.while_loop(unfinished, body, carry)
         fresh = take_at(state.ids, positions_from(start + patch, width))
         out = _Out(state.index, state.done, state.constraint, count, fresh, scores)
-        cache, ids = _put((whole.cache, whole.ids), (state.cache, state.ids), slice(batch))
+        cache, ids = jax.tree.map(
+            lambda buffer, new: _put_rows_from(buffer, new, first),
+            (whole.cache, whole.ids),
+            (state.cache, state.ids),
+        )
         return _Device(cache, ids, whole.uniforms), out
 
     return advance
@@ -423,6 +442,13 @@ def _scores(logits: Array, ids: Array, vocab: ByteVocab) -> Scores:
     among = jax.lax.slice_in_dim(logs, low, low + len(columns), axis=-1)
     values, places = jax.lax.top_k(jnp.where((columns >= 0)[None], among, -jnp.inf), TOP)
     return Scores(mine, jnp.asarray(columns, jnp.int32)[places], values)  # type: ignore[arg-type]
+
+
+def _scores_of_round(heard: Sequence[tuple[Array, Array]], vocab: ByteVocab) -> Scores:
+    """`_scores` of a round's logits and ids, byte by byte."""
+    logits, ids = (jnp.stack(part, axis=1) for part in zip(*heard, strict=True))
+    found = _scores(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), vocab)
+    return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), found)
 
 
 def _no_scores(shape: tuple[int, ...]) -> Scores:

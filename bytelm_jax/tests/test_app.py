@@ -17,6 +17,7 @@ import urllib.request
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -418,18 +419,15 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     checkpoint.create_run(tmp_path / "run", RECIPE, params)
     asked = []
 
-    class Server:
-        address = "http://somewhere/"
-
-        def close(self):
-            asked.append("closed")
+    stub = SimpleNamespace(address="http://somewhere/", close=lambda: asked.append("closed"))
 
     def launch(page, host, port, limits):
         asked.append((host, port))
-        return Server()
+        return stub
 
     monkeypatch.setattr(app, "build_page", lambda service: asked.append(service.limits))
     monkeypatch.setattr(app, "launch", launch)
+    monkeypatch.setattr(command, "require_address", lambda *_: None)  # somebody may be using it
     monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
     assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
@@ -441,7 +439,7 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     run = str(tmp_path / "run")
     for argv, says in (
         ([str(tmp_path)], "no config.json there"),
-        ([run, "--queue", "0"], "--queue 0: must be at least 1"),
+        ([run, "--queue", "0"], "--queue 0: must be from 1 to"),
         ([run, "--no-page"], "--no-page: leaves nothing to serve; add --api"),
         ([run, "--api", "--slots", "0"], "--slots 0: must be from 1 to 4096"),
         ([run, "--api-key", "k"], "--api-key: is for --api"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
-from bytelm.sampling import SamplerConfig
+from bytelm.sampling import LEAST_TOP_P, SamplerConfig
 
 _BLOCK = 64  # random numbers drawn at a time
 
@@ -45,7 +45,7 @@ def probabilities(logits: Float[Tensor, "B S"], sampler: SamplerConfig) -> Float
         return chances
     falling = chances.gather(-1, order)
     likelier = (falling.cumsum(dim=-1) - falling).gather(-1, rank)
-    chances = torch.where(likelier < sampler.top_p, chances, 0)
+    chances = torch.where(likelier < max(sampler.top_p, LEAST_TOP_P), chances, 0)
     return chances / chances.sum(dim=-1, keepdim=True)
 
 

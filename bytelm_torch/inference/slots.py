@@ -6,6 +6,7 @@ the longest text, P bytes per round, K likely bytes that are reported.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,15 +190,15 @@ class TorchSlots:
         def observe(logits: Tensor, chosen: Tensor) -> None:
             heard.append(_scores(logits, chosen, vocab))
 
-        take, rows = _rows_at(slice(busy[-1] + 1)), self._rows
+        first, past = busy[0], busy[-1] + 1
+        take, rows = _rows_at(slice(first, past)), self._rows
+        pick = partial(self._pick, self._settings[first:past])
         begun, parts = tree_map(take, self._state), (rows.uniforms, rows.lengths, rows.ends)
         uniforms, lengths, row_ends = map(take, parts)
         rows = rows._replace(uniforms=uniforms, lengths=lengths, ends=row_ends)
         with inference(self._model):
             stop = begun.index + rounds * self._patch
-            state = append(
-                self._model, rows, stop, begun, None, self._pick, observe if scored else None
-            )
+            state = append(self._model, rows, stop, begun, None, pick, observe if scored else None)
             done = int((state.rounds - begun.rounds).max())
             start = begun.index.tolist()
             waiting = begun.constraint.where(begun.done, state.constraint)
@@ -213,13 +214,13 @@ class TorchSlots:
         )
         written = []
         for slot in busy:
-            first, last = self._read[slot], min(index[slot], ends[slot])
-            last = max(first, last)
+            row, begin = slot - first, self._read[slot]
+            last = max(begin, min(index[row], ends[row]))
             mine = None
             if scores is not None and self._settings[slot].scores:
-                at = slice(first - start[slot], last - start[slot])
-                mine = Scores(*(part[slot, at] for part in scores))
-            written.append(written_by(slot, fresh[slot, first:last], ended[slot], mine, vocab))
+                at = slice(begin - start[row], last - start[row])
+                mine = Scores(*(part[row, at] for part in scores))
+            written.append(written_by(slot, fresh[row, begin:last], ended[row], mine, vocab))
             self._read[slot] = last
             if written[-1].end or written[-1].error:
                 self.leave(slot)
@@ -234,25 +235,33 @@ class TorchSlots:
             return _scores(self._model(ids)[0], ids[0], self.config.vocab)
 
     def _pick(
-        self, logits: Tensor, uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows,
-        vocab: ByteVocab,
+        self, settings: Sequence[Settings], logits: Tensor, uniforms: Tensor, states: Tensor,
+        left: Tensor, rows: Rows, vocab: ByteVocab,
     ) -> Tensor:  # fmt: skip
         """`pick_ids`, for the rows of each sampler."""
         groups: dict[tuple[SamplerConfig, bool], list[int]] = {}
-        for slot, each in enumerate(self._settings[: len(states)]):
-            groups.setdefault((each.sampler, each.stop_at_eos), []).append(slot)
+        for row, each in enumerate(settings):
+            groups.setdefault((each.sampler, each.stop_at_eos), []).append(row)
         chosen = torch.empty_like(states)
-        for (sampler, allow_eos), slots in groups.items():
-            at = torch.tensor(slots, device=states.device)
+        for (sampler, allow_eos), members in groups.items():
+            at = torch.tensor(members, device=states.device)
             mine = rows._replace(sampler=sampler, allowed=self._allowed[allow_eos])
             chosen[at] = pick_ids(logits[at], uniforms[at], states[at], left[at], mine, vocab)
         return chosen
 
     def _bytes(self) -> int:
         """Memory for the caches of all slots, and of prompts that are read."""
-        one = tree_leaves(self._model.init_cache(1, self._length))
-        row = sum(each.nbytes for each in one if isinstance(each, Tensor)) + 12 * self._length
-        return row * (self.slots + GROUP)
+
+        def size(rounds: int) -> int:
+            one = tree_leaves(self._model.init_cache(1, rounds * self._patch))
+            return sum(each.nbytes for each in one if isinstance(each, Tensor))
+
+        rounds = self._length // self._patch
+        few = min(64, rounds // 2)
+        row = size(few or rounds)
+        if few:  # caches grow evenly, and those of the whole length may not fit into memory
+            row += (size(2 * few) - row) * (rounds - few) // few
+        return (row + 12 * self._length) * (self.slots + GROUP)
 
 
 def _rows_at(rows: Any) -> Callable[[Any], Any]:

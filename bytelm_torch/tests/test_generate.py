@@ -6,6 +6,7 @@ import torch
 from bytelm.config import MegabyteConfig
 from bytelm.sampling import SamplerConfig
 from bytelm_torch.inference.generate import complete, generate, generate_uncached, stream
+from bytelm_torch.inference.sampling import probabilities
 from bytelm_torch.models.megabyte import Megabyte
 from bytelm_torch.models.megabyte_decoding import MegabyteCache
 
@@ -88,6 +89,11 @@ def test_sampled_cached_equals_uncached(models, sampler):
     generated = generate(models["paper"], RAGGED, 24, sampler, seed=5)
     assert generated == generate_uncached(models["paper"], RAGGED, 24, sampler, seed=5)
     assert generated != generate(models["paper"], RAGGED, 24, GREEDY)
+
+
+def test_the_smallest_top_p_is_greedy():
+    logits = torch.eye(3, dtype=torch.float32)
+    assert torch.equal(probabilities(logits, SamplerConfig(top_p=1e-300)), logits)
 
 
 def test_end_of_sequence_ends_a_row():

@@ -347,6 +347,10 @@ def main() -> None:
         given = options.model, options.package, options.device, options.streams, options.bytes
         generate_in_turns(*given)
         return
+    if options.model is not None and not options.model.exists():
+        parser.error(f"{options.model}: no such model")
+    if options.model is not None and options.recipe:
+        parser.error("--recipe: is for random parameters; leave MODEL out")
     with tempfile.TemporaryDirectory() as temporary:
         if options.model is None:
             options.model = Path(temporary) / "load"
