@@ -68,7 +68,7 @@ def test_both_packages_learn_the_same(tmp_path, x64):
         assert actual.keys() == expected.keys()
         for name, value in expected.items():
             bound = tolerances.GRADIENTS if name == "grad_norm" else tolerances.LOGITS
-            error = relative_error(actual[name].numpy(), value)
+            error = relative_error(actual[name].numpy(), np.asarray(value))
             assert error <= bound["float64"], (step, name, error)
     trained, moved = theirs.model.state_dict(), set()
     for name, value in to_torch(state.params).items():
