@@ -6,9 +6,10 @@ Trains a tiny recipe of each architecture with the command, then compresses ever
 process and restores it in another, and compares bit for bit; damages a compressed file in three
 ways, asks another model for it, and expects one line each time. Prints one JSON object per file,
 with the seconds there and back (compilation included) and the sizes that xz -9, zstd -19 and
-brotli -11 make of it, and a total per model. The first model reads the largest file whole, the
-others its beginning. `--model NAME=RUN` takes runs that exist. With `--keep`, a check that was
-interrupted goes on from the files that it has done.
+brotli -11 make of it, and a total per model. Files that a model makes longer are stored and not
+`coded`: train on many languages. The first model reads the largest file whole, the others its
+beginning. `--model NAME=RUN` takes runs that exist. With `--keep`, a check that was interrupted
+goes on from the files that it has done.
 """
 
 import argparse
@@ -113,20 +114,25 @@ def round_trip(
     package: str, name: str, model: Path, files: Path, root: Path, options: argparse.Namespace
 ) -> int:
     """Compresses in one process, restores in another; returns the number of failures."""
+    from bytelm.compression.codec import inspect_file
+
     work = f"{name}.{package}.{files.name}"
     packed, restored = root / f"{work}.packed", root / f"{work}.restored"
     there = part(package, "compress", model, files, packed, options)
     back = part(package, "decompress", model, packed, restored, options)
-    failed = before = after = 0
+    failed = before = after = coded = 0
     for file in sorted(files.iterdir()):
         size, small = file.stat().st_size, (packed / file.name).stat().st_size
         same = (restored / file.name).read_bytes() == file.read_bytes()
         failed, before, after = failed + (not same), before + size, after + small
         row = {"package": package, "model": name, "file": file.name, "bytes": size}
-        row |= {"compressed": small, "same": same, **other_sizes(file.read_bytes())}
+        is_coded = inspect_file(packed / file.name).is_coded
+        row |= {"compressed": small, "coded": is_coded, "same": same}
+        row |= other_sizes(file.read_bytes())
         row["seconds"] = [there[file.name], back[file.name]]
+        coded += is_coded
         print(json.dumps(row), flush=True)
-    total = {"package": package, "model": name, "files": len(list(files.iterdir()))}
+    total = {"package": package, "model": name, "files": len(there), "coded": coded}
     total |= {"bytes": before, "compressed": after, "ratio": round(after / before, 4)}
     total["kB_per_second"] = [round(before / sum(s.values()) / 1e3, 1) for s in (there, back)]
     print(json.dumps(total | {"failed": failed}), flush=True)
