@@ -85,6 +85,19 @@ def test_the_page_stands_alone_and_marks_the_first_divergence():
     assert "equal: every tensor within tolerance" in page and "id=first" not in page
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0])
+def test_the_page_folds_long_lists_but_the_one_with_the_first_divergence(shift):
+    made, one = report.Report(), np.ones(3)
+    made.compare("gradient at to_logits", one, one, 1e-12, "to_logits")
+    made.compare("decoding, round 1: to_logits (call 2)", one, one + shift, 1e-12, "to_logits")
+    made.compare("decoding, round 1: logits", one, one + shift, 1e-12)
+    page = output.to_html(made)
+    folds = re.findall(r"<details( open)?><summary class=(\w+)>([A-Z]\w+)", page)
+    state = (" open", "bad") if shift else ("", "good")
+    assert folds == [("", "good", "Gradients"), (*state, "Cached")]
+    assert "decoding, round 1: logits" in page.partition("<details")[0]
+
+
 def test_json_and_junit_have_every_row():
     rows = json.loads(output.to_json(made()))
     assert (rows["passed"], rows["first"]) == (False, "layers.0.feedforward")

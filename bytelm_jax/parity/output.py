@@ -16,6 +16,12 @@ from bytelm_jax.parity.report import Report, Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
 _GRADIENT = "gradient of "
+_FOLDED = {
+    "Gradients at inputs and outputs of layers": "gradient at ",
+    "Prompt, layer by layer": "prefill: ",
+    "Cached decoding, layer by layer": "decoding, round ",
+}
+"""Rows of the whole model that the page folds by what they begin with: there are hundreds."""
 
 
 def check_files(**files: Path) -> None:
@@ -151,19 +157,33 @@ def to_html(report: Report) -> str:
         *(_nested(name, node, first) for name, node in root.inside.items()),
         *_lines(root.rows, first),
         "<h2>The whole model</h2>",
-        *_lines(rest, first),
+        *_whole_model(rest, first),
     ]
     return _PAGE.format(title=escape(report.verdict), body="\n".join(body))
 
 
 def _nested(name: str, node: _Node, first: Row | None) -> str:
-    state, opened = ("good", "") if node.is_good else ("bad", " open")
     inside = [_nested(part, child, first) for part, child in node.inside.items()]
-    worst = _worst(node)
-    label = f"<summary class={state}><code>{escape(name)}</code> {escape(worst)}</summary>"
-    return "\n".join(
-        [f"<details{opened}>{label}", *_lines(node.rows, first), *inside, "</details>"]
-    )
+    lines = [*_lines(node.rows, first), *inside]
+    return _details(f"<code>{escape(name)}</code>", node, lines, not node.is_good)
+
+
+def _details(name: str, node: _Node, lines: list[str], is_open: bool) -> str:
+    state, opened = "good" if node.is_good else "bad", " open" if is_open else ""
+    label = f"<summary class={state}>{name} {escape(_worst(node))}</summary>"
+    return "\n".join([f"<details{opened}>{label}", *lines, "</details>"])
+
+
+def _whole_model(rows: list[Row], first: Row | None) -> list[str]:
+    """Rows about no layer alone, and behind them the long lists, open where the fault is first."""
+    left, folds = rows, []
+    for name, prefix in _FOLDED.items():
+        inside = [r for r in left if r.what.startswith(prefix) and not r.what.endswith(": logits")]
+        left = [row for row in left if not any(row is other for other in inside)]
+        if inside:
+            is_open = any(row is first for row in inside)
+            folds.append(_details(name, _Node(inside), _lines(inside, first), is_open))
+    return [*_lines(left, first), *folds]
 
 
 def _worst(node: _Node) -> str:
@@ -195,9 +215,10 @@ def _lines(rows: list[Row], first: Row | None) -> list[str]:
 
 _PAGE = """<!DOCTYPE html>
 <html lang=en><head><meta charset=utf-8><title>{title}</title><style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em; }}
+body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em auto; max-width: 70em; padding: 0 1em;
+  overflow-wrap: anywhere; }}
 details {{ margin-left: 1.2em; }} details > p {{ margin-left: 1.2em; }}
-p {{ margin: .1em 0; }} h1 {{ font-size: 1.3em; }} code {{ white-space: pre; }}
+p {{ margin: .1em 0; }} h1 {{ font-size: 1.3em; }} code {{ white-space: pre-wrap; }}
 .good::before {{ content: "✓ "; color: #197a2e; }} .bad::before {{ content: "✗ "; }}
 .bad {{ color: #b3261e; }} #first {{ background: #fff1a8; color: #7a120c; font-weight: bold; }}
 </style></head><body>

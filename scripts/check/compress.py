@@ -1,12 +1,15 @@
 """Round trips of 30 files of every kind through `bytelm compress`, in both packages.
 
-    python scripts/check/compress.py --data books.txt --steps 300 --source-bytes 5000000
+    python scripts/check/compress.py --data books.txt --steps 300 --keep work
 
 Trains a tiny recipe of each architecture with the command, then compresses every file in one
 process and restores it in another, and compares bit for bit; damages a compressed file in three
 ways, asks another model for it, and expects one line each time. Prints one JSON object per file,
-with the sizes that xz -9, zstd -19 and brotli -11 make of it, and a total per model. `--model
-NAME=RUN` takes a run that exists. More `--streams` make large files faster.
+with the seconds there and back (compilation included) and the sizes that xz -9, zstd -19 and
+brotli -11 make of it, and a total per model. Files that a model makes longer are stored and not
+`coded`: train on many languages. The first model reads the largest file whole, the others its
+beginning. `--model NAME=RUN` takes runs that exist. With `--keep`, a check that was interrupted
+goes on from the files that it has done.
 """
 
 import argparse
@@ -22,7 +25,6 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 import unicodedata
 import wave
 import zlib
@@ -63,33 +65,38 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--source-bytes", type=int, default=5_000_000, help="of the largest file")
     parser.add_argument("--file-bytes", type=int, default=8_000, help="of most other files")
-    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--window", type=int, default=256, help="as long as in the training")
     parser.add_argument("--model", nargs="*", default=[], help="NAME=RUN in place of training")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--packages", nargs="*", default=["jax", "torch"])
-    parser.add_argument("--part", nargs=6, help="for the processes that this one starts")
+    parser.add_argument("--keep", type=Path, help="where to write everything, which then stays")
+    parser.add_argument("--part", nargs=5, help="for the processes that this one starts")
     options = parser.parse_args()
     if options.part:
-        return run_part(*options.part)
+        return run_part(*options.part, options.window, options.streams)
     with tempfile.TemporaryDirectory() as folder:
-        return check(options, Path(folder))
+        root = options.keep or Path(folder)
+        root.mkdir(parents=True, exist_ok=True)
+        return check(options, root)
 
 
 def check(options: argparse.Namespace, root: Path) -> int:
     """Both packages with every model on every file; 1 if anything went wrong."""
-    files = root / "files"
-    files.mkdir()
-    for name, content in contents(options.file_bytes, options.source_bytes).items():
-        (files / name).write_bytes(content)
     known = dict(pair.split("=", 1) for pair in options.model)
-    failed = 0
+    failed, source_bytes = 0, options.source_bytes
     for recipe in known or options.recipes:
+        files = root / f"files{source_bytes}"
+        files.mkdir(exist_ok=True)
+        for name, content in contents(options.file_bytes, source_bytes).items():
+            (files / name).write_bytes(content)
         run = Path(known[recipe]) if recipe in known else train(recipe, options, root)
         export = root / f"{recipe}.export"
         bytelm("export", run, "--out", export)
         for package in options.packages:
             model = run if package == "jax" else export
-            failed += round_trip(package, recipe, model, files, root, options.streams)
+            failed += round_trip(package, recipe, model, files, root, options)
+        source_bytes = min(source_bytes, 8 * options.file_bytes)
     print(json.dumps({"failed": failed}))
     return int(failed > 0)
 
@@ -103,26 +110,31 @@ def train(recipe: str, options: argparse.Namespace, root: Path) -> Path:
     return run
 
 
-def round_trip(package: str, name: str, model: Path, files: Path, root: Path, streams: int) -> int:
+def round_trip(
+    package: str, name: str, model: Path, files: Path, root: Path, options: argparse.Namespace
+) -> int:
     """Compresses in one process, restores in another; returns the number of failures."""
-    packed, restored = root / f"{name}.{package}.packed", root / f"{name}.{package}.restored"
-    packed.mkdir()
-    restored.mkdir()
-    seconds = [
-        part(package, "compress", model, files, packed, streams),
-        part(package, "decompress", model, packed, restored, streams),
-    ]
-    failed = before = after = 0
+    from bytelm.compression.codec import inspect_file
+
+    work = f"{name}.{package}.{files.name}"
+    packed, restored = root / f"{work}.packed", root / f"{work}.restored"
+    there = part(package, "compress", model, files, packed, options)
+    back = part(package, "decompress", model, packed, restored, options)
+    failed = before = after = coded = 0
     for file in sorted(files.iterdir()):
         size, small = file.stat().st_size, (packed / file.name).stat().st_size
         same = (restored / file.name).read_bytes() == file.read_bytes()
         failed, before, after = failed + (not same), before + size, after + small
         row = {"package": package, "model": name, "file": file.name, "bytes": size}
-        row |= {"compressed": small, "same": same, **other_sizes(file.read_bytes())}
+        is_coded = inspect_file(packed / file.name).is_coded
+        row |= {"compressed": small, "coded": is_coded, "same": same}
+        row |= other_sizes(file.read_bytes())
+        row["seconds"] = [there[file.name], back[file.name]]
+        coded += is_coded
         print(json.dumps(row), flush=True)
-    total = {"package": package, "model": name, "files": len(list(files.iterdir()))}
+    total = {"package": package, "model": name, "files": len(there), "coded": coded}
     total |= {"bytes": before, "compressed": after, "ratio": round(after / before, 4)}
-    total["kB_per_second"] = [round(before / s / 1e3, 1) for s in seconds]
+    total["kB_per_second"] = [round(before / sum(s.values()) / 1e3, 1) for s in (there, back)]
     print(json.dumps(total | {"failed": failed}), flush=True)
     return failed + damages(package, model, packed / "latin.txt", root)
 
@@ -177,17 +189,28 @@ def another(root: Path) -> Path:
     return export
 
 
-def part(package: str, verb: str, model: Path, source: Path, target: Path, streams: int) -> float:
-    """Runs one process over all files; the seconds of its coding."""
-    program = [sys.executable, __file__, "--part", package, verb, model, source, target, streams]
-    done = subprocess.run(
-        [*map(str, program)], check=True, stdout=subprocess.PIPE, text=True, timeout=36_000
-    )
-    return float(done.stdout.splitlines()[-1])
+def part(
+    package: str, verb: str, model: Path, source: Path, target: Path, options: argparse.Namespace
+) -> dict[str, float]:
+    """Runs one process over the files that are not done yet; the seconds of every file."""
+    target.mkdir(exist_ok=True)
+    program = [sys.executable, __file__, "--part", package, verb, model, source, target]
+    program += ["--window", options.window, "--streams", options.streams]
+    subprocess.run([*map(str, program)], check=True, stdout=sys.stderr, timeout=36_000)
+    return done_in(target)
 
 
-def run_part(package: str, verb: str, model: str, source: str, target: str, streams: str) -> int:
-    """What those processes do; prints the seconds."""
+def done_in(target: Path) -> dict[str, float]:
+    """The files that stand in `target` whole, and the seconds that each took."""
+    notes = target.with_name(f"{target.name}.jsonl")
+    lines = notes.read_text("utf-8").splitlines() if notes.exists() else []
+    return dict(map(json.loads, lines))
+
+
+def run_part(
+    package: str, verb: str, model: str, source: str, target: str, window: int, streams: int
+) -> int:
+    """What those processes do; writes a line a file."""
     from bytelm.compression import codec
 
     if package == "jax":
@@ -196,13 +219,17 @@ def run_part(package: str, verb: str, model: str, source: str, target: str, stre
     else:
         from bytelm_torch import from_pretrained
         from bytelm_torch.inference.compression import compression_place
-    place, begin = compression_place(from_pretrained(model)), time.perf_counter()
-    for file in sorted(Path(source).iterdir()):
-        if verb == "compress":
-            codec.compress_file(file, Path(target) / file.name, place, 512, int(streams))
-        else:
-            codec.decompress_file(file, Path(target) / file.name, place)
-    print(time.perf_counter() - begin)
+    place, done = compression_place(from_pretrained(model)), done_in(Path(target))
+    with open(f"{target}.jsonl", "a", encoding="utf-8") as notes:
+        for file in sorted(Path(source).iterdir(), key=lambda each: each.stat().st_size):
+            if file.name in done:
+                continue
+            out = Path(target) / file.name
+            if verb == "compress":
+                summary = codec.compress_file(file, out, place, window, streams)
+            else:
+                summary = codec.decompress_file(file, out, place)
+            print(json.dumps([file.name, round(summary.seconds, 3)]), file=notes, flush=True)
     return 0
 
 
@@ -234,7 +261,7 @@ def contents(size: int, source_size: int) -> dict[str, bytes]:
         "utf16": repeated(PHRASES["greek"], size).decode("utf-8", "ignore").encode("utf-16"),
         "image.png": png(64),
         "sound.wav": wav(size // 2),
-        "text.gz": gzip.compress(source[: 4 * size]),
+        "text.gz": gzip.compress(source[: 4 * size], mtime=0),
         "source.py": source,
     }
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def models() -> dict[str, Any]:
     from parity_tests.tiny_models import CONFIGS
 
     found = {name: config for name, config in CONFIGS.items() if config.causal}
-    for name in ("transformer_tiny", "bytropix_tiny"):
-        found[name] = recipes.get(name).model
+    found["transformer"] = replace(recipes.get("transformer_tiny").model, global_layers=1)
+    smaller = {"local_dim": 16, "global_dim": 32, "global_layers": 1, "decoder_layers": 1}
+    smaller |= {f"{part}_hidden_dim": 16 for part in ("encoder", "decoder", "global")}
+    found["bytropix"] = replace(recipes.get("bytropix_tiny").model, ngram_rows=101, **smaller)
     return found
 
 
