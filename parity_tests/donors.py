@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -146,7 +147,7 @@ def compare_layers(
     sizes = (config.global_dim, config.global_layers, config.global_heads, config.global_kv_heads)
     sizes += (config.global_hidden_dim, 0, config.rope_theta, 0.0, "gated", False)
     bare = {
-        name.removeprefix(STACK): np.asarray(value, dtype)
+        name.removeprefix(STACK): jnp.asarray(value, dtype)
         for name, value in params.items()
         if name.startswith(STACK)
     }

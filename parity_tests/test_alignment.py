@@ -78,7 +78,7 @@ def test_both_packages_learn_the_same(tmp_path, x64):
     assert moved == {n for n in tensors if n.startswith(("encoder.", "to_global."))}
     expected = ours.validate(state.params)
     for name, value in theirs.validate().items():
-        error = relative_error(np.float64(value), np.float64(expected[name]))
+        error = relative_error(np.array(value), np.array(expected[name]))
         assert error <= tolerances.LOGITS["float64"], (name, error)
 
 
