@@ -313,12 +313,8 @@ def main(wanted: list[str]) -> int:
     failures = []
     for page in pages():
         name, digest = str(page.relative_to(ROOT)), sha256(page.read_bytes()).hexdigest()
-        if (
-            wanted
-            and not {page.stem, name} & {*wanted}
-            or not wanted
-            and passed.get(name) == digest
-        ):
+        asked = {page.stem, name} & {*wanted} if wanted else passed.get(name) != digest
+        if not asked:
             continue
         print(f"== {name}", flush=True)
         failed = follow(page, base, environment)
