@@ -117,7 +117,9 @@ def execute(page: Path) -> None:
             ]
             note.write_text(json.dumps({"made": made, "cells": cells}), "utf-8")
     EXECUTED.mkdir(exist_ok=True)
-    kept = nbformat.v4.new_notebook(metadata={"kernelspec": notebook.metadata.kernelspec})
+    language = {"name": "python", "pygments_lexer": "ipython3"}  # colours %%bash cells, too
+    metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": language}
+    kept = nbformat.v4.new_notebook(metadata=metadata)
     for number, cell in enumerate(notebook.cells, 1):
         clean = nbformat.v4.new_code_cell(cell.source, execution_count=number, outputs=cell.outputs)
         clean.id = f"cell-{number}"
