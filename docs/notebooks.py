@@ -165,14 +165,18 @@ def shown(text: str) -> str:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Neighbouring pieces of one stream as one: a run writes them as they come."""
+    """What a command prints as one piece, in the order in which it came, as on a terminal.
+
+    Two streams would be shown one after the other, and errors in another colour.
+    """
     joined: list[Any] = []
     for output in outputs:
-        last = joined[-1] if joined else None
-        if last and output.output_type == "stream" == last.output_type and last.name == output.name:
-            last.text += output.text
-        else:
-            joined.append(output)
+        if output.output_type == "stream":
+            output.name = "stdout"
+            if joined and joined[-1].output_type == "stream":
+                joined[-1].text += output.text
+                continue
+        joined.append(output)
     return joined
 
 
