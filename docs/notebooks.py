@@ -10,6 +10,7 @@ tutorial whose cells are not those that were executed ends the build.
 Cells run in docs/_build/tutorials, which looks like a clone of the repository to them.
 """
 
+import itertools
 import json
 import os
 import re
@@ -87,7 +88,7 @@ def read(page: Path) -> Any:
 def execute(page: Path) -> None:
     """Runs the cells of a page, and writes them with their outputs.
 
-    Where an earlier call failed, it continues behind the commands that had ended well.
+    Where an earlier call failed, commands that had ended well are not run again.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -95,26 +96,25 @@ def execute(page: Path) -> None:
     notebook, begin = read(page), time.perf_counter()
     note = PLACE / f".{page.stem}.json"
     past = json.loads(note.read_text("utf-8")) if note.is_file() else {"made": [], "cells": []}
-    done = _ended_well(notebook.cells, past["cells"])
-    if not done:
+    same = _unchanged(notebook.cells, past["cells"])
+    if not same:
         for path in map(Path, past["made"]):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     before = _made() - {Path(path) for path in past["made"]}
     os.environ |= ENVIRONMENT
     client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(PLACE)}})
+    for cell, old in zip(notebook.cells[:same], past["cells"], strict=False):
+        cell.outputs = [nbformat.from_dict(each) for each in old["outputs"]]
+    made = past["made"]
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
-            if index < done:
-                cell.outputs = [
-                    nbformat.from_dict(each) for each in past["cells"][index]["outputs"]
-                ]
+            if index < same and cell.source.startswith("%%bash"):
                 continue
             client.execute_cell(cell, index)
             cell.outputs = [_tidy(output) for output in _joined(cell.outputs)]
             made = sorted(map(str, _made() - before))
-            cells = [
-                {"source": c.source, "outputs": c.outputs} for c in notebook.cells[: index + 1]
-            ]
+            past = notebook.cells[: max(index + 1, same)]
+            cells = [{"source": each.source, "outputs": each.outputs} for each in past]
             note.write_text(json.dumps({"made": made, "cells": cells}), "utf-8")
     EXECUTED.mkdir(exist_ok=True)
     language = {"name": "python", "pygments_lexer": "ipython3"}  # colours %%bash cells, too
@@ -129,17 +129,13 @@ def execute(page: Path) -> None:
     print(f"executed {page.stem} in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
-def _ended_well(cells: list[Any], past: list[dict[str, Any]]) -> int:
-    """How many of the first cells are commands that were executed already, as they stand.
+def _unchanged(cells: list[Any], past: list[dict[str, Any]]) -> int:
+    """How many of the first cells were executed as they stand.
 
-    Python is executed again, since it leaves its names in the kernel.
+    Python is executed again in spite of it, since it leaves its names in the kernel.
     """
-    same = 0
-    for cell, old in zip(cells, past, strict=False):
-        if cell.source != old["source"] or not cell.source.startswith("%%bash"):
-            break
-        same += 1
-    return same
+    pairs = zip(cells, past, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda p: p[0].source == p[1]["source"], pairs))
 
 
 def _made() -> set[Path]:
