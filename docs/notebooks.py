@@ -113,8 +113,8 @@ def execute(page: Path) -> None:
             client.execute_cell(cell, index)
             cell.outputs = [_tidy(output) for output in _joined(cell.outputs)]
             made = sorted(map(str, _made() - before))
-            past = notebook.cells[: max(index + 1, same)]
-            cells = [{"source": each.source, "outputs": each.outputs} for each in past]
+            so_far = notebook.cells[: max(index + 1, same)]
+            cells = [{"source": each.source, "outputs": each.outputs} for each in so_far]
             note.write_text(json.dumps({"made": made, "cells": cells}), "utf-8")
     EXECUTED.mkdir(exist_ok=True)
     language = {"name": "python", "pygments_lexer": "ipython3"}  # colours %%bash cells, too
