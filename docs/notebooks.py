@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "COLUMNS": "100",
     "MPLBACKEND": "agg",
     "TTY_COMPATIBLE": "0",  # lines in place of a progress bar, though Jupyter claims a terminal
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install a widget
     "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's alarm at a slow compilation tells of the machine alone
 }
 """What the kernel, and so the commands, find in their environment."""
