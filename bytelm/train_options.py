@@ -27,22 +27,22 @@ BRANCH = ("branch_from", "train.branch_from")
 """The names of the option for the run of a branch."""
 
 HELP = (
-    "RECIPE is a name, which `bytelm recipes` lists, or a JSON or YAML file: fields",
-    'as in a run\'s config.json, or what differs from {"base": "megabyte_132m"}; or a',
-    "run folder, which continues with its own options, or with --run-dir starts anew.",
-    "Trains RECIPE; resumes by itself when DIR (default runs/RECIPE) holds a",
-    "checkpoint. Without --data it trains on the source of Python's standard library.",
-    "Any field is overridden by its name, with or without its section",
-    "(--train.batch-size 8, --batch-size 8, train.batch_size=8); `RECIPE --help`",
-    "lists them all. Also understood:",
+    "Trains RECIPE: a name that `bytelm recipes` lists, or a JSON or YAML file that",
+    "holds all fields, like a run's config.json, or only what differs from a recipe,",
+    'as in {"base": "megabyte_132m"}. RECIPE can also be a run folder, which',
+    "continues with its own options, or with --run-dir is the recipe of a new run.",
+    "If DIR (default runs/RECIPE) has a checkpoint, the run resumes from it. Without",
+    "--data it trains on the source of Python's standard library. Override any field",
+    "by its name, with or without its section (--train.batch-size 8, --batch-size 8,",
+    "train.batch_size=8); `RECIPE --help` lists them all. Also understood:",
     "  --optimizer NAME (--optimizer.name NAME): one of",
     f"    {', '.join(OPTIMIZER_CONFIGS)};",
     "    `RECIPE --optimizer NAME --help` lists its fields",
     *(f"  --{name} for --{field}" for name, field in ALIASES.items()),
     "  --save_path for --run-dir",
-    "  --init-from PATH[@CHECKPOINT] to start from weights that exist: a run folder,",
-    "    an export, or what `bytelm import` reads; the model is theirs",
-    "  --branch-from RUN[@STEP] --run-dir NEW in place of RECIPE, to continue from a",
+    "  --init-from PATH[@CHECKPOINT] to start from the weights and the model of a run",
+    "    folder, an export, or anything else that `bytelm import` reads",
+    "  --branch-from RUN[@STEP] --run-dir NEW instead of RECIPE, to continue from a",
     "    step of a run with another rate, other data or another optimizer",
 )
 """What the help of both trainers says, a line each."""

@@ -10,6 +10,7 @@ tutorial whose cells are not those that were executed ends the build.
 Cells run in docs/_build/tutorials, which looks like a clone of the repository to them.
 """
 
+import itertools
 import json
 import os
 import re
@@ -35,6 +36,7 @@ ENVIRONMENT = {
     "COLUMNS": "100",
     "MPLBACKEND": "agg",
     "TTY_COMPATIBLE": "0",  # lines in place of a progress bar, though Jupyter claims a terminal
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's advice to install a widget
     "TF_CPP_MIN_LOG_LEVEL": "3",  # XLA's alarm at a slow compilation tells of the machine alone
 }
 """What the kernel, and so the commands, find in their environment."""
@@ -87,7 +89,7 @@ def read(page: Path) -> Any:
 def execute(page: Path) -> None:
     """Runs the cells of a page, and writes them with their outputs.
 
-    Where an earlier call failed, it continues behind the commands that had ended well.
+    Where an earlier call failed, commands that had ended well are not run again.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -95,29 +97,30 @@ def execute(page: Path) -> None:
     notebook, begin = read(page), time.perf_counter()
     note = PLACE / f".{page.stem}.json"
     past = json.loads(note.read_text("utf-8")) if note.is_file() else {"made": [], "cells": []}
-    done = _ended_well(notebook.cells, past["cells"])
-    if not done:
+    same = _unchanged(notebook.cells, past["cells"])
+    if not same:
         for path in map(Path, past["made"]):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     before = _made() - {Path(path) for path in past["made"]}
     os.environ |= ENVIRONMENT
     client = NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(PLACE)}})
+    for cell, old in zip(notebook.cells[:same], past["cells"], strict=False):
+        cell.outputs = [nbformat.from_dict(each) for each in old["outputs"]]
+    made = past["made"]
     with client.setup_kernel():
         for index, cell in enumerate(notebook.cells):
-            if index < done:
-                cell.outputs = [
-                    nbformat.from_dict(each) for each in past["cells"][index]["outputs"]
-                ]
+            if index < same and cell.source.startswith("%%bash"):
                 continue
             client.execute_cell(cell, index)
             cell.outputs = [_tidy(output) for output in _joined(cell.outputs)]
             made = sorted(map(str, _made() - before))
-            cells = [
-                {"source": c.source, "outputs": c.outputs} for c in notebook.cells[: index + 1]
-            ]
+            so_far = notebook.cells[: max(index + 1, same)]
+            cells = [{"source": each.source, "outputs": each.outputs} for each in so_far]
             note.write_text(json.dumps({"made": made, "cells": cells}), "utf-8")
     EXECUTED.mkdir(exist_ok=True)
-    kept = nbformat.v4.new_notebook(metadata={"kernelspec": notebook.metadata.kernelspec})
+    language = {"name": "python", "pygments_lexer": "ipython3"}  # colours %%bash cells, too
+    metadata = {"kernelspec": notebook.metadata.kernelspec, "language_info": language}
+    kept = nbformat.v4.new_notebook(metadata=metadata)
     for number, cell in enumerate(notebook.cells, 1):
         clean = nbformat.v4.new_code_cell(cell.source, execution_count=number, outputs=cell.outputs)
         clean.id = f"cell-{number}"
@@ -127,17 +130,13 @@ def execute(page: Path) -> None:
     print(f"executed {page.stem} in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
-def _ended_well(cells: list[Any], past: list[dict[str, Any]]) -> int:
-    """How many of the first cells are commands that were executed already, as they stand.
+def _unchanged(cells: list[Any], past: list[dict[str, Any]]) -> int:
+    """How many of the first cells were executed as they stand.
 
-    Python is executed again, since it leaves its names in the kernel.
+    Python is executed again in spite of it, since it leaves its names in the kernel.
     """
-    same = 0
-    for cell, old in zip(cells, past, strict=False):
-        if cell.source != old["source"] or not cell.source.startswith("%%bash"):
-            break
-        same += 1
-    return same
+    pairs = zip(cells, past, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda p: p[0].source == p[1]["source"], pairs))
 
 
 def _made() -> set[Path]:
@@ -163,14 +162,18 @@ def shown(text: str) -> str:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Neighbouring pieces of one stream as one: a run writes them as they come."""
+    """What a command prints as one piece, in the order in which it came, as on a terminal.
+
+    Two streams would be shown one after the other, and errors in another colour.
+    """
     joined: list[Any] = []
     for output in outputs:
-        last = joined[-1] if joined else None
-        if last and output.output_type == "stream" == last.output_type and last.name == output.name:
-            last.text += output.text
-        else:
-            joined.append(output)
+        if output.output_type == "stream":
+            output.name = "stdout"
+            if joined and joined[-1].output_type == "stream":
+                joined[-1].text += output.text
+                continue
+        joined.append(output)
     return joined
 
 

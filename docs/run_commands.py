@@ -1,6 +1,7 @@
 """Runs the commands and the Python of README and guides, as a reader would, with tiny models.
 
-    python docs/run_commands.py            all pages
+    python docs/run_commands.py            all pages; where an earlier call was stopped or a page
+                                           failed, only those that have not run through yet
     python docs/run_commands.py PAGE …     these, as README or docs/serving.md
 
 Each page is followed from top to bottom in a folder of its own, which holds the files, runs and
@@ -27,6 +28,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,9 @@ def made_by(page: Path) -> set[str]:
 
 def prepare(place: Path) -> None:
     """What pages name and do not make: texts, runs, exports."""
+    ready = place / ".ready"
+    if ready.exists():  # by an earlier call
+        return
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     os.chdir(place)
@@ -169,6 +174,7 @@ def prepare(place: Path) -> None:
     ):
         if code := run_line(line, {}):
             raise SystemExit(f"status {code}: {line}")
+    ready.touch()
 
 
 def run_line(line: str, environment: dict[str, str]) -> int:
@@ -263,6 +269,12 @@ def _run_block(language: str, code: str, names: dict[str, Any], server: Server,
                environment: dict[str, str]) -> int:  # fmt: skip
     for name, other in SUBSTITUTES.items():
         code = code.replace(name, other)
+
+    def late(*_):
+        raise TimeoutError(f"not done after {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
     try:
         if language == "python":
             exec(compile(code, "page", "exec"), names)
@@ -273,6 +285,8 @@ def _run_block(language: str, code: str, names: dict[str, Any], server: Server,
     except Exception:
         traceback.print_exc(file=sys.stdout)
         return 1
+    finally:
+        signal.alarm(0)
 
 
 def main(wanted: list[str]) -> int:
@@ -290,14 +304,25 @@ def main(wanted: list[str]) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(PLACE / "site"), here))}
     sys.path.insert(0, here)
     shrink_recipes()
-    base = PLACE / "base"
+    base, note = PLACE / "base", PLACE / "passed.json"
+    passed = json.loads(note.read_text("utf-8")) if note.is_file() else {}
+    if not passed and not wanted:
+        shutil.rmtree(base, ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()):
         prepare(base)
     failures = []
     for page in pages():
-        if not wanted or page.stem in wanted or str(page.relative_to(ROOT)) in wanted:
-            print(f"== {page.relative_to(ROOT)}", flush=True)
-            failures += follow(page, base, environment)
+        name, digest = str(page.relative_to(ROOT)), sha256(page.read_bytes()).hexdigest()
+        asked = {page.stem, name} & {*wanted} if wanted else passed.get(name) != digest
+        if not asked:
+            continue
+        print(f"== {name}", flush=True)
+        failed = follow(page, base, environment)
+        failures += failed
+        passed |= {name: "" if failed else digest}
+        note.write_text(json.dumps(passed), "utf-8")
+    if not failures and not wanted:
+        note.unlink(missing_ok=True)  # the next call starts with all of them
     print("\n".join(["failed:", *failures]) if failures else "every command ran")
     return 1 if failures else 0
 

@@ -12,8 +12,9 @@ from bytelm.config.base import require, require_numbers
 class BlockConfig:
     """How the layers of BLT's global transformer are built; defaults are the paper's.
 
-    The other values are those of token models: Llama (arXiv 2302.13971), Qwen2 (2407.10671), Qwen3
-    (2505.09388) and OLMo 2 (2501.00656), whose decoder layers can so be the global transformer.
+    With the other values, the decoder layers of token models can be the global transformer: those
+    of Llama (arXiv 2302.13971), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388) and
+    OLMo 2 (arXiv 2501.00656).
     """
 
     head_dim: int = 0

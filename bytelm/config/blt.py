@@ -119,17 +119,18 @@ class EntropyConfig(ArchitectureConfig):
 class BLTConfig(ArchitectureConfig):
     """Byte Latent Transformer (Pagnoni et al. 2024, arXiv 2412.09871); defaults are its 1B model.
 
-    A patch ends, by `patcher`: `entropy` where the entropy model is uncertain by more than
-    `threshold`; `histogram` where the entropies of the histograms of recent bytes, summed since the
-    patch began, exceed it; `space` after a space-like byte that follows one that is not, by the
-    paper's code: all but Latin letters, digits and UTF-8 continuation bytes are space-like; `word`
-    after the first ASCII byte of a run of separators, which older files call `space`; `fixed` every
-    `patch_size` bytes; `byte` after every byte. `whole_characters` has no effect on `byte` and
-    `space`; the public weights were trained without it.
+    The `patcher` decides where a patch ends: with `entropy` where the entropy of the entropy model
+    exceeds `threshold`; with `histogram` where the entropies of the histograms of recent bytes,
+    summed since the patch began, exceed it; with `space` after a space-like byte that follows one
+    that is not (as in the paper's code, all bytes but Latin letters, digits and UTF-8 continuation
+    bytes are space-like); with `word` after the first ASCII byte of a run of separators, which
+    older files call `space`; with `fixed` every `patch_size` bytes; with `byte` after every byte.
+    The option `whole_characters` has no effect on `byte` and `space`; the public weights were
+    trained without it.
 
-    Shapes are static: patches beyond `patch_budget` merge into the last one. 1 never overflows; 0
-    stands for 1.5 divided by `bytes_per_patch`, plus two patches per 16 bytes if newlines reset,
-    because a line's BOS is a patch and the end of a line cuts one short.
+    Shapes are static: patches beyond `patch_budget` merge into the last one. A budget of 1 never
+    overflows; 0 stands for 1.5 divided by `bytes_per_patch`, plus two patches per 16 bytes if
+    newlines reset, because a line's BOS is a patch and the end of a line cuts one short.
 
     A segment (`reset_on`) begins with BOS and a new patch; attention, positions, n-grams, patches
     and the entropy model see nothing before it.
@@ -155,7 +156,7 @@ class BLTConfig(ArchitectureConfig):
     """Patches per byte that the global transformer has capacity for; 0: automatic."""
     entropy: EntropyConfig = field(default_factory=EntropyConfig)
     ngram_sizes: tuple[int, ...] = (3, 4, 5, 6, 7, 8)
-    """Lengths in bytes of the n-grams that are embedded; none turns them off."""
+    """Lengths in bytes of the embedded n-grams; an empty list turns them off."""
     ngram_functions: int = 1
     """Hash functions per n-gram size, each with a table."""
     ngram_rows: int = 500_002
@@ -163,11 +164,11 @@ class BLTConfig(ArchitectureConfig):
     ngram_combine: Literal["sum", "mean"] = "sum"
     """Whether byte and n-gram embeddings are added or averaged."""
     patch_queries: int = 2
-    """Vectors by which a patch is pooled and read back."""
+    """Number of vectors into which a patch is pooled and from which it is read back."""
     local_dim: int = 1024
     """Width of the local encoder and decoder."""
     local_window: int = 512
-    """Bytes that a byte attends to in them; 0 means everything before it."""
+    """Bytes to which a byte attends there; 0 means all bytes before it."""
     encoder_layers: int = 1
     """Layers of the local encoder."""
     encoder_heads: int = 16

@@ -24,9 +24,9 @@ def _lfbyte_vocab() -> ByteVocab:
 class LFByteConfig(ArchitectureConfig):
     """LFByteTransformer: token mixing, channel mixing and experts of input-adaptive linear layers.
 
-    `context="sequence"` needs `causal=False`, which feeds the ids unshifted: the output at a
-    position depends on that position's own byte. With `reset_on` the convolution is the plain sum
-    over `kernel_length` taps.
+    The value `context="sequence"` needs `causal=False`, which feeds the ids unshifted: the output
+    at a position depends on that position's own byte. With `reset_on` the convolution is the plain
+    sum over `kernel_length` taps.
     """
 
     architecture: ClassVar[str] = "lfbyte"

@@ -39,11 +39,12 @@ _LARGEST_RATE = 1e30
 class OptimizerConfig:
     """The fields that all optimizers share; each class adds its own.
 
-    The learning rate rises linearly over the warm-up and then follows `schedule`: "cosine" and
-    "linear" fall over the rest of the run, "constant" stays, and "wsd" (warm-up, stable, decay)
-    stays until it falls linearly over the last `decay_steps`. A run under "wsd" may go on with more
-    steps and with other `decay_steps`. Weight decay is decoupled, unless the class says otherwise,
-    and does not apply to norms and biases.
+    The learning rate rises linearly over the warm-up and then follows `schedule`. Under "cosine"
+    and "linear" it falls over the rest of the run, under "constant" it stays the same, and under
+    the schedule "wsd" (warm-up, stable, decay) it stays the same until it falls linearly over the
+    last `decay_steps`. A run under "wsd" can continue with more steps and other `decay_steps`.
+    Weight decay is decoupled, unless the class says otherwise, and does not apply to norms and
+    biases.
     """
 
     name: ClassVar[str]
@@ -61,7 +62,7 @@ class OptimizerConfig:
     warmup_steps: int = 100
     """Steps over which the learning rate rises linearly."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """How the learning rate goes on after the warm-up."""
+    """How the learning rate continues after the warm-up."""
     decay_steps: int = 0
     """Steps at the end of the run over which "wsd" falls; 0: it does not fall."""
     final_fraction: float = 0.1

@@ -18,17 +18,17 @@ from bytelm.config.base import (
 class QLearningConfig:
     """The agent that steers learning rate and momentum.
 
-    Loss and gradient norm are smoothed over `window` steps. Smaller values of `indifference` and
-    `undo_margin` let noise move the learning rate. It is a failure when both the loss and the
-    smoothed loss exceed `surge` times the first loss: the last decision then earns −1 and the
-    learning rate is halved, at most once in `window` steps.
+    Loss and gradient norm are smoothed over `window` steps. With smaller values of `indifference`
+    and `undo_margin`, noise moves the learning rate. If both the loss and the smoothed loss exceed
+    a multiple `surge` of the first loss, the last decision earns −1 and the learning rate is
+    halved, at most once in `window` steps.
 
     With `signal="trust"` the agent observes the trust ratio, the actual over the predicted fall of
     the loss, on the rows of the step itself: near 1 a step is too short to matter, near 0 it
     overshoots. It is read at the last step before each decision, which costs one more forward pass,
-    so that an `interval` of 20 is advised. It steers the learning rate alone, starts with a table
-    that says what the ratio means, and leaves the rate alone once the schedule has fallen below
-    `hold_below` of its peak.
+    so an `interval` of 20 is advised. The agent then steers only the learning rate, starts with a
+    table that says what the ratio means, and leaves the rate alone once the schedule has fallen
+    below `hold_below` of its peak.
     """
 
     signal: Literal["trend", "trust"] = "trend"

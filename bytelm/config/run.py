@@ -25,19 +25,20 @@ _MOST_LAYERS = 4096
 class DataConfig:
     """Where bytes come from and how they become windows of `sequence_length` ids.
 
-    `paths` may be addresses (`gs://`, `s3://`, `hf://`, `https://`), and "@FILE" stands for the
-    paths in a file; empty, they are the source of the running interpreter's standard library. What
-    cannot be mapped into memory, as compressed files, is read once into `cache_dir`, and so are
-    objects at addresses. A chat is written in the ChatML template.
+    Any of `paths` may be an address (`gs://`, `s3://`, `hf://`, `https://`), and "@FILE" stands for
+    the paths in a file. Without any, the data are the source of the running interpreter's standard
+    library. Files that cannot be mapped into memory, such as compressed ones, are read once into
+    the folder `cache_dir`, and so are objects at addresses. Chats are written in the ChatML
+    template.
 
-    Each named source is held out from, shuffled and repeated by itself, and its loss is reported.
-    Documents are split by a hash of `split_seed` and of their content, so that adding a document
-    moves no other, or of their rank among all, as in runs begun before there was a choice. With
-    fewer than 50 documents the last share of the bytes is held out.
+    Each named source is split, shuffled and repeated by itself, and its loss is reported. Documents
+    are split by a hash of `split_seed` and either their content, so that adding a document moves no
+    other, or their rank among all, as in runs begun before there was a choice. With fewer than 50
+    documents the last share of the bytes is held out.
 
     The order "grain" draws one window twice and leaves the last one out if there are 4^k + 1 of
-    them, k at least 8, and is "exact" otherwise. Of `warmup_lengths`, each must divide
-    `sequence_length`; the number of bytes per step stays the same.
+    them, with k at least 8, and is "exact" otherwise. Each of `warmup_lengths` must divide
+    the number `sequence_length`; the number of bytes per step stays the same.
     """
 
     paths: tuple[str, ...] = ()
@@ -49,13 +50,13 @@ class DataConfig:
     text_field: str = "text"
     """Field of a record (JSON, Parquet, Arrow, tar) that holds the text of a document."""
     prompt_field: str = ""
-    """Field of the text that is read and not counted, in front of `completion_field`."""
+    """Field of the text that is read but not counted, before that of `completion_field`."""
     completion_field: str = ""
-    """Field of the text that is counted, behind `prompt_field`."""
+    """Field of the text that is counted, after that of `prompt_field`."""
     chat_field: str = ""
     """Field of a list of messages with `role` and `content`; the assistant's are counted."""
     raw: bool = False
-    """Whether the bytes of every file are taken as they are, whatever its form."""
+    """Whether the bytes of every file are taken as they are, whatever its format."""
     cache_dir: str = ""
     """Folder for decompressed and fetched files; by default ~/.cache/bytelm."""
     sequence_length: int = 512
@@ -71,7 +72,7 @@ class DataConfig:
     append_eos: bool = True
     """Whether each document ends with the end-of-sequence id."""
     order: Literal["exact", "grain"] = "exact"
-    """Order of windows in an epoch: "exact" visits each once; "grain" is that of older runs."""
+    """Order of windows in an epoch: "exact" visits each once; older runs have "grain"."""
     warmup_lengths: tuple[int, ...] = ()
     """Bytes of the shorter pieces that the first steps train on, in this order."""
     warmup_length_steps: int = 100
@@ -152,10 +153,10 @@ class TrainConfig:
 
     Parameters stay float32 whatever `compute_dtype` is. A run that starts at `init_from` has the
     model of those weights, a new optimizer and step 0; in a branch everything but the model may
-    change. An average a of the weights w follows a ← d a + (1 − d) w after each step. What is
-    frozen has no gradient, no optimizer state and no update. Names are as in the PyTorch twin's
-    state dict, or with the kind of leaf in JAX as their last part; where several patterns of
-    `learning_rate_scale` match, the last counts.
+    change. An average a of the weights w follows a ← d a + (1 − d) w after each step. Frozen
+    parameters have no gradient, no optimizer state and no update. Names are as in the PyTorch
+    twin's state dict, or with the kind of leaf in JAX as their last part; if several patterns of
+    the option `learning_rate_scale` match, the last one counts.
     """
 
     steps: int = 1000
@@ -181,19 +182,19 @@ class TrainConfig:
     log_every: int = 10
     """Steps between lines of progress."""
     eval_every: int = 250
-    """Steps between evaluations; 0 evaluates at the end alone."""
+    """Steps between evaluations; 0 evaluates only at the end."""
     eval_windows: int = 64
-    """Most validation windows of an evaluation."""
+    """Largest number of validation windows in an evaluation."""
     patience: int = 0
     """Evaluations in a row without a lower score that end the run; 0: never."""
     checkpoint_every: int = 250
-    """Steps between checkpoints; 0 saves at the end alone."""
+    """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = 2
     """Number of latest checkpoints to keep."""
     keep_best: int = 1
     """Number of best checkpoints to keep, by validation."""
     max_bad_steps: int = 20
-    """Non-finite steps in a row, which are skipped, that end the run."""
+    """Number of non-finite steps in a row that end the run; they are skipped."""
     step_timeout: int = 1800
     """Seconds without progress that end a process; 0: never."""
     entropy_from: str = ""
@@ -201,7 +202,7 @@ class TrainConfig:
     init_from: str = ""
     """Weights to start from: RUN, RUN@CHECKPOINT, an export, or what `import` reads."""
     init_optimizer: bool = False
-    """Whether the optimizer's state comes along from that run."""
+    """Whether the run at `init_from` also provides the state of the optimizer."""
     branch_from: str = ""
     """RUN or RUN@STEP to continue from in a new folder."""
     average_decay: float = 0.0
@@ -211,9 +212,9 @@ class TrainConfig:
     learning_rate_scale: tuple[str, ...] = ()
     """Factors of the updates of matching parameters, as PATTERN=NUMBER."""
     lora_rank: int = 0
-    """Rank of the adapters that train in place of the weights; 0: none."""
+    """Rank of the adapters that are trained instead of the weights; 0: none."""
     lora_alpha: float = 16.0
-    """Adapters are multiplied by this over `lora_rank`."""
+    """Adapters are multiplied by this, divided by `lora_rank`."""
     lora_dropout: float = 0.0
     """Fraction of the adapters' inputs that training drops."""
     lora_targets: tuple[str, ...] = ()
@@ -277,8 +278,9 @@ class TrainConfig:
 class Recipe:
     """A named run: everything that `bytelm train NAME` needs.
 
-    `patching`, which recipes leave empty, is what `train` and `calibrate` measured about the
-    patches; `origin`, likewise, is which weights `train.init_from` named when the run began.
+    The fields `patching` and `origin` are empty in recipes. In a run, `patching` is what `train`
+    and `calibrate` measured about the patches, and `origin` says which weights `train.init_from`
+    named when the run began.
     Raises `ValueError` for a model of more than 4,096 layers of one kind.
     """
 

@@ -19,9 +19,9 @@ def compress_command(
 ) -> int:
     """Compresses any file without loss, by arithmetic coding with a model's probabilities.
 
-    `bytelm decompress` needs the same model, and the same kind of processor or GPU and versions,
-    which the file names: the last bits of a probability depend on them. A file that the model would
-    make longer is stored as it is.
+    Use `bytelm decompress` with the same model, the same versions and the same kind of processor or
+    GPU, which the file names: the last bits of a probability depend on them. A file that the model
+    would make longer is stored unchanged.
 
     Example: bytelm compress README.md --model runs/megabyte_tiny
 

@@ -40,12 +40,12 @@ def export_command(
 ) -> int:
     """Writes OUT/model.safetensors and OUT/config.json for `bytelm_torch.from_pretrained(OUT)`.
 
-    With --format hf, writes a folder that transformers loads where bytelm is not installed, by
-    `AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True)`. With --format hf-blt,
-    writes one for `BltForCausalLM.from_pretrained(OUT)` of transformers. With --format stablehlo,
-    OUT is a file with a program for `jax.export.deserialize`. Adapters are merged into
-    the weights; --adapter writes them alone, for peft's `PeftModel.from_pretrained(MODEL, OUT)`,
-    MODEL as of `bytelm_torch.hf.from_native`.
+    With --format hf, writes a folder that transformers loads without bytelm: call
+    AutoModelForCausalLM.from_pretrained(OUT, trust_remote_code=True). With --format hf-blt,
+    writes one for transformers' BltForCausalLM.from_pretrained(OUT). With --format stablehlo,
+    OUT is a file with a program for jax.export.deserialize. Adapters are merged into the weights,
+    unless --adapter writes them alone, for peft's PeftModel.from_pretrained(MODEL, OUT), where
+    MODEL comes from bytelm_torch.hf.from_native.
 
     Example: bytelm export runs/megabyte_tiny --out exports/megabyte_tiny
 
@@ -225,8 +225,8 @@ def import_command(
 ) -> int:
     """Makes a run folder from an export or from weights of other projects.
 
-    Those are a checkpoint of the PyTorch MEGABYTE code, a folder of transformers'
-    `BltForCausalLM`, in one file or in shards, or a folder of a token model (Llama, Qwen2, Qwen3,
+    These can be a checkpoint of the PyTorch MEGABYTE code, a folder of BltForCausalLM of
+    transformers, in one file or in shards, or a folder of a token model (Llama, Qwen2, Qwen3,
     OLMo 2, SmolLM), whose layers become the global transformer of a BLT that is otherwise new. The
     run's parameters are float32: float16 and bfloat16 fit exactly, float64 is rounded, and a line
     on stderr says by how much.
@@ -234,8 +234,8 @@ def import_command(
     Example: bytelm import exports/megabyte_tiny --out runs/imported
 
     Args:
-        source: an export folder, a run folder of PyTorch, a folder of transformers, or a .pt or
-            .safetensors file with a state dict.
+        source: an export folder, a run folder of PyTorch, a folder of transformers, or a state
+            dict in a .pt or .safetensors file.
         out: the run folder to make; it must not hold a run yet.
         format: what SOURCE is; auto detects it.
         local: of a token model: the recipe of BLT, by name or file, whose byte encoder, byte

@@ -109,7 +109,7 @@ def bench_command(
     json: bool = False,
     checkpoint: str = "latest",
 ) -> int:
-    """Measures generation: bytes a second by batch, context and draft.
+    """Measures generation: bytes per second by batch, context and draft.
 
     The first call of each shape compiles and is not counted; a figure is the median of the others,
     prefill and copies included. Prompts are pieces of TEXT, evenly spread.

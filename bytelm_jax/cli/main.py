@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 
 COMMANDS = {
-    "train": "train a recipe; resumes by itself",
+    "train": "train a recipe, or resume its run",
     "eval": "exact bits per byte over files",
-    "lm-eval": "score a model by lm-evaluation-harness",
+    "lm-eval": "score a model with lm-evaluation-harness",
     "generate": "stream text from a trained model",
-    "bench": "measure generation: bytes a second by batch, context and draft",
-    "compress": "compress a file without loss, by a model",
+    "bench": "measure generation: bytes per second by batch, context and draft",
+    "compress": "compress a file without loss, with a model",
     "decompress": "restore a compressed file",
     "inspect": "show patches, entropy and surprise of a text, byte by byte",
     "export": "write a model for PyTorch",
@@ -35,7 +35,7 @@ COMMANDS = {
     "sweep": "train a recipe at the points of a grid, or at random ones",
     "prepare": "pack files into one byte file",
     "draft-table": "make a table of frequent n-grams for speculation",
-    "serve": "a page in the browser, or an API for programs",
+    "serve": "show a page in the browser, or serve an API",
     "recipes": "list what `bytelm train` knows, with sizes",
     "doctor": "check devices, disk and data before a run",
 }

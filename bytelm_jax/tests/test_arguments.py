@@ -151,7 +151,10 @@ def test_help_has_a_sentence_for_every_option_and_folds_what_has_no_effect(
         boxes = text[text.index("╭") :].splitlines()
         said = [line.strip("│ ") for line in boxes if line.startswith("│")]
         bare = [a for a, b in pairwise(said) if a[:2] == "--" and b[:1] == "("]
+        prose = ["" if x[:1] != "│" or x[2] in "-─" else x[2:78].rstrip() for x in boxes]
+        full = [len(f"{a} {b.split()[0]}") > 76 for a, b in pairwise(prose) if a and b]
         assert not bare and sum(line.startswith("--") for line in said) > 60
+        assert all(full)  # tyro ends a line before one of a docstring that begins with no letter
     assert ("model.entropy options: no effect" in text) == (name == "bytropix_tiny")
 
 
