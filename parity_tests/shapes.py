@@ -51,7 +51,7 @@ def once_a_shape(function: Any = None, *, typechecker: Any) -> Any:
             key = _shapes((arguments, options) if options else arguments, values, values)
             if key in passed:
                 return function(*arguments, **options)
-        except TypeError:  # a size without a value, or a container of many entries
+        except (TypeError, RecursionError):  # a size without a value, many entries, or deep ones
             passed, key = set(), None
         if full is None:
             full = _jaxtyped(function, typechecker=typechecker)

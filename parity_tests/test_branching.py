@@ -148,6 +148,7 @@ def test_both_packages_branch_alike(packages):
     assert rates == [0.005, 0.01, 0.01]
 
 
+@pytest.mark.slow
 def test_other_rates_begin_with_a_new_state_of_the_optimizer(packages, capsys):
     """In torch its groups are others, so that moments would come to the wrong parameters.
 

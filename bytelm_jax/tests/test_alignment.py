@@ -90,6 +90,7 @@ def test_the_loss_is_that_of_the_words_one_by_one():
     np.testing.assert_allclose(cosine, np.mean(cosines), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, capsys):
     """Three steps and two more are five steps, bit for bit; what does not fit is refused."""
     _, init = define_model(MODEL)

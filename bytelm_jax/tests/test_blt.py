@@ -18,6 +18,7 @@ from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
 from bytelm_jax.layers.segments import segment_max, take_segments
 from bytelm_jax.models import Params, abstract_params, define_model, patching, split_model
+from parity_tests.cases import quick
 
 LENGTH, ROWS = 80, 3
 
@@ -134,7 +135,7 @@ def uncached(name: str, ids: np.ndarray, lengths: np.ndarray, count: int) -> np.
     return ids
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", quick(CONFIGS, "entropy, small budget", "bytropix"))
 def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     _, params, _ = model_of(name)
     whole, prefill, decode = programs(name)
@@ -159,7 +160,7 @@ def test_forced_rounds_give_the_logits_of_the_whole_pass(name):
     assert len(set(np.bincount(numbers[0]))) > 1
 
 
-@pytest.mark.parametrize("name", ["entropy", "bytropix"])
+@pytest.mark.parametrize("name", quick(["entropy", "bytropix"], "entropy"))
 def test_greedy_bytes_are_those_of_whole_passes_at_every_prompt_length(name):
     _, params, bind = model_of(name)
     _, prefill, decode = programs(name)

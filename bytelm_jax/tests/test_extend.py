@@ -21,7 +21,7 @@ def random_params(config: ModelConfig) -> dict[str, Any]:
     return params
 
 
-QUICK = ("blt", "bytropix, newline", "megabyte, newline", "in_action", "lfbyte, newline", "entropy")
+QUICK = ("bytropix, newline", "megabyte, newline", "in_action", "lfbyte, newline", "entropy")
 
 
 @pytest.mark.parametrize(

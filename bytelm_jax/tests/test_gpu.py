@@ -74,7 +74,7 @@ def calls(text):
     return [text.count(f"@__cudnn${name}(") for name in ("fmhaSoftmax", "fmhaSoftmaxBackward")]
 
 
-SIBLINGS = [name for name in recipes.names() if name.endswith(("_400m", "_400m_p4"))]
+SIBLINGS = [n for n in recipes.names() if n.endswith(("_tiny", "_400m", "_400m_p4", "_1b"))]
 """Of another width and depth than recipes that are here too."""
 
 
