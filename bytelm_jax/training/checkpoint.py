@@ -39,7 +39,7 @@ from bytelm_jax.training.fingerprints import (
     examine,
     fingerprints,
 )
-from bytelm_jax.training.manager import Manager, silence_orbax
+from bytelm_jax.training.manager import Manager, silence_orbax, stored
 from bytelm_jax.training.remote import checkpoint_folder, committing, raise_if_lost
 
 _PLAIN, _MORE = 1, 2
@@ -132,12 +132,12 @@ def save(
         "metrics": metrics,
         "fingerprints": {name: fingerprints(each) for name, each in marks.items()},
     }
-    stored: dict[str, Any]
+    kept: dict[str, Any]
     if opt_state is None:  # the same files, cut so that little waits in memory to be written
-        stored = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
+        kept = {"params": ocp.args.PyTreeSave(params, ocdbt_target_data_file_size=_FILE_BYTES)}
     else:
-        stored = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-    items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **stored)
+        kept = {name: ocp.args.StandardSave(stored(tree)) for name, tree in arrays.items()}
+    items = ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **kept)
     with _writable(manager):
         ranked = None if score(metrics) is None else metrics
         manager.save(step, args=items, metrics=ranked, force=True)
@@ -268,11 +268,18 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: dict[str, Any]) -> 
             f"{manager.directory}: imported weights, which training cannot continue from; name "
             "another run_dir"
         )
-    arguments: dict[str, Any] = {k: ocp.args.StandardRestore(v) for k, v in wanted.items()}
+    arguments: dict[str, Any] = {
+        name: ocp.args.StandardRestore(stored(tree)) for name, tree in wanted.items()
+    }
     with _readable(manager, step):
         restored = manager.restore(step, args=ocp.args.Composite(**arguments))
-        params, opt_state = restored.get("params"), restored.get("optimizer")
-        return Recovered(step, params, opt_state, restored.get("average"), metadata)
+        found = {
+            name: jax.tree.unflatten(jax.tree.structure(tree), jax.tree.leaves(restored[name]))
+            for name, tree in wanted.items()
+        }
+        return Recovered(
+            step, found.get("params"), found.get("optimizer"), found.get("average"), metadata
+        )
 
 
 def _check_arrays(recovered: Recovered) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import namedtuple
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -37,3 +38,24 @@ class Manager(ocp.CheckpointManager):
         # `processes.StopSignal` agrees on an end by JAX's one counter, which Orbax would set back
         # to `step`, from a thread as well: processes then stop at different places, and wait.
         return False
+
+
+def stored(tree: Any) -> Any:
+    """The tree as it lies on disk: without fields that are None by default, and are None.
+
+    They were added later: runs that are older do not have them.
+    """
+    if isinstance(tree, dict):
+        return {name: stored(value) for name, value in tree.items()}
+    if not isinstance(tree, tuple | list):
+        return tree
+    if not hasattr(tree, "_fields"):
+        return type(tree)(map(stored, tree))
+    later = [name for name, default in tree._field_defaults.items() if default is None]
+    kept = {
+        name: stored(value)
+        for name, value in tree._asdict().items()
+        if value is not None or name not in later
+    }
+    kind = type(tree) if len(kept) == len(tree) else namedtuple(type(tree).__name__, kept)
+    return kind(**kept)
