@@ -244,6 +244,7 @@ def test_a_run_resumes_bit_for_bit(folder):
     assert len(whole["state"]) == len(stored) - len(base) > 0
 
 
+@pytest.mark.slow
 def test_every_front_door_opens_the_merged_model(folder, capsys):
     """And what an older bytelm says of the files is in words."""
     run = folder / "torch-straight"

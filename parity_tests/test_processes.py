@@ -134,6 +134,7 @@ def test_two_processes_stopped_by_a_signal_to_one_and_gone_on_with(one_device, t
     assert_equal_runs(run_dir, one_device)
 
 
+@pytest.mark.slow
 def test_a_process_that_loses_the_first_says_so_and_asks_to_be_started_again(text, tmp_path):
     started = two_processes(tmp_path / "run", text, "--steps", "100000", "--checkpoint-every", "1")
     deadline = time.monotonic() + DEADLINE

@@ -83,6 +83,7 @@ assert export.main([f"{folder}/resets", "--out", f"{folder}/none.pt2", "--length
 """In a process of its own: here annotations are enforced, and lengths in a trace are no int."""
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_takes_any_batch_and_length(tmp_path):
     """MEGABYTE's in whole patches; and what torch can export for one length only is refused."""
     resets = replace(CONFIGS["megabyte"], reset_on="newline")

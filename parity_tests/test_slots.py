@@ -15,6 +15,7 @@ from bytelm.serving.engine import Settings
 from bytelm.serving.prompts import Prompts
 from bytelm_jax.models import abstract_params
 from bytelm_jax.parity.twins import make_twin
+from parity_tests.cases import quick
 from parity_tests.packages import MODEL, PACKAGES, model_of
 from parity_tests.tiny_models import CONFIGS
 
@@ -75,7 +76,7 @@ def passes(engine, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(CASES, "jax megabyte", "torch transformer", "torch blt"))
 def test_a_text_is_that_of_generate_whatever_is_beside_it(case, monkeypatch):
     package, model = PACKAGES[case.split()[0]], model_of(case.split()[0], CASES[case])
     monkeypatch.setattr(package.module, "PART_BYTES", 8)

@@ -90,7 +90,7 @@ def step_of(config, ids, **layout):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in ("paper", "blt") else [pytest.mark.slow]) for n in MODELS],
+    [pytest.param(n, marks=[] if n == "paper" else [pytest.mark.slow]) for n in MODELS],
 )
 def test_eight_devices_that_share_layers_compute_as_one(name, x64):
     """Loss and the gradient of every leaf, over 2 groups of 2 (fsdp) x 2 (tensor)."""
@@ -200,7 +200,7 @@ def test_the_state_of_an_optimizer_is_cut_like_its_parameter(name):
     assert found >= len(cut) or name == "sgd"
 
 
-@pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("sizes", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)])
 def test_a_checkpoint_opens_on_another_tensor_size(sizes, tmp_path):
     config, states = MODELS["plain"], []
     _, init = define_model(config)

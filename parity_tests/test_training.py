@@ -44,6 +44,7 @@ from bytelm_torch.optimizers.q_wrapper import QLearning
 from bytelm_torch.training.loss import cross_entropy as torch_cross_entropy
 from bytelm_torch.training.parallel import Group
 from bytelm_torch.training.parallel import make_train_step as make_torch_step
+from parity_tests.cases import quick
 from parity_tests.twins import MEGABYTES, random_ids, random_params, twins
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
@@ -92,12 +93,12 @@ OPTIMIZERS = {
 }
 PARITY = [
     ("paper", "adamw", 200, ()),
-    ("in_action", "adamw", 200, ()),
+    ("in_action", "adamw", 200, pytest.mark.slow),
     ("paper", "sgd", 200, ()),
     ("paper", "q_learning_adamw", 200, pytest.mark.slow),
     ("paper", "q_learning_sgd", 200, pytest.mark.slow),
     ("paper", "trust", 200, pytest.mark.slow),
-    ("paper", "lion", 200, ()),
+    ("paper", "lion", 200, pytest.mark.slow),
     ("paper", "muon", 200, ()),
     ("experts", "muon", 100, ()),
 ]
@@ -221,17 +222,20 @@ def one_device():
     return run_jax(SMALL, PLAIN, train, FIVE)
 
 
+FORMS = (
+    {"devices": 8},
+    {"devices": 8, "parallel": "shard_map"},
+    {"devices": 8, "fsdp": 4},
+    {"devices": 4, "fsdp": 2, "parallel": "shard_map", "accumulation_steps": 2},
+    {"devices": 2, "parallel": "shard_map", "accumulation_steps": 4},
+    {"devices": 1, "accumulation_steps": 4},
+    {"devices": 1, "remat": True},
+)
+
+
 @pytest.mark.parametrize(
     "change",
-    [
-        {"devices": 8},
-        {"devices": 8, "parallel": "shard_map"},
-        {"devices": 8, "fsdp": 4},
-        {"devices": 4, "fsdp": 2, "parallel": "shard_map", "accumulation_steps": 2},
-        {"devices": 2, "parallel": "shard_map", "accumulation_steps": 4},
-        {"devices": 1, "accumulation_steps": 4},
-        {"devices": 1, "remat": True},
-    ],
+    quick(FORMS, FORMS[1], *FORMS[2:4], FORMS[6]),
     ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
 )
 def test_devices_step_forms_accumulation_and_remat_change_nothing(change, one_device):
@@ -277,7 +281,10 @@ def test_eight_devices_train_as_one_under_the_agent():
 
 @pytest.mark.parametrize(
     "change",
-    [{"devices": 4, "fsdp": 4}, {"devices": 4, "fsdp": 2, "parallel": "shard_map"}],
+    quick(
+        ({"devices": 4, "fsdp": 4}, {"devices": 4, "fsdp": 2, "parallel": "shard_map"}),
+        {"devices": 4, "fsdp": 2, "parallel": "shard_map"},
+    ),
     ids=lambda change: " ".join(f"{k}={v}" for k, v in change.items()),
 )
 def test_muon_of_kernels_in_parts_is_muon_of_whole_kernels(change, x64):

@@ -18,6 +18,7 @@ from bytelm_jax.interop.vocab import remap_vocab
 from bytelm_jax.models import abstract_params, define_model
 from bytelm_jax.training.loss import cross_entropy
 from bytelm_torch.inference.generate import generate
+from parity_tests.cases import quick
 
 _SIZES: Any = {
     "patch_size": 4,
@@ -72,7 +73,7 @@ def row_nats(config, params):
     return nats(params, ids)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", quick(MODELS, "blt"))
 def test_each_byte_costs_the_same_under_every_map(name, x64, tmp_path):
     config, vocabs = MODELS[name]
     params = random_params(config)

@@ -5,10 +5,12 @@ import os
 import shutil
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -18,6 +20,7 @@ from bytelm.config import MegabyteConfig, Recipe, TrainConfig
 from bytelm.runs import RunLock
 from bytelm_jax.models import abstract_params
 from bytelm_jax.training import checkpoint, fingerprints, loop
+from bytelm_jax.training.manager import stored
 
 MODEL = MegabyteConfig(patch_size=2, global_dim=4, local_dim=4, global_heads=1, local_heads=1)
 
@@ -198,3 +201,27 @@ def test_late_reads_of_a_damaged_checkpoint_print_nothing(saved, monkeypatch):
             unraisable: Any = SimpleNamespace(exc_value=RuntimeError(text))
             sys.unraisablehook(unraisable)
         assert [str(each.exc_value) for each in printed] == ["another"]
+
+
+class Older(NamedTuple):
+    table: Any
+    count: Any
+
+
+class Newer(NamedTuple):
+    table: Any
+    count: Any
+    later: Any = None
+
+
+def test_a_state_that_has_gained_a_field_is_read_from_an_older_run(tmp_path):
+    """Fields that are None by default are not stored while they are None."""
+    state = {"agent": Older(jnp.arange(3.0), jnp.int32(7)), "rest": (jnp.ones(2), None)}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "older", stored(state))
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(jnp.zeros_like, state | {"agent": Newer(*state["agent"])})
+        found = checkpointer.restore(tmp_path / "older", stored(like))
+    for value, expected in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert stored(like["agent"]._replace(later=3)).later == 3

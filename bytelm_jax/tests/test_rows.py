@@ -67,6 +67,7 @@ def train(devices, fsdp):
     return np.asarray(losses), jax.device_get(state.params), compiled.cost_analysis()["flops"]
 
 
+@pytest.mark.slow
 def test_one_device_is_eight_of_which_each_does_an_eighth_of_the_work():
     losses, params, work = train(1, 1)
     other, their, part = train(8, 2)

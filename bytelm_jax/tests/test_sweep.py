@@ -66,6 +66,7 @@ def test_a_point_without_a_finite_validation_is_ranked_last(tmp_path):
     assert [row["learning_rate"] for row in ranked] == ["3", "2", "1"]
 
 
+@pytest.mark.slow
 def test_a_signal_stops_the_sweep_at_its_point(trained, tmp_path):
     call = ["sweep", "megabyte_tiny", "--out", str(tmp_path), "--vary", "learning_rate=1,8,2"]
     assert cli.main(call) == 0

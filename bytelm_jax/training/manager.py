@@ -49,13 +49,13 @@ def stored(tree: Any) -> Any:
         return {name: stored(value) for name, value in tree.items()}
     if not isinstance(tree, tuple | list):
         return tree
-    if not hasattr(tree, "_fields"):
+    fields, defaults = getattr(tree, "_fields", None), getattr(tree, "_field_defaults", {})
+    if fields is None:
         return type(tree)(map(stored, tree))
-    later = [name for name, default in tree._field_defaults.items() if default is None]
     kept = {
         name: stored(value)
-        for name, value in tree._asdict().items()
-        if value is not None or name not in later
+        for name, value in zip(fields, tree, strict=True)
+        if value is not None or defaults.get(name, "") is not None
     }
     kind = type(tree) if len(kept) == len(tree) else namedtuple(type(tree).__name__, kept)
     return kind(**kept)

@@ -74,7 +74,8 @@ def main() -> int:
     parser.add_argument("--part", nargs=5, help="for the processes that this one starts")
     options = parser.parse_args()
     if options.part:
-        return run_part(*options.part, options.window, options.streams)
+        package, verb, model, source, target = options.part
+        return run_part(package, verb, model, source, target, options.window, options.streams)
     with tempfile.TemporaryDirectory() as folder:
         root = options.keep or Path(folder)
         root.mkdir(parents=True, exist_ok=True)
