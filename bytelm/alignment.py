@@ -27,7 +27,7 @@ from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
 from bytelm.export import read_header
 from bytelm.files import errors_about, read_json, replacing, require_plain_file
-from bytelm.runs import saved_recipe
+from bytelm.runs import Outcome, saved_recipe
 from bytelm.storage.stores import require_local
 from bytelm.trainable import Trainable
 
@@ -285,6 +285,19 @@ def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
     return replace(source, name=_NAME, data=data, optimizer=optimizer, train=run)
 
 
+def open_stage(
+    run: Path, tokens: Path, run_dir: Path, read: Callable[[], Recipe], **changes: Any
+) -> tuple[Recipe, Aligned]:
+    """Recipe and text of the stage in `run_dir`, which begins from `run`; both are checked.
+
+    `read` and `changes` are those of `source_recipe` and `stage_recipe`.
+    """
+    recipe = stage_recipe(source_recipe(run_dir, read), str(run), **changes)
+    data = open_aligned(tokens)
+    check_stage(recipe, data)
+    return recipe, data
+
+
 def check_stage(recipe: Recipe, data: Aligned) -> None:
     """Raises `ValueError` for a model that cannot be aligned, and for a text that does not fit."""
     model: Any = recipe.model
@@ -318,3 +331,9 @@ def step_line(step: int, count: int, values: dict[str, float]) -> str:
     """What is printed about a step."""
     loss, cosine = values["alignment_loss"], values["alignment_cosine"]
     return f"step {step}/{count}: alignment {loss:.4f}, cosine {cosine:.4f}"
+
+
+def end_line(outcome: Outcome, run_dir: Path) -> str:
+    """What is printed at the end."""
+    ended = "interrupted" if outcome.interrupted else "finished"
+    return f"{ended} at step {outcome.step}, saved in {run_dir}"

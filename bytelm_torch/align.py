@@ -60,16 +60,12 @@ def _align(
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
     changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
     changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    source = alignment.source_recipe(run_dir, lambda: _recipe_of(run))
-    recipe = alignment.stage_recipe(source, str(run), **changes)
-    data = alignment.open_aligned(tokens)
-    alignment.check_stage(recipe, data)
+    recipe, data = alignment.open_stage(run, tokens, run_dir, lambda: _recipe_of(run), **changes)
     from bytelm_torch.interop.export import from_pretrained
     from bytelm_torch.training.alignment import align
 
     outcome = align(recipe, data, run_dir, lambda: from_pretrained(run).float().state_dict())
-    ended = "interrupted" if outcome.interrupted else "finished"
-    print(f"{ended} at step {outcome.step}, saved in {run_dir}")
+    print(alignment.end_line(outcome, run_dir))
     return 0
 
 

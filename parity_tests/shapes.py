@@ -83,19 +83,6 @@ def _shapes(value: Any, values: bool, objects: bool) -> Any:
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which does nothing but have a signature (jaxtyping makes it), with its checks."""
-    checks = None
-
-    @functools.wraps(function)
-    def check(*arguments: Any, **options: Any) -> Any:
-        nonlocal checks
-        if checks is None:
-            checks = _checks(function)
-        return checks(*arguments, **options)
-
-    return check
-
-
-def _checks(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function)
     parameters = signature.parameters.values()
     key = (

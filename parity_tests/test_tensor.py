@@ -30,6 +30,7 @@ from bytelm_jax.training import checkpoint
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 from bytelm_jax.training.tensor import CUTS, tensor_axis
+from parity_tests.cases import quick
 from parity_tests.twins import MEGABYTES, random_ids, random_params
 
 _SMALL: dict[str, Any] = {"global_layers": 1, "local_layers": 1, "global_heads": 6}
@@ -88,10 +89,7 @@ def step_of(config, ids, **layout):
     return float(report["loss"]), {name: known[name] - after[name] for name in known}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == "paper" else [pytest.mark.slow]) for n in MODELS],
-)
+@pytest.mark.parametrize("name", quick(MODELS, "paper"))
 def test_eight_devices_that_share_layers_compute_as_one(name, x64):
     """Loss and the gradient of every leaf, over 2 groups of 2 (fsdp) x 2 (tensor)."""
     config = MODELS[name]

@@ -91,14 +91,10 @@ def align_command(
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
     changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
     changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
-    source = alignment.source_recipe(run_dir, lambda: load_recipe(run))
-    recipe = alignment.stage_recipe(source, str(run), **changes)
-    data = alignment.open_aligned(tokens)
-    alignment.check_stage(recipe, data)
+    recipe, data = alignment.open_stage(run, tokens, run_dir, lambda: load_recipe(run), **changes)
     from bytelm_jax.training import checkpoint
     from bytelm_jax.training.alignment import align
 
     outcome = align(recipe, data, run_dir, lambda: checkpoint.load_run(run)[1])
-    ended = "interrupted" if outcome.interrupted else "finished"
-    print(f"{ended} at step {outcome.step}, saved in {run_dir}")
+    print(alignment.end_line(outcome, run_dir))
     return 0

@@ -6,21 +6,16 @@ import numpy as np
 import pytest
 
 from bytelm import alignment
-from bytelm.config import BLTConfig, Recipe, TrainConfig
+from bytelm.config import Recipe, TrainConfig
 from bytelm.metrics import read_metrics
 from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.alignment import alignment_loss
+from parity_tests.test_alignment import MODEL
 
 TEXT = "the café of\nthe 日本 end"
-MODEL = BLTConfig(
-    patcher="space", ngram_sizes=(3,), ngram_rows=11, local_dim=8, local_window=8,
-    encoder_heads=2, encoder_hidden_dim=8, decoder_layers=1, decoder_heads=2,
-    decoder_hidden_dim=8, global_dim=12, global_layers=1, global_heads=2, global_hidden_dim=8,
-    patch_budget=1.0,
-)  # fmt: skip
-WIDTH = 12
+WIDTH = MODEL.global_dim
 
 
 @pytest.fixture
