@@ -6,6 +6,7 @@ python -m bytelm_torch.serve exports/megabyte_tiny
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from bytelm_torch.compress import Device, run_command
@@ -50,14 +51,16 @@ def _serve(
         device: where the model runs.
     """
     from bytelm.serving import command
-    from bytelm_torch.inference.slots import TorchSlots
+    from bytelm_torch.inference.slots import TorchSlots, in_own_thread
     from bytelm_torch.interop.export import from_pretrained
 
     command.check_options(host, port, slots, max_prompt_bytes, max_new_bytes, queue)
     key = command.key_of(api_key)
-    loaded = from_pretrained(model, device=device, checkpoint=checkpoint)
+    load = partial(from_pretrained, model, device=device, checkpoint=checkpoint)
+    loaded = in_own_thread(load)
     with ExitStack() as stack:
-        engine = TorchSlots(loaded, slots, max_prompt_bytes + max_new_bytes)
+        capacity = max_prompt_bytes + max_new_bytes
+        engine = in_own_thread(partial(TorchSlots, loaded, slots, capacity))
         name = model.resolve().name
         api = command.make_api(engine, name, max_prompt_bytes, max_new_bytes, queue, key)
         stack.callback(api.close)

@@ -14,9 +14,17 @@ PART_BYTES = 512
 """Bytes of a prompt that one pass reads, if the model can go on behind them."""
 
 GROUP = 8
-"""Prompts that one pass reads at most."""
+"""Prompts that one pass reads at most while texts are being written, which wait for it."""
 
 _GROUP_BYTES = 128  # of each of these prompts
+
+
+def many(slots: int) -> int:
+    """Prompts that one pass reads at most while no text is being written.
+
+    Half of a batch that is filled at once: two passes take much less than one for every eight.
+    """
+    return max(GROUP, slots // 2)
 
 
 class Pass(NamedTuple):
@@ -66,11 +74,11 @@ class Prompts:
         self._known.pop(slot, None)
         self._left.pop(slot, None)
 
-    def next(self) -> Pass | None:
-        """What to do next; `done` must follow."""
+    def next(self, most: int = GROUP) -> Pass | None:
+        """What to do next, with at most so many prompts to compute; `done` must follow."""
         if not self._waiting:
             return None
-        return self._copies() or self._computed()
+        return self._copies() or self._computed(most)
 
     def done(self, work: Pass) -> list[int]:
         """Notes that it has been done; gives the slots whose prompts have been read."""
@@ -106,7 +114,7 @@ class Prompts:
                 found[slot] = max(shared, key=lambda other: shared[other])
         return Pass(list(found), 0, 0, list(found.values())) if found else None
 
-    def _computed(self) -> Pass:
+    def _computed(self, group: int) -> Pass:
         """A part of the long prompt that came first or, in turns, several short prompts."""
         ready, ahead = [], [prompt for slot, prompt in self._waiting.items() if slot in self._known]
         for slot, prompt in self._waiting.items():
@@ -122,7 +130,7 @@ class Prompts:
         short, long = [slot for slot in ready if fits(slot)], [s for s in ready if not fits(s)]
         if short and (self._short_next or not long):
             self._short_next = False
-            return Pass(short[:GROUP], 0, max(len(self._waiting[slot]) for slot in short[:GROUP]))
+            return Pass(short[:group], 0, max(len(self._waiting[slot]) for slot in short[:group]))
         self._short_next = True
         start, size = len(self._known.get(long[0], b"")), len(self._waiting[long[0]])
         return Pass(long[:1], start, min(size - start, self.part or size))

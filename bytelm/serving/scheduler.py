@@ -16,6 +16,12 @@ from bytelm.serving.engine import Engine, Scores, Settings, Written
 SECONDS = 0.1
 """How long an advance should take when all slots are busy: so long a reader waits."""
 
+TOGETHER = 0.002
+"""Texts that come no further apart start together if no others are being written.
+
+Of a burst, the first would otherwise be written alone while the others wait for it.
+"""
+
 STOP_SECONDS = 2.0
 """How long texts may go on once the server is to stop."""
 
@@ -199,9 +205,20 @@ class Scheduler:
         together, and the last of them do not keep the whole batch at work.
         """
         until = time.perf_counter() + SECONDS / (2 if self._writing else 1)
-        while self._reading and time.perf_counter() < until:
-            self._reading = self._engine.read()
+        while time.perf_counter() < until:
+            if self._reading:
+                self._reading = self._engine.read()
+            elif self._writing or not self._more_come():
+                break
             self._join()
+
+    def _more_come(self) -> bool:
+        """Whether there is a text for a free slot within `TOGETHER`."""
+        if len(self._active) == self._engine.slots:
+            return False
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed, TOGETHER)
+            return bool(self._waiting)
 
     def _advance(self) -> None:
         rounds = 1

@@ -34,7 +34,7 @@ from bytelm.serving.engine import (
     state_after,
     written_by,
 )
-from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts
+from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts, many
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.rounds import (
     Rows,
@@ -113,12 +113,15 @@ class JaxSlots:
         self.capacity = capacity if limit is None else min(capacity, limit)
         self._patch, self._length = model.round_length, padded(model, self.capacity)
         self._batch = max(padded_rows(1), slots)
-        size = batch_bytes(model, self._batch + GROUP, self._length)
+        size, self._many = batch_bytes(model, self._batch + GROUP, self._length), GROUP
         require(
             size <= device_memory(),
             f"slots={slots}: caches of {slots} texts of {self._length} bytes take "
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
+        if batch_bytes(model, self._batch + many(slots), self._length) <= device_memory():
+            self._many = many(slots)
+        self._writing = False
         self.most_rounds = max(1, _MOST_BYTES // self._patch)
         few = max(padded_rows(1), math.isqrt(self._batch))
         self._counts = sorted({few, self._batch})
@@ -142,7 +145,10 @@ class JaxSlots:
         return sum(array.nbytes for array in jax.live_arrays()) if used is None else used
 
     def warm_up(self) -> None:
-        """Compiles everything but `score`: prompts of every length and what few and all rows do."""
+        """Compiles everything but `score`: prompts of every length and what few and all rows do.
+
+        Prompts are read alone, in a group and, where the batch is larger, in half of a batch.
+        """
         settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
         longest, part = self.capacity - 1, self._prompts.part or self.capacity
         lengths = [min(padded(self._model, 1), longest, part)]
@@ -150,14 +156,15 @@ class JaxSlots:
             lengths.append(min(2 * lengths[-1], longest, part))
         if longest > part:
             lengths.append(longest)
-        slots = sorted({0, self.slots - 1})
+        slots = list(dict.fromkeys([0, self.slots - 1, *range(self.slots)]))[: GROUP + 1]
         for length in lengths:
             texts = [
                 (slot, bytes([number]) * length, settings) for number, slot in enumerate(slots)
             ]
-            for some in (texts[:1], texts):
+            for some in (texts[:1], texts[:2], texts):
                 self._read_and_advance(some)
-        self._read_and_advance([(slot, b"\0" * lengths[0], settings) for slot in slots])  # copies
+        copied = [(slot, b"\0" * lengths[0], settings) for slot in slots[:2]]
+        self._read_and_advance(copied)
         for slot in slots:
             self.leave(slot)
             self._prompts.forget(slot)
@@ -192,11 +199,12 @@ class JaxSlots:
 
     def read(self) -> bool:
         """One pass over prompts, and waits for it."""
-        work = self._prompts.next()
+        work = self._prompts.next(GROUP if self._writing else self._many)
         if work is None:
             return False
-        alone = len(work.slots) == 1 and not work.sources
-        slots = np.full(1 if alone else GROUP, self._batch, np.int32)
+        count = len(work.slots)
+        width = self._many if count > GROUP else 1 if count == 1 and not work.sources else GROUP
+        slots = np.full(width, self._batch, np.int32)
         slots[: len(work.slots)] = work.slots
         if work.sources:
             sources = np.resize(np.array(work.sources, np.int32), GROUP)
@@ -229,6 +237,7 @@ class JaxSlots:
         host = self._host
         busy = np.flatnonzero(~host.done).tolist()
         if not busy:
+            self._writing = False
             meanwhile()
             return [], 0
         count = next(count for count in self._counts if busy[-1] - busy[0] < count)
@@ -266,6 +275,7 @@ class JaxSlots:
             if each.error:
                 host.done[each.slot] = True
                 self._prompts.forget(each.slot)
+        self._writing = not host.done[busy].all()
         return written, int(out.rounds)
 
     def score(self, text: bytes) -> Scores:

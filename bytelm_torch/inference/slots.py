@@ -5,6 +5,7 @@ the longest text, P bytes per round, K likely bytes that are reported.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -27,7 +28,7 @@ from bytelm.serving.engine import (
     state_after,
     written_by,
 )
-from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts
+from bytelm.serving.prompts import GROUP, PART_BYTES, Pass, Prompts, many
 from bytelm_torch.inference.rounds import (
     Rows,
     State,
@@ -44,6 +45,17 @@ _MOST_BYTES = 256  # of an advance and a row, or one round if that is longer
 _FREE = Settings(max_new_bytes=0, sampler=SamplerConfig(sampler="greedy"), seed=0)
 
 
+def in_own_thread(call: Callable[[], Any]) -> Any:
+    """What a call returns or raises, made in a thread that ends with it.
+
+    OpenMP keeps workers for every living thread that has computed. Once these are more than the
+    cores, they sleep between any two products: a byte then takes twice the time. So that they are
+    those of the thread that writes texts alone, whatever else a server computes is done in here.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
+
+
 class TorchSlots:
     """`bytelm.serving.engine.Engine` of a model.
 
@@ -58,12 +70,14 @@ class TorchSlots:
         self._patch, self._at = model.round_length, device_of(model)
         self._length = -(-self.capacity // self._patch) * self._patch
         self.most_rounds = max(1, _MOST_BYTES // self._patch)
-        size, memory = self._bytes(), _memory(self._at)
+        size, memory = self._bytes(GROUP), _memory(self._at)
         require(
             size <= memory,
             f"slots={slots}: caches of {slots} texts of {self._length} bytes take "
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
+        self._many = many(slots) if self._bytes(many(slots)) <= memory else GROUP
+        self._writing = False
         vocab, constraints = self.config.vocab, both_constraints()
         self._allowed = {
             allow_eos: torch.from_numpy(allowed_candidates(constraints, vocab, allow_eos)).to(
@@ -109,6 +123,9 @@ class TorchSlots:
 
     def warm_up(self) -> None:
         """Runs everything once but `score`, as a GPU loads its kernels when they are first used."""
+        in_own_thread(self._warm_up)
+
+    def _warm_up(self) -> None:
         self.join([(0, b"\0" * (self._patch + 1), replace(_FREE, max_new_bytes=1))])
         self.read()
         self.advance(1)
@@ -138,7 +155,7 @@ class TorchSlots:
 
     def read(self) -> bool:
         """One pass over prompts."""
-        work = self._prompts.next()
+        work = self._prompts.next(GROUP if self._writing else self._many)
         if work is None:
             return False
         with inference(self._model):
@@ -183,6 +200,7 @@ class TorchSlots:
         vocab, busy = self.config.vocab, (~self._state.done).nonzero()[:, 0].tolist()
         meanwhile()
         if not busy:
+            self._writing = False
             return [], 0
         scored = any(self._settings[slot].scores for slot in busy)
         heard: list[Scores] = []
@@ -192,7 +210,7 @@ class TorchSlots:
 
         first, past = busy[0], busy[-1] + 1
         take, rows = _rows_at(slice(first, past)), self._rows
-        pick = partial(self._pick, self._settings[first:past])
+        pick = partial(self._pick, self._by_sampler(self._settings[first:past]))
         begun, parts = tree_map(take, self._state), (rows.uniforms, rows.lengths, rows.ends)
         uniforms, lengths, row_ends = map(take, parts)
         rows = rows._replace(uniforms=uniforms, lengths=lengths, ends=row_ends)
@@ -226,31 +244,41 @@ class TorchSlots:
                 self.leave(slot)
             if written[-1].error:
                 self._prompts.forget(slot)
+        self._writing = not all(each.end or each.error for each in written)
         return written, done
 
     def score(self, text: bytes) -> Scores:
         """A full forward pass over the text."""
+        return in_own_thread(partial(self._score, text))
+
+    def _score(self, text: bytes) -> Scores:
         ids = prompt_ids([text], self.config.vocab, (1, len(text)), 0).to(self._at)
         with inference(self._model):
             return _scores(self._model(ids)[0], ids[0], self.config.vocab)
 
-    def _pick(
-        self, settings: Sequence[Settings], logits: Tensor, uniforms: Tensor, states: Tensor,
-        left: Tensor, rows: Rows, vocab: ByteVocab,
-    ) -> Tensor:  # fmt: skip
-        """`pick_ids`, for the rows of each sampler."""
+    def _by_sampler(self, settings: Sequence[Settings]) -> list[tuple[SamplerConfig, bool, Tensor]]:
+        """The samplers, whether the text may end, and the rows that have these."""
         groups: dict[tuple[SamplerConfig, bool], list[int]] = {}
         for row, each in enumerate(settings):
             groups.setdefault((each.sampler, each.stop_at_eos), []).append(row)
+        at = self._at
+        return [(*key, torch.tensor(rows, device=at)) for key, rows in groups.items()]
+
+    def _pick(
+        self, groups: Sequence[tuple[SamplerConfig, bool, Tensor]], logits: Tensor,
+        uniforms: Tensor, states: Tensor, left: Tensor, rows: Rows, vocab: ByteVocab,
+    ) -> Tensor:  # fmt: skip
+        """`pick_ids`, for the rows of each sampler."""
         chosen = torch.empty_like(states)
-        for (sampler, allow_eos), members in groups.items():
-            at = torch.tensor(members, device=states.device)
+        for sampler, allow_eos, at in groups:
             mine = rows._replace(sampler=sampler, allowed=self._allowed[allow_eos])
+            if len(at) == len(chosen):
+                return pick_ids(logits, uniforms, states, left, mine, vocab)
             chosen[at] = pick_ids(logits[at], uniforms[at], states[at], left[at], mine, vocab)
         return chosen
 
-    def _bytes(self) -> int:
-        """Memory for the caches of all slots, and of prompts that are read."""
+    def _bytes(self, read: int) -> int:
+        """Memory for the caches of all slots, and of so many prompts that are read at once."""
 
         def size(rounds: int) -> int:
             one = tree_leaves(self._model.init_cache(1, rounds * self._patch))
@@ -261,7 +289,7 @@ class TorchSlots:
         row = size(few or rounds)
         if few:  # caches grow evenly, and those of the whole length may not fit into memory
             row += (size(2 * few) - row) * (rounds - few) // few
-        return (row + 12 * self._length) * (self.slots + GROUP)
+        return (row + 12 * self._length) * (self.slots + read)
 
 
 def _rows_at(rows: Any) -> Callable[[Any], Any]:

@@ -39,6 +39,9 @@ PROMPT_BYTES = 64
 SLOTS = 8
 """Of the server that gets one request after another."""
 
+DROPPED_BYTES = 2048
+"""What a request asks for that is dropped: too much to be written before the client has gone."""
+
 ENVIRONMENT = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"}
 
 TINY = MegabyteConfig(
@@ -103,7 +106,9 @@ def make_prompts(count: int, size: int = PROMPT_BYTES) -> list[bytes]:
 class Served:
     """An API server in a process of its own, until `end`."""
 
-    def __init__(self, options: argparse.Namespace, slots: int, prompt_bytes: int) -> None:
+    def __init__(
+        self, options: argparse.Namespace, slots: int, prompt_bytes: int, new_bytes: int = 0
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -114,7 +119,8 @@ class Served:
             command = [sys.executable, "-m", "bytelm_jax.cli", "serve", str(options.model)]
             command += ["--api", "--no-page"]
         command += ["--port", str(self.port), "--slots", str(slots), "--queue", "256"]
-        command += ["--max-prompt-bytes", str(prompt_bytes), "--max-new-bytes", str(options.bytes)]
+        command += ["--max-prompt-bytes", str(prompt_bytes)]
+        command += ["--max-new-bytes", str(new_bytes or options.bytes)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         assert self.process.stdout
         while "until Ctrl-C" not in (line := self.process.stdout.readline()):
@@ -272,11 +278,11 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return dict(zip(("p50", "p95", "p99"), values.round(1).tolist(), strict=True))
 
 
-def until_free(served: Served, count: int) -> dict[str, Any]:
+def until_free(served: Served) -> dict[str, Any]:
     """From closing a stream until its slot is free, as far as the metrics show it."""
     waits, advances = [], []
     for seed in range(20):
-        served.begin(body(b"dropped", count, seed)).close()
+        served.begin(body(b"dropped", DROPPED_BYTES, seed)).close()
         began, before = time.perf_counter(), served.metric("advances_total")
         while served.metric("active_texts"):
             time.sleep(0.002)
@@ -285,22 +291,22 @@ def until_free(served: Served, count: int) -> dict[str, Any]:
     return {"slot free after, ms": percentiles(waits), "after advances, at most": max(advances)}
 
 
-def one_after_another(served: Served, requests: int, count: int) -> None:
+def one_after_another(served: Served, requests: int) -> None:
     memory, began = {}, time.perf_counter()
     for i in range(1, requests + 1):
         if i % 4 == 0:
-            served.begin(body(b"dropped", count, i)).close()
+            served.begin(body(b"dropped", DROPPED_BYTES, i)).close()
         else:
             served.ask(body(b"%d: " % i, 16, i) | {"stream": i % 2 == 0})
         if i in (200, requests):
             memory[i] = served.resident(), served.metric("device_bytes") / 2**20
     seconds = time.perf_counter() - began
-    free = until_free(served, count)
+    dropped, free = served.metric('texts_total{end="cancelled"}'), until_free(served)
     host = [size for size, _ in memory.values()]
     device = [round(size, 1) for _, size in memory.values()]
     say("one after another", {
         "requests": requests,
-        "of them dropped": served.metric('texts_total{end="cancelled"}'),
+        "of them dropped": dropped,
         "requests/s": round(requests / seconds, 1),
         f"MiB after {' and '.join(map(str, memory))} requests": {"host": host, "device": device},
         "growth": {"host": growth(host), "device": growth(device)},
@@ -373,9 +379,9 @@ def main() -> None:
                 served.end()
         if not options.requests:
             return
-        served = Served(options, SLOTS, PROMPT_BYTES)
+        served = Served(options, SLOTS, PROMPT_BYTES, DROPPED_BYTES)
         try:
-            one_after_another(served, options.requests, options.bytes)
+            one_after_another(served, options.requests)
         finally:
             served.end()
         killed(options)
