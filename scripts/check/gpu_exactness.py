@@ -6,7 +6,8 @@
         --seconds 5 --small --work /tmp/exact                                     # on a CPU
 
 Trains each of `--rows` for `--seconds` on a GPU of its own (`arena.py`; runs that
-`--work` holds are taken), then runs the parts, `--gpus` beside each other. JSON lines as they come:
+`--work` holds are taken), then runs the parts, `--lanes` beside each other on each of `--gpus`. JSON
+lines as they come:
 
 - parity: every architecture's tiny model with random weights, JAX here against torch on the CPU, on
   hostile bytes alone, float32 and float64.
@@ -51,6 +52,8 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", default=ROWS, metavar="'RECIPE OVERRIDES'")
     parser.add_argument("--seconds", type=float, default=300.0, help="of training a row")
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=1, help="parts at once on one GPU")
+    parser.add_argument("--window", type=int, default=256, help="bytes of one that is compressed")
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="runs stay there")
     parser.add_argument("--small", action="store_true", help="short texts, to try it on a CPU")
     parser.add_argument("--parts", nargs="+", help="these alone")
@@ -65,8 +68,8 @@ def main() -> int:
     asked = [(name, run) for name in PER_RUN for run in runs] + asked
     asked = [each for each in asked if not options.parts or each[0] in options.parts]
     free: SimpleQueue[int] = SimpleQueue()
-    for number in range(options.gpus):
-        free.put(number)
+    for number in range(options.gpus * options.lanes):
+        free.put(number % options.gpus)
 
     def one(part: tuple[str, Path]) -> bool:
         gpu, began = free.get(), time.perf_counter()
@@ -78,7 +81,7 @@ def main() -> int:
         say(part[0], part[1], good=not done.returncode, seconds=round(time.perf_counter() - began))
         return not done.returncode
 
-    with ThreadPoolExecutor(options.gpus) as pool:
+    with ThreadPoolExecutor(options.gpus * options.lanes) as pool:
         return 0 if all(list(pool.map(one, asked))) else 1
 
 
@@ -278,7 +281,7 @@ def drafts(options: argparse.Namespace, run: Path) -> bool:
 def compress(options: argparse.Namespace, run: Path) -> bool:
     """Round trips of 30 files in two processes."""
     program = [sys.executable, ROOT / "scripts/check/compress.py", "--packages", "jax"]
-    program += ["--model", f"{run.name}={run}"]
+    program += ["--model", f"{run.name}={run}", "--window", options.window]
     program += ["--streams", "64" if options.small else "1024"]
     program += ["--source-bytes", "20000", "--file-bytes", "600"] if options.small else []
     return not subprocess.run(list(map(str, program))).returncode
