@@ -3,34 +3,44 @@
     python scripts/bench/bench_donor.py --train english_train.txt --valid english_valid.txt \\
         --out donor-runs/
 
-1. Makes a donor: a BPE of `--tokens` tokens and a Llama of about 40 million parameters, trained by
-   transformers for `--donor-seconds` on the text; its bytes, minutes and bits per byte.
-2. Makes byte models around it (`bytelm import --format llama`) and, for the arms with alignment,
-   aligns their byte encoders (`bytelm align`), a fifth of an arm's bytes, which count as its own.
-3. Trains every arm on equal bytes, those that a BLT from scratch reads in `--seconds`, over
-   `--seeds`; and the two best at equal seconds. All arms have one architecture, one optimizer and
-   one held-out text; learning rates of the donor's layers are scaled by `--donor-rate`.
+1. Makes a donor by `token_model.py`: `--donor-seconds` of training; its bytes, minutes, bits per
+   byte.
+2. Makes byte models around it (`bytelm import --format llama`).
+3. Measures how many bytes a BLT from scratch reads in `--seconds`, and trains every arm on so many,
+   over `--seeds`. Arms with alignment spend the first fifth of their bytes on it (`bytelm align`).
+4. Trains the two best arms for `--seconds`.
 
-Prints a JSON line as each part ends and appends it to OUT/lines.jsonl: an arm's line has its curve,
+All arms have one architecture, one optimizer and one held-out text; learning rates of the donor's
+layers are scaled by `--donor-rate`. Seconds are without compilation, evaluation and saving, and
+bytes without the donor's own.
+
+Prints a JSON line as each part ends and keeps it in OUT/lines.jsonl: an arm's line has its curve,
 [bytes, seconds, held-out bits per byte]. Parts whose line stands there are not run again. Ends with
-a table. `--tiny` has models of a few thousand parameters, to try the script on a CPU.
+the report of `donor_report.py`. `--tiny` has models of a few thousand parameters, to try the script
+on a CPU.
 """
 
 import argparse
+import fcntl
 import json
 import math
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).resolve()
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from donor_report import SCRATCH, best_arms, print_report, read_lines
+from token_model import beginnings
+
+from bytelm.files import replace_file
 
 ARMS: dict[str, list[tuple[str, float]]] = {
     "from scratch": [("scratch", 1.0)],
@@ -43,8 +53,6 @@ ARMS: dict[str, list[tuple[str, float]]] = {
 }
 """Arm → its stages: what trains, and which share of the arm's bytes or seconds."""
 
-DONOR: dict[str, Any] = {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 8}
-DONOR |= {"num_attention_heads": 10, "num_key_value_heads": 5}
 LOCAL: dict[str, Any] = {
     "base": "blt_132m",
     "model": {"ngram_rows": 8000},
@@ -52,7 +60,6 @@ LOCAL: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 50},
     "train": {"batch_size": 32, "devices": 1},
 }
-TINY_DONOR: dict[str, Any] = dict.fromkeys(DONOR, 2) | {"hidden_size": 16, "intermediate_size": 24}
 TINY_LOCAL: dict[str, Any] = {
     "base": "blt_tiny",
     "model": {
@@ -63,11 +70,12 @@ TINY_LOCAL: dict[str, Any] = {
     "optimizer": {"learning_rate": 1e-3, "warmup_steps": 2},
     "train": {"batch_size": 4, "devices": 1},
 }  # fmt: skip
-_TOKEN_ROWS, _TOKEN_LENGTH = 64, 512
-_TOKENIZER_BYTES, _ALIGNED_BYTES = 2 * 10**7, 3 * 10**7
-"""Text, from the beginning of each file, for tokenizer and alignment: more teaches them no more."""
+_ALIGNED_BYTES = 3 * 10**7
+"""Text, from the beginning of each file, for alignment."""
 _POINTS, _HELD_OUT = 12, 256
-"""Points of a curve, and windows of held-out text behind each."""
+"""Points of a stage's curve, and windows of held-out text behind each."""
+_SETTINGS = ("train", "valid", "tokens", "donor_seconds", "seconds", "donor_rate", "tiny")
+"""What all lines of a file have in common."""
 
 
 def main() -> None:
@@ -82,172 +90,74 @@ def main() -> None:
     parser.add_argument("--donor-rate", type=float, default=0.5)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--only-donor", action="store_true", help="make the donor and end")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    lines = Lines(asked.out / "lines.jsonl")
-    if asked.only_donor:  # in a process of its own: PyTorch keeps the memory that it took
-        lines.once("donor", lambda: make_donor(asked))
-        return
-    if "donor" not in lines:
-        again = [sys.executable, str(HERE), *sys.argv[1:], "--only-donor"]
-        subprocess.run(again, check=True)
+    with alone(asked.out):
         lines = Lines(asked.out / "lines.jsonl")
+        settings = json.loads(
+            json.dumps({name: getattr(asked, name) for name in _SETTINGS}, default=str)
+        )
+        lines.once("settings", lambda: {"settings": settings})
+        if lines["settings"]["settings"] != settings:
+            sys.exit(f"{asked.out}: holds runs with {lines['settings']['settings']}; name another")
+        lines.once("donor", lambda: make_donor(asked))
+        run_arms(asked, lines)
+    print_report(lines)
+
+
+def run_arms(asked: argparse.Namespace, lines: "Lines") -> None:
+    """Every arm on equal bytes, and the two best for equal seconds."""
     arms = Arms(asked, lines)
-    first = f"from scratch, seed {asked.seeds[0]}"
-    lines.once(first, lambda: arms.timed("from scratch", asked.seeds[0]))
-    count = lines[first]["steps"]
+    lines.once("pace", arms.pace)
     for seed in asked.seeds:
         for arm in asked.arms:
-            run = lambda arm=arm, seed=seed: arms.counted(arm, seed, count)  # noqa: E731
-            lines.once(f"{arm}, seed {seed}", run)
-    best = sorted(asked.arms, key=lambda arm: statistics.mean(finals(lines, arm, asked.seeds)))[:2]
-    for arm in best:
+            lines.once(f"{arm}, seed {seed}", partial(arms.counted, arm, seed))
+    for arm in best_arms(lines, asked.arms, asked.seeds)[:2]:
         for seed in asked.seeds:
-            run = lambda arm=arm, seed=seed: arms.timed(arm, seed)  # noqa: E731
-            lines.once(f"{arm}, equal seconds, seed {seed}", run)
-    print_table(lines, asked.seeds, asked.arms, best)
+            lines.once(f"{arm}, equal seconds, seed {seed}", partial(arms.timed, arm, seed))
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Ends the program if another process works in the same folder."""
+    with open(out / "lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"{out}: another process works there; wait for it, or end it")
+        yield
 
 
 class Lines(dict[str, dict[str, Any]]):
     """The parts that have ended, by name, as a file of JSON lines holds them."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__()
+        super().__init__(read_lines(file) if file.exists() else {})
         self._file = file
-        for line in file.read_text().splitlines() if file.exists() else []:
-            record = json.loads(line)
-            self[record["part"]] = record
 
     def once(self, part: str, run: Callable[[], dict[str, Any]]) -> None:
-        """Runs a part unless it has ended before; prints and appends its line."""
+        """Runs a part unless it has ended before; prints and keeps its line.
+
+        `wall` is how long it took with all that its seconds leave out.
+        """
         if part in self:
             return
-        self[part] = {"part": part, **run()}
-        line = json.dumps(self[part])
-        with open(self._file, "a") as file:
-            file.write(line + "\n")
-        print(line, flush=True)
-
-
-# ---- the donor ------------------------------------------------------------------------------
+        begun = time.monotonic()
+        record = {"part": part, **run()}
+        self[part] = record | {"wall": round(time.monotonic() - begun, 1)}
+        text = "".join(json.dumps(each) + "\n" for each in self.values())
+        replace_file(self._file, text.encode())
+        print(json.dumps(self[part]), flush=True)
 
 
 def make_donor(asked: argparse.Namespace) -> dict[str, Any]:
-    """Trains tokenizer and token model, and saves them in OUT/donor."""
-    import torch
-    import transformers
-
-    tokenizer = train_tokenizer(asked)
-    text = b"\n".join(path.read_bytes() for path in asked.train)
-    ids = torch.tensor(tokenized(tokenizer, text))
-    begin = tokenizer.token_to_id("<s>")
-    config = transformers.LlamaConfig(
-        **(TINY_DONOR if asked.tiny else DONOR),
-        vocab_size=tokenizer.get_vocab_size(),
-        max_position_embeddings=_TOKEN_LENGTH,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=begin,
-        eos_token_id=begin,
-    )
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = transformers.LlamaForCausalLM(config)
-    model.to(device)
-    length, rows = (32, 4) if asked.tiny else (_TOKEN_LENGTH, _TOKEN_ROWS)
-    step, seconds = train_tokens(model, ids, begin, (rows, length), asked.donor_seconds)
-    held_out = asked.valid.read_bytes()[: 20_000 if asked.tiny else 2_000_000]
-    bits = token_bits(model, tokenized(tokenizer, held_out), begin, length, len(held_out))
-    folder = asked.out / "donor"
-    shutil.rmtree(folder, ignore_errors=True)
-    model.float().save_pretrained(folder)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    per_token = len(text) / len(ids)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": step,
-        "bytes": round(step * rows * (length - 1) * per_token),
-        "bytes_per_token": per_token,
-        "seconds": seconds,
-        "bits": bits,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
-
-
-def train_tokenizer(asked: argparse.Namespace) -> Any:
-    """A byte-level BPE, trained on `_TOKENIZER_BYTES` of the text."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300 if asked.tiny else asked.tokens,
-        special_tokens=["<s>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = beginnings(asked.train, _TOKENIZER_BYTES).decode(errors="replace")
-    tokenizer.train_from_iterator(text.splitlines(True), trainer)
-    return tokenizer
-
-
-def beginnings(paths: list[Path], size: int) -> bytes:
-    """Whole lines of texts, about so many bytes in all, as many of each."""
-    texts = []
-    for path in paths:
-        with path.open("rb") as file:
-            text = file.read(size // len(paths))
-            texts.append(text + file.readline())
-    return b"\n".join(texts)
-
-
-def tokenized(tokenizer: Any, text: bytes) -> list[int]:
-    pieces = text.decode(errors="replace").splitlines(True)
-    return [i for each in tokenizer.encode_batch_fast(pieces) for i in each.ids]
-
-
-def train_tokens(
-    model: Any, ids: Any, begin: int, shape: tuple[int, int], seconds: float
-) -> tuple[int, float]:
-    """Trains for so many seconds, the rate a cosine over them; steps and seconds."""
-    import torch
-
-    device, (rows, length) = model.device, shape
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    source, begun, step, used = torch.Generator().manual_seed(0), time.monotonic(), 0, 0.0
-    while used < seconds:
-        part = used / seconds
-        rate = min(1.0, part / 0.02 + 0.01) * (0.05 + 0.475 * (1 + math.cos(math.pi * part)))
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * rate
-        starts = torch.randint(len(ids) - length, (rows,), generator=source)
-        batch = torch.stack([ids[s : s + length - 1] for s in starts.tolist()])
-        batch = torch.cat([torch.full((rows, 1), begin), batch], dim=1).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(batch, labels=batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if step % 10 == 0 or device.type == "cpu":
-            loss.item()  # waits for the device
-            used = time.monotonic() - begun
-    return step, used
-
-
-def token_bits(model: Any, ids: list[int], begin: int, length: int, size: int) -> float:
-    """Bits per byte of a text of `size` bytes, in windows that each begin anew."""
-    import torch
-
-    nats, model = 0.0, model.eval()
-    for start in range(0, len(ids), length - 1):
-        row = torch.tensor([[begin, *ids[start : start + length - 1]]], device=model.device)
-        with torch.no_grad():
-            logits = model(row, use_cache=False).logits[0, :-1].float()
-        nats += float(torch.nn.functional.cross_entropy(logits, row[0, 1:], reduction="sum"))
-    return nats / math.log(2) / size
+    """In a process of its own, since PyTorch keeps the GPU's memory that it took."""
+    out = asked.out / "donor"
+    command = [sys.executable, str(Path(__file__).with_name("token_model.py"))]
+    command += ["--train", *map(str, asked.train), "--valid", str(asked.valid), "--out", str(out)]
+    command += ["--tokens", str(asked.tokens), "--seconds", str(asked.donor_seconds)]
+    subprocess.run([*command, "--tiny"] if asked.tiny else command, check=True)
+    return json.loads((out / "measured.json").read_text())
 
 
 # ---- the arms -------------------------------------------------------------------------------
@@ -275,9 +185,9 @@ class Arms:
         from bytelm_jax.training import checkpoint
 
         # A restart, and each stage of alignment, finds its programs there.
-        cache = str((asked.out / "programs").absolute())
-        jax.config.update("jax_compilation_cache_dir", cache)
-        self.asked, self.out = asked, asked.out
+        cached = str((asked.out / "programs").absolute())
+        jax.config.update("jax_compilation_cache_dir", cached)
+        self.asked, self.out, self.lines = asked, asked.out, lines
         local = asked.out / "local.json"
         local.write_text(json.dumps(TINY_LOCAL if asked.tiny else LOCAL))
         tokens, donor = asked.out / "train.tokens", str(asked.out / "donor")
@@ -290,11 +200,10 @@ class Arms:
             command = ["import", donor, "--local", str(local), "--seed", str(seed)]
             assert run.exists() or cli.main([*command, "--out", str(run)]) == 0
         self.tokens = open_aligned(tokens)
-        imported = checkpoint.load_run(self.out / f"imported-{asked.seeds[0]}")[0]
-        recipe = find_recipe(str(local))
-        paths = tuple(str(path) for path in asked.train)
+        self.imported = cache(lambda seed: checkpoint.load_run(self.out / f"imported-{seed}"))
+        recipe, paths = find_recipe(str(local)), tuple(str(path) for path in asked.train)
         data = replace(recipe.data, paths=paths, valid=(str(asked.valid),))
-        self.recipe = replace(recipe, model=imported.model, data=data)
+        self.recipe = replace(recipe, model=self.imported(asked.seeds[0])[0].model, data=data)
         self._trainers: dict[str, Any] = {}
         self._alignments: dict[tuple[int, int], Any] = {}  # the last one
         lines.once("machine", self.machine)
@@ -306,59 +215,68 @@ class Arms:
         sizes = {"parameters": model.parameter_count(), "batch": self.recipe.train.batch_size}
         return machine() | sizes | {"length": self.recipe.data.sequence_length}
 
-    def counted(self, arm: str, seed: int, count: int) -> dict[str, Any]:
-        """An arm on as many bytes as `count` steps read."""
-        return self._run(arm, seed, lambda share: (round(share * count), 0.0))
+    def pace(self) -> dict[str, Any]:
+        """How many steps a BLT from scratch takes in `--seconds`, from a part of them."""
+        trainer = self._trainer(Stage("scratch", self.asked.seeds[0], None, 0, 0.0))
+        run = trainer.begin(self.asked.seeds[0])
+        run.advance(lambda used, count: 0.0, 1.0, sys.maxsize)  # pipelines fill, files are cached
+        steps, used = run.count, run.used
+        run.advance(lambda used, count: 0.0, 1.0 + self.asked.seconds / 4, sys.maxsize)
+        steps, used = run.count - steps, run.used - used
+        return {"steps": round(self.asked.seconds * steps / used), "steps_per_second": steps / used}
+
+    def counted(self, arm: str, seed: int) -> dict[str, Any]:
+        """An arm on as many bytes as a BLT from scratch reads in `--seconds`."""
+        count = self.lines["pace"]["steps"]
+        return self._run(arm, seed, lambda kind, share: (max(2, round(share * count)), 0.0))
 
     def timed(self, arm: str, seed: int) -> dict[str, Any]:
-        """An arm for as many seconds as the command line says."""
-        return self._run(arm, seed, lambda share: (0, share * self.asked.seconds))
+        """An arm for `--seconds`; alignment takes the steps that fit, by its speed in `counted`."""
+
+        def amount(kind: str, share: float) -> tuple[int, float]:
+            seconds = share * self.asked.seconds
+            if kind != "align":
+                return 0, seconds
+            stages = self.lines[f"{arm}, seed {seed}"]["stages"]
+            steps, used = next((steps, used) for kind, steps, used in stages if kind == "align")
+            return max(2, round(seconds * steps / used)), 0.0
+
+        return self._run(arm, seed, amount)
 
     def _run(
-        self, arm: str, seed: int, amount: Callable[[float], tuple[int, float]]
+        self, arm: str, seed: int, amount: Callable[[str, float], tuple[int, float]]
     ) -> dict[str, Any]:
-        from bytelm_jax.training import checkpoint
-
-        params: Any = None
-        if arm != "from scratch":
-            params = checkpoint.load_run(self.out / f"imported-{seed}")[1]
-        curve: list[list[float]] = []
-        steps, seconds = 0, 0.0
+        params: Any = None if arm == SCRATCH else self.imported(seed)[1]
+        curve, stages = list[list[float]](), list[tuple[str, int, float]]()
+        size = self.recipe.train.batch_size * self.recipe.data.sequence_length
         for kind, share in ARMS[arm]:
-            stage = Stage(kind, seed, params, *amount(share))
+            stage = Stage(kind, seed, params, *amount(kind, share))
+            steps, seconds = (sum(each[i] for each in stages) for i in (1, 2))
             run = self._aligned if kind == "align" else self._trained
             params, count, used, points = run(stage)
-            size = self.recipe.train.batch_size * self.recipe.data.sequence_length
             curve += [[(steps + c) * size, seconds + s, bits] for c, s, bits in points]
-            steps, seconds = steps + count, seconds + used
-        return {"steps": steps, "seconds": seconds, "bits": curve[-1][2], "curve": curve}
+            stages.append((kind, count, used))
+        steps, seconds = (sum(each[i] for each in stages) for i in (1, 2))
+        bits = curve[-1][2]
+        return {"steps": steps, "seconds": seconds, "bits": bits, "stages": stages, "curve": curve}
 
     def _aligned(self, stage: Stage) -> Any:
-        """Once for all arms with as many steps; by seconds, so many as a few steps before tell."""
+        """Once for all arms with as many steps. The first one, which compiles, is not timed."""
         from bytelm.alignment import stage_recipe
         from bytelm.metrics import read_metrics
         from bytelm_jax.training import alignment, checkpoint
 
-        place = self.out / "aligning"
-
-        def align(steps: int) -> float:
-            shutil.rmtree(place, ignore_errors=True)
-            plan = {"steps": steps, "seed": stage.seed + 1, "eval_every": 0, "checkpoint_every": 0}
-            recipe = stage_recipe(self.recipe, "", **plan, log_every=max(steps - 1, 1))
-            run = replace(recipe.train, eval_every=0, checkpoint_every=0)
-            recipe = replace(recipe, train=run)
-            alignment.align(recipe, self.tokens, place, lambda: stage.start)
-            records = read_metrics(place / "metrics.jsonl")
-            return next(r["seconds"] for r in records[::-1] if "seconds" in r)
-
-        steps = stage.steps
-        if not steps:
-            probe = 4 if self.asked.tiny else 50
-            steps = max(2, round(stage.seconds / (align(probe) / probe)))
-        known = (stage.seed, steps)
+        known = (stage.seed, stage.steps)
         if known not in self._alignments:
-            used = align(steps)
-            self._alignments = {known: (checkpoint.load_run(place)[1], steps, used, [])}
+            place = self.out / "aligning"
+            shutil.rmtree(place, ignore_errors=True)
+            recipe = stage_recipe(self.recipe, "", steps=stage.steps, seed=stage.seed + 1)
+            run = replace(recipe.train, eval_every=0, checkpoint_every=0, log_every=stage.steps)
+            alignment.align(replace(recipe, train=run), self.tokens, place, lambda: stage.start)
+            records = read_metrics(place / "metrics.jsonl")
+            used = next(r["seconds"] for r in records[::-1] if "seconds" in r)
+            used *= stage.steps / (stage.steps - 1)
+            self._alignments = {known: (checkpoint.load_run(place)[1], stage.steps, used, [])}
         return self._alignments[known]
 
     def _trained(self, stage: Stage) -> Any:
@@ -391,26 +309,33 @@ def trainer_class() -> Any:
     from equal_time import Trainer, _Run, rate_at
 
     from bytelm_jax.training import mesh as meshes
+    from bytelm_jax.training.step import TrainState
 
     class FromWeights(Trainer):
         given: Any = None
+        _first: Any = None
 
         def start(self, seed: int) -> Any:
-            state = super().start(seed)
             if self.given is None:
-                return state
-            copies = {name: jax.numpy.array(value) for name, value in self.given.items()}
-            return state._replace(params=meshes.place(self._mesh, copies))
+                return super().start(seed)
+            if self._first is None:  # tracing it takes seconds, and every run begins with it
+                self._first = jax.jit(self._optimizer.init)
+            params = {name: jax.numpy.array(value) for name, value in self.given.items()}
+            state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, self._first(params))
+            return meshes.place(self._mesh, state)
+
+        def begin(self, seed: int) -> Any:
+            """A run before its first step."""
+            self.compile(seed)
+            return _Run(self, seed, time.monotonic)
 
         def count(self, seed: int, steps: int) -> Any:
             """Trains so many steps; parameters, steps, seconds, [(steps, seconds, bits)]."""
-            self.compile(seed)
-            run, optimizer = _Run(self, seed, time.monotonic), self.recipe.optimizer
-            rising = min(optimizer.warmup_steps / steps, 0.5)
+            run, optimizer = self.begin(seed), self.recipe.optimizer
 
             def rate(used: float, count: int) -> float:
                 del used
-                falling = rate_at(count / steps, rising, optimizer.final_fraction)
+                falling = rate_at(count / steps, self._warmup, optimizer.final_fraction)
                 return optimizer.learning_rate * falling
 
             points = list[tuple[int, float, float]]()
@@ -431,52 +356,6 @@ def ends_of(steps: int) -> Iterator[int]:
     """The steps after which a curve has a point: denser at the beginning, each once."""
     found = {max(2, round(steps * (i / _POINTS) ** 1.5)) for i in range(1, _POINTS + 1)}
     yield from sorted(end for end in found if end <= max(2, steps))
-
-
-# ---- the table ------------------------------------------------------------------------------
-
-
-def finals(lines: Lines, arm: str, seeds: list[int], how: str = "") -> list[float]:
-    return [lines[f"{arm}{how}, seed {seed}"]["bits"] for seed in seeds]
-
-
-def saved(curve: list[list[float]], bits: float) -> float | None:
-    """Which share of its bytes an arm did not need to get to `bits`; None if it never did."""
-    before: list[float] | None = None
-    for point in curve:
-        if point[2] <= bits:
-            read = point[0]
-            if before is not None and before[2] > point[2]:
-                part = (before[2] - bits) / (before[2] - point[2])
-                read = before[0] + part * (point[0] - before[0])
-            return 1 - read / curve[-1][0]
-        before = point
-    return None
-
-
-def print_table(lines: Lines, seeds: list[int], arms: list[str], best: list[str]) -> None:
-    donor = lines["donor"]
-    print(
-        f"donor: {donor['parameters']:,} parameters, {donor['bytes']:,} bytes in "
-        f"{donor['seconds'] / 60:.1f} minutes, {donor['bits']:.4f} bits per byte"
-    )
-    print("| arm | bits per byte, equal bytes | fewer bytes to what scratch ends at | seconds |")
-    print("| --- | --- | --- | --- |")
-    for arm in arms:
-        bits = finals(lines, arm, seeds)
-        shares = [
-            saved(lines[f"{arm}, seed {s}"]["curve"], lines[f"from scratch, seed {s}"]["bits"])
-            for s in seeds
-        ]
-        known = [share for share in shares if share is not None]
-        fewer = f"{statistics.mean(known):.0%}" if len(known) == len(shares) else "not reached"
-        seconds = statistics.mean(lines[f"{arm}, seed {seed}"]["seconds"] for seed in seeds)
-        spread = f"{statistics.mean(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})"
-        print(f"| {arm} | {spread} | {fewer} | {seconds:.0f} |")
-    for arm in best:
-        bits = finals(lines, arm, seeds, ", equal seconds")
-        spread = f"{statistics.mean(bits):.4f} ({min(bits):.4f} to {max(bits):.4f})"
-        print(f"equal seconds, {arm}: {spread}")
 
 
 if __name__ == "__main__":
