@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+import bytelm_jax
 import bytelm_torch
+from bytelm import SamplerConfig
 from bytelm.config import BLTConfig
 from bytelm.metrics import read_metrics
 from bytelm.tolerances import LOGITS
@@ -140,3 +142,21 @@ def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys):
     before, after = (checkpoint.load_run(Path("runs") / n)[1] for n in ("aligned", "bytes"))
     moved = {name for name, value in after.items() if (value != before[name]).any()}
     assert moved == {name for name in before if not name.startswith(llama.STACK)}
+    patches_by_entropy(Path("runs/by-entropy"))
+
+
+def patches_by_entropy(imported: Path) -> None:
+    """Training keeps the import's entropy model; both packages write the same with its patches."""
+    run, export = Path("runs/trained-by-entropy"), Path("exports/by-entropy")
+    few = ["--steps", "2", "--batch-size", "2", "--sequence-length", "64", "--devices", "1"]
+    start = ["--init-from", str(imported), "--data", "books/", "--run-dir", str(run)]
+    assert cli.main(["train", "blt_tiny", *few, *start]) == 0
+    assert cli.main(["export", str(run), "--out", str(export)]) == 0
+    (first, before, _), (last, after, _) = map(checkpoint.load_run, (imported, run))
+    assert first.patching and last.model == first.model
+    assert last.patching and last.patching.threshold == first.patching.threshold
+    kept = {name for name, value in after.items() if (value == before[name]).all()}
+    assert kept == {name for name in before if name.startswith("patcher.")}
+    asked = [b"Some words of"], 12, SamplerConfig(sampler="greedy")
+    written = bytelm_jax.generate(bytelm_jax.from_pretrained(export), *asked)
+    assert bytelm_torch.generate(bytelm_torch.from_pretrained(export), *asked) == written

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from bytelm import arguments, data, recipes, runs
 from bytelm.config import (
@@ -24,7 +25,9 @@ from bytelm.config import (
     to_dict,
 )
 from bytelm.metrics import read_metrics
+from bytelm.recipe_files import find_recipe
 from bytelm_jax.cli import main as cli
+from bytelm_jax.interop import llama
 from bytelm_jax.models import define_model, patching
 from bytelm_jax.tests.test_cli import contents, refused
 from bytelm_jax.training import checkpoint
@@ -208,6 +211,32 @@ def test_refusals_say_what_to_do(entropy_run, calibrated, blt_run, text, tmp_pat
     with runs.RunLock() as lock:
         assert lock.take(calibrated)
         assert "another process is training there; wait" in refused(capsys, *argv, "4.5")
+
+
+def test_a_byte_model_of_a_token_model_takes_over_what_was_calibrated(calibrated, tmp_path):
+    donor, local, run = (tmp_path / name for name in ("donor", "local.json", "run"))
+    fields = {"model_type": "llama", "vocab_size": 5, "hidden_size": 8, "intermediate_size": 8}
+    fields |= {"num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
+    small = {"ngram_sizes": [3], "ngram_rows": 11, "decoder_layers": 1}
+    donor.mkdir()
+    (donor / "config.json").write_text(json.dumps(fields))
+    local.write_text(json.dumps({"base": "blt_tiny", "model": small}))
+    model: Any = find_recipe(str(local)).model
+    config = llama.byte_config(model, llama.read_donor(donor))
+    shapes = {llama.donor_name(k, config): v for k, v in llama.stack_leaves(config).items()}
+    shapes["model.embed_tokens.weight"] = (5, 8)
+    weights = {name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file(weights, donor / "model.safetensors")
+    how = ["--local", str(local), "--patcher", "entropy", "--entropy-from", str(calibrated)]
+    assert cli.main(["import", str(donor), *how, "--out", str(run)]) == 0
+    source, theirs, _ = checkpoint.load_run(calibrated)
+    recipe, params, _ = checkpoint.load_run(run)
+    assert isinstance(recipe.model, BLTConfig) and recipe.model.entropy == source.model
+    assert source.patching and recipe.patching == source.patching
+    assert recipe.model.threshold == source.patching.threshold
+    _, theirs = patch_contract.as_blt(source, theirs)
+    for name, value in patch_contract.patcher_params(theirs).items():
+        np.testing.assert_array_equal(params[f"patcher.{name}"], value)
 
 
 def test_a_source_must_reset_as_asked(calibrated, tmp_path):

@@ -195,6 +195,8 @@ class Arms:
             text = asked.out / "aligned.txt"
             text.write_bytes(beginnings(asked.train, _ALIGNED_BYTES))
             assert cli.main(["align-data", donor, "--data", str(text), "--out", str(tokens)]) == 0
+        for left in self.out.glob(".imported-*"):  # by an import that was killed
+            shutil.rmtree(left)
         for seed in asked.seeds:
             run = self.out / f"imported-{seed}"
             command = ["import", donor, "--local", str(local), "--seed", str(seed)]

@@ -101,8 +101,8 @@ def print_report(lines: Lines) -> None:
         f"{donor['seconds'] / 60:.1f} minutes, {donor['bits']:.4f} bits per byte"
     )
     print(
-        f"{len(seeds)} seeds, {read:,.0f} bytes each, alignment included, the donor's own not; "
-        "means, and the range over seeds"
+        f"{read:,.0f} bytes of text for every arm, alignment included, the donor's own not; means over "
+        f"the seeds {', '.join(map(str, seeds))}, and their range"
     )
     print("| arm | bits per byte | bytes saved to where scratch ends | seconds |")
     print("| --- | --- | --- | --- |")
@@ -115,7 +115,7 @@ def print_report(lines: Lines) -> None:
         records = [lines[f"{arm}{SECONDS}, seed {seed}"] for seed in timed_seeds]
         used = statistics.mean(record["seconds"] for record in records)
         bits = spread([record["bits"] for record in records])
-        print(f"{used:.1f} seconds, {arm}: {bits}, {len(timed_seeds)} seeds")
+        print(f"{used:.1f} seconds, {arm}: {bits}, seeds {', '.join(map(str, timed_seeds))}")
     print(curves(lines, arms, seeds))
     print(curves(lines, timed, timed_seeds, SECONDS))
     print_claim(lines, [arm for arm in arms if arm != SCRATCH], seeds)
