@@ -239,9 +239,10 @@ class Arms:
             seconds = share * self.asked.seconds
             if kind != "align":
                 return 0, seconds
-            stages = self.lines[f"{arm}, seed {seed}"]["stages"]
-            steps, used = next((steps, used) for kind, steps, used in stages if kind == "align")
-            return max(2, round(seconds * steps / used)), 0.0
+            lines = [self.lines[f"{arm}, seed {each}"] for each in self.asked.seeds]
+            measured = [stage for line in lines for stage in line["stages"] if stage[0] == kind]
+            steps, used = totals(measured)
+            return max(2, round(seconds * steps / used)), 0.0  # of one program, by all seeds' speed
 
         return self._run(arm, seed, amount)
 
@@ -253,12 +254,12 @@ class Arms:
         size = self.recipe.train.batch_size * self.recipe.data.sequence_length
         for kind, share in ARMS[arm]:
             stage = Stage(kind, seed, params, *amount(kind, share))
-            steps, seconds = (sum(each[i] for each in stages) for i in (1, 2))
+            steps, seconds = totals(stages)
             run = self._aligned if kind == "align" else self._trained
             params, count, used, points = run(stage)
             curve += [[(steps + c) * size, seconds + s, bits] for c, s, bits in points]
             stages.append((kind, count, used))
-        steps, seconds = (sum(each[i] for each in stages) for i in (1, 2))
+        steps, seconds = totals(stages)
         bits = curve[-1][2]
         return {"steps": steps, "seconds": seconds, "bits": bits, "stages": stages, "curve": curve}
 
@@ -303,6 +304,11 @@ class Arms:
             self._trainers[stage.kind] = trainer_class()(replace(self.recipe, train=train))
         self._trainers[stage.kind].given = stage.start
         return self._trainers[stage.kind]
+
+
+def totals(stages: list[tuple[str, int, float]]) -> tuple[int, float]:
+    """Steps and seconds of stages together."""
+    return sum(steps for _, steps, _ in stages), sum(used for _, _, used in stages)
 
 
 def trainer_class() -> Any:

@@ -101,8 +101,8 @@ def print_report(lines: Lines) -> None:
         f"{donor['seconds'] / 60:.1f} minutes, {donor['bits']:.4f} bits per byte"
     )
     print(
-        f"{read:,.0f} bytes of text for every arm, alignment included, the donor's own not; means over "
-        f"the seeds {', '.join(map(str, seeds))}, and their range"
+        f"{read:,.0f} bytes of text for every arm, alignment included, the donor's own not; "
+        f"means over the seeds {', '.join(map(str, seeds))}, and their range"
     )
     print("| arm | bits per byte | bytes saved to where scratch ends | seconds |")
     print("| --- | --- | --- | --- |")
