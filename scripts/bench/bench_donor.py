@@ -275,7 +275,8 @@ class Arms:
             shutil.rmtree(place, ignore_errors=True)
             recipe = stage_recipe(self.recipe, "", steps=stage.steps, seed=stage.seed + 1)
             run = replace(recipe.train, eval_every=0, checkpoint_every=0, log_every=stage.steps)
-            alignment.align(replace(recipe, train=run), self.tokens, place, lambda: stage.start)
+            start = partial(copied, stage.start)
+            alignment.align(replace(recipe, train=run), self.tokens, place, start)
             records = read_metrics(place / "metrics.jsonl")
             used = next(r["seconds"] for r in records[::-1] if "seconds" in r)
             used *= stage.steps / (stage.steps - 1)
@@ -306,6 +307,13 @@ class Arms:
         return self._trainers[stage.kind]
 
 
+def copied(params: Any) -> Any:
+    """The parameters in memory of their own: steps take over the memory of their state."""
+    import jax
+
+    return {name: jax.numpy.array(value) for name, value in params.items()}
+
+
 def totals(stages: list[tuple[str, int, float]]) -> tuple[int, float]:
     """Steps and seconds of stages together."""
     return sum(steps for _, steps, _ in stages), sum(used for _, _, used in stages)
@@ -328,7 +336,7 @@ def trainer_class() -> Any:
                 return super().start(seed)
             if self._first is None:  # tracing it takes seconds, and every run begins with it
                 self._first = jax.jit(self._optimizer.init)
-            params = {name: jax.numpy.array(value) for name, value in self.given.items()}
+            params = copied(self.given)
             state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, self._first(params))
             return meshes.place(self._mesh, state)
 
