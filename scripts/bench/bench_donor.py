@@ -99,7 +99,8 @@ def main() -> None:
         )
         lines.once("settings", lambda: {"settings": settings})
         if lines["settings"]["settings"] != settings:
-            sys.exit(f"{asked.out}: holds runs with {lines['settings']['settings']}; name another")
+            held = lines["settings"]["settings"]
+            parser.error(f"{asked.out}: holds runs with {held}; name another folder")
         lines.once("donor", lambda: make_donor(asked))
         run_arms(asked, lines)
     print_report(lines)
@@ -124,7 +125,8 @@ def alone(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit(f"{out}: another process works there; wait for it, or end it")
+            print(f"{out}: another process works there; wait for it, or end it", file=sys.stderr)
+            sys.exit(2)
         yield
 
 
