@@ -5,6 +5,7 @@ byte whose patch is N or more belongs to none: it adds nothing.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,26 @@ from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.dtypes import is_low_precision
 
 _FEW = 1024
-"""Most patches for which `_sum_by_product` is used: it makes that many zeros and ones per byte."""
+"""Most patches for which products are used: they make that many zeros and ones per byte."""
 
 _MATRIX_BACKENDS = ("gpu", "tpu")
 """Where products are cheap enough for it."""
 
 
 def segment_sum(
-    x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int, is_sorted: bool = False
+    x: Float[Array, "B T F"],
+    patch_of: Int[Array, "B T"],
+    count: int,
+    is_sorted: bool = False,
+    in_order: bool = False,
 ) -> Float[Array, "B {count} F"]:
     """Sum over the bytes of each patch; 0 for a patch without bytes.
 
-    `is_sorted` says that patch numbers never fall along a row.
+    `is_sorted` says that patch numbers never fall along a row. A GPU adds rows that collide in any
+    order, so that the last digits of float32 differ between two runs; with `in_order` they do not.
     """
+    if in_order and count <= _FEW and backend() == "gpu":
+        return _product(x, patch_of, count, x.dtype)
     reduce = partial(jax.ops.segment_sum, num_segments=count, **_order(is_sorted))
     return jax.vmap(reduce)(x, patch_of)
 
@@ -63,8 +71,13 @@ def _sum_by_product(x: Array, patch_of: Array, count: int) -> Array:
     rows of 4,096 numbers into 691 patches, v5e's compiler estimates that at 874,000 cycles, and the
     whole product at 679,000.
     """
+    return _product(x, patch_of, count, jnp.float32).astype(x.dtype)
+
+
+def _product(x: Array, patch_of: Array, count: int, wide: Any) -> Array:
+    """The product with zeros and ones, summed in `wide`; it loses no digit of x."""
     members = patch_of[:, None, :] == jnp.arange(count)[None, :, None]
-    total = jnp.einsum(
-        "bnt,btf->bnf", members.astype(x.dtype), x, preferred_element_type=jnp.float32
-    )
-    return total.astype(x.dtype)
+    return jnp.einsum(
+        "bnt,btf->bnf", members.astype(x.dtype), x, preferred_element_type=wide,
+        precision=None if is_low_precision(x) else jax.lax.Precision.HIGHEST,
+    )  # fmt: skip

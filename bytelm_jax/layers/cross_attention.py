@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.kernels.decoding import attend_once
+from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
 from bytelm_jax.kernels.segment_sum import segment_sum
@@ -46,9 +47,11 @@ def _pool(
     # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
     shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
     weights = jnp.exp(shifted)
-    total = segment_sum(weights, patch_of, count, is_sorted)
+    # In 16 bits the sums are rounded to fewer digits than the order of the bytes changes.
+    add = partial(segment_sum, is_sorted=is_sorted, in_order=not is_low_precision(q))
+    total = add(weights, patch_of, count)
     share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
-    mixed = segment_sum(share.reshape(*keys.shape[:2], -1), patch_of, count, is_sorted)
+    mixed = add(share.reshape(*keys.shape[:2], -1), patch_of, count)
     mixed = mixed.reshape(*total.shape, width)
     mixed = mixed / jnp.where(total == 0, 1, total)[..., None]  # 0 / 0 in a patch of no bytes
     return mixed.reshape(q.shape).astype(q.dtype)

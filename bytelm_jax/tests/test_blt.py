@@ -262,6 +262,10 @@ def test_linear_cross_attention_is_the_dense_one(x64):
         read, _ = bind(params).read(states, queries, read_of)
         return jnp.where(used, pooled, 0), read
 
+    def linear_on_a_gpu(*given: Any) -> Any:
+        with pretend_platform("gpu"):
+            return linear(*given)
+
     def dense(params: Params, states: Any, queries: Any) -> Any:
         layer, flat = bind(params), queries.reshape(2, 12, 8)
         vectors = jnp.repeat(jnp.arange(4), 3)[None, :, None]
@@ -281,14 +285,15 @@ def test_linear_cross_attention_is_the_dense_one(x64):
     def total(form: Any, *arguments: Any) -> Any:
         return sum((out * w).sum() for out, w in zip(form(*arguments), weights, strict=True))
 
-    ours, result = (
+    *ours, result = (
         jax.jit(jax.value_and_grad(functools.partial(total, form), (0, 1, 2)))(
             params, states, queries
         )
-        for form in (linear, dense)
+        for form in (linear, linear_on_a_gpu, dense)
     )
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(result), strict=True):
-        assert np.linalg.norm(a - b) <= GRADIENTS["float64"] * np.linalg.norm(b)
+    for each in ours:
+        for a, b in zip(jax.tree.leaves(each), jax.tree.leaves(result), strict=True):
+            assert np.linalg.norm(a - b) <= GRADIENTS["float64"] * np.linalg.norm(b)
 
 
 def test_a_shared_maximum_shares_its_gradient():

@@ -6,8 +6,8 @@
         --seconds 5 --small --work /tmp/exact                                     # on a CPU
 
 Trains each of `--rows` for `--seconds` on a GPU of its own (`arena.py`; runs that
-`--work` holds are taken), then runs the parts, `--lanes` beside each other on each of `--gpus`. JSON
-lines as they come:
+`--work` holds are taken), then runs the parts, `--lanes` beside each other on each of `--gpus`.
+JSON lines as they come:
 
 - parity: every architecture's tiny model with random weights, JAX here against torch on the CPU, on
   hostile bytes alone, float32 and float64.
