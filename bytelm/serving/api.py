@@ -14,10 +14,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
+from bytelm.extras import import_extra
 from bytelm.serving.answers import DONE, Answer, event, merged
 from bytelm.serving.engine import Engine
 from bytelm.serving.errors import ApiError, error_body
-from bytelm.serving.metrics import Metrics, import_for_api
+from bytelm.serving.metrics import Metrics
 from bytelm.serving.requests import CompletionRequest, Limits, parse_request
 from bytelm.serving.scheduler import Failed, Piece, QueueFull, Scheduler, Text
 from bytelm.serving.scoring import Scorer, Scoring
@@ -37,8 +38,8 @@ class Api:
     def __init__(
         self, engine: Engine, name: str, limits: Limits, queue: int, key: str = ""
     ) -> None:
-        self._fastapi = import_for_api("fastapi")
-        self._responses = import_for_api("fastapi.responses")
+        self._fastapi = import_extra("fastapi", "api")
+        self._responses = import_extra("fastapi.responses", "api")
         self._engine, self._name, self.limits, self._key = engine, name, limits, key
         self._created, self._queue = int(time.time()), queue
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -1,9 +1,9 @@
 """What the API counts, for Prometheus."""
 
-import importlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from bytelm.extras import import_extra
 from bytelm.serving.scheduler import Counts
 
 
@@ -23,7 +23,7 @@ class Metrics:
         scoring: Callable[[], int],
         device_bytes: Callable[[], int],
     ) -> None:
-        p = self._library = import_for_api("prometheus_client")
+        p = self._library = import_extra("prometheus_client", "api")
         p.disable_created_metrics()
         self._registry = p.CollectorRegistry()
         to = {"namespace": "bytelm", "registry": self._registry}
@@ -40,7 +40,7 @@ class Metrics:
         scored = p.Gauge("scoring_prompts", "Prompts that are scored, or wait for it", **to)
         scored.set_function(scoring)
         self._registry.register(
-            _Advances(import_for_api("prometheus_client.core").CounterMetricFamily, counts)
+            _Advances(import_extra("prometheus_client.core", "api").CounterMetricFamily, counts)
         )
         in_use = p.Gauge("device_bytes", "Memory in use on the device", **to)
         in_use.set_function(device_bytes)
@@ -60,21 +60,16 @@ class Metrics:
 
 
 class _Advances:
-    """A collector of the advances, which the scheduler counts itself."""
+    """A collector of the advances and their seconds, which the scheduler counts itself."""
 
     def __init__(self, family: Any, counts: Callable[[], Counts]) -> None:
         self._family, self._counts = family, counts
 
     def collect(self) -> Iterable[Any]:
-        """The one counter."""
-        text = "Advances of the batch"
-        yield self._family("bytelm_advances", text, value=self._counts().advances)
-
-
-def import_for_api(name: str) -> Any:
-    """A module of the extra `api`; raises `ValueError` if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise ValueError(f"{package}: is not installed; pip install 'bytelm[api]'") from None
+        """Both counters."""
+        counts = self._counts()
+        yield self._family("bytelm_advances", "Advances of the batch", value=counts.advances)
+        seconds = self._family("bytelm_engine_seconds", "Of the model's thread", labels=["work"])
+        for work, value in counts.seconds.items():
+            seconds.add_metric([work], value)
+        yield seconds

@@ -7,7 +7,8 @@ before the next advance, and so is one that has met a stop text.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from bytelm.generation.stops import StopScanner
@@ -87,11 +88,15 @@ class Text:
 
 
 class Counts(NamedTuple):
-    """How many texts are being written, how many wait, and the advances so far."""
+    """How many texts are being written, how many wait, and the advances so far.
+
+    `seconds` is what the engine has taken to let texts join, to read prompts and to advance.
+    """
 
     active: int
     waiting: int
     advances: int
+    seconds: Mapping[str, float]
 
 
 class Scheduler:
@@ -111,6 +116,7 @@ class Scheduler:
         self._pieces: list[tuple[Text, Piece]] = []
         self._closed, self._until = False, 0.0
         self._seconds_per_round, self._advances = 0.0, 0
+        self._seconds = {"join": 0.0, "read": 0.0, "advance": 0.0}
         self._reading = self._writing = False
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
@@ -119,7 +125,7 @@ class Scheduler:
     @property
     def counts(self) -> Counts:
         """Of now."""
-        return Counts(len(self._active), len(self._waiting), self._advances)
+        return Counts(len(self._active), len(self._waiting), self._advances, dict(self._seconds))
 
     def submit(self, texts: Sequence[Text]) -> None:
         """Adds texts, all of them or, by `QueueFull` and `Failed`, none."""
@@ -195,7 +201,8 @@ class Scheduler:
             new = {slot: self._waiting.popleft() for slot in free[: len(self._waiting)]}
             self._active.update(new)
         if new:
-            self._engine.join([(slot, text.prompt, text.settings) for slot, text in new.items()])
+            with self._timed("join"):
+                self._engine.join([(at, text.prompt, text.settings) for at, text in new.items()])
             self._reading = True
 
     def _read(self) -> None:
@@ -207,7 +214,8 @@ class Scheduler:
         until = time.perf_counter() + SECONDS / (2 if self._writing else 1)
         while time.perf_counter() < until:
             if self._reading:
-                self._reading = self._engine.read()
+                with self._timed("read"):
+                    self._reading = self._engine.read()
             elif self._writing or not self._more_come():
                 break
             self._join()
@@ -229,7 +237,8 @@ class Scheduler:
         rounds = max(1, min(rounds, self._engine.most_rounds))
         began = time.perf_counter()
         # Handed out once the device is at work: whoever reads them takes the host's time.
-        written, rounds = self._engine.advance(rounds, self._hand_out)
+        with self._timed("advance"):
+            written, rounds = self._engine.advance(rounds, self._hand_out)
         self._advances += 1
         self._writing = bool(written)
         if rounds:
@@ -244,6 +253,12 @@ class Scheduler:
                     self._engine.leave(new.slot)
             if (piece.data or piece.end) and not text.cancelled:
                 self._pieces.append((text, piece))
+
+    @contextmanager
+    def _timed(self, work: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[work] += time.perf_counter() - began
 
     def _hand_out(self) -> None:
         """Gives out what the advance before has written."""

@@ -24,8 +24,8 @@ SHARED_FLOORS = (
     "starting", "run_data", "breakdown", "perturb", "alignment", "runs", "remote", "data", "lora",
     "trainable", "export", "inspection", "patience", "metrics", "goodput", "tracking", "writing",
     "sampling", "compression", "storage", "progress", "memory", "tokenizer", "leaves", "positions",
-    "patch_rules", "q_table", "torch_files", "generation", "files", "config", "callable_module",
-    "tolerances", "chips",
+    "patch_rules", "q_table", "torch_files", "generation", "files", "extras", "config",
+    "callable_module", "tolerances", "chips",
 )  # fmt: skip
 """The same of `bytelm`, where a floor is a folder or a file."""
 

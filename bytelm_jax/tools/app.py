@@ -5,7 +5,6 @@ the extra `app`, which provides the queue: one request runs at a time, a bounded
 order. `tools.cells` paints the bytes.
 """
 
-import importlib
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
 from bytelm.config.lfbyte import require_prediction
+from bytelm.extras import import_extra
 from bytelm.sampling import SamplerConfig
 from bytelm.serving.api import Api
 from bytelm.serving.server import Server, own_names
@@ -190,10 +190,7 @@ def _whole(name: str, value: Number) -> int:
 def build_page(service: Service) -> Any:
     """The Gradio page of a service. Raises `ValueError` if Gradio is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # otherwise it asks a server for its version
-    try:
-        gr: Any = importlib.import_module("gradio")
-    except ImportError:
-        raise ValueError("gradio: is not installed; pip install 'bytelm[app]'") from None
+    gr = import_extra("gradio", "app")
     with gr.Blocks(title="bytelm", analytics_enabled=False) as page:
         _connect(gr, service, _lay_out(gr, service))
     page.queue(max_size=service.limits.queue, default_concurrency_limit=1)
@@ -359,8 +356,7 @@ def launch(page: Any, host: str, port: int, limits: Limits, api: Api | None = No
     A page on this machine's own address answers to the names of this machine alone. `api` answers
     beside it.
     """
-    gr: Any = importlib.import_module("gradio")
-    fastapi: Any = importlib.import_module("fastapi")
+    gr, fastapi = import_extra("gradio", "app"), import_extra("fastapi", "app")
     local_fonts = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     mounted = gr.mount_gradio_app(
         fastapi.FastAPI(openapi_url=None) if api is None else api.app(),

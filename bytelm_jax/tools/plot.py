@@ -20,6 +20,7 @@ from jaxtyping import Float32
 
 from bytelm import runs
 from bytelm.config import PatchingContract, Recipe, to_dict
+from bytelm.extras import import_extra
 from bytelm.files import replace_file
 from bytelm.metrics import METRIC, read_metrics
 from bytelm.q_table import MOMENTUM_ACTIONS, moves
@@ -233,13 +234,10 @@ def _agent_in(state: optax.OptState) -> QLearningState:
 
 def draw(panels: Sequence[Panel], title: str) -> Any:
     """A matplotlib `Figure` with three panels per row."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("matplotlib: is not installed; pip install 'bytelm[plot]'") from None
+    make_figure = import_extra("matplotlib.figure", "plot").Figure
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
+    figure = make_figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
     figure.suptitle(title)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)

@@ -214,6 +214,8 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
     found, by_generate, by_api, first, between = [], [], [], [], []
     pids = {"generate": worker.pid, "server": served.process.pid, "client": os.getpid()}
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+    work = {each: f'engine_seconds_total{{work="{each}"}}' for each in ("join", "read", "advance")}
+    taken = {each: -served.metric(name) for each, name in work.items()}
     for _ in range(options.turns):
         print("next", file=worker.stdin, flush=True)
         by_generate.append(wanted / float(worker.stdout.readline()))
@@ -224,6 +226,10 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
             first.append(times[0])
             between += np.diff(times).tolist()
     cpu = {n: round((cpu_seconds(p) - before[n]) / options.turns, 3) for n, p in pids.items()}
+    taken = {
+        each: round(1000 * (taken[each] + served.metric(name)) / options.turns, 1)
+        for each, name in work.items()
+    }
     print("", file=worker.stdin, flush=True)
     texts = json.loads(worker.stdout.readline())
     worker.wait(60)
@@ -235,6 +241,7 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         "bytes/s by generate": round(alone),
         "share": round(api / alone, 3),
         "CPU seconds of a turn": cpu,
+        "ms of a turn in the engine": taken,
         "first byte, ms": percentiles(first),
         "between events, ms": percentiles(between),
         "of 4 texts equal to generate's": sum(
