@@ -75,10 +75,10 @@ class Prompts:
         self._left.pop(slot, None)
 
     def next(self, most: int = GROUP) -> Pass | None:
-        """What to do next, with at most so many prompts to compute; `done` must follow."""
+        """What to do next, with at most so many prompts; `done` must follow."""
         if not self._waiting:
             return None
-        return self._copies() or self._computed(most)
+        return self._copies(most) or self._computed(most)
 
     def done(self, work: Pass) -> list[int]:
         """Notes that it has been done; gives the slots whose prompts have been read."""
@@ -97,12 +97,12 @@ class Prompts:
                 ready.append(slot)
         return ready
 
-    def _copies(self) -> Pass | None:
+    def _copies(self, most: int) -> Pass | None:
         """Slots that take over what others have read."""
         found = {}
         whole = {slot: known for slot, known in self._known.items() if slot not in self._waiting}
         for slot, prompt in self._waiting.items():
-            if slot in self._known or not prompt or len(found) == GROUP:
+            if slot in self._known or not prompt or len(found) == most:
                 continue
             least, rows = self._least(prompt), whole | {slot: self._left.get(slot, b"")}
             shared = {
@@ -115,7 +115,7 @@ class Prompts:
         return Pass(list(found), 0, 0, list(found.values())) if found else None
 
     def _computed(self, group: int) -> Pass:
-        """A part of the long prompt that came first or, in turns, several short prompts."""
+        """A part of the long prompt that came first or, in turns, a group of short prompts."""
         ready, ahead = [], [prompt for slot, prompt in self._waiting.items() if slot in self._known]
         for slot, prompt in self._waiting.items():
             if slot in self._known:

@@ -163,8 +163,9 @@ class JaxSlots:
             ]
             for some in (texts[:1], texts[:2], texts):
                 self._read_and_advance(some)
-        copied = [(slot, b"\0" * lengths[0], settings) for slot in slots[:2]]
-        self._read_and_advance(copied)
+        copied = [(slot, b"\0" * lengths[0], settings) for slot in slots]
+        for some in (copied[:2], copied):
+            self._read_and_advance(some)
         for slot in slots:
             self.leave(slot)
             self._prompts.forget(slot)
@@ -177,13 +178,14 @@ class JaxSlots:
 
     def join(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
         """Writes the rows of slots, but for their caches."""
-        host, rows = self._host, np.full(GROUP, self._batch, np.int32)
-        for start in range(0, len(texts), GROUP):
-            some = texts[start : start + GROUP]
+        host = self._host
+        for start in range(0, len(texts), self._many):
+            some = texts[start : start + self._many]
             prompts = [prompt for _, prompt, _ in some]
-            shape = (GROUP, self._patch + self._length)
+            slots = self._nobody(len(some))
+            shape = (len(slots), self._patch + self._length)
             ids = prompt_ids(prompts, self.config.vocab, shape, self._patch)
-            slots, seeds, samples = rows.copy(), np.zeros(GROUP, np.uint32), np.zeros_like(rows)
+            seeds, samples = np.zeros(len(slots), np.uint32), np.zeros_like(slots)
             for at, (slot, prompt, settings) in enumerate(some):
                 slots[at], seeds[at], samples[at] = slot, settings.seed, settings.sample
                 self._read[slot] = size = len(prompt)
@@ -202,12 +204,11 @@ class JaxSlots:
         work = self._prompts.next(GROUP if self._writing else self._many)
         if work is None:
             return False
-        count = len(work.slots)
-        width = self._many if count > GROUP else 1 if count == 1 and not work.sources else GROUP
-        slots = np.full(width, self._batch, np.int32)
+        alone = len(work.slots) == 1 and not work.sources
+        slots = self._nobody(len(work.slots))[: 1 if alone else None]
         slots[: len(work.slots)] = work.slots
         if work.sources:
-            sources = np.resize(np.array(work.sources, np.int32), GROUP)
+            sources = np.resize(np.array(work.sources, np.int32), len(slots))
             self._device = _copy_program()(self._device, slots, sources)
         else:
             self._device = self._after_pass(work, slots)
@@ -216,8 +217,12 @@ class JaxSlots:
             self._host.done[slot] = False
         return self._prompts.waiting
 
+    def _nobody(self, count: int) -> np.ndarray:
+        """Places for the slots that a program works on; one past the end is nobody's."""
+        return np.full(GROUP if count <= GROUP else self._many, self._batch, np.int32)
+
     def _after_pass(self, work: Pass, slots: np.ndarray) -> _Device:
-        """The caches with a part of the prompts of these slots; a slot past the end is nobody's."""
+        """The caches with a part of the prompts of these slots."""
         if work.start:
             program = _further_program(self._structure, self._part)
             return program(self._params, self._device, slots, np.int32(work.start))

@@ -141,7 +141,7 @@ class Runner:
         tree = HERE.parents[1] if job.tree == "this" else self.options.before.resolve()
         flags = f"{os.environ.get('XLA_FLAGS', '')} {job.flags}".strip()
         environment = os.environ | {
-            "PYTHONPATH": str(tree),
+            "PYTHONPATH": f"{tree}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"),
             "XLA_FLAGS": flags,
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "CUDA_VISIBLE_DEVICES": str(gpu),
