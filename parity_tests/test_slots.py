@@ -72,7 +72,12 @@ def written(engine, texts, rounds=3, reads=1):
 def passes(engine, monkeypatch):
     """What is read from here on."""
     found, following = [], engine._prompts.next
-    monkeypatch.setattr(engine._prompts, "next", lambda: (found.append(following()), found[-1])[1])
+
+    def following_and_noted(most):
+        found.append(following(most))
+        return found[-1]
+
+    monkeypatch.setattr(engine._prompts, "next", following_and_noted)
     return found
 
 
@@ -142,6 +147,28 @@ def test_samples_are_rows_of_their_seed_and_read_their_prompt_once(two, monkeypa
     found = [written(engine, samples[i : i + 2], reads=2) for i in (0, 2)]
     assert [data for pair in found for data, _ in pair] == rows
     assert [list(each.sources) for each in read if each] == [[], [0], [0, 1]]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_half_of_an_idle_batch_is_read_at_once(package, monkeypatch):
+    model = model_of(package, MODEL)
+    prompts = [b"prompt %d" % (i % 11) for i in range(20)]
+    rows = PACKAGES[package].generation.generate(model, prompts, 9, SamplerConfig(), seed=5)
+    engine = PACKAGES[package].engine(model, 20, 64)
+    read = passes(engine, monkeypatch)
+    texts = [(prompt, replace(PLAIN, sample=i)) for i, prompt in enumerate(prompts)]
+    assert [data for data, _ in written(engine, texts, reads=4)] == rows
+    work = [(len(each.slots), bool(each.sources)) for each in read if each]
+    assert work == [(10, False), (10, True)]
+    late = [(prompt, replace(PLAIN, sample=i)) for i, (prompt, _) in enumerate(texts[:10])]
+    engine.join([(19, b"another", replace(PLAIN, max_new_bytes=40))])
+    engine.read()
+    engine.advance(1)
+    engine.join([(slot, *text) for slot, text in enumerate(late)])
+    read.clear()
+    while engine.read():
+        pass
+    assert all(len(each.slots) <= 8 for each in read)
 
 
 def test_logits_that_are_not_finite_end_one_text_and_leave_nothing(two):
