@@ -229,6 +229,8 @@ def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
     assert names == ["prompt", "max_new_bytes", "temperature", "top_k", "top_p", "sampler", "seed"]
     with pytest.raises(Exception, match="starting text: 50 bytes; at most 40"):
         client.predict("x" * 50, api_name="/generate")
+    with pytest.raises(Exception, match=r"length=1\.5: give a whole number"):
+        client.predict("x", 1.5, api_name="/generate")
 
 
 @pytest.mark.parametrize(
@@ -430,12 +432,13 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "require_address", lambda *_: None)  # somebody may be using it
     monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
-    assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
+    limits = app.Limits(prompt_bytes=64, new_bytes=64)  # what the model takes
+    assert asked == [limits, ("127.0.0.1", 7860), "waited", "closed"]
     assert "note:" not in capsys.readouterr().out
     argv = ["serve", str(tmp_path / "run"), "--host", "0.0.0.0", "--queue", "2"]
     assert cli.main(argv) == 0
-    assert "note: whoever reaches 0.0.0.0:7860 can use this page" in capsys.readouterr().out
-    assert asked[4:] == [app.Limits(queue=2), ("0.0.0.0", 7860), "waited", "closed"]
+    assert "note: whoever reaches http://somewhere/ can use this page" in capsys.readouterr().out
+    assert asked[4:] == [replace(limits, queue=2), ("0.0.0.0", 7860), "waited", "closed"]
     run = str(tmp_path / "run")
     for argv, says in (
         ([str(tmp_path)], "no config.json there"),

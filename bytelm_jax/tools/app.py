@@ -8,7 +8,7 @@ order. `tools.cells` paints the bytes.
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
@@ -75,11 +75,16 @@ class Halt:
 
 
 class Service:
-    """A model that answers one request at a time."""
+    """A model that answers one request at a time.
+
+    Its limits are no more than what the model takes.
+    """
 
     def __init__(self, recipe: Recipe, params: Params, limits: Limits):
         require_prediction(recipe.model)
-        self.recipe, self.limits = recipe, limits
+        sizes = limits.prompt_bytes, limits.new_bytes
+        prompt, new = (min(size, recipe.model.longest_input or size) for size in sizes)
+        self.recipe, self.limits = recipe, replace(limits, prompt_bytes=prompt, new_bytes=new)
         self._model = model_of(recipe, params)
         self._tokenizer = ByteTokenizer(recipe.model.vocab)
 
@@ -341,12 +346,12 @@ _LAYOUT = """
 def _controls(gr: Any, limits: Limits) -> list[Any]:
     length = min(256, limits.new_bytes)
     return [
-        gr.Number(length, label=f"Length in bytes, at most {limits.new_bytes:,}", precision=0),
+        gr.Number(length, label=f"Length in bytes, at most {limits.new_bytes:,}"),
         gr.Number(1.0, label="Temperature (0 is greedy)", step=0.1),
-        gr.Number(0, label="Top-k (0 keeps all bytes)", precision=0),
+        gr.Number(0, label="Top-k (0 keeps all bytes)"),
         gr.Number(1.0, label="Top-p (1 keeps all bytes)", step=0.05),
         gr.Dropdown(list(SAMPLERS), value="categorical", label="Sampler"),
-        gr.Number(0, label="Seed", precision=0),
+        gr.Number(0, label="Seed"),
     ]
 
 
