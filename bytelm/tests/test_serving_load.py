@@ -110,7 +110,7 @@ def test_a_request_that_never_ends_is_cut_without_a_traceback(caplog):
         await asyncio.sleep(60)
 
     server = Server(Guard(page, None, 2**16), "127.0.0.1", 0)
-    server._server.config.timeout_graceful_shutdown = 0.1
+    server._server.config.timeout_graceful_shutdown = 0
     address = server.address.removeprefix("http://").rstrip("/")
     with closing(http.client.HTTPConnection(address, timeout=20)) as tab:
         tab.request("GET", "/")
