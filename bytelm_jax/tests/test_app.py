@@ -355,6 +355,9 @@ def test_stop_keeps_the_text_and_clear_removes_it(page, monkeypatch):
                 assert text_of(tab) == soon and "stopped by you" in tab.inner_text("#status")
                 shown = bare(tab.inner_html(".cells"))[0]
                 assert shown.startswith(b"ab") and 2 < len(shown) < 50
+                tab.locator("#buttons").get_by_role("button", name=button).click()
+                tab.wait_for_timeout(500)  # nothing is left to stop
+                assert "stopped by you" in tab.inner_text("#status")
             else:
                 tab.wait_for_function(f"() => !{area}")
                 tab.wait_for_timeout(1500)  # two more pieces, if it went on

@@ -139,7 +139,7 @@ class Service:
 
     def finish(self, stopped: Unfinished) -> Reply:
         """The last reply of a text that its reader stopped: what there was of it, coloured."""
-        return self._last(stopped._replace(status=f"{stopped.status}; stopped by you"))
+        return self._last(stopped._replace(status=_stopped(stopped)))
 
     def _last(self, ended: Unfinished) -> Reply:
         data, prompt_bytes, status = ended
@@ -176,6 +176,11 @@ class _Clock:
             return line
         rate = self._counted / max(self._last - self._first, 1e-9)
         return f"{line}, {rate:,.0f} bytes per second after the first"
+
+
+def _stopped(text: Unfinished | None, status: str = "") -> str:
+    """The status line once the reader has stopped a text; `status` if none is unfinished."""
+    return status if text is None else f"{text.status}; stopped by you"
 
 
 def _number(name: str, value: Number) -> float:
@@ -283,9 +288,7 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
     ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
     # A request that waited says no more that it waits; `finish` itself waits for the model.
-    ended = ended.then(
-        lambda text: "" if text is None else gr.skip(), unfinished, status, **at_once
-    )
+    ended = ended.then(_stopped, [unfinished, status], status, **at_once)
     ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
     ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
