@@ -68,7 +68,7 @@ def _serve(
         stack.callback(server.close)
         stack.callback(api.close)  # first, so that no request is cut without an answer
         is_open = "" if key else "API; it has no key"
-        command.announce(str(model), server.address, host, port, is_open)
+        command.announce(str(model), server.address, host, is_open)
         command.wait_for_interrupt()
     return 0
 

@@ -58,7 +58,7 @@ class Api:
 
     def app(self) -> Any:
         """The FastAPI application."""
-        app = self._fastapi.FastAPI(openapi_url=None)
+        app = self._fastapi.FastAPI(openapi_url=None, redirect_slashes=False)
         routes: list[tuple[str, str, Callable[..., Any]]] = [
             ("POST", "/v1/completions", self._completions),
             ("GET", "/v1/models", self._models),
@@ -132,6 +132,7 @@ class Api:
         )
 
     async def _nothing(self, request: Any) -> Any:
+        self._require_key(request)
         path = request.url.path
         if path.startswith("/v1/chat"):
             raise ApiError(404, NO_CHAT)
@@ -242,9 +243,7 @@ class Api:
                 if error.status == 405:
                     response.headers["Allow"] = _method_of(request.url.path) or "GET"
             except Exception as error:
-                logging.getLogger(__name__).exception("a request failed")
-                message = f"the server failed: {type(error).__name__}"
-                response = self._json(500, error_body(500, message))
+                response = self._json(500, _unexpected(error))
             self.count(response.status_code)
             return response
 
@@ -270,6 +269,12 @@ class Api:
         # In ASCII: what clients send may hold half a surrogate pair, which UTF-8 cannot.
         text = json.dumps(found, allow_nan=False, separators=(",", ":"))
         return self._responses.Response(text, status, media_type="application/json")
+
+
+def _unexpected(error: Exception) -> dict[str, Any]:
+    """The body of an answer to a fault of the server, which is logged."""
+    logging.getLogger(__name__).error("a request failed", exc_info=error)
+    return error_body(500, f"the server failed: {type(error).__name__}")
 
 
 def _method_of(path: str) -> str | None:
@@ -349,6 +354,9 @@ async def _as_events(
             yield b"".join(answer.event([entry]) for entry in entries)
     except ApiError as error:
         yield event(error.body())
+        return
+    except Exception as error:
+        yield event(_unexpected(error))
         return
     usage = answer.event([], answer.usage) if found.include_usage else b""
     yield usage + DONE

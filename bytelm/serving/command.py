@@ -26,6 +26,8 @@ def check_options(
     time_limit: float | None = None,
 ) -> None:
     """Raises `UsageError` for numbers that cannot be, `OSError` for an address that is not free."""
+    if not host:  # which `socket` takes for every network
+        raise UsageError("--host: must not be empty")
     if not 0 <= port <= 65535:
         raise UsageError(f"--port {port}: must be from 0 to 65535")
     if not 1 <= slots <= 4096:
@@ -66,10 +68,10 @@ def listen(api: Api, host: str, port: int) -> Server:
     return Server(guard, host, port)
 
 
-def announce(what: str, address: str, host: str, port: int, is_open: str) -> None:
+def announce(what: str, address: str, host: str, is_open: str) -> None:
     """Prints where it is, and, if strangers can reach it, `is_open`: what no key guards."""
     if is_open and not is_loopback(host):
-        print(f"note: whoever reaches {host}:{port} can use this {is_open}")
+        print(f"note: whoever reaches {address} can use this {is_open}")
     print(f"{what} at {address} until Ctrl-C", flush=True)
 
 

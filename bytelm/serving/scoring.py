@@ -4,7 +4,10 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+
 from bytelm.serving.engine import Engine, Scores
+from bytelm.serving.errors import ApiError
 from bytelm.serving.scheduler import STOPPING, Failed, QueueFull
 
 
@@ -33,12 +36,18 @@ class Scorer:
         self._threads.shutdown(wait=True)
 
     async def score(self, prompt: bytes) -> Scores:
-        """The probabilities of all bytes of a prompt, unless the task is cancelled before."""
+        """The probabilities of all bytes of a prompt, unless the task is cancelled before.
+
+        Raises `ApiError` if the model's logits are not finite.
+        """
 
         def run() -> Scores:
             if self._closed:
                 raise Failed(STOPPING)
-            return self._engine.score(prompt)
+            scores = self._engine.score(prompt)
+            if np.isnan(scores.log_probs).any():
+                raise ApiError(500, "the model's logits are not finite")
+            return scores
 
         if self._closed:
             raise Failed(STOPPING)

@@ -8,6 +8,7 @@ of the extras `api` and `app`, is imported where it is used.
 import asyncio
 import ipaddress
 import json
+import logging
 import re
 import socket
 import threading
@@ -232,6 +233,8 @@ class Server:
 
     def close(self) -> None:
         """Ends open requests and frees the address."""
+        # Each open page has a request that never ends; uvicorn would print a traceback for it.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._server.should_exit = True
         self._thread.join(10)
         self._socket.close()

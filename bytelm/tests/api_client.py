@@ -71,7 +71,8 @@ class Echo:
     def score(self, text):
         shape = (len(text), TOP)
         top = np.broadcast_to(np.array([256, 65, 66, 200, 0], np.int32), shape)
-        return Scores(np.full(len(text), -1, np.float32), top, np.full(shape, -2, np.float32))
+        mine = np.full(len(text), np.nan if text == b"broken" else -1, np.float32)
+        return Scores(mine, top, np.full(shape, -2, np.float32))
 
 
 def ask(address, body, path="/v1/completions", method="POST", **headers) -> tuple[int, Any]:

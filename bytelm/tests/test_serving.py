@@ -127,6 +127,8 @@ def test_a_fault_of_the_server_is_a_counted_500(address, engine, monkeypatch):
     status, found = ask(address, body)
     assert status == 500 and found["error"]["message"] == "the server failed: ZeroDivisionError"
     assert metric(address, 'requests_total{status="500"}') == before + 1
+    status, data = ask(address, body | {"stream": True})
+    assert status == 200 and json.loads(data.removeprefix(b"data: ")) == found
 
 
 HOSTILE = {
@@ -202,6 +204,9 @@ def test_hostile_bodies_get_their_status_and_reach_no_model(address, engine, nam
         ("POST", "/metrics", {}, b"{}", 405, "/metrics: takes GET alone"),
         ("HEAD", "/health", {}, None, 200, ""),
         ("GET", "/foo", {}, None, 404, "not served"),
+        ("GET", "/foo", {"Authorization": ""}, None, 401, "key of this server"),
+        ("GET", "/v1", {}, None, 404, "not served"),
+        ("GET", "/health/", {}, None, 404, "not served"),
         ("GET", "/v1/models", {"Authorization": "bearer secret"}, None, 200, ""),
         ("GET", "/v1/models", {"Authorization": "Basic secret"}, None, 401, "key of this server"),
         ("POST", "/v1/completions", {"Content-Encoding": "gzip"}, b"{}", 415, "not compressed"),
@@ -240,6 +245,8 @@ def test_a_refused_option_has_its_name(name):
     if "max" in name:
         with pytest.raises(UsageError, match=f"--{name} 1000000000000: must be from 1 to"):
             check_options("127.0.0.1", *(numbers | {name: 10**12}).values())
+    with pytest.raises(UsageError, match="--host: must not be empty"):
+        check_options("", *numbers.values())
     with socket.create_server(("127.0.0.1", 0)) as taken:
         numbers["port"] = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"in use.*{numbers['port']}"):

@@ -1,10 +1,12 @@
 """The API under load: limits, clients that go, a server that stops, an engine that fails."""
 
+import asyncio
 import http.client
 import json
 import socket
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -100,6 +102,23 @@ def test_a_server_that_stops_answers_what_is_open(monkeypatch, scoring):
     api.close()
 
 
+def test_a_request_that_never_ends_is_cut_without_a_traceback(caplog):
+    open_ = threading.Event()
+
+    async def page(scope, receive, send):
+        open_.set()
+        await asyncio.sleep(60)
+
+    server = Server(Guard(page, None, 2**16), "127.0.0.1", 0)
+    server._server.config.timeout_graceful_shutdown = 0
+    address = server.address.removeprefix("http://").rstrip("/")
+    with closing(http.client.HTTPConnection(address, timeout=20)) as tab:
+        tab.request("GET", "/")
+        assert open_.wait(20)
+        server.close()
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_frees_its_slot(address, engine, stream):
     connection = http.client.HTTPConnection(address, timeout=20)
@@ -173,10 +192,12 @@ def test_a_full_queue_answers_429(address, engine):
     until(lambda: metric(address, "waiting_texts") == 0 == metric(address, "active_texts"))
 
 
-def test_logits_that_are_not_finite_are_an_error_of_one_request(address):
-    status, found = ask(address, {"prompt": "broken"})
+@pytest.mark.parametrize("scoring", [{}, {"max_tokens": 0, "echo": True, "logprobs": 1}])
+def test_logits_that_are_not_finite_are_an_error_of_one_request(address, scoring):
+    body = {"prompt": "broken"} | scoring
+    status, found = ask(address, body)
     assert status == 500 and "not finite" in found["error"]["message"]
-    status, data = ask(address, {"prompt": "broken", "stream": True})
+    status, data = ask(address, body | {"stream": True})
     assert status == 200 and b"not finite" in data and b"[DONE]" not in data
     assert ask(address, {"prompt": "ab"})[0] == 200
 

@@ -64,7 +64,7 @@ def serve_command(
         served = _make_api(stack, run, recipe, params, limits, slots, key) if api else None
         server = _listen(stack, host, port, limits, blocks, served)
         is_open = "page; it has no password" if page else "" if key else "API; it has no key"
-        command.announce(f"{run} (step {step})", server.address, host, port, is_open)
+        command.announce(f"{run} (step {step})", server.address, host, is_open)
         command.wait_for_interrupt()
     return 0
 

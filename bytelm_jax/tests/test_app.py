@@ -37,15 +37,9 @@ from bytelm_jax.training import checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MODEL = MegabyteConfig(
-    patch_size=4,
-    global_dim=8,
-    local_dim=16,
-    global_heads=2,
-    local_heads=2,
-    global_layers=1,
-    local_layers=1,
-    max_length=64,
-)
+    patch_size=4, global_dim=8, local_dim=16, max_length=64,
+    global_layers=1, local_layers=1, global_heads=2, local_heads=2,
+)  # fmt: skip
 RECIPE = Recipe(name="tiny", model=MODEL)
 LIMITS = app.Limits(prompt_bytes=40, new_bytes=48, queue=4)
 
@@ -227,8 +221,9 @@ def test_requests_at_once_are_answered_in_order_and_refusals_are_shown(page):
     (described,) = client.view_api(return_format="dict")["named_endpoints"].values()
     names = [one["parameter_name"] for one in described["parameters"]]
     assert names == ["prompt", "max_new_bytes", "temperature", "top_k", "top_p", "sampler", "seed"]
-    with pytest.raises(Exception, match="starting text: 50 bytes; at most 40"):
-        client.predict("x" * 50, api_name="/generate")
+    for asked, says in ((("x" * 50,), "text: 50 bytes; at most 40"), (("x", 1.5), "whole number")):
+        with pytest.raises(Exception, match=says):
+            client.predict(*asked, api_name="/generate")
 
 
 @pytest.mark.parametrize(
@@ -360,6 +355,9 @@ def test_stop_keeps_the_text_and_clear_removes_it(page, monkeypatch):
                 assert text_of(tab) == soon and "stopped by you" in tab.inner_text("#status")
                 shown = bare(tab.inner_html(".cells"))[0]
                 assert shown.startswith(b"ab") and 2 < len(shown) < 50
+                tab.locator("#buttons").get_by_role("button", name=button).click()
+                tab.wait_for_timeout(500)  # nothing is left to stop
+                assert "stopped by you" in tab.inner_text("#status")
             else:
                 tab.wait_for_function(f"() => !{area}")
                 tab.wait_for_timeout(1500)  # two more pieces, if it went on
@@ -430,12 +428,13 @@ def test_the_command(params, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(command, "require_address", lambda *_: None)  # somebody may be using it
     monkeypatch.setattr(command, "wait_for_interrupt", lambda: asked.append("waited"))
     assert cli.main(["serve", str(tmp_path / "run")]) == 0
-    assert asked == [app.Limits(), ("127.0.0.1", 7860), "waited", "closed"]
+    limits = app.Limits(prompt_bytes=64, new_bytes=64)  # what the model takes
+    assert asked == [limits, ("127.0.0.1", 7860), "waited", "closed"]
     assert "note:" not in capsys.readouterr().out
     argv = ["serve", str(tmp_path / "run"), "--host", "0.0.0.0", "--queue", "2"]
     assert cli.main(argv) == 0
-    assert "note: whoever reaches 0.0.0.0:7860 can use this page" in capsys.readouterr().out
-    assert asked[4:] == [app.Limits(queue=2), ("0.0.0.0", 7860), "waited", "closed"]
+    assert "note: whoever reaches http://somewhere/ can use this page" in capsys.readouterr().out
+    assert asked[4:] == [replace(limits, queue=2), ("0.0.0.0", 7860), "waited", "closed"]
     run = str(tmp_path / "run")
     for argv, says in (
         ([str(tmp_path)], "no config.json there"),

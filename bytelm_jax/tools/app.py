@@ -8,7 +8,7 @@ order. `tools.cells` paints the bytes.
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from bytelm.config import Recipe, require, require_positive
@@ -75,11 +75,16 @@ class Halt:
 
 
 class Service:
-    """A model that answers one request at a time."""
+    """A model that answers one request at a time.
+
+    Its limits are no more than what the model takes.
+    """
 
     def __init__(self, recipe: Recipe, params: Params, limits: Limits):
         require_prediction(recipe.model)
-        self.recipe, self.limits = recipe, limits
+        sizes = limits.prompt_bytes, limits.new_bytes
+        prompt, new = (min(size, recipe.model.longest_input or size) for size in sizes)
+        self.recipe, self.limits = recipe, replace(limits, prompt_bytes=prompt, new_bytes=new)
         self._model = model_of(recipe, params)
         self._tokenizer = ByteTokenizer(recipe.model.vocab)
 
@@ -134,7 +139,7 @@ class Service:
 
     def finish(self, stopped: Unfinished) -> Reply:
         """The last reply of a text that its reader stopped: what there was of it, coloured."""
-        return self._last(stopped._replace(status=f"{stopped.status}; stopped by you"))
+        return self._last(stopped._replace(status=_stopped(stopped)))
 
     def _last(self, ended: Unfinished) -> Reply:
         data, prompt_bytes, status = ended
@@ -171,6 +176,11 @@ class _Clock:
             return line
         rate = self._counted / max(self._last - self._first, 1e-9)
         return f"{line}, {rate:,.0f} bytes per second after the first"
+
+
+def _stopped(text: Unfinished | None, status: str = "") -> str:
+    """The status line once the reader has stopped a text; `status` if none is unfinished."""
+    return status if text is None else f"{text.status}; stopped by you"
 
 
 def _number(name: str, value: Number) -> float:
@@ -278,9 +288,7 @@ def _connect(gr: Any, service: Service, parts: _Parts) -> None:
     # Gradio's own way to cancel takes what waits in the queue; it does not end a busy generator.
     ended = stop.click(Halt.ask, halt, None, cancels=[running], **at_once)
     # A request that waited says no more that it waits; `finish` itself waits for the model.
-    ended = ended.then(
-        lambda text: "" if text is None else gr.skip(), unfinished, status, **at_once
-    )
+    ended = ended.then(_stopped, [unfinished, status], status, **at_once)
     ended.then(finish, unfinished, outputs, show_progress="hidden", **private, **model)
     ended = clear.click(Halt.ask, halt, None, cancels=[running], **at_once)
     ended.then(lambda: ("", "", "", "", None), None, [prompt, *outputs], **at_once)
@@ -341,12 +349,12 @@ _LAYOUT = """
 def _controls(gr: Any, limits: Limits) -> list[Any]:
     length = min(256, limits.new_bytes)
     return [
-        gr.Number(length, label=f"Length in bytes, at most {limits.new_bytes:,}", precision=0),
+        gr.Number(length, label=f"Length in bytes, at most {limits.new_bytes:,}"),
         gr.Number(1.0, label="Temperature (0 is greedy)", step=0.1),
-        gr.Number(0, label="Top-k (0 keeps all bytes)", precision=0),
+        gr.Number(0, label="Top-k (0 keeps all bytes)"),
         gr.Number(1.0, label="Top-p (1 keeps all bytes)", step=0.05),
         gr.Dropdown(list(SAMPLERS), value="categorical", label="Sampler"),
-        gr.Number(0, label="Seed", precision=0),
+        gr.Number(0, label="Seed"),
     ]
 
 

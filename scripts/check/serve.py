@@ -120,8 +120,8 @@ def awkward(client: Client) -> dict:
         text, cells, _ = client.predict(
             prompt, LENGTH, 1.0, 0, 1.0, "categorical", 1, api_name="/generate"
         )
-        size = len(prompt.encode())
-        results[name] = text.startswith(prompt) and size < cells.count("<span") <= size + LENGTH
+        size, shown = len(prompt.encode()), cells.count(' title="byte ')
+        results[name] = text.startswith(prompt) and size < shown <= size + LENGTH
     for name, request in REFUSED.items():
         try:
             client.predict(*request, api_name="/generate")
