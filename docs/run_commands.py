@@ -54,7 +54,7 @@ SKIPPED_PAGES = ("data.md", "donors.md", "fine-tuning.md", "index.md")
 """Pages that test_docs.py and test_donors.py follow, and the index, which shows README's commands.
 """
 
-SUBSTITUTES = {"@400": "@2", "USER/": "user/"}
+SUBSTITUTES = {"@400": "@2", "USER/": "user/", "train.steps=200": "train.steps=2"}
 """What a page names that a run of two steps does not have."""
 
 SERVER = re.compile(r"^(bytelm|python -m bytelm_torch\.)\s*serve ")
