@@ -5,7 +5,7 @@ An export is a folder of two files:
     model.safetensors   every parameter by the name and in the layout of the PyTorch twin
     config.json         the model configuration as `to_dict` gives it, and besides its fields
                         `library` ("bytelm"), `format_version` (1) and optionally `extra`,
-                        an object that loading ignores
+                        an object on which the model does not depend (`model_extra`)
 
 A checkpoint of a run that trains a low-rank adapter has `format_version` 2, and beside these files
 the adapter's (`bytelm/lora.py`), which reading merges into the weights.
@@ -37,8 +37,11 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from bytelm.config import (
+    DataConfig,
     ModelConfig,
     PatchingContract,
+    Recipe,
+    default_length,
     from_dict,
     model_from_dict,
     require,
@@ -215,10 +218,30 @@ def refuse_adapter(folder: Path) -> None:
     require(not alone, f"{folder}: holds an adapter without its model, for peft; {hint}")
 
 
+def model_extra(patching: PatchingContract | None, training_length: int) -> dict[str, Any]:
+    """What `extra` says of a model: as much as is known."""
+    known: dict[str, Any] = {"training_length": training_length} if training_length else {}
+    return known | ({"patching": to_dict(patching)} if patching else {})
+
+
+def training_length_of(extra: Mapping[str, Any]) -> int:
+    """The bytes of the windows on which a model was trained; 0 if `extra` does not say."""
+    length = extra.get("training_length", 0)
+    valid = type(length) is int and length >= 0
+    require(valid, f"extra.training_length={length!r}: must be a number of bytes, 0 or more")
+    return length
+
+
 def patching_of(extra: Mapping[str, Any]) -> PatchingContract | None:
     """The patching contract in `extra`; None if there is none."""
     fields = extra.get("patching")
     return None if fields is None else from_dict(PatchingContract, fields, "extra.patching")
+
+
+def imported_recipe(config: ModelConfig, extra: Mapping[str, Any]) -> Recipe:
+    """The recipe of a run that begins with the model of an export, which has this `extra`."""
+    data = DataConfig(sequence_length=default_length(config, training_length_of(extra)))
+    return Recipe(name="imported", model=config, data=data, patching=patching_of(extra))
 
 
 # ---- model.safetensors ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from bytelm.config import DataConfig, ModelConfig, require
+from bytelm.config import ModelConfig, default_length, require
 from bytelm.config.lfbyte import require_prediction
 from bytelm.sampling import SamplerConfig
 from bytelm.tokenizer import ByteTokenizer
@@ -264,8 +264,7 @@ def chosen_window(config: ModelConfig, window: int, trained: int) -> int:
     """
     require_prediction(config)
     require(config.causal, "causal=False: the harness needs a causal model")
-    longest, usual = config.longest_input, trained or DataConfig().sequence_length
-    found = window or min(usual, longest or usual)
+    longest, found = config.longest_input, window or default_length(config, trained)
     require(found >= 2, f"--window {window}: must be at least 2, or 0")
     fits = longest is None or found <= longest
     require(fits, f"--window {window}: this model sees at most {longest} bytes")

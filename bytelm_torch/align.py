@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bytelm import alignment
 from bytelm.config import Recipe
-from bytelm.export import patching_of, read_description
+from bytelm.export import imported_recipe, read_description
 from bytelm.runs import is_run, load_recipe
 from bytelm_torch.compress import run_command
 
@@ -74,7 +74,7 @@ def _recipe_of(run: Path) -> Recipe:
     if is_run(run):
         return load_recipe(run)
     described = read_description(run)
-    return Recipe(name="imported", model=described.config, patching=patching_of(described.extra))
+    return imported_recipe(described.config, described.extra)
 
 
 if __name__ == "__main__":

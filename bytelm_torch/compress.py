@@ -62,8 +62,8 @@ def _compress(
         model: an export, or a run folder of this package.
         out: the file to write; by default FILE.blm.
         checkpoint: of a run folder: latest, best or a step.
-        window: bytes that the model sees at once; 0 takes 512, or the longest input if that is
-            less.
+        window: bytes that the model sees at once; 0 takes the training length, and if the model
+            does not say it, 512 bytes, or the longest input if that is less.
         streams: windows that are coded side by side; a GPU takes hundreds.
         device: where the model runs.
     """
@@ -71,12 +71,12 @@ def _compress(
 
 
 def open_model(path: Path, checkpoint: str, device: Device) -> tuple[ModelConfig, int, codec.Place]:
-    """As `run_compress` asks for it; an export does not say how long the training windows were."""
+    """As `run_compress` asks for it."""
     from bytelm_torch.inference.compression import compression_place
     from bytelm_torch.interop.export import from_pretrained
 
     model = from_pretrained(path, device=device, checkpoint=checkpoint)
-    return model.config, 0, compression_place(model)
+    return model.config, model.training_length, compression_place(model)
 
 
 if __name__ == "__main__":

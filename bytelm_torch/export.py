@@ -38,18 +38,17 @@ def _export(
         out: the file to write.
         format: torch-export, for `torch.export.load`, or onnx.
         checkpoint: of a run folder: latest, best or a step.
-        length: bytes of a text with which the program is made; 0 takes 512, or the longest input if
-            that is less.
+        length: bytes of a text with which the program is made; 0 takes the training length, and if
+            the model does not say it, 512, or the longest input if that is less.
     """
-    from bytelm.compression.options import default_window
-    from bytelm.config import require
+    from bytelm.config import default_length, require
     from bytelm_torch.interop.export import from_pretrained
     from bytelm_torch.interop.programs import export_onnx, save_program
 
     usable = out.absolute().parent.is_dir() and not out.is_dir()
     require(usable, f"out={out}: name a file in a folder that exists")
     made = from_pretrained(model, checkpoint=checkpoint)
-    length = length or default_window(made.config, 0)
+    length = length or default_length(made.config, made.training_length)
     if format == "onnx":
         export_onnx(made, out, length)
     else:

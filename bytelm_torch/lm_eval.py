@@ -36,8 +36,8 @@ def _lm_eval(
     Args:
         model: an export, or a run folder of this package.
         checkpoint: of a run folder: latest, best or a step.
-        window: bytes that the model sees at once; 0 takes 512, or the longest input if that is
-            less.
+        window: bytes that the model sees at once; 0 takes the training length, and if the model
+            does not say it, 512 bytes, or the longest input if that is less.
         device: where the model runs.
         passed_on: the options of the harness, as `lm_eval run --help` lists them.
     """
@@ -47,7 +47,7 @@ def _lm_eval(
     from bytelm_torch.tools.harness import harness_place
 
     made = from_pretrained(model, device=device, checkpoint=checkpoint)
-    window = harness.chosen_window(made.config, window, 0)
+    window = harness.chosen_window(made.config, window, made.training_length)
     return harness.run_harness(harness_place(made), window, model, checkpoint, passed_on)
 
 

@@ -150,8 +150,9 @@ def test_the_command_of_torch(models, tmp_path, capsys, monkeypatch):
     plain, packed, export = tmp_path / "plain", tmp_path / "x.blm", models / "export"
     plain.write_bytes(CONTENT)
     model = ["--model", str(export)]
-    assert torch_compress.main([str(plain), *model, "--out", str(packed), "--window", "60"]) == 0
-    assert codec.inspect_file(packed).is_coded
+    assert torch_compress.main([str(plain), *model, "--out", str(packed)]) == 0
+    header = codec.inspect_file(packed)
+    assert header.is_coded and header.window == 60  # the export says how long training windows were
     assert torch_decompress.main([str(packed), *model]) == 0
     assert (tmp_path / "x").read_bytes() == CONTENT
     capsys.readouterr()

@@ -19,7 +19,7 @@ import bytelm_jax.models.interface
 import bytelm_torch
 import bytelm_torch.models.interface
 from bytelm import runs
-from bytelm.config import EntropyConfig, MegabyteConfig, PatchingContract, Recipe
+from bytelm.config import DataConfig, EntropyConfig, MegabyteConfig, PatchingContract, Recipe
 from bytelm.data import open_corpus
 from bytelm.metrics import METRIC
 from bytelm.tolerances import LOGITS
@@ -114,7 +114,7 @@ def test_functions_and_modules_of_one_name_are_both_there_in_any_order():
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Two exports in float64, one of each package; the second knows its patches."""
+    """Two exports in float64, one of each package; the second knows its patches and windows."""
     folder = tmp_path_factory.mktemp("exports")
     config = replace(MEGABYTES["in_action"], reset_on="document")
     shapes, source = abstract_params(config).items(), np.random.default_rng(0)
@@ -124,7 +124,7 @@ def exports(tmp_path_factory):
         bytelm_jax.save_pretrained(model, str(folder / "megabyte"), {"note": 1})
     torch.manual_seed(0)
     entropy = bytelm_torch.build_model(ENTROPY).double()
-    entropy.patching = CONTRACT
+    entropy.patching, entropy.training_length = CONTRACT, 24
     bytelm_torch.save_pretrained(entropy, folder / "entropy")
     return folder
 
@@ -134,6 +134,7 @@ def test_both_packages_say_the_same_of_an_export(name, exports, tmp_path, x64):
     ours = bytelm_jax.from_pretrained(str(exports / name))
     theirs = bytelm_torch.from_pretrained(exports / name)
     assert ours.patching == theirs.patching == (CONTRACT if name == "entropy" else None)
+    assert ours.training_length == theirs.training_length == (24 if name == "entropy" else 0)
 
     # One document, several, and files; rows that the windows leave unfilled.
     (tmp_path / "file").write_bytes(TEXT)
@@ -153,6 +154,13 @@ def test_both_packages_say_the_same_of_an_export(name, exports, tmp_path, x64):
     # What is inspected is what an evaluation of one window adds up.
     whole = bytelm_torch.evaluate(theirs, TEXT, length=64)
     np.testing.assert_allclose(other.surprise.mean(), whole.bits_per_byte, LOGITS["float64"])
+    bytelm_jax.save_pretrained(ours, tmp_path / "again")
+    again = bytelm_torch.from_pretrained(tmp_path / "again")
+    known = theirs.patching, theirs.training_length
+    assert (again.patching, again.training_length) == known
+    # Windows are as long as those of the training, where the export says it.
+    short, usual = (bytelm_torch.evaluate(theirs, TEXT * 2, length) for length in (24, None))
+    assert (usual == short) is (name == "entropy")
 
     greedy = bytelm_jax.SamplerConfig(sampler="greedy")
     prompts = [b"def ", b""]
@@ -184,7 +192,7 @@ def test_the_dtype_asked_for_leaves_norms_wide(exports):
 def torch_run(tmp_path_factory):
     """A run folder of PyTorch, of two checkpoints, the first of which is the better one."""
     folder = tmp_path_factory.mktemp("runs") / "torch"
-    recipe = Recipe(name="tiny", model=TINY)
+    recipe = Recipe(name="tiny", model=TINY, data=DataConfig(sequence_length=12))
     (folder / "checkpoints").mkdir(parents=True)
     runs.save_recipe(folder, recipe)
     lines = []
@@ -202,6 +210,7 @@ def test_a_run_of_torch_opens_in_both(torch_run):
     for which, step in (("latest", 12), ("best", 3), ("3", 3), (12, 12)):
         theirs = bytelm_torch.from_pretrained(torch_run, checkpoint=which)
         ours = bytelm_jax.from_pretrained(str(torch_run), checkpoint=which)
+        assert ours.training_length == theirs.training_length == 12
         _, params = bytelm_jax.split_model(ours)
         exported = bytelm_torch.from_pretrained(torch_run / "checkpoints" / str(step))
         for name, parameter in exported.named_parameters():
@@ -222,7 +231,7 @@ def test_a_run_of_jax_opens_in_jax_and_is_refused_by_torch(tmp_path):
     recipe = Recipe(name="tiny", model=ENTROPY, patching=CONTRACT)
     jax_checkpoint.create_run(run, recipe, params)
     opened = bytelm_jax.from_pretrained(str(run))
-    assert opened.patching == CONTRACT
+    assert opened.patching == CONTRACT and opened.training_length == 512
     for name, value in bytelm_jax.split_model(opened)[1].items():
         np.testing.assert_array_equal(value, params[name])
     with pytest.raises(ValueError) as refused:
@@ -235,13 +244,15 @@ def test_a_run_of_jax_opens_in_jax_and_is_refused_by_torch(tmp_path):
 
 
 @pytest.mark.parametrize("package", [bytelm_jax, bytelm_torch])
-def test_what_cannot_be_evaluated_or_inspected(package, torch_run):
-    model = package.from_pretrained(torch_run)
+def test_what_cannot_be_opened_evaluated_or_inspected(package, torch_run, tmp_path):
+    model, odd = package.from_pretrained(torch_run), tmp_path / "odd"
+    bytelm_torch.save_pretrained(bytelm_torch.build_model(TINY), odd, {"training_length": True})
     for call, says in (
         (lambda: package.evaluate(model, [b""]), "corpus: holds no bytes"),
         (lambda: package.evaluate(model, TEXT, 17), "length=17: this model sees at most 16 bytes"),
         (lambda: package.inspect(model, b""), "text: is empty"),
         (lambda: package.inspect(model, b"x" * 17), "text: 17 bytes; this model sees 16 at most"),
+        (lambda: package.from_pretrained(odd), "extra.training_length=True: must be a number of"),
     ):
         with pytest.raises(ValueError, match=says):
             call()

@@ -185,7 +185,8 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     contract = PatchingContract(
         patcher="histogram", threshold=9.0, entropy_model="", sampled_bytes=9, histogram=(1, 4)
     )
-    extra = {"patching": to_dict(contract)} if hasattr(config, "patcher") else None
+    extra: dict[str, Any] = {"training_length": 24}
+    extra |= {"patching": to_dict(contract)} if hasattr(config, "patcher") else {}
     convert.export_model(config, params, tmp_path / "export", extra)
     native = bytelm_torch.from_pretrained(tmp_path / "export")
     bytelm_torch.save_pretrained(native, tmp_path / "torch")
@@ -196,7 +197,7 @@ def test_jax_to_torch_to_transformers_to_jax_keeps_every_bit(config, tmp_path, m
     assert again == config and back.keys() == params.keys()
     for name, value in back.items():
         assert np.asarray(value).tobytes() == np.asarray(params[name]).tobytes(), name
-    assert formats.stored_extra(tmp_path / "again") == (extra or {})
+    assert formats.stored_extra(tmp_path / "again") == extra
     assert (tmp_path / "torch" / "config.json").read_bytes() == (
         tmp_path / "export" / "config.json"
     ).read_bytes()

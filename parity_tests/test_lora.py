@@ -261,7 +261,9 @@ def test_every_front_door_opens_the_merged_model(folder, capsys):
     assert cli.main(["eval", str(folder / "torch-straight"), *options]) == 2  # as without adapters
     said = capsys.readouterr()
     assert cli.main(["import", str(run), "--out", str(folder / "imported")]) == 0
-    for name, value in checkpoint.load_run(folder / "imported")[1].items():
+    recipe, params, _ = checkpoint.load_run(folder / "imported")
+    assert recipe.data.sequence_length == 16
+    for name, value in params.items():
         assert (value == ours[name]).all(), name
     assert "bits per byte" in said.out and "PyTorch trained it" in said.err
     fields = json.loads((run / "checkpoints" / "4" / "config.json").read_text())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bytelm.compression import codec
 from bytelm.compression.codec import SUFFIX
-from bytelm.config import DataConfig, ModelConfig, require
+from bytelm.config import ModelConfig, default_length, require
 
 
 def default_out(path: Path, out: Path, is_compressed: bool = False) -> Path:
@@ -19,12 +19,6 @@ def default_out(path: Path, out: Path, is_compressed: bool = False) -> Path:
     restored = path.with_suffix("")
     require(not restored.exists(), f"{restored}: exists; name the file to write with --out")
     return restored
-
-
-def default_window(config: ModelConfig, trained: int) -> int:
-    """The training length, or if it is not known (0) that of a new recipe, as far as it fits."""
-    length = trained or DataConfig().sequence_length
-    return min(length, config.longest_input or length)
 
 
 def run_compress(
@@ -43,7 +37,7 @@ def run_compress(
     out = default_out(file, out)
     codec.check_paths(file, out)
     config, trained, place = open_model()
-    window = window or default_window(config, trained)
+    window = window or default_length(config, trained)
     summary = codec.compress_file(file, out, place, window, streams)
     print(f"wrote {out}: {summary.line}")
     return 0

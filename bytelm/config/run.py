@@ -318,6 +318,12 @@ def _require_few_layers(config: Any, where: str) -> None:
             require(few, f"{where}.{part.name}={value}: must be at most {_MOST_LAYERS}")
 
 
+def default_length(model: ModelConfig, trained: int) -> int:
+    """The training length, or if it is not known (0) that of a new recipe, as far as it fits."""
+    length = trained or DataConfig().sequence_length
+    return min(length, model.longest_input or length)
+
+
 def require_length(recipe: Recipe) -> None:
     """Raises `ValueError` if windows are longer than the model's longest input."""
     length, most = recipe.data.sequence_length, recipe.model.longest_input

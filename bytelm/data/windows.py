@@ -9,7 +9,7 @@ from typing import SupportsIndex
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from bytelm.config import ByteVocab, DataConfig, ModelConfig, require
+from bytelm.config import ByteVocab, ModelConfig, require
 from bytelm.data.corpus import Corpus, memory_corpus
 
 
@@ -84,19 +84,16 @@ class Windows:
 def scored_windows(
     config: ModelConfig,
     data: bytes | Sequence[bytes] | Corpus,
-    length: int | None = None,
+    length: int,
     stride: int = 0,
 ) -> tuple[Windows, int | None]:
     """The windows by which data are evaluated, and the id in them that is read but not counted.
 
     `data` is a document, several, or a corpus; they are joined and cut into windows of `length`
-    bytes, each of which the model sees alone (default: 512, or the model's longest input if that is
-    less). They start `stride` bytes apart if that is not 0 (see `Windows`). A model that resets
-    after documents also reads their ends.
+    bytes, each of which the model sees alone. They start `stride` bytes apart if that is not 0 (see
+    `Windows`). A model that resets after documents also reads their ends.
     """
     longest = config.longest_input
-    if length is None:
-        length = min(DataConfig().sequence_length, longest or DataConfig().sequence_length)
     fits = longest is None or length <= longest
     require(fits, f"length={length}: this model sees at most {longest} bytes")
     corpus = data if isinstance(data, Corpus) else memory_corpus(data)

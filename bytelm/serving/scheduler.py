@@ -240,7 +240,6 @@ class Scheduler:
         with self._timed("advance"):
             written, rounds = self._engine.advance(rounds, self._hand_out)
         self._advances += 1
-        self._writing = bool(written)
         if rounds:
             took, known = (time.perf_counter() - began) / rounds, self._seconds_per_round
             self._seconds_per_round = known + (took - known) / 5 if known else took
@@ -253,6 +252,7 @@ class Scheduler:
                     self._engine.leave(new.slot)
             if (piece.data or piece.end) and not text.cancelled:
                 self._pieces.append((text, piece))
+        self._writing = any(new.slot in self._active for new in written)
 
     @contextmanager
     def _timed(self, work: str) -> Iterator[None]:

@@ -30,8 +30,8 @@ def compress_command(
         model: a run folder or an export.
         out: the file to write; by default FILE.blm.
         checkpoint: of a run folder: latest, best or a step.
-        window: bytes that the model sees at once; 0 takes the training length, and 512 bytes, or
-            the longest input if that is less, for an export.
+        window: bytes that the model sees at once; 0 takes the training length, and if an export
+            does not say it, 512 bytes, or the longest input if that is less.
         streams: windows that are coded side by side; a GPU takes hundreds.
     """
     return run_compress(file, out, window, streams, partial(_open, model, checkpoint))
@@ -66,7 +66,7 @@ def decompress_command(
 def _open(path: Path, checkpoint: str) -> tuple[ModelConfig, int, codec.Place]:
     """As `run_compress` asks for it."""
     from bytelm_jax.inference.compression import compression_place
-    from bytelm_jax.training.pretrained import open_trained
+    from bytelm_jax.training.pretrained import from_pretrained
 
-    model, trained = open_trained(path, checkpoint)
-    return model.config, trained, compression_place(model)
+    model = from_pretrained(path, checkpoint=checkpoint)
+    return model.config, model.training_length, compression_place(model)

@@ -58,7 +58,7 @@ def eval_command(
         json: print JSON: one object, and for several models a list of them.
         by: the rows: source is a path as given, file each file in it, script that of the character
             by its Unicode name, position that in the window.
-        window: bytes that the model sees at once; 0 takes the training length (imported: 512).
+        window: bytes that the model sees at once; 0 takes the training length.
         stride: start windows this many bytes apart, so that each byte is counted where it has most
             before it; 0 is their length, and costs least.
         robustness: also evaluate the data with swapped case, letters swapped and dropped (5 %), and
@@ -99,17 +99,17 @@ def lm_eval_command(
     Args:
         model: a run folder or an export.
         checkpoint: of a run folder: latest, best or a step.
-        window: bytes that the model sees at once; 0 takes the training length, and 512 bytes, or
-            the longest input if that is less, for an export.
+        window: bytes that the model sees at once; 0 takes the training length, and if an export
+            does not say it, 512 bytes, or the longest input if that is less.
         passed_on: the options of the harness, as `lm_eval run --help` lists them.
     """
     harness.check_passed_on(passed_on)
     harness.require_harness()
     from bytelm_jax.tools.harness import harness_place
-    from bytelm_jax.training.pretrained import open_trained
+    from bytelm_jax.training.pretrained import from_pretrained
 
-    opened, trained = open_trained(model, checkpoint)
-    window = harness.chosen_window(opened.config, window, trained)
+    opened = from_pretrained(model, checkpoint=checkpoint)
+    window = harness.chosen_window(opened.config, window, opened.training_length)
     return harness.run_harness(harness_place(opened), window, model, checkpoint, passed_on)
 
 

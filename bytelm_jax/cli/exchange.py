@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bytelm.arguments import UsageError
-from bytelm.config import Recipe, to_dict
-from bytelm.export import patching_of
+from bytelm.config import Recipe
+from bytelm.export import imported_recipe, model_extra
 from bytelm.remote.copies import local_copy
 from bytelm.runs import find_export
 
@@ -96,8 +96,7 @@ class _Source(NamedTuple):
         vocab = replace(recipe.model.vocab, **self.ids)
         model, params = remap_vocab(recipe.model, params, vocab)
         extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
-        if recipe.patching:
-            extra["patching"] = to_dict(recipe.patching)
+        extra |= model_extra(recipe.patching, recipe.data.sequence_length)
         return replace(recipe, model=model), params, step, extra
 
 
@@ -261,12 +260,8 @@ def import_command(
             options = {"local": local, "patcher": patcher, "entropy_from": entropy_from}
             _refuse_local(options | {"seed": str(seed) if seed else ""})
             config, params = formats.import_any(folder, format, cast)
-            patching = patching_of(formats.stored_extra(folder))
-            recipe, note = Recipe(name="imported", model=config, patching=patching), ""
+            recipe, note = imported_recipe(config, formats.stored_extra(folder)), ""
     config = recipe.model
-    if config.longest_input is not None:
-        length = min(recipe.data.sequence_length, config.longest_input)
-        recipe = replace(recipe, data=replace(recipe.data, sequence_length=length))
     checkpoints.create_run(out, recipe, params)
     _note_rounding(cast)
     size = f"{config.parameter_count():,} parameters{note}"

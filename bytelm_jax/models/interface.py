@@ -40,6 +40,8 @@ class ByteModel:
     config: Any
     patching: PatchingContract | None = None
     """The contract of the run that the model comes from, if there is one."""
+    training_length: int = 0
+    """The bytes of the windows on which the model was trained; 0 if that is not known."""
 
     def patch_starts(self, ids: Integer[Array | np.ndarray, "B T"]) -> Bool[Array, "B T"] | None:
         """Whether a patch starts at each byte; None for a model without patches."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from bytelm.config import default_length
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
@@ -33,14 +34,15 @@ def evaluate(
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
-    into windows of `length` bytes, each of which the model sees alone; use the training length
-    (default 512, or the model's longest input if that is less). With a `stride` below the length
-    windows overlap, and each byte is counted where it has most before it. `batch_size` windows
-    are computed at once, spread over all devices. Arithmetic is in the dtype of the parameters.
-    Raises `ValueError` for data without bytes, for windows that are too long, and for a model whose
-    logits depend on the bytes they should predict.
+    into windows of `length` bytes, each of which the model sees alone. By default they have the
+    training length, or if the model does not know it, 512 bytes or the model's longest input if
+    that is less. With a `stride` below the length windows overlap, and each byte is counted where
+    it has most before it. `batch_size` windows are computed at once, spread over all devices.
+    Arithmetic is in the dtype of the parameters. Raises `ValueError` for data without bytes, for
+    windows that are too long, and for a model whose logits depend on the bytes they should predict.
     """
     require_prediction(model.config)
+    length = default_length(model.config, model.training_length) if length is None else length
     windows, end_id = scored_windows(model.config, data, length, stride)
     mesh = meshes.make_mesh()
     part = meshes.process_slice(mesh)

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from bytelm.config import Recipe, require, to_dict
-from bytelm.export import holds_weights, patching_of
+from bytelm.config import ModelConfig, PatchingContract, Recipe, require
+from bytelm.export import model_extra, patching_of, training_length_of
 from bytelm.leaves import is_norm
 from bytelm.remote.copies import local_copy
 from bytelm.runs import read_export
@@ -27,7 +27,8 @@ def from_pretrained(
     `dtype` is that of the parameters, by default the stored one; norms, which are computed in at
     least float32, stay at least float32. `checkpoint` chooses from a run folder: "latest", "best"
     (lowest validation loss) or a step. The arrays are on the default device. `model.patching` is
-    the patching contract, if there is one. Raises `ValueError` if a file is missing or damaged, if
+    the patching contract, if there is one, and `model.training_length` the bytes of the training
+    windows, 0 if an export does not say. Raises `ValueError` if a file is missing or damaged, if
     config.json holds an unknown field or version, and if the tensors do not match the configuration
     or one holds NaN or infinity.
     """
@@ -35,20 +36,6 @@ def from_pretrained(
         _check_dtype(dtype)
     with local_copy(path, checkpoint) as folder:
         return _from_folder(folder, dtype, checkpoint)
-
-
-def open_trained(path: Path, checkpoint: str) -> tuple[Model, int]:
-    """The model as `from_pretrained` opens it, and the bytes of its training windows.
-
-    They are 0 for an export, which does not say.
-    """
-    with local_copy(path, checkpoint) as folder:
-        if holds_weights(folder):
-            return from_pretrained(folder, checkpoint=checkpoint), 0
-        from bytelm_jax.training import checkpoint as checkpoints
-
-        recipe, params, _ = checkpoints.load_run(folder, checkpoint)
-        return model_of(recipe, params), recipe.data.sequence_length
 
 
 def _from_folder(folder: Path, dtype: DTypeLike | None, checkpoint: str | int) -> Model:
@@ -68,28 +55,35 @@ def _read_model(export: Path, dtype: DTypeLike | None) -> Model:
         return array if dtype is None else array.astype(_dtype_of(name, dtype))
 
     config, params = convert.load_export(export, cast)
-    contract = patching_of(formats.stored_extra(export))
-    return model_of(Recipe(name="pretrained", model=config, patching=contract), params)
+    extra = formats.stored_extra(export)
+    return _model(config, params, patching_of(extra), training_length_of(extra))
 
 
 def model_of(recipe: Recipe, params: Params) -> Model:
-    """The model of a run, with the run's patching contract."""
-    model: Model = define_model(recipe.model)[0](params)
-    if recipe.patching is not None:
-        model.patching = recipe.patching
+    """The model of a run, with the run's patching contract and training length."""
+    return _model(recipe.model, params, recipe.patching, recipe.data.sequence_length)
+
+
+def _model(
+    config: ModelConfig, params: Params, contract: PatchingContract | None, length: int
+) -> Model:
+    model: Model = define_model(config)[0](params)
+    if contract is not None:
+        model.patching = contract
+    model.training_length = length
     return model
 
 
 def save_pretrained(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
     """Writes `path`/model.safetensors and `path`/config.json; creates the folder if necessary.
 
-    `bytelm_jax.from_pretrained` and `bytelm_torch.from_pretrained` read it. The patching contract
-    of `model.patching` goes into the file's `extra`; the argument `extra` takes precedence. A
+    `bytelm_jax.from_pretrained` and `bytelm_torch.from_pretrained` read it. `model.patching` and
+    `model.training_length` go into the file's `extra`; the argument `extra` takes precedence. A
     failure leaves a previous export unchanged. Raises `ValueError` if a parameter is not finite, if
     `path` is a file, and if it cannot be written.
     """
     _, params = split_model(model)
-    known = {} if model.patching is None else {"patching": to_dict(model.patching)}
+    known = model_extra(model.patching, model.training_length)
     convert.export_model(model.config, params, path, known | (extra or {}))
 
 

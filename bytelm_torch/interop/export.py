@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bytelm import export
-from bytelm.config import MODEL_CONFIGS, require, to_dict
+from bytelm.config import MODEL_CONFIGS, require
 from bytelm.leaves import torch_name
 from bytelm.lora import LoRA, read_adapter, write_adapter
 from bytelm.remote.copies import local_copy
@@ -95,6 +95,7 @@ def _read_model(folder: Path, dtype: torch.dtype | None, target: torch.device) -
     if lora:
         state = {name: place(name, value) for name, value in merge(state, lora).items()}
     model.patching = export.patching_of(described.extra)
+    model.training_length = export.training_length_of(described.extra)
     model.load_state_dict(state, strict=True, assign=True)
     name_parameters(model)
     return model.eval()
@@ -152,8 +153,9 @@ def save_pretrained(
 ) -> None:
     """Writes `path`/model.safetensors and `path`/config.json; makes the folder if need be.
 
-    A model whose attribute `patching` holds its patching contract, as `from_pretrained` sets it,
-    gives it to the file, in `extra`; what `extra` says counts first. One that has adapters is
+    A model whose attributes `patching` and `training_length` hold its patching contract and the
+    length of its training windows, as `from_pretrained` sets them, gives them to the file, in
+    `extra`; what `extra` says counts first. One that has adapters is
     written with these beside its weights, in peft's files.
 
     Both files are written beside their targets, synced and renamed: a failure leaves a previous
@@ -196,9 +198,9 @@ def check_state(state: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def describe(model: Any, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What config.json says of a model, or of a configuration alone, and of its patches."""
-    contract = getattr(model, "patching", None)
-    extra = ({} if contract is None else {"patching": to_dict(contract)}) | (extra or {})
+    """What config.json says of a model, or of a configuration alone, and of its training."""
+    known = getattr(model, "patching", None), getattr(model, "training_length", 0)
+    extra = export.model_extra(*known) | (extra or {})
     adapted = getattr(model, "lora", None) is not None
     return export.describe(getattr(model, "config", model), extra, adapted)
 

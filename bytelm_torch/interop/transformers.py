@@ -38,6 +38,7 @@ from bytelm.export import (
     parse_description,
     patching_of,
     refuse_non_finite,
+    training_length_of,
 )
 from bytelm_torch.interop import export
 from bytelm_torch.interop.finite import first_non_finite
@@ -134,6 +135,7 @@ class ByteLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = build_model(native)
         extra = (config.bytelm or {}).get("extra", {})
         self.model.patching = patching_of(extra)
+        self.model.training_length = training_length_of(extra)
         self.register_load_state_dict_pre_hook(_take_names_of_export)
         self.post_init()
         vocab = native.vocab

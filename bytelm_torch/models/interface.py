@@ -40,6 +40,8 @@ class ByteModel:
     config: Any
     patching: PatchingContract | None = None
     """The contract of the run that the model comes from, if there is one."""
+    training_length: int = 0
+    """The bytes of the windows on which the model was trained; 0 if that is not known."""
     lora: LoRA | None = None
     """The low-rank adapters that the model trains, if it has any."""
 

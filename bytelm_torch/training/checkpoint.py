@@ -13,14 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bytelm.config import (
-    Recipe,
-    TrainConfig,
-    require,
-    to_dict,
-)
+from bytelm.config import Recipe, TrainConfig, require
 from bytelm.export import (
     errors_about,
+    model_extra,
     one_line,
     refuse_non_finite,
     write_synced,
@@ -57,8 +53,7 @@ def save(
     state = {"step": step, "data": data, "metrics": metrics, "optimizer": optimizer.state_dict()}
     try:
         extra: dict[str, Any] = {"recipe": recipe.name, "step": step}
-        if recipe.patching:
-            extra["patching"] = to_dict(recipe.patching)
+        extra |= model_extra(recipe.patching, recipe.data.sequence_length)
         with average.in_model() as trained:
             save_pretrained(model, partial, extra)
             state |= {"trained": trained} if trained else {}

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
+from bytelm.config import default_length
 from bytelm.config.lfbyte import require_prediction
 from bytelm.data import Batch, Corpus, evaluation_batches, scored_windows
 from bytelm.metrics import Evaluation
@@ -28,14 +29,15 @@ def evaluate(
     """The exact code length of `data` under `model`: every byte counted once, dropout off.
 
     `data` is a document, several, or a corpus (`bytelm.data.open_corpus`). They are joined and cut
-    into windows of `length` bytes, each of which the model sees alone; use the training length
-    (default 512, or the model's longest input if that is less). With a `stride` below the length
-    windows overlap, and each byte is counted where it has most before it. `batch_size` windows
-    are computed at once, on the model's device and in the dtype of its parameters. Raises
-    `ValueError` for data without bytes, for windows that are too long, and for a model whose logits
-    depend on the bytes they should predict.
+    into windows of `length` bytes, each of which the model sees alone. By default they have the
+    training length, or if the model does not know it, 512 bytes or the model's longest input if
+    that is less. With a `stride` below the length windows overlap, and each byte is counted where
+    it has most before it. `batch_size` windows are computed at once, on the model's device and in
+    the dtype of its parameters. Raises `ValueError` for data without bytes, for windows that are
+    too long, and for a model whose logits depend on the bytes they should predict.
     """
     require_prediction(model.config)
+    length = default_length(model.config, model.training_length) if length is None else length
     windows, end_id = scored_windows(model.config, data, length, stride)
     weight = model.to_logits.weight
     alone, pad_id = parallel.Group(0, 1, weight.device), windows.vocab.pad_id

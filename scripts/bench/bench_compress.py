@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--model", required=True, help="a run folder or an export")
     parser.add_argument("--package", choices=("jax", "torch"), default="jax")
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--window", type=int, default=0, help="0 is as long as in the training")
     parser.add_argument("--streams", type=int, default=64)
     options = parser.parse_args()
     programs = {f"bytelm {options.package}": model_program(options), **others()}
@@ -84,6 +84,7 @@ def _programs(module: Any) -> dict[str, Callable[[], Program]]:
 def model_program(options: argparse.Namespace) -> Program:
     """The model, whose programs are compiled before anything is timed."""
     from bytelm.compression import codec
+    from bytelm.config import default_length
 
     if options.package == "jax":
         from bytelm_jax import from_pretrained
@@ -91,7 +92,9 @@ def model_program(options: argparse.Namespace) -> Program:
     else:
         from bytelm_torch import from_pretrained
         from bytelm_torch.inference.compression import compression_place
-    place = compression_place(from_pretrained(options.model))
+    model = from_pretrained(options.model)
+    window = options.window or default_length(model.config, model.training_length)
+    place = compression_place(model)
 
     def through(data: bytes, run: Callable[[Path, Path], Any]) -> bytes:
         with tempfile.TemporaryDirectory() as folder:
@@ -103,13 +106,13 @@ def model_program(options: argparse.Namespace) -> Program:
     def compress(data: bytes) -> bytes:
         return through(
             data,
-            lambda a, b: codec.compress_file(a, b, place, options.window, options.streams),
+            lambda a, b: codec.compress_file(a, b, place, window, options.streams),
         )
 
     def decompress(data: bytes) -> bytes:
         return through(data, lambda a, b: codec.decompress_file(a, b, place))
 
-    compress(b" " * (options.streams * options.window))
+    compress(b" " * (options.streams * window))
     return Program(compress, decompress)
 
 

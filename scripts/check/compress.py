@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument("--source-bytes", type=int, default=5_000_000, help="of the largest file")
     parser.add_argument("--file-bytes", type=int, default=8_000, help="of most other files")
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--window", type=int, default=256, help="as long as in the training")
+    parser.add_argument("--window", type=int, default=0, help="0 is as long as in the training")
     parser.add_argument("--model", nargs="*", default=[], help="NAME=RUN in place of training")
     parser.add_argument("--recipes", nargs="*", default=RECIPES)
     parser.add_argument("--packages", nargs="*", default=["jax", "torch"])
@@ -216,6 +216,7 @@ def run_part(
 ) -> int:
     """What those processes do; writes a line a file."""
     from bytelm.compression import codec
+    from bytelm.config import default_length
 
     if package == "jax":
         from bytelm_jax import from_pretrained
@@ -223,7 +224,9 @@ def run_part(
     else:
         from bytelm_torch import from_pretrained
         from bytelm_torch.inference.compression import compression_place
-    place, done = compression_place(from_pretrained(model)), done_in(Path(target))
+    opened = from_pretrained(model)
+    window = window or default_length(opened.config, opened.training_length)
+    place, done = compression_place(opened), done_in(Path(target))
     with open(f"{target}.jsonl", "a", encoding="utf-8") as notes:
         for file in sorted(Path(source).iterdir(), key=lambda each: each.stat().st_size):
             if file.name in done:

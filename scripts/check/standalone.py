@@ -67,8 +67,9 @@ def write(name: str, config, place: Path) -> None:
     texts = [text.encode() for text in PROMPTS]
     greedy = SamplerConfig(temperature=0.0)
     made = [bytelm_torch.generate(model, [text], new, greedy)[0] for text in texts]
-    with torch.no_grad():
-        logits = model(torch.from_numpy(ids)).numpy()
+    padded = np.pad(ids, ((0, 0), (0, 1)), constant_values=vocab.offset)
+    with torch.no_grad():  # of transformers' shape, on which the last bits depend
+        logits = model(torch.from_numpy(padded))[:, 1:].numpy()
     known = {"ids": ids, "logits": logits, "new": new, "offset": vocab.offset, "texts": PROMPTS}
     known |= {f"made{i}": np.frombuffer(each, np.uint8) for i, each in enumerate(made)}
     np.savez(place / f"{name}.npz", **known)
