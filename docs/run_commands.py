@@ -56,6 +56,8 @@ SKIPPED_PAGES = ("data.md", "donors.md", "fine-tuning.md", "index.md")
 
 SUBSTITUTES = {
     "@400": "@2", "USER/": "user/", "train.steps=200": "train.steps=2", "--epochs 10": "--steps 2",
+    "mine.json --data": "mine.json train.steps=2 --data",
+    "mine.json train.init": "mine.json train.steps=2 train.init",
 }  # fmt: skip
 """What a page names that a run of two steps does not have."""
 
