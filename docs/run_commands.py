@@ -38,7 +38,7 @@ PLACE = DOCS / "_build" / "commands"
 
 NOT_RUN = {
     r"^(pip|python3 -m venv|git clone) ": "installs; scripts/environment and test_wheel.py do it",
-    r"^(\S+=\S+ )*(\./)?(scripts/|\.ci/)": "a script of minutes or hours, run by itself",
+    r"^(\S+=\S+ )*(python )?(\./)?(scripts/|\.ci/)": "a script of minutes or hours, run by itself",
     r"--distributed|--coordinator|--tensor ": "needs several machines or devices",
     r"gs://|--push ": "needs a bucket, or an account of the Hub",
     r"--device cuda": "needs a GPU",
@@ -54,8 +54,15 @@ SKIPPED_PAGES = ("data.md", "donors.md", "fine-tuning.md", "index.md")
 """Pages that test_docs.py and test_donors.py follow, and the index, which shows README's commands.
 """
 
-SUBSTITUTES = {"@400": "@2", "USER/": "user/"}
+SUBSTITUTES = {
+    "@400": "@2", "USER/": "user/", "train.steps=200": "train.steps=2", "--epochs 10": "--steps 2",
+    "mine.json --data": "mine.json train.steps=2 --data",
+    "mine.json train.init": "mine.json train.steps=2 train.init",
+}  # fmt: skip
 """What a page names that a run of two steps does not have."""
+
+PACKAGES = {"--format onnx": "onnx", "int8": "torchao"}
+"""What a command or a piece of Python asks for → the package that it takes."""
 
 SERVER = re.compile(r"^(bytelm|python -m bytelm_torch\.)\s*serve ")
 PORT = 7860
@@ -226,8 +233,9 @@ class Server:
 
 
 def missing_package(code: str) -> str:
-    """The first package that a piece of Python imports and this machine lacks."""
-    for name in re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE):
+    """The first package that a command or a piece of Python takes and this machine lacks."""
+    names = re.findall(r"^\s*(?:import|from) (\w+)", code, re.MULTILINE)
+    for name in (*names, *(name for asked, name in PACKAGES.items() if asked in code)):
         try:
             importlib.import_module(name)
         except ImportError:
@@ -247,7 +255,7 @@ def follow(page: Path, base: Path, environment: dict[str, str]) -> list[str]:
     server, names, failures = Server(), {}, list[str]()
     for language, code in blocks(page):
         why = reason(code) if language == "bash" else ""
-        if language == "python" and (package := missing_package(code)):
+        if not why and (package := missing_package(code)):
             why = f"needs the package {package}"
         shown = code if language == "bash" else f"python: {code.splitlines()[0]} …"
         if why:
