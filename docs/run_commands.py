@@ -103,7 +103,7 @@ def _small(recipe: Any, base: Any) -> Any:
     elif "layers" in one:
         one |= {"dim": 32, "heads": 2, "hidden_dim": 32}
     data = replace(recipe.data, sequence_length=128)
-    train = replace(recipe.train, steps=2, batch_size=2, eval_windows=4, devices=1,
+    train = replace(recipe.train, steps=2, batch_size=2, eval_windows=4,
                     accumulation_steps=1)  # fmt: skip
     return replace(recipe, model=replace(model, **one), data=data, train=train)
 
