@@ -55,6 +55,7 @@ SKIPPED_PAGES = ("data.md", "donors.md", "fine-tuning.md", "index.md")
 """
 
 SUBSTITUTES = {
+    "runs/tiny@400 --lr": "runs/tiny@2 --steps 4 --lr",
     "@400": "@2", "USER/": "user/", "train.steps=200": "train.steps=2", "--epochs 10": "--steps 2",
     "mine.json --data": "mine.json train.steps=2 --data",
     "mine.json train.init": "mine.json train.steps=2 train.init",
@@ -103,7 +104,7 @@ def _small(recipe: Any, base: Any) -> Any:
     elif "layers" in one:
         one |= {"dim": 32, "heads": 2, "hidden_dim": 32}
     data = replace(recipe.data, sequence_length=128)
-    train = replace(recipe.train, steps=2, batch_size=2, eval_windows=4, devices=1,
+    train = replace(recipe.train, steps=2, batch_size=2, eval_windows=4,
                     accumulation_steps=1)  # fmt: skip
     return replace(recipe, model=replace(model, **one), data=data, train=train)
 
@@ -309,6 +310,10 @@ def main(wanted: list[str]) -> int:
     # Each program runs for two steps: compiling it well would take longer than it saves.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
+    # What a reader writes into his own folder, does not come into this one's.
+    home, cache = PLACE / "home", os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    home.mkdir(exist_ok=True)
+    os.environ |= {"HOME": str(home), "XDG_CACHE_HOME": cache}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(PLACE / "site"), here))}
     sys.path.insert(0, here)
     shrink_recipes()
