@@ -8,8 +8,9 @@
 Each recipe is a process, and each cell (a form, a size of fsdp) a line of the file: memory of a
 chip and the dry run's estimate of it, work against the model's own, collectives. Recipes of few
 layers are compiled in full depth; the others with one layer in each stack and with two in one stack
-after another, from which the figures of the full depth are extrapolated, and called so. Smaller
-recipes come first. `--effort -1` compiles quickly and less well; what a line was compiled with
+after another, from which the figures of the full depth are extrapolated, and called so; memory is
+not quite linear in depth, and `--layers` compiles depths of your choice. Smaller recipes come
+first. `--effort -1` compiles quickly and less well; what a line was compiled with
 stands in it.
 """
 
@@ -56,15 +57,15 @@ def with_depth(config: Any, depth: dict[str, int]) -> Any:
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
     """The figures of one cell, extrapolated where that takes fewer layers than compiling all."""
     depth = stacks(recipes.get(cell["name"]).model)
+    if "layers" in cell:
+        named = ", ".join(f"{size} {stack}" for stack, size in cell["layers"].items())
+        return one_depth(cell, depth | cell["layers"]) | {"depth": named}
     deep = [stack for stack, size in depth.items() if size > 1]
     # Compiled for an extrapolation: one layer of each, and as many and one for each deep stack.
     if sum(depth.values()) <= len(depth) * (1 + len(deep)) + len(deep):
         return one_depth(cell, depth) | {"depth": "full"}
     shallow = dict.fromkeys(depth, 1)
     base = one_depth(cell, shallow)
-    if cell.get("at_most"):
-        deeper, more = one_depth(cell, dict.fromkeys(depth, 2)), max(depth.values()) - 1
-        return {k: base[k] + more * (deeper[k] - base[k]) for k in base} | {"depth": "at most"}
     result = dict(base)
     for stack in deep:
         deeper = one_depth(cell, shallow | {stack: 2})
@@ -116,12 +117,18 @@ def one_depth(cell: dict[str, Any], depth: dict[str, int]) -> dict[str, Any]:
     return found
 
 
+def stack_and_size(text: str) -> tuple[str, int]:
+    """`STACK=N` of the command line."""
+    stack, _, size = text.partition("=")
+    return stack, int(size)
+
+
 def cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """The cells that are asked for, those of small models first."""
     names = asked.recipes or list(recipes.names())
     rest = {"rows": asked.rows, "target": asked.target, "effort": asked.effort}
     rest |= {"tensor": asked.tensor} if asked.tensor > 1 else {}
-    rest |= {"at_most": True} if asked.at_most else {}
+    rest |= {"layers": dict(asked.layers)} if asked.layers else {}
     sizes = {each.name: each.parameters for each in recipes.summaries()}
     return [
         {"name": name, "form": form, "fsdp": fsdp} | rest
@@ -209,8 +216,8 @@ def main() -> None:
     parser.add_argument("--effort", type=float, default=0, help="-1: quick, less optimised")
     parser.add_argument("--seconds", type=int, default=7200, help="most seconds for each cell")
     parser.add_argument(
-        "--at-most", action="store_true",
-        help="one and two layers in all stacks, and as many of all as the deepest has: a bound",
+        "--layers", nargs="+", type=stack_and_size, metavar="STACK=N",
+        help="compile these numbers of layers, as global_layers=9, and extrapolate nothing",
     )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the lines as a table")
     parser.add_argument("--cells", help=argparse.SUPPRESS)
