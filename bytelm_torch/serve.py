@@ -6,7 +6,6 @@ python -m bytelm_torch.serve exports/megabyte_tiny
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 from bytelm_torch.compress import Device, run_command
@@ -56,11 +55,13 @@ def _serve(
 
     command.check_options(host, port, slots, max_prompt_bytes, max_new_bytes, queue)
     key = command.key_of(api_key)
-    load = partial(from_pretrained, model, device=device, checkpoint=checkpoint)
-    loaded = in_own_thread(load)
+
+    def make_engine() -> TorchSlots:
+        loaded = from_pretrained(model, device=device, checkpoint=checkpoint)
+        return TorchSlots(loaded, slots, max_prompt_bytes + max_new_bytes)
+
     with ExitStack() as stack:
-        capacity = max_prompt_bytes + max_new_bytes
-        engine = in_own_thread(partial(TorchSlots, loaded, slots, capacity))
+        engine = in_own_thread(make_engine)
         name = model.resolve().name
         api = command.make_api(engine, name, max_prompt_bytes, max_new_bytes, queue, key)
         stack.callback(api.close)

@@ -49,7 +49,7 @@ def written(engine, texts, rounds=3, reads=1):
 
     Few `reads` before each advance, so that texts are written beside prompts that are read.
     """
-    waiting, slots = list(enumerate(texts)), {}
+    waiting, slots, writing = list(enumerate(texts)), {}, False
     found = [(b"", []) for _ in texts]
     while waiting or slots:
         free = [slot for slot in range(engine.slots) if slot not in slots][: len(waiting)]
@@ -58,7 +58,7 @@ def written(engine, texts, rounds=3, reads=1):
             slots |= {slot: number for slot, (number, _) in zip(free, joining, strict=True)}
             engine.join([(slot, *text) for slot, (_, text) in zip(free, joining, strict=True)])
         for _ in range(reads):
-            engine.read()
+            engine.read(writing)
         for new in engine.advance(rounds)[0]:
             number = slots[new.slot]
             assert new.error is None
@@ -66,6 +66,7 @@ def written(engine, texts, rounds=3, reads=1):
             found[number] = (data + new.data, [*scores, *([new.scores] if new.scores else [])])
             if new.end:
                 del slots[new.slot]
+        writing = bool(slots)
     return found
 
 
@@ -138,7 +139,7 @@ def two(request):
 def test_samples_are_rows_of_their_seed_and_read_their_prompt_once(two, monkeypatch):
     _, engine, rows = two
     engine.join([(0, b"something else, and longer", PLAIN)])
-    engine.read()
+    engine.read(writing=False)
     engine.advance(1)
     engine.leave(0)
     assert engine.advance(1) == ([], 0)
@@ -162,11 +163,11 @@ def test_half_of_an_idle_batch_is_read_at_once(package, monkeypatch):
     assert work == [(10, False), (10, True)]
     late = [(prompt, replace(PLAIN, sample=i)) for i, (prompt, _) in enumerate(texts[:10])]
     engine.join([(19, b"another", replace(PLAIN, max_new_bytes=40))])
-    engine.read()
+    engine.read(writing=False)
     engine.advance(1)
     engine.join([(slot, *text) for slot, text in enumerate(late)])
     read.clear()
-    while engine.read():
+    while engine.read(writing=True):
         pass
     assert all(len(each.slots) <= 8 for each in read)
 
@@ -179,7 +180,7 @@ def test_logits_that_are_not_finite_end_one_text_and_leave_nothing(two):
         whole = engine._model
         engine._model = build_broken()
     engine.join([(1, b"prompt", replace(PLAIN, max_new_bytes=4))])
-    engine.read()
+    engine.read(writing=False)
     engine._prompts.forget(0)  # its row is computed with these weights as well
     ((new,), _) = engine.advance(1)
     assert new.slot == 1 and "not finite" in (new.error or "")
@@ -190,7 +191,7 @@ def test_logits_that_are_not_finite_end_one_text_and_leave_nothing(two):
         engine._model = whole
     for slot in (1, 0):
         engine.join([(slot, b"prompt", replace(PLAIN, sample=1 - slot))])
-        engine.read()
+        engine.read(writing=False)
         texts = b"".join(new.data for _ in range(4) for new in engine.advance(1)[0])
         assert texts == rows[1 - slot]
 

@@ -118,8 +118,11 @@ class Engine(Protocol):
         """Puts texts with these prompts into free slots, where their prompts are to be read."""
         ...
 
-    def read(self) -> bool:
-        """Reads prompts or parts of them in one short pass; whether more is to be read."""
+    def read(self, writing: bool) -> bool:
+        """Reads prompts or parts of them in one pass; whether more is to be read.
+
+        With `writing` the pass is short, since texts that are being written wait for it.
+        """
         ...
 
     def leave(self, slot: int) -> None:

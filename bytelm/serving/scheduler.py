@@ -167,8 +167,8 @@ class Scheduler:
             while self._wait():
                 self._drop_cancelled()
                 self._join()
-                self._read()
                 if self._active:
+                    self._read()
                     self._advance()
                 else:
                     self._hand_out()
@@ -215,7 +215,7 @@ class Scheduler:
         while time.perf_counter() < until:
             if self._reading:
                 with self._timed("read"):
-                    self._reading = self._engine.read()
+                    self._reading = self._engine.read(self._writing)
             elif self._writing or not self._more_come():
                 break
             self._join()
@@ -235,13 +235,13 @@ class Scheduler:
             busy = 0.0 if self._reading else len(self._active) / self._engine.slots
             rounds = int(SECONDS * (1 + 3 * busy) / 4 / self._seconds_per_round)
         rounds = max(1, min(rounds, self._engine.most_rounds))
-        began = time.perf_counter()
+        before = self._seconds["advance"]
         # Handed out once the device is at work: whoever reads them takes the host's time.
         with self._timed("advance"):
             written, rounds = self._engine.advance(rounds, self._hand_out)
         self._advances += 1
         if rounds:
-            took, known = (time.perf_counter() - began) / rounds, self._seconds_per_round
+            took, known = (self._seconds["advance"] - before) / rounds, self._seconds_per_round
             self._seconds_per_round = known + (took - known) / 5 if known else took
         for new in written:
             text = self._active[new.slot]

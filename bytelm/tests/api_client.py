@@ -40,7 +40,7 @@ class Echo:
             self.joined_after.append(self.advances)
             self.texts[slot] = [prompt, settings, 0]
 
-    def read(self) -> bool:
+    def read(self, writing: bool) -> bool:
         return False
 
     def leave(self, slot):

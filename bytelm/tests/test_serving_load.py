@@ -164,7 +164,8 @@ def test_a_long_prompt_is_read_beside_a_text_that_is_written():
     scheduler.submit([first])
     until(lambda: engine.advances > 2)
 
-    def read():
+    def read(writing):
+        assert writing
         reads.append(engine.advances)
         time.sleep(scheduling.SECONDS / 5)
         return len(reads) < 12

@@ -113,15 +113,14 @@ class JaxSlots:
         self.capacity = capacity if limit is None else min(capacity, limit)
         self._patch, self._length = model.round_length, padded(model, self.capacity)
         self._batch = max(padded_rows(1), slots)
-        size, self._many = batch_bytes(model, self._batch + GROUP, self._length), GROUP
+        need = lambda read: batch_bytes(model, self._batch + read, self._length)  # noqa: E731
+        size, memory = need(GROUP), device_memory()
         require(
-            size <= device_memory(),
+            size <= memory,
             f"slots={slots}: caches of {slots} texts of {self._length} bytes take "
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
-        if batch_bytes(model, self._batch + many(slots), self._length) <= device_memory():
-            self._many = many(slots)
-        self._writing = False
+        self._many = many(slots) if need(many(slots)) <= memory else GROUP
         self.most_rounds = max(1, _MOST_BYTES // self._patch)
         few = max(padded_rows(1), math.isqrt(self._batch))
         self._counts = sorted({few, self._batch})
@@ -172,7 +171,7 @@ class JaxSlots:
 
     def _read_and_advance(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
         self.join(texts)
-        while self.read():
+        while self.read(writing=False):
             pass
         self.advance(1)
 
@@ -199,9 +198,9 @@ class JaxSlots:
                 self._prompts.join(slot, prompt)
             self._device = _join_program()(self._device, slots, ids, seeds, samples)
 
-    def read(self) -> bool:
+    def read(self, writing: bool) -> bool:
         """One pass over prompts, and waits for it."""
-        work = self._prompts.next(GROUP if self._writing else self._many)
+        work = self._prompts.next(GROUP if writing else self._many)
         if work is None:
             return False
         alone = len(work.slots) == 1 and not work.sources
@@ -242,7 +241,6 @@ class JaxSlots:
         host = self._host
         busy = np.flatnonzero(~host.done).tolist()
         if not busy:
-            self._writing = False
             meanwhile()
             return [], 0
         count = next(count for count in self._counts if busy[-1] - busy[0] < count)
@@ -280,7 +278,6 @@ class JaxSlots:
             if each.error:
                 host.done[each.slot] = True
                 self._prompts.forget(each.slot)
-        self._writing = not host.done[busy].all()
         return written, int(out.rounds)
 
     def score(self, text: bytes) -> Scores:

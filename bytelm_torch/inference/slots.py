@@ -77,7 +77,6 @@ class TorchSlots:
             f"{size / 2**30:.1f} GiB, more than there is; give fewer slots or shorter texts",
         )
         self._many = many(slots) if self._bytes(many(slots)) <= memory else GROUP
-        self._writing = False
         vocab, constraints = self.config.vocab, both_constraints()
         self._allowed = {
             allow_eos: torch.from_numpy(allowed_candidates(constraints, vocab, allow_eos)).to(
@@ -127,7 +126,7 @@ class TorchSlots:
 
     def _warm_up(self) -> None:
         self.join([(0, b"\0" * (self._patch + 1), replace(_FREE, max_new_bytes=1))])
-        self.read()
+        self.read(writing=False)
         self.advance(1)
         self.leave(0)
         self._prompts.forget(0)
@@ -153,9 +152,9 @@ class TorchSlots:
             self._settings[slot], self._read[slot] = each, len(prompt)
             self._prompts.join(slot, prompt)
 
-    def read(self) -> bool:
+    def read(self, writing: bool) -> bool:
         """One pass over prompts."""
-        work = self._prompts.next(GROUP if self._writing else self._many)
+        work = self._prompts.next(GROUP if writing else self._many)
         if work is None:
             return False
         with inference(self._model):
@@ -200,7 +199,6 @@ class TorchSlots:
         vocab, busy = self.config.vocab, (~self._state.done).nonzero()[:, 0].tolist()
         meanwhile()
         if not busy:
-            self._writing = False
             return [], 0
         scored = any(self._settings[slot].scores for slot in busy)
         heard: list[Scores] = []
@@ -244,7 +242,6 @@ class TorchSlots:
                 self.leave(slot)
             if written[-1].error:
                 self._prompts.forget(slot)
-        self._writing = not all(each.end or each.error for each in written)
         return written, done
 
     def score(self, text: bytes) -> Scores:

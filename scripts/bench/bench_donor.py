@@ -21,7 +21,6 @@ on a CPU.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import shutil
@@ -29,7 +28,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -38,7 +36,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from donor_report import SCRATCH, best_arms, print_report, read_lines
-from token_model import beginnings
+from token_model import beginnings, locked
 
 from bytelm.files import replace_file
 
@@ -92,7 +90,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    with alone(asked.out):
+    with locked(asked.out, waits=False):
         lines = Lines(asked.out / "lines.jsonl")
         settings = json.loads(
             json.dumps({name: getattr(asked, name) for name in _SETTINGS}, default=str)
@@ -116,18 +114,6 @@ def run_arms(asked: argparse.Namespace, lines: "Lines") -> None:
     for arm in best_arms(lines, asked.arms, asked.seeds)[:2]:
         for seed in asked.seeds:
             lines.once(f"{arm}, equal seconds, seed {seed}", partial(arms.timed, arm, seed))
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Ends the program if another process works in the same folder."""
-    with open(out / "lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{out}: another process works there; wait for it, or end it", file=sys.stderr)
-            sys.exit(2)
-        yield
 
 
 class Lines(dict[str, dict[str, Any]]):

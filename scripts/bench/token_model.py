@@ -50,20 +50,24 @@ def main() -> None:
     asked = parser.parse_args()
     work = asked.out.with_name(f"{asked.out.name}.work")
     work.mkdir(parents=True, exist_ok=True)
-    with turn(work):
+    with locked(work, waits=True):  # for one whose parent was killed, say
         if not asked.out.exists():
             make(asked, work)
     print((asked.out / "measured.json").read_text(), end="", flush=True)
 
 
 @contextmanager
-def turn(work: Path) -> Iterator[None]:
-    """Waits for a process that works on the same folder, such as one whose parent was killed."""
-    with open(work / "lock", "w") as handle:
+def locked(folder: Path, waits: bool) -> Iterator[None]:
+    """Keeps other processes out of a folder. If one is there, waits for it or ends the program."""
+    with open(folder / "lock", "w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for the process that works in {work}", flush=True)
+            if not waits:
+                text = f"{folder}: another process works there; wait for it, or end it"
+                print(text, file=sys.stderr)
+                sys.exit(2)
+            print(f"waiting for the process that works in {folder}", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 

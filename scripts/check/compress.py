@@ -121,7 +121,8 @@ def round_trip(
     packed, restored = root / f"{work}.packed", root / f"{work}.restored"
     there = part(package, "compress", model, files, packed, options)
     back = part(package, "decompress", model, packed, restored, options)
-    failed = before = after = coded = 0
+    failed = before = after = 0
+    coded = list[Path]()  # what is stored needs no model, and any other one restores it as well
     for file in sorted(files.iterdir()):
         size, small = file.stat().st_size, (packed / file.name).stat().st_size
         same = (restored / file.name).read_bytes() == file.read_bytes()
@@ -131,15 +132,14 @@ def round_trip(
         row |= {"compressed": small, "coded": is_coded, "same": same}
         row |= other_sizes(file.read_bytes())
         row["seconds"] = [there[file.name], back[file.name]]
-        coded += is_coded
+        coded += [packed / file.name] if is_coded else []
         print(json.dumps(row), flush=True)
-    total = {"package": package, "model": name, "files": len(there), "coded": coded}
+    total = {"package": package, "model": name, "files": len(there), "coded": len(coded)}
     total |= {"bytes": before, "compressed": after, "ratio": round(after / before, 4)}
     total["kB_per_second"] = [round(before / sum(s.values()) / 1e3, 1) for s in (there, back)]
     print(json.dumps(total | {"failed": failed}), flush=True)
-    # One that is stored needs no model; another one restores it as well.
-    by_model = [each for each in packed.iterdir() if inspect_file(each).is_coded]
-    smallest = min(by_model, key=lambda each: each.stat().st_size)
+    size_of = lambda each: each.stat().st_size  # noqa: E731
+    smallest = min(coded, key=size_of, default=packed / "latin.txt")
     return failed + damages(package, model, smallest, root)
 
 
