@@ -282,7 +282,7 @@ def compress(options: argparse.Namespace, run: Path) -> bool:
     """Round trips of 30 files in two processes."""
     program = [sys.executable, ROOT / "scripts/check/compress.py", "--packages", "jax"]
     program += ["--model", f"{run.name}={run}", "--window", options.window]
-    program += ["--streams", "64" if options.small else "1024"]
+    program += ["--streams", "64" if options.small else "256"]
     program += ["--source-bytes", "20000", "--file-bytes", "600"] if options.small else []
     return not subprocess.run(list(map(str, program))).returncode
 
