@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from contextlib import suppress
 
@@ -57,6 +58,9 @@ def make_api(
     if engine.capacity < prompt_bytes + new_bytes:
         print(f"note: a text may have {engine.capacity} bytes with its prompt, the model's limit")
     api = Api(engine, name, limits, queue, key)
+    # While the thread of HTTP computes, the engine's waits so long for its turn, and the device
+    # for the engine: by default 5 ms each time, which is the tenth part of an advance.
+    sys.setswitchinterval(0.0005)
     print("compiling", flush=True)
     engine.warm_up()
     return api

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
 from bytelm.sampling import LEAST_TOP_P, SamplerConfig
+from bytelm_jax.kernels.decoding import where_needed
 
 _NO_LIMIT = 2**31 - 1
 
@@ -87,7 +88,7 @@ def _probabilities(logits: Array, mode: str, numbers: SamplerNumbers) -> Array:
     def where_ranked() -> Array:
         return jnp.where(ranked, _ranked(logits, relative, mode, numbers), plain)
 
-    return jax.lax.cond(jnp.any(ranked), where_ranked, lambda: plain)
+    return where_needed(jnp.any(ranked), where_ranked, lambda: plain)
 
 
 def _ranked(logits: Array, relative: Array, mode: str, numbers: SamplerNumbers) -> Array:
@@ -102,13 +103,13 @@ def _ranked(logits: Array, relative: Array, mode: str, numbers: SamplerNumbers) 
     def among_the_first() -> Array:
         return _ahead(logits).sum(axis=-1) < limit
 
-    kept = _where_needed(mode, limit < size, among_the_first, logits.shape)
+    kept = _mask_where_needed(mode, limit < size, among_the_first, logits.shape)
     chances = jax.nn.softmax(relative / cooling, axis=-1, where=kept)
 
     def within_top_p() -> Array:
         return jnp.where(_ahead(logits), chances[:, None, :], 0).sum(axis=-1) < numbers.top_p
 
-    kept = _where_needed(mode, jnp.asarray(numbers.top_p) <= 1, within_top_p, logits.shape)
+    kept = _mask_where_needed(mode, jnp.asarray(numbers.top_p) <= 1, within_top_p, logits.shape)
     chances = jnp.where(kept, chances, 0)
     return chances / chances.sum(axis=-1, keepdims=True)
 
@@ -123,7 +124,7 @@ def _ahead(logits: Array) -> Array:
     return (other > mine) | ((other == mine) & np.tri(logits.shape[-1], k=-1, dtype=bool)[None])
 
 
-def _where_needed(
+def _mask_where_needed(
     mode: str, needed: Array, keep: Callable[[], Array], shape: tuple[int, ...]
 ) -> Array:
     """`keep()`; where the mode is "mixed" and no row needs it, everything, without its work.
@@ -132,7 +133,7 @@ def _where_needed(
     """
     if mode != "mixed":
         return keep()
-    return jax.lax.cond(needed.any(), keep, lambda: jnp.ones(shape, bool))
+    return where_needed(needed.any(), keep, lambda: jnp.ones(shape, bool))
 
 
 def sample(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:

@@ -15,6 +15,7 @@ likely bytes that are reported, S states of the constraints.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ from bytelm_jax.inference.sampling import (
     numbers_of_a_row,
     random_row,
 )
-from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
+from bytelm_jax.layers.caches import positions_from, read_at, take_at
 
 _MOST_BYTES = 256  # of an advance and a row, or one round if that is longer
 
@@ -131,6 +132,7 @@ class JaxSlots:
         self._tables = (jnp.asarray(allowed), jnp.asarray(constraints.step))
         self._device = self._empty()
         self._host = _free_slots(self._batch)
+        self._caller = ThreadPoolExecutor(1, "bytelm advance")
         self._read = [0] * self._batch
         self._part = min(PART_BYTES // self._patch * self._patch, self._length)
         goes_on = self._part > 0 and model.prefills_in_parts
@@ -248,10 +250,13 @@ class JaxSlots:
         # Copies: the arrays that were given may be read after the call has returned.
         given = jax.tree.map(lambda column: column[first : first + count].copy(), host)
         program = _advance_program(self._structure, self.most_rounds)
-        self._device, out = program(
-            self._params, self._device, given, self._tables, np.int32(first), np.int32(rounds)
-        )
+        # On a GPU the host takes part in loops, so that the call returns as the device is done.
+        called = self._caller.submit(
+            program, self._params, self._device, given, self._tables, np.int32(first),
+            np.int32(rounds),
+        )  # fmt: skip
         meanwhile()
+        self._device, out = called.result()
         jax.block_until_ready(out)
         index, done, constraint, ids = (
             np.asarray(part) for part in (out.position, out.done, out.constraint, out.ids)
@@ -404,24 +409,25 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
         start = jnp.asarray(host.position)
         done, constraint = jnp.asarray(host.done), jnp.asarray(host.constraint)
         begun = State(device.cache, device.ids, start, done, constraint, nothing, zeros, zeros, ())
-        wanted = (host.scored & ~host.done).any()
+        wide = jnp.result_type(jnp.float32, *params)
 
-        def unfinished(carry: tuple[State, Scores, Array]) -> Array:
+        def unfinished(carry: tuple[State, Array, Array]) -> Array:
             return (~carry[0].done).any() & (carry[2] < rounds)
 
-        def body(carry: tuple[State, Scores, Array]) -> tuple[State, Scores, Array]:
-            state, scores, number = carry
-            heard: list[tuple[Array, Array]] = []
+        def body(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+            state, logits, number = carry
+            heard: list[Array] = []
+            state = append_round(model, "mixed", rows, state, lambda each, _: heard.append(each))
+            # All rows that are written have come as far; what others leave there, nobody reads.
+            at, new = (0, number * patch, 0), jnp.stack(heard, axis=1).astype(wide)
+            return state, jax.lax.dynamic_update_slice(logits, new, at), number + 1
 
-            at = state.index - start
-            state = append_round(model, "mixed", rows, state, lambda *each: heard.append(each))
-            found = lambda: _scores_of_round(heard, vocab)  # noqa: E731
-            new = jax.lax.cond(wanted, found, lambda: _no_scores((batch, patch)))
-            return state, write_at(scores, new, at), number + 1
-
-        carry = (begun, _no_scores((batch, width)), jnp.int32(0))
-        state, scores, count = jax.lax.while_loop(unfinished, body, carry)
+        logits = jnp.zeros((batch, width, vocab.size), wide)
+        state, logits, count = jax.lax.while_loop(unfinished, body, (begun, logits, jnp.int32(0)))
         fresh = take_at(state.ids, positions_from(start + patch, width))
+        # Asked once an advance: on a GPU, the host waits for whatever it asks.
+        wanted, found = (host.scored & ~host.done).any(), lambda: _scores_of(logits, fresh, vocab)
+        scores = jax.lax.cond(wanted, found, lambda: _no_scores((batch, width)))
         out = _Out(state.index, state.done, state.constraint, count, fresh, scores)
         cache, ids = jax.tree.map(
             lambda buffer, new: _put_rows_from(buffer, new, first),
@@ -438,9 +444,7 @@ def _score_program(structure: CompiledModelKey) -> Callable[..., Scores]:
     @jax.jit
     def score(params: list[Array], ids: Array) -> Scores:
         model = structure.model(params)
-        logits = model(ids)
-        found = _scores(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), model.config.vocab)
-        return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), found)
+        return _scores_of(model(ids), ids, model.config.vocab)
 
     return score
 
@@ -456,9 +460,8 @@ def _scores(logits: Array, ids: Array, vocab: ByteVocab) -> Scores:
     return Scores(mine, jnp.asarray(columns, jnp.int32)[places], values)  # type: ignore[arg-type]
 
 
-def _scores_of_round(heard: Sequence[tuple[Array, Array]], vocab: ByteVocab) -> Scores:
-    """`_scores` of a round's logits and ids, byte by byte."""
-    logits, ids = (jnp.stack(part, axis=1) for part in zip(*heard, strict=True))
+def _scores_of(logits: Array, ids: Array, vocab: ByteVocab) -> Scores:
+    """`_scores` of rows of ids [B, L]."""
     found = _scores(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1), vocab)
     return jax.tree.map(lambda leaf: leaf.reshape(*ids.shape, *leaf.shape[1:]), found)
 

@@ -9,6 +9,7 @@ Axes: B rows, S key positions, H heads in G groups, K head width, J head width o
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
@@ -22,6 +23,20 @@ def min_rows() -> int:
     On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster.
     """
     return 2 if backend() == "gpu" else 1
+
+
+def where_needed(
+    needed: Bool[Array, ""], work: Callable[[], Array], otherwise: Callable[[], Array]
+) -> Array:
+    """`work()` if it is needed, and else `otherwise()`, which must be what it would give then.
+
+    A GPU does the work in any case if it is a few small kernels: to ask, the host waits for all
+    that came before. Of a round of eight bytes of `megabyte_132m` and 64 texts, eight questions
+    took 0.3 of 2.2 ms on an H200.
+    """
+    if backend() == "gpu":
+        return work()
+    return jax.lax.cond(needed, work, otherwise)
 
 
 def attend_once(

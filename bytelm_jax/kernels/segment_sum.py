@@ -17,26 +17,42 @@ from bytelm_jax.kernels.dtypes import is_low_precision
 _FEW = 1024
 """Most patches for which products are used: they make that many zeros and ones per byte."""
 
+_MANY = 4096
+"""Most patches for which a GPU makes them only so that sums have one order."""
+
 _MATRIX_BACKENDS = ("gpu", "tpu")
 """Where products are cheap enough for it."""
 
 
 def segment_sum(
-    x: Float[Array, "B T F"],
-    patch_of: Int[Array, "B T"],
-    count: int,
-    is_sorted: bool = False,
-    in_order: bool = False,
+    x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int, is_sorted: bool = False
 ) -> Float[Array, "B {count} F"]:
     """Sum over the bytes of each patch; 0 for a patch without bytes.
 
     `is_sorted` says that patch numbers never fall along a row. A GPU adds rows that collide in any
-    order, so that the last digits of float32 differ between two runs; with `in_order` they do not.
+    order, so that the last digits of two runs differ.
     """
-    if in_order and count <= _FEW and backend() == "gpu":
-        return _product(x, patch_of, count, x.dtype)
     reduce = partial(jax.ops.segment_sum, num_segments=count, **_order(is_sorted))
     return jax.vmap(reduce)(x, patch_of)
+
+
+def ordered_segment_sum(
+    x: Float[Array, "B T F"],
+    patch_of: Int[Array, "B T"],
+    count: int,
+    is_sorted: bool = False,
+    kept: jnp.dtype | None = None,
+) -> Float[Array, "B {count} F"]:
+    """`segment_sum` of at least 32 bits in one order, whatever else the batch holds.
+
+    `kept` is the dtype to which the sums will be rounded, by default that of x. With more than
+    4,096 patches a GPU has no order.
+    """
+    if count > _MANY or backend() != "gpu":
+        return segment_sum(x, patch_of, count, is_sorted)
+    if kept is not None and kept.itemsize == 2:
+        return _sum_of_halves(x, patch_of, count)
+    return _product(x, patch_of, count, x.dtype)
 
 
 def largest_in_segment(
@@ -72,6 +88,27 @@ def _sum_by_product(x: Array, patch_of: Array, count: int) -> Array:
     whole product at 679,000.
     """
     return _product(x, patch_of, count, jnp.float32).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _sum_of_halves(x: Array, patch_of: Array, count: int) -> Array:
+    """`segment_sum` of 32 bits from products of 16, with 16 of the 24 digits of x."""
+    first = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    halves = jnp.concatenate([first, x - first], axis=-1).astype(jnp.bfloat16)
+    both = _product(halves, patch_of, count, x.dtype)
+    return both[..., : x.shape[-1]] + both[..., x.shape[-1] :]
+
+
+def _halves_forward(x: Array, patch_of: Array, count: int) -> tuple[Array, Array]:
+    return _sum_of_halves(x, patch_of, count), patch_of
+
+
+def _halves_backward(count: int, patch_of: Array, gradient: Array) -> tuple[Array, None]:
+    take = lambda row, at: row.at[at].get(mode="fill", fill_value=0)  # noqa: E731
+    return jax.vmap(take)(gradient, patch_of), None
+
+
+_sum_of_halves.defvjp(_halves_forward, _halves_backward)
 
 
 def _product(x: Array, patch_of: Array, count: int, wide: Any) -> Array:

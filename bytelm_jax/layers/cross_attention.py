@@ -16,10 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from bytelm_jax.kernels.decoding import attend_once
-from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
-from bytelm_jax.kernels.segment_sum import segment_sum
+from bytelm_jax.kernels.segment_sum import ordered_segment_sum
 from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
@@ -47,8 +46,7 @@ def _pool(
     # The mask goes inside exp: outside, an infinity times a gradient of 0 would be NaN.
     shifted = jnp.where(inside, flat - take_segments(most, patch_of), -jnp.inf)
     weights = jnp.exp(shifted)
-    # In 16 bits the sums are rounded to fewer digits than the order of the bytes changes.
-    add = partial(segment_sum, is_sorted=is_sorted, in_order=not is_low_precision(q))
+    add = partial(ordered_segment_sum, is_sorted=is_sorted, kept=q.dtype)
     total = add(weights, patch_of, count)
     share = weights.reshape(scores.shape)[..., None] * values[:, :, None, :, None, :]
     mixed = add(share.reshape(*keys.shape[:2], -1), patch_of, count)

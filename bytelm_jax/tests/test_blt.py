@@ -14,6 +14,7 @@ from bytelm.config import BLTConfig, EntropyConfig
 from bytelm.tolerances import GRADIENTS, LOGITS
 from bytelm_jax.kernels.backend import pretend_platform
 from bytelm_jax.kernels.decoding import attend_once
+from bytelm_jax.kernels.segment_sum import ordered_segment_sum
 from bytelm_jax.layers.cross_attention import CrossAttention
 from bytelm_jax.layers.grouped_attention import causal_attention, grouped_attention
 from bytelm_jax.layers.segments import segment_max, take_segments
@@ -243,6 +244,24 @@ def test_gradients_of_patches_read_in_16_bits_are_rounded_once():
         assert actual.dtype == x.dtype
         error = np.abs(np.asarray(actual, np.float64) - exact[:, :5])
         assert (error <= 2.0**-8 * np.abs(exact[:, :5]) + 1e-5).all()
+
+
+def test_sums_that_are_rounded_to_16_bits_have_an_order_and_16_digits():
+    source = np.random.default_rng(0)
+    patch_of = jnp.asarray(np.sort(source.integers(0, 6, (2, 400)), axis=1))
+    x, weights = (jnp.asarray(source.normal(size=s), "float32") for s in ((2, 400, 3), (2, 5, 3)))
+
+    def total(x: Any) -> Any:
+        sums = ordered_segment_sum(x, patch_of, 5, kept=jnp.dtype("bfloat16"))
+        return (sums * weights).sum(), sums
+
+    (_, expected), by_scatter = jax.value_and_grad(total, has_aux=True)(x)
+    with pretend_platform("gpu"):
+        (_, actual), by_product = jax.jit(jax.value_and_grad(total, has_aux=True))(x)
+    np.testing.assert_array_equal(by_product, by_scatter)
+    assert actual.dtype == x.dtype
+    sizes = ordered_segment_sum(jnp.abs(x), patch_of, 5)
+    assert (np.abs(actual - expected) <= 2.0**-16 * sizes).all()
 
 
 def test_linear_cross_attention_is_the_dense_one(x64):

@@ -12,6 +12,7 @@ from flax import nnx
 from bytelm.config import ByteVocab, MegabyteConfig
 from bytelm.sampling import SamplerConfig
 from bytelm.tolerances import LOGITS
+from bytelm_jax.inference import sampling
 from bytelm_jax.inference.generate import complete, generate, generate_uncached, stream
 from bytelm_jax.inference.sampling import next_ids, probabilities, sample
 from bytelm_jax.kernels.backend import pretend_platform
@@ -327,6 +328,18 @@ def test_the_second_row_of_a_gpu_changes_nothing(models, sampler):
     with pretend_platform("gpu"):
         assert generate(models["paper"], [TEXT], 10, sampler) == expected
         assert b"".join(stream(models["paper"], TEXT, 10, sampler)) == expected[0]
+
+
+@pytest.mark.parametrize("ranked", [[], [CUT], [MIXED, GREEDY]])
+def test_a_gpu_ranks_candidates_without_being_asked(ranked):
+    logits = np.random.default_rng(0).normal(size=(1 + len(ranked), 257)).astype(np.float32)
+    rows = [sampling.numbers_of_a_row(each) for each in [PLAIN, *ranked]]
+    columns = [np.array(column, np.float32)[:, None] for column in zip(*rows, strict=True)]
+    numbers = sampling.SamplerNumbers(*columns)
+    expected = sampling._probabilities(jnp.asarray(logits), "mixed", numbers)
+    with pretend_platform("gpu"):
+        actual = sampling._probabilities(jnp.asarray(logits), "mixed", numbers)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("sampler", [CUT, MIXED])

@@ -27,7 +27,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -170,22 +170,39 @@ def body(prompt: bytes, count: int, seed: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def stream(port: int, asked: dict[str, Any]) -> tuple[str, list[float]]:
-    """The text of a stream, and when each of its events came, from the request on."""
+class Stream(NamedTuple):
+    """A stream that has ended; `times` are those of its events, in seconds from the request on."""
+
+    text: str
+    times: list[float]
+
+
+def request_bytes(asked: dict[str, Any]) -> bytes:
+    data = json.dumps(asked).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n"
+    return head % len(data) + data
+
+
+async def lines_of(port: int, request: bytes) -> list[tuple[float, bytes]]:
+    """The lines of an answer, and when each came."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    data, began = json.dumps(asked).encode(), time.perf_counter()
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b"
-        % (len(data), data)
-    )
-    text, times = "", []
+    began, found = time.perf_counter(), list[tuple[float, bytes]]()
+    writer.write(request)
     while not (line := await reader.readline()).startswith(b"data: [DONE]"):
         assert line, "the stream was cut"
-        if line.startswith(b"data: "):
-            times.append(time.perf_counter() - began)
-            text += json.loads(line[6:])["choices"][0]["text"]
+        found.append((time.perf_counter() - began, line))
     writer.close()
-    return text, times
+    return found
+
+
+def stream_of(lines: list[tuple[float, bytes]]) -> Stream:
+    events = [(at, json.loads(line[6:])) for at, line in lines if line.startswith(b"data: ")]
+    text = "".join(each["choices"][0]["text"] for _, each in events)
+    return Stream(text, [at for at, _ in events])
+
+
+async def stream(port: int, asked: dict[str, Any]) -> Stream:
+    return stream_of(await lines_of(port, request_bytes(asked)))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -194,8 +211,20 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-async def streams(port: int, asked: list[dict[str, Any]]) -> list[tuple[str, list[float]]]:
-    return await asyncio.gather(*[stream(port, each) for each in asked])
+def streams(port: int, asked: list[dict[str, Any]]) -> tuple[list[Stream], float]:
+    """Streams at once, and the seconds that they took.
+
+    What a client does with requests and answers is done before and after: it takes the same time
+    as the server's side of it, and clients elsewhere would do it beside each other.
+    """
+
+    async def at_once(requests: list[bytes]) -> list[list[tuple[float, bytes]]]:
+        return await asyncio.gather(*[lines_of(port, each) for each in requests])
+
+    requests, began = list(map(request_bytes, asked)), time.perf_counter()
+    found = asyncio.run(at_once(requests))
+    seconds = time.perf_counter() - began
+    return list(map(stream_of, found)), seconds
 
 
 # ---- what is measured ---------------------------------------------------------------------------
@@ -210,8 +239,8 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     worker = subprocess.Popen(command, env=ENVIRONMENT, **pipes)
     assert worker.stdin and worker.stdout and worker.stdout.readline(), "generate did not start"
-    asyncio.run(streams(served.port, asked))
-    found, by_generate, by_api, first, between = [], [], [], [], []
+    found, _ = streams(served.port, asked)
+    by_generate, by_api, first, between = [], [], [], []
     pids = {"generate": worker.pid, "server": served.process.pid, "client": os.getpid()}
     before = {name: cpu_seconds(pid) for name, pid in pids.items()}
     work = {each: f'engine_seconds_total{{work="{each}"}}' for each in ("join", "read", "advance")}
@@ -219,12 +248,11 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
     for _ in range(options.turns):
         print("next", file=worker.stdin, flush=True)
         by_generate.append(wanted / float(worker.stdout.readline()))
-        began = time.perf_counter()
-        found = asyncio.run(streams(served.port, asked))
-        by_api.append(wanted / (time.perf_counter() - began))
-        for _, times in found:
-            first.append(times[0])
-            between += np.diff(times).tolist()
+        found, seconds = streams(served.port, asked)
+        by_api.append(wanted / seconds)
+        for each in found:
+            first.append(each.times[0])
+            between += np.diff(each.times).tolist()
     cpu = {n: round((cpu_seconds(p) - before[n]) / options.turns, 3) for n, p in pids.items()}
     taken = {
         each: round(1000 * (taken[each] + served.metric(name)) / options.turns, 1)
@@ -245,10 +273,10 @@ def at_once(served: Served, options: argparse.Namespace) -> None:
         "first byte, ms": percentiles(first),
         "between events, ms": percentiles(between),
         "of 4 texts equal to generate's": sum(
-            text == one for (text, _), one in zip(found[:4], texts, strict=True)
+            each.text == one for each, one in zip(found[:4], texts, strict=True)
         ),
     })  # fmt: skip
-    _, times = asyncio.run(streams(served.port, asked[:1]))[0]
+    times = streams(served.port, asked[:1])[0][0].times
     one = {"bytes/s": round(count / times[-1]), "first byte, ms": percentiles(times[:1])}
     say("one stream alone", one | {"between events, ms": percentiles(np.diff(times).tolist())})
 
@@ -258,7 +286,7 @@ def beside_long_prompts(served: Served, options: argparse.Namespace) -> None:
     half, long = options.streams // 2, make_prompts(8, options.long)
     asked = [body(each, options.bytes, i) for i, each in enumerate(make_prompts(half))]
 
-    async def with_long() -> tuple[list, list]:
+    async def with_long() -> tuple[list[Stream], list[Stream]]:
         begun = asyncio.gather(*[stream(served.port, each) for each in asked])
         later = []
         for i, each in enumerate(long):
@@ -266,17 +294,17 @@ def beside_long_prompts(served: Served, options: argparse.Namespace) -> None:
             later.append(asyncio.create_task(stream(served.port, body(each, 16, i))))
         return await begun, await asyncio.gather(*later)
 
-    without = asyncio.run(streams(served.port, asked))
+    without, _ = streams(served.port, asked)
     beside, later = asyncio.run(with_long())
     gaps = [
-        [gap for _, times in found for gap in np.diff(times).tolist()]
+        [gap for each in found for gap in np.diff(each.times).tolist()]
         for found in (without, beside)
     ]
     say("prompts of the greatest length beside streams", {
         "bytes of each of 8": options.long,
         "between events of the others before, ms": percentiles(gaps[0]),
         "between events of the others beside, ms": percentiles(gaps[1]),
-        "their first byte, ms": percentiles([times[0] for _, times in later]),
+        "their first byte, ms": percentiles([each.times[0] for each in later]),
     })  # fmt: skip
 
 
