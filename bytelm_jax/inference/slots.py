@@ -68,6 +68,8 @@ class _Device(NamedTuple):
     """[B, P + C], starting with a round of pads."""
     uniforms: Array
     """[B, C]."""
+    logits: Array
+    """[B, W, V], those of the last advance."""
 
 
 class _Host(NamedTuple):
@@ -297,7 +299,10 @@ class JaxSlots:
             (self._batch, self._patch + self._length), self.config.vocab.pad_id, jnp.int32
         )
         cache = prefill_program(self._structure, False)(self._params, ids[:, self._patch :], 0)
-        return _Device(cache, ids, jnp.zeros((self._batch, self._length), jnp.float32))
+        uniforms = jnp.zeros((self._batch, self._length), jnp.float32)
+        shape = (self._batch, self.most_rounds * self._patch, self.config.vocab.size)
+        wide = jnp.result_type(jnp.float32, *self._params)
+        return _Device(cache, ids, uniforms, jnp.zeros(shape, wide))
 
 
 def _free_slots(batch: int) -> _Host:
@@ -316,7 +321,8 @@ def _join_program() -> Callable[..., _Device]:
         """Overwrites the ids and random numbers of rows, so that nothing is left in them."""
         length = device.uniforms.shape[1]
         uniforms = jax.vmap(lambda seed, row: random_row(seed, row, length))(seeds, samples)
-        return _Device(device.cache, *_put((device.ids, device.uniforms), (ids, uniforms), slots))
+        ids, uniforms = _put((device.ids, device.uniforms), (ids, uniforms), slots)
+        return device._replace(ids=ids, uniforms=uniforms)
 
     return join
 
@@ -409,7 +415,6 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
         start = jnp.asarray(host.position)
         done, constraint = jnp.asarray(host.done), jnp.asarray(host.constraint)
         begun = State(device.cache, device.ids, start, done, constraint, nothing, zeros, zeros, ())
-        wide = jnp.result_type(jnp.float32, *params)
 
         def unfinished(carry: tuple[State, Array, Array]) -> Array:
             return (~carry[0].done).any() & (carry[2] < rounds)
@@ -419,22 +424,19 @@ def _advance_program(structure: CompiledModelKey, most_rounds: int) -> Callable[
             heard: list[Array] = []
             state = append_round(model, "mixed", rows, state, lambda each, _: heard.append(each))
             # All rows that are written have come as far; what others leave there, nobody reads.
-            at, new = (0, number * patch, 0), jnp.stack(heard, axis=1).astype(wide)
+            at, new = (0, number * patch, 0), jnp.stack(heard, axis=1).astype(logits.dtype)
             return state, jax.lax.dynamic_update_slice(logits, new, at), number + 1
 
-        logits = jnp.zeros((batch, width, vocab.size), wide)
-        state, logits, count = jax.lax.while_loop(unfinished, body, (begun, logits, jnp.int32(0)))
+        carry = (begun, device.logits, jnp.int32(0))
+        state, logits, count = jax.lax.while_loop(unfinished, body, carry)
         fresh = take_at(state.ids, positions_from(start + patch, width))
         # Asked once an advance: on a GPU, the host waits for whatever it asks.
         wanted, found = (host.scored & ~host.done).any(), lambda: _scores_of(logits, fresh, vocab)
         scores = jax.lax.cond(wanted, found, lambda: _no_scores((batch, width)))
         out = _Out(state.index, state.done, state.constraint, count, fresh, scores)
-        cache, ids = jax.tree.map(
-            lambda buffer, new: _put_rows_from(buffer, new, first),
-            (whole.cache, whole.ids),
-            (state.cache, state.ids),
-        )
-        return _Device(cache, ids, whole.uniforms), out
+        new = device._replace(cache=state.cache, ids=state.ids, logits=logits)
+        put = lambda buffer, rows: _put_rows_from(buffer, rows, first)  # noqa: E731
+        return jax.tree.map(put, whole, new), out
 
     return advance
 
