@@ -1,8 +1,8 @@
 """What the commands that serve a model share."""
 
+import gc
 import os
 import signal
-import sys
 import threading
 from contextlib import suppress
 
@@ -58,11 +58,12 @@ def make_api(
     if engine.capacity < prompt_bytes + new_bytes:
         print(f"note: a text may have {engine.capacity} bytes with its prompt, the model's limit")
     api = Api(engine, name, limits, queue, key)
-    # While the thread of HTTP computes, the engine's waits so long for its turn, and the device
-    # for the engine: by default 5 ms each time, which is the tenth part of an advance.
-    sys.setswitchinterval(0.0005)
     print("compiling", flush=True)
     engine.warm_up()
+    # Of all that is loaded by now nothing will be garbage, and to look through it takes 150 ms,
+    # for which every text would wait.
+    gc.collect()
+    gc.freeze()
     return api
 
 

@@ -165,13 +165,14 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._wait():
+                if not self._writing:
+                    self._hand_out()
+                    self._gather()
                 self._drop_cancelled()
                 self._join()
                 if self._active:
                     self._read()
                     self._advance()
-                else:
-                    self._hand_out()
             self._end_all(STOPPING)
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}".splitlines()[0])
@@ -185,6 +186,16 @@ class Scheduler:
                 return True
             left = self._waiting or self._active or self._pieces
             return bool(left) and time.monotonic() < self._until
+
+    def _gather(self) -> bool:
+        """Waits for texts that come together; whether there is one for a free slot."""
+        until, seen = time.perf_counter() + SECONDS / 2, -1
+        while seen < len(self._waiting) < self._engine.slots - len(self._active):
+            if self._closed or time.perf_counter() > until:
+                break
+            seen = len(self._waiting)
+            time.sleep(TOGETHER)  # to be told of each would take the time of those that come
+        return bool(self._waiting) and len(self._active) < self._engine.slots
 
     def _drop_cancelled(self) -> None:
         for slot in [slot for slot, text in self._active.items() if text.cancelled]:
@@ -216,17 +227,9 @@ class Scheduler:
             if self._reading:
                 with self._timed("read"):
                     self._reading = self._engine.read(self._writing)
-            elif self._writing or not self._more_come():
+            elif self._writing or not self._gather():
                 break
             self._join()
-
-    def _more_come(self) -> bool:
-        """Whether there is a text for a free slot within `TOGETHER`."""
-        if len(self._active) == self._engine.slots:
-            return False
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closed, TOGETHER)
-            return bool(self._waiting)
 
     def _advance(self) -> None:
         rounds = 1

@@ -13,6 +13,7 @@ likely bytes that are reported, S states of the constraints.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +58,7 @@ from bytelm_jax.inference.sampling import (
 )
 from bytelm_jax.layers.caches import positions_from, read_at, take_at
 
-_MOST_BYTES = 256  # of an advance and a row, or one round if that is longer
+_MOST_BYTES = 512  # of an advance and a row, or one round if that is longer
 
 
 class _Device(NamedTuple):
@@ -152,29 +153,31 @@ class JaxSlots:
 
         Prompts are read alone, in a group and, where the batch is larger, in half of a batch.
         """
-        settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
         longest, part = self.capacity - 1, self._prompts.part or self.capacity
         lengths = [min(padded(self._model, 1), longest, part)]
         while lengths[-1] < min(longest, part):
             lengths.append(min(2 * lengths[-1], longest, part))
         if longest > part:
             lengths.append(longest)
-        slots = list(dict.fromkeys([0, self.slots - 1, *range(self.slots)]))[: GROUP + 1]
+        slots = list(dict.fromkeys([0, self.slots - 1, *range(self.slots)]))[: GROUP + 2]
+        groups = sorted({1, min(2, self.slots), min(GROUP + 1, self.slots)})
+        # No prompt begins like another one, which would be copied; but all of the last ones do.
+        numbers = itertools.count()
         for length in lengths:
-            texts = [
-                (slot, bytes([number]) * length, settings) for number, slot in enumerate(slots)
-            ]
-            for some in (texts[:1], texts[:2], texts):
-                self._read_and_advance(some)
-        copied = [(slot, b"\0" * lengths[0], settings) for slot in slots]
-        for some in (copied[:2], copied):
-            self._read_and_advance(some)
+            for group in groups:
+                prompts = [bytes([next(numbers) % 256]) * length for _ in range(group)]
+                self._read_and_advance(slots[:group], prompts)
+        for group in groups:
+            prompt = bytes([next(numbers) % 256]) * lengths[0]
+            self._read_and_advance(slots[:1], [prompt])
+            self._read_and_advance(slots[1 : 1 + group], [prompt] * group)
         for slot in slots:
             self.leave(slot)
             self._prompts.forget(slot)
 
-    def _read_and_advance(self, texts: Sequence[tuple[int, bytes, Settings]]) -> None:
-        self.join(texts)
+    def _read_and_advance(self, slots: Sequence[int], prompts: Sequence[bytes]) -> None:
+        settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
+        self.join([(*each, settings) for each in zip(slots, prompts, strict=False)])
         while self.read(writing=False):
             pass
         self.advance(1)
@@ -259,13 +262,9 @@ class JaxSlots:
         )  # fmt: skip
         meanwhile()
         self._device, out = called.result()
-        jax.block_until_ready(out)
-        index, done, constraint, ids = (
-            np.asarray(part) for part in (out.position, out.done, out.constraint, out.ids)
-        )
-        scores = None
-        if host.scored[busy].any():
-            scores = Scores(*(np.asarray(part) for part in out.scores))
+        scores = out.scores if host.scored[busy].any() else None
+        # All of it at once: each part would be waited for.
+        index, done, constraint, made, ids, scores = jax.device_get((*out[:-1], scores))
         written = []
         for slot in busy:
             row, at = slot - first, int(host.position[slot])
@@ -285,7 +284,7 @@ class JaxSlots:
             if each.error:
                 host.done[each.slot] = True
                 self._prompts.forget(each.slot)
-        return written, int(out.rounds)
+        return written, int(made)
 
     def score(self, text: bytes) -> Scores:
         """A full forward pass over the text, padded to a power of two."""
