@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from bytelm.config.blt import SPLINE_BASES, SPLINE_EDGE, SPLINE_INTERVALS
 from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.lookup import vary_like
+from bytelm_jax.kernels.recomputation import computed_again
 
 _SCALE = SPLINE_INTERVALS / (2 * SPLINE_EDGE)
 
@@ -66,18 +67,21 @@ def _forward(x: Array, gain: Array, coefficients: Array) -> tuple[Array, tuple[A
 def _backward(residual: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     # Handwritten: differentiated automatically, the loop took five times as long on a CPU.
     dtype, (x, gain, coefficients) = residual[0].dtype, residual
-    x, gradient = x.astype(gain.dtype), gradient.astype(gain.dtype)
+    # Once for the gradient of x and once for the sums, which a GPU computes in several passes:
+    # what they share would be written and read in wide numbers, which takes longer.
+    summed, weights = (y.astype(gain.dtype) for y in computed_again(x, gradient))
+    x, gradient = (y.astype(gain.dtype) for y in (*computed_again(x), gradient))
     sum_rows, share = _row_sums(x), jax.nn.sigmoid(x)
 
     def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
         middle, weight = term
-        distance = _place(x) - middle
-        return total + weight[None] * _slope(distance), sum_rows(gradient * bump(distance))
+        of_basis = sum_rows(weights * bump(_place(summed) - middle))
+        return total + weight[None] * _slope(_place(x) - middle), of_basis
 
     slope, by_coefficient = _over_basis(add, jnp.zeros_like(x), coefficients.T)
     slope = slope * _SCALE + gain[None] * share * (1 + x * (1 - share))
     to_x = (gradient * slope).astype(dtype)
-    return to_x, sum_rows(gradient * x * share), by_coefficient.T
+    return to_x, sum_rows(weights * jax.nn.silu(summed)), by_coefficient.T
 
 
 _activate.defvjp(_forward, _backward)
