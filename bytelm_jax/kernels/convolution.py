@@ -58,11 +58,15 @@ def direct_convolution(
     count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
     padding = (before * chunk, count * chunk - length)
     padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, before + count, chunk)
-    near = [padded[:, :, i : i + count] for i in range(before + 1)]
+    # Summed side by side: for a concatenation, each part would be written twice.
+    near = sum(
+        jnp.pad(padded[:, :, i : i + count], (*[(0, 0)] * 3, (i * chunk, (before - i) * chunk)))
+        for i in range(before + 1)
+    )
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     summed = jnp.einsum(
         "dbns,dst->dbnt",
-        jnp.concatenate(near, axis=-1),
+        near,
         # In the wide dtype, so that the gradients along a diagonal are summed in it.
         toeplitz(kernel.astype(wide), chunk, before * chunk).astype(rows.dtype),
         preferred_element_type=wide,
