@@ -196,8 +196,8 @@ def test_both_products_of_an_adaptive_linear_as_one(rows, outputs, merged, x64, 
     for machine, expected in (("gpu", merged), ("cpu", False)):
         monkeypatch.setattr(jax, "default_backend", lambda machine=machine: machine)
 
-        def weighed(*arrays):
-            return (weights * adapted_product(*arrays, jnp.matmul)).sum()
+        def weighed(x, scale, base, down, up):
+            return (weights * adapted_product(x, scale, base, down, up, jnp.matmul)).sum()
 
         assert ("concatenate" in str(jax.make_jaxpr(weighed)(*arrays))) == expected
         results.append(jax.value_and_grad(weighed, range(5))(*arrays))

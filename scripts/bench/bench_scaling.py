@@ -23,7 +23,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench_train import measure_all
+from bench_train import Plan, measure_all
 
 PODS: tuple[str, ...] = (
     "megabyte_132m:32",
@@ -155,7 +155,7 @@ def measure(settings: list[dict[str, Any]], options: argparse.Namespace) -> None
     missing, kept = [row for row in known if row not in done], None
     if lines:
         kept = lines.with_suffix(".cache")
-    for row in measure_all(missing, rest, options.workers, options.profile, kept):
+    for row in measure_all(missing, rest, options.workers, Plan(options.profile, kept=kept)):
         kernels = row.pop("kernels", None)
         if kernels:
             row["collectives"] = round(kernels["collectives"] / row["ms"], 4)

@@ -14,9 +14,12 @@ step is the median over repeats of ten steps in a row, each repeat waited for at
 warm-up. MFU counts the model's own operations (3 × forward, what is frozen once, causal attention
 half) against the chip's data sheet; `executed_over_own` is what is executed for all patches that
 the budget has room for, over that. `--losses N` adds those of N steps from the start, which no two
-windows share. `--profile N` adds the N longest kernels of a step and the
-time in collectives, from another process, whose kernels are launched one by one: within CUDA
-graphs, which XLA calls command buffers, a profile of jax 0.11 shows no kernel.
+windows share. `--before DIR` measures each row with the packages of another tree of this project,
+too (`git archive COMMIT --prefix before/ | tar x`), and `--before DIR=ROW` one row; a line compares
+the two: the quotient of their times, and how far the losses lie apart. `--profile N` adds the N
+longest kernels of a step and the time in collectives, from another process, whose kernels are
+launched one by one: within CUDA graphs, which XLA calls command buffers, a profile of jax 0.11
+shows no kernel; `--profiled` says of which rows.
 """
 
 import argparse
@@ -31,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +58,7 @@ from bytelm_jax.training import step as steps
 from bytelm_jax.training.patch_calibration import calibrate
 
 STEPS = 10
+_HERE = Path(__file__).resolve().parent
 
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
 
@@ -256,44 +260,107 @@ def run_row(row: str, options: argparse.Namespace) -> dict[str, Any]:
     return describe(prepared, times, sizes) | more
 
 
+class Job(NamedTuple):
+    """A row and the tree whose packages measure it, by the path of its root."""
+
+    row: str
+    tree: str = "this"
+
+
+class Plan(NamedTuple):
+    """What is done with all rows of a call."""
+
+    profile: int = 0
+    """How many kernels of a profile are printed; 0: no profile."""
+    profiled: Sequence[str] = ()
+    """The rows that get a profile; all if there are none."""
+    before: Sequence[str] = ()
+    """The roots of other trees, each with = and the row that it measures, if not all."""
+    kept: Path | None = None
+    """A folder in which the cache of programs stays."""
+
+    def jobs(self, rows: Iterable[str]) -> list[Job]:
+        """Each row, with the other trees first."""
+        others = [each.partition("=")[::2] for each in self.before]
+        trees = {row: [tree for tree, only in others if only in ("", row)] for row in rows}
+        return [Job(row, tree) for row in trees for tree in (*trees[row], "this")]
+
+    def has_profile(self, job: Job) -> bool:
+        """Whether this job's kernels are printed."""
+        of_row = not self.profiled or job.row in self.profiled
+        return self.profile > 0 and job.tree == "this" and of_row
+
+    def environment(self, job: Job, cache: Path) -> dict[str, str]:
+        """The environment of a process of this job, whose programs are cached in `cache`."""
+        tree = _HERE.parents[1] if job.tree == "this" else Path(job.tree).resolve()
+        paths = filter(None, (str(tree), os.environ.get("PYTHONPATH")))
+        return _ENVIRONMENT | {
+            "PYTHONPATH": os.pathsep.join(paths),
+            "JAX_COMPILATION_CACHE_DIR": str(self.kept or cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+
+
 def measure_all(
-    rows: list[str], rest: list[str], workers: int, profile: int, kept: Path | None = None
+    rows: list[str], rest: list[str], workers: int, plan: Plan | None = None
 ) -> Iterator[dict[str, Any]]:
     """Every row in a process of its own: its peak memory is its own, and one that fails stops none.
 
     First all are compiled, `workers` side by side: the compiler tries out kernels on the devices
     and keeps memory there. Then other processes take the programs from the cache, a few ahead of
-    the one that is on the devices. Rows come as they are measured. `kept` is a folder in which the
-    cache of programs stays.
+    the one that is on the devices. Rows come as they are measured.
     """
+    plan = plan or Plan()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         lock = Path(folder, "lock")
         lock.touch()
-        cache = {
-            "JAX_COMPILATION_CACHE_DIR": str(kept or folder),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
 
-        def run(row: str, *more: str, launched: dict[str, str] | None = None) -> dict[str, Any]:
-            call = [sys.executable, __file__, "--rows", row, *rest, *more]
-            environment = _ENVIRONMENT | cache | (launched or {})
+        def run(job: Job, *more: str, launched: dict[str, str] | None = None) -> dict[str, Any]:
+            call = [sys.executable, __file__, "--rows", job.row, *rest, *more]
+            environment = plan.environment(job, Path(folder)) | (launched or {})
             done = subprocess.run(call, env=environment, stdout=subprocess.PIPE, text=True)
             return {"failed": True} if done.returncode else json.loads(done.stdout)
 
-        def run_on_devices(row: str) -> dict[str, Any]:
-            result = run(row, "--lock", str(lock))
-            if not profile or "failed" in result:
+        def run_on_devices(job: Job) -> dict[str, Any]:
+            result = run(job, "--lock", str(lock))
+            if "failed" in result or not plan.has_profile(job):
                 return result
             with tempfile.TemporaryDirectory() as trace:
                 more = ("--lock", str(lock), "--trace", trace)
-                if "failed" not in run(row, *more, launched=_ONE_BY_ONE):
-                    result["kernels"] = longest_kernels(Path(trace), STEPS, profile)
+                if "failed" not in run(job, *more, launched=_ONE_BY_ONE):
+                    result["kernels"] = longest_kernels(Path(trace), STEPS, plan.profile)
             return result
 
-        compiled = dict(zip(rows, pool.map(lambda row: run(row, "--compile"), rows), strict=True))
-        jobs = {pool.submit(run_on_devices, row): row for row in rows}
-        for job in as_completed(jobs):
-            yield {"row": jobs[job]} | job.result() | compiled[jobs[job]]
+        jobs = plan.jobs(rows)
+        # A profile's program, too, is compiled before anything is measured.
+        programs = [(job, None) for job in jobs]
+        programs += [(job, _ONE_BY_ONE) for job in jobs if plan.has_profile(job)]
+        compiling = [pool.submit(run, job, "--compile", launched=how) for job, how in programs]
+        compiled = {job: each.result() for job, each in zip(jobs, compiling, strict=False)}
+        for each in compiling:
+            each.result()
+        waiting = {pool.submit(run_on_devices, job): job for job in jobs}
+        done = dict[Job, dict[str, Any]]()
+        for each in as_completed(waiting):
+            job = waiting[each]
+            tree = {"tree": job.tree} if plan.before else {}
+            done[job] = {"row": job.row} | tree | each.result() | compiled[job]
+            yield done[job]
+            if all(other in done for other in jobs if other.row == job.row):
+                yield from comparisons(job.row, done)
+
+
+def comparisons(row: str, done: dict[Job, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line about each other tree that has measured the row, once this one has."""
+    new = done.get(Job(row), {})
+    for job, old in done.items():
+        if job.row != row or job.tree == "this" or "ms" not in old or "ms" not in new:
+            continue
+        times = {"times": round(old["ms"] / new["ms"], 3)}
+        pairs = zip(old.get("losses", ()), new.get("losses", ()), strict=True)
+        apart = [abs(a - b) for a, b in pairs]
+        losses = {"losses_apart": round(max(apart), 6)} if apart else {}
+        yield {"compare": f"{job.tree} / this", "row": row} | times | losses
 
 
 def main() -> None:
@@ -304,7 +371,9 @@ def main() -> None:
     parser.add_argument("--remat", action="store_true")
     parser.add_argument("--data", type=Path, metavar="TEXT", help="take its bytes, not random ones")
     parser.add_argument("--losses", type=int, default=0, metavar="N")
+    parser.add_argument("--before", nargs="+", default=[], metavar="DIR[=ROW]")
     parser.add_argument("--profile", type=int, default=0, metavar="N")
+    parser.add_argument("--profiled", nargs="+", default=[], metavar="ROW", help="default: all")
     parser.add_argument("--workers", type=int, default=4, help="rows compiled side by side")
     parser.add_argument("--compile", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--lock", type=Path, help=argparse.SUPPRESS)
@@ -319,7 +388,8 @@ def main() -> None:
         rest = ["--repeats", str(options.repeats), "--losses", str(options.losses)]
         rest += ["--remat"] * options.remat
         rest += ["--data", str(options.data)] if options.data else []
-        for row in measure_all(options.rows, rest, options.workers, options.profile):
+        plan = Plan(options.profile, options.profiled, options.before)
+        for row in measure_all(options.rows, rest, options.workers, plan):
             print(json.dumps(row), flush=True)
 
 
