@@ -13,6 +13,7 @@ or TPU multiplies matrices so fast that filters of a few chunks take a single pr
 from functools import partial
 
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend
@@ -38,7 +39,7 @@ def long_convolution(
 
 def _convolution(chunk: int, taps: Array, x: Array) -> Array:
     length = x.shape[1]
-    rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
+    rows, kernel = _row_major(jnp.moveaxis(_row_major(x), -1, 0)), taps[:length].T
     size = min(chunk, length)
     short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
     if not short or backend() == "cpu":
@@ -47,7 +48,18 @@ def _convolution(chunk: int, taps: Array, x: Array) -> Array:
         # A GPU makes up for the larger triangles, since it writes fewer copies of the inputs.
         size = min(2 * chunk, length) if backend() == "gpu" else size
         total = direct_convolution(rows, kernel, size)
-    return jnp.moveaxis(total, 0, -1).astype(x.dtype)
+    return _row_major(jnp.moveaxis(_row_major(total.astype(x.dtype)), 0, -1))
+
+
+def _row_major(x: Array) -> Array:
+    """x, on a GPU with its axes in memory in their order.
+
+    Left to itself, the compiler keeps all activations of a model as the convolution has them, with
+    the channels outermost, for which reading rows of experts reads each value by itself.
+    """
+    if backend() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def direct_convolution(
