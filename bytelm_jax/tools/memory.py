@@ -23,7 +23,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 _SAME = _names(
-    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name layout_constraint "
+    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
     "optimization_barrier sharding_constraint pvary pcast reduce_precision"
 )
 """Primitives whose result is their operand in another form."""
