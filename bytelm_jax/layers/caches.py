@@ -58,8 +58,12 @@ def read_at(buffers: Any, index: Index, count: int) -> Any:
 
 def take_at(buffer: Array, positions: Int[Array, "B T"]) -> Array:
     """The entries [B, T, …] at these positions of each row; zeros past the end."""
-    rows = jnp.arange(buffer.shape[0])[:, None]
-    return buffer.at[rows, positions].get(mode="fill", fill_value=0)
+    rows, size = jnp.arange(buffer.shape[0])[:, None], buffer.shape[1]
+    positions = jnp.where(positions < 0, positions + size, positions)
+    # Not by `mode="fill"`, which takes further kernels on a GPU to see which indices are inside.
+    found = buffer.at[rows, jnp.clip(positions, 0, size - 1)].get(mode="promise_in_bounds")
+    inside = (positions >= 0) & (positions < size)
+    return jnp.where(inside.reshape(*inside.shape, *(1,) * (found.ndim - 2)), found, 0)
 
 
 def swap_heads(caches: Any) -> Any:
