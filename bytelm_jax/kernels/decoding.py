@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.decode_choice import decode_form
 
 _FEW_ROWS = 8
 """Rows up to which keys that heads share are read by each of them."""
@@ -25,7 +26,7 @@ def min_rows() -> int:
 
     On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster.
     """
-    return 2 if backend() == "gpu" else 1
+    return decode_form().min_rows
 
 
 def where_needed(
