@@ -27,8 +27,6 @@ from bytelm.memory import host_memory
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import SamplerNumbers, candidate_columns, choose_ids
 from bytelm_jax.inference.speculative import Drafter, Propose
-from bytelm_jax.inference.stored import stored_by_module, weights_to_store
-from bytelm_jax.kernels.decode_choice import DecodeForm, decode_form, stored_weights
 from bytelm_jax.kernels.decoding import min_rows
 from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
@@ -139,13 +137,11 @@ def begin(
         jnp.zeros_like(zeros),
         caches[1] if len(caches) == 2 else (),
     )
-    form, propose = decode_form(), drafter.key if drafter else None
-    program = append_program(structure, settings.mode, propose, form)
-    weights = weights_to_store(structure, form, batch)(params)
+    program = append_program(structure, settings.mode, drafter.key if drafter else None)
     arguments = () if drafter is None else drafter.arguments
 
     def advance(state: State, stop: np.ndarray) -> State:
-        return program(params, weights, arguments, rows, stop, state)
+        return program(params, arguments, rows, stop, state)
 
     return Run(state, advance)
 
@@ -163,16 +159,12 @@ def prefill_program(structure: CompiledModelKey, by_byte: bool) -> Callable[...,
 
 @functools.lru_cache(maxsize=64)
 def append_program(
-    structure: CompiledModelKey, mode: str, propose: Propose | None, form: DecodeForm
+    structure: CompiledModelKey, mode: str, propose: Propose | None
 ) -> Callable[..., State]:
     """The loop over rounds, compiled once for a model, a kind of sampler and a kind of draft."""
 
-    @functools.partial(
-        jax.jit, donate_argnames="state", compiler_options=dict(form.options) or None
-    )
-    def append(
-        params: list[Array], weights: Any, drafting: Any, rows: Rows, stop: Array, state: State
-    ) -> State:
+    @functools.partial(jax.jit, donate_argnames="state")
+    def append(params: list[Array], drafting: Any, rows: Rows, stop: Array, state: State) -> State:
         model = structure.model(params)
 
         def unfinished(state: State) -> Array:
@@ -183,8 +175,7 @@ def append_program(
                 return append_round(model, mode, rows, state)
             return _verify_round(model, mode, rows, state, propose, drafting)
 
-        with stored_weights(stored_by_module(model, weights)):
-            return jax.lax.while_loop(unfinished, body, state)
+        return jax.lax.while_loop(unfinished, body, state)
 
     return append
 

@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
 from bytelm.sampling import LEAST_TOP_P, SamplerConfig
-from bytelm_jax.kernels.decode_choice import draws_by_kernel
 from bytelm_jax.kernels.decoding import where_needed
 
 _NO_LIMIT = 2**31 - 1
@@ -188,12 +187,6 @@ def choose_ids(
     open_to = jnp.asarray((columns >= 0) & ((columns != END) | numbers.allow_eos))
     if allowed is not None:
         open_to = open_to & allowed
-    if draws_by_kernel(mode, len(logits)):
-        from bytelm_jax.kernels.decode_draw import draw  # Pallas takes a while to import
-
-        open_to = jnp.broadcast_to(open_to, (len(logits), columns.shape[1]))
-        warmth, greedy = numbers.temperature, mode == "greedy"
-        return draw(logits, open_to, uniform, warmth, low, vocab.pad_id, greedy)
     logits = jax.lax.slice_in_dim(logits, low, low + columns.shape[1], axis=-1)
     logits = jnp.where(open_to, logits, -jnp.inf)
     if mode == "greedy":

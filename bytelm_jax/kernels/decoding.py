@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bytelm_jax.kernels.backend import backend
-from bytelm_jax.kernels.decode_choice import decode_form
 
 _FEW_ROWS = 8
 """Rows up to which keys that heads share are read by each of them."""
@@ -26,7 +25,7 @@ def min_rows() -> int:
 
     On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster.
     """
-    return decode_form().min_rows
+    return 2 if backend() == "gpu" else 1
 
 
 def where_needed(

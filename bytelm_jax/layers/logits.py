@@ -6,11 +6,6 @@ In bfloat16 the two largest would coincide at about one byte in a hundred.
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bytelm_jax.kernels.decode_layer import decode_logits
-from bytelm_jax.kernels.decode_weights import (
-    Product,
-    logits_weights,
-)
 from bytelm_jax.kernels.low_precision import unrounded_linear
 
 
@@ -20,9 +15,4 @@ class LogitsLinear(nnx.Linear):
     def __call__(
         self, inputs: Float[Array, "*batch D"], out_sharding: None = None
     ) -> Float[Array, "*batch V"]:
-        decoded = decode_logits(self, inputs, self.out_features)
-        return unrounded_linear(self, inputs) if decoded is None else decoded
-
-    def decode_weights(self) -> Product:
-        """The weights as decoding kernels read them."""
-        return logits_weights(self.kernel[...], None if self.bias is None else self.bias[...])
+        return unrounded_linear(self, inputs)
