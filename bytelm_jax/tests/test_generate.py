@@ -334,7 +334,9 @@ def test_the_second_row_of_a_gpu_changes_nothing(models, sampler):
 def test_a_gpu_ranks_candidates_without_being_asked(ranked):
     logits = np.random.default_rng(0).normal(size=(1 + len(ranked), 257)).astype(np.float32)
     rows = [sampling.numbers_of_a_row(each) for each in [PLAIN, *ranked]]
-    columns = [np.array(column, np.float32)[:, None] for column in zip(*rows, strict=True)]
+    columns: list[Any] = [
+        np.array(column, np.float32)[:, None] for column in zip(*rows, strict=True)
+    ]
     numbers = sampling.SamplerNumbers(*columns)
     expected = sampling._probabilities(jnp.asarray(logits), "mixed", numbers)
     with pretend_platform("gpu"):
