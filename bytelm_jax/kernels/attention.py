@@ -91,7 +91,7 @@ def fused_attention(
         # The kernel is not divided by heads, as layers that devices share need it.
         if length < SHORTEST or not is_low_precision(q) or is_partitioned():
             return None
-        return traced_attention(q, k, v) if is_pretended() else splash_attention(q, k, v, window)
+        return splash_attention(q, k, v, window)
     fits = is_low_precision(q) and width % 8 == 0 and width <= 128
     if length < 64 or not fits or not has_fused_attention():
         return None

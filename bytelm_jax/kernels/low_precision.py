@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.normalization import EPSILON, rescale, standardize
-from bytelm_jax.kernels.rows import computed_whole
+from bytelm_jax.kernels.rows import computed_whole, rows_in_program
 
 _ROWS = 4
 """Rows per input of the kernel from which on folding pays: it costs a pass over the kernel."""
@@ -55,7 +55,7 @@ def normalized_linears(
     """
     count = math.prod(x.shape[:-1])
     plain = all(type(linear) is nnx.Linear for linear in linears)
-    if not plain or not is_low_precision(x) or count < _ROWS * x.shape[-1]:
+    if not plain or not is_low_precision(x) or rows_in_program(x.shape) < _ROWS * x.shape[-1]:
         x = norm(x)
         return tuple(linear(x) for linear in linears)
     rows = normalized(x.reshape(count, x.shape[-1]), norm.centred, norm.epsilon)

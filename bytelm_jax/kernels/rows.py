@@ -8,7 +8,7 @@ stand on several devices says so (`split_rows`), and such work is then cut expli
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any
@@ -21,6 +21,27 @@ _split: ContextVar[tuple[Mesh, tuple[str, ...]] | None] = ContextVar("split", de
 
 
 _gathered: ContextVar[Mesh | None] = ContextVar("gathered", default=None)
+
+
+_parts: ContextVar[int] = ContextVar("parts", default=1)
+
+
+@contextlib.contextmanager
+def one_part_of(parts: int) -> Iterator[None]:
+    """Within this context, what is traced for one device stands for a program of `parts` of them.
+
+    Under `jit` a layer that chooses by the number of its rows sees those of all devices.
+    """
+    before = _parts.set(parts)
+    try:
+        yield
+    finally:
+        _parts.reset(before)
+
+
+def rows_in_program(shape: Sequence[int]) -> int:
+    """The positions of an array of this shape, without its last axis, in the whole program."""
+    return _parts.get() * math.prod(shape[:-1])
 
 
 @contextlib.contextmanager

@@ -90,13 +90,17 @@ def test_a_large_number_is_found_to_a_thirty_second_part_in_few_steps():
     assert 9500 * 31 / 32 - 1 <= found <= 9500 and needed == 500 + found and len(asked) <= 12
 
 
+def _compiled(size):
+    return Compiled(size, 0, 0, Work(1.0, 0.0, 0.0), 1, 0, [], in_use=size)
+
+
 def test_what_fits_is_compiled_once(monkeypatch):
     """The last batch that was compiled and fits is not compiled again for its figures."""
     asked = []
 
     def compile_lowered(rows, *_):
         asked.append(rows)
-        return Compiled(rows * 2**30, 0, 0, Work(1.0, 0.0, 0.0), 1, 0, []) if rows <= 24 else None
+        return _compiled(rows * 2**30) if rows <= 24 else None
 
     monkeypatch.setattr(dry_run, "has_compiler", lambda platform: True)
     monkeypatch.setattr(dry_run, "topology_mesh", lambda *_: meshes.make_mesh(4))
@@ -117,7 +121,8 @@ def test_fit_names_the_largest_batch_that_fits(monkeypatch, capsys):
     small = find_chip("H100")._replace(memory=100 * 2**20)
 
     def estimate(recipe, *_):
-        return dry_run.Memory(0, 0, 0, 0, 0, 0, recipe.train.batch_size * 2**20)
+        peak = recipe.train.batch_size * 2**20
+        return dry_run.Memory(0, 0, 0, 0, 0, 0, peak, peak)
 
     monkeypatch.setattr(dry_run, "compile_step", lambda *_: "")
     monkeypatch.setattr(dry_run, "find_chip", lambda name: small)

@@ -48,6 +48,8 @@ class Compiled(NamedTuple):
     padding: int
     """Bytes that layouts add to them: whole tiles of 8 × 128 numbers, say."""
     collectives: list[Collective]
+    in_use: int
+    """Bytes of `peak` that are ever in use at once; the rest are holes between temporaries."""
 
     @property
     def peak(self) -> int:
@@ -106,6 +108,7 @@ def compile_lowered(lowered: Any, devices: int, options: Any = None) -> Compiled
         written=written,
         padding=padding,
         collectives=read_collectives(text, devices),
+        in_use=memory.peak_memory_in_bytes + memory.generated_code_size_in_bytes,
     )
 
 

@@ -7,8 +7,9 @@ that accelerator. With a target (`--compile-for`) its own compiler takes the sim
 place, and its figures stand beside the estimate. Nothing is computed, read or written.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from bytelm_jax.kernels.backend import (
     simulate_devices,
 )
 from bytelm_jax.kernels.dtypes import array_bytes
+from bytelm_jax.kernels.rows import one_part_of
 from bytelm_jax.models import adapters_of, define_model
 from bytelm_jax.optimizers.build import build_optimizer, without
 from bytelm_jax.tools.collectives import Collective, read_collectives
@@ -37,8 +39,10 @@ from bytelm_jax.tools.compiled import (
     has_compiler,
     topology_mesh,
 )
+from bytelm_jax.tools.fusion import least_tile_bytes, written_bytes
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.memory import Held, device_limit, saved_for_backward, total
+from bytelm_jax.tools.seen import Deviation, seen
 from bytelm_jax.tools.targets import Target
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
@@ -63,6 +67,11 @@ class Memory(NamedTuple):
     logits: int
     peak: int
     """The most in use at once; gradients and activations are never all in use together."""
+    least: int
+    """The peak if the compiler keeps no more than the backward pass needs.
+
+    On a TPU it does so only where memory is short (`fusion.py`); on a GPU it is the peak.
+    """
 
 
 class Estimate(NamedTuple):
@@ -93,6 +102,8 @@ class Estimate(NamedTuple):
     """What was asked for by `--compile-for`."""
     compiled: Compiled | None = None
     """The figures of the target's compiler, if it was asked."""
+    seen: Deviation | None = None
+    """How far the estimate of memory was off for models like this one, if that is known."""
 
     @property
     def collective_share(self) -> float:
@@ -177,6 +188,7 @@ def dry_run(
         executed_flops=executed,
         target=target.name if target else "",
         compiled=compiled,
+        seen=seen(recipe.model, find_chip(machine.chip).platform),
     )
 
 
@@ -300,15 +312,23 @@ def estimate_memory(
     recipe: Recipe, mesh: Mesh, state: steps.TrainState, platform: str = "gpu"
 ) -> Memory:
     """The bytes of a step on each device, by kind, and the peak."""
+    memory = least_memory(recipe, mesh, state, platform)
+    if platform not in _PEAKS:
+        return memory
+    peak = _PEAKS[platform](recipe, mesh, state)
+    return memory._replace(peak=peak, least=min(memory.least, peak))
+
+
+def least_memory(
+    recipe: Recipe, mesh: Mesh, state: steps.TrainState, platform: str = "gpu"
+) -> Memory:
+    """The same if the compiler keeps no more than the backward pass needs."""
     run = recipe.train
     moving = without(state.params, trainable(recipe, state.params).frozen)
     parameters, gradients = _part(state.params), _part(moving)
     optimizer_state = _part((state.opt_state, state.average))
     dtype = steps.compute_dtype(run, mesh)
-    # The layers of one device: what it holds and computes follows from the shapes of its parts.
-    layers = meshes.layer_shapes(mesh, state.params)
-    cast = partial(jax.eval_shape, lambda params: steps.cast_for(mesh, params, dtype))
-    working, traced = cast(layers), cast(meshes.layer_shapes(mesh, state.params, traced=True))
+    working, traced = _layers(recipe, mesh, state)
     # Without sharding, arrays that need no cast are their own copies.
     copies = sum(
         _whole(leaf)
@@ -327,8 +347,54 @@ def estimate_memory(
     passes = sums + copies + activations + max(logits, largest)
     peak = parameters + optimizer_state + max(passes, gradients + sums)
     return Memory(
-        parameters, copies, gradients, optimizer_state, activations + largest, logits, peak
+        parameters, copies, gradients, optimizer_state, activations + largest, logits, peak, peak
     )
+
+
+def _layers(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> tuple[Any, Any]:
+    """The parameters as products of one device read them, and as its layers are traced with them.
+
+    What it holds and computes follows from the shapes of its parts.
+    """
+    dtype = steps.compute_dtype(recipe.train, mesh)
+    cast = partial(jax.eval_shape, lambda params: steps.cast_for(mesh, params, dtype))
+    layers = meshes.layer_shapes(mesh, state.params)
+    return cast(layers), cast(meshes.layer_shapes(mesh, state.params, traced=True))
+
+
+_OPERATION = 65_000
+"""Bytes of a TPU's program per operation that writes much: 33,000 to 93,000 for twelve recipes."""
+
+
+def tpu_peak(recipe: Recipe, mesh: Mesh, state: steps.TrainState) -> int:
+    """Bytes of a TPU's memory for the state, the passes of a micro-batch and the program.
+
+    While it has memory to spare, its compiler keeps more than the backward pass needs.
+    """
+    working, traced = _layers(recipe, mesh, state)
+    moving = sorted(without(traced, trainable(recipe, traced).frozen))
+    names = [*moving, *sorted(traced.keys() - set(moving))]
+    nats, arguments = _loss(recipe, mesh, traced)
+    with _as_on(recipe, mesh, "tpu"):
+        passes, operations = written_bytes(
+            nats,
+            *arguments,
+            held=[*(_whole(working[name]) for name in names), 0, 0],
+            # Gradients are cut as their parameters are, and in the dtype of products.
+            results=[_part(state.params[name], traced[name].dtype) for name in moving],
+            gathered=recipe.train.fsdp > 1,
+            cut={traced[n].shape: traced[n].size // working[n].size for n in names},
+        )
+    kept = jax.tree.leaves((state.params, state.opt_state, state.average))
+    if recipe.train.accumulation_steps > 1:
+        kept += [state.params[name] for name in moving]  # the sums of gradients
+    shapes = [(leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in kept]
+    state_bytes = sum(least_tile_bytes(shape, array_bytes((), dtype)) for shape, dtype in shapes)
+    return state_bytes + passes + _OPERATION * operations
+
+
+_PEAKS = {"tpu": tpu_peak}
+"""Platform → what estimates the peak there, if it is not the least."""
 
 
 def can_fit(peak: int, limit: int) -> bool:
@@ -349,7 +415,7 @@ def require_memory(recipe: Recipe) -> None:
         return
     mesh = meshes.make_mesh(run.devices, run.fsdp, run.tensor)
     meshes.check_batch(mesh, run)
-    needed = estimate_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
+    needed = least_memory(recipe, mesh, abstract_state(recipe, mesh), device.platform)
     if can_fit(needed.peak, limit):
         return
     there = f"GiB of each device, of which JAX has {limit / 2**30:.1f}"
@@ -372,6 +438,21 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, platform: str) -> list[H
 
     `platform` is the device's, "gpu" or "tpu".
     """
+    nats, arguments = _loss(recipe, mesh, working)
+    with _as_on(recipe, mesh, platform):
+        return saved_for_backward(nats, *arguments)
+
+
+@contextlib.contextmanager
+def _as_on(recipe: Recipe, mesh: Mesh, platform: str) -> Iterator[None]:
+    """Within this context, one device's part is traced as in the program for `platform`."""
+    parts = meshes.row_places(mesh) if recipe.train.parallel == "jit" else 1
+    with pretend_platform(platform), one_part_of(parts):
+        yield
+
+
+def _loss(recipe: Recipe, mesh: Mesh, working: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The loss of one device's rows, and its arguments: what is trained, what is not, ids, keys."""
     bind, _ = define_model(recipe.model, adapters_of(recipe))
     rows, pad_id = _rows(recipe, mesh), recipe.model.vocab.pad_id
     moving = without(working, trainable(recipe, working).frozen)
@@ -384,8 +465,7 @@ def residuals(recipe: Recipe, mesh: Mesh, working: Any, platform: str) -> list[H
         total, _ = cross_entropy(output.logits, ids, pad_id)
         return total + output.extra_loss.sum()
 
-    with pretend_platform(platform):
-        return saved_for_backward(nats, moving, fixed, ids, keys)
+    return nats, (moving, fixed, ids, keys)
 
 
 def _rows(recipe: Recipe, mesh: Mesh) -> int:
@@ -405,9 +485,9 @@ def _whole(leaf: Any) -> int:
     return array_bytes(leaf.shape, leaf.dtype)
 
 
-def _part(tree: Any) -> int:
-    """Bytes of one device's part of sharded arrays."""
+def _part(tree: Any, dtype: Any = None) -> int:
+    """Bytes of one device's part of sharded arrays, if they had this dtype."""
     return sum(
-        array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+        array_bytes(leaf.sharding.shard_shape(leaf.shape), dtype or leaf.dtype)
         for leaf in jax.tree.leaves(tree)
     )

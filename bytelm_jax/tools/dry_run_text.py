@@ -27,8 +27,8 @@ def describe(name: str, estimate: Estimate) -> str:
         f"  optimizer state  {gib['optimizer_state']}",
         f"  activations      {gib['activations']}",
         f"  logits           {gib['logits']}   including the loss's copies and their gradient",
-        f"  sum              {sum(estimate.memory[:-1]) / 2**30:9.3f} GiB",
-        f"  at once          {gib['peak']}   at most",
+        f"  sum              {sum(estimate.memory[:6]) / 2**30:9.3f} GiB",
+        f"  at once          {gib['peak']}   {_about_peak(estimate)}",
         *_about_compiled(estimate),
         *_about_work(estimate),
         "collectives of a step",
@@ -53,6 +53,22 @@ def _shape(estimate: Estimate) -> str:
     return f"data {groups} x fsdp {estimate.fsdp}{tensor}"
 
 
+def _about_peak(estimate: Estimate) -> str:
+    """How sure the estimate of the peak is."""
+    if estimate.memory.least == estimate.memory.peak:
+        return "at most"
+    seen = estimate.seen
+    least = f"{estimate.memory.least / 2**30:.3f} if the compiler has to save memory"
+    if seen is None:
+        return f"estimated; {least}"
+    took = f"the compiler took {_more(seen.low)} to {_more(seen.high)} for {seen.steps} steps"
+    return f"estimated; {took} of such models; {least}"
+
+
+def _more(fraction: float) -> str:
+    return f"{100 * abs(fraction):.0f} % {'less' if fraction < 0 else 'more'}"
+
+
 def _about_compiled(estimate: Estimate) -> list[str]:
     """What the target's compiler says, or that it was not asked."""
     compiled, chip = estimate.compiled, find_chip(estimate.machine.chip)
@@ -70,7 +86,8 @@ def _about_compiled(estimate: Estimate) -> list[str]:
         f"compiled for {estimate.target}",
         f"  needs            {peak:9.3f} GiB of {chip.memory / 2**30:g}: "
         f"{compiled.arguments / 2**30:.3f} of state, {compiled.temporaries / 2**30:.3f} of "
-        f"temporaries, {compiled.program / 2**30:.3f} of program",
+        f"temporaries, {compiled.program / 2**30:.3f} of program; in use at once "
+        f"{compiled.in_use / 2**30:.3f}",
         f"  work             {work.total / 1e9:9,.1f} GFLOP, {work.total / estimate.flops:.2f} x "
         f"the model's own {estimate.flops / 1e9:,.1f}: {work.products / 1e9:,.1f} in products, "
         f"{work.kernels / 1e9:,.1f} in kernels, {by_element}",

@@ -18,27 +18,30 @@ from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from bytelm_jax.kernels.dtypes import array_bytes
 
 
-def _names(text: str) -> frozenset[str]:
+def names(text: str) -> frozenset[str]:
+    """The words of a text."""
     return frozenset(text.split())
 
 
-_SAME = _names(
+SAME = names(
     "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
     "optimization_barrier sharding_constraint pvary pcast reduce_precision"
 )
 """Primitives whose result is their operand in another form."""
 
-_CHEAP = _names(
+CHEAP = names(
     "abs add add_any and bitcast_convert_type broadcast_in_dim ceil clamp concatenate "
     "convert_element_type dynamic_slice dynamic_update_slice eq floor ge gt imag integer_pow "
     "iota is_finite le lt max min mul ne neg not or pad real rev round select_n shift_left "
     "shift_right_arithmetic shift_right_logical sign slice split square sub xor"
 )
 
-_LIBRARY = _names("conv_general_dilated dot_general fft pure_callback ragged_dot_general sort")
+_LIBRARY = names(
+    "conv_general_dilated dot_general fft pallas_call pure_callback ragged_dot_general sort"
+)
 """Primitives that read their operands from memory: no fusion reaches into them."""
 
-_CALLS = _names(
+CALLS = names(
     "checkpoint closed_call core_call custom_jvp_call custom_vjp_call jit pjit remat2 shard_map"
 )
 """Primitives that only wrap a program of their own."""
@@ -89,8 +92,8 @@ class Program:
         for eqn in jaxpr.eqns:
             name = eqn.primitive.name
             inputs = [_look_up(values, v) for v in eqn.invars]
-            if name in _CALLS:
-                inner, constants = _program_of(eqn)
+            if name in CALLS:
+                inner, constants = program_of(eqn)
                 if name in ("checkpoint", "remat2"):
                     self.rematerialised.append(ClosedJaxpr(inner, constants))
                 known: dict[Any, _Value | None] = dict(zip(inner.invars, inputs, strict=True))
@@ -98,13 +101,13 @@ class Program:
                 self._add(inner, known)
                 results = [_look_up(known, v) for v in inner.outvars]
                 values.update(zip(eqn.outvars, results, strict=True))
-            elif name in _SAME or _changes_nothing(eqn):
+            elif name in SAME or changes_nothing(eqn):
                 values.update(zip(eqn.outvars, inputs, strict=True))
             else:
                 outputs = {v: _Value(v.aval, name) for v in eqn.outvars}
                 values |= outputs
                 real = [value for value in inputs if value is not None]
-                cheap = name in _CHEAP or (name == "div" and _divides_by_number(eqn))
+                cheap = name in CHEAP or (name == "div" and _divides_by_number(eqn))
                 self.operations.append(
                     _Operation(real, list(outputs.values()), cheap, name in _LIBRARY)
                 )
@@ -115,12 +118,14 @@ def _look_up(values: dict[Any, _Value | None], variable: Any) -> _Value | None:
     return None if isinstance(variable, Literal) else values[variable]
 
 
-def _program_of(eqn: Any) -> tuple[Any, list[Any]]:
+def program_of(eqn: Any) -> tuple[Any, list[Any]]:
+    """The program that an equation wraps, and its constants."""
     inner = next(eqn.params[k] for k in ("jaxpr", "call_jaxpr") if k in eqn.params)
     return (inner.jaxpr, inner.consts) if isinstance(inner, ClosedJaxpr) else (inner, [])
 
 
-def _changes_nothing(eqn: Any) -> bool:
+def changes_nothing(eqn: Any) -> bool:
+    """Whether it converts to the dtype that its operand has."""
     return (
         eqn.primitive.name == "convert_element_type"
         and eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype
