@@ -54,21 +54,44 @@ def require_plain_file(file: Path) -> None:
         raise OSError(0, "not a plain file", str(file))
 
 
+def require_replaceable(path: Path, named: str) -> None:
+    """Raises `ValueError`, which calls it `named`, for a pipe or a device where a file should go.
+
+    A file that takes their place would end them: /dev/null for everybody, if root writes there.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    require(stat.S_ISREG(mode), f"{named}: is a pipe or a device; name a plain file")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for reading and writing, that takes the place of `path` at the end.
 
-    At any moment `path` has either the old or the new content; an error leaves the old.
+    At any moment `path` has either the old or the new content; an error leaves the old. A link
+    stays one, and the file at its end is replaced: /dev/stdout is a link to what may be a file.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    require_replaceable(path, str(path))
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "w+b") as sink:
+        with _open_new(beside, path) as sink:
             yield sink
             sink.flush()
             os.fsync(sink.fileno())
-        os.replace(beside, path)
+        os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _open_new(beside: Path, path: Path) -> BinaryIO:
+    """Opens `beside`; an error names `path`, which is the one that the user knows."""
+    try:
+        return open(beside, "w+b")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_file(path: Path, data: bytes) -> None:

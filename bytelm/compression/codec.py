@@ -30,7 +30,7 @@ from bytelm.compression.container import (
     write_block,
 )
 from bytelm.config import ModelConfig, require
-from bytelm.files import replacing, require_plain_file
+from bytelm.files import replacing, require_plain_file, require_replaceable
 
 SUFFIX = ".blm"
 _PIECE_BYTES = 1 << 14  # of each stream in a block, on average: their lengths take 0.02 % then
@@ -146,6 +146,7 @@ def check_paths(path: Path, out: Path) -> None:
     require(not same, f"out={out}: is the input itself; name another file")
     require(not out.is_dir(), f"out={out}: is a folder; name a file")
     require(out.parent.is_dir(), f"out={out}: its folder does not exist; make it first")
+    require_replaceable(out, f"out={out}")
 
 
 def _write_coded(

@@ -1,6 +1,7 @@
 """Compression without a model: the range coder, the file format, and what is refused."""
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from bytelm.compression import codec
 from bytelm.compression.coder import Decoder, Encoder, shares
 from bytelm.compression.container import Header, read_header, short
 from bytelm.compression.options import default_out
+from bytelm.files import replace_file
 
 STREAMS = 5
 
@@ -202,6 +204,25 @@ def test_requests_that_make_no_sense_are_refused(tmp_path):
     for file, why in ("plain.blm", "exists"), ("plain", "does not end in .blm"):
         with pytest.raises(ValueError, match=why):
             default_out(tmp_path / file, Path(), True)
+
+
+def test_a_pipe_or_a_device_is_not_replaced_by_a_file_and_a_link_stays_one(tmp_path):
+    plain, pipe, link = (tmp_path / name for name in ("plain", "pipe", "link"))
+    plain.write_bytes(LIKELY)
+    os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    for out in pipe, link:  # a link, as /dev/stdout is one
+        with pytest.raises(ValueError, match=f"out={out}: is a pipe or a device"):
+            codec.compress_file(plain, out, PLACE, 64)
+        with pytest.raises(ValueError, match="is a pipe or a device"):  # whoever did not ask
+            replace_file(out, b"")
+    assert pipe.is_fifo() and link.is_symlink()
+    link.unlink()
+    link.symlink_to(tmp_path / "target")
+    replace_file(link, b"new")
+    assert link.is_symlink() and (tmp_path / "target").read_bytes() == b"new"
+    with pytest.raises(OSError, match="no/file"):  # and not the name of a file beside it
+        replace_file(tmp_path / "no" / "file", b"")
 
 
 def test_a_model_that_is_not_finite_is_refused(tmp_path):

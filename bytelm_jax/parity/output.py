@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import bytelm
 from bytelm.config import require
-from bytelm.files import replace_file
+from bytelm.files import replace_file, require_replaceable
 from bytelm_jax.parity.report import Report, Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
@@ -30,6 +30,7 @@ def check_files(**files: Path) -> None:
         if file != Path():
             there = file.parent.is_dir() and not file.is_dir()
             require(there, f"--{option} {file}: name a file in a folder that exists")
+            require_replaceable(file, f"--{option} {file}")
 
 
 def write_files(report: Report, junit: Path, html: Path) -> None:
