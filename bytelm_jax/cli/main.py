@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 
+_ENDED = 128 + signal.SIGTERM
 COMMANDS = {
     "train": "train a recipe, or resume its run",
     "eval": "exact bits per byte over files",
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bytelm: {_unknown(name)}", file=sys.stderr)
         return 2
     try:
-        with _ended_by_sigterm():
+        with _ended_by_sigterm(), _swallowed_stops_sent_again():
             if _keeps_programs(name, arguments[1:]):
                 from bytelm_jax.cli import compile_cache
 
@@ -112,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _ended_by_sigterm() -> Iterator[None]:
     """Within this context SIGTERM ends the process as an error would: unfinished files go."""
 
-    def end(number: int, _: object) -> None:
-        sys.exit(128 + number)
+    def end(*_: object) -> None:
+        sys.exit(_ENDED)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -123,6 +124,32 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _swallowed_stops_sent_again() -> Iterator[None]:
+    """Within this context a signal that Python drops is sent again, until it ends the command.
+
+    An exception of a signal's handler is printed and dropped where it falls into a callback of the
+    garbage collector, of which JAX has one, or into a `__del__`: the command would run to its end.
+    """
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        stopped = isinstance(dropped.exc_value, SystemExit) and dropped.exc_value.code == _ENDED
+        if stopped or dropped.exc_type is KeyboardInterrupt:
+            number = signal.SIGTERM if stopped else signal.SIGINT
+            again = threading.Timer(0.05, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _keeps_programs(name: str, argv: list[str]) -> bool:

@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,20 @@ def test_a_command_that_is_stopped_says_so_in_one_line(monkeypatch, capsys, tmp_
     with pytest.raises(SystemExit, match="143"):
         front.main(["compress"])
     assert not any(tmp_path.iterdir()) and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_stop_that_falls_into_a_callback_of_the_garbage_collector_is_not_lost(monkeypatch):
+    """Python prints and drops the exceptions of such callbacks; JAX registers one."""
+
+    class Dropping:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def command(argv):
+        Dropping()
+        time.sleep(10)
+        return 0
+
+    monkeypatch.setattr(front, "_command", lambda name: command)
+    with pytest.raises(SystemExit, match="143"):
+        front.main(["compress"])
