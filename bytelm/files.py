@@ -136,6 +136,8 @@ def errors_about(path: Path, hint: str) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or one_line(error)
         raise FileError(f"{path}: cannot be read ({why}); {hint}") from None
+    except json.JSONDecodeError as error:
+        raise FileError(f"{path}: not JSON ({one_line(error)}); {hint}") from None
     except (ValueError, RecursionError, OverflowError) as error:
         raise FileError(f"{path}: {one_line(error)}") from None
 

@@ -174,6 +174,8 @@ def refuse_export(stored: Any, file: Path) -> None:
     if isinstance(stored, dict) and "name" not in stored:
         exported = stored.get("library") == LIBRARY or "bytelm" in stored
         hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
+        if not holds_weights(file.parent):
+            hint = f"{file.parent} holds no weights: copy all of it again"
         require(not exported, f"belongs to an export, not to a run; {hint}")
         foreign = "model_type" in stored
         require(not foreign, f"belongs to a model of transformers, not to a run; {hint}")
