@@ -117,7 +117,9 @@ class Scheduler:
         self._closed, self._until = False, 0.0
         self._seconds_per_round, self._advances = 0.0, 0
         self._seconds = {"join": 0.0, "read": 0.0, "advance": 0.0}
-        self._reading = self._writing = False
+        self._reading = False
+        self._written: set[int] = set()
+        """The slots of texts that the last advance has added to and that go on."""
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="bytelm scheduler", daemon=True)
         self._thread.start()
@@ -165,7 +167,7 @@ class Scheduler:
     def _run(self) -> None:
         try:
             while self._wait():
-                if not self._writing:
+                if not self._written:  # no advance may follow during which to hand out
                     self._hand_out()
                     self._gather()
                 self._drop_cancelled()
@@ -201,6 +203,7 @@ class Scheduler:
         for slot in [slot for slot, text in self._active.items() if text.cancelled]:
             self._engine.leave(slot)
             del self._active[slot]
+            self._written.discard(slot)
         with self._changed:
             if any(text.cancelled for text in self._waiting):
                 self._waiting = deque(text for text in self._waiting if not text.cancelled)
@@ -222,12 +225,13 @@ class Scheduler:
         Those that come meanwhile are read as well, so that texts that came together are written
         together, and the last of them do not keep the whole batch at work.
         """
-        until = time.perf_counter() + SECONDS / (2 if self._writing else 1)
+        writing = bool(self._written)
+        until = time.perf_counter() + SECONDS / (2 if writing else 1)
         while time.perf_counter() < until:
             if self._reading:
                 with self._timed("read"):
-                    self._reading = self._engine.read(self._writing)
-            elif self._writing or not self._gather():
+                    self._reading = self._engine.read(writing)
+            elif writing or not self._gather():
                 break
             self._join()
 
@@ -255,7 +259,7 @@ class Scheduler:
                     self._engine.leave(new.slot)
             if (piece.data or piece.end) and not text.cancelled:
                 self._pieces.append((text, piece))
-        self._writing = any(new.slot in self._active for new in written)
+        self._written = {new.slot for new in written if new.slot in self._active}
 
     @contextmanager
     def _timed(self, work: str) -> Iterator[None]:

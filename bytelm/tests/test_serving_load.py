@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -153,6 +154,23 @@ def test_a_cancelled_text_is_gone_before_the_next_advance():
         scheduler.submit([first, second])
     scheduler.cancel([second])
     until(lambda: not engine.texts)
+    scheduler.close()
+
+
+def test_a_text_gets_its_end_though_all_others_are_cancelled_by_then():
+    engine, heard = Echo(2), []
+    scheduler = Scheduler(engine, 1, heard.extend)
+    settings = Settings(max_new_bytes=1, sampler=SamplerConfig(), seed=0)
+    short, long = (
+        Text(count, b"ab", replace(settings, max_new_bytes=count), (), lambda *_: None)
+        for count in (1, 400)
+    )
+    engine.gate.clear()
+    scheduler.submit([short, long])
+    until(lambda: len(engine.texts) == 2)
+    scheduler.cancel([long])  # in the advance that ends the other one
+    engine.gate.set()
+    until(lambda: [(text, piece.end) for text, piece in heard] == [(short, "length")])
     scheduler.close()
 
 
