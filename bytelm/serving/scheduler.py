@@ -169,7 +169,8 @@ class Scheduler:
             while self._wait():
                 if not self._written:  # no advance may follow during which to hand out
                     self._hand_out()
-                    self._gather()
+                    if self._waiting:
+                        self._gather()
                 self._drop_cancelled()
                 self._join()
                 if self._active:
