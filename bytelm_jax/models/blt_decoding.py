@@ -24,7 +24,6 @@ from bytelm_jax.layers.caches import (
     read_at,
     take_at,
     write_at,
-    write_heads_at,
 )
 from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.segments import segment_max
@@ -39,7 +38,7 @@ from bytelm_jax.models.entropy import (
     write_prefix,
     write_segment_starts,
 )
-from bytelm_jax.models.interface import pack, pack_heads, unpack, unpack_heads
+from bytelm_jax.models.interface import pack, unpack
 
 if TYPE_CHECKING:
     from bytelm_jax.models.blt import BLT
@@ -68,8 +67,8 @@ class BLTCache(NamedTuple):
     """The encoder's byte states; a complete patch takes their maximum."""
     pooled: KeyValueCache
     """Keys and values of those states for pooling, [B, L, G, K]."""
-    global_layers: Float[Array, "B C N J"]
-    """Keys and values of each patch in all layers of the global transformer, by head."""
+    global_layers: Float[Array, "B N F"]
+    """Keys and values of each patch in all layers of the global transformer (`pack`)."""
     memory: Float[Array, "B N E"]
     """Keys and values of each patch's vectors, [M, G, K], for all layers of the decoder."""
     decoder: Caches
@@ -95,7 +94,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
         encoder=local.empty_caches(batch, length, dtype),
         states=jnp.zeros((batch, length, c.local_dim), dtype),
         pooled=KeyValueCache(pooled, pooled),
-        global_layers=pack_heads(model.global_transformer.empty_caches(batch, patches, dtype), 1),
+        global_layers=pack(model.global_transformer.empty_caches(batch, patches, dtype), 2),
         memory=pack(_empty_memory(c, (batch, patches), dtype), 2),
         decoder=model.decoder.transformer.empty_caches(batch, length, dtype),
         global_calls=jnp.zeros((), jnp.int32),
@@ -136,8 +135,8 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
         patcher=patcher,
         encoder=write_prefix(cache.encoder, encoder),
         states=cache.states.at[:, :length].set(states),
-        pooled=write_at(cache.pooled, pooled, 0),
-        global_layers=write_heads_at(cache.global_layers, pack_heads(global_layers, 2), 0),
+        pooled=write_prefix((cache.pooled,), (pooled,))[0],
+        global_layers=write_at(cache.global_layers, pack(global_layers, 2), 0),
         memory=write_at(cache.memory, pack(memory, 2), 0),
         decoder=write_prefix(cache.decoder, decoder),
     )
@@ -337,14 +336,14 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
     def run() -> tuple[Array, Array]:
         patches = _pool(model, cache, new)
         template = model.global_transformer.empty_caches(batch, capacity, patches.dtype)
-        layers = unpack_heads(cache.global_layers, template, 1)
+        layers = unpack(cache.global_layers, template)
         patch_entropy = _patch_entropy_of(model.config, cache, new, patches.dtype)
         patches, new_layers = model.global_transformer.extend_rows(
             model.widen(patches), layers, number, patch_entropy, first
         )
         vectors = model.decoder.split(patches)
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)
-        return pack_heads(new_layers, 2), pack(read, 2)
+        return pack(new_layers, 2), pack(read, 2)
 
     def skip() -> tuple[Array, Array]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
@@ -354,7 +353,7 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
     # A slot past the end is dropped: a patch that goes on writes nothing.
     at = jnp.where(ended, slots, capacity)
     return cache._replace(
-        global_layers=write_heads_at(cache.global_layers, layers, at),
+        global_layers=write_at(cache.global_layers, layers, at),
         memory=write_at(cache.memory, memory, at),
         global_calls=cache.global_calls + some,
     )

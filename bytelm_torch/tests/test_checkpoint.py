@@ -165,7 +165,7 @@ def config_with(**fields: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("{", "config.json: Expecting property name"),
+        ("{", "config.json: not JSON (Expecting property name"),
         ("[" * 200_000, "config.json: lists or objects are nested too deeply"),
         ("3", "config.json: must hold a JSON object"),
         (config_with(library="other"), "config.json: library='other': must be 'bytelm'"),
