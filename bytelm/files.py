@@ -66,6 +66,13 @@ def require_replaceable(path: Path, named: str) -> None:
     require(stat.S_ISREG(mode), f"{named}: is a pipe or a device; name a plain file")
 
 
+def require_file_to_write(path: Path, named: str) -> None:
+    """Raises `ValueError`, which calls it `named`, where no plain file can be made or replaced."""
+    usable = path.absolute().parent.is_dir() and not path.is_dir()
+    require(usable, f"{named}: name a file in a folder that exists")
+    require_replaceable(path, named)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for reading and writing, that takes the place of `path` at the end.

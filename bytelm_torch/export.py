@@ -41,14 +41,12 @@ def _export(
         length: bytes of a text with which the program is made; 0 takes the training length, and if
             the model does not say it, 512, or the longest input if that is less.
     """
-    from bytelm.config import default_length, require
-    from bytelm.files import require_replaceable
+    from bytelm.config import default_length
+    from bytelm.files import require_file_to_write
     from bytelm_torch.interop.export import from_pretrained
     from bytelm_torch.interop.programs import export_onnx, save_program
 
-    usable = out.absolute().parent.is_dir() and not out.is_dir()
-    require(usable, f"out={out}: name a file in a folder that exists")
-    require_replaceable(out, f"out={out}")
+    require_file_to_write(out, f"out={out}")
     made = from_pretrained(model, checkpoint=checkpoint)
     length = length or default_length(made.config, made.training_length)
     if format == "onnx":

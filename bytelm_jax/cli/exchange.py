@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from bytelm.arguments import UsageError
 from bytelm.config import Recipe
 from bytelm.export import imported_recipe, model_extra
-from bytelm.files import require_replaceable
+from bytelm.files import require_file_to_write
 from bytelm.remote.copies import local_copy
 from bytelm.runs import find_export
 
@@ -175,9 +175,7 @@ def _export_folder(source: _Source, out: Path, own_code: bool, folder: _Folder) 
 
 
 def _export_program(source: _Source, out: Path, length: int | None, batch: int | None) -> int:
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise UsageError(f"--out {out}: name a file in a folder that exists")
-    require_replaceable(out, f"--out {out}")
+    require_file_to_write(out, f"--out {out}")
     from bytelm_jax.interop.stablehlo import export_stablehlo
 
     recipe, params, step, _ = source.load()

@@ -55,6 +55,12 @@ def ordered_segment_sum(
     return _product(x, patch_of, count, x.dtype)
 
 
+def rows_of(x: Float[Array, "B N F"], patch_of: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+    """The row of each byte's patch; zeros for a byte that belongs to none."""
+    read = lambda row, at: row.at[at].get(mode="fill", fill_value=0)  # noqa: E731
+    return jax.vmap(read)(x, patch_of)
+
+
 def largest_in_segment(
     x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int, is_sorted: bool = False
 ) -> Float[Array, "B {count} F"]:
@@ -104,8 +110,7 @@ def _halves_forward(x: Array, patch_of: Array, count: int) -> tuple[Array, Array
 
 
 def _halves_backward(count: int, patch_of: Array, gradient: Array) -> tuple[Array, None]:
-    take = lambda row, at: row.at[at].get(mode="fill", fill_value=0)  # noqa: E731
-    return jax.vmap(take)(gradient, patch_of), None
+    return rows_of(gradient, patch_of), None
 
 
 _sum_of_halves.defvjp(_halves_forward, _halves_backward)

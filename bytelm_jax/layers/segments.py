@@ -16,6 +16,7 @@ from bytelm_jax.kernels.dtypes import is_low_precision
 from bytelm_jax.kernels.segment_sum import (
     largest_in_segment,
     rounded_segment_sum,
+    rows_of,
     segment_sum,
 )
 
@@ -26,21 +27,16 @@ def take_segments(
     """The row of `x` that belongs to the patch of each byte."""
     if is_low_precision(x):
         return _low_precision_take(x, patch_of, is_sorted)
-    return _take(x, patch_of)
-
-
-def _take(x: Array, patch_of: Array) -> Array:
-    read = lambda row, i: row.at[i].get(mode="fill", fill_value=0)  # noqa: E731
-    return jax.vmap(read)(x, patch_of)
+    return rows_of(x, patch_of)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _low_precision_take(x: Array, patch_of: Array, is_sorted: bool) -> Array:
-    return _take(x, patch_of)
+    return rows_of(x, patch_of)
 
 
 def _take_forward(x: Array, patch_of: Array, is_sorted: bool) -> tuple[Array, tuple[Array, Array]]:
-    return _take(x, patch_of), (x, patch_of)
+    return rows_of(x, patch_of), (x, patch_of)
 
 
 def _take_backward(

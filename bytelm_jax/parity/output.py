@@ -10,8 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import bytelm
-from bytelm.config import require
-from bytelm.files import replace_file, require_replaceable
+from bytelm.files import replace_file, require_file_to_write
 from bytelm_jax.parity.report import Report, Row
 
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "numpy")
@@ -28,9 +27,7 @@ def check_files(**files: Path) -> None:
     """Raises `ValueError` for files, by option, that cannot be written; an empty path is none."""
     for option, file in files.items():
         if file != Path():
-            there = file.parent.is_dir() and not file.is_dir()
-            require(there, f"--{option} {file}: name a file in a folder that exists")
-            require_replaceable(file, f"--{option} {file}")
+            require_file_to_write(file, f"--{option} {file}")
 
 
 def write_files(report: Report, junit: Path, html: Path) -> None:
