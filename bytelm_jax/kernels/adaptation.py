@@ -1,4 +1,4 @@
-"""The sum of a wide and a narrow product, as adaptive linear layers have it.
+"""The sum of a wide product and an adapted narrow one, as adaptive linear layers have it.
 
 Axes: I inputs, O outputs, R rank; kernels may have leading axes, which their product knows.
 """
@@ -11,25 +11,32 @@ from jaxtyping import Array, Float
 from bytelm_jax.kernels.backend import backend
 
 _ROWS = 4
-"""Rows per input from which on the kernels of both are put together, which copies them."""
+"""Rows per input from which on kernels are put together, which copies them."""
 
 
-def sum_of_products(
+def adapted_product(
     x: Float[Array, "*batch I"],
-    narrow: Float[Array, "*batch R"],
+    scale: Float[Array, "*positions R"],
     base: Float[Array, "*lead I O"],
+    down: Float[Array, "*lead I R"],
     up: Float[Array, "*lead R O"],
     product: Callable[[Array, Array], Array],
 ) -> Float[Array, "*batch O"]:
-    """`product(x, base) + product(narrow, up)`.
+    """`product(x, base) + product(scale · product(x, down), up)`.
 
-    On a GPU it is the product [x, narrow] @ [base; up]: the narrow one alone takes as long as
-    writing its outputs, adding them as long as reading both, and its gradients read all of the
-    output's gradient twice more. With fewer outputs than inputs, copying x would cost more.
+    `scale` is one of each position, or one of all positions of a row.
+
+    A narrow product alone takes as long as reading its wide side or writing it, and so does each of
+    its gradients. On a GPU the narrow one with the wider side is therefore a part of the wide
+    product: with fewer outputs than inputs x @ [base, down], otherwise [x, narrow] @ [base; up].
     """
     inputs, outputs = base.shape[-2:]
     many = x.size >= _ROWS * inputs * inputs
-    if backend() != "gpu" or not many or outputs < inputs:
-        return product(x, base) + product(narrow, up)
-    both = jnp.concatenate([x, narrow], axis=-1)
+    if backend() != "gpu" or not many:
+        return product(x, base) + product(scale * product(x, down), up)
+    if outputs < inputs:
+        both = product(x, jnp.concatenate([base, down], axis=-1))
+        wide, narrow = jnp.split(both, [outputs], axis=-1)
+        return wide + product(scale * narrow, up)
+    both = jnp.concatenate([x, scale * product(x, down)], axis=-1)
     return product(both, jnp.concatenate([base, up], axis=-2))

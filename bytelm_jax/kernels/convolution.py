@@ -13,6 +13,7 @@ or TPU multiplies matrices so fast that filters of a few chunks take a single pr
 from functools import partial
 
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend
@@ -38,7 +39,7 @@ def long_convolution(
 
 def _convolution(chunk: int, taps: Array, x: Array) -> Array:
     length = x.shape[1]
-    rows, kernel = jnp.moveaxis(x, -1, 0), taps[:length].T
+    rows, kernel = _row_major(jnp.moveaxis(_row_major(x), -1, 0)), taps[:length].T
     size = min(chunk, length)
     short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
     if not short or backend() == "cpu":
@@ -47,7 +48,18 @@ def _convolution(chunk: int, taps: Array, x: Array) -> Array:
         # A GPU makes up for the larger triangles, since it writes fewer copies of the inputs.
         size = min(2 * chunk, length) if backend() == "gpu" else size
         total = direct_convolution(rows, kernel, size)
-    return jnp.moveaxis(total, 0, -1).astype(x.dtype)
+    return _row_major(jnp.moveaxis(_row_major(total.astype(x.dtype)), 0, -1))
+
+
+def _row_major(x: Array) -> Array:
+    """x, on a GPU with its axes in memory in their order.
+
+    Left to itself, the compiler keeps all activations of a model as the convolution has them, with
+    the channels outermost, for which reading rows of experts reads each value by itself.
+    """
+    if backend() != "gpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def direct_convolution(
@@ -58,11 +70,15 @@ def direct_convolution(
     count, before = -(-length // chunk), -(-(kernel.shape[1] - 1) // chunk)
     padding = (before * chunk, count * chunk - length)
     padded = jnp.pad(rows, ((0, 0), (0, 0), padding)).reshape(dim, batch, before + count, chunk)
-    near = [padded[:, :, i : i + count] for i in range(before + 1)]
+    # Summed side by side: for a concatenation, each part would be written twice.
+    near = sum(
+        jnp.pad(padded[:, :, i : i + count], (*[(0, 0)] * 3, (i * chunk, (before - i) * chunk)))
+        for i in range(before + 1)
+    )
     wide = jnp.promote_types(rows.dtype, jnp.float32)
     summed = jnp.einsum(
         "dbns,dst->dbnt",
-        jnp.concatenate(near, axis=-1),
+        near,
         # In the wide dtype, so that the gradients along a diagonal are summed in it.
         toeplitz(kernel.astype(wide), chunk, before * chunk).astype(rows.dtype),
         preferred_element_type=wide,

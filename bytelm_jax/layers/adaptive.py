@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.adaptation import sum_of_products
+from bytelm_jax.kernels.adaptation import adapted_product
 from bytelm_jax.kernels.gelu import gelu
 from bytelm_jax.kernels.running_mean import prefix_mean
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
@@ -56,8 +56,8 @@ def adaptive_linear(
     if weights.down is not None and weights.up is not None:
         if scale is None:
             scale = a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)
-        narrow = scale * (x @ weights.down)
-        return sum_of_products(x, narrow, weights.base, weights.up, jnp.matmul) + bias
+        kernels = (weights.base, weights.down, weights.up)
+        return adapted_product(x, scale, *kernels, jnp.matmul) + bias
     if a.shape[1] == 1:
         change = (a @ weights.adapt + weights.adapt_bias.reshape(1, 1, -1)).reshape(
             a.shape[0], *weights.base.shape[::-1]

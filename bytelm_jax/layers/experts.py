@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from bytelm_jax.kernels.adaptation import sum_of_products
+from bytelm_jax.kernels.adaptation import adapted_product
 from bytelm_jax.kernels.grouped_matmul import (
     grouped_bias,
     grouped_matmul,
@@ -131,8 +131,8 @@ def _dispatch(
     inputs, contexts = (spread(values, chosen.shape[1], groups) for values in (x, a))
     if weights.down is not None and weights.up is not None:
         scale = product(contexts, weights.adapt) + grouped_bias(weights.adapt_bias, groups)
-        narrow = scale * product(inputs, weights.down)
-        outputs = sum_of_products(inputs, narrow, weights.base, weights.up, product)
+        kernels = (weights.base, weights.down, weights.up)
+        outputs = adapted_product(inputs, scale, *kernels, product)
     else:
         outputs = full_adaptation(weights, inputs, contexts, product)
     return mix(outputs, weights.bias, gates, chosen, groups)

@@ -24,7 +24,7 @@ def names(text: str) -> frozenset[str]:
 
 
 SAME = names(
-    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name "
+    "reshape squeeze expand_dims transpose copy copy_p stop_gradient name layout_constraint "
     "optimization_barrier sharding_constraint pvary pcast reduce_precision"
 )
 """Primitives whose result is their operand in another form."""
