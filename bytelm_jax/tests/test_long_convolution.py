@@ -8,8 +8,11 @@ from flax import nnx
 
 from bytelm import tolerances
 from bytelm_jax.kernels.convolution import long_convolution, toeplitz
+from bytelm_jax.kernels.rows import split_rows
 from bytelm_jax.layers.long_convolution import LongConvolution
 from bytelm_jax.parity.report import relative_error
+from bytelm_jax.tools.collectives import read_collectives
+from bytelm_jax.training import mesh as meshes
 
 CHUNK = 64
 MACHINES = ["cpu", "gpu"]  # by transforms, and where the filter is short directly
@@ -138,6 +141,23 @@ def test_position_by_position(taps, x64):
         steps.append(np.asarray(y))
     error = relative_error(np.concatenate(steps, axis=1), whole)
     assert error <= tolerances.LOGITS["float64"]
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_devices_exchange_a_gradient_a_tap(machine, monkeypatch):
+    """And not one of every place at which a tap stands in the matrices that products take."""
+    monkeypatch.setattr(jax, "default_backend", lambda: machine)
+    mesh = meshes.make_mesh(4)
+    x, taps = random(4, 100, 40)
+
+    def total(taps, x):
+        with split_rows(mesh, meshes.ROWS):
+            return jnp.sum(long_convolution(x, taps, 16) ** 2)
+
+    step = jax.jit(jax.grad(total), in_shardings=(None, meshes.batch_sharding(mesh)))
+    text = step.lower(jnp.float32(taps), jnp.float32(x)).compile().as_text()
+    (reduced,) = read_collectives(text, mesh.size)
+    assert (reduced.kind, reduced.bytes) == ("all-reduce", 4 * taps.size)
 
 
 def test_toeplitz_matrix():
