@@ -196,6 +196,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %ag = (bf16[4]{0}, bf16[32]{0}) all-gather-start(%x), replica_groups={{0,1,2,3,4,5,6,7}}
   %done = bf16[32]{0} all-gather-done(%ag)
   %ar = (f32[16]{0}, s32[]) all-reduce(%x, %y), replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%sum
+  %as = ((f32[12]{0}, s32[]), (f32[12]{0}, s32[])) all-reduce-start(%x, %y), replica_groups={{0,1},{2,3}}, to_apply=%sum
   %w = (s32[], f32[8]) while(%t), condition=%cond, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
   ROOT %cp = (f32[10]{0}, f32[10]{0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
 }
@@ -208,9 +209,10 @@ def test_collectives_are_read_with_their_groups_and_loops():
         Collective("reduce-scatter", 4, 3, 3 * 8 * 4 * 4),
         Collective("all-reduce", 4, 1, 16 * 4 + 4),
         Collective("all-gather", 8, 1, 32 * 2),
+        Collective("all-reduce", 2, 1, 12 * 4 + 4),
         Collective("collective-permute", 8, 1, 10 * 4),
     ]
-    scatter, reduce, gather, permute = (each.seconds(8.0) for each in collectives)
+    scatter, reduce, gather, _, permute = (each.seconds(8.0) for each in collectives)
     assert scatter == 384 * 3 / 4 / 8 and reduce == 2 * 68 * 3 / 4 / 8
     assert gather == 64 * 7 / 8 / 8 and permute == 40 / 8
 

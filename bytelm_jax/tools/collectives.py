@@ -126,9 +126,10 @@ def _group(line: str, devices: int) -> int:
 
 def _bytes(shape: str, kind: str, start: bool, group: int) -> int:
     arrays = [_array_bytes(*match) for match in _ARRAY.findall(shape)]
-    if start and kind == "all-gather":  # (inputs, outputs)
+    # A TPU's compiler writes the outputs of other kinds alone, a GPU's ((inputs), outputs).
+    if start and (kind == "all-gather" or shape.startswith("((")):
         arrays = arrays[len(arrays) // 2 :]
-    if start and kind == "collective-permute":  # and two counters
+    elif start and kind == "collective-permute":  # and two counters
         arrays = arrays[1:2]
     return sum(arrays) * (group if kind == "reduce-scatter" else 1)
 
