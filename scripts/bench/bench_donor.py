@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--donor-seconds", type=float, default=300.0)
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--donor-rate", type=float, default=0.5)
+    parser.add_argument("--donor-rate", type=float, default=0.25)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--tiny", action="store_true")
     asked = parser.parse_args()

@@ -1,11 +1,12 @@
 """What the lines of `bench_donor.py` say: a table, the curves, and how many bytes a donor saves.
 
-    python scripts/bench/donor_report.py donor-runs/lines.jsonl
+    python scripts/bench/donor_report.py donor-runs/lines.jsonl --figure donor.svg
 
 Only seeds count for which every arm of the file has ended, so that it also reports runs that were
-cut short. Needs nothing but Python.
+cut short. Needs nothing but Python, and matplotlib for a figure.
 """
 
+import argparse
 import json
 import re
 import statistics
@@ -22,9 +23,14 @@ Lines = Mapping[str, dict[str, Any]]
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: donor_report.py OUT/lines.jsonl")
-    print_report(read_lines(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("lines", type=Path, metavar="OUT/lines.jsonl")
+    parser.add_argument("--figure", type=Path, help="draw the curves of all seeds")
+    asked = parser.parse_args()
+    lines = read_lines(asked.lines)
+    print_report(lines)
+    if asked.figure:
+        draw(lines, asked.figure)
 
 
 def read_lines(file: Path) -> dict[str, dict[str, Any]]:
@@ -137,6 +143,39 @@ def print_claim(lines: Lines, arms: list[str], seeds: Sequence[int]) -> None:
     verdict = "met" if means[best] >= TARGET else "missed"
     print(f"bytes to what {SCRATCH} reaches at its end: {best} needs {means[best]:.1%} fewer")
     print(f"with single seeds: {shares_text(reached[best])}; {target} {verdict}")
+
+
+def draw(lines: Lines, path: Path) -> None:
+    """All seeds' held-out bits per byte: by bytes, and by seconds where seconds were equal."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["svg.hashsalt"] = "donor"  # the same file from the same lines
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    arms, seeds = complete(lines)
+    timed, timed_seeds = complete(lines, SECONDS)
+    by_seconds = [
+        (arm, SECONDS if arm in timed else "") for arm in dict.fromkeys([*arms[:1], *timed])
+    ]
+    panels = (
+        ([(arm, "") for arm in arms], seeds, 0, 1e6, "MB of text, alignment included"),
+        (by_seconds, timed_seeds or seeds, 1, 1.0, "seconds of training"),
+    )
+    for axes, (shown, of_seeds, place, unit, label) in zip(
+        figure.subplots(1, 2, sharey=True), panels, strict=True
+    ):
+        for arm, how in shown:
+            for seed in of_seeds:
+                curve = lines[f"{arm}{how}, seed {seed}"]["curve"]
+                places, bits = [point[place] / unit for point in curve], [p[2] for p in curve]
+                named = arm if seed == of_seeds[0] else None
+                axes.plot(places, bits, color=f"C{arms.index(arm)}", linewidth=1, label=named)
+        ends = [bits for arm in arms for bits in finals(lines, arm, seeds)]
+        axes.set(xlabel=label, ylim=(min(ends) - 0.05, min(ends) + 0.45))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("bits per byte, held out")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def shares_text(shares: Sequence[float | None]) -> str:
