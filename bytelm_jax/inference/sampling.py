@@ -21,7 +21,6 @@ from bytelm.config import ByteVocab
 from bytelm.generation.automaton import END
 from bytelm.sampling import LEAST_TOP_P, SamplerConfig
 from bytelm_jax.kernels.decoding import where_needed
-from bytelm_jax.kernels.prefix_sums import sums_before
 
 _NO_LIMIT = 2**31 - 1
 
@@ -118,8 +117,8 @@ def _ranked(logits: Array, relative: Array, mode: str, numbers: SamplerNumbers) 
 def _ahead(logits: Array) -> Array:
     """[B, S, S]: whether the last axis' candidate ranks before that of the axis before.
 
-    All pairs and no sort: it would be compiled once for every byte of a round and dominate its
-    compile time, while S² comparisons fuse into one reduction.
+    All pairs and no sort or scan, here and in `sample`: these are compiled once for every byte of a
+    round and dominate its compile time, while S² comparisons fuse into one reduction.
     """
     mine, other = logits[:, :, None], logits[:, None, :]
     return (other > mine) | ((other == mine) & np.tri(logits.shape[-1], k=-1, dtype=bool)[None])
@@ -143,8 +142,10 @@ def sample(chances: Float[Array, "B S"], uniform: Float[Array, " B"]) -> Int[Arr
     What has probability 0 is never drawn, whatever the rounding of the sum.
     """
     size = chances.shape[-1]
+    lower = np.tri(size, k=-1, dtype=bool)[None]
+    below = jnp.where(lower, chances[:, None, :], 0).sum(axis=-1)
     target = uniform.astype(chances.dtype) * chances.sum(axis=-1)
-    reached = (sums_before(chances) <= target[:, None]) & (chances > 0)
+    reached = (below <= target[:, None]) & (chances > 0)
     return jnp.where(reached, jnp.arange(size)[None], 0).max(axis=-1)
 
 
