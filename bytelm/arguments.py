@@ -244,6 +244,8 @@ def _refuse_unknown(signature: inspect.Signature, argv: Sequence[str]) -> None:
         if name.startswith("--") and _option(name) not in known:
             near = get_close_matches(_option(name), known, n=1)
             hint = f"did you mean --{near[0]}?" if near else "see --help"
+            if name == "--":
+                hint = "a file whose name begins with a hyphen is given as ./-NAME"
             raise UsageError(f"{name}: no such option; {hint}")
 
 

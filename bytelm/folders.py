@@ -22,6 +22,8 @@ def check_replaceable(out: Path, may_replace: Callable[[str], bool]) -> None:
     try:
         require(not out.exists() or out.is_dir(), f"{out}: is a file; name a folder")
         require(not out.is_symlink(), f"{out}: is a link; name the folder itself")
+        for above in out.absolute().parents:
+            require(not above.exists() or above.is_dir(), f"{out}: {above.name} is no folder")
         present = sorted(os.scandir(out), key=lambda entry: entry.name) if out.exists() else []
     except OSError as error:
         raise ValueError(f"{out}: cannot be read ({error.strerror}); name another folder") from None

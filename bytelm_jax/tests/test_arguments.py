@@ -126,6 +126,8 @@ def test_an_empty_path_is_not_the_working_directory(line, capsys):
     {
         "eval x --strid 3": "--strid: no such option; did you mean --stride?",
         "recipes --nothing-like-it": "--nothing-like-it: no such option; see --help",
+        "compress -- -x": "--: no such option; a file whose name begins with a hyphen is given as "
+        "./-NAME",
         "recipes more": "more: not expected here; see --help",
         "train megabyte_tiny more": "more: not expected here; see --help",
         "eval x": "--data: is required; see --help",

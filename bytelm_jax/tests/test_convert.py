@@ -17,6 +17,7 @@ import pytest
 from safetensors import safe_open
 
 from bytelm.config import MegabyteConfig, to_dict
+from bytelm.folders import check_replaceable
 from bytelm_jax.interop import convert, formats
 from bytelm_jax.tests.exports import (
     CONFIGS,
@@ -265,6 +266,8 @@ def test_out_must_be_a_folder(tmp_path: Path) -> None:
     assert text.endswith("file: is a file; name a folder")
     text = message(convert.export_model, PAPER, params, tmp_path / "file" / "below")
     assert "below: cannot be written (Not a directory)" in text
+    text = message(check_replaceable, tmp_path / "file" / "below", bool)
+    assert text.endswith("below: file is no folder")
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "out" / "config.json").mkdir(parents=True)
     text = message(convert.export_model, PAPER, params, tmp_path / "out")
