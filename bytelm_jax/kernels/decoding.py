@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float
 
 from bytelm_jax.kernels.backend import backend
 
+_FEW_ROWS = 8
+"""Rows up to which keys that heads share are read by each of them."""
+
 
 def min_rows() -> int:
     """The smallest batch that should be decoded.
@@ -47,13 +50,18 @@ def attend_once(
 ) -> Float[Array, "B 1 H K"]:
     """`plain(q, k, v, mask)`, softmax attention with scale K^-0.5, for one query per row.
 
-    On a GPU it takes fewer kernels if no heads share a key.
+    On a GPU it takes two or three kernels, unless many rows have heads that share keys: then
+    products read them less often.
     """
-    if backend() != "gpu" or q.shape[2] != k.shape[2]:
+    batch, heads, groups = len(q), q.shape[2], k.shape[2]
+    if backend() != "gpu" or (heads != groups and batch > _FEW_ROWS):
         return plain(q, k, v, mask)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = (q.astype(wide) * k.astype(wide)).sum(axis=-1) * v.shape[-1] ** -0.5
-    scores = jnp.where(jnp.asarray(mask)[:, 0, :, None], scores, -jnp.inf)
-    weights = jnp.exp(scores - scores.max(axis=1, keepdims=True))
-    mixed = (weights[..., None] * v.astype(wide)).sum(axis=1)
-    return (mixed / weights.sum(axis=1)[..., None]).astype(v.dtype)[:, None]
+    queries = q.reshape(batch, groups, heads // groups, 1, q.shape[3]).astype(wide)
+    # By head: the positions of one lie side by side, as XLA's kernel for a softmax needs them.
+    keys, values = (jnp.swapaxes(part, 1, 2)[:, :, None].astype(wide) for part in (k, v))
+    scores = (queries * keys).sum(axis=-1) * v.shape[-1] ** -0.5
+    scores = jnp.where(jnp.asarray(mask)[:, :, None], scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1)
+    mixed = (weights[..., None] * values).sum(axis=-2)
+    return mixed.astype(v.dtype).reshape(batch, 1, heads, v.shape[-1])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bytelm.positions import alibi_bias, alibi_slopes
 from bytelm_jax.kernels.attention import fused_or_plain
+from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.kernels.patch_attention import patch_attention, suits
 from bytelm_jax.layers.caches import Index, positions_from, write_at
@@ -72,6 +73,15 @@ def multi_query_attention(
     visible = jnp.asarray(mask).reshape(*lead, mask.shape[-2], 1, mask.shape[-1])
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
     return jnp.einsum("...ths,...sk->...thk", weights.astype(v.dtype), v)
+
+
+def _attend_once(q: Array, k: Array, v: Array, mask: Array | np.ndarray) -> Array:
+    """`multi_query_attention` of one query a row."""
+
+    def plain(q: Array, k: Array, v: Array, mask: Array | np.ndarray) -> Array:
+        return multi_query_attention(q, k[:, :, 0], v[:, :, 0], mask)
+
+    return attend_once(q, k[:, :, None], v[:, :, None], jnp.asarray(mask)[..., :, :], plain)
 
 
 class MultiQueryAttention(nnx.Module):
@@ -145,6 +155,8 @@ class MultiQueryAttention(nnx.Module):
         bias: Any = self._bias(q, k)
         if bias is not None and segment_positions is not None:
             bias = jnp.moveaxis(jnp.asarray(bias)[:, segment_positions], 0, -2)
+        if q.shape[-3] == 1 and q.ndim == 4 and bias is None:
+            return self._back(_attend_once(q, k, v, mask))
         return self._back(multi_query_attention(q, k, v, mask, bias))
 
     def _bias(self, q: Array, k: Array) -> np.ndarray | None:

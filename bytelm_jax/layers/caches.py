@@ -64,3 +64,37 @@ def take_at(buffer: Array, positions: Int[Array, "B T"]) -> Array:
     found = buffer.at[rows, jnp.clip(positions, 0, size - 1)].get(mode="promise_in_bounds")
     inside = (positions >= 0) & (positions < size)
     return jnp.where(inside.reshape(*inside.shape, *(1,) * (found.ndim - 2)), found, 0)
+
+
+def swap_heads(caches: Any) -> Any:
+    """The arrays [B, S, G, K] of a tree as [B, G, S, K], or back again.
+
+    Caches of several heads are stored by head: with the positions of one side by side, XLA's
+    kernels for a softmax serve attention on a GPU.
+    """
+    return jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 1, 2), caches)
+
+
+def write_heads_at(buffers: Any, values: Any, index: Index | Int[Array, "B T"]) -> Any:
+    """`write_at` for buffers by head, [B, G, S, K], and values [B, T, G, K]."""
+    index = jnp.asarray(index)
+
+    def write(buffer: Array, new: Array) -> Array:
+        new = jnp.swapaxes(new, 1, 2)
+        if index.ndim == 0:
+            return jax.lax.dynamic_update_slice_in_dim(buffer, new, index, axis=2)
+        at = positions_from(index, new.shape[2]) if index.ndim == 1 else index
+        rows, heads = (jnp.arange(size) for size in buffer.shape[:2])
+        where = (rows[:, None, None], heads[None, :, None], at[:, None, :])
+        return buffer.at[where].set(new, mode="drop")
+
+    return jax.tree.map(write, buffers, values)
+
+
+def read_heads_at(buffers: Any, index: Int[Array, " B"], count: int) -> Any:
+    """`read_at` for buffers by head, [B, G, S, K]; nothing may lie past the end."""
+
+    def read(row: Array, start: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(row, start, count, axis=1)
+
+    return jax.tree.map(lambda buffer: jax.vmap(read)(buffer, index), buffers)

@@ -20,6 +20,7 @@ from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
 from bytelm_jax.kernels.segment_sum import ordered_segment_sum
 from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
+from bytelm_jax.layers.caches import swap_heads
 from bytelm_jax.layers.grouped_attention import grouped_attention
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
@@ -105,8 +106,12 @@ class CrossAttention(nnx.Module):
     def pool_one(
         self, queries: Float[Array, "B M D"], cache: KeyValueCache, mask: Bool[Array, "B S"]
     ) -> Float[Array, "B M D"]:
-        """Version of `pool_cached` for one patch per row; `mask` marks its cached bytes."""
-        mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
+        """Version of `pool_cached` for one patch per row; `mask` marks its bytes in `cache`.
+
+        The cache is stored by head, [B, G, S, K].
+        """
+        keys, values = swap_heads(cache)
+        mixed = grouped_attention(self._queries(queries), keys, values, mask[:, None, :])
         return self._add(queries, mixed)
 
     def read(

@@ -16,7 +16,13 @@ from bytelm_jax.kernels.attention import fused_or_plain
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import linear_of_rows, normalized_linears
 from bytelm_jax.layers.attention import KeyValueCache, join_heads, split_heads
-from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
+from bytelm_jax.layers.caches import (
+    positions_from,
+    read_heads_at,
+    swap_heads,
+    take_at,
+    write_heads_at,
+)
 from bytelm_jax.layers.initializers import fan_in_normal
 from bytelm_jax.layers.norm import RMSNorm
 from bytelm_jax.layers.rotary import Rotation, rotate
@@ -189,16 +195,17 @@ class GroupedAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Cached version of `__call__` for T positions of each row, from `index` on.
 
-        Also gives `cache` with the new keys and values written.
+        Also gives `cache`, [B, G, S, K], with the new keys and values written.
         """
         q, k, v = self._project(x, rope)
-        cache = write_at(cache, KeyValueCache(k, v), index)
-        count, size = x.shape[1], cache.keys.shape[1]
+        cache = write_heads_at(cache, KeyValueCache(k, v), index)
+        count, size = x.shape[1], cache.keys.shape[2]
         seen = min(self.window + count - 1 if self.window else size, size)
         first, near = jnp.zeros_like(index), cache
         if seen < size:
             first = jnp.clip(index + count - seen, 0, size - seen)
-            near = read_at(cache, first, seen)
+            near = read_heads_at(cache, first, seen)
+        near = swap_heads(near)
         slots = positions_from(first, seen)[:, None, :]
         # Those past the end see what the last one sees: nobody reads them, but they are finite.
         positions = jnp.minimum(positions_from(index, count), size - 1)[:, :, None]
@@ -223,6 +230,7 @@ class GroupedAttention(nnx.Module):
         Gives the new keys and values [B, T, G, K]: the caller decides which of them are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
+        cache = swap_heads(cache)
         slots = jnp.arange(cache.keys.shape[1])[None, :]
         number = slots - index[:, None]  # of the new entry that belongs there, if one does
         is_new = ((number >= 0) & (number < x.shape[1]))[:, :, None, None]
@@ -238,8 +246,8 @@ class GroupedAttention(nnx.Module):
         return self._out(mixed), KeyValueCache(k, v)
 
     def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KeyValueCache:
-        """An empty cache for `length` positions."""
-        shape = (batch, length, self.kv_heads)
+        """An empty cache for `length` positions, [B, G, S, K]."""
+        shape = (batch, self.kv_heads, length)
         keys = jnp.zeros((*shape, self.head_dim + GUIDE_FEATURES * self.guided), dtype)
         return KeyValueCache(keys, jnp.zeros((*shape, self.head_dim), dtype))
 

@@ -24,6 +24,7 @@ from bytelm_jax.layers.caches import (
     read_at,
     take_at,
     write_at,
+    write_heads_at,
 )
 from bytelm_jax.layers.ngram import ngram_rows
 from bytelm_jax.layers.segments import segment_max
@@ -38,7 +39,7 @@ from bytelm_jax.models.entropy import (
     write_prefix,
     write_segment_starts,
 )
-from bytelm_jax.models.interface import pack, unpack
+from bytelm_jax.models.interface import pack, pack_heads, unpack, unpack_heads
 
 if TYPE_CHECKING:
     from bytelm_jax.models.blt import BLT
@@ -66,9 +67,9 @@ class BLTCache(NamedTuple):
     states: Float[Array, "B L D"]
     """The encoder's byte states; a complete patch takes their maximum."""
     pooled: KeyValueCache
-    """Keys and values of those states for pooling, [B, L, G, K]."""
-    global_layers: Float[Array, "B N F"]
-    """Keys and values of each patch in all layers of the global transformer (`pack`)."""
+    """Keys and values of those states for pooling, [B, G, L, K]."""
+    global_layers: Float[Array, "B C N J"]
+    """Keys and values of each patch in all layers of the global transformer, by head."""
     memory: Float[Array, "B N E"]
     """Keys and values of each patch's vectors, [M, G, K], for all layers of the decoder."""
     decoder: Caches
@@ -81,7 +82,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
     c, dtype = model.config, model.to_logits.kernel[...].dtype
     local, patches = model.encoder.transformer, c.budget(length)
     head = (c.encoder_kv_heads or c.encoder_heads, c.local_dim // c.encoder_heads)
-    pooled = jnp.zeros((batch, length, *head), dtype)
+    pooled = jnp.zeros((batch, head[0], length, head[1]), dtype)
     return BLTCache(
         ids=jnp.full(
             (batch, patch_rules.look_back(c) - 1 + length), patch_rules.NO_BYTE, jnp.int32
@@ -94,7 +95,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
         encoder=local.empty_caches(batch, length, dtype),
         states=jnp.zeros((batch, length, c.local_dim), dtype),
         pooled=KeyValueCache(pooled, pooled),
-        global_layers=pack(model.global_transformer.empty_caches(batch, patches, dtype), 2),
+        global_layers=pack_heads(model.global_transformer.empty_caches(batch, patches, dtype), 1),
         memory=pack(_empty_memory(c, (batch, patches), dtype), 2),
         decoder=model.decoder.transformer.empty_caches(batch, length, dtype),
         global_calls=jnp.zeros((), jnp.int32),
@@ -135,8 +136,8 @@ def prefill(model: "BLT", ids: Integer[Array | np.ndarray, "B T"], cache: BLTCac
         patcher=patcher,
         encoder=write_prefix(cache.encoder, encoder),
         states=cache.states.at[:, :length].set(states),
-        pooled=write_prefix((cache.pooled,), (pooled,))[0],
-        global_layers=write_at(cache.global_layers, pack(global_layers, 2), 0),
+        pooled=write_heads_at(cache.pooled, pooled, 0),
+        global_layers=write_heads_at(cache.global_layers, pack_heads(global_layers, 2), 0),
         memory=write_at(cache.memory, pack(memory, 2), 0),
         decoder=write_prefix(cache.decoder, decoder),
     )
@@ -163,8 +164,11 @@ def extend(
     x = _embed_recent(model, byte, recent, index, starts)
     x, encoder = model.encoder.transformer.extend(x, cache.encoder, index, starts)
     new = model.encoder.cross_attention.keys_values(x)
-    states, pooled = write_at((cache.states, cache.pooled), (x, new), index)
-    cache = cache._replace(encoder=encoder, states=states, pooled=pooled)
+    cache = cache._replace(
+        encoder=encoder,
+        states=write_at(cache.states, x, index),
+        pooled=write_heads_at(cache.pooled, new, index),
+    )
     ending, reach = _Ending(x, new, byte, ends, numbers, first, index), byte.shape[1]
     if within_patch:
         later = ends & (jnp.arange(reach) > 0)[None, :]
@@ -336,14 +340,14 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
     def run() -> tuple[Array, Array]:
         patches = _pool(model, cache, new)
         template = model.global_transformer.empty_caches(batch, capacity, patches.dtype)
-        layers = unpack(cache.global_layers, template)
+        layers = unpack_heads(cache.global_layers, template, 1)
         patch_entropy = _patch_entropy_of(model.config, cache, new, patches.dtype)
         patches, new_layers = model.global_transformer.extend_rows(
             model.widen(patches), layers, number, patch_entropy, first
         )
         vectors = model.decoder.split(patches)
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)
-        return pack(new_layers, 2), pack(read, 2)
+        return pack_heads(new_layers, 2), pack(read, 2)
 
     def skip() -> tuple[Array, Array]:
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))
@@ -353,7 +357,7 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
     # A slot past the end is dropped: a patch that goes on writes nothing.
     at = jnp.where(ended, slots, capacity)
     return cache._replace(
-        global_layers=write_at(cache.global_layers, layers, at),
+        global_layers=write_heads_at(cache.global_layers, layers, at),
         memory=write_at(cache.memory, memory, at),
         global_calls=cache.global_calls + some,
     )

@@ -14,7 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import EntropyConfig, ModelConfig
-from bytelm_jax.layers.caches import Index, in_each_row, positions_from, write_at
+from bytelm_jax.layers.caches import (
+    Index,
+    in_each_row,
+    positions_from,
+    write_at,
+    write_heads_at,
+)
 from bytelm_jax.layers.embedding import ByteEmbedding
 from bytelm_jax.layers.ids import as_ids, check_ids
 from bytelm_jax.layers.initializers import fan_in_normal
@@ -224,5 +230,5 @@ def extend_shifted(
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:
-    """`caches` with their first positions overwritten."""
-    return write_at(caches, written, 0)
+    """`caches`, by head, with their first positions overwritten."""
+    return write_heads_at(caches, written, 0)

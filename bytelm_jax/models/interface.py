@@ -245,3 +245,28 @@ def unpack(packed: Shaped[Array, "*lead F"], template: Any) -> Any:
         leaves.append(part.reshape(*packed.shape[:lead], *leaf.shape[lead:]))
         start = end
     return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def pack_heads(caches: Any, axis: int) -> Shaped[Array, "B _ _ J"]:
+    """Keys and values of several layers in one array; `axis` is that of their heads, 1 or 2.
+
+    Serves as `pack`, but that each layer's heads stay together; zeros fill the narrower ones.
+    """
+    leaves = jax.tree.leaves(caches)
+    widest = max(leaf.shape[-1] for leaf in leaves)
+
+    def wide(leaf: Array) -> Array:
+        return jnp.pad(leaf, ((0, 0),) * 3 + ((0, widest - leaf.shape[-1]),))
+
+    return jnp.concatenate([wide(leaf) for leaf in leaves], axis=axis)
+
+
+def unpack_heads(packed: Shaped[Array, "B _ _ J"], template: Any, axis: int) -> Any:
+    """Undoes `pack_heads`; `template` has the tree's structure, heads and widths."""
+    leaves, start = [], 0
+    for leaf in jax.tree.leaves(template):
+        end = start + leaf.shape[axis]
+        part = jax.lax.slice_in_dim(packed, start, end, axis=axis)
+        leaves.append(part[..., : leaf.shape[-1]])
+        start = end
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)

@@ -47,13 +47,13 @@ def fused_attention(
     if mask is not None and mask.ndim > 2:
         mask = mask.expand(*batch, *mask.shape[-2:]).reshape(rows, 1, *mask.shape[-2:])
     out = F.scaled_dot_product_attention(
-        *(x.reshape(rows, *x.shape[-3:]).movedim(-2, -3) for x in (q, k, v)),
+        *(x.reshape(rows, *x.shape[-3:]).transpose(1, 2) for x in (q, k, v)),
         attn_mask=mask,
         is_causal=mask is None,
         scale=v.shape[-1] ** -0.5,
         enable_gqa=heads != k.shape[-2],
     )
-    return out.movedim(-2, -3).reshape(*q.shape[:-1], v.shape[-1])
+    return out.transpose(1, 2).reshape(*q.shape[:-1], v.shape[-1])
 
 
 def multi_query_attention(

@@ -93,6 +93,33 @@ def take_at(buffer: Tensor, positions: Int[Tensor, "#B T"]) -> Tensor:
     return taken.masked_fill(past, 0)
 
 
+def swap_heads(caches: Any) -> Any:
+    """The tensors [B, S, G, K] of a tree as [B, G, S, K], or back again: views of them.
+
+    Caches of several heads are stored by head, as torch's kernels for attention take them.
+    """
+    return _map(lambda buffer: buffer.transpose(1, 2), caches)
+
+
+def write_heads_at(buffers: Any, values: Any, index: Index | Int[Tensor, "B T"]) -> Any:
+    """`write_at` for buffers by head, [B, G, S, K], and values [B, T, G, K]."""
+    write_at(swap_heads(buffers), values, index)  # into views
+    return buffers
+
+
+def read_heads_at(buffers: Any, index: Index, count: int) -> Any:
+    """`read_at` for buffers by head, [B, G, S, K]; nothing may lie past the end."""
+    if isinstance(index, int):
+        return _map(lambda buffer: buffer[:, :, index : index + count], buffers)
+    rows = torch.arange(len(index), device=index.device)[:, None, None]
+    at = positions_from(index, count)[:, None]
+
+    def read(buffer: Tensor) -> Tensor:
+        return buffer[rows, torch.arange(buffer.shape[1], device=buffer.device)[:, None], at]
+
+    return _map(read, buffers)
+
+
 def _map(change: Callable[..., Tensor], tree: Any, *rest: Any) -> Any:
     """The tree of tuples with `change` applied to each tensor and those in its place in `rest`."""
     if isinstance(tree, Tensor):

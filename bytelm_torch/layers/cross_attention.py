@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from bytelm_torch.layers.attention import KeyValueCache
+from bytelm_torch.layers.caches import swap_heads
 from bytelm_torch.layers.grouped_attention import grouped_attention
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
@@ -69,8 +70,12 @@ class CrossAttention(nn.Module):
     def pool_one(
         self, queries: Float[Tensor, "B M D"], cache: KeyValueCache, mask: Bool[Tensor, "B S"]
     ) -> Float[Tensor, "B M D"]:
-        """Version of `pool_cached` for one patch per row; `mask` marks its cached bytes."""
-        mixed = grouped_attention(self._queries(queries), *cache, mask[:, None, :])
+        """Version of `pool_cached` for one patch per row; `mask` marks its bytes in `cache`.
+
+        The cache is stored by head, [B, G, S, K].
+        """
+        keys, values = swap_heads(cache)
+        mixed = grouped_attention(self._queries(queries), keys, values, mask[:, None, :])
         return self._add(queries, mixed)
 
     def read(

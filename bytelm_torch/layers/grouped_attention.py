@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from bytelm.config.block import PAPER, BlockConfig
 from bytelm.config.blt import GUIDE_FEATURES
 from bytelm_torch.layers.attention import KeyValueCache, fused_attention
-from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
+from bytelm_torch.layers.caches import (
+    Index,
+    positions_from,
+    read_heads_at,
+    swap_heads,
+    take_at,
+    write_heads_at,
+)
 from bytelm_torch.layers.initializers import fan_in_normal
 from bytelm_torch.layers.norm import RMSNorm
 from bytelm_torch.layers.rotary import Rotation, rotate
@@ -163,11 +170,11 @@ class GroupedAttention(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], KeyValueCache]:
         """Cached version of `forward` for T positions of each row, from `index` on.
 
-        The cache's tensors are written in place, and returned.
+        The cache's tensors, [B, G, S, K], are written in place, and returned.
         """
         q, k, v = self._project(x, rope)
-        cache = write_at(cache, KeyValueCache(k, v), index)
-        count, size = x.shape[1], cache.keys.shape[1]
+        cache = write_heads_at(cache, KeyValueCache(k, v), index)
+        count, size = x.shape[1], cache.keys.shape[2]
         seen = min(self.window + count - 1 if self.window else size, size)
         if isinstance(index, int):
             stop = min(index + count, size)
@@ -175,7 +182,7 @@ class GroupedAttention(nn.Module):
             seen = stop - first
         else:
             first = (index + count - seen).clamp(0, size - seen)
-        keys, values = read_at(cache, first, seen) if seen < size else cache
+        near = swap_heads(read_heads_at(cache, first, seen) if seen < size else cache)
         slots = positions_from(first, seen, x.device)[:, None, :]
         # Those past the end see what the last one sees: nobody reads them, but they are finite.
         positions = positions_from(index, count, x.device)[:, :, None].clamp(max=size - 1)
@@ -184,7 +191,7 @@ class GroupedAttention(nn.Module):
             mask = mask & (slots > positions - self.window)
         if segment_starts is not None:
             mask = mask & (slots >= segment_starts[:, :, None].clamp(max=size - 1))
-        return self._out(grouped_attention(q, keys, values, mask)), cache
+        return self._out(grouped_attention(q, near.keys, near.values, mask)), cache
 
     def extend_rows(
         self,
@@ -200,6 +207,7 @@ class GroupedAttention(nn.Module):
         Gives the new keys and values [B, T, G, K]: the caller decides which of them are written.
         """
         q, k, v = self._project(x, rope, patch_entropy)
+        cache = swap_heads(cache)
         count, size = x.shape[1], cache.keys.shape[1]
         slots = torch.arange(size, device=x.device)[None, :]
         number = slots - index[:, None]  # of the new entry that belongs there, if one does
@@ -216,8 +224,8 @@ class GroupedAttention(nn.Module):
         return self._out(mixed), KeyValueCache(k, v)
 
     def empty_cache(self, batch: int, length: int, dtype: torch.dtype) -> KeyValueCache:
-        """An empty cache for `length` positions."""
-        shape, device = (batch, length, self.kv_heads), self.to_q.weight.device
+        """An empty cache for `length` positions, [B, G, S, K]."""
+        shape, device = (batch, self.kv_heads, length), self.to_q.weight.device
         widths = (self.head_dim + GUIDE_FEATURES * self.guided, self.head_dim)
         return KeyValueCache(
             *(torch.zeros((*shape, width), dtype=dtype, device=device) for width in widths)

@@ -16,7 +16,15 @@ from torch.utils._pytree import tree_map
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
 from bytelm_torch.layers.attention import KeyValueCache
-from bytelm_torch.layers.caches import Index, positions_from, read_at, take_at, write_at
+from bytelm_torch.layers.caches import (
+    Index,
+    positions_from,
+    read_at,
+    swap_heads,
+    take_at,
+    write_at,
+    write_heads_at,
+)
 from bytelm_torch.layers.ngram import ngram_rows
 from bytelm_torch.layers.segments import segment_max, segment_sum
 from bytelm_torch.layers.transformer import Caches, positions_at
@@ -57,7 +65,7 @@ class BLTCache(NamedTuple):
     states: Float[Tensor, "B L D"]
     """The encoder's byte states; a complete patch takes their maximum."""
     pooled: KeyValueCache
-    """Keys and values of those states for pooling, [B, L, G, K]."""
+    """Keys and values of those states for pooling, [B, G, L, K]."""
     global_layers: Caches
     memory: Caches
     """Keys and values of each patch's vectors for every layer of the decoder, [B, N, M, G, K]."""
@@ -89,7 +97,7 @@ def init_cache(model: "BLT", batch: int, length: int) -> BLTCache:
         patcher=model.patcher.init_cache(batch, length).layers if c.patcher == "entropy" else (),
         encoder=local.empty_caches(batch, length, weight.dtype),
         states=weight.new_zeros((batch, length, c.local_dim)),
-        pooled=empty(batch, length, *head),
+        pooled=empty(batch, head[0], length, head[1]),
         global_layers=model.global_transformer.empty_caches(batch, patches, weight.dtype),
         memory=tuple(memory),
         decoder=model.decoder.transformer.empty_caches(batch, length, weight.dtype),
@@ -129,10 +137,10 @@ def prefill(model: "BLT", ids: Integer[Tensor, "B T"], cache: BLTCache) -> BLTCa
     cache.ended[:, :length] = plan.numbers.diff(dim=1)
     cache.histograms[:, : histograms.shape[1]] = histograms
     cache.states[:, :length] = states
-    write_prefix((cache.pooled,), (pooled,))
+    write_heads_at(cache.pooled, pooled, 0)
     write_prefix(cache.encoder, encoder)
     write_prefix(cache.global_layers, global_layers)
-    write_prefix(cache.memory, memory)
+    write_at(cache.memory, memory, 0)
     write_prefix(cache.decoder, decoder)
     return cache
 
@@ -155,7 +163,7 @@ def extend(
     x = _embed_recent(model, byte, recent, index, starts)
     x, _ = model.encoder.transformer.extend(x, cache.encoder, index, starts)
     new = model.encoder.cross_attention.keys_values(x)
-    write_at((cache.states, cache.pooled), (x, new), index)
+    write_at((cache.states, swap_heads(cache.pooled)), (x, new), index)
     ending, count = _Ending(x, new, byte, ends, numbers, first, index), byte.shape[1]
     reach = torch.full((len(byte),), count, device=byte.device)
     if within_patch:
@@ -329,7 +337,7 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> None:
     memory = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)  # pyright: ignore
     # A slot past the end is dropped: a patch that goes on writes nothing.
     at = slots.where(ended, cache.memory[0].keys.shape[1])
-    write_at((cache.global_layers, cache.memory), (layers, memory), at)
+    write_at((swap_heads(cache.global_layers), cache.memory), (layers, memory), at)
     cache.global_calls.add_(1)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Tensor, nn
 
 from bytelm.config import EntropyConfig, ModelConfig
-from bytelm_torch.layers.caches import Index, positions_from, write_at
+from bytelm_torch.layers.caches import Index, positions_from, write_at, write_heads_at
 from bytelm_torch.layers.embedding import ByteEmbedding
 from bytelm_torch.layers.ids import as_ids, check_ids
 from bytelm_torch.layers.initializers import fan_in_normal
@@ -200,8 +200,5 @@ def extend_shifted(
 
 
 def write_prefix(caches: Caches, written: Caches) -> Caches:
-    """`caches` with their first positions overwritten, in place."""
-    for capacity, values in zip(caches, written, strict=True):
-        for old, new in zip(capacity, values, strict=True):
-            old[:, : new.shape[1]] = new
-    return caches
+    """`caches`, by head, with their first positions overwritten, in place."""
+    return write_heads_at(caches, written, 0)
