@@ -15,7 +15,7 @@ class Chip(NamedTuple):
     platform: str
     """"gpu" or "tpu"."""
     reported: str
-    """What the name that a device of this kind reports contains."""
+    """What a TPU of this kind reports as its name, or what a GPU's name contains."""
     peak: float
     """Dense bfloat16 operations per second."""
     memory: int
@@ -43,6 +43,9 @@ CHIPS = tuple(
 )
 """All kinds that are known; the first is the default of a dry run."""
 
+_PARTS = ("Laptop", "MIG ", "4090 D")
+"""What the name of a device contains that is less than the chip it is named after."""
+
 _ALIASES = {"v5litepod": "v5e", "v5elite": "v5e", "v7x": "v7", "tpu7x": "v7", "4090": "RTX 4090"}
 
 
@@ -67,10 +70,17 @@ def known() -> str:
 def chip_of(device: str) -> Chip | None:
     """The chip of a device by the name that it reports; None if it is not known.
 
-    "TPU v5" is a v5p and "TPU v5 lite" a v5e: of all names that fit, the longest counts.
+    A TPU's name is the whole of it: "TPU v5" is a v5p, "TPU v5 lite" and "TPU v5e" are a v5e, and
+    "TPU v4 lite" is unknown. Of all names of GPUs that fit, the longest counts.
     """
+    if device.startswith("TPU"):
+        try:
+            return find_chip(device)
+        except ValueError:
+            return None
     fitting = [chip for chip in CHIPS if chip.reported in device]
-    return max(fitting, key=lambda chip: len(chip.reported), default=None)
+    whole = not any(part in device for part in _PARTS)
+    return max(fitting, key=lambda chip: len(chip.reported), default=None) if whole else None
 
 
 def peak_flops(device: str) -> float | None:

@@ -11,6 +11,8 @@ from bytelm.chips import CHIPS, chip_of, find_chip, peak_flops, unknown_peak
         # libtpu 0.0.42.1, by `jax.experimental.topologies`
         ("TPU v4", "v4"), ("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"),
         ("TPU7x", "v7"),
+        # further names that JAX knows (`jax._src.pallas.mosaic.tpu_info`)
+        ("TPU v5e", "v5e"), ("TPU v5p", "v5p"), ("TPU v6e", "v6e"),
         # NVIDIA's drivers
         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H200", "H200"), ("NVIDIA B200", "B200"),
@@ -23,6 +25,15 @@ def test_a_device_is_known_by_the_name_that_it_reports(reported, name):
     assert chip is not None and chip.name == name
     assert peak_flops(reported) == chip.peak and not unknown_peak(reported)
     assert chip.platform == ("tpu" if reported.startswith("TPU") else "gpu")
+
+
+@pytest.mark.parametrize(
+    "reported",
+    ["TPU v3", "TPU v4 lite", "TPU", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+     "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D"],
+)  # fmt: skip
+def test_less_than_a_known_chip_is_unknown(reported):
+    assert chip_of(reported) is None and unknown_peak(reported)
 
 
 def test_an_unknown_device_says_so_in_words():
