@@ -10,35 +10,48 @@ once than before: gradients are accumulated over more micro-batches.
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from bytelm.files import replace_file
+from bytelm.config import TrainConfig, from_dict, require
+from bytelm.export import CONFIG_FILE
+from bytelm.files import errors_about, read_json, replace_file
+from bytelm.storage.stores import called, is_remote
 
 RECORD = "elastic.json"
 """The file of a run folder that says what a device took at once before processes were lost."""
 
 
 def layout_on(
-    left: int, devices: int, train: dict[str, Any], rows: float, fewest: int
+    left: int, devices: int, train: TrainConfig, rows: float, fewest: int
 ) -> tuple[int, int] | None:
     """(processes, micro-batches of a step) for at most `left` processes of `devices` each.
 
     The most processes among which the batch divides, and the fewest micro-batches, at least
     `fewest`, with at most `rows` rows on a device; None if there are none.
     """
-    batch = train["batch_size"]
+    batch = train.batch_size
     for count in range(left, 0, -1):
-        places, uneven = divmod(count * devices, train["tensor"])
-        if uneven or places % train["fsdp"] or batch % places:
+        places, uneven = divmod(count * devices, train.tensor)
+        if uneven or places % train.fsdp or batch % places:
             continue
         for parts in range(fewest, batch // places + 1):
             if batch % (places * parts) == 0 and batch // (places * parts) <= rows:
                 return count, parts
     return None
+
+
+def require_disk(run: Path) -> None:
+    """Raises `ValueError` for a run on an object store: only one on a disk keeps the record."""
+    require(
+        not is_remote(run),
+        f"run_dir={called(run)}: fewer processes cannot continue it; give a run folder on a disk "
+        "that all of them share",
+    )
 
 
 def next_layout(run: Path, before: int, left: int, devices: int = 1) -> tuple[int, int] | None:
@@ -47,14 +60,25 @@ def next_layout(run: Path, before: int, left: int, devices: int = 1) -> tuple[in
     The first time, what a device took at once is noted in the folder, so that a run that found its
     processes again is what it was. Raises `ValueError` if the folder has no run yet.
     """
-    config, record = run / "config.json", run / RECORD
-    if not config.is_file():
-        raise ValueError(f"{config}: is not there; the run has not begun")
-    train = json.loads(config.read_text("utf-8"))["train"]
-    batch, parts = train["batch_size"], train["accumulation_steps"]
-    known = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    require(before >= 1, f"before={before}: must be at least 1")
+    require(left >= 0, f"left={left}: must be at least 0")
+    require(devices >= 1, f"devices={devices}: must be at least 1")
+    require_disk(run)
+    config, record = run / CONFIG_FILE, run / RECORD
+    require(config.is_file(), f"{config}: is not there; the run has not begun")
+    with errors_about(config, "restore it from a backup"):
+        stored = read_json(config)
+        require(isinstance(stored, dict) and isinstance(stored.get("train"), dict), "is no recipe")
+        train = from_dict(TrainConfig, stored["train"])  # fields that an older run lacks: defaults
+    batch, parts = train.batch_size, train.accumulation_steps
+    known: dict[str, Any] = {}
+    if record.is_file():
+        with errors_about(record, "remove it, and start the run on all processes first"):
+            known = read_json(record)
+            whole = isinstance(known, dict) and {"rows", "accumulation_steps"} <= known.keys()
+            require(whole, "is no record of a layout; remove it")
     if known.get("batch_size") != batch:
-        rows = batch * train["tensor"] / (parts * devices * before)
+        rows = batch * train.tensor / (parts * devices * before)
         known = {"batch_size": batch, "rows": rows, "accumulation_steps": parts}
         replace_file(record, (json.dumps(known) + "\n").encode())
     return layout_on(left, devices, train, known["rows"], known["accumulation_steps"])
@@ -67,7 +91,10 @@ def meet(
 
     Those that are here after `seconds` go without the others. Each process calls this once for a
     `folder` that all of them see, new for each start of the run; None for one that came too late.
+    Raises `ValueError` for numbers that do not fit together.
     """
+    require(0 <= index < total, f"index={index}: must be from 0 to one less than total={total}")
+    require(0 <= seconds < math.inf, f"seconds={seconds}: must be a number from 0 on")
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / f"{index}.here", host.encode())
     decided, deadline = folder / "members.json", time.monotonic() + seconds

@@ -86,8 +86,7 @@ def read_options(
     place, argv = take_option(argv, *RUN_DIR)
     branch, argv = take_option(argv, *BRANCH)
     recipe = _branch(named, branch, place) if branch else find_recipe(named)
-    own = not branch and is_run(Path(named))
-    run_dir = Path(place or (named if own else Path("runs") / recipe.name))
+    run_dir = _run_folder(place, "" if branch else named, recipe)
     source, argv = take_option(argv, "init_from", "train.init_from")
     if source:
         recipe = with_source(recipe, source, run_dir, read)
@@ -96,6 +95,18 @@ def read_options(
     recipe = parse_recipe(recipe, argv, f"{prog} {recipe.name}", description)
     _refuse_ineffective(recipe, fields)
     return Asked(recipe, run_dir, fields)
+
+
+def run_folder(argv: Sequence[str]) -> Path:
+    """The run folder that the arguments of `bytelm train` ask for; raises `ValueError`."""
+    named, rest = take_recipe(argv)
+    place, _ = take_option(rest, *RUN_DIR)
+    return Path(place) if place else _run_folder(place, named, find_recipe(named))
+
+
+def _run_folder(place: str | None, named: str, recipe: Recipe) -> Path:
+    own = named and is_run(Path(named))
+    return Path(place or (named if own else Path("runs") / recipe.name))
 
 
 def _refuse_ineffective(recipe: Recipe, fields: Collection[str]) -> None:

@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bytelm.elastic import layout_on
+from bytelm import elastic, recipes
+from bytelm.config import TrainConfig
+from bytelm.config.serialize import recipe_text
+from bytelm.elastic import layout_on, next_layout
+from bytelm.train_options import run_folder
 
 LAUNCH = Path(__file__).parent.parent.parent / "scripts" / "launch"
 
@@ -261,8 +265,76 @@ TRAIN = {"batch_size": 12, "accumulation_steps": 1, "fsdp": 1, "tensor": 1}
 def test_fewer_processes_keep_the_batch_and_the_rows_of_a_device(
     left, devices, changes, rows, expected
 ):
-    train = TRAIN | changes
-    assert layout_on(left, devices, train, rows, train["accumulation_steps"]) == expected
+    train = TrainConfig(**TRAIN | changes)
+    assert layout_on(left, devices, train, rows, train.accumulation_steps) == expected
+
+
+def test_a_layout_is_found_for_runs_of_earlier_versions(tmp_path):
+    """They lack fields, which have their defaults."""
+    (tmp_path / "config.json").write_text('{"train": {"batch_size": 12}}')
+    assert next_layout(tmp_path, before=3, left=2) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "record", "options", "says"),
+    [
+        (None, None, [], "config.json: is not there; the run has not begun"),
+        ("{", None, [], "config.json: not JSON ("),
+        ("[]", None, [], "config.json: is no recipe"),
+        ('{"train": {"batch_size": 0}}', None, [], "batch_size=0: must be at least 1"),
+        ("{}", "{}", [], "config.json: is no recipe"),
+        ('{"train": {}}', "{}", [], "elastic.json: is no record of a layout; remove it"),
+        ('{"train": {}}', None, ["--before", "0"], "before=0: must be at least 1"),
+        ('{"train": {}}', None, ["--devices", "0"], "devices=0: must be at least 1"),
+    ],
+)
+def test_what_gives_no_layout_is_one_line(tmp_path, capsys, config, record, options, says):
+    for name, text in (("config.json", config), ("elastic.json", record)):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    asked = ["layout", str(tmp_path), "--before", "3", "--left", "2", *options]
+    assert elastic.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("elastic: ") and says in line
+
+
+def test_pods_whose_numbers_do_not_fit_do_not_meet(tmp_path, capsys):
+    for index, total, seconds in ((2, 2, "1"), (-1, 2, "1"), (0, 1, "nan")):
+        asked = ["meet", str(tmp_path / "m"), f"--index={index}", "--total", str(total)]
+        assert elastic.main([*asked, "--host", "a", "--seconds", seconds]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_the_folder_of_an_elastic_run_is_the_one_that_it_trains_in(tmp_path):
+    (tmp_path / "first" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "first" / "config.json").write_bytes(recipe_text(recipes.get("megabyte_tiny")))
+    (tmp_path / "mine.json").write_text('{"base": "megabyte_tiny", "name": "mine"}')
+    for options, folder in [
+        (["megabyte_tiny"], "runs/megabyte_tiny"),
+        (["megabyte_tiny", "--run_dir=there"], "there"),
+        ([str(tmp_path / "first")], f"{tmp_path}/first"),
+        ([str(tmp_path / "mine.json")], "runs/mine"),
+        (["--branch-from", "x@3", "--save_path", "there"], "there"),
+    ]:
+        assert run_folder(options) == Path(folder)
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        (["megabyte_tiny", "--run-dir", "gs://bucket/run"], "run_dir=gs://bucket/run: fewer"),
+        (["megabyte_tiny", "--run-dir"], "--run-dir: needs a value"),
+    ],
+)
+def test_an_elastic_run_that_cannot_be_is_refused(rest, says, tmp_path):
+    command = [sys.executable, LAUNCH / "local", "2", "--elastic", "--", *rest]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    (line,) = done.stderr.splitlines()
+    assert says in line
 
 
 STAND_IN = """
