@@ -1,13 +1,14 @@
 """`--dry-run --compile-for` and `--fit`; what needs a TPU's compiler runs where libtpu is."""
 
 import json
+import subprocess
 
 import pytest
 
 from bytelm import recipes
 from bytelm.chips import find_chip
 from bytelm_jax.cli import main as cli
-from bytelm_jax.tools import dry_run
+from bytelm_jax.tools import compile_process, dry_run
 from bytelm_jax.tools.compiled import Compiled, padded_bytes
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.targets import TOPOLOGIES, read_target
@@ -64,6 +65,42 @@ def test_without_the_compiler_it_is_an_estimate_that_says_so(monkeypatch, capsys
         out = capsys.readouterr().out
         assert f"an estimate for {target}, of 8 simulated CPUs" in out and why in out
         assert "compiled for" not in out
+
+
+@pytest.mark.parametrize(
+    ("status", "printed", "says"),
+    [
+        (
+            2,
+            "noise\nbytelm train: batch_size=3: must be\n\n",
+            "bytelm train: batch_size=3: must be",
+        ),
+        (-11, "E0000 symbols\nhttps://trace\n", "libtpu 0.0.20 failed (signal 11); jax "),
+        (
+            1,
+            "Trace\njax.errors.JaxRuntimeError: INTERNAL: no\nE0000\n",
+            "(jax.errors.JaxRuntimeErr",
+        ),
+        (2, "", "libtpu 0.0.20 failed (status 2)"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line_with_its_version(
+    status, printed, says, monkeypatch, capsys
+):
+    """A libtpu of another JAX may end the process by a signal."""
+    ended = subprocess.CompletedProcess([], status, "", printed)
+    monkeypatch.setattr(compile_process.subprocess, "run", lambda *_, **__: ended)
+    known = compile_process.metadata.version
+    versions = {"libtpu": "0.0.20"}
+    monkeypatch.setattr(
+        compile_process.metadata, "version", lambda name: versions.get(name) or known(name)
+    )
+    monkeypatch.setattr(dry_run, "has_compiler", lambda platform: True)
+    assert cli.main([*RUN, "--compile-for", "v5e:2x2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    if status != 2 or not printed:
+        assert line.startswith("bytelm train: compile_for=v5e:2x2: ") and "for libtpu==" in line
 
 
 @pytest.mark.parametrize("most", [0, 1, 2, 5, 8, 31])

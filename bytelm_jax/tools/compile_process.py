@@ -5,8 +5,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib import metadata
 from typing import NamedTuple
 
 from bytelm.config import Recipe
@@ -15,6 +17,9 @@ from bytelm_jax.tools import dry_run, dry_run_text
 from bytelm_jax.tools.compiled import ENVIRONMENT
 from bytelm_jax.tools.machine import Machine
 from bytelm_jax.tools.targets import Target, read_target
+
+_LIBRARIES = {"tpu": ("libtpu",), "gpu": ("jax-cuda13-plugin", "jax-cuda12-plugin")}
+"""Platform → the packages of which one is its compiler."""
 
 
 class Job(NamedTuple):
@@ -45,7 +50,7 @@ def answer(job: Job) -> str:
 
 
 def in_its_own_process(job: Job) -> int:
-    """Prints the answer of a process with libtpu's environment; gives that process's exit code."""
+    """Prints the answer of a process with libtpu's environment, or a line; gives the exit code."""
     text = json.dumps(
         {
             "recipe": to_dict(job.recipe),
@@ -62,9 +67,37 @@ def in_its_own_process(job: Job) -> int:
         text=True,
         stderr=subprocess.PIPE,
     )
-    if done.returncode:  # the last line: libtpu writes lines of its own
-        print(done.stderr.strip().splitlines()[-1], file=sys.stderr)
-    return done.returncode
+    if not done.returncode:
+        return 0
+    # Of the last lines: libtpu writes lines of its own.
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    refused = done.returncode == 2 and bool(lines)
+    assert job.target is not None, "a compiler is asked about its target"
+    said = lines[-1] if refused else _failure(job.target, done.returncode, lines)
+    print(said, file=sys.stderr)
+    return 2
+
+
+def _failure(target: Target, status: int, lines: list[str]) -> str:
+    """One line about a compiler that failed; the usual cause is another version than JAX's own."""
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    why = errors[-1][:300] if errors else f"signal {-status}" if status < 0 else f"status {status}"
+    compiler, hint = f"the compiler for {target.chip.name}", ""
+    for name in _LIBRARIES[target.chip.platform]:
+        if found := _version(name):
+            asked = [each for each in metadata.requires("jax") or [] if each.startswith(name)]
+            hint = f"; jax {_version('jax')} asks for {asked[0].partition(';')[0]}" if asked else ""
+            compiler = f"{name} {found}"
+            break
+    return f"bytelm train: compile_for={target.name}: {compiler} failed ({why}){hint}"
+
+
+def _version(package: str) -> str:
+    """The installed version of a package; nothing if its metadata are not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def main() -> int:

@@ -144,12 +144,15 @@ def cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     rest |= {"tensor": asked.tensor} if asked.tensor > 1 else {}
     rest |= {"layers": dict(asked.layers)} if asked.layers else {}
     sizes = {each.name: each.parameters for each in recipes.summaries()}
-    return [
+    found = [
         {"name": name, "form": form, "fsdp": fsdp} | rest
         for name in sorted(names, key=lambda name: sizes[name])
         for form in asked.forms
         for fsdp in asked.fsdp
     ]
+    if asked.shallow:
+        found = [cell | {"layers": dict.fromkeys(depths(cell), 1)} for cell in found]
+    return found
 
 
 def renew_estimates(lines: Path) -> None:
@@ -242,6 +245,9 @@ def main() -> None:
         "--layers", nargs="+", type=stack_and_size, metavar="STACK=N",
         help="compile these numbers of layers, as global_layers=9, and extrapolate nothing",
     )  # fmt: skip
+    parser.add_argument(
+        "--shallow", action="store_true", help="compile one layer of each stack, and no more"
+    )
     parser.add_argument("--table", action="store_true", help="print the lines as a table")
     parser.add_argument(
         "--extrapolate", action="store_true", help="compile few layers of deep recipes"
