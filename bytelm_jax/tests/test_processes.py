@@ -91,6 +91,9 @@ def test_what_a_run_is_is_compared_before_anything_is_written(tmp_path, monkeypa
     with monkeypatch.context() as patch:  # other code
         patch.setattr(processes.Path, "read_bytes", lambda _: b"")
         assert processes.installation()["code"] != known
+    with monkeypatch.context() as patch:
+        patch.setattr(processes, "version", lambda name: f"{name} 1")
+        assert processes.installation()["libtpu"] == "libtpu 1"
 
 
 def test_a_process_whose_number_is_taken_ends_at_once():

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -48,6 +48,9 @@ _ERROR = "error"
 
 _COMPUTING = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 """Packages of which all processes of a run must have the same version."""
+
+_COMPILING = ("libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+"""The same, where one is installed: two compilers would make two programs."""
 
 _TASKS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 """Variables in which launchers that JAX knows give the number of processes they started."""
@@ -182,6 +185,9 @@ def installation() -> dict[str, str]:
         digest.update(path.read_bytes())
     versions = {"python": platform.python_version(), "bytelm": bytelm.__version__}
     versions |= {name: version(name) for name in _COMPUTING}
+    for name in _COMPILING:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
     return {**versions, "code": digest.hexdigest()[:12]}
 
 
