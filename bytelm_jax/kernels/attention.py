@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend, is_pretended, target
 from bytelm_jax.kernels.dtypes import is_low_precision
-from bytelm_jax.kernels.partitioned import is_partitioned
 from bytelm_jax.kernels.splash_attention import SHORTEST, splash_attention
 
 
@@ -88,8 +87,7 @@ def fused_attention(
     if backend() == "tpu":
         if slopes is not None:
             return None
-        # The kernel is not divided by heads, as layers that devices share need it.
-        if length < SHORTEST or not is_low_precision(q) or is_partitioned():
+        if length < SHORTEST or not is_low_precision(q):
             return None
         return splash_attention(q, k, v, window)
     fits = is_low_precision(q) and width % 8 == 0 and width <= 128

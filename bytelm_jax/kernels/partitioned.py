@@ -10,9 +10,9 @@ else they are the plain functions: on one device nothing is added to a program.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 
 @runtime_checkable
@@ -25,8 +25,8 @@ class Partition(Protocol):
         """`find(table, ids)`, with the table cut by rows."""
         ...
 
-    def by_heads(self, attend: Callable[..., Array], index: Array, *arrays: Array) -> Array:
-        """`attend(index, *arrays)`, with each of the arrays and the result cut by heads."""
+    def by_heads(self, attend: Callable[..., Array], shared: Any, *arrays: Array) -> Array:
+        """`attend(shared, *arrays)`, with each of the arrays and the result cut by heads."""
         ...
 
 
@@ -88,16 +88,15 @@ def by_columns(
 
 
 def by_heads(
-    attend: Callable[..., Array],
-    index: Int[Array, "B T"],
-    *arrays: Float[Array, "..."],
+    attend: Callable[..., Array], shared: Any, *arrays: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """`attend(index, *arrays)`, which computes each head, of the axis before the last, alone.
+    """`attend(shared, *arrays)`, which computes each head, of the axis before the last, alone.
 
-    The arrays are [B, …, H, K]; `index` is the same for all heads. Flattening patches' vectors with
-    their heads, as reading by segments does, would otherwise gather the heads of all devices.
+    The arrays are [B, …, H, K]; those of `shared`, [B, …], are the same for all heads. Flattening
+    patches' vectors with their heads, as reading by segments does, would otherwise gather the heads
+    of all devices; and the compiler does not divide a kernel of Pallas.
     """
     partition = _partition.get()
     if partition is None:
-        return attend(index, *arrays)
-    return partition.by_heads(attend, index, *arrays)
+        return attend(shared, *arrays)
+    return partition.by_heads(attend, shared, *arrays)

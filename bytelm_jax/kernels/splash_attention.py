@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.pallas import call_kernel
+from bytelm_jax.kernels.partitioned import by_heads, is_partitioned
 from bytelm_jax.kernels.rows import on_each_device
 
 _LANES = 128
@@ -34,10 +36,15 @@ def splash_attention(
 
     Each position sees itself and the `window` − 1 positions before it, or with `window=0`
     everything before it. Any T: keys that fill up the last block stand after all queries that
-    count. It has a gradient, but no forward mode. `interpret` runs the kernel on a CPU.
+    count. It has a gradient, but no forward mode. `interpret` runs the kernel on a CPU. Of devices
+    that share layers each computes its own heads, with a key and value head that is the only one.
     """
     attend = partial(_attend, window if window < q.shape[1] else 0, interpret)
-    return on_each_device(lambda _, *rows: attend(*rows), (), q, k, v)
+    if not is_partitioned():
+        return on_each_device(lambda _, *rows: attend(*rows), (), q, k, v)
+    if k.shape[2] > 1:
+        return by_heads(lambda _, *rows: attend(*rows), (), q, k, v)
+    return by_heads(lambda kv, q: attend(q, *(vary_like(x, q) for x in kv)), (k, v), q)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

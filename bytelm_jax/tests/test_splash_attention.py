@@ -46,13 +46,15 @@ def inputs(length, heads, groups, wide, width):
         ("jit", 200, 4, 2, 24, 16, 70),  # grouped, with the features of `guide`, in a window
         ("shard_map", 129, 2, 1, 8, 8, 0),
         ("remat", 129, 2, 1, 8, 8, 0),
+        ("tensor", 129, 4, 1, 8, 8, 0),  # the one key and value head is every device's
+        ("tensor", 200, 4, 2, 24, 16, 70),
     ],
 )
 def test_it_is_the_written_out_attention_with_its_gradients(
     form, length, heads, groups, wide, width, window
 ):
     *arrays, weights = inputs(length, heads, groups, wide, width)
-    mesh = meshes.make_mesh(2)
+    mesh = meshes.make_mesh(4, 1, 2) if form == "tensor" else meshes.make_mesh(2)
     fused = pulled(partial(splash_attention, window=window, interpret=True))
     if form == "remat":
         fused = pulled(jax.checkpoint(partial(splash_attention, window=window, interpret=True)))
@@ -61,6 +63,9 @@ def test_it_is_the_written_out_attention_with_its_gradients(
         fused = jax.shard_map(fused, mesh=mesh, in_specs=rows, out_specs=rows)
 
     def run(*arrays):
+        if form == "tensor":
+            with meshes.layers_on(mesh):
+                return fused(*arrays)
         if form != "jit":
             return fused(*arrays)
         with split_rows(mesh, meshes.ROWS):

@@ -359,13 +359,13 @@ class _Cut:
         inside = ((ids >= 0) & (ids < rows))[..., None]
         return jnp.where(inside, found, fill) if fill else found
 
-    def by_heads(self, attend: Callable[..., Array], index: Array, *arrays: Array) -> Array:
+    def by_heads(self, attend: Callable[..., Array], shared: Any, *arrays: Array) -> Array:
         def by_head(rank: int) -> jax.P:
             return jax.P(ROWS, *(None,) * (rank - 3), TENSOR)
 
         cut = tuple(by_head(array.ndim) for array in arrays)
-        result = by_head(jax.eval_shape(attend, index, *arrays).ndim)
-        return self._map(attend, (jax.P(ROWS), *cut), result)(index, *arrays)
+        result = by_head(jax.eval_shape(attend, shared, *arrays).ndim)
+        return self._map(attend, (jax.P(ROWS), *cut), result)(shared, *arrays)
 
     def _map(self, function: Callable[..., Array], inputs: Any, result: jax.P) -> Any:
         return jax.shard_map(function, mesh=self._mesh, in_specs=inputs, out_specs=result)
