@@ -11,13 +11,24 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
-_split: ContextVar[tuple[Mesh, tuple[str, ...]] | None] = ContextVar("split", default=None)
+
+class _Split(NamedTuple):
+    """Where the rows of a batch stand, and how the gradients of parameters are cut."""
+
+    mesh: Mesh
+    axes: tuple[str, ...]
+    cut: Callable[[tuple[int, ...]], int | None]
+    """Shape of a parameter → the axis along which its gradient is cut over the last of `axes`."""
+
+
+_split: ContextVar[_Split | None] = ContextVar("split", default=None)
 
 
 _gathered: ContextVar[Mesh | None] = ContextVar("gathered", default=None)
@@ -45,12 +56,18 @@ def rows_in_program(shape: Sequence[int]) -> int:
 
 
 @contextlib.contextmanager
-def split_rows(mesh: Mesh, axes: tuple[str, ...], gathered: bool = False) -> Iterator[None]:
+def split_rows(
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    gathered: bool = False,
+    cut: Callable[[tuple[int, ...]], int | None] = lambda shape: None,
+) -> Iterator[None]:
     """Within this context, the rows of what is traced under `jit` stand along `axes` of `mesh`.
 
-    `gathered` says that parameters were gathered, and are whole on every device of it.
+    `gathered` says that parameters were gathered, and are whole on every device of it; `cut` gives
+    the axis along which the gradient of one of that shape is cut over the last of `axes`, if any.
     """
-    before, whole = _split.set((mesh, axes)), _gathered.set(mesh if gathered else None)
+    before, whole = _split.set(_Split(mesh, axes, cut)), _gathered.set(mesh if gathered else None)
     try:
         yield
     finally:
@@ -94,21 +111,68 @@ def on_each_device(function: Callable[..., Any], shared: Any, *rows: Any) -> Any
     """`function(shared, *rows)`, in which each device sees its own rows alone.
 
     The first axis of every array of `rows` and of the result are rows, of which those of a device
-    are together; `shared` is whole on every device, and its gradient is summed over them.
-    `function` must treat each row alike, whatever the others are. Where no rows are split, or not
-    evenly, it is called as it is.
+    are together; `shared` is whole on every device, and its gradient is summed over them, once for
+    all uses. `function` must treat each row alike, whatever the others are. Where no rows are
+    split, or not evenly, it is called as it is.
     """
     split = _split.get()
-    mesh, axes = split if split else (None, ())
-    parts = 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
-    if parts == 1 or any(len(x) % parts for x in jax.tree.leaves(rows)):
+    parts = 1 if split is None else math.prod(split.mesh.shape[axis] for axis in split.axes)
+    if split is None or parts == 1 or any(len(x) % parts for x in jax.tree.leaves(rows)):
         return function(shared, *rows)
-    along = jax.P(axes)
+    leaves, tree = jax.tree.flatten(shared)
+    axes, along, own = split.axes, jax.P(split.axes), jax.P(*split.axes)
+    cut = [_gathered.get() is not None and split.cut(x.shape) is not None for x in leaves]
+
+    def on_device(leaves: Sequence[Any], *rows: Any) -> Any:
+        here = [
+            x[(0,) * len(axes)] if by_group else jax.lax.pcast(x, axes, to="varying")
+            for x, by_group in zip(leaves, cut, strict=True)
+        ]
+        return function(jax.tree.unflatten(tree, here), *rows)
+
+    given = [
+        _one_each(split, x) if by_group else x for x, by_group in zip(leaves, cut, strict=True)
+    ]
+    lie = [own if by_group else jax.P() for by_group in cut]
     # What the function does is on one device: nothing in it is cut again.
     token = _split.set(None)
     try:
         return jax.shard_map(
-            function, mesh=mesh, in_specs=(jax.P(), *(along,) * len(rows)), out_specs=along
-        )(shared, *rows)
+            on_device, mesh=split.mesh, in_specs=(lie, *(along,) * len(rows)), out_specs=along
+        )(given, *rows)
     finally:
         _split.reset(token)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_each(split: _Split, x: Array) -> Array:
+    """`x` [...], which is whole on every device, as an array [..., devices along each axis, ...].
+
+    Each device's gradient is then its own, and they are summed as those of other parameters are:
+    each device gets its part of the sum over a group, by a reduce-scatter, and parts are summed
+    over groups. `shard_map` would sum all of them over all devices.
+    """
+    sizes = tuple(split.mesh.shape[axis] for axis in split.axes)
+    each = jnp.broadcast_to(x, (*sizes, *x.shape))
+    return jax.lax.with_sharding_constraint(each, NamedSharding(split.mesh, jax.P(*split.axes)))
+
+
+def _one_each_forward(split: _Split, x: Array) -> tuple[Array, None]:
+    return _one_each(split, x), None
+
+
+def _one_each_backward(split: _Split, _: None, gradient: Array) -> tuple[Array]:
+    groups, zero = split.axes[:-1], jnp.zeros((), gradient.dtype)
+    axis = split.cut(gradient.shape[len(split.axes) :])
+    behind = (*(None,) * (axis or 0), split.axes[-1])
+
+    def summed(x: Array, over: tuple[int, ...], lies: jax.P) -> Array:
+        # In its own dtype: `sum` would transfer 16-bit numbers as float32.
+        total = jax.lax.reduce(x, zero, jax.lax.add, over)
+        return jax.lax.with_sharding_constraint(total, NamedSharding(split.mesh, lies))
+
+    gradient = summed(gradient, (len(groups),), jax.P(*groups, *behind))
+    return (summed(gradient, tuple(range(len(groups))), jax.P(*behind)),)
+
+
+_one_each.defvjp(_one_each_forward, _one_each_backward)

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from bytelm import tolerances
 from bytelm.config import DataConfig, LFByteConfig, Recipe, TrainConfig
 from bytelm_jax.kernels.rows import on_each_device, split_rows
 from bytelm_jax.models import define_model
 from bytelm_jax.parity.report import relative_error
+from bytelm_jax.tools.collectives import read_collectives
 from bytelm_jax.training import mesh as meshes
 from bytelm_jax.training import step as steps
 
@@ -38,6 +40,25 @@ def test_each_device_sees_its_own_rows_and_gradients_are_summed():
     assert set(seen) == {(2,)}
     assert value == 3 * jnp.sum(x**2) and gradients[0] == jnp.sum(x**2)
     np.testing.assert_array_equal(gradients[1], 6 * x)
+
+
+@pytest.mark.parametrize("cut", [0, 1, None])
+def test_large_gradients_of_what_was_gathered_are_summed_within_groups_first(cut):
+    """Over the 2 devices of a group, and the cut parts over 4 groups; others at once over 8."""
+    mesh, table = meshes.make_mesh(8, 2), jnp.arange(8.0).reshape(4, 2)
+
+    def total(table, x):
+        with split_rows(mesh, meshes.ROWS, gathered=True, cut=lambda shape: cut):
+            return jnp.sum(on_each_device(lambda shared, x: x @ shared["table"], table, x))
+
+    x = jnp.arange(64.0).reshape(16, 4)
+    placed = jax.device_put(x, meshes.batch_sharding(mesh))
+    lies = NamedSharding(mesh, jax.P(*(None,) * (cut or 0), None if cut is None else meshes.FSDP))
+    run = jax.jit(jax.grad(total), out_shardings=lies).lower({"table": table}, placed).compile()
+    expected = jnp.broadcast_to(x.sum(0)[:, None], table.shape)
+    np.testing.assert_array_equal(run({"table": table}, placed)["table"], expected)
+    sums = {each.group: each.bytes for each in read_collectives(run.as_text() or "", 8)}
+    assert sums == ({8: 8 * 4} if cut is None else {2: 8 * 4, 4: 4 * 4})
 
 
 @pytest.mark.parametrize("rows", [7, 0])

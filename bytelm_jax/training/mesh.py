@@ -150,6 +150,11 @@ def partition_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
     return max(axes, key=lambda axis: shape[axis])
 
 
+def _scattered_axis(mesh: Mesh, shape: tuple[int, ...]) -> int | None:
+    """The axis along which the gradient of a gathered parameter arrives cut; None if whole."""
+    return partition_axis(mesh, shape) if math.prod(shape) >= _MIN_SCATTERED_SIZE else None
+
+
 def stays_cut(mesh: Mesh, shape: tuple[int, ...], name: str) -> bool:
     """Whether a parameter is never gathered over `fsdp`, but read by columns: large n-gram tables.
 
@@ -379,7 +384,8 @@ def layers_on(mesh: Mesh) -> Iterator[None]:
     """
     cut = _Cut(mesh) if tensor_parts(mesh) > 1 else None
     gathered = mesh.shape[FSDP] > 1 and cut is None
-    with partitioned(cut, _Columns(mesh, inside=False)), split_rows(mesh, ROWS, gathered):
+    split = split_rows(mesh, ROWS, gathered, functools.partial(_scattered_axis, mesh))
+    with partitioned(cut, _Columns(mesh, inside=False)), split:
         yield
 
 
