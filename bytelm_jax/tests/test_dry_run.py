@@ -274,6 +274,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     [
         ([], "devices=0: a dry run needs their number"),
         (["--devices", "9"], "devices=9: this process started with 8"),
+        (["--devices", "2049"], "devices=2049: a dry run simulates at most 2048"),
         (["--devices", "8", "--fsdp", "3"], "fsdp=3: must divide"),
         (["--devices", "8", "--batch-size", "4"], "batch_size=4: must be a multiple of 8"),
         (["--devices", "8", "--chip", "Z80"], "chip=Z80: unknown; choose one of H100"),
@@ -284,6 +285,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients():
     ],
 )
 def test_bad_input_is_one_line(options, expected, tmp_path, monkeypatch, capsys):
+    assert len(jax.devices()) == 8  # if it is the first test, JAX starts here
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "megabyte_tiny", "--dry-run", *options]) == 2
     error = capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""One layer of each architecture, compiled for 256 TPU chips by the TPU's own compiler.
+"""Steps with one layer in each stack, compiled by the TPU's own compiler.
 
 Slow, and skipped without libtpu. libtpu is no part of the extra `test`: its wheel has 203 MB, 693
-unpacked, and every job of CI would fetch it for this one test, whose processor time (a minute and a
-half) is above what a default test may take. CI's nightly job installs the extra `aot` beside `test`
-and runs it.
+unpacked, and every job of CI would fetch it for these tests, whose processor time (a minute and a
+half for the first, five for the second) is above what default tests may take. CI's nightly job
+installs the extra `aot` beside `test` and runs them.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 
 import pytest
 
+from bytelm import recipes
 from bytelm_jax.tools.compiled import ENVIRONMENT
 
 PROGRAM = """
@@ -45,3 +46,19 @@ def test_a_layer_compiles_for_a_pod_and_does_no_more_than_the_models_work(recipe
     work = found["products"] + found["kernels"] + found["elementwise"]
     assert 0.5 < work / found["executed_flops"] < 1.4
     assert found["all-reduce"] > 0 and not found["all-to-all"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v7:2x2x1"])
+def test_small_recipes_compile_for_every_generation(target, tmp_path):
+    """Memory, work and collectives are looked at for v5e above; here it is that they compile."""
+    pytest.importorskip("libtpu")
+    names = [name for name in recipes.names() if name.endswith("_tiny")]
+    options = ["--shallow", "--forms", "jit", "--fsdp", "4", "--rows", "1", "--effort", "-1"]
+    options += ["--target", target, "--lines", str(tmp_path / "lines")]
+    command = [sys.executable, "scripts/check/tpu_compile.py", *names, *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
+    lines = (tmp_path / "lines").read_text().splitlines()
+    found = {line["cell"]["name"]: line for line in map(json.loads, lines)}
+    assert found.keys() == set(names), done.stdout[-2000:]
+    assert all(line["products"] and line["all-gather"] for line in found.values())

@@ -55,6 +55,10 @@ _QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_pas
 """The compiled program never runs."""
 
 
+_MOST_SIMULATED = 2048
+"""CPU devices that JAX gives to one process; those beyond it belong to other ones."""
+
+
 class Memory(NamedTuple):
     """Bytes on each device."""
 
@@ -115,6 +119,8 @@ def require_devices(count: int) -> None:
     """Raises `ValueError` if this process cannot have `count` simulated CPU devices."""
     if count < 1:
         raise ValueError("devices=0: a dry run needs their number; write --devices 256")
+    if count > _MOST_SIMULATED:
+        raise ValueError(f"devices={count}: a dry run simulates at most {_MOST_SIMULATED}")
     if not simulate_devices(count):
         raise ValueError(
             f"devices={count}: this process started with {len(jax.devices())}; ask for at most "

@@ -37,6 +37,10 @@ LINES = Path(__file__).with_suffix(".jsonl")
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
+class DoesNotFit(Exception):
+    """The compiler says that a step needs more memory than a chip has."""
+
+
 def stacks(config: Any) -> dict[str, int]:
     """Field → its number of layers; those of a nested entropy model as `entropy.layers`."""
     found = {f.name: getattr(config, f.name) for f in fields(config) if f.name.endswith("layers")}
@@ -116,7 +120,7 @@ def one_depth(cell: dict[str, Any], depth: dict[str, int]) -> dict[str, Any]:
     options = {"exec_time_optimization_effort": effort} if effort else None
     compiled = compile_lowered(lowered, mesh.size, options)
     if compiled is None:
-        raise SystemExit("RESOURCE_EXHAUSTED: the step does not fit the chip")
+        raise DoesNotFit
     length = recipe.data.sequence_length
     count = recipe.train.batch_size * length // mesh.size
     found: dict[str, Any] = {key: getattr(compiled, key) for key in FIGURES}
@@ -188,12 +192,17 @@ def measure_all(lines: Path, todo: list[dict[str, Any]], extrapolate: bool) -> N
     versions = {"jax": version("jax"), "libtpu": version("libtpu")}
     for cell in todo:
         begun = time.process_time()
-        found = measure(cell, extrapolate)
+        what = f"{cell['name']} {cell['form']} fsdp {cell['fsdp']}"
+        try:
+            found = measure(cell, extrapolate)
+        except DoesNotFit:
+            print(f"{what}: does not fit the chip; left out", flush=True)
+            continue
         seconds = round(time.process_time() - begun)
         line = {"cell": cell, "date": date.today().isoformat(), **versions, "cpu": seconds, **found}
         with lines.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{cell['name']} {cell['form']} fsdp {cell['fsdp']}: {seconds} CPU-s", flush=True)
+        print(f"{what}: {seconds} CPU-s", flush=True)
 
 
 def read_lines(lines: Path) -> list[dict[str, Any]]:
