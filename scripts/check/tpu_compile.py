@@ -227,7 +227,8 @@ def table(lines: Path) -> str:
         cell, work = each["cell"], each["products"] + each["kernels"] + each["elementwise"]
         peak = each["arguments"] + each["temporaries"] + each["program"]
         values = [cell["name"], cell["form"], cell["fsdp"], each["depth"], f"{peak / 2**30:.2f}"]
-        values += [f"{each['in_use'] / 2**30:.2f}" if "in_use" in each else "–"]
+        known = "in_use" in each and each["depth"] != "extrapolated"  # holes are not linear
+        values += [f"{each['in_use'] / 2**30:.2f}" if known else "–"]
         values += [f"{100 * (each['estimated'] / peak - 1):+.0f} %", f"{work / 1e9:,.1f}"]
         values += [f"{100 * each[part] / work:.0f} %" for part in ("kernels", "elementwise")]
         values += [f"{work / each[part]:.2f}" for part in ("model_flops", "executed_flops")]
