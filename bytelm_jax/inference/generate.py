@@ -36,6 +36,7 @@ from bytelm_jax.inference.sampling import (
     split_settings,
 )
 from bytelm_jax.inference.speculative import Drafter, make_drafter
+from bytelm_jax.kernels.decode_choice import decode_form
 
 _DEFAULT = SamplerConfig()
 _STOP_CHUNK = 64  # bytes after which stop texts are looked for
@@ -279,6 +280,8 @@ def _full_forward(structure: CompiledModelKey, mode: str) -> Callable[..., Array
 def _capacity(model: Any, speculate: Any, rows: int) -> int:
     """Positions, a power of two of rounds, for which caches and random numbers fit into memory."""
     batch, memory = padded_rows(rows), device_memory()
+    if decode_form(rows) == "sums":  # a second copy of the weights
+        memory -= sum(x.nbytes for x in split_cached(model)[1])
     drafting = speculate not in (None, "none")
 
     def size(length: int) -> int:

@@ -27,6 +27,8 @@ from bytelm.memory import host_memory
 from bytelm_jax.inference.compiled import CompiledModelKey, split_cached
 from bytelm_jax.inference.sampling import SamplerNumbers, candidate_columns, choose_ids
 from bytelm_jax.inference.speculative import Drafter, Propose
+from bytelm_jax.inference.stored import stored_by_module, weights_to_store
+from bytelm_jax.kernels.decode_choice import stored_weights
 from bytelm_jax.kernels.decoding import min_rows
 from bytelm_jax.kernels.dtypes import array_bytes
 from bytelm_jax.layers.caches import positions_from, read_at, take_at, write_at
@@ -95,7 +97,9 @@ def begin(
     uniforms: Callable[[int, int], Array | np.ndarray],
 ) -> Run:
     """Prefills the prompts in one pass; `uniforms(batch, length)` gives the random numbers."""
-    patch, batch = model.round_length, padded_rows(len(prompts))
+    structure, params = split_cached(model)
+    weights = weights_to_store(structure, params, len(prompts))
+    patch, batch = model.round_length, padded_rows(len(prompts), bool(weights))
     lengths = np.zeros(batch, np.int32)  # rows past the prompts end at 0: done from the start
     lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
     ends = np.where(np.arange(batch) < len(prompts), lengths + np.int32(max_new_bytes), 0)
@@ -107,7 +111,6 @@ def begin(
     # What the padded prefill writes past a row's prompt is overwritten before it is read.
     prefix = padded(model, int(start.max())) if start.max() else 0
 
-    structure, params = split_cached(model)
     caches = [prefill_program(structure, bool(drafter))(params, ids[:, patch:], prefix)]
     if drafter and drafter.model is not None:
         width = min(padded(drafter.model, int(ends.max())), length)
@@ -141,7 +144,7 @@ def begin(
     arguments = () if drafter is None else drafter.arguments
 
     def advance(state: State, stop: np.ndarray) -> State:
-        return program(params, arguments, rows, stop, state)
+        return program(params, weights, arguments, rows, stop, state)
 
     return Run(state, advance)
 
@@ -164,7 +167,9 @@ def append_program(
     """The loop over rounds, compiled once for a model, a kind of sampler and a kind of draft."""
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def append(params: list[Array], drafting: Any, rows: Rows, stop: Array, state: State) -> State:
+    def append(
+        params: list[Array], weights: Any, drafting: Any, rows: Rows, stop: Array, state: State
+    ) -> State:
         model = structure.model(params)
 
         def unfinished(state: State) -> Array:
@@ -175,7 +180,8 @@ def append_program(
                 return append_round(model, mode, rows, state)
             return _verify_round(model, mode, rows, state, propose, drafting)
 
-        return jax.lax.while_loop(unfinished, body, state)
+        with stored_weights(stored_by_module(model, weights)):
+            return jax.lax.while_loop(unfinished, body, state)
 
     return append
 
@@ -329,9 +335,9 @@ def padded(model: Any, length: int) -> int:
     return size if limit is None else min(size, limit)
 
 
-def padded_rows(count: int) -> int:
+def padded_rows(count: int, by_sums: bool = False) -> int:
     """The rows of a batch that serves `count` prompts."""
-    return max(min_rows(), power_of_two(count))
+    return max(1 if by_sums else min_rows(), power_of_two(count))
 
 
 def batch_bytes(model: Any, batch: int, length: int, by_byte: bool = False) -> int:

@@ -23,7 +23,8 @@ _FEW_ROWS = 8
 def min_rows() -> int:
     """The smallest batch that should be decoded.
 
-    On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster.
+    On a GPU, padding to a second row makes decoding a byte of MEGABYTE 1.5 times faster, unless
+    it is decoded by sums (`decode_choice`).
     """
     return 2 if backend() == "gpu" else 1
 

@@ -15,6 +15,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from bytelm_jax.kernels.decode_layer import decode_cross, decode_states
+from bytelm_jax.kernels.decode_weights import (
+    CrossWeights,
+    Heads,
+    as_vectors,
+    layer_weights,
+    product_of,
+)
 from bytelm_jax.kernels.decoding import attend_once
 from bytelm_jax.kernels.low_precision import normalized_linears
 from bytelm_jax.kernels.partitioned import by_heads
@@ -133,14 +141,34 @@ class CrossAttention(nnx.Module):
 
     def read_each(self, x: Float[Array, "B T D"], cache: KeyValueCache) -> Float[Array, "B T D"]:
         """Version of `read` given the keys and values of each byte's patch, [B, T, M, G, K]."""
+        weights = layer_weights(self, x)
+        if weights is not None:
+            vectors, keys = as_vectors(cache.keys, self._heads)
+            _, values = as_vectors(cache.values, self._heads)
+            return decode_cross(x, weights, keys, values, self._heads, vectors)
         q, mask = self._queries(x), jnp.ones((1, 1, cache.keys.shape[2]), bool)
         if x.shape[1] == 1:
             k, v = (part[:, 0] for part in cache)
             return self._add(x, attend_once(q, k, v, mask, grouped_attention))
         return self._add(x, grouped_attention(q[:, :, None], *cache, mask)[:, :, 0])
 
+    def decode_weights(self) -> CrossWeights:
+        """The weights of `read_each` and of `keys_values` as sums read them."""
+        norm = self.q_norm.as_stored()
+        queries, out = product_of(self.to_q), product_of(self.to_out)
+        states = product_of(self.to_k, self.to_v)
+        return CrossWeights(norm, queries, out, self.k_norm.as_stored(), states)
+
+    @property
+    def _heads(self) -> Heads:
+        return Heads(self.heads, self.kv_heads, self.head_dim)
+
     def keys_values(self, states: Float[Array, "*batch D"]) -> KeyValueCache:
         """Keys and values [..., G, K] of bytes or of a patch's vectors."""
+        decoded = decode_states(self, states)
+        if decoded is not None:
+            both = jnp.split(decoded, 2, axis=-1)
+            return KeyValueCache(*(split_heads(part, self.head_dim) for part in both))
         keys, values = normalized_linears(self.k_norm, states, self.to_k, self.to_v)
         return KeyValueCache(*(split_heads(part, self.head_dim) for part in (keys, values)))
 

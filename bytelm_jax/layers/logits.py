@@ -6,6 +6,8 @@ In bfloat16 the two largest would coincide at about one byte in a hundred.
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.decode_layer import decode_logits
+from bytelm_jax.kernels.decode_weights import Product, product_of
 from bytelm_jax.kernels.low_precision import unrounded_linear
 
 
@@ -15,4 +17,9 @@ class LogitsLinear(nnx.Linear):
     def __call__(
         self, inputs: Float[Array, "*batch D"], out_sharding: None = None
     ) -> Float[Array, "*batch V"]:
-        return unrounded_linear(self, inputs)
+        decoded = decode_logits(self, inputs)
+        return unrounded_linear(self, inputs) if decoded is None else decoded
+
+    def decode_weights(self) -> Product:
+        """The weights as decoding by sums reads them."""
+        return product_of(self)

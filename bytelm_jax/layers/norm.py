@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bytelm_jax.kernels.decode_weights import Normalization
 from bytelm_jax.kernels.normalization import EPSILON, rescale, standardize
 
 
@@ -25,6 +26,10 @@ class LayerNorm(nnx.Module):
         values, _ = standardize(x)
         return (values * scale + bias).astype(x.dtype)
 
+    def as_stored(self) -> Normalization:
+        """The weights as decoding by sums reads them."""
+        return Normalization(self.scale[...], self.bias[...])
+
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation over the last axis (Zhang & Sennrich 2019).
@@ -42,3 +47,7 @@ class RMSNorm(nnx.Module):
         scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
         values, _ = rescale(x, self.epsilon)
         return (values * scale).astype(x.dtype)
+
+    def as_stored(self) -> Normalization:
+        """The weights as decoding by sums reads them."""
+        return Normalization(self.scale[...], None)

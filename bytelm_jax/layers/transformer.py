@@ -4,12 +4,22 @@ Bytropix omits the rotation, uses splines instead of gates and guides the attent
 T positions, D width.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from bytelm.config.block import PAPER, BlockConfig
+from bytelm_jax.kernels.decode_layer import decode_layer
+from bytelm_jax.kernels.decode_weights import (
+    Heads,
+    LayerWeights,
+    as_columns,
+    layer_weights,
+    product_of,
+)
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.caches import positions_from
 from bytelm_jax.layers.dropout import dropout, fold_rows
@@ -40,7 +50,7 @@ class TransformerLayer(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ):
-        self.rate = rate
+        self.rate, self.block = rate, block
         self.attention = GroupedAttention(dim, heads, kv_heads, window, guided, block, rngs=rngs)
         if feedforward == "gated":
             self.feedforward = GatedFeedForward(dim, hidden_dim, block, rngs=rngs)
@@ -72,6 +82,9 @@ class TransformerLayer(nnx.Module):
 
         Also gives the new cache.
         """
+        weights = layer_weights(self, x)
+        if weights is not None:
+            return self._decode(x, weights, rope, cache, index, segment_starts, write=True)
         attended, cache = self.attention.extend(x, rope, cache, index, segment_starts)
         x = x + attended
         return x + self.feedforward(x), cache
@@ -86,11 +99,52 @@ class TransformerLayer(nnx.Module):
         segment_starts: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KeyValueCache]:
         """Version of `extend` that gives the new keys and values [B, T, G, K] alone."""
+        weights = layer_weights(self, x)
+        if weights is not None:
+            return self._decode(x, weights, rope, cache, index, segment_starts, write=False)
         attended, new = self.attention.extend_rows(
             x, rope, cache, index, patch_entropy, segment_starts
         )
         x = x + attended
         return x + self.feedforward(x), new
+
+    def decode_weights(self) -> LayerWeights | None:
+        """The weights as sums read them (`kernels.decode_sums`), if these compute the layer."""
+        attention, feedforward = self.attention, self.feedforward
+        if attention.guided or self.block != PAPER or not isinstance(feedforward, GatedFeedForward):
+            return None
+        return LayerWeights(
+            attention.norm.as_stored(),
+            product_of(attention.to_q, attention.to_k, attention.to_v),
+            product_of(attention.to_out),
+            feedforward.norm.as_stored(),
+            product_of(feedforward.gate, feedforward.up),
+            product_of(feedforward.down),
+        )
+
+    def _decode(
+        self,
+        x: Array,
+        weights: LayerWeights,
+        rope: Rotation | None,
+        cache: Any,
+        index: Array,
+        segment_starts: Array | None,
+        write: bool,
+    ) -> tuple[Array, KeyValueCache]:
+        attention, first = self.attention, jnp.zeros_like(index)
+        if attention.window:
+            first = jnp.maximum(first, index - attention.window + 1)
+        if segment_starts is not None:
+            first = jnp.maximum(first, segment_starts[:, 0])
+        heads = Heads(attention.heads, attention.kv_heads, attention.head_dim)
+        columns = as_columns(cache.keys), as_columns(cache.values)
+        x, *new = decode_layer(
+            x, weights, "silu", columns, index, first, rope, heads, write, attention.window
+        )
+        if not write:
+            new = [part.reshape(len(x), 1, heads.groups, heads.width) for part in new]
+        return x, KeyValueCache(*new)
 
 
 class Transformer(nnx.Module):

@@ -15,6 +15,11 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 from bytelm import patch_rules
 from bytelm.config import BLTConfig
+from bytelm_jax.kernels.decode_weights import (
+    layer_weights,
+    packed_columns,
+    packed_vectors,
+)
 from bytelm_jax.kernels.segment_sum import segment_sum
 from bytelm_jax.layers.attention import KeyValueCache
 from bytelm_jax.layers.caches import (
@@ -218,7 +223,11 @@ def _decode(
         capacity = cache.memory.shape[1]
         newest = jnp.where(first < capacity, newest, capacity)
     read = take_at(cache.memory, newest)
-    memory = unpack(read, _empty_memory(model.config, (1, 1), read.dtype))
+    template = _empty_memory(model.config, (1, 1), read.dtype)
+    if layer_weights(model.decoder.cross_attentions[0], x) is not None:
+        memory = packed_vectors(read[:, 0], template)
+    else:
+        memory = unpack(read, template)
     return model.decoder.extend(x, memory, cache.decoder, index, segment_starts)
 
 
@@ -340,10 +349,14 @@ def _finish_patches(model: "BLT", cache: BLTCache, new: _Ending) -> BLTCache:
     def run() -> tuple[Array, Array]:
         patches = _pool(model, cache, new)
         template = model.global_transformer.empty_caches(batch, capacity, patches.dtype)
-        layers = unpack_heads(cache.global_layers, template, 1)
+        patches = model.widen(patches)
+        if layer_weights(model.global_transformer.layers[0], patches) is not None:
+            layers = packed_columns(cache.global_layers, template)
+        else:
+            layers = unpack_heads(cache.global_layers, template, 1)
         patch_entropy = _patch_entropy_of(model.config, cache, new, patches.dtype)
         patches, new_layers = model.global_transformer.extend_rows(
-            model.widen(patches), layers, number, patch_entropy, first
+            patches, layers, number, patch_entropy, first
         )
         vectors = model.decoder.split(patches)
         read = tuple(cross.keys_values(vectors) for cross in model.decoder.cross_attentions)

@@ -21,8 +21,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from bytelm.config import MegabyteConfig
+from bytelm_jax.kernels.decode_layer import decode_layer
+from bytelm_jax.kernels.decode_weights import (
+    Heads,
+    LayerWeights,
+    as_columns,
+    layer_weights,
+    product_of,
+)
 from bytelm_jax.layers.attention import KeyValueCache, MultiQueryAttention, Scope
-from bytelm_jax.layers.caches import Index
+from bytelm_jax.layers.caches import Index, in_each_row
 from bytelm_jax.layers.dropout import dropout, fold_rows
 from bytelm_jax.layers.embedding import ByteEmbedding, PositionEmbedding
 from bytelm_jax.layers.feedforward import FeedForward
@@ -79,9 +87,37 @@ class Block(nnx.Module):
 
         Also gives the new cache.
         """
+        weights = None if scope is not None else layer_weights(self, x)
+        if weights is not None:
+            return self._decode(x, weights, cache, index)
         attended, cache = self.attention.extend(x, cache, index, scope)
         x = x + attended
         return x + self.feedforward(x), cache
+
+    def decode_weights(self) -> LayerWeights | None:
+        """The weights as sums read them (`kernels.decode_sums`), if these compute the layer."""
+        attention, feedforward = self.attention, self.feedforward
+        if attention.alibi:
+            return None
+        first, second = attention.norm.as_stored(), feedforward.norm.as_stored()
+        return LayerWeights(
+            first,
+            product_of(attention.to_q, attention.to_kv, norm=first),
+            product_of(attention.to_out),
+            second,
+            product_of(feedforward.up, norm=second),
+            product_of(feedforward.down),
+        )
+
+    def _decode(
+        self, x: Array, weights: LayerWeights, cache: KeyValueCache, index: Index
+    ) -> tuple[Array, KeyValueCache]:
+        attention, first = self.attention, jnp.zeros(len(x), jnp.int32)
+        at = index if isinstance(index, int) else in_each_row(index, len(x))
+        heads = Heads(attention.heads, 1, attention.head_dim)
+        columns = as_columns(cache.keys), as_columns(cache.values)
+        x, *new = decode_layer(x, weights, "gelu", columns, at, first, None, heads)
+        return x, KeyValueCache(*(part[:, 0] for part in new))
 
 
 class Transformer(nnx.Module):
