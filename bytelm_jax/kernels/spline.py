@@ -3,6 +3,7 @@
 Axes: F channels, each with a gain and 11 coefficients.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bytelm.config.blt import SPLINE_BASES, SPLINE_EDGE, SPLINE_INTERVALS
+from bytelm.config.blt import SPLINE_BASES
 from bytelm_jax.kernels.backend import backend
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.recomputation import computed_again
-
-_SCALE = SPLINE_INTERVALS / (2 * SPLINE_EDGE)
-
+from bytelm_jax.kernels.spline_pieces import SCALE, place_of, spline_slopes, spline_values
 
 # The uniform cubic B-spline at a distance from its middle, in intervals, is 0 from 2 on. Written in
 # powers of the distances to the ends of its pieces, it needs no case distinctions, and automatic
@@ -44,24 +43,27 @@ def spline_activation(
 ) -> Float[Array, "*batch F"]:
     """gain · SiLU(x) + Σ_i coefficients_i · B_i(x), in at least float32.
 
-    All basis functions are evaluated: selecting the four that are not zero would need a gather,
-    whose backward pass is a scatter. Only x is kept for the backward pass.
+    On a CPU a loop evaluates all basis functions; elsewhere those that are not 0 are selected by
+    comparisons, since the backward pass of a gather is a scatter. Only x is kept for it.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     gain, coefficients = (vary_like(p.astype(wide), x) for p in (gain, coefficients))
-    return _activate(x.reshape(-1, x.shape[-1]), gain, coefficients).reshape(x.shape)
+    batch = (-1,) if _by_loop() else (math.prod(x.shape[:-2]), math.prod(x.shape[-2:-1]))
+    return _activate(x.reshape(*batch, x.shape[-1]), gain, coefficients).reshape(x.shape)
 
 
 @jax.custom_vjp
 def _activate(x: Array, gain: Array, coefficients: Array) -> Array:
-    wide = x.astype(gain.dtype)
+    wide, weights = x.astype(gain.dtype), coefficients.T * _BUMP
+    total = _per_channel(gain, x) * jax.nn.silu(wide)
+    if not _by_loop():
+        return (total + spline_values(wide, weights)).astype(x.dtype)
 
     def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, None]:
         middle, weight = term
-        return total + weight[None] * _bump(_place(wide) - middle), None
+        return total + weight[None] * _bump(place_of(wide) - middle), None
 
-    weights = coefficients.T * _BUMP
-    return _over_basis(add, gain[None] * jax.nn.silu(wide), weights)[0].astype(x.dtype)
+    return _over_basis(add, total, weights)[0].astype(x.dtype)
 
 
 def _forward(x: Array, gain: Array, coefficients: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -71,48 +73,64 @@ def _forward(x: Array, gain: Array, coefficients: Array) -> tuple[Array, tuple[A
 def _backward(residual: tuple[Array, ...], gradient: Array) -> tuple[Array, Array, Array]:
     # Handwritten: differentiated automatically, the loop took five times as long on a CPU.
     dtype, (x, gain, coefficients) = residual[0].dtype, residual
-    # Once for the gradient of x and once for the sums, which a GPU computes in several passes:
-    # what they share would be written and read in wide numbers, which takes longer.
+    # Once for the gradient of x and once for the sums, which a GPU computes in another pass: what
+    # they share would be written and read in wide numbers, which takes longer.
     summed, weights = (y.astype(gain.dtype) for y in computed_again(x, gradient))
     x, gradient = (y.astype(gain.dtype) for y in (*computed_again(x), gradient))
-    sum_rows, share = _row_sums(x), jax.nn.sigmoid(x)
-
-    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
-        middle, weight = term
-        of_basis = sum_rows(weights * _bump(_place(summed) - middle))
-        return total + weight[None] * _slope(_place(x) - middle), of_basis
-
-    slope, by_coefficient = _over_basis(add, jnp.zeros_like(x), coefficients.T * (_SLOPE * _SCALE))
-    slope = slope + gain[None] * share * (1 + x * (1 - share))
-    to_x = (gradient * slope).astype(dtype)
-    return to_x, sum_rows(weights * jax.nn.silu(summed)), by_coefficient.T * _BUMP
+    gradients = _loop_gradients if _by_loop() else _selected_gradients
+    to_x, by_gain, by_coefficient = gradients(x, gradient, summed, weights, gain, coefficients)
+    return to_x.astype(dtype), by_gain, by_coefficient.T * _BUMP
 
 
 _activate.defvjp(_forward, _backward)
 
 
-def _row_sums(like: Float[Array, "N F"]) -> Callable[[Array], Array]:
-    """Sums over the first axis of arrays like this one: on a CPU by a product with ones.
+def _selected_gradients(
+    x: Array, gradient: Array, summed: Array, weights: Array, gain: Array, coefficients: Array
+) -> tuple[Array, Array, Array]:
+    """The gradient of x, and the sums of weights · SiLU and of weights · 6 B_i.
 
-    Elsewhere a product would have each array written first: twelve times in a layer.
+    `summed` and `weights` are x and its gradient for the sums.
     """
-    if backend() != "cpu":
-        return lambda x: x.sum(axis=0)
-    ones = jnp.ones(like.shape[0], like.dtype)
-    return lambda x: ones @ x
+    slope = spline_slopes(x, coefficients.T * (_SLOPE * SCALE))
+    to_x = gradient * (slope + _silu_slope(x, gain, jax.nn.sigmoid(x)))
+    bumps = (_bump(place_of(summed) - i) for i in range(SPLINE_BASES))
+    by_gain, *rest = ((weights * y).sum(axis=(0, 1)) for y in (jax.nn.silu(summed), *bumps))
+    return to_x, by_gain, jnp.stack(rest)
 
 
-def _place(x: Array) -> Array:
-    """The position of x in intervals: 0 at the middle of B_0, 1 at the middle of B_1, and so on."""
-    return (x + SPLINE_EDGE) * _SCALE + 1
+def _loop_gradients(
+    x: Array, gradient: Array, summed: Array, weights: Array, gain: Array, coefficients: Array
+) -> tuple[Array, Array, Array]:
+    """`_selected_gradients` by a loop over all basis functions."""
+    # A CPU sums by products with ones.
+    ones, share = jnp.ones(x.shape[0], x.dtype), jax.nn.sigmoid(x)
+
+    def add(total: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
+        middle, weight = term
+        of_basis = ones @ (weights * _bump(place_of(summed) - middle))
+        return total + weight[None] * _slope(place_of(x) - middle), of_basis
+
+    start = jnp.zeros_like(x)
+    slope, by_coefficient = _over_basis(add, start, coefficients.T * (_SLOPE * SCALE))
+    to_x = gradient * (slope + _silu_slope(x, gain, share))
+    return to_x, ones @ (weights * jax.nn.silu(summed)), by_coefficient
+
+
+def _silu_slope(x: Array, gain: Array, share: Array) -> Array:
+    return _per_channel(gain, x) * share * (1 + x * (1 - share))
+
+
+def _by_loop() -> bool:
+    """Whether a loop evaluates all basis functions: on a CPU, where to select takes longer."""
+    return backend() == "cpu"
+
+
+def _per_channel(values: Float[Array, " F"], x: Float[Array, "*batch F"]) -> Array:
+    return jnp.expand_dims(values, range(x.ndim - 1))
 
 
 def _over_basis(function: Callable, start: Array, weights: Array) -> tuple[Array, Any]:
-    """`function` over all basis functions: a loop on a CPU, one fused expression elsewhere.
-
-    On a CPU the fused expression takes eight times as long; elsewhere each iteration of a loop
-    would read all of x again.
-    """
+    """`function` over all basis functions, in a loop: one expression takes eight times as long."""
     middles = jnp.arange(SPLINE_BASES, dtype=start.dtype)
-    whole = backend() != "cpu"
-    return jax.lax.scan(function, start, (middles, weights), unroll=SPLINE_BASES if whole else 1)
+    return jax.lax.scan(function, start, (middles, weights))
