@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from bytelm.config.blt import SPLINE_BASES
 from bytelm_jax.kernels.backend import backend
+from bytelm_jax.kernels.block_sums import blocks, sum_blocks
 from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.recomputation import computed_again
 from bytelm_jax.kernels.spline_pieces import SCALE, place_of, spline_slopes, spline_values
@@ -94,8 +95,10 @@ def _selected_gradients(
     """
     slope = spline_slopes(x, coefficients.T * (_SLOPE * SCALE))
     to_x = gradient * (slope + _silu_slope(x, gain, jax.nn.sigmoid(x)))
+    summed, weights = blocks(summed), blocks(weights)
+    # Of all basis functions: what several terms share XLA computes in another kernel, and stores.
     bumps = (_bump(place_of(summed) - i) for i in range(SPLINE_BASES))
-    by_gain, *rest = ((weights * y).sum(axis=(0, 1)) for y in (jax.nn.silu(summed), *bumps))
+    by_gain, *rest = sum_blocks([weights * y for y in (jax.nn.silu(summed), *bumps)])
     return to_x, by_gain, jnp.stack(rest)
 
 

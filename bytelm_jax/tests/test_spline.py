@@ -10,6 +10,7 @@ from bytelm.config.blt import SPLINE_BASES
 from bytelm.config.blt import SPLINE_EDGE as EDGE
 from bytelm.config.blt import SPLINE_INTERVALS as INTERVALS
 from bytelm.tolerances import LOGITS
+from bytelm_jax.kernels.block_sums import blocks, sum_blocks
 from bytelm_jax.kernels.spline import spline_activation
 from bytelm_jax.layers.grouped_attention import grouped_attention, guide
 
@@ -79,6 +80,13 @@ def test_gradients_of_gain_and_coefficients(spline, machine, x64):
     np.testing.assert_allclose(
         by_gain, (weight * jax.nn.silu(x)).sum(axis=0), rtol=LOGITS["float64"]
     )
+
+
+@pytest.mark.parametrize("length", [1, 7, 13, 64, 72, 520])
+def test_sums_of_blocks(length, machine, x64):
+    terms = np.random.default_rng(5).standard_normal((3, 2, length, CHANNELS))
+    sums = sum_blocks([blocks(jnp.asarray(term)) for term in terms])
+    np.testing.assert_allclose(sums, terms.sum(axis=(1, 2)), rtol=0, atol=LOGITS["float64"])
 
 
 def attention_inputs():
