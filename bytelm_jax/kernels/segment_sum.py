@@ -64,8 +64,14 @@ def rows_of(x: Float[Array, "B N F"], patch_of: Int[Array, "B T"]) -> Float[Arra
 def largest_in_segment(
     x: Float[Array, "B T F"], patch_of: Int[Array, "B T"], count: int, is_sorted: bool = False
 ) -> Float[Array, "B {count} F"]:
-    """Maximum over the bytes of each patch; -inf for a patch without bytes."""
+    """Maximum over the bytes of each patch; -inf for a patch without bytes.
+
+    A GPU compares 32 bits in memory at once; 16 are half of a word, which every thread reads and
+    writes again until no other has changed it meanwhile, its neighbour included.
+    """
     reduce = partial(jax.ops.segment_max, num_segments=count, **_order(is_sorted))
+    if is_low_precision(x) and backend() == "gpu":
+        return jax.vmap(reduce)(x.astype(jnp.float32), patch_of).astype(x.dtype)
     return jax.vmap(reduce)(x, patch_of)
 
 

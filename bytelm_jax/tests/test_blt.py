@@ -315,6 +315,17 @@ def test_linear_cross_attention_is_the_dense_one(x64):
             assert np.linalg.norm(a - b) <= GRADIENTS["float64"] * np.linalg.norm(b)
 
 
+@pytest.mark.parametrize("machine", ["cpu", "gpu"])
+def test_maxima_of_16_bits_are_exact(machine, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: machine)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 6, 3)) - 1, jnp.bfloat16)
+    actual = segment_max(x, jnp.asarray([[0, 0, 0, 1, 3, 4], [0, 1, 1, 1, 1, 1]]), 4)
+    assert actual.dtype == jnp.bfloat16
+    rows = [[x[0, :3], x[0, 3:4], None, x[0, 4:5]], [x[1, :1], x[1, 1:], None, None]]
+    exact = [[np.zeros(3) if part is None else part.max(axis=0) for part in row] for row in rows]
+    np.testing.assert_array_equal(actual, np.asarray(exact, actual.dtype))
+
+
 def test_a_shared_maximum_shares_its_gradient():
     x = jnp.asarray([[[1.0], [3.0], [3.0], [2.0], [5.0]]])
     patch_of = jnp.asarray([[0, 0, 0, 1, 2]])
