@@ -17,7 +17,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from bytelm_jax.kernels.backend import backend
-from bytelm_jax.kernels.lookup import vary_like
 from bytelm_jax.kernels.rows import on_each_device
 
 _DIRECT_CHUNKS = 8
@@ -40,10 +39,7 @@ def long_convolution(
 
 def _convolution(chunk: int, taps: Array, x: Array) -> Array:
     length = x.shape[1]
-    # Before matrices are made of them: their gradients are summed over devices, a tap's and not
-    # those of all places at which it stands.
-    kernel = vary_like(taps, x)[:length].T
-    rows = _row_major(jnp.moveaxis(_row_major(x), -1, 0))
+    rows, kernel = _row_major(jnp.moveaxis(_row_major(x), -1, 0)), taps[:length].T
     size = min(chunk, length)
     short = kernel.shape[1] - 1 <= _DIRECT_CHUNKS * size
     if not short or backend() == "cpu":

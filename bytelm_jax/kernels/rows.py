@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
+from bytelm_jax.kernels.lookup import vary_like
+
 
 class _Split(NamedTuple):
     """Where the rows of a batch stand, and how the gradients of parameters are cut."""
@@ -118,7 +120,8 @@ def on_each_device(function: Callable[..., Any], shared: Any, *rows: Any) -> Any
     split = _split.get()
     parts = 1 if split is None else math.prod(split.mesh.shape[axis] for axis in split.axes)
     if split is None or parts == 1 or any(len(x) % parts for x in jax.tree.leaves(rows)):
-        return function(shared, *rows)
+        first = jax.tree.leaves(rows)[0]  # within `shard_map`, of a device's own rows
+        return function(jax.tree.map(lambda x: vary_like(x, first), shared), *rows)
     leaves, tree = jax.tree.flatten(shared)
     axes, along, own = split.axes, jax.P(split.axes), jax.P(*split.axes)
     cut = [_gathered.get() is not None and split.cut(x.shape) is not None for x in leaves]
