@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
@@ -25,8 +26,9 @@ from jaxtyping import Float32, Int32, UInt8
 
 from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
+from bytelm.data.sources import expand_paths
 from bytelm.export import read_header
-from bytelm.files import errors_about, read_json, replacing, require_plain_file
+from bytelm.files import errors_about, read_json, replacing, require_plain_file, require_replaceable
 from bytelm.runs import Outcome, saved_recipe
 from bytelm.storage.stores import require_local
 from bytelm.trainable import Trainable
@@ -100,6 +102,34 @@ class Aligned(NamedTuple):
 
 
 # ---- preparation ----------------------------------------------------------------------------
+
+
+def check_output(out: Path, data: Sequence[str]) -> None:
+    """Raises `ValueError` unless `out` can be made, or replaced without loss.
+
+    What may be replaced is a prepared file that is none of the text in `data`, the paths of text.
+    """
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    require(above.is_dir(), f"--out {out}: {above} is a file, not a folder; name another file")
+    if not os.path.lexists(out):
+        return
+    places = [out.resolve(), out.parent.resolve() / out.name]  # a link and what it leads to
+    for path in expand_paths(data):
+        inside = any(place.is_relative_to(os.path.realpath(path)) for place in places)
+        require(not inside, f"--out {out}: is among the text, --data {path}; name another file")
+    require_replaceable(out, f"--out {out}")
+    why = "exists, and `bytelm align-data` did not write it; name another file, or delete it"
+    require(_is_prepared(out), f"--out {out}: {why}")
+
+
+def _is_prepared(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            return _KIND in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def prepare(

@@ -38,6 +38,7 @@ def align_data_command(
     """
     if out == Path():
         raise UsageError("--out: name the file to write")
+    alignment.check_output(out, data)
     tokenizer, begin = alignment.open_tokenizer(donor)
     corpus = open_corpus(data, text_field, raw, cache_dir)
     from bytelm_jax.interop.llama import read_embeddings

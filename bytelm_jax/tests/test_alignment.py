@@ -12,7 +12,7 @@ from bytelm_jax.cli import main as cli
 from bytelm_jax.models import define_model
 from bytelm_jax.training import checkpoint
 from bytelm_jax.training.alignment import alignment_loss
-from parity_tests.test_alignment import MODEL
+from parity_tests.test_alignment import MODEL, Words
 
 TEXT = "the café of\nthe 日本 end"
 WIDTH = MODEL.global_dim
@@ -56,6 +56,36 @@ def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
     assert not aligned.token[first : first + 6].any()
     last = aligned.token[-first - 1 : -1]
     np.testing.assert_array_equal(last, aligned.token[:first])
+
+
+def refused(capsys, *command):
+    """What a command says that is refused, in one line."""
+    assert cli.main([str(part) for part in command]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+def test_no_text_is_written_over(tmp_path, capsys):
+    """Only a file of the command's own is replaced, and none that is among the text."""
+    text, tokens, folder = tmp_path / "a.txt", tmp_path / "x.tokens", tmp_path / "folder"
+    alignment.prepare([b"some words"], Words(), table(9), None, tokens)
+    text.write_text(TEXT)
+    folder.mkdir()
+    (folder / "b.txt").symlink_to(text)
+    for data, out, why in [
+        (text, text, "is among the text"),
+        (folder, folder / "b.txt", "is among the text"),
+        (folder / "b.txt", text, "is among the text"),
+        (tokens, tokens, "is among the text"),
+        (tmp_path, tokens, "is among the text"),
+        (tokens, text, "exists, and `bytelm align-data` did not write it"),
+        (text, folder, "is a folder"),
+        (text, text / "x.tokens", f"{text} is a file, not a folder"),
+    ]:
+        assert why in refused(capsys, "align-data", tmp_path, "--data", data, "--out", out)
+    assert text.read_text() == TEXT
+    alignment.check_output(tokens, [str(text)])
 
 
 def test_the_loss_is_that_of_the_words_one_by_one():
