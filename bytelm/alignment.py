@@ -245,6 +245,8 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises this very class
         raise ValueError(f"{file}: is no tokenizer ({error})") from None
+    tokenizer.no_truncation()  # fine-tuning saves the length of its rows with the tokenizer
+    tokenizer.no_padding()
     with errors_about(folder / "config.json", "give a folder of transformers' save_pretrained"):
         begin = read_json(folder / "config.json").get("bos_token_id")
     return tokenizer, begin if type(begin) is int else None

@@ -58,6 +58,16 @@ def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
     np.testing.assert_array_equal(last, aligned.token[:first])
 
 
+def test_a_tokenizer_neither_truncates_nor_pads(tokenizer, tmp_path):
+    whole = tokenizer.encode(TEXT).ids
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=99)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"bos_token_id": 7}')
+    opened, begin = alignment.open_tokenizer(tmp_path)
+    assert opened.encode(TEXT).ids == whole and begin == 7
+
+
 def refused(capsys, *command):
     """What a command says that is refused, in one line."""
     assert cli.main([str(part) for part in command]) == 2
