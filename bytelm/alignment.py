@@ -197,15 +197,24 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _pieces(document: bytes) -> Iterator[bytes]:
-    """A document, cut behind lines, or else before spaces, into pieces of bounded length."""
+    """A document, cut behind lines, or else before spaces, into pieces of bounded length.
+
+    Where there is neither, it is cut between characters, so that each piece stays UTF-8.
+    """
     start = 0
     while len(document) - start > _PIECE:
         stop = document.rfind(b"\n", start + _PIECE // 2, start + _PIECE) + 1
         stop = stop or document.rfind(b" ", start + _PIECE // 2, start + _PIECE)
-        stop = stop if stop > start else start + _PIECE
+        stop = stop if stop > start else _character_start(document, start + _PIECE)
         yield document[start:stop]
         start = stop
     yield document[start:]
+
+
+def _character_start(document: bytes, at: int) -> int:
+    """Where the character begins that the byte at `at` belongs to; `at` itself if none does."""
+    starts = (i for i in range(at, at - 4, -1) if document[i] & 0xC0 != 0x80)
+    return next(starts, at)
 
 
 def _as_text(document: bytes) -> str | None:

@@ -1,5 +1,7 @@
 """Alignment of a byte encoder with a token model: prepared text, the loss, the stage."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,15 @@ def tokenizer():
     return made
 
 
+class Letters:
+    """A tokenizer whose tokens are characters; that of a letter of ASCII is 1, any other 2."""
+
+    def encode_batch(self, texts, add_special_tokens):
+        spans = ([(i, i + 1) for i in range(len(text))] for text in texts)
+        ids = ([1 if c.isascii() else 2 for c in text] for text in texts)
+        return [SimpleNamespace(ids=a, offsets=b) for a, b in zip(ids, spans, strict=True)]
+
+
 def table(rows):
     return np.random.default_rng(0).normal(size=(rows, WIDTH)).astype(np.float32)
 
@@ -56,6 +67,19 @@ def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
     assert not aligned.token[first : first + 6].any()
     last = aligned.token[-first - 1 : -1]
     np.testing.assert_array_equal(last, aligned.token[:first])
+
+
+def test_long_texts_are_cut_between_characters(tmp_path):
+    """Without lines and spaces; what is not UTF-8 is cut, too, and ends."""
+    for character in "é", "日", "𝄞":
+        document = b"x" + character.encode() * 50_000
+        pieces = list(alignment._pieces(document))
+        assert b"".join(pieces) == document and len(pieces) > 1
+        assert all(set(piece.decode()) <= {"x", character} for piece in pieces)
+    assert [len(p) for p in alignment._pieces(b"\x80" * 70_000)] == [65_536, 4_464]
+    text = ("x" + "日" * 50_000).encode()
+    made = alignment.prepare([text], Letters(), table(3), None, tmp_path / "x")
+    assert (made.tokens, made.skipped) == (50_001, 0)
 
 
 def test_a_tokenizer_neither_truncates_nor_pads(tokenizer, tmp_path):
