@@ -6,7 +6,8 @@ A prepared file is a safetensors file with these tensors:
     token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
     embeddings  float32 [rows, width]  of every token that occurs
 
-Its metadata say which row stands for the beginning of a text. What the stage that trains on such a
+Its metadata say which row stands for the beginning of a text, and have the SHA-256 sum of all this.
+What the stage that trains on such a
 file is, in either package, stands here as well.
 """
 
@@ -15,9 +16,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,10 @@ from bytelm.storage.stores import require_local
 from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
-_KIND, _BEGIN = "bytelm_alignment", "begin"
+_KIND, _BEGIN, _SUM = "bytelm_alignment", "begin", "sha256"
+_KINDS = {"text": ("U8",), "token": ("U16", "U32"), "embeddings": ("F32",)}
+"""The tensors of a prepared file and the codes of their dtypes."""
+
 _BATCH = 256  # pieces that are tokenized at once
 _PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
 _HELD_OUT = 50  # one window in so many
@@ -164,7 +168,8 @@ def prepare(
     first = 0 if begin is None else int(np.searchsorted(used, begin)) + 1
     tensors = {"text": np.frombuffer(text, np.uint8), "token": rows}
     tensors["embeddings"] = np.ascontiguousarray(embeddings[used], np.float32)
-    _write(out, tensors, {_KIND: "1", _BEGIN: str(first)})
+    metadata = {_KIND: "1", _BEGIN: str(first), _SUM: _sum(tensors, str(first))}
+    _write(out, tensors, metadata)
     return Prepared(len(text), int((ids > 0).sum()), len(used), skipped)
 
 
@@ -273,16 +278,35 @@ def open_aligned(path: Path) -> Aligned:
         with safe_open(path, framework="np") as opened:
             metadata = opened.metadata() or {}
             require(metadata.get(_KIND) == "1", "is no text with tokens")
+            header, data = read_header(path)
+            for name, kinds in _KINDS.items():
+                kind = header.get(name, {}).get("dtype", "missing")
+                require(kind in kinds, f"tensor {name}: {kind}, and not {' or '.join(kinds)}")
             embeddings = opened.get_tensor("embeddings")
-        header, data = read_header(path)
         text, token = (_mapped(path, header[name], data) for name in ("text", "token"))
-        good = len(text) == len(token) and embeddings.ndim == 2
-        require(good, "its parts do not fit each other")
-        require(int(token.max(initial=0)) <= len(embeddings), "names embeddings that it lacks")
+        good = text.ndim == 1 and text.shape == token.shape and embeddings.ndim == 2
+        require(good, "its tensors do not fit each other")
+        require(int(token.max()) <= len(embeddings), "names embeddings that it lacks")
+        first = metadata.get(_BEGIN, "0")
+        known = first.isdecimal() and int(first) <= len(embeddings)
+        require(known, f"{_BEGIN}={first}: it has {len(embeddings)} embeddings")
+        tensors = {"text": text, "token": token, "embeddings": embeddings}
+        same = metadata.get(_SUM) in (None, _sum(tensors, first))  # files before had no sum
+        require(same, "differs from what was written (SHA-256); write it again")
+        require(bool(np.isfinite(embeddings).all()), "embeddings: holds NaN or infinity")
+        # The header has the sum: other embeddings are other data to a run that resumes.
         digest = blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(text[:: max(1, len(text) >> 20)]).tobytes())
-        begin = int(metadata.get(_BEGIN, "0"))
-        return Aligned(text, token, embeddings, begin, digest.hexdigest())
+        return Aligned(text, token, embeddings, int(first), digest.hexdigest())
+
+
+def _sum(tensors: Mapping[str, np.ndarray], begin: str) -> str:
+    """What the metadata say of all that a prepared file holds, to find damage."""
+    total = sha256(begin.encode())
+    for name in _KINDS:
+        total.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        total.update(tensors[name].reshape(-1).data)
+    return total.hexdigest()
 
 
 def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:

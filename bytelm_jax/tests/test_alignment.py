@@ -1,11 +1,13 @@
 """Alignment of a byte encoder with a token model: prepared text, the loss, the stage."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load, save
 
 from bytelm import alignment
 from bytelm.config import Recipe, TrainConfig
@@ -120,6 +122,39 @@ def test_no_text_is_written_over(tmp_path, capsys):
         assert why in refused(capsys, "align-data", tmp_path, "--data", data, "--out", out)
     assert text.read_text() == TEXT
     alignment.check_output(tokens, [str(text)])
+
+
+def test_a_file_with_faults_is_refused_and_one_without_a_sum_is_opened(tmp_path):
+    """In one line that says what is wrong; the identity covers tokens and embeddings."""
+    file = tmp_path / "x.tokens"
+    alignment.prepare([b"some words of a text"], Words(), table(9), 0, file)
+    whole, tensors, identity = file.read_bytes(), load(file.read_bytes()), ""
+    for embeddings in table(9), table(9) * 2:
+        alignment.prepare([b"some words of a text"], Words(), embeddings, 0, file)
+        assert identity != (identity := alignment.open_aligned(file).identity)
+    for flipped in 1, 30, 100:  # of the text, the tokens, the embeddings
+        damaged = bytearray(whole)
+        damaged[-flipped] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="differs from what was written"):
+            alignment.open_aligned(file)
+    nan, one = tensors["embeddings"] * np.float32("nan"), np.ones(1, np.uint8)
+    for changes, begin, why in [
+        ({}, "1", ""),
+        ({}, "6", r"begin=6: it has 5 embeddings"),
+        ({}, "-1", "begin=-1"),
+        ({"embeddings": nan}, "1", "holds NaN or infinity"),
+        ({"embeddings": tensors["embeddings"][:1]}, "1", "names embeddings that it lacks"),
+        ({"text": one}, "1", "do not fit each other"),
+        ({"text": None}, "1", "tensor text: missing"),
+        ({"token": None}, "1", "tensor token: missing"),
+        ({"embeddings": None}, "1", "tensor embeddings: missing"),
+        ({"token": tensors["token"].astype(np.int64)}, "1", "tensor token: I64, and not U16"),
+    ]:
+        kept = {name: value for name, value in (tensors | changes).items() if value is not None}
+        file.write_bytes(save(kept, {"bytelm_alignment": "1", "begin": begin}))
+        with pytest.raises(ValueError, match=why) if why else nullcontext():
+            alignment.open_aligned(file)
 
 
 def test_the_loss_is_that_of_the_words_one_by_one():
