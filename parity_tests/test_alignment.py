@@ -97,5 +97,7 @@ def test_the_command_of_torch_resumes_and_refuses(tmp_path, capsys):
     for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.equal(one, two), name
     capsys.readouterr()
+    assert align.main([*command, "--run-dir", str(tmp_path / "whole"), "--seed", "5"]) == 2
+    assert "started with 0; keep that value or name another folder" in capsys.readouterr().err
     assert align.main([*command, "--run-dir", str(tmp_path / "new")]) == 2
     assert "run" in capsys.readouterr().err and not (tmp_path / "new").exists()

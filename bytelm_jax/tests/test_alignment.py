@@ -214,6 +214,11 @@ def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, cap
     losses = [line["alignment_loss"] for line in lines if "alignment_loss" in line]
     assert len(losses) == 5 and losses[-1] < losses[0]
     assert lines[-1]["validation_alignment_loss"] > 0
+    assert align("whole", 5, "--batch-size", "2") == 2
+    assert "started with 4; keep that value or name another folder" in capsys.readouterr().err
+    alignment.prepare([TEXT.encode() * 40], tokenizer, table(300) * 2, None, tokens)
+    assert align("whole", 5) == 2
+    assert "not the bytes that" in capsys.readouterr().err
     assert align("new", 5, "--sequence-length", "9999") == 2
     assert "less than two windows" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
