@@ -337,15 +337,21 @@ def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
     """The recipe of the stage for the model of `source`, which `named` names.
 
     `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
-    evaluates and saves; those that are 0 are as in `source`.
+    evaluates and saves; those that are 0 are as in `source`, and so are warmup_steps of -1. If
+    `source` saves checkpoints in between, they are at most a quarter of the steps apart.
     """
+    warmup = changes.pop("warmup_steps", -1)
     given = {name: value for name, value in changes.items() if value}
     data, optimizer = source.data, source.optimizer
+    if warmup != -1:
+        optimizer = replace(optimizer, warmup_steps=warmup)
     if "sequence_length" in given:
         data = replace(data, sequence_length=given.pop("sequence_length"))
     if "learning_rate" in given:
         optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
     kept = {name: getattr(source.train, name) for name in _KEPT}
+    quarter = max(1, given.get("steps", kept["steps"]) // 4)
+    kept["checkpoint_every"] = min(kept["checkpoint_every"], quarter)
     run = TrainConfig(**kept | given, init_from=named)
     return replace(source, name=_NAME, data=data, optimizer=optimizer, train=run)
 

@@ -63,6 +63,7 @@ def align_command(
     batch_size: int = 0,
     sequence_length: int = 0,
     learning_rate: float = 0.0,
+    warmup_steps: int = -1,
     seed: int = 0,
     log_every: int = 0,
     eval_every: int = 0,
@@ -84,14 +85,16 @@ def align_command(
         batch_size: rows of a step.
         sequence_length: bytes of a row.
         learning_rate: the highest learning rate.
+        warmup_steps: steps over which the learning rate rises; -1 is as in RUN.
         seed: decides the order of rows.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations of text that is held out.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints; by default at most a quarter of the steps.
     """
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
-    changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
-    changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    changes |= {"learning_rate": learning_rate, "warmup_steps": warmup_steps, "seed": seed}
+    changes |= {"log_every": log_every, "eval_every": eval_every}
+    changes |= {"checkpoint_every": checkpoint_every}
     recipe, data = alignment.open_stage(run, tokens, run_dir, lambda: load_recipe(run), **changes)
     from bytelm_jax.training import checkpoint
     from bytelm_jax.training.alignment import align
