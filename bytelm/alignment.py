@@ -4,6 +4,7 @@ A prepared file is a safetensors file with these tensors:
 
     text        uint8 [bytes]         documents, one after the other
     token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
+                    (of those that end in the same character, the last one)
     embeddings  float32 [rows, width]  of every token that occurs
 
 Its metadata say which row stands for the beginning of a text, and have the SHA-256 sum of all this.
@@ -60,9 +61,24 @@ class Prepared(NamedTuple):
 
     bytes: int
     tokens: int
+    """Those in the file."""
     rows: int
     skipped: int
-    """Documents without a token, because they are not UTF-8."""
+    """Pieces without a token, because they are not UTF-8."""
+    left_out: int
+    """Tokens that end in the same character as the next one: the file has the last of these."""
+
+    def lines(self, out: Path) -> list[str]:
+        """What is printed about the file."""
+        found, length = list[str](), self.bytes / max(self.tokens, 1)
+        if self.skipped:
+            pieces = "1 piece of text is" if self.skipped == 1 else f"{self.skipped} pieces are"
+            found.append(f"{pieces} not UTF-8 and without tokens")
+        found.append(f"wrote {out}: {self.bytes} bytes, {self.tokens} tokens of {length:.2f} bytes")
+        if self.left_out:
+            many = "1 token" if self.left_out == 1 else f"{self.left_out} tokens"
+            found.append(f"left out {many}: of several in one character only the last counts")
+        return found
 
 
 class Aligned(NamedTuple):
@@ -147,11 +163,12 @@ def prepare(
     count, hint = len(embeddings), "give the tokenizer and the config.json that belong to them"
     within = begin is None or 0 <= begin < count
     require(within, f"bos_token_id={begin}: the weights have {count} embeddings; {hint}")
-    texts, ends, skipped = list[bytes](), list[np.ndarray](), 0
-    for text, found in _tokenized(documents, tokenizer):
+    texts, ends, skipped, ended = list[bytes](), list[np.ndarray](), 0, 0
+    for text, found, tokens in _tokenized(documents, tokenizer):
         texts.append(text)
         ends.append(found)
-        skipped += bool(text) and not found.any()
+        skipped += tokens is None
+        ended += tokens or 0
     text, ids = b"".join(texts), np.concatenate([*ends, np.zeros(0, np.uint32)])
     del texts, ends  # five times the size of the text
     used = np.unique(ids[ids > 0] - 1)
@@ -170,24 +187,32 @@ def prepare(
     tensors["embeddings"] = np.ascontiguousarray(embeddings[used], np.float32)
     metadata = {_KIND: "1", _BEGIN: str(first), _SUM: _sum(tensors, str(first))}
     _write(out, tensors, metadata)
-    return Prepared(len(text), int((ids > 0).sum()), len(used), skipped)
+    kept = int((ids > 0).sum())
+    return Prepared(len(text), kept, len(used), skipped, ended - kept)
 
 
-def _tokenized(documents: Iterable[bytes], tokenizer: Any) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Each document, and for each of its bytes the token that ends there plus 1, or 0."""
+def _tokenized(
+    documents: Iterable[bytes], tokenizer: Any
+) -> Iterator[tuple[bytes, np.ndarray, int | None]]:
+    """Each piece, for each of its bytes the token that ends there plus 1, or 0, and their number.
+
+    Of several tokens that end in the same character, whose bytes they share, the last one stands
+    there, and all count. The number is None for what is not UTF-8.
+    """
     for batch in _batches(documents):
         texts = [_as_text(document) for document in batch]
         encodings = tokenizer.encode_batch([t or "" for t in texts], add_special_tokens=False)
         for document, text, encoding in zip(batch, texts, encodings, strict=True):
-            found = np.zeros(len(document), np.uint32)
+            found, ends = np.zeros(len(document), np.uint32), list[tuple[int, int]]()
             if text:
                 # Offsets count characters of the original text.
                 sizes = [len(character.encode()) for character in text]
                 after = np.concatenate([[0], np.cumsum(sizes)])
-                for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                    if stop > start:
-                        found[after[stop] - 1] = number + 1
-            yield document, found
+                tokens = zip(encoding.ids, encoding.offsets, strict=True)
+                ends = [(stop, number) for number, (start, stop) in tokens if stop > start]
+                for stop, number in ends:
+                    found[after[stop] - 1] = number + 1
+            yield document, found, None if text is None else len(ends)
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -253,6 +278,8 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
             f"{folder}: reading its tokenizer needs the tokenizers library; {hint}"
         ) from None
     file = folder / TOKENIZER_FILE
+    require(folder.exists(), f"{folder}: does not exist; give the token model's folder")
+    require(folder.is_dir(), f"{folder}: is a file; give the token model's folder")
     hint = "transformers writes it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
     require(file.is_file(), f"{file}: missing, it has the donor's tokens; {hint}")
     try:
@@ -375,7 +402,9 @@ def check_stage(recipe: Recipe, data: Aligned) -> None:
     about = f"is {model.architecture}; only blt has patches to align"
     require(model.takes_donor, f"{recipe.train.init_from}: {about}")
     width, wide = data.embeddings.shape[1], model.global_dim
-    require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
+    hint = "make both with the same donor, by `bytelm import` and `bytelm align-data`"
+    same = width == wide
+    require(same, f"tokens: embeddings of width {width}, and the model's global_dim={wide}; {hint}")
     few = data.windows(recipe.data.sequence_length) < 2
     hint = "give more text, or a shorter sequence_length"
     require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")

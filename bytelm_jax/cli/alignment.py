@@ -47,10 +47,7 @@ def align_data_command(
     sizes = (int(size) for size in corpus.lengths)
     documents = (corpus.read(i, 0, size).tobytes() for i, size in enumerate(sizes))
     made = alignment.prepare(documents, tokenizer, embeddings, begin, out)
-    if made.skipped:
-        print(f"{made.skipped} pieces of text are not UTF-8 and have no tokens")
-    length = made.bytes / max(made.tokens, 1)
-    print(f"wrote {out}: {made.bytes} bytes, {made.tokens} tokens of {length:.2f} bytes")
+    print("\n".join(made.lines(out)))
     return 0
 
 

@@ -53,6 +53,12 @@ def test_tokens_end_where_their_bytes_do(tokenizer, tmp_path):
     made = alignment.prepare(documents, tokenizer, embeddings, 7, file)
     aligned = alignment.open_aligned(file)
     assert aligned.text.tobytes() == b"".join(documents) and made.skipped == 1
+    every = [len(tokenizer.encode(each).ids) for each in (TEXT, TEXT + "\n")]
+    assert made.tokens + made.left_out == every[0] + 4000 * every[1]
+    assert made.left_out == (every[0] - np.count_nonzero(aligned.token[: len(documents[0])])) * 4001
+    skipped, wrote, left = made.lines(file)
+    assert skipped == "1 piece of text is not UTF-8 and without tokens"
+    assert f"{made.tokens} tokens of " in wrote and f"left out {made.left_out} tokens" in left
     np.testing.assert_array_equal(aligned.embeddings[aligned.begin - 1], embeddings[7])
     first = len(TEXT.encode())
     position, expected = 0, {}
@@ -120,7 +126,10 @@ def test_no_text_is_written_over(tmp_path, capsys):
         (text, text / "x.tokens", f"{text} is a file, not a folder"),
     ]:
         assert why in refused(capsys, "align-data", tmp_path, "--data", data, "--out", out)
-    assert text.read_text() == TEXT
+    for donor, why in (text, "is a file"), (tmp_path / "none", "does not exist"):
+        made = refused(capsys, "align-data", donor, "--data", text, "--out", tmp_path / "new")
+        assert f"{donor}: {why}" in made
+    assert text.read_text() == TEXT and not (tmp_path / "new").exists()
     alignment.check_output(tokens, [str(text)])
 
 
@@ -219,6 +228,10 @@ def test_the_stage_trains_the_encoder_alone_and_resumes(tokenizer, tmp_path, cap
     alignment.prepare([TEXT.encode() * 40], tokenizer, table(300) * 2, None, tokens)
     assert align("whole", 5) == 2
     assert "not the bytes that" in capsys.readouterr().err
+    alignment.prepare([TEXT.encode() * 40], tokenizer, table(300)[:, 1:], None, tokens)
+    assert align("new", 5) == 2
+    assert "make both with the same donor" in capsys.readouterr().err
+    alignment.prepare([TEXT.encode() * 40], tokenizer, table(300), None, tokens)
     assert align("new", 5, "--sequence-length", "9999") == 2
     assert "less than two windows" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
