@@ -4,9 +4,11 @@ A prepared file is a safetensors file with these tensors:
 
     text        uint8 [bytes]         documents, one after the other
     token       uint16 or uint32 [bytes]  where a token ends, its row of `embeddings` plus 1; else 0
+                    (of those that end in the same character, the last one)
     embeddings  float32 [rows, width]  of every token that occurs
 
-Its metadata say which row stands for the beginning of a text. What the stage that trains on such a
+Its metadata say which row stands for the beginning of a text, and have the SHA-256 sum of all this.
+What the stage that trains on such a
 file is, in either package, stands here as well.
 """
 
@@ -14,9 +16,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +28,18 @@ from jaxtyping import Float32, Int32, UInt8
 
 from bytelm.config import Recipe, TrainConfig, require
 from bytelm.data.shuffle import shuffled_index
+from bytelm.data.sources import expand_paths
 from bytelm.export import read_header
-from bytelm.files import errors_about, read_json, replacing, require_plain_file
+from bytelm.files import errors_about, read_json, replacing, require_plain_file, require_replaceable
 from bytelm.runs import Outcome, saved_recipe
 from bytelm.storage.stores import require_local
 from bytelm.trainable import Trainable
 
 TOKENIZER_FILE = "tokenizer.json"
-_KIND, _BEGIN = "bytelm_alignment", "begin"
+_KIND, _BEGIN, _SUM = "bytelm_alignment", "begin", "sha256"
+_KINDS = {"text": ("U8",), "token": ("U16", "U32"), "embeddings": ("F32",)}
+"""The tensors of a prepared file and the codes of their dtypes."""
+
 _BATCH = 256  # pieces that are tokenized at once
 _PIECE = 1 << 16  # bytes; a longer document is tokenized in pieces
 _HELD_OUT = 50  # one window in so many
@@ -54,9 +61,24 @@ class Prepared(NamedTuple):
 
     bytes: int
     tokens: int
+    """Those in the file."""
     rows: int
     skipped: int
-    """Documents without a token, because they are not UTF-8."""
+    """Pieces without a token, because they are not UTF-8."""
+    left_out: int
+    """Tokens that end in the same character as the next one: the file has the last of these."""
+
+    def lines(self, out: Path) -> list[str]:
+        """What is printed about the file."""
+        found, length = list[str](), self.bytes / max(self.tokens, 1)
+        if self.skipped:
+            pieces = "1 piece of text is" if self.skipped == 1 else f"{self.skipped} pieces are"
+            found.append(f"{pieces} not UTF-8 and without tokens")
+        found.append(f"wrote {out}: {self.bytes} bytes, {self.tokens} tokens of {length:.2f} bytes")
+        if self.left_out:
+            many = "1 token" if self.left_out == 1 else f"{self.left_out} tokens"
+            found.append(f"left out {many}: of several in one character only the last counts")
+        return found
 
 
 class Aligned(NamedTuple):
@@ -102,6 +124,34 @@ class Aligned(NamedTuple):
 # ---- preparation ----------------------------------------------------------------------------
 
 
+def check_output(out: Path, data: Sequence[str]) -> None:
+    """Raises `ValueError` unless `out` can be made, or replaced without loss.
+
+    What may be replaced is a prepared file that is none of the text in `data`, the paths of text.
+    """
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    require(above.is_dir(), f"--out {out}: {above} is a file, not a folder; name another file")
+    if not os.path.lexists(out):
+        return
+    places = [out.resolve(), out.parent.resolve() / out.name]  # a link and what it leads to
+    for path in expand_paths(data):
+        inside = any(place.is_relative_to(os.path.realpath(path)) for place in places)
+        require(not inside, f"--out {out}: is among the text, --data {path}; name another file")
+    require_replaceable(out, f"--out {out}")
+    why = "exists, and `bytelm align-data` did not write it; name another file, or delete it"
+    require(_is_prepared(out), f"--out {out}: {why}")
+
+
+def _is_prepared(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as opened:
+            return _KIND in (opened.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def prepare(
     documents: Iterable[bytes], tokenizer: Any, embeddings: np.ndarray, begin: int | None, out: Path
 ) -> Prepared:
@@ -113,11 +163,12 @@ def prepare(
     count, hint = len(embeddings), "give the tokenizer and the config.json that belong to them"
     within = begin is None or 0 <= begin < count
     require(within, f"bos_token_id={begin}: the weights have {count} embeddings; {hint}")
-    texts, ends, skipped = list[bytes](), list[np.ndarray](), 0
-    for text, found in _tokenized(documents, tokenizer):
+    texts, ends, skipped, ended = list[bytes](), list[np.ndarray](), 0, 0
+    for text, found, tokens in _tokenized(documents, tokenizer):
         texts.append(text)
         ends.append(found)
-        skipped += bool(text) and not found.any()
+        skipped += tokens is None
+        ended += tokens or 0
     text, ids = b"".join(texts), np.concatenate([*ends, np.zeros(0, np.uint32)])
     del texts, ends  # five times the size of the text
     used = np.unique(ids[ids > 0] - 1)
@@ -134,25 +185,34 @@ def prepare(
     first = 0 if begin is None else int(np.searchsorted(used, begin)) + 1
     tensors = {"text": np.frombuffer(text, np.uint8), "token": rows}
     tensors["embeddings"] = np.ascontiguousarray(embeddings[used], np.float32)
-    _write(out, tensors, {_KIND: "1", _BEGIN: str(first)})
-    return Prepared(len(text), int((ids > 0).sum()), len(used), skipped)
+    metadata = {_KIND: "1", _BEGIN: str(first), _SUM: _sum(tensors, str(first))}
+    _write(out, tensors, metadata)
+    kept = int((ids > 0).sum())
+    return Prepared(len(text), kept, len(used), skipped, ended - kept)
 
 
-def _tokenized(documents: Iterable[bytes], tokenizer: Any) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Each document, and for each of its bytes the token that ends there plus 1, or 0."""
+def _tokenized(
+    documents: Iterable[bytes], tokenizer: Any
+) -> Iterator[tuple[bytes, np.ndarray, int | None]]:
+    """Each piece, for each of its bytes the token that ends there plus 1, or 0, and their number.
+
+    Of several tokens that end in the same character, whose bytes they share, the last one stands
+    there, and all count. The number is None for what is not UTF-8.
+    """
     for batch in _batches(documents):
         texts = [_as_text(document) for document in batch]
         encodings = tokenizer.encode_batch([t or "" for t in texts], add_special_tokens=False)
         for document, text, encoding in zip(batch, texts, encodings, strict=True):
-            found = np.zeros(len(document), np.uint32)
+            found, ends = np.zeros(len(document), np.uint32), list[tuple[int, int]]()
             if text:
                 # Offsets count characters of the original text.
                 sizes = [len(character.encode()) for character in text]
                 after = np.concatenate([[0], np.cumsum(sizes)])
-                for number, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-                    if stop > start:
-                        found[after[stop] - 1] = number + 1
-            yield document, found
+                tokens = zip(encoding.ids, encoding.offsets, strict=True)
+                ends = [(stop, number) for number, (start, stop) in tokens if stop > start]
+                for stop, number in ends:
+                    found[after[stop] - 1] = number + 1
+            yield document, found, None if text is None else len(ends)
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
@@ -167,15 +227,24 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 
 
 def _pieces(document: bytes) -> Iterator[bytes]:
-    """A document, cut behind lines, or else before spaces, into pieces of bounded length."""
+    """A document, cut behind lines, or else before spaces, into pieces of bounded length.
+
+    Where there is neither, it is cut between characters, so that each piece stays UTF-8.
+    """
     start = 0
     while len(document) - start > _PIECE:
         stop = document.rfind(b"\n", start + _PIECE // 2, start + _PIECE) + 1
         stop = stop or document.rfind(b" ", start + _PIECE // 2, start + _PIECE)
-        stop = stop if stop > start else start + _PIECE
+        stop = stop if stop > start else _character_start(document, start + _PIECE)
         yield document[start:stop]
         start = stop
     yield document[start:]
+
+
+def _character_start(document: bytes, at: int) -> int:
+    """Where the character begins that the byte at `at` belongs to; `at` itself if none does."""
+    starts = (i for i in range(at, at - 4, -1) if document[i] & 0xC0 != 0x80)
+    return next(starts, at)
 
 
 def _as_text(document: bytes) -> str | None:
@@ -209,12 +278,16 @@ def open_tokenizer(folder: Path) -> tuple[Any, int | None]:
             f"{folder}: reading its tokenizer needs the tokenizers library; {hint}"
         ) from None
     file = folder / TOKENIZER_FILE
+    require(folder.exists(), f"{folder}: does not exist; give the token model's folder")
+    require(folder.is_dir(), f"{folder}: is a file; give the token model's folder")
     hint = "transformers writes it: AutoTokenizer.from_pretrained(…).save_pretrained(…)"
     require(file.is_file(), f"{file}: missing, it has the donor's tokens; {hint}")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises this very class
         raise ValueError(f"{file}: is no tokenizer ({error})") from None
+    tokenizer.no_truncation()  # fine-tuning saves the length of its rows with the tokenizer
+    tokenizer.no_padding()
     with errors_about(folder / "config.json", "give a folder of transformers' save_pretrained"):
         begin = read_json(folder / "config.json").get("bos_token_id")
     return tokenizer, begin if type(begin) is int else None
@@ -232,16 +305,35 @@ def open_aligned(path: Path) -> Aligned:
         with safe_open(path, framework="np") as opened:
             metadata = opened.metadata() or {}
             require(metadata.get(_KIND) == "1", "is no text with tokens")
+            header, data = read_header(path)
+            for name, kinds in _KINDS.items():
+                kind = header.get(name, {}).get("dtype", "missing")
+                require(kind in kinds, f"tensor {name}: {kind}, and not {' or '.join(kinds)}")
             embeddings = opened.get_tensor("embeddings")
-        header, data = read_header(path)
         text, token = (_mapped(path, header[name], data) for name in ("text", "token"))
-        good = len(text) == len(token) and embeddings.ndim == 2
-        require(good, "its parts do not fit each other")
-        require(int(token.max(initial=0)) <= len(embeddings), "names embeddings that it lacks")
+        good = text.ndim == 1 and text.shape == token.shape and embeddings.ndim == 2
+        require(good, "its tensors do not fit each other")
+        require(int(token.max()) <= len(embeddings), "names embeddings that it lacks")
+        first = metadata.get(_BEGIN, "0")
+        known = first.isdecimal() and int(first) <= len(embeddings)
+        require(known, f"{_BEGIN}={first}: it has {len(embeddings)} embeddings")
+        tensors = {"text": text, "token": token, "embeddings": embeddings}
+        same = metadata.get(_SUM) in (None, _sum(tensors, first))  # files before had no sum
+        require(same, "differs from what was written (SHA-256); write it again")
+        require(bool(np.isfinite(embeddings).all()), "embeddings: holds NaN or infinity")
+        # The header has the sum: other embeddings are other data to a run that resumes.
         digest = blake2b(json.dumps(header, sort_keys=True).encode(), digest_size=8)
         digest.update(np.ascontiguousarray(text[:: max(1, len(text) >> 20)]).tobytes())
-        begin = int(metadata.get(_BEGIN, "0"))
-        return Aligned(text, token, embeddings, begin, digest.hexdigest())
+        return Aligned(text, token, embeddings, int(first), digest.hexdigest())
+
+
+def _sum(tensors: Mapping[str, np.ndarray], begin: str) -> str:
+    """What the metadata say of all that a prepared file holds, to find damage."""
+    total = sha256(begin.encode())
+    for name in _KINDS:
+        total.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        total.update(tensors[name].reshape(-1).data)
+    return total.hexdigest()
 
 
 def _mapped(path: Path, tensor: dict[str, Any], data: int) -> np.ndarray:
@@ -272,15 +364,21 @@ def stage_recipe(source: Recipe, named: str, **changes: Any) -> Recipe:
     """The recipe of the stage for the model of `source`, which `named` names.
 
     `changes` are steps, batch_size, sequence_length, learning_rate, seed and how often it logs,
-    evaluates and saves; those that are 0 are as in `source`.
+    evaluates and saves; those that are 0 are as in `source`, and so are warmup_steps of -1. If
+    `source` saves checkpoints in between, they are at most a quarter of the steps apart.
     """
+    warmup = changes.pop("warmup_steps", -1)
     given = {name: value for name, value in changes.items() if value}
     data, optimizer = source.data, source.optimizer
+    if warmup != -1:
+        optimizer = replace(optimizer, warmup_steps=warmup)
     if "sequence_length" in given:
         data = replace(data, sequence_length=given.pop("sequence_length"))
     if "learning_rate" in given:
         optimizer = replace(optimizer, learning_rate=given.pop("learning_rate"))
     kept = {name: getattr(source.train, name) for name in _KEPT}
+    quarter = max(1, given.get("steps", kept["steps"]) // 4)
+    kept["checkpoint_every"] = min(kept["checkpoint_every"], quarter)
     run = TrainConfig(**kept | given, init_from=named)
     return replace(source, name=_NAME, data=data, optimizer=optimizer, train=run)
 
@@ -304,7 +402,9 @@ def check_stage(recipe: Recipe, data: Aligned) -> None:
     about = f"is {model.architecture}; only blt has patches to align"
     require(model.takes_donor, f"{recipe.train.init_from}: {about}")
     width, wide = data.embeddings.shape[1], model.global_dim
-    require(width == wide, f"tokens: embeddings of width {width}, and global_dim={wide}")
+    hint = "make both with the same donor, by `bytelm import` and `bytelm align-data`"
+    same = width == wide
+    require(same, f"tokens: embeddings of width {width}, and the model's global_dim={wide}; {hint}")
     few = data.windows(recipe.data.sequence_length) < 2
     hint = "give more text, or a shorter sequence_length"
     require(not few, f"tokens: {len(data.text)} bytes are less than two windows; {hint}")

@@ -55,14 +55,16 @@ def require_plain_file(file: Path) -> None:
 
 
 def require_replaceable(path: Path, named: str) -> None:
-    """Raises `ValueError`, which calls it `named`, for a pipe or a device where a file should go.
+    """Raises `ValueError`, which calls it `named`, for what no file may take the place of.
 
-    A file that takes their place would end them: /dev/null for everybody, if root writes there.
+    That is a folder, a pipe or a device. A file in the place of a device ends it, /dev/null for
+    everybody if root writes there.
     """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return
+    require(not stat.S_ISDIR(mode), f"{named}: is a folder; name a file")
     require(stat.S_ISREG(mode), f"{named}: is a pipe or a device; name a plain file")
 
 

@@ -152,7 +152,8 @@ def load_recipe(path: Path) -> Recipe:
             return load_recipe(copy)
     file = path if path.is_file() or path.suffix == ".json" else path / CONFIG_FILE
     if file != path and not file.exists():
-        raise ValueError(f"{path}: no config.json there; give a folder that `train` made")
+        hint = "give a folder that `train` or `import` made"
+        raise ValueError(f"{path}: no config.json there; {hint}")
     with errors_about(file, "give a run folder or a JSON file with a recipe"):
         stored = read_recipe_json(file)
         refuse_export(stored, file)
@@ -211,12 +212,15 @@ def keep_rules(run_dir: Path, recipe: Recipe) -> Recipe:
     return from_dict(Recipe, tree)
 
 
-def prepare_run_dir(run_dir: Path, recipe: Recipe) -> None:
-    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise."""
+def prepare_run_dir(run_dir: Path, recipe: Recipe, branches: bool = True) -> None:
+    """Creates the folder, or checks that it holds this recipe; raises `ValueError` otherwise.
+
+    `branches` says whether the command can branch off a run, which the error then advises.
+    """
     if run_dir.exists() and not run_dir.is_dir():
         raise ValueError(f"run_dir={run_dir}: is a file; name a folder")
     if (saved := saved_recipe(run_dir)) is not None:
-        check_same_run(saved, recipe, run_dir)
+        check_same_run(saved, recipe, run_dir, branches)
     run_dir.mkdir(parents=True, exist_ok=True)
 
 
@@ -372,8 +376,11 @@ def require_lock(taken: bool, run_dir: str | Path) -> None:
     require(taken, f"run_dir={run_dir}: another process is training there; {hint}")
 
 
-def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
-    """Raises `ValueError` for the first field whose change would make this a different run."""
+def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path, branches: bool = True) -> None:
+    """Raises `ValueError` for the first field whose change would make this a different run.
+
+    `branches` is that of `prepare_run_dir`.
+    """
     pairs = [("model", saved.model, asked.model), ("optimizer", saved.optimizer, asked.optimizer)]
     pairs += [("data", saved.data, asked.data), ("train", saved.train, asked.train)]
     for part, old, new in pairs:
@@ -383,7 +390,9 @@ def check_same_run(saved: Recipe, asked: Recipe, run_dir: Path) -> None:
             free |= part == "train" and name in _MAY_CHANGE
             if before[name] != after[name] and not free:
                 instead = "choose another run_dir"
-                if name.startswith("lora_"):
+                if not branches:
+                    instead = "name another folder"
+                elif name.startswith("lora_"):
                     instead = f"start from its weights: --init-from {run_dir} --run-dir NEW"
                 elif part != "model":
                     instead = f"branch off: --branch-from {run_dir} --run-dir NEW"

@@ -30,6 +30,7 @@ def _align(
     batch_size: int = 0,
     sequence_length: int = 0,
     learning_rate: float = 0.0,
+    warmup_steps: int = -1,
     seed: int = 0,
     log_every: int = 0,
     eval_every: int = 0,
@@ -48,18 +49,21 @@ def _align(
         run: the export, or run folder of this package, that is begun from.
         tokens: a file of `bytelm align-data`.
         run_dir: the run folder to make or to continue.
-        steps: number of steps; 0, here and below, is as in RUN, or the default for an export.
+        steps: number of steps; 0, here and below, is as in RUN. An export has no recipe, and its
+            defaults are 1000 steps of 32 rows, a learning rate of 1e-3 and 100 steps of warm-up.
         batch_size: rows of a step.
         sequence_length: bytes of a row.
         learning_rate: the highest learning rate.
+        warmup_steps: steps over which the learning rate rises; -1 is as in RUN.
         seed: decides the order of rows.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations of text that is held out.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints; by default at most a quarter of the steps.
     """
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
-    changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
-    changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    changes |= {"learning_rate": learning_rate, "warmup_steps": warmup_steps, "seed": seed}
+    changes |= {"log_every": log_every, "eval_every": eval_every}
+    changes |= {"checkpoint_every": checkpoint_every}
     recipe, data = alignment.open_stage(run, tokens, run_dir, lambda: _recipe_of(run), **changes)
     from bytelm_torch.interop.export import from_pretrained
     from bytelm_torch.training.alignment import align

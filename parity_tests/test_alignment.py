@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 import bytelm_torch
 from bytelm import alignment, tolerances
 from bytelm.config import AdamWConfig, BLTConfig, DataConfig, Recipe, TrainConfig
+from bytelm.export import imported_recipe
 from bytelm.schedules import learning_rate_schedule
 from bytelm_jax.interop.convert import export_model, to_torch
 from bytelm_jax.parity.report import relative_error
@@ -82,6 +84,24 @@ def test_both_packages_learn_the_same(tmp_path, x64):
         assert error <= tolerances.LOGITS["float64"], (name, error)
 
 
+def test_the_recipe_of_the_stage():
+    """Warm-up may be 0 steps; checkpoints are a quarter of the steps apart, or closer."""
+    for changes, warmup, every in [
+        ({}, 2, 1),
+        ({"steps": 200, "warmup_steps": -1}, 2, 50),
+        ({"steps": 4000, "warmup_steps": 0}, 0, 250),
+        ({"warmup_steps": 3, "checkpoint_every": 4}, 3, 4),
+    ]:
+        stage = alignment.stage_recipe(RECIPE, "run", **changes)
+        assert (stage.optimizer.warmup_steps, stage.train.checkpoint_every) == (warmup, every)
+    with pytest.raises(ValueError, match="warmup_steps=-2"):
+        alignment.stage_recipe(RECIPE, "run", warmup_steps=-2)
+    of_export = imported_recipe(MODEL, {})  # as the help of torch's command says
+    run, optimizer = of_export.train, of_export.optimizer
+    assert (run.steps, run.batch_size) == (1000, 32)
+    assert (optimizer.learning_rate, optimizer.warmup_steps) == (1e-3, 100)
+
+
 def test_the_command_of_torch_resumes_and_refuses(tmp_path, capsys):
     """Two steps and two more are four, bit for bit; RUN may be gone when it resumes."""
     export_model(MODEL, random_params(MODEL, "float32"), tmp_path / "run")
@@ -97,5 +117,7 @@ def test_the_command_of_torch_resumes_and_refuses(tmp_path, capsys):
     for (name, one), two in zip(whole.named_parameters(), parts.parameters(), strict=True):
         assert torch.equal(one, two), name
     capsys.readouterr()
+    assert align.main([*command, "--run-dir", str(tmp_path / "whole"), "--seed", "5"]) == 2
+    assert "started with 0; keep that value or name another folder" in capsys.readouterr().err
     assert align.main([*command, "--run-dir", str(tmp_path / "new")]) == 2
     assert "run" in capsys.readouterr().err and not (tmp_path / "new").exists()

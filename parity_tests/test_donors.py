@@ -14,6 +14,7 @@ import bytelm_torch
 from bytelm import SamplerConfig
 from bytelm.config import BLTConfig
 from bytelm.metrics import read_metrics
+from bytelm.runs import load_recipe
 from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
 from bytelm_jax.interop import llama
@@ -139,6 +140,9 @@ def test_every_command_of_the_guide(tmp_path, monkeypatch, capsys):
         assert run_line(few) == 0, (line, capsys.readouterr().err)
     records = read_metrics(Path("runs/aligned/metrics.jsonl"))
     assert any("validation_alignment_loss" in record for record in records)
+    ours, theirs = (load_recipe(Path("runs") / name) for name in ("aligned", "aligned-torch"))
+    assert (ours.optimizer, ours.train.batch_size) == (theirs.optimizer, theirs.train.batch_size)
+    assert ours.data.sequence_length == theirs.data.sequence_length
     before, after = (checkpoint.load_run(Path("runs") / n)[1] for n in ("aligned", "bytes"))
     moved = {name for name, value in after.items() if (value != before[name]).any()}
     assert moved == {name for name in before if not name.startswith(llama.STACK)}

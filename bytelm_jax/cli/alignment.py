@@ -38,6 +38,7 @@ def align_data_command(
     """
     if out == Path():
         raise UsageError("--out: name the file to write")
+    alignment.check_output(out, data)
     tokenizer, begin = alignment.open_tokenizer(donor)
     corpus = open_corpus(data, text_field, raw, cache_dir)
     from bytelm_jax.interop.llama import read_embeddings
@@ -46,10 +47,7 @@ def align_data_command(
     sizes = (int(size) for size in corpus.lengths)
     documents = (corpus.read(i, 0, size).tobytes() for i, size in enumerate(sizes))
     made = alignment.prepare(documents, tokenizer, embeddings, begin, out)
-    if made.skipped:
-        print(f"{made.skipped} pieces of text are not UTF-8 and have no tokens")
-    length = made.bytes / max(made.tokens, 1)
-    print(f"wrote {out}: {made.bytes} bytes, {made.tokens} tokens of {length:.2f} bytes")
+    print("\n".join(made.lines(out)))
     return 0
 
 
@@ -62,6 +60,7 @@ def align_command(
     batch_size: int = 0,
     sequence_length: int = 0,
     learning_rate: float = 0.0,
+    warmup_steps: int = -1,
     seed: int = 0,
     log_every: int = 0,
     eval_every: int = 0,
@@ -83,14 +82,16 @@ def align_command(
         batch_size: rows of a step.
         sequence_length: bytes of a row.
         learning_rate: the highest learning rate.
+        warmup_steps: steps over which the learning rate rises; -1 is as in RUN.
         seed: decides the order of rows.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations of text that is held out.
-        checkpoint_every: steps between checkpoints.
+        checkpoint_every: steps between checkpoints; by default at most a quarter of the steps.
     """
     changes = {"steps": steps, "batch_size": batch_size, "sequence_length": sequence_length}
-    changes |= {"learning_rate": learning_rate, "seed": seed, "log_every": log_every}
-    changes |= {"eval_every": eval_every, "checkpoint_every": checkpoint_every}
+    changes |= {"learning_rate": learning_rate, "warmup_steps": warmup_steps, "seed": seed}
+    changes |= {"log_every": log_every, "eval_every": eval_every}
+    changes |= {"checkpoint_every": checkpoint_every}
     recipe, data = alignment.open_stage(run, tokens, run_dir, lambda: load_recipe(run), **changes)
     from bytelm_jax.training import checkpoint
     from bytelm_jax.training.alignment import align

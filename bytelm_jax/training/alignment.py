@@ -157,7 +157,7 @@ class Stage:
         """See `align`."""
         run, template = self.recipe.train, self.template
         given = None if saved_steps(run_dir) else params()  # damaged ones leave no folder behind
-        prepare_run_dir(run_dir, self.recipe)
+        prepare_run_dir(run_dir, self.recipe, branches=False)
         require_lock(lock.take(run_dir), str(run_dir))
         found = checkpoint.recover(run_dir, template.params, template.opt_state)
         start = found.step if found else 0

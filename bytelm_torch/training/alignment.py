@@ -155,7 +155,7 @@ class Stage:
         start = (saved_steps(run_dir) or [0])[-1]
         if not start:
             self.model.load_state_dict(weights())  # damaged ones leave no folder behind
-        prepare_run_dir(run_dir, self.recipe)
+        prepare_run_dir(run_dir, self.recipe, branches=False)
         require_lock(lock.take(run_dir), str(run_dir))
         require_ahead(self.recipe, start, run_dir)
         if start:
