@@ -28,7 +28,7 @@ SEEN: dict[str, dict[tuple[str, bool], Deviation]] = {
         ("blt", True): Deviation(0.01, 0.33, 8),
         ("megabyte", True): Deviation(0.03, 0.21, 8),
         ("blt", False): Deviation(-0.17, 0.34, 22),
-        ("lfbyte", False): Deviation(-0.19, 0.92, 12),
+        ("lfbyte", False): Deviation(0.24, 0.94, 12),
         ("entropy", False): Deviation(0.05, 0.08, 4),
         ("megabyte", False): Deviation(-0.15, 0.09, 24),
     }
