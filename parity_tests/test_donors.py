@@ -3,6 +3,7 @@
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import bytelm_torch
 from bytelm import SamplerConfig
 from bytelm.config import BLTConfig
 from bytelm.metrics import read_metrics
+from bytelm.positions import rope_frequencies
 from bytelm.runs import load_recipe
 from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
@@ -23,6 +25,7 @@ from bytelm_jax.tests.test_docs import blocks, run_line
 from bytelm_jax.training import checkpoint
 from parity_tests.donors import (
     FAMILIES,
+    SIZES,
     compare_layers,
     make_donor,
     make_exact,
@@ -86,11 +89,49 @@ def test_a_donor_goes_through_import_a_step_and_export(tmp_path, capsys):
     assert exported.config.global_block == config.global_block
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROTATIONS: list[dict[str, Any]] = [
+    {"rope_theta": 7.0},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7.0},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}},
+    {"rope_scaling": {}, "rope_parameters": {"rope_theta": 7.0}, "rope_theta": 8.0},
+    {
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 16,
+    },
+]
+
+
+@pytest.mark.parametrize("fields", ROTATIONS)
+def test_rotations_are_found_where_transformers_finds_them(fields, tmp_path):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | fields | {"model_type": "llama"}))
+    block = llama.read_donor(tmp_path).sizes["global_block"]
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**SIZES | fields)).inv_freq.numpy()
+    np.testing.assert_allclose(rope_frequencies(4, block.rope_theta, block), theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_are_where_transformers_has_them(family, tmp_path):
+    """Not all families read `attention_bias`; "swish" is another name of "silu"."""
+    fields = {"attention_bias": True, "hidden_act": "swish"}
+    model = make_donor(family, **fields)
+    save_donor(model, tmp_path)
+    names = {name.split(".", 3)[-1] for name in model.state_dict() if name.endswith(".bias")}
+    (qkv, out) = ({f"self_attn.{each}_proj.bias" for each in kind} for kind in ("qkv", "o"))
+    expected = {"none": set(), "qkv": qkv, "all": qkv | out}
+    assert names == expected[llama.read_donor(tmp_path).sizes["global_block"].bias]
+
+
 REFUSED = {
     "model_type": ("gemma", "only llama, qwen2, qwen3, olmo2 can be imported"),
     "hidden_act": ("gelu", "only 'silu' can be imported"),
     "mlp_bias": (True, "mlp_bias=True: only False can be imported"),
-    "rope_parameters": ({"rope_type": "yarn", "factor": 2.0}, "rope_type='yarn': only 'default'"),
+    "rope_parameters": (YARN, "rope_parameters.rope_type='yarn': only 'default'"),
+    "rope_scaling": (YARN, "rope_scaling.rope_type='yarn': only 'default'"),
     "layer_types": (["sliding_attention"], "layer_types: holds 'sliding_attention'"),
     "quantization_config": ({"bits": 4}, "quantization_config="),
     "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),

@@ -9,6 +9,7 @@ refused with an error that names it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,8 @@ class _Family(NamedTuple):
     defaults: Mapping[str, Any]
     block: Mapping[str, Any]
     """Fields of `BlockConfig`."""
+    ignored: frozenset[str] = frozenset()
+    """What transformers does not read of config.json, whatever stands there."""
 
 
 _LLAMA = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008}
@@ -46,9 +49,9 @@ _OLMO = _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5}
 
 FAMILIES: dict[str, _Family] = {
     "llama": _Family(_LLAMA, {}),
-    "qwen2": _Family(_QWEN, {"bias": "qkv"}),
-    "qwen3": _Family(_QWEN | {"head_dim": 128}, {"qk_norm": "head"}),
-    "olmo2": _Family(_OLMO, {"norm": "after", "qk_norm": "projection"}),
+    "qwen2": _Family(_QWEN, {"bias": "qkv"}, frozenset({"attention_bias", "mlp_bias"})),
+    "qwen3": _Family(_QWEN | {"head_dim": 128}, {"qk_norm": "head"}, frozenset({"mlp_bias"})),
+    "olmo2": _Family(_OLMO, {"norm": "after", "qk_norm": "projection"}, frozenset({"mlp_bias"})),
 }
 """`model_type` → what its layers are; SmolLM is a llama."""
 
@@ -88,10 +91,12 @@ def read_donor(path: str | Path) -> Donor:
         kind = fields.get("model_type")
         known = ", ".join(FAMILIES)
         require(kind in FAMILIES, f"model_type={kind!r}: only {known} can be imported")
-        known_fields = dict(FAMILIES[kind].defaults) | fields
+        family = FAMILIES[kind]
+        read = {name: value for name, value in fields.items() if name not in family.ignored}
+        known_fields = dict(family.defaults) | read
         _check_kinds(known_fields)
         _refuse_differences(known_fields)
-        sizes = _sizes(known_fields, FAMILIES[kind].block)
+        sizes = _sizes(known_fields, family.block)
         tied = known_fields["tie_word_embeddings"]
         return Donor(folder, fields, sizes, known_fields["vocab_size"], tied)
 
@@ -115,7 +120,10 @@ def _check_kinds(fields: Mapping[str, Any]) -> None:
 
 def _refuse_differences(fields: Mapping[str, Any]) -> None:
     """Raises `ValueError` for the first field whose value has no equivalent here."""
-    needed = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0}
+    act = fields["hidden_act"]
+    silu = act in ("silu", "swish")  # two names of one function
+    require(silu, f"hidden_act={act!r:.100}: only 'silu' can be imported")
+    needed: dict[str, Any] = {"mlp_bias": False, "attention_dropout": 0}
     needed |= {"use_sliding_window": False, "quantization_config": None}
     for name, expected in needed.items():
         value = fields[name]
@@ -153,9 +161,17 @@ def _sizes(fields: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any
 
 
 def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of `BlockConfig`."""
-    where = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = fields.get(where) or {}
+    """The rotary fields of `BlockConfig`, found where transformers 5 finds them.
+
+    It takes `rope_scaling`, by which version 4 called them, and no field of `rope_parameters` where
+    both are there; and `original_max_position_embeddings` beside them, if there is one.
+    """
+    where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = dict(fields.get(where) or {})
+    nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
+    require(nested is None, f"{where}.{nested}: rotations by the kind of a layer are not imported")
+    if "original_max_position_embeddings" in fields:
+        rope["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
     theta = rope.get("rope_theta", fields.get("rope_theta", _THETA))  # flat: by version 4
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"linear": {"factor": "rope_factor"}, "default": {}}
@@ -177,8 +193,8 @@ def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    good = type(value) in (int, float) and value > 0
-    require(good, f"{name}={value!r:.100}: must be a number above 0")
+    good = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    require(good, f"{name}={value!r:.100}: must be a finite number above 0")
     return float(value)
 
 
