@@ -19,12 +19,13 @@ from bytelm.positions import rope_frequencies
 from bytelm.runs import load_recipe
 from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
-from bytelm_jax.interop import llama
+from bytelm_jax.interop import hf_blt, llama
 from bytelm_jax.models import abstract_params
 from bytelm_jax.tests.test_docs import blocks, run_line
 from bytelm_jax.training import checkpoint
 from parity_tests.donors import (
     FAMILIES,
+    LOCAL,
     SIZES,
     compare_layers,
     make_donor,
@@ -165,6 +166,9 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
     start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
     assert "bytelm import --format llama" in refused(*start)
+    model = llama.byte_config(LOCAL, llama.read_donor(donor))
+    with pytest.raises(ValueError, match="head_dim=8: transformers' BLT has no such"):
+        hf_blt.export_hf_blt(model, {}, out)
 
 
 @pytest.mark.slow
