@@ -1,5 +1,6 @@
 """Token models of the Llama family as BLT's global transformer, against transformers' layers."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import bytelm_jax
 import bytelm_torch
 from bytelm import SamplerConfig
-from bytelm.config import BLTConfig
+from bytelm.config import DONORS, BLTConfig
 from bytelm.metrics import read_metrics
 from bytelm.positions import rope_frequencies
 from bytelm.runs import load_recipe
@@ -127,6 +128,23 @@ def test_biases_are_where_transformers_has_them(family, tmp_path):
     assert names == expected[llama.read_donor(tmp_path).sizes["global_block"].bias]
 
 
+def test_fields_of_any_type_are_read_or_refused(tmp_path):
+    """The families of `bytelm.config.DONORS` are those that the import knows."""
+    assert tuple(llama.FAMILIES) == DONORS
+    nested = {"rope_theta": 7.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    known = dict(llama.FAMILIES["llama"].defaults) | {"rope_scaling": {}, "rope_theta": 7.0}
+    known |= SIZES | {"model_type": "llama", "original_max_position_embeddings": 64}
+    changes = [{name: value} for name in known for value in WRONG]
+    changes += [{"rope_parameters": LLAMA3 | nested | {n: v}} for n in nested for v in WRONG]
+    changes += [{"rope_parameters": LLAMA3 | {name: value}} for name in LLAMA3 for value in WRONG]
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps(known | change))
+        with contextlib.suppress(ValueError):
+            llama.read_donor(tmp_path)
+
+
+WRONG = (None, True, 0, float("nan"), 10**400, "x", ["llama"], {"x": {}})
+
 REFUSED = {
     "model_type": ("gemma", "only llama, qwen2, qwen3, olmo2 can be imported"),
     "hidden_act": ("gelu", "only 'silu' can be imported"),
@@ -166,6 +184,15 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
     start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
     assert "bytelm import --format llama" in refused(*start)
+    hint = f"`bytelm import {donor} --format llama --local RECIPE --out RUN` makes a byte model"
+    assert hint in refused("generate", str(donor))
+    for kind in ("gpt2", ["llama"]):
+        (donor / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        why = f"model_type={kind!r}: only llama, qwen2, qwen3, olmo2"
+        assert why in refused("generate", str(donor))
+        for options in (command, command[:-2], [*command[:-2], "--format", "llama", *command[-2:]]):
+            assert why in refused(*options)
+    (donor / "config.json").write_text(json.dumps(config))
     model = llama.byte_config(LOCAL, llama.read_donor(donor))
     with pytest.raises(ValueError, match="head_dim=8: transformers' BLT has no such"):
         hf_blt.export_hf_blt(model, {}, out)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm import export
-from bytelm.config import BlockConfig, BLTConfig, require
+from bytelm.config import DONORS, BlockConfig, BLTConfig, require
 from bytelm.leaves import torch_name
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params, define_model
@@ -78,7 +78,7 @@ class Donor(NamedTuple):
 
 def is_donor(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a token model of a known family."""
-    return fields.get("model_type") in FAMILIES
+    return fields.get("model_type") in DONORS
 
 
 def read_donor(path: str | Path) -> Donor:
@@ -89,9 +89,9 @@ def read_donor(path: str | Path) -> Donor:
         fields = export.read_json(file)
         require(isinstance(fields, dict), "must hold a JSON object")
         kind = fields.get("model_type")
-        known = ", ".join(FAMILIES)
-        require(kind in FAMILIES, f"model_type={kind!r}: only {known} can be imported")
-        family = FAMILIES[kind]
+        known = ", ".join(DONORS)
+        require(kind in DONORS, f"model_type={kind!r:.100}: only {known} can be imported")
+        family = FAMILIES[str(kind)]
         read = {name: value for name, value in fields.items() if name not in family.ignored}
         known_fields = dict(family.defaults) | read
         _check_kinds(known_fields)
