@@ -9,9 +9,7 @@ files themselves carry no checksum. Arrays that hold NaN or infinity are neither
 import contextlib
 import math
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
 from bytelm.files import JSON_LIMIT, errors_about, one_line, require_plain_file
+from bytelm.folders import new_folder
 from bytelm.metrics import score
 from bytelm.remote.copies import local_copy
 from bytelm.remote.run import RemoteRun
@@ -439,17 +438,11 @@ def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
     check_unused(run_dir)
     for name, value in params.items():
         require(value.dtype == jnp.float32, f"{name}: dtype {value.dtype}; a run holds float32")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
-    try:
+    with new_folder(run_dir) as temporary:
         with open_checkpoints(temporary, recipe.train) as manager:
             save(manager, 0, params, None, recipe, "", None)
             finish(manager)
         save_recipe(temporary, recipe)
-        temporary.chmod(0o755)
-        os.replace(temporary, run_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
