@@ -145,6 +145,17 @@ def test_fields_of_any_type_are_read_or_refused(tmp_path):
 
 WRONG = (None, True, 0, float("nan"), 10**400, "x", ["llama"], {"x": {}})
 
+
+def test_a_donor_that_automodel_saved_is_the_same(tmp_path):
+    """Its names lack the beginning `model.`, and its output layer is not there."""
+    model = make_donor("llama", dtype=torch.float32)
+    whole = read_layers(save_donor(model, tmp_path / "whole"))[1]
+    bare = read_layers(save_donor(model.model, tmp_path / "bare"))[1]
+    assert whole.keys() == bare.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, bare[name])
+
+
 REFUSED = {
     "model_type": ("gemma", "only llama, qwen2, qwen3, olmo2 can be imported"),
     "hidden_act": ("gelu", "only 'silu' can be imported"),
@@ -155,8 +166,10 @@ REFUSED = {
     "quantization_config": ({"bits": 4}, "quantization_config="),
     "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),
     "num_hidden_layers": (10**6, "num_hidden_layers=1000000: the files hold"),
-    "vocab_size": (41, "lm_head.weight: shape (40, 16); expected (41, 16)"),
-    "attention_bias": (False, "self_attn.k_proj.bias: unexpected"),
+    "hidden_size": (10**12, "config.json: hidden_size=1000000000000: "),
+    "rms_norm_eps": (0.0, "config.json: rms_norm_eps=0.0: must be above 0"),
+    "vocab_size": (41, "donor: lm_head.weight: shape (40, 16); expected (41, 16)"),
+    "attention_bias": (False, "donor: model.layers.0.self_attn.k_proj.bias: unexpected"),
 }
 
 
@@ -177,6 +190,10 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
         (donor / "config.json").write_text(json.dumps(config | {field: value}))
         assert why in refused(*command, "--format", "llama"), field
     (donor / "config.json").write_text(json.dumps(config))
+    shard = donor / "model-00001-of-00001.safetensors"
+    (donor / "model.safetensors").rename(shard)
+    assert "model.safetensors.index.json: missing; it belongs to the 1 shards" in refused(*command)
+    shard.rename(donor / "model.safetensors")
     assert "--local: name a recipe of BLT" in refused(*command[:-2])
     assert "is megabyte; name a recipe of blt" in refused(*command[:-1], "megabyte_tiny")
     assert "needs a trained entropy model" in refused(*command, "--patcher", "entropy")
