@@ -14,7 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from bytelm.config import Recipe, TrainConfig, from_dict, parse_steps, require, to_dict
+from bytelm.config import DONORS, Recipe, TrainConfig, from_dict, parse_steps, require, to_dict
 from bytelm.config.serialize import recipe_text
 from bytelm.export import CONFIG_FILE, LIBRARY, holds_weights
 from bytelm.files import errors_about, read_json, replace_file
@@ -174,12 +174,23 @@ def refuse_export(stored: Any, file: Path) -> None:
     """Raises `ValueError` for what `file` holds if it describes an export, or a foreign model."""
     if isinstance(stored, dict) and "name" not in stored:
         exported = stored.get("library") == LIBRARY or "bytelm" in stored
-        hint = f"`bytelm import {file.parent} --out RUN` makes a run folder of it"
-        if not holds_weights(file.parent):
-            hint = f"{file.parent} holds no weights: copy all of it again"
+        hint = _import_hint(stored, file.parent, exported)
         require(not exported, f"belongs to an export, not to a run; {hint}")
         foreign = "model_type" in stored
         require(not foreign, f"belongs to a model of transformers, not to a run; {hint}")
+
+
+def _import_hint(stored: dict[str, Any], folder: Path, exported: bool) -> str:
+    """How the model in `folder` becomes one that commands read, if it can."""
+    kind = stored.get("model_type")
+    if not holds_weights(folder):
+        return f"{folder} holds no weights: copy all of it again"
+    if kind in DONORS:
+        options = "--format llama --local RECIPE --out RUN"
+        return f"`bytelm import {folder} {options}` makes a byte model of it"
+    if not exported and kind != "blt":
+        return f"model_type={kind!r:.100}: only {', '.join((*DONORS, 'blt'))} can be imported"
+    return f"`bytelm import {folder} --out RUN` makes a run folder of it"
 
 
 def saved_recipe(run_dir: Path) -> Recipe | None:

@@ -1,8 +1,10 @@
 """Token models of the Llama family as BLT's global transformer, against transformers' layers."""
 
+import contextlib
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,17 +14,20 @@ import torch
 import bytelm_jax
 import bytelm_torch
 from bytelm import SamplerConfig
-from bytelm.config import BLTConfig
+from bytelm.config import DONORS, BLTConfig
 from bytelm.metrics import read_metrics
+from bytelm.positions import rope_frequencies
 from bytelm.runs import load_recipe
 from bytelm.tolerances import LOGITS
 from bytelm_jax.cli import main as cli
-from bytelm_jax.interop import llama
+from bytelm_jax.interop import hf_blt, llama
 from bytelm_jax.models import abstract_params
 from bytelm_jax.tests.test_docs import blocks, run_line
 from bytelm_jax.training import checkpoint
 from parity_tests.donors import (
     FAMILIES,
+    LOCAL,
+    SIZES,
     compare_layers,
     make_donor,
     make_exact,
@@ -86,17 +91,85 @@ def test_a_donor_goes_through_import_a_step_and_export(tmp_path, capsys):
     assert exported.config.global_block == config.global_block
 
 
+YARN = {"rope_type": "yarn", "factor": 2.0}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROTATIONS: list[dict[str, Any]] = [
+    {"rope_theta": 7.0},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7.0},
+    {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 7.0}},
+    {"rope_scaling": {}, "rope_parameters": {"rope_theta": 7.0}, "rope_theta": 8.0},
+    {
+        "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 32},
+        "original_max_position_embeddings": 16,
+    },
+]
+
+
+@pytest.mark.parametrize("fields", ROTATIONS)
+def test_rotations_are_found_where_transformers_finds_them(fields, tmp_path):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | fields | {"model_type": "llama"}))
+    block = llama.read_donor(tmp_path).sizes["global_block"]
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**SIZES | fields)).inv_freq.numpy()
+    np.testing.assert_allclose(rope_frequencies(4, block.rope_theta, block), theirs, rtol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_biases_are_where_transformers_has_them(family, tmp_path):
+    """Not all families read `attention_bias`; "swish" is another name of "silu"."""
+    fields = {"attention_bias": True, "hidden_act": "swish"}
+    model = make_donor(family, **fields)
+    save_donor(model, tmp_path)
+    names = {name.split(".", 3)[-1] for name in model.state_dict() if name.endswith(".bias")}
+    (qkv, out) = ({f"self_attn.{each}_proj.bias" for each in kind} for kind in ("qkv", "o"))
+    expected = {"none": set(), "qkv": qkv, "all": qkv | out}
+    assert names == expected[llama.read_donor(tmp_path).sizes["global_block"].bias]
+
+
+def test_fields_of_any_type_are_read_or_refused(tmp_path):
+    """The families of `bytelm.config.DONORS` are those that the import knows."""
+    assert tuple(llama.FAMILIES) == DONORS
+    nested = {"rope_theta": 7.0, "rope_type": "default", "partial_rotary_factor": 1.0}
+    known = dict(llama.FAMILIES["llama"].defaults) | {"rope_scaling": {}, "rope_theta": 7.0}
+    known |= SIZES | {"model_type": "llama", "original_max_position_embeddings": 64}
+    changes = [{name: value} for name in known for value in WRONG]
+    changes += [{"rope_parameters": LLAMA3 | nested | {n: v}} for n in nested for v in WRONG]
+    changes += [{"rope_parameters": LLAMA3 | {name: value}} for name in LLAMA3 for value in WRONG]
+    for change in changes:
+        (tmp_path / "config.json").write_text(json.dumps(known | change))
+        with contextlib.suppress(ValueError):
+            llama.read_donor(tmp_path)
+
+
+WRONG = (None, True, 0, float("nan"), 10**400, "x", ["llama"], {"x": {}})
+
+
+def test_a_donor_that_automodel_saved_is_the_same(tmp_path):
+    """Its names lack the beginning `model.`, and its output layer is not there."""
+    model = make_donor("llama", dtype=torch.float32)
+    whole = read_layers(save_donor(model, tmp_path / "whole"))[1]
+    bare = read_layers(save_donor(model.model, tmp_path / "bare"))[1]
+    assert whole.keys() == bare.keys()
+    for name, value in whole.items():
+        np.testing.assert_array_equal(value, bare[name])
+
+
 REFUSED = {
     "model_type": ("gemma", "only llama, qwen2, qwen3, olmo2 can be imported"),
     "hidden_act": ("gelu", "only 'silu' can be imported"),
     "mlp_bias": (True, "mlp_bias=True: only False can be imported"),
-    "rope_parameters": ({"rope_type": "yarn", "factor": 2.0}, "rope_type='yarn': only 'default'"),
+    "rope_parameters": (YARN, "rope_parameters.rope_type='yarn': only 'default'"),
+    "rope_scaling": (YARN, "rope_scaling.rope_type='yarn': only 'default'"),
     "layer_types": (["sliding_attention"], "layer_types: holds 'sliding_attention'"),
     "quantization_config": ({"bits": 4}, "quantization_config="),
     "num_key_value_heads": (3, "num_key_value_heads=3: must divide 4 heads"),
     "num_hidden_layers": (10**6, "num_hidden_layers=1000000: the files hold"),
-    "vocab_size": (41, "lm_head.weight: shape (40, 16); expected (41, 16)"),
-    "attention_bias": (False, "self_attn.k_proj.bias: unexpected"),
+    "hidden_size": (10**12, "config.json: hidden_size=1000000000000: "),
+    "rms_norm_eps": (0.0, "config.json: rms_norm_eps=0.0: must be above 0"),
+    "vocab_size": (41, "donor: lm_head.weight: shape (40, 16); expected (41, 16)"),
+    "attention_bias": (False, "donor: model.layers.0.self_attn.k_proj.bias: unexpected"),
 }
 
 
@@ -117,6 +190,10 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
         (donor / "config.json").write_text(json.dumps(config | {field: value}))
         assert why in refused(*command, "--format", "llama"), field
     (donor / "config.json").write_text(json.dumps(config))
+    shard = donor / "model-00001-of-00001.safetensors"
+    (donor / "model.safetensors").rename(shard)
+    assert "model.safetensors.index.json: missing; it belongs to the 1 shards" in refused(*command)
+    shard.rename(donor / "model.safetensors")
     assert "--local: name a recipe of BLT" in refused(*command[:-2])
     assert "is megabyte; name a recipe of blt" in refused(*command[:-1], "megabyte_tiny")
     assert "needs a trained entropy model" in refused(*command, "--patcher", "entropy")
@@ -124,6 +201,18 @@ def test_what_cannot_be_expressed_is_refused_by_name_before_anything_is_written(
     assert "--local: needs --format llama" in refused(*command, "--format", "bytelm")
     start = ["train", str(local), "--init-from", str(donor), "--run-dir", str(out)]
     assert "bytelm import --format llama" in refused(*start)
+    hint = f"`bytelm import {donor} --format llama --local RECIPE --out RUN` makes a byte model"
+    assert hint in refused("generate", str(donor))
+    for kind in ("gpt2", ["llama"]):
+        (donor / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        why = f"model_type={kind!r}: only llama, qwen2, qwen3, olmo2"
+        assert why in refused("generate", str(donor))
+        for options in (command, command[:-2], [*command[:-2], "--format", "llama", *command[-2:]]):
+            assert why in refused(*options)
+    (donor / "config.json").write_text(json.dumps(config))
+    model = llama.byte_config(LOCAL, llama.read_donor(donor))
+    with pytest.raises(ValueError, match="head_dim=8: transformers' BLT has no such"):
+        hf_blt.export_hf_blt(model, {}, out)
 
 
 @pytest.mark.slow

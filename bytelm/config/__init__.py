@@ -13,7 +13,7 @@ from bytelm.config.base import (
     require_numbers,
     require_positive,
 )
-from bytelm.config.block import BlockConfig
+from bytelm.config.block import DONORS, BlockConfig
 from bytelm.config.blt import PatchingContract
 from bytelm.config.models import *  # noqa: F403
 from bytelm.config.models import (
@@ -38,6 +38,7 @@ from bytelm.config.run import (
 from bytelm.config.serialize import from_dict, model_from_dict, to_dict
 
 __all__ = [
+    "DONORS",
     "MODEL_CONFIGS",
     "OPTIMIZER_CONFIGS",
     "BlockConfig",

@@ -85,6 +85,9 @@ class BlockConfig:
         return count + {"none": 0, "qkv": qkv, "all": qkv + width}[self.bias]
 
 
+DONORS = ("llama", "qwen2", "qwen3", "olmo2")
+"""The `model_type` of the token models whose layers these fields describe."""
+
 PAPER = BlockConfig()
 """The layers of the paper, of which all other stacks are made."""
 

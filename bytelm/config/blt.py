@@ -478,6 +478,9 @@ def _transformers_problem(c: BLTConfig) -> str | None:
     ids = (c.vocab.offset, c.vocab.bos_id, c.vocab.eos_id)
     plain = {"ngram_combine": "sum", "feedforward": "gated", "entropy_attention": False}
     plain |= {"positions": "rotary", "reset_on": "none"}
+    different = c.global_block.difference
+    if different is not None:
+        return f"global_block.{different}: transformers' BLT has no such layers"
     if c.patcher not in ("entropy", "byte"):
         return f"patcher={c.patcher!r}: transformers only has 'entropy' and 'byte'"
     if c.patcher == "entropy" and c.whole_characters:
@@ -490,9 +493,6 @@ def _transformers_problem(c: BLTConfig) -> str | None:
         value = getattr(c, name)
         if value != known:
             return f"{name}={value!r}: transformers only supports {known!r}"
-    different = c.global_block.difference
-    if different is not None:
-        return f"global_block.{different}: transformers' BLT has no such layers"
     if c.ngram_tables == 0:
         return "ngram_sizes=(): transformers needs at least one"
     if c.dropout != 0:

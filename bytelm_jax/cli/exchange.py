@@ -254,7 +254,8 @@ def import_command(
         if folder is None:
             why = "is a run folder already; every command reads it, and --init-from starts from it"
             raise ValueError(f"{source}: {why}")
-        if format == "llama" or (format == "auto" and formats.is_token_model(folder)):
+        detected = formats.is_token_model(folder) or (bool(local) and formats.is_foreign(folder))
+        if format == "llama" or (format == "auto" and detected):
             recipe, params, note = _from_donor(folder, local, patcher, entropy_from, seed, cast)
         else:
             options = {"local": local, "patcher": patcher, "entropy_from": entropy_from}

@@ -85,7 +85,7 @@ def plot_command(run: Path, /, out: Path | None = None) -> int:
 
     Loss, bits per byte, learning rate, momentum and gradient norms; if the run has them, also bits
     per byte of each source and validation set, actions and tables of the Q-learning agent, patch
-    lengths, and the load of the experts.
+    lengths, and the load of the experts. Of `bytelm align`, its loss and cosine.
 
     Example: bytelm plot runs/megabyte_tiny
 

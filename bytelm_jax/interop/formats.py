@@ -1,9 +1,11 @@
 """What a path holds and how to read it: exports of this library and weights of other projects."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bytelm.config import ModelConfig, require
+from bytelm.config import DONORS, ModelConfig, require
 from bytelm.export import CONFIG_FILE, INDEX_FILE, LIBRARY, read_description, read_json
 from bytelm_jax.interop.convert import Cast, Float32Cast, load_export
 from bytelm_jax.interop.hf_blt import import_hf_blt, read_hf_blt_config
@@ -27,8 +29,9 @@ def import_any(
     readers = {"bytelm": load_export, "megabyte": import_megabyte, "hf-blt": import_hf_blt}
     known = ", ".join(("auto", *readers))
     require(format in ("auto", *readers), f"format={format!r}: choose one of {known}")
-    reader = readers[_recognise(folder) if format == "auto" else format]
-    return reader(path, cast=Float32Cast() if cast is None else cast)
+    found = _recognise(folder) if format == "auto" else format
+    with _naming_the_type(folder, found, format):
+        return readers[found](path, cast=Float32Cast() if cast is None else cast)
 
 
 def read_config(path: str | Path) -> ModelConfig:
@@ -49,6 +52,26 @@ _TOKENS = "holds a token model; make a byte model of it by `bytelm import --form
 def is_token_model(path: Path) -> bool:
     """Whether a folder holds a model that `import_llama` reads."""
     return path.is_dir() and is_donor(_fields(path))
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a folder holds a model of transformers, and neither a BLT nor an export of ours."""
+    fields = _fields(path)
+    ours = fields.get("library") == LIBRARY or "bytelm" in fields  # written by transformers
+    return "model_type" in fields and fields["model_type"] != "blt" and not ours
+
+
+@contextmanager
+def _naming_the_type(folder: Path, found: str, format: str) -> Iterator[None]:
+    """Errors in what is taken for MEGABYTE, since nothing else is left, name its `model_type`."""
+    try:
+        yield
+    except ValueError as error:
+        if format != "auto" or found == "hf-blt" or not is_foreign(folder):
+            raise
+        kind, known = _fields(folder)["model_type"], ", ".join((*DONORS, "blt"))
+        only = f"model_type={kind!r:.100}: only {known} can be imported"
+        raise ValueError(f"{folder}: {only}; as a MEGABYTE: {error}") from None
 
 
 def _recognise(path: Path) -> str:

@@ -261,8 +261,8 @@ def _hidden(part: Mapping[str, Any]) -> int:
     return part["intermediate_size"] or int(8 * part["hidden_size"] / 3)
 
 
-def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any]:
-    """The `config.json` of transformers for `config`, whose weights have type `dtype`.
+def blt_config_to_hf(config: BLTConfig) -> dict[str, Any]:
+    """The `config.json` of transformers for `config`, whose weights are float32.
 
     Raises `ValueError`, naming the field, for settings that transformers cannot express.
     """
@@ -279,7 +279,7 @@ def blt_config_to_hf(config: BLTConfig, dtype: str = "float32") -> dict[str, Any
     return {
         "architectures": ["BltForCausalLM"],
         "model_type": "blt",
-        "dtype": dtype,
+        "dtype": "float32",
         "vocab_size": vocab.size,
         "patch_in_forward": by_entropy,
         "patch_size": c.patch_size,
@@ -387,13 +387,13 @@ def export_hf_blt(
     """
     known = config.transformers_type
     require(known == "blt", f"format=hf-blt: the model is {config.architecture}, not blt")
+    fields = blt_config_to_hf(config)  # raises for layers whose parameters have no names there
     convert.check_params(config, params)
     renamed = {
         f"{_foreign_module(name)}.{name.rpartition('.')[2]}": value
         for name, value in params.items()
     }
-    dtype = params["to_logits.kernel"].dtype.name
-    fields = blt_config_to_hf(config, dtype)
+    fields["dtype"] = params["to_logits.kernel"].dtype.name
     jsons = {export.CONFIG_FILE: fields, _GENERATION: generation_config_of(config.vocab)}
     jsons |= tokenizer_files(config.vocab, BLT_SPECIALS, bos_first=True)
     texts = {name: export.config_text(content) for name, content in jsons.items()}

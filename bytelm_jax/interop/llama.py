@@ -9,7 +9,10 @@ refused with an error that names it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bytelm import export
-from bytelm.config import BlockConfig, BLTConfig, require
+from bytelm.config import DONORS, BlockConfig, BLTConfig, require
 from bytelm.leaves import torch_name
 from bytelm_jax.interop import convert
 from bytelm_jax.models import Params, abstract_params, define_model
@@ -34,11 +37,13 @@ class _Family(NamedTuple):
     defaults: Mapping[str, Any]
     block: Mapping[str, Any]
     """Fields of `BlockConfig`."""
+    ignored: frozenset[str] = frozenset()
+    """What transformers does not read of config.json, whatever stands there."""
 
 
 _LLAMA = {"vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 11_008}
 _LLAMA |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": None}
-_LLAMA |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+_LLAMA |= {"hidden_act": "silu", "rms_norm_eps": 1e-6}
 _LLAMA |= {"head_dim": None, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0}
 _LLAMA |= {"use_sliding_window": False, "layer_types": None, "quantization_config": None}
 _QWEN = _LLAMA | {"vocab_size": 151_936, "intermediate_size": 22_016, "num_key_value_heads": 32}
@@ -46,9 +51,9 @@ _OLMO = _LLAMA | {"vocab_size": 50_304, "rms_norm_eps": 1e-5}
 
 FAMILIES: dict[str, _Family] = {
     "llama": _Family(_LLAMA, {}),
-    "qwen2": _Family(_QWEN, {"bias": "qkv"}),
-    "qwen3": _Family(_QWEN | {"head_dim": 128}, {"qk_norm": "head"}),
-    "olmo2": _Family(_OLMO, {"norm": "after", "qk_norm": "projection"}),
+    "qwen2": _Family(_QWEN, {"bias": "qkv"}, frozenset({"attention_bias", "mlp_bias"})),
+    "qwen3": _Family(_QWEN | {"head_dim": 128}, {"qk_norm": "head"}, frozenset({"mlp_bias"})),
+    "olmo2": _Family(_OLMO, {"norm": "after", "qk_norm": "projection"}, frozenset({"mlp_bias"})),
 }
 """`model_type` → what its layers are; SmolLM is a llama."""
 
@@ -66,8 +71,6 @@ class Donor(NamedTuple):
     sizes: dict[str, Any]
     """Fields of `BLTConfig` that describe its layers."""
     vocab_size: int
-    tied: bool
-    """Whether its output layer is its table of embeddings."""
 
 
 # ---- configuration --------------------------------------------------------------------------
@@ -75,7 +78,7 @@ class Donor(NamedTuple):
 
 def is_donor(fields: Mapping[str, Any]) -> bool:
     """Whether a config.json is that of a token model of a known family."""
-    return fields.get("model_type") in FAMILIES
+    return fields.get("model_type") in DONORS
 
 
 def read_donor(path: str | Path) -> Donor:
@@ -86,14 +89,15 @@ def read_donor(path: str | Path) -> Donor:
         fields = export.read_json(file)
         require(isinstance(fields, dict), "must hold a JSON object")
         kind = fields.get("model_type")
-        known = ", ".join(FAMILIES)
-        require(kind in FAMILIES, f"model_type={kind!r}: only {known} can be imported")
-        known_fields = dict(FAMILIES[kind].defaults) | fields
+        known = ", ".join(DONORS)
+        require(kind in DONORS, f"model_type={kind!r:.100}: only {known} can be imported")
+        family = FAMILIES[str(kind)]
+        read = {name: value for name, value in fields.items() if name not in family.ignored}
+        known_fields = dict(family.defaults) | read
         _check_kinds(known_fields)
         _refuse_differences(known_fields)
-        sizes = _sizes(known_fields, FAMILIES[kind].block)
-        tied = known_fields["tie_word_embeddings"]
-        return Donor(folder, fields, sizes, known_fields["vocab_size"], tied)
+        sizes = _sizes(known_fields, family.block)
+        return Donor(folder, fields, sizes, known_fields["vocab_size"])
 
 
 def _check_kinds(fields: Mapping[str, Any]) -> None:
@@ -105,9 +109,8 @@ def _check_kinds(fields: Mapping[str, Any]) -> None:
         require(optional or whole, f"{name}={value!r:.100}: must be a whole number from 1 on")
     eps = fields["rms_norm_eps"]
     require(type(eps) in (int, float), f"rms_norm_eps={eps!r:.100}: must be a number")
-    for name in ("tie_word_embeddings", "attention_bias"):
-        value = fields[name]
-        require(type(value) is bool, f"{name}={value!r:.100}: must be true or false")
+    value = fields["attention_bias"]
+    require(type(value) is bool, f"attention_bias={value!r:.100}: must be true or false")
     for name in ("rope_parameters", "rope_scaling"):
         value = fields.get(name) or {}
         require(isinstance(value, dict), f"{name}={value!r:.100}: must be an object")
@@ -115,7 +118,10 @@ def _check_kinds(fields: Mapping[str, Any]) -> None:
 
 def _refuse_differences(fields: Mapping[str, Any]) -> None:
     """Raises `ValueError` for the first field whose value has no equivalent here."""
-    needed = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0}
+    act = fields["hidden_act"]
+    silu = act in ("silu", "swish")  # two names of one function
+    require(silu, f"hidden_act={act!r:.100}: only 'silu' can be imported")
+    needed: dict[str, Any] = {"mlp_bias": False, "attention_dropout": 0}
     needed |= {"use_sliding_window": False, "quantization_config": None}
     for name, expected in needed.items():
         value = fields[name]
@@ -135,13 +141,14 @@ def _sizes(fields: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any
     fits = own or width % heads == 0
     require(fits, f"num_attention_heads={heads}: must divide hidden_size={width}")
     biased = {"bias": "all"} if fields["attention_bias"] else {}
-    built = BlockConfig(
-        head_dim=head if own else 0,
-        norm_eps=float(fields["rms_norm_eps"]),
-        final_norm=True,
-        **_rotation(fields),
-        **{**block, **biased},
-    )
+    with _in_their_terms():
+        built = BlockConfig(
+            head_dim=head if own else 0,
+            norm_eps=float(fields["rms_norm_eps"]),
+            final_norm=True,
+            **_rotation(fields),
+            **{**block, **biased},
+        )
     return {
         "global_dim": width,
         "global_layers": fields["num_hidden_layers"],
@@ -153,9 +160,17 @@ def _sizes(fields: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any
 
 
 def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary fields of `BlockConfig`."""
-    where = "rope_parameters" if fields.get("rope_parameters") else "rope_scaling"
-    rope = fields.get(where) or {}
+    """The rotary fields of `BlockConfig`, found where transformers 5 finds them.
+
+    It takes `rope_scaling`, by which version 4 called them, and no field of `rope_parameters` where
+    both are there; and `original_max_position_embeddings` beside them, if there is one.
+    """
+    where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = dict(fields.get(where) or {})
+    nested = next((name for name, value in rope.items() if isinstance(value, dict)), None)
+    require(nested is None, f"{where}.{nested}: rotations by the kind of a layer are not imported")
+    if "original_max_position_embeddings" in fields:
+        rope["original_max_position_embeddings"] = fields["original_max_position_embeddings"]
     theta = rope.get("rope_theta", fields.get("rope_theta", _THETA))  # flat: by version 4
     kind = rope.get("rope_type", rope.get("type", "default"))
     names = {"linear": {"factor": "rope_factor"}, "default": {}}
@@ -177,8 +192,8 @@ def _rotation(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(name: str, value: Any) -> float:
-    good = type(value) in (int, float) and value > 0
-    require(good, f"{name}={value!r:.100}: must be a number above 0")
+    good = type(value) in (int, float) and 0 < value <= sys.float_info.max
+    require(good, f"{name}={value!r:.100}: must be a finite number above 0")
     return float(value)
 
 
@@ -192,7 +207,26 @@ def byte_config(local: BLTConfig, donor: Donor) -> BLTConfig:
         given = getattr(local, name)
         why = "the donor's layers have it otherwise; name another recipe"
         require(given == value, f"model.{name}={given!r}: {why}")
-    return replace(local, **donor.sizes)
+    with export.errors_about(donor.folder / export.CONFIG_FILE, ""), _in_their_terms():
+        return replace(local, **donor.sizes)
+
+
+_THEIR_NAMES = {"global_dim": "hidden_size", "global_layers": "num_hidden_layers"}
+_THEIR_NAMES |= {"global_heads": "num_attention_heads", "global_kv_heads": "num_key_value_heads"}
+_THEIR_NAMES |= {"global_hidden_dim": "intermediate_size", "global_block.head_dim": "head_dim"}
+_THEIR_NAMES |= {"global_block.norm_eps": "rms_norm_eps", "global_block.rope_theta": "rope_theta"}
+_THEIR_NAMES |= {"global_block.rope_high": "high_freq_factor", "rope_low": "low_freq_factor"}
+
+
+@contextmanager
+def _in_their_terms() -> Iterator[None]:
+    """Errors about fields that a donor decides call them what its config.json does."""
+    try:
+        yield
+    except ValueError as error:
+        names = "|".join(re.escape(name) for name in sorted(_THEIR_NAMES, key=len, reverse=True))
+        said = re.sub(rf"\b({names})\b", lambda found: _THEIR_NAMES[found[0]], str(error))
+        raise ValueError(said) from None
 
 
 # ---- names and layouts ----------------------------------------------------------------------
@@ -213,6 +247,8 @@ _NORMS = {
     "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 _IN_PAIRS = ("to_q", "to_k", "q_norm", "k_norm")
+_BARE = "model."
+"""What names begin with that AutoModelForCausalLM of transformers saves, but not AutoModel."""
 _EMBEDDING, _HEAD, _UNUSED = "model.embed_tokens.weight", "lm_head.weight", ".rotary_emb.inv_freq"
 
 
@@ -286,9 +322,10 @@ def read_stack(
     leaves = stack_leaves(config)
     expected = {donor_name(name, config): shape for name, shape in leaves.items()}
     expected[_EMBEDDING] = (donor.vocab_size, config.global_dim)
-    if not donor.tied or _HEAD in tensors:
+    if _HEAD in tensors:  # not where it is tied, nor where AutoModel saved: it is not needed
         expected[_HEAD] = expected[_EMBEDDING]
-    export.check_tensors(tensors, expected)
+    with export.errors_about(donor.folder, ""):
+        export.check_tensors(tensors, expected)
 
     def read(source: str) -> np.ndarray:
         return convert.read_tensor(source, tensors[source], cast)
@@ -305,13 +342,19 @@ def read_stack(
 def open_donor(donor: Donor) -> export.ShardedTensors:
     """The donor's tensors, of which none is read, without what older versions stored in vain."""
     files = export.weight_files(donor.folder)
-    hint = "transformers writes it: AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
-    require(len(files) > 1 or files[0].exists(), f"{files[0]}: missing; {hint}")
+    name, hint = files[0], "transformers writes it: "
+    hint += "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)"
+    if shards := len(list(donor.folder.glob("model-*-of-*.safetensors"))):
+        name, hint = donor.folder / export.INDEX_FILE, f"it belongs to the {shards} shards there"
+    require(len(files) > 1 or files[0].exists(), f"{name}: missing; {hint}")
     tensors = export.ShardedTensors(files, convert.NUMPY)
+    if _EMBEDDING.removeprefix(_BARE) in tensors:  # saved by AutoModel, without an output layer
+        for name in list(tensors):
+            tensors[_BARE + name] = tensors.pop(name)
     for name in [name for name in tensors if name.endswith(_UNUSED)]:
         del tensors[name]
     layers = donor.sizes["global_layers"]
-    where = f"num_hidden_layers={layers}: the files hold {len(tensors)} tensors"
+    where = f"{donor.folder}: num_hidden_layers={layers}: the files hold {len(tensors)} tensors"
     require(layers <= len(tensors), f"{where}; give the config.json that belongs to them")
     return tensors
 

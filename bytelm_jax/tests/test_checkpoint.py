@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import sys
 from types import SimpleNamespace
@@ -80,6 +81,20 @@ def test_a_run_of_parameters_that_would_not_be_restored_is_not_made(tmp_path):
     with pytest.raises(ValueError, match=r"^norm\.scale: dtype bfloat16; a run holds float32$"):
         checkpoint.create_run(tmp_path / "run", Recipe(name="made", model=MODEL), params)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_cannot_be_written_is_one_line_about_its_folder(tmp_path):
+    params = {"norm.scale": jax.numpy.arange(2.0**14)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(ValueError) as caught:
+            checkpoint.create_run(tmp_path / "run", Recipe(name="made", model=MODEL), params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    why = "cannot be written (File too large); choose another place or free space"
+    assert str(caught.value) == f"{tmp_path / 'run'}: {why}"
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

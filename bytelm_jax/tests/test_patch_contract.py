@@ -260,6 +260,12 @@ def test_a_source_must_reset_as_asked(calibrated, tmp_path):
         adopt(folder)
     with pytest.raises(ValueError, match="an entropy model that was trained with --reset-on new"):
         adopt(calibrated, "--reset-on", "newline")
+    others = {"patcher='space'": BLTConfig(patcher="space"), "=megabyte": MegabyteConfig()}
+    others |= {"patcher='histogram'": BLTConfig(patcher="histogram")}
+    for why, model in others.items():
+        runs.save_recipe(folder, dataclasses.replace(source, model=model))
+        with pytest.raises(ValueError, match=rf"holds no entropy model \(.*{why}.*name a calib"):
+            adopt(folder)
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,21 @@ def test_files_are_whole_and_the_page_needs_no_other(tmp_path, capsys):
     assert f"{RECORDS[2]['loss']:.6g}" in text
 
 
+def test_a_run_of_align_has_its_own_lines(tmp_path):
+    held_out = {"validation_alignment_loss": 0.75, "validation_alignment_cosine": 0.25}
+    records = [
+        {"step": 1, "alignment_loss": 1.0, "alignment_cosine": 0.0, "grad_norm": 2.0},
+        {"step": 2, "alignment_loss": 0.5, "alignment_cosine": 0.5, "grad_norm": 1.0},
+        {"step": 2, **held_out},
+    ]
+    _, found = plot.panels(make_run(tmp_path / "run", records, optimizer=QLearningSGDConfig()))
+    assert [panel.title for panel in found] == [
+        "Alignment loss", "Alignment cosine", "Gradient norm"
+    ]  # fmt: skip
+    assert found[0].lines == {"training": ([1, 2], [1, 0.5]), "validation": ([2], [0.75])}
+    assert found[1].lines == {"training": ([1, 2], [0, 0.5]), "validation": ([2], [0.25])}
+
+
 def test_refusals(tmp_path, capsys, monkeypatch):
     empty = make_run(tmp_path / "empty", VALIDATION)
     for path, says in ((tmp_path, "no config.json"), (empty, "no metrics there yet; train first")):

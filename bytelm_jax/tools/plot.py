@@ -35,6 +35,8 @@ from bytelm_jax.training import checkpoint
 _LABELS = {
     "validation_loss": "validation",
     "validation_bits_per_byte": "validation",
+    "validation_alignment_loss": "validation",
+    "validation_alignment_cosine": "validation",
     "learning_rate_action": "of the learning rate",
     "momentum_action": "of 1 / (1 − momentum)",
 }
@@ -70,9 +72,15 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
     recipe = runs.load_recipe(run_dir)
     path = run_dir / "metrics.jsonl"
     records = read_metrics(path) if path.is_file() else []
-    if not any("loss" in record for record in records):
+    trained = any("loss" in record for record in records)
+    if not trained and not any("alignment_loss" in record for record in records):
         raise ValueError(f"{path}: no metrics there yet; train first")
+    aligned = {"alignment_loss": "relative to the square of the embeddings", "alignment_cosine": ""}
     candidates = [
+        *(
+            _over_steps(records, name.replace("_", " ").capitalize(), y, name, f"validation_{name}")
+            for name, y in aligned.items()
+        ),
         _over_steps(records, "Loss", "nats per byte", "loss", "validation_loss"),
         _over_steps(
             records,
@@ -95,7 +103,7 @@ def panels(run_dir: Path) -> tuple[Recipe, list[Panel]]:
         _over_steps(records, "Gradient norm", "", "grad_norm", logarithmic=True),
         _expert_load(records),
         _histogram(recipe.patching) if recipe.patching else None,
-        *_tables(run_dir, recipe),
+        *(_tables(run_dir, recipe) if trained else ()),  # `align` has another optimizer state
     ]
     return recipe, [panel for panel in candidates if panel]
 

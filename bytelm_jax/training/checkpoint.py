@@ -9,9 +9,8 @@ files themselves carry no checksum. Arrays that hold NaN or infinity are neither
 import contextlib
 import math
 import os
-import shutil
+import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from bytelm.config import Recipe, TrainConfig, model_from_dict, require, to_dict
 from bytelm.files import JSON_LIMIT, errors_about, one_line, require_plain_file
+from bytelm.folders import new_folder
 from bytelm.metrics import score
 from bytelm.remote.copies import local_copy
 from bytelm.remote.run import RemoteRun
@@ -434,22 +434,21 @@ def create_run(run_dir: Path, recipe: Recipe, params: Params) -> None:
     """Creates a run folder that holds `params` as its step 0; it appears complete or not at all.
 
     Training cannot continue from it, since its data are unknown, so no optimizer state is stored.
-    Raises `ValueError` if a parameter is not float32, the dtype in which all of them are restored.
+    Raises `ValueError` if a parameter is not float32, the dtype in which all of them are restored,
+    and if the folder cannot be written.
     """
     check_unused(run_dir)
     for name, value in params.items():
         require(value.dtype == jnp.float32, f"{name}: dtype {value.dtype}; a run holds float32")
-    run_dir.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{run_dir.name}.", dir=run_dir.parent))
     try:
-        with open_checkpoints(temporary, recipe.train) as manager:
-            save(manager, 0, params, None, recipe, "", None)
-            finish(manager)
-        save_recipe(temporary, recipe)
-        temporary.chmod(0o755)
-        os.replace(temporary, run_dir)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(run_dir) as temporary:
+            with open_checkpoints(temporary, recipe.train) as manager:
+                save(manager, 0, params, None, recipe, "", None)
+                finish(manager)
+            save_recipe(temporary, recipe)
+    except (UnwrittenError, OSError) as error:
+        why = f"cannot be written ({_system_reason(error)}); choose another place or free space"
+        raise ValueError(f"{run_dir}: {why}") from None
 
 
 @contextlib.contextmanager
@@ -468,6 +467,10 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         ) from error
 
 
+class UnwrittenError(ValueError):
+    """A checkpoint could not be saved."""
+
+
 @contextlib.contextmanager
 def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns any error of a failed save into one line."""
@@ -475,10 +478,18 @@ def _writable(manager: ocp.CheckpointManager) -> Iterator[None]:
         yield
     except Exception as error:  # from tensorstore's and Orbax's threads, of many types
         raise_if_lost(error)
-        raise ValueError(
+        raise UnwrittenError(
             f"{manager.directory}: a checkpoint could not be written ({_first_line(error)}); "
             "earlier ones are intact; free some space and run the same command again"
         ) from error
+
+
+def _system_reason(error: BaseException) -> str:
+    """What the operating system says, without the places that tensorstore names around it."""
+    cause = error.__cause__ or error
+    code = re.search(r"\[os_error_code='(\d+)'", str(cause))
+    reason = os.strerror(int(code[1])) if code else getattr(cause, "strerror", None)
+    return reason or _first_line(cause)
 
 
 def _first_line(error: BaseException) -> str:

@@ -346,7 +346,13 @@ def _defaults(recipe: Recipe) -> Any:
 
 def _calibrated(source: Recipe, named: str) -> BLTConfig:
     """What a calibrated run says about patches, as the configuration of a BLT."""
-    model, _ = as_blt(source, {})
+    hint = "name a calibrated run of an entropy model, such as entropy_tiny"
+    try:
+        model, _ = as_blt(source, {})
+        require(model.patcher == "entropy", f"patcher={model.patcher!r}")
+    except ValueError as error:
+        what = f"train.entropy_from={named}: holds no entropy model ({error})"
+        raise ValueError(f"{what}; {hint}") from None
     contract = source.patching
     if contract is None:
         command = f"bytelm calibrate {named} --data PATH --bytes-per-patch 4.5"
