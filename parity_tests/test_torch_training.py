@@ -87,10 +87,10 @@ def corpus(tmp_path_factory):
 
 def test_what_transformers_cannot_express_is_said_at_the_start(corpus, tmp_path, capsys):
     recipe = torch_recipe(corpus, steps=1)
-    model = replace(CONFIGS["blt"], patcher="space")
+    model = replace(CONFIGS["blt"], patcher="space", global_block=PAPER)
     entropy = replace(recipe, model=CONFIGS["entropy"])
     assert start_notes(recipe) == start_notes(entropy) == []
-    public = replace(model, patcher="byte", global_block=PAPER)
+    public = replace(model, patcher="byte")
     assert public.transformers_problem is None
     assert start_notes(replace(recipe, model=public)) == []
     adapted = replace(recipe, train=replace(recipe.train, lora_rank=2))

@@ -42,7 +42,10 @@ def stored_weights(weights: Mapping[int, Any]) -> Iterator[None]:
         _stored.reset(before)
 
 
-def weights_of(module: Any, rows: int) -> Any:
-    """What was stored for this module, if so few rows are computed by it; otherwise None."""
+def weights_of(module: Any, rows: Any) -> Any:
+    """What was stored for this module, if so few rows are computed by it; otherwise None.
+
+    An exported program, for which nothing is stored, may have any number of rows.
+    """
     weights = _stored.get()
     return None if weights is None or rows > MOST_ROWS else weights.get(id(module))
