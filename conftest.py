@@ -79,6 +79,15 @@ def x64():
 
 
 @pytest.fixture(scope="module")
+def quick_compilation():
+    """For files whose programs run for milliseconds and compile for seconds."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
 def compiled_once(tmp_path_factory):
     """For files whose runs are of few programs, whose compilation would be most of the time."""
     options = {

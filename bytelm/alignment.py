@@ -8,8 +8,7 @@ A prepared file is a safetensors file with these tensors:
     embeddings  float32 [rows, width]  of every token that occurs
 
 Its metadata say which row stands for the beginning of a text, and have the SHA-256 sum of all this.
-What the stage that trains on such a
-file is, in either package, stands here as well.
+What the stage that trains on such a file is, in either package, stands here as well.
 """
 
 from __future__ import annotations

@@ -48,13 +48,7 @@ TINY = MegabyteConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def test_both_packages_offer_the_same_names():

@@ -2,7 +2,6 @@
 
 import inspect
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,13 +45,7 @@ SAMPLERS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def public(module):

@@ -35,13 +35,7 @@ SAMPLERS = (
 PLAIN = Settings(max_new_bytes=9, sampler=SamplerConfig(), seed=5, valid_utf8=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def written(engine, texts, rounds=3, reads=1):

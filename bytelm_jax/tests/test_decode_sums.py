@@ -36,13 +36,7 @@ INDEX = jnp.array([5, 0, 11], jnp.int32)
 SIZE = 12
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def draw(*shape):

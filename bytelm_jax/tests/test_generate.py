@@ -73,13 +73,7 @@ def filled(config, kind=Megabyte, seed=0):
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, abstract))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The programs here run for milliseconds and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
